@@ -1,0 +1,37 @@
+"""Where text comes from and how it becomes token shards."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from llm_trainer.config.fields import Section, setting
+
+
+class DataConfig(Section):
+    """Text in, shards out."""
+
+    data_dir: str | None = setting(None, "prepared data (shards, or a nanoGPT folder); relative to the current folder")
+    dataset: str | None = setting(None, "nanoGPT's word: the folder data/<dataset>")
+    input: str | None = setting(None, "text to prepare: a file or a folder", aliases=("input_dir", "text", "data_root", "raw_dir"))
+    output_dir: str | None = setting(None, "where the prepared data goes", aliases=("output", "output_root"))
+    dataset_name: str | None = setting(None, "a Hugging Face dataset", aliases=("hub_dataset",))
+    dataset_config: str | None = setting(None, "its configuration", aliases=("dataset_config_name",))
+    dataset_split: str = setting("train", "its training split")
+    validation_split: str | None = setting(None, "its validation split; none: cut from the training split by document hash")
+    text_column: str = setting("text", "the column that holds the text", aliases=("text_field",))
+    tokenizer_type: Literal["auto", "bpe", "char", "wordpiece", "tiktoken"] = setting("auto", "kind of tokenizer to train; auto: bpe, or tokenizer_path's")
+    tokenizer_path: str | None = setting(None, "an existing tokenizer: a tokenizer.json, a folder or a hub name", aliases=("tokenizer", "tokenizer_name"))
+    vocab_size: int = setting(32000, "ids of a tokenizer to be trained, at most", unit="tokens", gt=0)
+    tokenizer_sample_megabytes: float = setting(64.0, "a BPE tokenizer is trained on at most so much of the training text", unit="MB", gt=0)
+    max_length: int | None = setting(None, "length of a chunk; becomes the model's context", unit="tokens", gt=0)
+    min_length: int = setting(0, "shorter documents are dropped and counted", unit="tokens", ge=0)
+    stride: int = setting(0, "overlap between neighbouring chunks", unit="tokens", ge=0, owed=True)
+    pack_sequences: bool = setting(True, "documents share rows, each masked from the others")
+    packing_strategy: Literal["greedy", "first_fit"] = setting("greedy", "how documents share rows")
+    mask_documents: bool = setting(True, "tokens see only their own document")
+    one_document_a_line: bool = setting(False, "in .txt files each line is a document", aliases=("line_documents",))
+    train_ratio: float | None = setting(None, "share of documents for training; none: what the other two leave", ge=0, le=1)
+    val_ratio: float = setting(0.05, "share for validation", aliases=("validation_ratio",), ge=0, le=1)
+    test_ratio: float = setting(0.0, "share for testing", ge=0, le=1)
+    seed: int = setting(42, "of the split", ge=0)
+    num_workers: int = setting(1, "processes", unit="processes", aliases=("preprocessing_num_workers", "num_proc"), ge=1)

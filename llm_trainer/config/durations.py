@@ -1,0 +1,53 @@
+"""A length of training said in the unit that suits it: steps, epochs or tokens."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, PlainSerializer
+
+Unit = Literal["steps", "epochs", "tokens"]
+
+_PATTERN = re.compile(r"\s*([0-9][0-9_.]*(?:e[+-]?\d+)?)\s*([kMGBT]?)\s*([a-z]*)\s*")
+_SCALES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
+_UNITS: dict[str, Unit] = {"": "steps", "step": "steps", "steps": "steps", "epoch": "epochs", "epochs": "epochs", "ep": "epochs", "token": "tokens", "tokens": "tokens", "tok": "tokens"}
+
+
+@dataclass(frozen=True)
+class Duration:
+    """So many steps, epochs or tokens; a bare number is steps. `Duration.parse("2 epochs")`, `Duration.parse("10M tokens")`."""
+
+    value: float
+    unit: Unit = "steps"
+
+    @classmethod
+    def parse(cls, said: Any) -> Duration:
+        """Read 500, "500", "0.5 epochs" or "10M tokens"; raises ValueError otherwise."""
+        if isinstance(said, Duration):
+            return said
+        if isinstance(said, bool) or not isinstance(said, (int, float, str)):
+            raise ValueError(f"{said!r} is not a duration; write 500, '2 epochs' or '10M tokens'")
+        match = _PATTERN.fullmatch(str(said))
+        if match is None or match[3] not in _UNITS:
+            raise ValueError(f"{said!r} is not a duration; write 500, '2 epochs' or '10M tokens'")
+        return cls(float(match[1].replace("_", "")) * _SCALES[match[2]], _UNITS[match[3]])
+
+    def steps(self, *, steps_per_epoch: float, tokens_per_step: float) -> int:
+        """The same length in whole steps, rounded up."""
+        rate = {"steps": 1.0, "epochs": steps_per_epoch, "tokens": 1.0 / tokens_per_step}[self.unit]
+        return math.ceil(self.value * rate - 1e-9)
+
+    def __str__(self) -> str:
+        number = f"{int(self.value)}" if self.value == int(self.value) else f"{self.value:g}"
+        return number if self.unit == "steps" else f"{number} {self.unit}"
+
+
+def _plain(duration: Duration) -> int | str:
+    text = str(duration)
+    return int(text) if text.isdigit() else text
+
+
+DurationField = Annotated[Duration, BeforeValidator(Duration.parse), PlainSerializer(_plain, return_type=int | str)]

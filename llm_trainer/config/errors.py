@@ -1,0 +1,24 @@
+"""Errors that a person is meant to read: each names the thing, the value and the way out.
+
+The command line prints the message without a traceback and leaves with `exit_status`.
+"""
+
+
+class LLMTrainerError(Exception):
+    """Something went wrong that the user can mend; the message says how."""
+
+    exit_status = 1
+
+
+class UsageError(LLMTrainerError):
+    """A setting, flag or file that the user gave is unknown, contradictory or out of bounds."""
+
+    exit_status = 2
+
+
+class DataError(LLMTrainerError):
+    """A corpus, shard or tokenizer cannot be used as it is."""
+
+
+class CheckpointError(LLMTrainerError):
+    """A checkpoint is missing, damaged or does not fit."""
