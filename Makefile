@@ -1,0 +1,47 @@
+# make quickstart [TEXT=path]   text to a talking model, everything set up on the way
+# make test                     every check that CI runs
+# Both work on a fresh machine with Python >= 3.11; a C compiler, if there is one, makes training faster.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+LOCK := pyproject.toml constraints.txt requirements.txt
+
+.PHONY: quickstart test fast lint lock bench docs clean
+
+quickstart: .venv/core
+	$(BIN)/llm-trainer quickstart $(if $(TEXT),--text "$(TEXT)")
+
+test: lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow or not slow"
+
+# The quick part of the tests, for while you work.
+fast: .venv/test
+	$(BIN)/python -m pytest -n 2
+
+lint: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# Rewrite constraints.txt from what is installed; torch stays pinned without a build's suffix, so that GPUs get theirs.
+lock: .venv/test
+	$(BIN)/python -m pip freeze --exclude-editable --exclude pip | sed 's/+cpu$$//' > constraints.txt
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(f"llm-trainer needs Python 3.11 or newer, this is {sys.version.split()[0]}; try: make PYTHON=python3.11") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv .venv
+
+.venv/core: $(LOCK) | .venv/bin/python
+	@echo "Installing llm-trainer into .venv (once; a few minutes, most of it PyTorch) ..."
+	$(PIP) -e .
+	@touch $@
+
+.venv/test: $(LOCK) | .venv/bin/python
+	@echo "Installing llm-trainer and everything its tests use into .venv (once) ..."
+	$(PIP) -e '.[test]'
+	@touch $@ .venv/core
+
+clean:
+	rm -rf .venv .venv-peers .pytest_cache .mypy_cache .ruff_cache
