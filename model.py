@@ -1,0 +1,15 @@
+"""`from model import load_model`: the library by the name that the manuals give it.
+
+The network itself is in llm_trainer/model/transformer.py.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # a clone is used without being installed
+
+from llm_trainer.config import ModelConfig  # noqa: E402
+from llm_trainer.inference.loading import LanguageModel, load_model  # noqa: E402
+from llm_trainer.model.transformer import Transformer  # noqa: E402
+
+__all__ = ["LanguageModel", "ModelConfig", "Transformer", "load_model"]

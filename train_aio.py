@@ -1,0 +1,11 @@
+"""Train with every feature as a switch; with no data prepared it prepares the built-in corpus first."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # a clone runs without being installed
+
+from llm_trainer.cli.main import script  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(script("train_aio.py"))
