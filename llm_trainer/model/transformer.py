@@ -1,0 +1,286 @@
+"""The whole network: GPT-2's shape, Llama's, and what lies between, by configuration and without a subclass per family.
+
+Read it from top to bottom: attention, MLP, block, model. B is the batch, T the tokens of a sequence, C the width of the residual
+stream (`hidden_size`), H and KV the query and key-value heads, D the width of a head, V the vocabulary.
+
+Query, key, value, gate and up projections are separate matrices, though one fused product is a little faster on small shapes: each is
+then one thing with one name for Hugging Face's files, for LoRA, tensor parallelism, Muon and pruning. What depends on the sequence and not
+on the layer (rotary tables, masks) is made once per pass and handed to every block; blocks carry no index of their own, so that
+a compiled block serves for all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from llm_trainer.config.errors import UsageError
+from llm_trainer.config.model import ModelConfig
+from llm_trainer.model.cache import KVCache, LayerCache, Place
+from llm_trainer.model.positions import Rotary, cache_mask, positions_in_documents, rotate, sequence_mask
+
+
+def _either(first: bool | None, *others: bool) -> bool:
+    """The first that is said."""
+    return next(value for value in (first, *others) if value is not None)
+
+
+def make_linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:
+    """A linear map without its default initialisation, which `Transformer.initialize` would only overwrite."""
+    return nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias, device=torch.get_default_device())
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    """LayerNorm, or RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467), over C features."""
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
+    return nn.LayerNorm(config.hidden_size, eps=config.norm_epsilon, bias=_either(config.norm_bias, config.bias))
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped key-value heads (Ainslie et al. 2023, arXiv:2305.13245) through PyTorch's fused kernels."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width, heads, kv_heads = config.head_width, config.num_attention_heads, config.kv_heads
+        bias = _either(config.attention_bias, config.bias)
+        qkv_bias = _either(config.qkv_bias, bias)
+        self.q_proj = make_linear(config.hidden_size, heads * width, qkv_bias)
+        self.k_proj = make_linear(config.hidden_size, kv_heads * width, qkv_bias)
+        self.v_proj = make_linear(config.hidden_size, kv_heads * width, qkv_bias)
+        self.o_proj = make_linear(heads * width, config.hidden_size, bias)
+        self.q_norm = nn.RMSNorm(width, eps=config.norm_epsilon) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(width, eps=config.norm_epsilon) if config.qk_norm else None
+        self.head_width = width
+        self.dropout = _attention_dropout(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        mask: Tensor | None = None,
+        cache: LayerCache | None = None,
+        place: Place | None = None,
+    ) -> Tensor:
+        """x (B, T, C) → (B, T, C). Without a mask attention is causal; one new token over a cache sees all that the cache shows."""
+        batch, count, _ = x.shape
+        q = self.q_proj(x).view(batch, count, -1, self.head_width)  # (B, T, H, D)
+        k = self.k_proj(x).view(batch, count, -1, self.head_width)  # (B, T, KV, D)
+        v = self.v_proj(x).view(batch, count, -1, self.head_width)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if cache is not None and place is not None:
+            keys, values = cache.write(k, v, place)  # (B, KV, S, D)
+        else:
+            keys, values = k.transpose(1, 2), v.transpose(1, 2)
+        if count == 1:
+            # One query: the query heads that share a key-value head become its rows, so nothing is repeated or transposed.
+            y = F.scaled_dot_product_attention(q.view(batch, keys.size(1), -1, self.head_width), keys, values, attn_mask=mask)
+            return self.o_proj(y.reshape(batch, 1, -1))
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            keys,
+            values,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=mask is None,
+            enable_gqa=keys.size(1) != q.size(2),
+        )  # (B, H, T, D)
+        return self.o_proj(y.transpose(1, 2).reshape(batch, count, -1))
+
+
+def _attention_dropout(config: ModelConfig) -> float:
+    return config.dropout if config.attention_dropout is None else config.attention_dropout
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    """max(x, 0)², as in Primer (So et al. 2021, arXiv:2109.08668)."""
+    return F.relu(x).square()
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU by its tanh approximation, as GPT-2 computes it."""
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": gelu_tanh,
+    "relu": F.relu,
+    "relu2": relu_squared,
+    "silu": F.silu,
+    "swiglu": F.silu,  # of the gate
+}
+
+
+class MLP(nn.Module):
+    """Two linear maps around an activation; with swiglu a third gates them (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        bias = _either(config.mlp_bias, config.bias)
+        self.up_proj = make_linear(config.hidden_size, config.mlp_width, bias)
+        self.down_proj = make_linear(config.mlp_width, config.hidden_size, bias)
+        self.gate_proj = make_linear(config.hidden_size, config.mlp_width, bias) if config.activation == "swiglu" else None
+        self.activation = ACTIVATIONS[config.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, C) → (B, T, C)."""
+        if self.gate_proj is not None:
+            return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.activation(self.up_proj(x)))
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each added to the residual stream; normalised before (as GPT-2 and Llama do) or after the sum."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.ln_1 = make_norm(config)
+        self.attn = Attention(config)
+        self.ln_2 = make_norm(config)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.pre_norm = config.pre_norm
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        mask: Tensor | None = None,
+        cache: LayerCache | None = None,
+        place: Place | None = None,
+    ) -> Tensor:
+        """x (B, T, C) → (B, T, C)."""
+        if self.pre_norm:
+            x = x + self.dropout(self.attn(self.ln_1(x), rotary, mask, cache, place))
+            return x + self.dropout(self.mlp(self.ln_2(x)))
+        x = self.ln_1(x + self.dropout(self.attn(x, rotary, mask, cache, place)))
+        return self.ln_2(x + self.dropout(self.mlp(x)))
+
+
+class Transformer(nn.Module):
+    """Token ids in, hidden states or logits out."""
+
+    def __init__(self, config: ModelConfig, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.config = config
+        device = torch.get_default_device()
+        self.wte = nn.utils.skip_init(nn.Embedding, config.vocab_size, config.hidden_size, device=device)
+        self.wpe = None
+        if config.positions == "learned":
+            self.wpe = nn.utils.skip_init(nn.Embedding, config.max_position_embeddings, config.hidden_size, device=device)
+        self.rotary = Rotary(config) if config.positions == "rope" else None
+        self.dropout = nn.Dropout(config.dropout if config.embedding_dropout is None else config.embedding_dropout)
+        self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_hidden_layers)])
+        # The last sum of a post-norm stack is normalised already.
+        self.ln_f = make_norm(config) if config.pre_norm else nn.Identity()
+        self.lm_head = make_linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_weights()
+        if device.type != "meta":
+            self.initialize(generator)
+
+    def tie_weights(self) -> None:
+        """Let the head use the embedding's matrix, where the configuration says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.wte.weight
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        document_ids: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """input_ids (B, T) → logits (B, T, V)."""
+        return self.logits(self.hidden_states(input_ids, document_ids=document_ids, positions=positions, cache=cache))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (…, C) → logits (…, V), squashed where `logit_soft_cap` says so (Gemma 2, arXiv:2408.00118)."""
+        logits = self.lm_head(hidden)
+        cap = self.config.logit_soft_cap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        *,
+        document_ids: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """input_ids (B, T) → what the head reads, (B, T, C).
+
+        document_ids (B, T): packed documents neither see each other nor count on from each other's positions.
+        positions (B, T): where each token stands; without a cache this moves position embeddings only, with one also the slots.
+        cache: keys and values of earlier tokens; these ones are added (see KVCache).
+        Raises UsageError where the sequence is longer than the context or the cache.
+        """
+        count = input_ids.size(1)
+        if document_ids is not None and cache is not None:
+            raise UsageError("packed documents and a cache do not go together; decode one document a row")
+        place = None if cache is None else cache.place(input_ids, positions, self.config.sliding_window)
+        start, stop = (0, count) if place is None else (place.start, place.stop)
+        if stop > self.config.max_position_embeddings:
+            raise UsageError(f"{stop} tokens are more than the model's context of {self.config.max_position_embeddings}")
+        if document_ids is not None and positions is None and self.wpe is not None:
+            positions = positions_in_documents(document_ids)  # rotary attention sees differences only and needs none
+        x = self.wte(input_ids)
+        if self.wpe is not None:
+            x = x + (self.wpe.weight[start:stop] if positions is None else self.wpe(positions))
+        dtype = _computing_dtype(x)
+        rotary = None if self.rotary is None else self.rotary(start, stop, positions, dtype)
+        window = self.config.sliding_window
+        if place is None:
+            mask = sequence_mask(count, window, document_ids, x.device, dtype)
+        else:
+            mask = cache_mask(start, stop, place.positions, window, x.device, dtype)
+        x = self._through_blocks(self.dropout(x), rotary, mask, cache, place)
+        if cache is not None and positions is None:
+            cache.length = stop
+        return self.ln_f(x)
+
+    def _through_blocks(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None, place: Place | None
+    ) -> Tensor:
+        if cache is not None:
+            for block, layer in zip(self.blocks, cache.layers, strict=True):
+                x = block(x, rotary, mask, layer, place)
+            return x
+        recompute = self.config.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        for block in self.blocks:
+            x = checkpoint(block, x, rotary, mask, use_reentrant=False) if recompute else block(x, rotary, mask)
+        return x
+
+    @torch.no_grad()
+    def initialize(self, generator: torch.Generator | None = None) -> None:
+        """Draw fresh weights: normal(0, initializer_range), residual outputs divided by √(2 × layers) as GPT-2 does (Radford et al. 2019),
+        or zero where `zero_init_outputs` says so; norms one, biases zero.
+
+        Numbers are drawn on the CPU in fp32 whatever the weights' device and type, so one seed means one model everywhere.
+        """
+        deviation = self.config.initializer_range
+        outputs = 0.0 if self.config.zero_init_outputs else deviation / math.sqrt(2 * self.config.num_hidden_layers)
+        for name, parameter in self.named_parameters():  # a tied matrix comes once, as wte
+            if parameter.dim() < 2:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                continue
+            drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            parameter.copy_(drawn.normal_(0.0, outputs if residual else deviation, generator=generator))
+        if self.rotary is not None:
+            self.rotary.reset()
+
+
+def _computing_dtype(x: Tensor) -> torch.dtype:
+    """The type that matrix products will have: autocast's where it is on, so that tables and masks do not pull attention back to fp32."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
