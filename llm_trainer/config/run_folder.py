@@ -1,0 +1,256 @@
+"""The run folder: what lies where, whether a checkpoint is whole, and which folder a person's word for one means.
+
+A checkpoint is trusted only if its `manifest.json`, which is written last, lists every file with its size and SHA-256 and all of
+them agree. So a save that was killed, a disk that lied and a hand that edited are told apart from a good checkpoint without
+opening a single tensor; nothing here needs torch, and the command line can answer in milliseconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from llm_trainer.config.errors import CheckpointError
+
+CHECKPOINT_PREFIX = "checkpoint-"
+EMERGENCY_PREFIX = "emergency-"
+BEST_MODEL = "best_model"
+FINAL_MODEL = "final_model"
+# A folder that is being written or thrown away; never taken for a checkpoint.
+TEMPORARY_PREFIX = ".tmp-"
+# The earlier holder of a name while its successor takes the name: for that instant it is the only one, and it is whole.
+REPLACED_PREFIX = ".old-"
+# Where a new run puts what an earlier run left in the same folder.
+EARLIER_PREFIX = "earlier-"
+
+MANIFEST_FILE = "manifest.json"
+STATE_FILE = "state.json"
+RUN_FILE = "run.json"
+OPTIMIZER_FOLDER = "optimizer"
+METRICS_FILE = "metrics.jsonl"
+LOGS_FOLDER = "logs"
+TENSORBOARD_LINK = "tensorboard"
+TEXT_LOG = "train.log"
+
+MANIFEST_FORMAT = 1
+
+_STEP_FOLDER = re.compile(rf"(?:{re.escape(REPLACED_PREFIX)})?(?:{CHECKPOINT_PREFIX}|{EMERGENCY_PREFIX})(\d+)")
+_STEP_SPELLING = re.compile(r"(?:checkpoint|ckpt|emergency|step)(?:[-_]step)?[-_]?(\d+)(?:\.(?:pt|pth|ckpt|safetensors))?")
+_NAME_SPELLING = re.compile(r"(best|final)(?:[-_]model)?(?:\.(?:pt|pth|ckpt|safetensors))?")
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class FoundCheckpoint:
+    """A checkpoint folder in a run folder, not verified yet."""
+
+    path: Path
+    step: int
+
+
+def checkpoint_name(step: int) -> str:
+    """`checkpoint-<step>`."""
+    return f"{CHECKPOINT_PREFIX}{step}"
+
+
+def emergency_name(step: int) -> str:
+    """`emergency-<step>`."""
+    return f"{EMERGENCY_PREFIX}{step}"
+
+
+def write_manifest(folder: Path) -> Path:
+    """List every file under `folder` with its size in bytes and SHA-256 in `manifest.json`; the caller syncs it to the disk."""
+    files = {
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path != folder / MANIFEST_FILE
+    }
+    manifest = folder / MANIFEST_FILE
+    manifest.write_text(json.dumps({"format": MANIFEST_FORMAT, "files": files}, indent=1) + "\n", encoding="utf-8")
+    return manifest
+
+
+def verify(folder: Path, *, contents: bool = True) -> list[str]:
+    """What is wrong with a checkpoint folder, a line each; empty when it is whole. `contents=False` compares sizes only, without reading."""
+    try:
+        listed = _read_manifest(folder)
+    except CheckpointError as error:
+        return [str(error)]
+    problems = [problem for name, said in listed.items() for problem in _file_problems(folder / name, name, said, contents)]
+    # Readers of weights take every *.safetensors they find, so one that nobody listed is not harmless.
+    found = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.safetensors")))
+    return problems + [f"{name} is not in the manifest" for name in found if name not in listed]
+
+
+def list_checkpoints(run_folder: Path) -> list[FoundCheckpoint]:
+    """Every folder of `run_folder` that could be resumed, newest step first; at one step a checkpoint comes before best and final."""
+    if not run_folder.is_dir():
+        return []
+    found = [
+        FoundCheckpoint(path, step) for path in sorted(run_folder.iterdir(), reverse=True) if (step := _step_of(path)) is not None and path.is_dir()
+    ]
+    return sorted(found, key=lambda one: (-one.step, one.path.name.startswith(REPLACED_PREFIX), _STEP_FOLDER.fullmatch(one.path.name) is None))
+
+
+def resolve_resume_folder(spec: str | Path, report: Report | None = None) -> Path:
+    """The checkpoint folder that `spec` means for resuming, verified byte by byte.
+
+    A run folder means its newest checkpoint that verifies; each newer one that does not is named, with the reason, through `report`
+    (stderr by default). A checkpoint folder, a file in one, or a spelling such as `checkpoint_step_50000.pt` means that one, and damage to it
+    is an error that names another. Raises CheckpointError.
+    """
+    path = Path(spec)
+    if path.is_dir() and not _is_model_folder(path):
+        return _newest_whole(path, report or _to_stderr, contents=True)
+    folder = _named_folder(path)
+    if folder.is_file():
+        raise CheckpointError(f"{folder} holds weights only, which cannot be resumed; start from its weights with --init_from={folder}")
+    problems = verify(folder)
+    if problems:
+        raise CheckpointError(f"{folder} cannot be resumed: {_briefly(problems)}{_another(folder)}")
+    return folder
+
+
+def resolve_model_folder(spec: str | Path, report: Report | None = None) -> Path:
+    """The folder (with `config.json`) whose weights `spec` means; a real `.pt` file is returned as it is, for the importer.
+
+    A run folder means best_model, else final_model, else its newest checkpoint; a damaged one is passed over and named through
+    `report` (stderr by default). Raises CheckpointError.
+    """
+    path = Path(spec)
+    if path.is_dir() and not _is_model_folder(path):
+        preferred = [folder for name in (BEST_MODEL, FINAL_MODEL) if (folder := _placed(path, name)) is not None]
+        for folder in preferred:
+            if problems := verify(folder, contents=False):
+                (report or _to_stderr)(f"passing over {folder}: {_briefly(problems)}")
+            else:
+                return folder
+        if not preferred and not list_checkpoints(path) and (path / "ckpt.pt").is_file():
+            return path / "ckpt.pt"
+        return _newest_whole(path, report or _to_stderr, contents=False)
+    folder = _named_folder(path)
+    if folder.is_dir() and (folder / MANIFEST_FILE).exists() and (problems := verify(folder, contents=False)):
+        raise CheckpointError(f"{folder} is damaged: {_briefly(problems)}{_another(folder)}")
+    return folder
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """A JSON object from a file; raises CheckpointError where it is missing, cut or something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:  # not utf-8, or not JSON
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds {type(value).__name__}, not an object")
+    return value
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_manifest(folder: Path) -> dict[str, Mapping[str, object]]:
+    if not (folder / MANIFEST_FILE).exists():
+        raise CheckpointError(f"no {MANIFEST_FILE}: the save did not finish" if folder.is_dir() else "no such folder")
+    manifest = read_json(folder / MANIFEST_FILE)
+    files = manifest.get("files")
+    if manifest.get("format") != MANIFEST_FORMAT or not isinstance(files, dict) or not files:
+        raise CheckpointError(f"{MANIFEST_FILE} is not of format {MANIFEST_FORMAT}")
+    for name, said in files.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts or not isinstance(said, dict):
+            raise CheckpointError(f"{MANIFEST_FILE} has an entry that is no file of this folder: {name!r}")
+    return cast("dict[str, Mapping[str, object]]", files)
+
+
+def _file_problems(path: Path, name: str, said: Mapping[str, object], contents: bool) -> Iterator[str]:
+    try:
+        size = path.stat().st_size
+        if size != said.get("size"):
+            yield f"{name} has {size} bytes instead of {said.get('size')}"
+        elif contents and _sha256(path) != said.get("sha256"):
+            yield f"{name} has other contents than when it was saved"
+    except FileNotFoundError:
+        yield f"{name} is missing"
+    except OSError as error:
+        yield f"{name} cannot be read: {error.strerror}"
+
+
+def _step_of(path: Path) -> int | None:
+    """The step of a folder that is named or says that it is a checkpoint; None for anything else."""
+    if match := _STEP_FOLDER.fullmatch(path.name):
+        return int(match[1])
+    if path.name.removeprefix(REPLACED_PREFIX) not in (BEST_MODEL, FINAL_MODEL):
+        return None
+    try:
+        step = read_json(path / STATE_FILE).get("step")
+    except CheckpointError:
+        return None
+    return step if isinstance(step, int) else None
+
+
+def _placed(run_folder: Path, name: str) -> Path | None:
+    """The folder of this name, or the one that was just giving the name up when the process was killed."""
+    return next((folder for folder in (run_folder / name, run_folder / f"{REPLACED_PREFIX}{name}") if folder.is_dir()), None)
+
+
+def _newest_whole(run_folder: Path, report: Report, *, contents: bool) -> Path:
+    found = list_checkpoints(run_folder)
+    for one in found:
+        problems = verify(one.path, contents=contents)
+        if not problems:
+            return one.path
+        report(f"passing over {one.path}: {_briefly(problems)}")
+    if found:
+        raise CheckpointError(f"{run_folder}: none of its {len(found)} checkpoints is whole; the lines above say what is wrong with each")
+    raise CheckpointError(f"{run_folder} holds no checkpoint (no {CHECKPOINT_PREFIX}<step>, {BEST_MODEL} or {FINAL_MODEL}); is it the run folder?")
+
+
+def _is_model_folder(path: Path) -> bool:
+    return (path / "config.json").is_file() or (path / MANIFEST_FILE).is_file() or _STEP_FOLDER.fullmatch(path.name) is not None
+
+
+def _named_folder(path: Path) -> Path:
+    """What a path that is not a run folder means: itself, the folder around a file, or the folder that an old file name stands for."""
+    if path.is_dir():
+        return path
+    if path.is_file():
+        return path if path.suffix in (".pt", ".pth", ".ckpt") else path.parent
+    run_folder, name = path.parent, path.name
+    if match := _NAME_SPELLING.fullmatch(name):
+        placed = _placed(run_folder, BEST_MODEL if match[1] == "best" else FINAL_MODEL)
+    elif match := _STEP_SPELLING.fullmatch(name):
+        step = int(match[1])
+        placed = _placed(run_folder, checkpoint_name(step)) or _placed(run_folder, emergency_name(step))
+        placed = placed or next((one.path for one in list_checkpoints(run_folder) if one.step == step), None)
+    else:
+        placed = None
+    if placed is None:
+        there = ", ".join(one.path.name for one in list_checkpoints(run_folder))
+        raise CheckpointError(f"{path}: no such checkpoint" + (f"; {run_folder} holds {there}" if there else f"; {run_folder} holds none"))
+    return placed
+
+
+def _another(folder: Path) -> str:
+    """Which checkpoint beside a damaged one is whole, as the end of a sentence."""
+    for one in list_checkpoints(folder.parent):
+        if one.path != folder and not verify(one.path):
+            return f"; {one.path} is whole"
+    return "; no other checkpoint beside it is whole"
+
+
+def _briefly(problems: list[str]) -> str:
+    return "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
