@@ -1,0 +1,44 @@
+"""How many parameters a shape has, by part, without torch: for presets, reports and estimates before anything is allocated."""
+
+from __future__ import annotations
+
+from llm_trainer.config.model import ModelConfig
+
+
+def _said(*choices: bool | None) -> bool:
+    return next(choice for choice in choices if choice is not None)
+
+
+def part_sizes(config: ModelConfig) -> dict[str, int]:
+    """Parameters of each part, in the model's order and under its names (`wte`, `wpe`, `ln_1.0`, `attn.0`, …, `ln_f`, `lm_head`).
+
+    A head that shares the embedding's matrix counts 0. Without torch; `llm_trainer.model.parts.parameter_counts` counts a real model.
+    """
+    sizes = {"wte": config.vocab_size * config.hidden_size}
+    if config.positions == "learned":
+        sizes["wpe"] = config.max_position_embeddings * config.hidden_size
+    norm = config.hidden_size * (2 if config.norm == "layernorm" and _said(config.norm_bias, config.bias) else 1)
+    for layer in range(config.num_hidden_layers):
+        sizes |= {f"ln_1.{layer}": norm, f"attn.{layer}": _attention_size(config), f"ln_2.{layer}": norm, f"mlp.{layer}": _mlp_size(config)}
+    if config.pre_norm:
+        sizes["ln_f"] = norm
+    sizes["lm_head"] = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    return sizes
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """All parameters of a model of this shape; tied weights count once."""
+    return sum(part_sizes(config).values())
+
+
+def _attention_size(config: ModelConfig) -> int:
+    queries, keys = config.num_attention_heads * config.head_width, config.kv_heads * config.head_width
+    output_bias = _said(config.attention_bias, config.bias)
+    biases = (queries + 2 * keys if _said(config.qkv_bias, output_bias) else 0) + (config.hidden_size if output_bias else 0)
+    return 2 * config.hidden_size * (queries + keys) + biases + (2 * config.head_width if config.qk_norm else 0)
+
+
+def _mlp_size(config: ModelConfig) -> int:
+    width, maps_in = config.mlp_width, 2 if config.activation == "swiglu" else 1
+    biases = maps_in * width + config.hidden_size if _said(config.mlp_bias, config.bias) else 0
+    return (maps_in + 1) * config.hidden_size * width + biases
