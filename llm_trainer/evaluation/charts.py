@@ -1,0 +1,165 @@
+"""Line charts as inline SVG: no library, no network, sharp on paper and on any screen, coloured by the page's own CSS variables.
+
+A plotting library would add a dependency of tens of megabytes, or a script from a server, to draw four polylines.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from html import escape
+
+HEIGHT = 250
+LEFT, RIGHT, TOP, BOTTOM = 54, 12, 14, 36
+MAX_POINTS = 600
+
+Points = list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line: its label, a colour's number (1 to 4 in the page's palette), points (x, y) by rising x; `faint` draws it as a backdrop."""
+
+    label: str
+    colour: int
+    points: Points
+    faint: bool = False
+    dots: bool = False
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A titled chart, drawn for `width` pixels (its text is that of the page then). `clip_top` cuts the axis at this quantile of all values, so that a steep start does not flatten the rest."""
+
+    title: str
+    unit: str
+    width: int
+    series: Sequence[Series] = field(default_factory=tuple)
+    clip_top: float = 1.0
+    from_zero: bool = False
+
+
+def thin(points: Points, limit: int = MAX_POINTS) -> Points:
+    """At most about `limit` points; of each bucket its lowest and highest are kept, so that spikes stay visible."""
+    finite = [point for point in points if math.isfinite(point[1])]
+    if len(finite) <= limit:
+        return finite
+    size = math.ceil(2 * len(finite) / limit)
+    kept: Points = []
+    for start in range(0, len(finite), size):
+        bucket = finite[start : start + size]
+        kept += sorted({min(bucket, key=lambda point: point[1]), max(bucket, key=lambda point: point[1])})
+    return kept
+
+
+def smooth(points: Points, share: float = 0.03) -> Points:
+    """The mean over a centred window of this share of all points, narrower at both ends; unlike a running average it does not lag."""
+    finite = [point for point in points if math.isfinite(point[1])]
+    sums = [0.0, *itertools.accumulate(y for _, y in finite)]
+    half = int(share * len(finite) / 2)
+    smoothed = []
+    for number, (x, _) in enumerate(finite):
+        reach = min(half, number, len(finite) - 1 - number)
+        smoothed.append((x, (sums[number + reach + 1] - sums[number - reach]) / (2 * reach + 1)))
+    return smoothed
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers (1, 2 or 5 times a power of ten) that span [low, high]."""
+    if high <= low:
+        return [low]
+    rough = (high - low) / count
+    power = 10 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [number * step for number in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def short(number: float) -> str:
+    """1234567 → 1.23M, 0.0003 → 3e-4; for axes and tables."""
+    size = abs(number)
+    for scale, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if size >= scale * 0.9995:
+            return f"{number / scale:.3g}{letter}"
+    if size and size < 0.001:
+        mantissa, exponent = f"{number:.2e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{number:.4g}"
+
+
+def draw(chart: Chart) -> str:
+    """The chart as a `<figure>`; empty when no series has a finite point."""
+    lines = [(series, thin(series.points)) for series in chart.series]
+    lines = [(series, points) for series, points in lines if points]
+    if not lines:
+        return ""
+    xs = [x for _, points in lines for x, _ in points]
+    plot = _Plot(chart.width, (min(xs), max(max(xs), min(xs) + 1)), _range([y for _, points in lines for _, y in points], chart))
+    name = f"plot-{zlib.crc32(chart.title.encode())}"
+    shapes = [*_axes(plot), *(shape for series, points in lines for shape in _line(series, [plot.place(*point) for point in points], name))]
+    clip = f'<clipPath id="{name}"><rect x="{LEFT}" y="{TOP - 4}" width="{plot.right_edge - LEFT + 4}" height="{HEIGHT - TOP - BOTTOM + 4}"/></clipPath>'
+    legend = "".join(f'<span class="key c{series.colour}{" faint" if series.faint else ""}">{escape(series.label)}</span>' for series, _ in lines)
+    return (
+        f'<figure class="chart" data-chart="{_payload(chart, plot, lines)}"><figcaption><b>{escape(chart.title)}</b> {legend}</figcaption>'
+        f'<svg viewBox="0 0 {chart.width} {HEIGHT}" role="img" aria-label="{escape(chart.title, quote=True)}">{clip}{"".join(shapes)}'
+        f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" visibility="hidden"/></svg><div class="tip" hidden></div></figure>'
+    )
+
+
+@dataclass(frozen=True)
+class _Plot:
+    """The area inside the axes: its width in pixels, the range of x and the range of y."""
+
+    width: int
+    across: tuple[float, float]
+    up: tuple[float, float]
+
+    @property
+    def right_edge(self) -> int:
+        return self.width - RIGHT
+
+    def place(self, x: float, y: float) -> tuple[float, float]:
+        """A point's pixels, from the upper left."""
+        (left, right), (low, high) = self.across, self.up
+        from_left = LEFT + (x - left) / (right - left) * (self.right_edge - LEFT)
+        return from_left, HEIGHT - BOTTOM - (y - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
+
+
+def _payload(chart: Chart, plot: _Plot, lines: list[tuple[Series, Points]]) -> str:
+    """What the page's script reads out under the pointer, as an attribute's value."""
+    series = [{"label": one.label, "points": [(x, round(y, 6)) for x, y in points]} for one, points in lines if not one.faint]
+    data = {"unit": chart.unit, "left": LEFT, "right": plot.right_edge, "width": chart.width, "x": plot.across, "series": series}
+    return escape(json.dumps(data), quote=True)
+
+
+def _range(values: list[float], chart: Chart) -> tuple[float, float]:
+    ordered = sorted(values)
+    low = 0.0 if chart.from_zero else ordered[0]
+    high = ordered[min(len(ordered) - 1, int(chart.clip_top * len(ordered)))]
+    if high <= low:
+        high = low + (abs(low) or 1.0) * 0.1
+    margin = (high - low) * 0.06
+    return (low if chart.from_zero else low - margin), high + margin
+
+
+def _axes(plot: _Plot) -> Iterator[str]:
+    for value in ticks(*plot.up):
+        y = plot.place(plot.across[0], value)[1]
+        yield f'<line class="grid" x1="{LEFT}" x2="{plot.right_edge}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        yield f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{short(value)}</text>'
+    for value in ticks(*plot.across, count=max(4, plot.width // 140)):
+        x = plot.place(value, plot.up[0])[0]
+        yield f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{short(value)}</text>'
+    yield f'<text class="tick" x="{plot.right_edge}" y="{HEIGHT - 3}" text-anchor="end">step</text>'
+
+
+def _line(series: Series, placed: Points, name: str) -> list[str]:
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
+    shape = [f'<polyline class="line c{series.colour}{" faint" if series.faint else ""}" clip-path="url(#{name})" points="{path}"/>']
+    if series.dots or len(placed) == 1:
+        shape += [f'<circle class="dot c{series.colour}" clip-path="url(#{name})" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in placed]
+    return shape
