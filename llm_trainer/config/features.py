@@ -6,6 +6,13 @@ from typing import Literal
 
 from llm_trainer.config.fields import Section, setting
 
+# Section → the field of `training` that switches it on.
+SWITCHES = {
+    "knowledge_distillation": "use_knowledge_distillation",
+    "computational_efficiency": "use_computational_efficiency",
+    "adaptive_reasoning": "use_adaptive_reasoning",
+}
+
 
 class DistillationConfig(Section):
     """Learning from a teacher."""
@@ -21,10 +28,10 @@ class DistillationConfig(Section):
 class EfficiencyConfig(Section):
     """Memory and speed; applied with use_computational_efficiency."""
 
-    use_efficient_attention: bool = setting(True, "fused attention kernels")
+    use_efficient_attention: bool = setting(True, "fused attention kernels", owed=True)
     use_quantization: bool = setting(False, "quantise the trained model", owed=True)
     quantization_bits: Literal[4, 8] = setting(8, "bits a weight")
-    use_kv_cache: bool = setting(True, "keep keys and values while generating")
+    use_kv_cache: bool = setting(True, "keep keys and values while generating", owed=True)
     use_adaptive_batch_size: bool = setting(False, "find the largest micro-batch that fits", owed=True)
     min_batch_size: int = setting(1, "smallest micro-batch it may choose", unit="sequences", gt=0)
     max_batch_size: int | None = setting(None, "largest micro-batch it may choose", unit="sequences", gt=0)

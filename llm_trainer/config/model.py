@@ -82,24 +82,35 @@ class ModelConfig(Section):
                 settled[name] = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu_squared": "relu2"}.get(settled[name], settled[name])
         return settled
 
-    @model_validator(mode="before")
-    @classmethod
-    def _family_defaults(cls, values: Any) -> Any:
-        if not isinstance(values, Mapping):
-            return values
-        family = values.get("model_type", values.get("architecture", values.get("family", "gpt2")))
-        named = {cls.names().get(str(key), str(key)) for key in values}
-        return {**{name: value for name, value in FAMILY_DEFAULTS.get(str(family), {}).items() if name not in named}, **values}
+    @model_validator(mode="after")
+    def _family_defaults(self) -> ModelConfig:
+        self._become_family()
+        return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if type(self).names().get(name) == "model_type":
+            self._become_family()
+
+    def _become_family(self) -> None:
+        """Give every field that was not said its family's default, without counting it as said."""
+        family = FAMILY_DEFAULTS[self.model_type]
+        for name in {name for defaults in FAMILY_DEFAULTS.values() for name in defaults} - self.model_fields_set:
+            self.__dict__[name] = family.get(name, type(self).model_fields[name].default)
 
     @model_validator(mode="after")
     def _shape_fits(self) -> ModelConfig:
+        self.check_shape()
+        return self
+
+    def check_shape(self) -> None:
+        """Raises UsageError where heads, widths and positions do not fit together. Assignments one by one are checked on use."""
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise UsageError(f"hidden_size {self.hidden_size} does not divide into {self.num_attention_heads} heads; change num_attention_heads or set head_dim")
         if self.num_attention_heads % self.kv_heads:
             raise UsageError(f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads {self.kv_heads}")
         if self.positions == "rope" and self.head_width % 2:
             raise UsageError(f"rotary positions need an even head width, not {self.head_width}")
-        return self
 
     @property
     def kv_heads(self) -> int:

@@ -11,10 +11,10 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import TypeAlias, cast
 
 from llm_trainer.config.errors import CheckpointError
 
@@ -45,6 +45,7 @@ _STEP_SPELLING = re.compile(r"(?:checkpoint|ckpt|emergency|step)(?:[-_]step)?[-_
 _NAME_SPELLING = re.compile(r"(best|final)(?:[-_]model)?(?:\.(?:pt|pth|ckpt|safetensors))?")
 
 Report = Callable[[str], None]
+JSON: TypeAlias = "str | int | float | bool | None | Sequence[JSON] | Mapping[str, JSON]"
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,13 @@ def list_checkpoints(run_folder: Path) -> list[FoundCheckpoint]:
     if not run_folder.is_dir():
         return []
     found = [
-        FoundCheckpoint(path, step) for path in sorted(run_folder.iterdir(), reverse=True) if (step := _step_of(path)) is not None and path.is_dir()
+        FoundCheckpoint(path, step)
+        for path in sorted(run_folder.iterdir(), reverse=True)
+        if (step := _step_of(path)) is not None and path.is_dir()
     ]
-    return sorted(found, key=lambda one: (-one.step, one.path.name.startswith(REPLACED_PREFIX), _STEP_FOLDER.fullmatch(one.path.name) is None))
+    return sorted(
+        found, key=lambda one: (-one.step, one.path.name.startswith(REPLACED_PREFIX), _STEP_FOLDER.fullmatch(one.path.name) is None)
+    )
 
 
 def resolve_resume_folder(spec: str | Path, report: Report | None = None) -> Path:
@@ -141,7 +146,7 @@ def resolve_model_folder(spec: str | Path, report: Report | None = None) -> Path
     return folder
 
 
-def read_json(path: Path) -> dict[str, object]:
+def read_json(path: Path) -> dict[str, JSON]:
     """A JSON object from a file; raises CheckpointError where it is missing, cut or something else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -159,7 +164,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_manifest(folder: Path) -> dict[str, Mapping[str, object]]:
+def _read_manifest(folder: Path) -> dict[str, Mapping[str, JSON]]:
     if not (folder / MANIFEST_FILE).exists():
         raise CheckpointError(f"no {MANIFEST_FILE}: the save did not finish" if folder.is_dir() else "no such folder")
     manifest = read_json(folder / MANIFEST_FILE)
@@ -169,10 +174,10 @@ def _read_manifest(folder: Path) -> dict[str, Mapping[str, object]]:
     for name, said in files.items():
         if Path(name).is_absolute() or ".." in Path(name).parts or not isinstance(said, dict):
             raise CheckpointError(f"{MANIFEST_FILE} has an entry that is no file of this folder: {name!r}")
-    return cast("dict[str, Mapping[str, object]]", files)
+    return cast("dict[str, Mapping[str, JSON]]", files)
 
 
-def _file_problems(path: Path, name: str, said: Mapping[str, object], contents: bool) -> Iterator[str]:
+def _file_problems(path: Path, name: str, said: Mapping[str, JSON], contents: bool) -> Iterator[str]:
     try:
         size = path.stat().st_size
         if size != said.get("size"):
@@ -212,7 +217,9 @@ def _newest_whole(run_folder: Path, report: Report, *, contents: bool) -> Path:
         report(f"passing over {one.path}: {_briefly(problems)}")
     if found:
         raise CheckpointError(f"{run_folder}: none of its {len(found)} checkpoints is whole; the lines above say what is wrong with each")
-    raise CheckpointError(f"{run_folder} holds no checkpoint (no {CHECKPOINT_PREFIX}<step>, {BEST_MODEL} or {FINAL_MODEL}); is it the run folder?")
+    raise CheckpointError(
+        f"{run_folder} holds no checkpoint (no {CHECKPOINT_PREFIX}<step>, {BEST_MODEL} or {FINAL_MODEL}); is it the run folder?"
+    )
 
 
 def _is_model_folder(path: Path) -> bool:

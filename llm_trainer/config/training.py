@@ -7,14 +7,10 @@ from typing import Any, Literal
 
 from llm_trainer.config.durations import Duration, DurationField
 from llm_trainer.config.errors import UsageError
-from llm_trainer.config.fields import Section, setting
+from llm_trainer.config.fields import Section, as_boolean, setting, split_list, switch_word
+from llm_trainer.config.precision import PRECISION_SWITCHES, translate_precision
 
-_PRECISIONS = {
-    "auto": "auto", "fp32": "fp32", "float32": "fp32", "32": "fp32", "no": "fp32", "fp16": "fp16", "float16": "fp16", "16": "fp16",
-    "bf16": "bf16", "bfloat16": "bf16",
-}  # fmt: skip
-_PRECISION_NAMES = ("precision", "dtype", "amp_dtype", "mixed_precision_dtype")
-_PRECISION_SWITCHES = ("mixed_precision", "use_amp", "fp16", "bf16")
+SCHEDULE_NAMES = ("lr_scheduler", "lr_schedule", "scheduler", "lr_scheduler_type")
 
 
 class TrainingConfig(Section):
@@ -36,7 +32,7 @@ class TrainingConfig(Section):
     # Learning rate.
     learning_rate: float = setting(3e-4, "peak learning rate", aliases=("lr", "max_lr"), ge=0)
     min_learning_rate: float | None = setting(None, "learning rate at the end of the decay; none: a tenth of the peak", aliases=("min_lr",), ge=0)
-    lr_scheduler: Literal["cosine", "linear", "constant", "wsd"] = setting("cosine", "shape of the decay (wsd: flat, then down at the end)", aliases=("lr_schedule", "scheduler", "lr_scheduler_type"), spellings=("decay_lr",))
+    lr_scheduler: Literal["cosine", "linear", "constant", "wsd"] = setting("cosine", "shape of the decay (wsd: flat, then down at the end)", aliases=SCHEDULE_NAMES[1:], spellings=("decay_lr",))
     warmup_steps: DurationField | None = setting(None, "rise of the rate from zero; none: 2000 steps, or a tenth of a shorter run", unit="steps, epochs or tokens", aliases=("warmup_iters",))
     lr_decay_steps: DurationField | None = setting(None, "where the decay reaches its end; none: where the run ends", unit="steps, epochs or tokens", aliases=("lr_decay_iters",))
     wsd_decay_fraction: float = setting(0.2, "wsd: share of the run that decays", aliases=("cooldown_fraction",), gt=0, le=1)
@@ -54,7 +50,7 @@ class TrainingConfig(Section):
     max_skipped_steps: int = setting(10, "stop after so many steps in a row with a non-finite loss or gradient", unit="steps", ge=1)
 
     # Arithmetic.
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "arithmetic of the forward pass; weights and optimizer stay fp32", aliases=("dtype", "amp_dtype", "mixed_precision_dtype"), spellings=_PRECISION_SWITCHES)
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "arithmetic of the forward pass; weights and optimizer stay fp32", aliases=("dtype", "amp_dtype", "mixed_precision_dtype"), spellings=PRECISION_SWITCHES)
     compile: Literal["auto", "on", "off"] = setting("auto", "torch.compile", aliases=("compile_model", "torch_compile"), paths=("computational_efficiency.use_model_compiler",))
     loss: Literal["auto", "dense", "chunked"] = setting("auto", "cross-entropy with all logits at once, or in chunks that never hold them all", aliases=("cross_entropy",))
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
@@ -79,7 +75,7 @@ class TrainingConfig(Section):
     # Where from, where to.
     output_dir: str = setting("checkpoints", "run folder", aliases=("save_dir", "checkpoint_dir", "out_dir"))
     init_from: str = setting("scratch", "scratch, resume, or the name or folder of a pretrained model (gpt2, gpt2-xl, …)", aliases=("model_path", "pretrained_model"))
-    resume_from: str | None = setting(None, "continue this checkpoint or run folder; auto: the newest in output_dir, if any", aliases=("resume", "resume_from_checkpoint", "checkpoint"))
+    resume_from: str | None = setting(None, "continue this checkpoint or run folder; auto: the newest in output_dir, if any", aliases=("resume", "resume_from_checkpoint", "checkpoint"), bare="auto")
     seed: int = setting(1337, "of weights, dropout and data order", ge=0)
     num_workers: int = setting(1, "threads that prepare batches ahead; 0: none", unit="threads", aliases=("dataloader_num_workers",), ge=0)
 
@@ -104,43 +100,33 @@ class TrainingConfig(Section):
     def translate(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """`fp16`, `use_amp` and friends set precision; compile takes booleans; `decay_lr` and `wandb_log` are switches."""
         settled = dict(values)
-        _translate_precision(settled)
+        translate_precision(settled)
         for name in ("compile", "compile_model", "torch_compile"):
-            if isinstance(settled.get(name), bool):
-                settled[name] = "on" if settled[name] else "off"
-        if "decay_lr" in settled and not settled.pop("decay_lr"):
-            settled["lr_scheduler"] = "constant"
-        if settled.pop("wandb_log", False):
-            settled["report_to"] = [*dict.fromkeys([*settled.get("report_to", ["tensorboard"]), "wandb"])]
+            settled |= {name: switch_word(settled[name])} if name in settled else {}
+        _translate_decay(settled)
+        _translate_wandb(settled)
         return settled
 
 
-def _translate_precision(values: dict[str, Any]) -> None:
-    """Replace every spelling of precision in `values` by one `precision`; raises UsageError where two of them disagree."""
-    said: dict[str, str] = {}
-    for name in _PRECISION_NAMES:
-        if values.get(name) is not None:
-            word = str(values.pop(name)).removeprefix("torch.").lower()
-            if word not in _PRECISIONS:
-                raise UsageError(f"{name}={word!r} is not a precision; choose auto, fp32, bf16 or fp16")
-            said[name] = _PRECISIONS[word]
-    switches = {name: values.pop(name) for name in _PRECISION_SWITCHES if name in values}
-    exact = set(said.values())
-    for name, value in switches.items():
-        if isinstance(value, str) and value in _PRECISIONS:  # mixed_precision: bf16
-            said[name] = _PRECISIONS[value]
-        elif name in ("fp16", "bf16") and value:
-            said[name] = name
-        elif name in ("mixed_precision", "use_amp"):
-            if not value:
-                said[name] = "fp32"
-            elif exact and "fp32" not in exact or switches.get("fp16"):
-                continue  # the type is named elsewhere
-            else:
-                said[name] = "bf16"
-        elif not exact and not any(switches.values()):  # an explicit fp16: false alone
-            said[name] = "fp32"
-    if len(set(said.values())) > 1:
-        raise UsageError("precision is said twice and differently: " + ", ".join(f"{name} means {value}" for name, value in said.items()) + "; keep one")
-    if said:
-        values["precision"] = next(iter(said.values()))
+def _translate_decay(values: dict[str, Any]) -> None:
+    """nanoGPT's `decay_lr`: false is the constant schedule, true any other."""
+    if "decay_lr" not in values:
+        return
+    decays = as_boolean("decay_lr", values.pop("decay_lr"))
+    name = next((name for name in SCHEDULE_NAMES if name in values), None)
+    if name is None:
+        values["lr_scheduler"] = "cosine" if decays else "constant"
+    elif (values[name] != "constant") != decays:
+        raise UsageError(f"decay_lr={decays} and {name}={values[name]!r} contradict each other; keep one")
+
+
+def _translate_wandb(values: dict[str, Any]) -> None:
+    """nanoGPT's `wandb_log` adds `wandb` to `report_to`, or takes it away."""
+    if "wandb_log" not in values:
+        return
+    logs = as_boolean("wandb_log", values.pop("wandb_log"))
+    said = values.get("report_to", ["tensorboard"])
+    reporters = split_list(said) if isinstance(said, str) else list(said)
+    if "report_to" in values and not logs and "wandb" in reporters:
+        raise UsageError(f"wandb_log=False and report_to={said!r} contradict each other; keep one")
+    values["report_to"] = [*dict.fromkeys([*reporters, *(["wandb"] if logs else [])])]

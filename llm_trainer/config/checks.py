@@ -1,0 +1,116 @@
+"""Contradictions between settings that each are fine alone, as far as the settings themselves can show them. All in one place, before anything loads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from llm_trainer.config.batches import resolve_batches
+from llm_trainer.config.errors import UsageError
+from llm_trainer.config.run import RunConfig
+
+
+def check_run(config: RunConfig, origins: Mapping[str, str], sections: set[str], world_size: int) -> None:
+    """Raises UsageError for settings that contradict each other or the launcher; only sections that the command reads are judged."""
+    said = _Places(origins)
+    if "training" in sections:
+        _check_ranks(config, said, world_size)
+        _check_length(config, said)
+        _check_saving(config, said)
+        _check_schedule(config)
+    if "model" in sections and "data" in sections:
+        _check_data_fits(config, said)
+    if "data" in sections:
+        _check_shares(config, said)
+    if "adaptive_reasoning" in sections:
+        _check_reasoning(config, said)
+
+
+class _Places(dict[str, str]):
+    """Dotted name → `name (where it was said)`."""
+
+    def __init__(self, origins: Mapping[str, str]) -> None:
+        super().__init__({name: f"{name} ({origin})" for name, origin in origins.items()})
+
+    def __missing__(self, name: str) -> str:
+        return f"{name} (default)"
+
+
+def _check_ranks(config: RunConfig, said: _Places, world_size: int) -> None:
+    training = config.training
+    if training.world_size is not None and training.world_size != world_size:
+        raise UsageError(
+            f"{said['training.world_size']} is {training.world_size}, but {world_size} process{'es were' if world_size > 1 else ' was'} started; "
+            f"start with torchrun --nproc_per_node={training.world_size}, or leave world_size out"
+        )
+    if training.distributed_backend == "nccl" and training.device == "cpu":
+        raise UsageError(f"{said['training.distributed_backend']} is nccl, which needs GPUs, but {said['training.device']} is cpu; use gloo or auto")
+    resolve_batches(training, world_size)
+
+
+def _check_length(config: RunConfig, said: _Places) -> None:
+    training = config.training
+    warmup = training.warmup_steps
+    if warmup is None:
+        return
+    ends = {"steps": training.max_steps, "epochs": training.num_epochs, "tokens": training.max_tokens}
+    end = ends[warmup.unit]
+    if end is not None and warmup.value > end:
+        raise UsageError(
+            f"{said['training.warmup_steps']} is {warmup}, longer than the run: it ends after {end} {warmup.unit}; "
+            "shorten the warm-up, or leave it out for a tenth of the run"
+        )
+    decay = training.lr_decay_steps
+    if decay is not None and decay.unit == warmup.unit and decay.value < warmup.value:
+        raise UsageError(f"{said['training.lr_decay_steps']} is {decay}, before the warm-up ends: {said['training.warmup_steps']} is {warmup}")
+
+
+def _check_saving(config: RunConfig, said: _Places) -> None:
+    training = config.training
+    if training.min_learning_rate is not None and training.min_learning_rate > training.learning_rate:
+        raise UsageError(
+            f"{said['training.min_learning_rate']} is {training.min_learning_rate}, above the peak: "
+            f"{said['training.learning_rate']} is {training.learning_rate}"
+        )
+    if training.init_from == "scratch" and training.resume_from is None and training.horizon is not None:
+        raise UsageError(f"{said['training.horizon']} is {training.horizon}, which is for resuming; add --resume, or leave it out")
+
+
+def _check_schedule(config: RunConfig) -> None:
+    """A schedule is read whole before training, although running it is not built yet."""
+    if config.training.scaling_schedule_file is not None:
+        from llm_trainer.config.schedules import read_schedule
+
+        read_schedule(Path(config.training.scaling_schedule_file), layers=config.model.num_hidden_layers)
+
+
+def _check_data_fits(config: RunConfig, said: _Places) -> None:
+    model, data = config.model, config.data
+    if data.max_length is not None and data.max_length > model.max_position_embeddings:
+        raise UsageError(
+            f"{said['data.max_length']} is {data.max_length}, longer than the model's context: "
+            f"{said['model.max_position_embeddings']} is {model.max_position_embeddings}"
+        )
+    if data.is_said("vocab_size") and data.vocab_size > model.vocab_size:
+        raise UsageError(
+            f"{said['data.vocab_size']} is {data.vocab_size}, more ids than the model has rows: {said['model.vocab_size']} is {model.vocab_size}"
+        )
+
+
+def _check_shares(config: RunConfig, said: _Places) -> None:
+    data = config.data
+    total = (data.train_ratio or 0.0) + data.val_ratio + data.test_ratio
+    if total > 1 + 1e-9:
+        raise UsageError(
+            f"{said['data.train_ratio']}, {said['data.val_ratio']} and {said['data.test_ratio']} add up to {total:g}; they are shares of 1"
+        )
+    if data.max_length is not None and data.min_length > data.max_length:
+        raise UsageError(f"{said['data.min_length']} is {data.min_length}, above {said['data.max_length']}, {data.max_length}")
+
+
+def _check_reasoning(config: RunConfig, said: _Places) -> None:
+    reasoning = config.adaptive_reasoning
+    pairs = (("low_complexity_threshold", "medium_complexity_threshold"), ("min_computation_budget", "max_computation_budget"))
+    for low, high in pairs:
+        if getattr(reasoning, low) > getattr(reasoning, high):
+            raise UsageError(f"{said[f'adaptive_reasoning.{low}']} is above {said[f'adaptive_reasoning.{high}']}; swap them")

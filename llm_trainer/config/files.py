@@ -1,0 +1,122 @@
+"""Reading settings from files: JSON, YAML, and nanoGPT's Python files. Each becomes a list of what it says, with its place.
+
+JSON and YAML may hold sections, flat keys, or both. A name said twice in one mapping is an error, where the parsers by themselves would keep the last.
+A Python file is run by `runpy`, as nanoGPT runs its own by `exec`: it is the user's program. Names that begin with an underscore, modules,
+functions and classes are its own business; everything else must be a setting.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import types
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+
+import yaml
+
+from llm_trainer.config.errors import UsageError
+from llm_trainer.config.run import section_types
+from llm_trainer.config.sources import Said
+
+
+def read_text(path: Path) -> str:
+    """A file's text; raises UsageError where it is missing, a folder or not utf-8."""
+    if not path.exists():
+        beside = sorted(item.name for item in path.parent.glob(f"*{path.suffix}"))[:8] if path.parent.is_dir() else []
+        raise UsageError(f"there is no file {path}" + (f"; {path.parent} has {', '.join(beside)}" if beside else ""))
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; name a .json, .yaml or .py file in it")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not utf-8 (byte {error.start}); save it as utf-8") from None
+
+
+def read_mapping_or_list(path: Path) -> object:
+    """What a JSON or YAML file holds; raises UsageError where it does not parse."""
+    text = read_text(path)
+    try:
+        if path.suffix.lower() == ".json":
+            return json.loads(text, object_pairs_hook=_without_twins)
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+
+
+def read_settings(path: Path) -> list[Said]:
+    """Everything that a settings file says; raises UsageError where it cannot be read."""
+    if path.suffix.lower() == ".py":
+        return _from_python(path)
+    if path.suffix.lower() not in (".json", ".yaml", ".yml"):
+        raise UsageError(f"{path}: settings are read from .json, .yaml, .yml and .py files")
+    content = read_mapping_or_list(path)
+    if content is None:
+        return []
+    if isinstance(content, list):
+        raise UsageError(f"{path} holds a list, which is a scaling schedule: pass it as --scaling_schedule_file={path}")
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} holds {type(content).__name__}, not settings")
+    return _from_mapping(content, str(path))
+
+
+def _from_mapping(content: Mapping[object, object], place: str) -> list[Said]:
+    said: list[Said] = []
+    for key, value in content.items():
+        name = str(key)
+        if name in section_types() and (isinstance(value, Mapping) or value is None):
+            said += [Said(str(inner), inner_value, place, name) for inner, inner_value in (value or {}).items()]
+        else:
+            said.append(Said(name, value, place))
+    return said
+
+
+def _from_python(path: Path) -> list[Said]:
+    read_text(path)
+    try:
+        names = runpy.run_path(str(path))
+    except SystemExit as error:
+        raise UsageError(f"{path} left with status {error.code} instead of setting names") from None
+    except Exception as error:  # the file is the user's program: whatever it raises is theirs to read
+        raise UsageError(f"{path} failed: {type(error).__name__}: {error}") from error
+    said = [
+        Said(name, value, str(path))
+        for name, value in names.items()
+        if not name.startswith("_") and not isinstance(value, (types.ModuleType, type)) and not callable(value)
+    ]
+    for item in said:
+        if not isinstance(item.value, (bool, int, float, str, list, tuple, dict, type(None))):
+            raise UsageError(f"{path}: {item.name} is a {type(item.value).__name__}; begin its name with an underscore if it is not a setting")
+    if any(item.name in ("gradient_accumulation_steps", "grad_accum", "accumulation_steps") for item in said):
+        said.append(Said("accumulation_counts_all_ranks", True, f"{path} (nanoGPT's files count all ranks)", "training"))
+    return said
+
+
+def _without_twins(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for name, value in pairs:
+        if name in found and found[name] != value:
+            raise UsageError(f"{name} is said twice, {found[name]!r} and {value!r}; keep one")
+        found[name] = value
+    return found
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people expect it: 5e-4 is a number (PyYAML follows YAML 1.1, where it is text), and a key said twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
+        found: dict[Hashable, object] = {}
+        for key_node, value_node in node.value:
+            key, value = self.construct_object(key_node, deep=True), self.construct_object(value_node, deep=True)
+            if key in found and found[key] != value:
+                raise UsageError(f"line {key_node.start_mark.line + 1}: {key} is said twice, {found[key]!r} and {value!r}; keep one")
+            found[key] = value
+        return found
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(?:\d[\d_]*)(?:\.[\d_]*)?[eE][-+]?\d+|[-+]?\.\d+(?:[eE][-+]?\d+)?"), list("-+0123456789."))
