@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from llm_trainer.config.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from llm_trainer.training.checkpoints import JSON
+    from llm_trainer.config.run_folder import JSON
     from llm_trainer.training.trainer import Trainer
     from llm_trainer.training.validation import ValidationResult
 

@@ -1,0 +1,212 @@
+"""Where a run's numbers go: always `metrics.jsonl`, TensorBoard events beside it, Weights & Biases when asked for.
+
+`metrics.jsonl` is the record: one JSON object a line, `step` and `time` (seconds since 1970) first, appended and flushed at once, so a kill costs at
+most the line being written. JSON has no NaN; such values are the strings "NaN", "Infinity" and "-Infinity", and `read_metrics` turns them
+back. A resumed run first drops the lines past the step it resumes from: every step is told once, by the run that the weights come from.
+
+TensorBoard events are written with TensorBoard's own record writer and protocol buffers. `torch.utils.tensorboard` would do the
+same through numpy, and through TensorFlow where that is installed, which alone takes seconds to import.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, Protocol, TextIO
+
+from llm_trainer.config.errors import CheckpointError, UsageError
+from llm_trainer.config.run_folder import LOGS_FOLDER, METRICS_FILE, TEMPORARY_PREFIX, TENSORBOARD_LINK
+
+if TYPE_CHECKING:
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    from llm_trainer.config import RunConfig
+
+MetricLine = dict[str, float]
+
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+WANDB_ID_FILE = "wandb_run_id"
+
+
+class Sink(Protocol):
+    """A place that takes numbers."""
+
+    def write(self, metrics: Mapping[str, float], step: int, seconds: float) -> None:
+        """Take the numbers of a step; `seconds` since 1970."""
+
+    def close(self) -> None:
+        """Write what is left and let go."""
+
+
+class MetricsTracker:
+    """Writes metrics of a run folder to every place that `report_to` names, and to `metrics.jsonl`.
+
+    `resumed_step` is the step that a resumed run continues from (None: a new run): what an interrupted run said of later steps is dropped.
+    `config` gives W&B its project, name and settings. Raises UsageError when a place needs a package that is not installed.
+    """
+
+    def __init__(
+        self, run_folder: Path, report_to: Sequence[str] = (), *, resumed_step: int | None = None, config: RunConfig | None = None
+    ) -> None:
+        run_folder.mkdir(parents=True, exist_ok=True)
+        self._sinks: list[Sink] = [JsonLines(run_folder / METRICS_FILE, resumed_step)]
+        if "tensorboard" in report_to:
+            self._sinks.append(TensorBoard(run_folder, resumed_step))
+        if "wandb" in report_to:
+            self._sinks.append(WeightsAndBiases(run_folder, config))
+
+    def update(self, metrics: Mapping[str, float], step: int) -> None:
+        """Record numbers (plain, or tensors of one element) at a step."""
+        plain = {str(name): float(value) for name, value in metrics.items()}
+        now = time.time()
+        for sink in self._sinks:
+            sink.write(plain, step, now)
+
+    def close(self) -> None:
+        """Flush and close every place; `update` may not follow."""
+        for sink in self._sinks:
+            sink.close()
+        self._sinks = []
+
+
+def read_metrics(run_folder: Path) -> list[MetricLine]:
+    """The lines of a run's `metrics.jsonl` in order, `step` and `time` among them; a last line cut by a kill is left out."""
+    path = run_folder / METRICS_FILE
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    complete = text[: text.rfind("\n") + 1]
+    try:
+        return [_decode(line) for line in complete.splitlines()]
+    except ValueError as error:
+        raise CheckpointError(f"{path} has a line that is not a JSON object of numbers ({error}); mend or remove it") from error
+
+
+class JsonLines:
+    """`metrics.jsonl`, append-only while the run goes on."""
+
+    def __init__(self, path: Path, resumed_step: int | None) -> None:
+        if path.exists() and resumed_step is not None:
+            _keep_until(path, resumed_step)
+        self._file: TextIO = path.open("w" if resumed_step is None else "a", encoding="utf-8")
+
+    def write(self, metrics: Mapping[str, float], step: int, seconds: float) -> None:
+        """Append one line and flush it."""
+        values = {name: value if math.isfinite(value) else _name_of(value) for name, value in metrics.items()}
+        self._file.write(json.dumps({"step": step, "time": round(seconds, 3), **values}, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class TensorBoard:
+    """Scalar events under `logs/`, which `tensorboard` is a link to; both `tensorboard --logdir`s of the manuals find them."""
+
+    def __init__(self, run_folder: Path, resumed_step: int | None) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        logs = run_folder / LOGS_FOLDER
+        logs.mkdir(parents=True, exist_ok=True)
+        _link(run_folder / TENSORBOARD_LINK, logs)
+        name = f"events.out.tfevents.{time.time_ns() // 1_000_000_000}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
+        self._file: BinaryIO = (logs / name).open("wb")
+        self._records = RecordWriter(self._file)
+        self._event, self._summary = Event, Summary
+        self._put(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        if resumed_step is not None:
+            # TensorBoard then hides what earlier files say of this step and later ones.
+            self._put(Event(wall_time=time.time(), step=resumed_step + 1, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, metrics: Mapping[str, float], step: int, seconds: float) -> None:
+        """Append one event with all the scalars, and flush it."""
+        values = [self._summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        self._put(self._event(wall_time=seconds, step=step, summary=self._summary(value=values)))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _put(self, event: Event) -> None:
+        self._records.write(event.SerializeToString())
+        self._file.flush()
+
+
+class WeightsAndBiases:
+    """A run on Weights & Biases; WANDB_MODE=offline keeps it on this machine. A resumed run continues under the id kept in the run folder."""
+
+    def __init__(self, run_folder: Path, config: RunConfig | None) -> None:
+        try:
+            wandb = importlib.import_module("wandb")
+        except ImportError as error:
+            raise UsageError(
+                "report_to wandb needs the package wandb: pip install 'llm-trainer[wandb]', or leave wandb out of report_to"
+            ) from error
+        id_file = run_folder / WANDB_ID_FILE
+        known = id_file.read_text(encoding="utf-8").strip() if id_file.exists() else None
+        training = config.training if config is not None else None
+        self._run = wandb.init(
+            project=(training.wandb_project if training else None) or "llm-trainer",
+            name=training.wandb_run_name if training else None,
+            dir=str(run_folder),
+            id=known,
+            resume="allow",
+            config=config.model_dump(mode="json") if config else None,
+        )
+        id_file.write_text(f"{self._run.id}\n", encoding="utf-8")
+
+    def write(self, metrics: Mapping[str, float], step: int, seconds: float) -> None:
+        """Log the numbers at this step."""
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish()
+
+
+def _name_of(value: float) -> str:
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def _decode(line: str) -> MetricLine:
+    values = json.loads(line)
+    if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+        raise ValueError(f"no step in {line[:60]!r}")
+    return {name: _NOT_FINITE[value] if isinstance(value, str) and value in _NOT_FINITE else float(value) for name, value in values.items()}
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drop the lines past `step` and a torn last line, replacing the file in one rename."""
+    kept = [
+        line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n") and _step_of_line(line) <= step
+    ]
+    replacement = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
+    replacement.write_text("".join(kept), encoding="utf-8")
+    replacement.replace(path)
+
+
+def _step_of_line(line: str) -> float:
+    try:
+        return _decode(line)["step"]
+    except ValueError:
+        return math.inf  # no line of ours
+
+
+def _link(link: Path, target: Path) -> None:
+    """Make `link` a relative link to `target`; where the system has no links, or something else bears the name, leave it."""
+    if link.is_symlink() or link.exists():
+        return
+    try:
+        link.symlink_to(target.name, target_is_directory=True)
+    except OSError:  # Windows without the right to make links
+        return
