@@ -1,8 +1,8 @@
 """The two meanings of `batch_size`, settled once: everything behind this knows `micro_batch_size` and `gradient_accumulation_steps` only.
 
 With `micro_batch_size` given, `batch_size` is the whole step's, over all ranks: accumulation = batch_size / (micro_batch_size × ranks).
-Otherwise `batch_size` is one rank's micro-batch and `gradient_accumulation_steps` multiplies it. In nanoGPT's files that counts all ranks together
-(`accumulation_counts_all_ranks`) and is divided by their number.
+Otherwise `batch_size` is one rank's micro-batch and `gradient_accumulation_steps` multiplies it. In nanoGPT's files that counts all
+ranks together (`accumulation_counts_all_ranks`) and is divided by their number.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class BatchPlan:
 
 
 def resolve_batches(training: TrainingConfig, ranks: int) -> BatchPlan:
-    """The one pair behind `batch_size`, `micro_batch_size` and `gradient_accumulation_steps`; raises UsageError where they do not divide."""
+    """The pair behind `batch_size`, `micro_batch_size` and `gradient_accumulation_steps`; raises UsageError where they do not divide."""
     whole, micro = training.batch_size, training.micro_batch_size
     accumulation = _accumulation_per_rank(training, ranks)
     if micro is None:
@@ -44,7 +44,8 @@ def resolve_batches(training: TrainingConfig, ranks: int) -> BatchPlan:
     steps = whole // (micro * ranks)
     if accumulation is not None and accumulation != steps:
         raise UsageError(
-            f"batch_size {whole} / (micro_batch_size {micro} × ranks {ranks}) = {steps}, but gradient_accumulation_steps says {accumulation}; leave one out"
+            f"batch_size {whole} / (micro_batch_size {micro} × ranks {ranks}) = {steps}, "
+            f"but gradient_accumulation_steps says {accumulation}; leave one out"
         )
     return BatchPlan(micro, steps)
 

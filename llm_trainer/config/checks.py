@@ -1,4 +1,4 @@
-"""Contradictions between settings that each are fine alone, as far as the settings themselves can show them. All in one place, before anything loads."""
+"""Contradictions between settings that each are fine alone, in one place and before anything heavy loads."""
 
 from __future__ import annotations
 
@@ -40,11 +40,14 @@ def _check_ranks(config: RunConfig, said: _Places, world_size: int) -> None:
     training = config.training
     if training.world_size is not None and training.world_size != world_size:
         raise UsageError(
-            f"{said['training.world_size']} is {training.world_size}, but {world_size} process{'es were' if world_size > 1 else ' was'} started; "
+            f"{said['training.world_size']} is {training.world_size}, "
+            f"but {world_size} process{'es were' if world_size > 1 else ' was'} started; "
             f"start with torchrun --nproc_per_node={training.world_size}, or leave world_size out"
         )
     if training.distributed_backend == "nccl" and training.device == "cpu":
-        raise UsageError(f"{said['training.distributed_backend']} is nccl, which needs GPUs, but {said['training.device']} is cpu; use gloo or auto")
+        raise UsageError(
+            f"{said['training.distributed_backend']} is nccl, which needs GPUs, but {said['training.device']} is cpu; use gloo or auto"
+        )
     resolve_batches(training, world_size)
 
 
@@ -62,7 +65,9 @@ def _check_length(config: RunConfig, said: _Places) -> None:
         )
     decay = training.lr_decay_steps
     if decay is not None and decay.unit == warmup.unit and decay.value < warmup.value:
-        raise UsageError(f"{said['training.lr_decay_steps']} is {decay}, before the warm-up ends: {said['training.warmup_steps']} is {warmup}")
+        raise UsageError(
+            f"{said['training.lr_decay_steps']} is {decay}, before the warm-up ends: {said['training.warmup_steps']} is {warmup}"
+        )
 
 
 def _check_saving(config: RunConfig, said: _Places) -> None:
@@ -93,7 +98,8 @@ def _check_data_fits(config: RunConfig, said: _Places) -> None:
         )
     if data.is_said("vocab_size") and data.vocab_size > model.vocab_size:
         raise UsageError(
-            f"{said['data.vocab_size']} is {data.vocab_size}, more ids than the model has rows: {said['model.vocab_size']} is {model.vocab_size}"
+            f"{said['data.vocab_size']} is {data.vocab_size}, more ids than the model has rows: "
+            f"{said['model.vocab_size']} is {model.vocab_size}"
         )
 
 

@@ -19,8 +19,12 @@ class DataConfig(Section):
     dataset_split: str = setting("train", "its training split")
     validation_split: str | None = setting(None, "its validation split; none: cut from the training split by document hash")
     text_column: str = setting("text", "the column that holds the text", aliases=("text_field",))
-    tokenizer_type: Literal["auto", "bpe", "char", "wordpiece", "tiktoken"] = setting("auto", "kind of tokenizer to train; auto: bpe, or tokenizer_path's")
-    tokenizer_path: str | None = setting(None, "an existing tokenizer: a tokenizer.json, a folder or a hub name", aliases=("tokenizer", "tokenizer_name"))
+    tokenizer_type: Literal["auto", "bpe", "char", "wordpiece", "tiktoken"] = setting(
+        "auto", "kind of tokenizer to train; auto: bpe, or tokenizer_path's"
+    )
+    tokenizer_path: str | None = setting(
+        None, "an existing tokenizer: a tokenizer.json, a folder or a hub name", aliases=("tokenizer", "tokenizer_name")
+    )
     vocab_size: int = setting(32000, "ids of a tokenizer to be trained, at most", unit="tokens", gt=0)
     tokenizer_sample_megabytes: float = setting(64.0, "a BPE tokenizer is trained on at most so much of the training text", unit="MB", gt=0)
     max_length: int | None = setting(None, "length of a chunk; becomes the model's context", unit="tokens", gt=0)

@@ -33,7 +33,7 @@ def _follow(values: dict[Field, Value], defaults: set[Field], follower: Field, l
 
 
 def _efficiency(values: dict[Field, Value], defaults: set[Field]) -> None:
-    """`use_computational_efficiency` alone means what the manual's section shows and what is safe everywhere: activations are recomputed."""
+    """`use_computational_efficiency` alone takes from the manual's section what is safe on every machine: activations are recomputed."""
     switch = values.get(("training", "use_computational_efficiency"))
     key = ("model", "gradient_checkpointing")
     if switch is not None and str(switch.value).lower() in ("true", "1", "yes", "on") and (key not in values or key in defaults):

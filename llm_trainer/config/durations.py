@@ -13,7 +13,17 @@ Unit = Literal["steps", "epochs", "tokens"]
 
 _PATTERN = re.compile(r"\s*([0-9][0-9_.]*(?:e[+-]?\d+)?)\s*([kMGBT]?)\s*([a-z]*)\s*")
 _SCALES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
-_UNITS: dict[str, Unit] = {"": "steps", "step": "steps", "steps": "steps", "epoch": "epochs", "epochs": "epochs", "ep": "epochs", "token": "tokens", "tokens": "tokens", "tok": "tokens"}
+_UNITS: dict[str, Unit] = {
+    "": "steps",
+    "step": "steps",
+    "steps": "steps",
+    "epoch": "epochs",
+    "epochs": "epochs",
+    "ep": "epochs",
+    "token": "tokens",
+    "tokens": "tokens",
+    "tok": "tokens",
+}
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def launch_environment(variables: Mapping[str, str] | None = None) -> LaunchEnvi
 
 
 def read_dotenv(path: Path) -> dict[str, str]:
-    """The variables of ours that a `.env` file sets, empty ones left out; {} where there is no file. Raises UsageError for a bad WANDB_MODE."""
+    """The variables of ours that a `.env` file sets, empty ones left out; {} without a file. Raises UsageError for a bad WANDB_MODE."""
     if not path.is_file():
         return {}
     from dotenv import dotenv_values

@@ -26,4 +26,6 @@ def explain(loaded: LoadedRun) -> str:
         rows.append((dotted, shown, said_origin(section, name, loaded.origins, dotted), declared.unit or "", field.description or ""))
     header = ("setting", "value", "from", "unit", "meaning")
     widths = [min(44, max(len(row[column]) for row in [header, *rows])) for column in range(4)]
-    return "\n".join("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]).rstrip() for row in [header, *rows])
+    return "\n".join(
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]).rstrip() for row in [header, *rows]
+    )

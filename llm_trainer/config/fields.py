@@ -104,7 +104,9 @@ class Section(BaseModel):
         for given, value in cls.translate(values).items():
             name = cls.names()[given]
             if name in settled and settled[name] != value:
-                raise UsageError(f"{said[name]}={settled[name]!r} and {given}={value!r} are two names of one setting ({name}); give one value")
+                raise UsageError(
+                    f"{said[name]}={settled[name]!r} and {given}={value!r} are two names of one setting ({name}); give one value"
+                )
             settled[name], said[name] = value, given
         return {name: _coerce(cls, name, value) for name, value in settled.items()}
 
@@ -143,7 +145,7 @@ def _names(section: type[Section]) -> Mapping[str, str]:
 @functools.cache
 def _adapter(section: type[Section], name: str) -> TypeAdapter[Any]:
     field = section.model_fields[name]
-    bounded = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+    bounded: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
     return TypeAdapter(bounded, config=ConfigDict(allow_inf_nan=False) if float in kinds_of(section, name) else None)
 
 
@@ -189,7 +191,7 @@ def split_list(said: str, splits: bool = True) -> list[Any]:
         try:
             return list(json.loads(text.replace("'", '"') if '"' not in text else text))
         except ValueError:
-            raise UsageError(f"{said!r} is not a list; write a,b or [\"a\", \"b\"]") from None
+            raise UsageError(f'{said!r} is not a list; write a,b or ["a", "b"]') from None
     if not splits:
         return [said]
     return [] if text.lower() in ("", "none") else [part.strip() for part in text.split(",")]
@@ -212,7 +214,7 @@ def switch_word(value: object) -> object:
 
 
 def validation_message(error: ValidationError, section: type[Section], *, label: str | None = None) -> str:
-    """pydantic's complaints in a user's words: setting, value, what is allowed. `label` names the setting where pydantic saw only its value."""
+    """pydantic's complaints in a user's words: setting, value, what is allowed. `label` names a value judged without its field."""
     lines = []
     for detail in error.errors(include_url=False):
         place = ".".join([*([label] if label else []), *(str(part) for part in detail["loc"])]) or section.__name__

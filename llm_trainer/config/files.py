@@ -1,6 +1,6 @@
 """Reading settings from files: JSON, YAML, and nanoGPT's Python files. Each becomes a list of what it says, with its place.
 
-JSON and YAML may hold sections, flat keys, or both. A name said twice in one mapping is an error, where the parsers by themselves would keep the last.
+JSON and YAML may hold sections, flat keys, or both. A name said twice in one mapping is an error, where the parsers would keep the last.
 A Python file is run by `runpy`, as nanoGPT runs its own by `exec`: it is the user's program. Names that begin with an underscore, modules,
 functions and classes are its own business; everything else must be a setting.
 """
@@ -40,7 +40,7 @@ def read_mapping_or_list(path: Path) -> object:
     try:
         if path.suffix.lower() == ".json":
             return json.loads(text, object_pairs_hook=_without_twins)
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader
     except json.JSONDecodeError as error:
         raise UsageError(f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
     except yaml.YAMLError as error:
@@ -91,7 +91,9 @@ def _from_python(path: Path) -> list[Said]:
     ]
     for item in said:
         if not isinstance(item.value, (bool, int, float, str, list, tuple, dict, type(None))):
-            raise UsageError(f"{path}: {item.name} is a {type(item.value).__name__}; begin its name with an underscore if it is not a setting")
+            raise UsageError(
+                f"{path}: {item.name} is a {type(item.value).__name__}; begin its name with an underscore if it is not a setting"
+            )
     if any(item.name in ("gradient_accumulation_steps", "grad_accum", "accumulation_steps") for item in said):
         said.append(Said("accumulation_counts_all_ranks", True, f"{path} (nanoGPT's files count all ranks)", "training"))
     return said
@@ -119,4 +121,6 @@ class _Loader(yaml.SafeLoader):
         return found
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(?:\d[\d_]*)(?:\.[\d_]*)?[eE][-+]?\d+|[-+]?\.\d+(?:[eE][-+]?\d+)?"), list("-+0123456789."))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(?:\d[\d_]*)(?:\.[\d_]*)?[eE][-+]?\d+|[-+]?\.\d+(?:[eE][-+]?\d+)?"), list("-+0123456789.")
+)

@@ -39,7 +39,11 @@ def _meaning(door: Door, key: Field) -> str:
     field, declared = kind.model_fields[name], kind.setting_of(name)
     default = door.defaults.get(f"{home}.{name}" if home != OWN else name, field.get_default(call_default_factory=True))
     facts = [f"in {declared.unit}"] if declared.unit else []
-    facts += [f"default {'none' if default is None else default}"] if isinstance(default, (bool, int, float, str, list, type(None))) else [f"default {default}"]
+    facts += (
+        [f"default {'none' if default is None else default}"]
+        if isinstance(default, (bool, int, float, str, list, type(None)))
+        else [f"default {default}"]
+    )
     facts += ["not built yet"] if declared.owed else []
     others = [f"--{other}" for other in (*declared.aliases, *declared.spellings)]
     return f"{field.description} ({'; '.join(facts)})" + (f"; also {', '.join(others)}" if others else "")

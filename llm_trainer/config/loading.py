@@ -64,7 +64,9 @@ class LoadedRun:
     def said(self) -> dict[str, object]:
         """Dotted name → value of everything that files, a preset or flags said, defaults aside."""
         sections = {name: getattr(self.config, name) for name in section_types()}
-        return {f"{section}.{name}": getattr(values, name) for section, values in sections.items() for name in sorted(values.model_fields_set)}
+        return {
+            f"{section}.{name}": getattr(values, name) for section, values in sections.items() for name in sorted(values.model_fields_set)
+        }
 
     def over(self, base: RunConfig) -> RunConfig:
         """The settings of `base` (a run that is resumed) with everything that was said here laid over them."""
@@ -72,7 +74,7 @@ class LoadedRun:
         for dotted, value in self.said().items():
             section, _, name = dotted.partition(".")
             sections[section][name] = value
-        return RunConfig(**sections)
+        return RunConfig.model_validate(sections)
 
 
 def load_run(door: Door, argv: Sequence[str]) -> LoadedRun:
@@ -93,7 +95,7 @@ def load_run(door: Door, argv: Sequence[str]) -> LoadedRun:
     values, defaults = _gather(door, line, notes)
     notes += derive(values, defaults)
     sections, own = _build(door, values, defaults)
-    config = RunConfig(**sections)
+    config = RunConfig.model_validate(sections)
     loaded = LoadedRun(config, own, _origins(values), line.explain, door, notes, [Path(name) for name in line.files])
     launch = launch_environment()
     check_run(config, loaded.origins, {entry.partition(".")[0] for entry in door.sections}, launch.world_size)
@@ -112,7 +114,9 @@ def _take_positional(door: Door, line: CommandLine) -> None:
         elif waiting:
             line.said.append(Said(waiting.pop(0), argument, f"the argument {argument!r}"))
         else:
-            hint = f"; a settings file is given as --config={argument}" if Path(argument).suffix in (".py", ".json", ".yaml", ".yml") else ""
+            hint = (
+                f"; a settings file is given as --config={argument}" if Path(argument).suffix in (".py", ".json", ".yaml", ".yml") else ""
+            )
             raise UsageError(f"{door.name} does not know what to do with {argument!r}{hint}; settings are given as --name=value")
 
 
@@ -175,7 +179,7 @@ def _refuse_idle_flags(flags: Sequence[Said], settled: Mapping[Field, Value], sw
 
 
 def _with_wandb(said: list[Said]) -> list[Said]:
-    """In JSON and YAML a `wandb_project` switches Weights & Biases on, unless the file says where metrics go; nanoGPT's files have `wandb_log`."""
+    """In JSON and YAML a `wandb_project` switches Weights & Biases on, unless the file says where metrics go; nanoGPT has `wandb_log`."""
     names = {item.name for item in said}
     project = next((item for item in said if item.name == "wandb_project" and item.value), None)
     if project is None or names & {"wandb_log", "report_to"} or project.place.endswith(".py"):
@@ -209,7 +213,9 @@ def _build(door: Door, values: Mapping[Field, Value], defaults: set[Field]) -> t
         try:
             built[section] = kind(**checked)
         except UsageError as error:
-            origins = ", ".join(dict.fromkeys(value.origin for (home, name), value in values.items() if home == section and name in str(error)))
+            origins = ", ".join(
+                dict.fromkeys(value.origin for (home, name), value in values.items() if home == section and name in str(error))
+            )
             raise UsageError(f"{origins}: {error}" if origins else str(error)) from None
         built[section].__pydantic_fields_set__.difference_update(name for home, name in defaults if home == section)
     return {name: section for name, section in built.items() if name != OWN}, built.get(OWN)

@@ -30,31 +30,65 @@ class RopeScaling(Section):
 
     kind: Literal["linear", "llama3"] = setting("linear", "how positions are stretched", aliases=("rope_type", "type"))
     factor: float = setting(1.0, "how many times longer the context becomes", gt=0)
-    low_frequency_factor: float = setting(1.0, "llama3: wavelengths above context/this are stretched fully", aliases=("low_freq_factor",), gt=0)
-    high_frequency_factor: float = setting(4.0, "llama3: wavelengths below context/this are left alone", aliases=("high_freq_factor",), gt=0)
-    original_context: int = setting(8192, "llama3: the context of the first training", unit="tokens", aliases=("original_max_position_embeddings",), gt=0)
+    low_frequency_factor: float = setting(
+        1.0, "llama3: wavelengths above context/this are stretched fully", aliases=("low_freq_factor",), gt=0
+    )
+    high_frequency_factor: float = setting(
+        4.0, "llama3: wavelengths below context/this are left alone", aliases=("high_freq_factor",), gt=0
+    )
+    original_context: int = setting(
+        8192, "llama3: the context of the first training", unit="tokens", aliases=("original_max_position_embeddings",), gt=0
+    )
     rope_theta: float | None = setting(None, "base of the rotary frequencies where the file keeps it here", gt=0)
 
 
 class ModelConfig(Section):
     """The network's shape."""
 
-    model_type: Literal["gpt2", "llama", "enhanced"] = setting("gpt2", "family that the defaults come from", aliases=("architecture", "family"))
-    vocab_size: int = setting(50257, "rows of the embedding; set by the tokenizer when one is at hand", unit="tokens", aliases=("n_vocab",), gt=0)
+    model_type: Literal["gpt2", "llama", "enhanced"] = setting(
+        "gpt2", "family that the defaults come from", aliases=("architecture", "family")
+    )
+    vocab_size: int = setting(
+        50257, "rows of the embedding; set by the tokenizer when one is at hand", unit="tokens", aliases=("n_vocab",), gt=0
+    )
     hidden_size: int = setting(768, "width of the residual stream", unit="features", aliases=("d_model", "n_embd", "embed_dim"), gt=0)
     num_hidden_layers: int = setting(12, "transformer blocks", unit="layers", aliases=("num_layers", "n_layers", "n_layer"), gt=0)
     num_attention_heads: int = setting(12, "query heads", unit="heads", aliases=("num_heads", "n_heads", "n_head"), gt=0)
-    num_key_value_heads: int | None = setting(None, "key and value heads (GQA); none: as many as query heads", unit="heads", aliases=("num_kv_heads", "n_kv_heads", "n_kv_head", "n_query_groups"), gt=0)
-    head_dim: int | None = setting(None, "width of a head; none: hidden_size / num_attention_heads", unit="features", aliases=("d_head", "head_size"), gt=0)
-    intermediate_size: int | None = setting(None, "inner width of the MLP; none: 4 × hidden_size, for swiglu 8/3 × hidden_size rounded up to 256", unit="features", aliases=("d_ff", "n_inner", "ffn_dim"), gt=0)
-    max_position_embeddings: int = setting(1024, "context", unit="tokens", aliases=("max_seq_len", "max_seq_length", "block_size", "n_positions", "n_ctx", "context_length"), gt=0)
+    num_key_value_heads: int | None = setting(
+        None,
+        "key and value heads (GQA); none: as many as query heads",
+        unit="heads",
+        aliases=("num_kv_heads", "n_kv_heads", "n_kv_head", "n_query_groups"),
+        gt=0,
+    )
+    head_dim: int | None = setting(
+        None, "width of a head; none: hidden_size / num_attention_heads", unit="features", aliases=("d_head", "head_size"), gt=0
+    )
+    intermediate_size: int | None = setting(
+        None,
+        "inner width of the MLP; none: 4 × hidden_size, for swiglu 8/3 × hidden_size rounded up to 256",
+        unit="features",
+        aliases=("d_ff", "n_inner", "ffn_dim"),
+        gt=0,
+    )
+    max_position_embeddings: int = setting(
+        1024,
+        "context",
+        unit="tokens",
+        aliases=("max_seq_len", "max_seq_length", "block_size", "n_positions", "n_ctx", "context_length"),
+        gt=0,
+    )
     positions: Literal["learned", "rope", "none"] = setting("learned", "how a token knows where it stands", aliases=("position_embedding",))
     rope_theta: float = setting(10000.0, "base of the rotary frequencies", gt=0)
     rope_scaling: RopeScaling | None = setting(None, "stretching of rotary positions")
     norm: Literal["layernorm", "rmsnorm"] = setting("layernorm", "normalisation", aliases=("norm_type",))
-    norm_epsilon: float = setting(1e-5, "added to the variance", aliases=("layer_norm_epsilon", "layer_norm_eps", "rms_norm_eps", "norm_eps"), gt=0)
+    norm_epsilon: float = setting(
+        1e-5, "added to the variance", aliases=("layer_norm_epsilon", "layer_norm_eps", "rms_norm_eps", "norm_eps"), gt=0
+    )
     pre_norm: bool = setting(True, "normalise before each sublayer; false: after its residual sum, as the first transformer did")
-    activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "silu", "swiglu"] = setting("gelu_tanh", "inner function of the MLP (relu2: ReLU squared, swiglu: gated SiLU)", aliases=("hidden_act", "activation_function"))
+    activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "silu", "swiglu"] = setting(
+        "gelu_tanh", "inner function of the MLP (relu2: ReLU squared, swiglu: gated SiLU)", aliases=("hidden_act", "activation_function")
+    )
     bias: bool = setting(True, "biases in linear layers and LayerNorm")
     attention_bias: bool | None = setting(None, "biases in all four attention projections; none: as `bias`")
     qkv_bias: bool | None = setting(None, "biases in query, key and value projections only; none: as `attention_bias`")
@@ -63,13 +97,22 @@ class ModelConfig(Section):
     qk_norm: bool = setting(False, "RMSNorm on each head's queries and keys", aliases=("use_qk_norm",))
     tie_word_embeddings: bool = setting(True, "the head shares the embedding's matrix", aliases=("tie_weights", "weight_tying"))
     sliding_window: int | None = setting(None, "each token sees only this many before it", unit="tokens", gt=0)
-    logit_soft_cap: float | None = setting(None, "logits are squashed into ± this by tanh", aliases=("final_logit_softcapping", "logit_softcap"), gt=0)
+    logit_soft_cap: float | None = setting(
+        None, "logits are squashed into ± this by tanh", aliases=("final_logit_softcapping", "logit_softcap"), gt=0
+    )
     dropout: float = setting(0.0, "dropout on each sublayer's output", aliases=("resid_pdrop", "hidden_dropout"), ge=0, lt=1)
     attention_dropout: float | None = setting(None, "dropout on attention weights; none: as `dropout`", aliases=("attn_pdrop",), ge=0, lt=1)
     embedding_dropout: float | None = setting(None, "dropout on the embeddings; none: as `dropout`", aliases=("embd_pdrop",), ge=0, lt=1)
-    initializer_range: float = setting(0.02, "standard deviation of initial weights; residual outputs get it / √(2 × layers)", aliases=("init_std",), gt=0)
+    initializer_range: float = setting(
+        0.02, "standard deviation of initial weights; residual outputs get it / √(2 × layers)", aliases=("init_std",), gt=0
+    )
     zero_init_outputs: bool = setting(False, "start each sublayer's output projection at zero (muP-like; helps Muon)")
-    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, more time", paths=("training.gradient_checkpointing", "computational_efficiency.use_activation_checkpointing"), aliases=("use_activation_checkpointing", "activation_checkpointing"))
+    gradient_checkpointing: bool = setting(
+        False,
+        "recompute activations in the backward pass: less memory, more time",
+        paths=("training.gradient_checkpointing", "computational_efficiency.use_activation_checkpointing"),
+        aliases=("use_activation_checkpointing", "activation_checkpointing"),
+    )
     use_adapter_modules: bool = setting(False, "adapter modules in each block", owed=True)
     use_domain_adaptation: bool = setting(False, "an adapter a domain", owed=True)
 
@@ -79,7 +122,9 @@ class ModelConfig(Section):
         settled = dict(values)
         for name in ("activation", "hidden_act", "activation_function"):
             if name in settled:
-                settled[name] = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu_squared": "relu2"}.get(settled[name], settled[name])
+                settled[name] = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu_squared": "relu2"}.get(
+                    settled[name], settled[name]
+                )
         return settled
 
     @model_validator(mode="after")
@@ -106,7 +151,10 @@ class ModelConfig(Section):
     def check_shape(self) -> None:
         """Raises UsageError where heads, widths and positions do not fit together. Assignments one by one are checked on use."""
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
-            raise UsageError(f"hidden_size {self.hidden_size} does not divide into {self.num_attention_heads} heads; change num_attention_heads or set head_dim")
+            raise UsageError(
+                f"hidden_size {self.hidden_size} does not divide into {self.num_attention_heads} heads; "
+                "change num_attention_heads or set head_dim"
+            )
         if self.num_attention_heads % self.kv_heads:
             raise UsageError(f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads {self.kv_heads}")
         if self.positions == "rope" and self.head_width % 2:

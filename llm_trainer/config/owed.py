@@ -19,14 +19,20 @@ def owed_settings(config: RunConfig) -> list[str]:
         values = getattr(config, section)
         for name, field in kind.model_fields.items():
             value = getattr(values, name)
-            if kind.setting_of(name).owed and value != field.get_default(call_default_factory=True) and not _inactive(config, section, name):
+            if (
+                kind.setting_of(name).owed
+                and value != field.get_default(call_default_factory=True)
+                and not _inactive(config, section, name)
+            ):
                 found.append(f"{section}.{name} = {value!r} ({field.description})")
     return found
 
 
 def _inactive(config: RunConfig, section: str, name: str) -> bool:
     """Settings that mean something only beside a switch, which is off."""
-    switch = {"training.teacher_model_path": "use_knowledge_distillation", "training.deepspeed_config": "use_deepspeed"}.get(f"{section}.{name}")
+    switch = {"training.teacher_model_path": "use_knowledge_distillation", "training.deepspeed_config": "use_deepspeed"}.get(
+        f"{section}.{name}"
+    )
     return switch is not None and not getattr(config.training, switch)
 
 
@@ -35,4 +41,6 @@ def refuse_owed(config: RunConfig) -> None:
     found = owed_settings(config)
     if found:
         listed = "\n".join(f"  {line}" for line in found)
-        raise UsageError(f"not built yet in this version:\n{listed}\nLeave {'it' if len(found) == 1 else 'them'} out, or switch off, to go on without.")
+        raise UsageError(
+            f"not built yet in this version:\n{listed}\nLeave {'it' if len(found) == 1 else 'them'} out, or switch off, to go on without."
+        )

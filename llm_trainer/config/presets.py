@@ -24,7 +24,7 @@ class Preset:
 
     def model(self) -> ModelConfig:
         """The shape as a ModelConfig."""
-        return ModelConfig(**self.settings)
+        return ModelConfig.model_validate(self.settings)
 
     def parameters(self) -> int:
         """The true number of parameters; a matrix that embedding and head share counts once."""
@@ -68,5 +68,9 @@ def preset(name: str) -> Preset:
     spelled = name.lower().replace("_", "-")
     if spelled not in PRESETS:
         close = difflib.get_close_matches(spelled, PRESETS, n=3, cutoff=0.4)
-        raise UsageError(f"there is no preset {name!r}; " + (f"did you mean {' or '.join(close)}? " if close else "") + "`llm-trainer presets` lists them")
+        raise UsageError(
+            f"there is no preset {name!r}; "
+            + (f"did you mean {' or '.join(close)}? " if close else "")
+            + "`llm-trainer presets` lists them"
+        )
     return PRESETS[spelled]

@@ -1,7 +1,7 @@
-"""Scaling schedules: a list of operations that change the run while it trains. They are read and judged whole before training; running them comes later.
+"""Scaling schedules: operations that change the run while it trains. They are read and judged whole first; running them comes later.
 
-An entry names an operation and its value, and fires below a validation loss (`trigger_loss`), after so many steps (`max_wait_iters`), or on whichever
-comes first. This module knows each operation's kind of value, and which parts exist; how operations change a model belongs elsewhere.
+An entry names an operation and its value, and fires below a validation loss (`trigger_loss`), after so many steps (`max_wait_iters`), or on
+whichever comes first. This module knows each operation's kind of value, and which parts exist; how operations change a model belongs elsewhere.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ class Operation(Section):
     name: str = setting("", "the operation")
     value: Any = setting(None, "its argument")
     trigger_loss: float | None = setting(None, "fires when a validation loss is below it", unit="nats")
-    max_wait_iters: int | None = setting(None, "fires after so many steps since the previous operation, whatever the loss", unit="steps", ge=0)
+    max_wait_iters: int | None = setting(
+        None, "fires after so many steps since the previous operation, whatever the loss", unit="steps", ge=0
+    )
     reevaluate: bool = setting(False, "evaluate again right after")
     desc: str | None = setting(None, "free text for the log", aliases=("description",))
     mode: str | None = setting(None, "stack_layers: identity keeps the function exactly")
@@ -76,7 +78,9 @@ def _parts(value: Any, layers: int) -> str | None:
 
 
 def _part_and_rank(value: Any, layers: int) -> str | None:
-    fits = isinstance(value, list) and len(value) == 2 and _exists(value[0], layers, _LORA_PART) and _count_or_zero(value[1], layers) is None
+    fits = (
+        isinstance(value, list) and len(value) == 2 and _exists(value[0], layers, _LORA_PART) and _count_or_zero(value[1], layers) is None
+    )
     return None if fits else f"[part, rank] with a part attn.N, mlp.N (N below {layers}), wte or lm_head and a rank of 0 or more"
 
 
@@ -86,26 +90,46 @@ def _part_and_share(value: Any, layers: int) -> str | None:
 
 
 def _layer_list(value: Any, layers: int) -> str | None:
-    fits = isinstance(value, list) and value and all(isinstance(item, int) and not isinstance(item, bool) and 0 <= item < layers for item in value)
+    fits = (
+        isinstance(value, list)
+        and value
+        and all(isinstance(item, int) and not isinstance(item, bool) and 0 <= item < layers for item in value)
+    )
     return None if fits else f"a list of layer indices from 0 to {layers - 1}, such as [0, 0, 1, 1]"
 
 
 def _width_and_heads(value: Any, layers: int) -> str | None:
     numbers = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
-    return None if 1 <= len(numbers) <= 2 and all(_count(item, layers) is None for item in numbers) else "a new hidden size, or [hidden size, heads]"
+    return (
+        None
+        if 1 <= len(numbers) <= 2 and all(_count(item, layers) is None for item in numbers)
+        else "a new hidden size, or [hidden size, heads]"
+    )
 
 
 def _vocabulary(value: Any, layers: int) -> str | None:
     if isinstance(value, dict):
-        fits = not set(value) - {"size", "remap_file"} and _count(value.get("size"), layers) is None and isinstance(value.get("remap_file", ""), str)
+        fits = (
+            not set(value) - {"size", "remap_file"}
+            and _count(value.get("size"), layers) is None
+            and isinstance(value.get("remap_file", ""), str)
+        )
         return None if fits else "a size, or {size, remap_file}"
     return None if _count(value, layers) is None else "a size, or {size, remap_file}"
 
 
 def _batch_fit(value: Any, layers: int) -> str | None:
     if isinstance(value, dict):
-        return None if value and not set(value) - {"target_vram_percent", "max_batch_size"} else "null, a factor, or {target_vram_percent, max_batch_size}"
-    return None if value is None or _number(value) and 0 < value <= 1 else "null, a factor above 0 and up to 1, or {target_vram_percent, max_batch_size}"
+        return (
+            None
+            if value and not set(value) - {"target_vram_percent", "max_batch_size"}
+            else "null, a factor, or {target_vram_percent, max_batch_size}"
+        )
+    return (
+        None
+        if value is None or (_number(value) and 0 < value <= 1)
+        else "null, a factor above 0 and up to 1, or {target_vram_percent, max_batch_size}"
+    )
 
 
 def _layer(value: Any, layers: int) -> str | None:

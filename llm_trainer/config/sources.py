@@ -22,7 +22,7 @@ Field = tuple[str, str]  # section, canonical name
 
 @dataclass(frozen=True)
 class Said:
-    """One thing that was said: `name` may be flat, dotted or an alias; `section` is set where the file named it; `place` is for messages."""
+    """One thing that was said: `name` may be flat, dotted or an alias; `section` is set where a file named it; `place` is for messages."""
 
     name: str
     value: object
@@ -40,8 +40,8 @@ class Value:
 
 @dataclass(frozen=True)
 class Names:
-    """What names mean here: the sections (`training`), or single settings (`data.data_dir`), in the order in which a flat name looks them up,
-    and the command's own section."""
+    """What names mean here: the sections (`training`) or single settings (`data.data_dir`), in the order in which a flat name looks them
+    up, and the command's own section."""
 
     sections: tuple[str, ...]
     own: type[Section] | None = None
@@ -116,8 +116,8 @@ def settle(items: Iterable[Said], names: Names) -> dict[Field, Value]:
         try:
             translated = kind.settle(values)
         except UsageError as error:
-            places = ", ".join(dict.fromkeys(item.place for item in said.values() if item.name in str(error)))
-            raise UsageError(f"{error} ({places})" if places else str(error)) from None
+            where = ", ".join(dict.fromkeys(item.place for item in said.values() if item.name in str(error)))
+            raise UsageError(f"{where}: {error}" if where else str(error)) from None
         for name, value in translated.items():
             places = dict.fromkeys(item.place for given, item in said.items() if kind.names()[given.partition(".")[0]] == name)
             settled[section, name] = Value(value, ", ".join(places))

@@ -17,26 +17,47 @@ class TrainingConfig(Section):
     """One training run. A step is one optimizer update, everywhere."""
 
     # How much goes through at once. `llm_trainer.config.batches` turns these into one pair.
-    batch_size: int | None = setting(None, "sequences a micro-batch on one rank; with micro_batch_size given, the whole step's over all ranks", unit="sequences", gt=0)
+    batch_size: int | None = setting(
+        None, "sequences a micro-batch on one rank; with micro_batch_size given, the whole step's over all ranks", unit="sequences", gt=0
+    )
     micro_batch_size: int | None = setting(None, "sequences that one rank sends through the model at once", unit="sequences", gt=0)
-    gradient_accumulation_steps: int | None = setting(None, "micro-batches a step on each rank", unit="micro-batches", aliases=("grad_accum", "accumulation_steps"), gt=0)
-    accumulation_counts_all_ranks: bool = setting(False, "gradient_accumulation_steps counts all ranks together, as nanoGPT's files mean it")
+    gradient_accumulation_steps: int | None = setting(
+        None, "micro-batches a step on each rank", unit="micro-batches", aliases=("grad_accum", "accumulation_steps"), gt=0
+    )
+    accumulation_counts_all_ranks: bool = setting(
+        False, "gradient_accumulation_steps counts all ranks together, as nanoGPT's files mean it"
+    )
     eval_batch_size: int | None = setting(None, "sequences at once in validation; none: as micro_batch_size", unit="sequences", gt=0)
 
     # How long.
     max_steps: int | None = setting(None, "end after this many steps", unit="steps", aliases=("max_iters", "num_steps"), ge=0)
-    num_epochs: float | None = setting(None, "end after so many passes over the data", unit="epochs", aliases=("epochs", "num_train_epochs"), gt=0)
+    num_epochs: float | None = setting(
+        None, "end after so many passes over the data", unit="epochs", aliases=("epochs", "num_train_epochs"), gt=0
+    )
     max_tokens: int | None = setting(None, "end after so many training tokens", unit="tokens", aliases=("max_train_tokens",), gt=0)
     max_minutes: float | None = setting(None, "end after so many minutes of this process, saving", unit="minutes", gt=0)
 
     # Learning rate.
     learning_rate: float = setting(3e-4, "peak learning rate", aliases=("lr", "max_lr"), ge=0)
-    min_learning_rate: float | None = setting(None, "learning rate at the end of the decay; none: a tenth of the peak", aliases=("min_lr",), ge=0)
-    lr_scheduler: Literal["cosine", "linear", "constant", "wsd"] = setting("cosine", "shape of the decay (wsd: flat, then down at the end)", aliases=SCHEDULE_NAMES[1:], spellings=("decay_lr",))
-    warmup_steps: DurationField | None = setting(None, "rise of the rate from zero; none: 2000 steps, or a tenth of a shorter run", unit="steps, epochs or tokens", aliases=("warmup_iters",))
-    lr_decay_steps: DurationField | None = setting(None, "where the decay reaches its end; none: where the run ends", unit="steps, epochs or tokens", aliases=("lr_decay_iters",))
+    min_learning_rate: float | None = setting(
+        None, "learning rate at the end of the decay; none: a tenth of the peak", aliases=("min_lr",), ge=0
+    )
+    lr_scheduler: Literal["cosine", "linear", "constant", "wsd"] = setting(
+        "cosine", "shape of the decay (wsd: flat, then down at the end)", aliases=SCHEDULE_NAMES[1:], spellings=("decay_lr",)
+    )
+    warmup_steps: DurationField | None = setting(
+        None,
+        "rise of the rate from zero; none: 2000 steps, or a tenth of a shorter run",
+        unit="steps, epochs or tokens",
+        aliases=("warmup_iters",),
+    )
+    lr_decay_steps: DurationField | None = setting(
+        None, "where the decay reaches its end; none: where the run ends", unit="steps, epochs or tokens", aliases=("lr_decay_iters",)
+    )
     wsd_decay_fraction: float = setting(0.2, "wsd: share of the run that decays", aliases=("cooldown_fraction",), gt=0, le=1)
-    horizon: Literal["extend", "rewarm", "keep"] | None = setting(None, "on a resume that moves the run's end: stretch the decay to it, warm up again from here, or keep the old decay")
+    horizon: Literal["extend", "rewarm", "keep"] | None = setting(
+        None, "on a resume that moves the run's end: stretch the decay to it, warm up again from here, or keep the old decay"
+    )
 
     # Optimizer.
     optimizer: Literal["adamw", "muon"] = setting("adamw", "adamw, or muon for the blocks' matrices with adamw for the rest")
@@ -44,38 +65,75 @@ class TrainingConfig(Section):
     adam_beta1: float = setting(0.9, "decay of AdamW's first moment", aliases=("beta1",), ge=0, lt=1)
     adam_beta2: float = setting(0.95, "decay of AdamW's second moment", aliases=("beta2",), ge=0, lt=1)
     adam_epsilon: float = setting(1e-8, "added to AdamW's denominator", aliases=("eps", "epsilon"), gt=0)
-    muon_learning_rate: float = setting(0.02, "peak rate of the matrices under muon; follows the same schedule", aliases=("muon_lr", "matrix_lr"), ge=0)
+    muon_learning_rate: float = setting(
+        0.02, "peak rate of the matrices under muon; follows the same schedule", aliases=("muon_lr", "matrix_lr"), ge=0
+    )
     muon_momentum: float = setting(0.95, "muon's momentum", ge=0, lt=1)
-    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm; 0: never", aliases=("grad_clip", "gradient_clip", "clip_grad_norm"), ge=0)
+    max_grad_norm: float = setting(
+        1.0, "gradients are scaled down to this norm; 0: never", aliases=("grad_clip", "gradient_clip", "clip_grad_norm"), ge=0
+    )
     max_skipped_steps: int = setting(10, "stop after so many steps in a row with a non-finite loss or gradient", unit="steps", ge=1)
 
     # Arithmetic.
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "arithmetic of the forward pass; weights and optimizer stay fp32", aliases=("dtype", "amp_dtype", "mixed_precision_dtype"), spellings=PRECISION_SWITCHES)
-    compile: Literal["auto", "on", "off"] = setting("auto", "torch.compile", aliases=("compile_model", "torch_compile"), paths=("computational_efficiency.use_model_compiler",))
-    loss: Literal["auto", "dense", "chunked"] = setting("auto", "cross-entropy with all logits at once, or in chunks that never hold them all", aliases=("cross_entropy",))
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
+        "auto",
+        "arithmetic of the forward pass; weights and optimizer stay fp32",
+        aliases=("dtype", "amp_dtype", "mixed_precision_dtype"),
+        spellings=PRECISION_SWITCHES,
+    )
+    compile: Literal["auto", "on", "off"] = setting(
+        "auto", "torch.compile", aliases=("compile_model", "torch_compile"), paths=("computational_efficiency.use_model_compiler",)
+    )
+    loss: Literal["auto", "dense", "chunked"] = setting(
+        "auto", "cross-entropy with all logits at once, or in chunks that never hold them all", aliases=("cross_entropy",)
+    )
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
 
     # Validation, saving, reporting.
-    eval_interval: DurationField = setting(lambda: Duration(1000), "validate this often", unit="steps, epochs or tokens", aliases=("eval_steps",))
-    eval_iters: int | None = setting(None, "validate on so many batches spread over the set; none: on every window", unit="batches", aliases=("eval_batches",), gt=0)
+    eval_interval: DurationField = setting(
+        lambda: Duration(1000), "validate this often", unit="steps, epochs or tokens", aliases=("eval_steps",)
+    )
+    eval_iters: int | None = setting(
+        None, "validate on so many batches spread over the set; none: on every window", unit="batches", aliases=("eval_batches",), gt=0
+    )
     eval_only: bool = setting(False, "validate once and leave")
     eval_at_start: bool = setting(False, "validate before the first step")
-    early_stopping_patience: int | None = setting(None, "stop after so many validations without a better loss", unit="validations", aliases=("patience",), gt=0)
+    early_stopping_patience: int | None = setting(
+        None, "stop after so many validations without a better loss", unit="validations", aliases=("patience",), gt=0
+    )
     early_stopping_min_delta: float = setting(0.0, "what counts as better", unit="nats", ge=0)
-    save_interval: DurationField | None = setting(lambda: Duration(1000), "save a checkpoint this often; none: only at the end", unit="steps, epochs or tokens", aliases=("save_steps",))
+    save_interval: DurationField | None = setting(
+        lambda: Duration(1000),
+        "save a checkpoint this often; none: only at the end",
+        unit="steps, epochs or tokens",
+        aliases=("save_steps",),
+    )
     save_minutes: float | None = setting(None, "also save when so many minutes have passed since the last save", unit="minutes", gt=0)
     always_save_checkpoint: bool = setting(False, "save a checkpoint at every validation")
-    save_total_limit: int | None = setting(3, "keep the newest so many checkpoints (the best model and the last one are always kept)", unit="checkpoints", gt=0)
+    save_total_limit: int | None = setting(
+        3, "keep the newest so many checkpoints (the best model and the last one are always kept)", unit="checkpoints", gt=0
+    )
     logging_steps: int = setting(10, "report this often", unit="steps", aliases=("log_interval",), gt=0)
-    report_to: list[Literal["tensorboard", "wandb"]] = setting(lambda: ["tensorboard"], "where metrics go beside metrics.jsonl", spellings=("wandb_log",))
+    report_to: list[Literal["tensorboard", "wandb"]] = setting(
+        lambda: ["tensorboard"], "where metrics go beside metrics.jsonl", spellings=("wandb_log",)
+    )
     wandb_project: str | None = setting(None, "project on Weights & Biases")
     wandb_run_name: str | None = setting(None, "run name on Weights & Biases", aliases=("run_name",))
     file_logging: bool = setting(True, "write logs/train.log in the run folder")
 
     # Where from, where to.
     output_dir: str = setting("checkpoints", "run folder", aliases=("save_dir", "checkpoint_dir", "out_dir"))
-    init_from: str = setting("scratch", "scratch, resume, or the name or folder of a pretrained model (gpt2, gpt2-xl, …)", aliases=("model_path", "pretrained_model"))
-    resume_from: str | None = setting(None, "continue this checkpoint or run folder; auto: the newest in output_dir, if any", aliases=("resume", "resume_from_checkpoint", "checkpoint"), bare="auto")
+    init_from: str = setting(
+        "scratch",
+        "scratch, resume, or the name or folder of a pretrained model (gpt2, gpt2-xl, …)",
+        aliases=("model_path", "pretrained_model"),
+    )
+    resume_from: str | None = setting(
+        None,
+        "continue this checkpoint or run folder; auto: the newest in output_dir, if any",
+        aliases=("resume", "resume_from_checkpoint", "checkpoint"),
+        bare="auto",
+    )
     seed: int = setting(1337, "of weights, dropout and data order", ge=0)
     num_workers: int = setting(1, "threads that prepare batches ahead; 0: none", unit="threads", aliases=("dataloader_num_workers",), ge=0)
 
@@ -92,7 +150,9 @@ class TrainingConfig(Section):
     teacher_model_path: str | None = setting(None, "the teacher", paths=("knowledge_distillation.teacher_model_path",), owed=True)
     use_computational_efficiency: bool = setting(False, "apply the section computational_efficiency")
     use_adaptive_reasoning: bool = setting(False, "early exits", paths=("adaptive_reasoning.enabled",), owed=True)
-    scaling_schedule_file: str | None = setting(None, "operations that change the run while it trains", aliases=("scaling_schedule",), owed=True)
+    scaling_schedule_file: str | None = setting(
+        None, "operations that change the run while it trains", aliases=("scaling_schedule",), owed=True
+    )
     attn_lora_rank: int = setting(0, "LoRA rank of all attention parts; 0: none", ge=0, owed=True)
     embedding_lora_rank: int = setting(0, "LoRA rank of the embedding; 0: none", aliases=("embedding_rank",), ge=0, owed=True)
 
