@@ -13,6 +13,7 @@ def derive(values: dict[Field, Value], defaults: set[Field]) -> list[str]:
     _follow(values, defaults, ("data", "vocab_size"), ("model", "vocab_size"))
     _follow(values, defaults, ("model", "max_position_embeddings"), ("data", "max_length"))
     _efficiency(values, defaults)
+    _length(values, defaults)
     return _warmup(values, defaults)
 
 
@@ -39,6 +40,15 @@ def _efficiency(values: dict[Field, Value], defaults: set[Field]) -> None:
     if switch is not None and str(switch.value).lower() in ("true", "1", "yes", "on") and (key not in values or key in defaults):
         values[key] = Value(True, f"use_computational_efficiency ({switch.origin})")
         defaults.discard(key)
+
+
+def _length(values: dict[Field, Value], defaults: set[Field]) -> None:
+    """Who says an end in steps, epochs or tokens means that end: a door's default in another unit steps back."""
+    ends = {("training", name) for name in ("max_steps", "num_epochs", "max_tokens")}
+    if any(key in values and key not in defaults and values[key].value is not None for key in ends):
+        for key in ends & defaults:
+            del values[key]
+        defaults -= ends
 
 
 def _warmup(values: dict[Field, Value], defaults: set[Field]) -> list[str]:
