@@ -45,7 +45,7 @@ _STEP_SPELLING = re.compile(r"(?:checkpoint|ckpt|emergency|step)(?:[-_]step)?[-_
 _NAME_SPELLING = re.compile(r"(best|final)(?:[-_]model)?(?:\.(?:pt|pth|ckpt|safetensors))?")
 
 Report = Callable[[str], None]
-JSON: TypeAlias = "str | int | float | bool | None | Sequence[JSON] | Mapping[str, JSON]"
+JSON: TypeAlias = "str | int | float | bool | Sequence[JSON] | Mapping[str, JSON] | None"
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def write_manifest(folder: Path) -> Path:
 
 
 def verify(folder: Path, *, contents: bool = True) -> list[str]:
-    """What is wrong with a checkpoint folder, a line each; empty when it is whole. `contents=False` compares sizes only, without reading."""
+    """What is wrong with a checkpoint folder, a line each; empty when it is whole. `contents=False`: sizes only, nothing is read."""
     try:
         listed = _read_manifest(folder)
     except CheckpointError as error:
@@ -94,22 +94,17 @@ def list_checkpoints(run_folder: Path) -> list[FoundCheckpoint]:
     """Every folder of `run_folder` that could be resumed, newest step first; at one step a checkpoint comes before best and final."""
     if not run_folder.is_dir():
         return []
-    found = [
-        FoundCheckpoint(path, step)
-        for path in sorted(run_folder.iterdir(), reverse=True)
-        if (step := _step_of(path)) is not None and path.is_dir()
-    ]
-    return sorted(
-        found, key=lambda one: (-one.step, one.path.name.startswith(REPLACED_PREFIX), _STEP_FOLDER.fullmatch(one.path.name) is None)
-    )
+    folders = sorted((path for path in run_folder.iterdir() if path.is_dir()), reverse=True)
+    found = [FoundCheckpoint(path, step) for path in folders if (step := _step_of(path)) is not None]
+    return sorted(found, key=lambda one: (-one.step, one.path.name.startswith(REPLACED_PREFIX), not _STEP_FOLDER.fullmatch(one.path.name)))
 
 
 def resolve_resume_folder(spec: str | Path, report: Report | None = None) -> Path:
     """The checkpoint folder that `spec` means for resuming, verified byte by byte.
 
-    A run folder means its newest checkpoint that verifies; each newer one that does not is named, with the reason, through `report`
-    (stderr by default). A checkpoint folder, a file in one, or a spelling such as `checkpoint_step_50000.pt` means that one, and damage to it
-    is an error that names another. Raises CheckpointError.
+    A run folder means its newest checkpoint that verifies; each newer one that does not is named, with the reason, through
+    `report` (stderr by default). A checkpoint folder, a file in one, or a spelling such as `checkpoint_step_50000.pt` means that
+    one, and damage to it is an error that names another. Raises CheckpointError.
     """
     path = Path(spec)
     if path.is_dir() and not _is_model_folder(path):
@@ -217,9 +212,8 @@ def _newest_whole(run_folder: Path, report: Report, *, contents: bool) -> Path:
         report(f"passing over {one.path}: {_briefly(problems)}")
     if found:
         raise CheckpointError(f"{run_folder}: none of its {len(found)} checkpoints is whole; the lines above say what is wrong with each")
-    raise CheckpointError(
-        f"{run_folder} holds no checkpoint (no {CHECKPOINT_PREFIX}<step>, {BEST_MODEL} or {FINAL_MODEL}); is it the run folder?"
-    )
+    names = f"{CHECKPOINT_PREFIX}<step>, {BEST_MODEL} or {FINAL_MODEL}"
+    raise CheckpointError(f"{run_folder} holds no checkpoint (no {names}); is it the run folder?")
 
 
 def _is_model_folder(path: Path) -> bool:

@@ -1,9 +1,9 @@
 """Saving and restoring everything that is state, so that a kill at any moment leaves a checkpoint that can be trusted.
 
-A save writes into `.tmp-<name>` beside its place, syncs every file to the disk, writes the manifest of sizes and hashes last, and takes its
-name in one rename. Before that there is nothing that could be mistaken for a checkpoint; after it the checkpoint is whole. Where the name is taken
-(`best_model`, or a step saved again) the earlier holder steps aside to `.old-<name>` first, which readers accept for the instant in which
-it is the only one. Older checkpoints are removed only after the new one lies verified in its place.
+A save writes into `.tmp-<name>` beside its place, syncs every file to the disk, writes the manifest of sizes and hashes last, and takes
+its name in one rename. Before that there is nothing that could be mistaken for a checkpoint; after it the checkpoint is whole. Where the
+name is taken (`best_model`, or a step saved again) the earlier holder steps aside to `.old-<name>` first, which readers accept for the
+instant in which it is the only one. Older checkpoints are removed only after the new one lies verified in its place.
 
 A checkpoint is the folder that `architecture.md` draws: weights and `config.json` as Hugging Face has them, the tokenizer, `optimizer/`,
 `state.json`, `run.json`, `manifest.json`. Nothing is pickled. The alternative not taken, `torch.save`, needs unpickling, which runs what
@@ -76,17 +76,20 @@ class Snapshot:
 
 
 class CheckpointStore:
-    """The checkpoints of one run folder. `save_total_limit` is how many of the newest are kept (None: all); best and final are never removed."""
+    """The checkpoints of one run folder.
+
+    `save_total_limit` is how many of the newest are kept (None: all); best_model and final_model are never removed.
+    """
 
     def __init__(self, run_folder: Path, save_total_limit: int | None = None) -> None:
         self.run_folder = run_folder
         self.save_total_limit = save_total_limit
 
     def begin(self, resumed_step: int | None) -> Path | None:
-        """Make room for a run: what an earlier one left in the folder and the coming one would mistake for its own moves to `earlier-<n>/`.
+        """Make room for a run: what an earlier one left here, and the coming one would take for its own, moves to `earlier-<n>/`.
 
-        For a new run (None) that is every checkpoint; for one that resumes, those past its step. Nothing is deleted. Returns the folder that they
-        were moved to, or None when there was nothing to move.
+        For a new run (None) that is every checkpoint; for one that resumes, those past its step. Nothing is deleted. Returns the
+        folder that they were moved to, or None when there was nothing to move.
         """
         self.run_folder.mkdir(parents=True, exist_ok=True)
         self._remove_leftovers()
@@ -180,8 +183,8 @@ class CheckpointStore:
 def restore(path: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], *, verified: bool = False) -> dict[str, JSON]:
     """Give `model` and `optimizers` the state of a checkpoint, to the bit, and return its `state`.
 
-    The optimizers' settings stay as they are now. `verified`: the caller has just verified the folder. Raises CheckpointError for one that is damaged
-    or does not fit.
+    The optimizers' settings stay as they are now. `verified`: the caller has just verified the folder. Raises CheckpointError for one
+    that is damaged or does not fit.
     """
     if not verified and (problems := verify(path)):
         raise CheckpointError(f"{path} cannot be restored: {'; '.join(problems[:3])}")
@@ -231,12 +234,8 @@ def _step_in(state: Mapping[str, JSON]) -> int:
 
 
 def _names_amiss(missing: set[str], strange: set[str]) -> str:
-    parts = [
-        f"{len(names)} tensors {what} ({', '.join(sorted(names)[:3])}, …)"
-        for names, what in ((missing, "are missing"), (strange, "are unknown"))
-        if names
-    ]
-    return ", ".join(parts)
+    amiss = [("missing", missing), ("unknown", strange)]
+    return ", ".join(f"{len(names)} tensors are {what} ({', '.join(sorted(names)[:3])}, …)" for what, names in amiss if names)
 
 
 def _bytes_of(model: nn.Module, tensors: Mapping[str, Tensor]) -> int:

@@ -31,13 +31,8 @@ class ProgressReporter:
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         if self._console.is_terminal:
-            columns = (
-                TextColumn("step"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[numbers]}"),
-                TimeRemainingColumn(compact=True),
-            )
+            numbers = TextColumn("{task.fields[numbers]}", markup=False)
+            columns = (TextColumn("step"), BarColumn(), MofNCompleteColumn(), numbers, TimeRemainingColumn(compact=True))
             self._bar = Progress(*columns, console=self._console, refresh_per_second=4, transient=True)
             self._task = self._bar.add_task("", total=total_steps, completed=first_step, numbers="")
             self._bar.start()

@@ -1,8 +1,9 @@
 """Where a run's numbers go: always `metrics.jsonl`, TensorBoard events beside it, Weights & Biases when asked for.
 
-`metrics.jsonl` is the record: one JSON object a line, `step` and `time` (seconds since 1970) first, appended and flushed at once, so a kill costs at
-most the line being written. JSON has no NaN; such values are the strings "NaN", "Infinity" and "-Infinity", and `read_metrics` turns them
-back. A resumed run first drops the lines past the step it resumes from: every step is told once, by the run that the weights come from.
+`metrics.jsonl` is the record: one JSON object a line, `step` and `time` (seconds since 1970) first, appended and flushed at once, so a
+kill costs at most the line being written. JSON has no NaN; such values are the strings "NaN", "Infinity" and "-Infinity", and
+`read_metrics` turns them back. A resumed run first drops the lines past the step it resumes from: every step is told once, by the run
+that the weights come from.
 
 TensorBoard events are written with TensorBoard's own record writer and protocol buffers. `torch.utils.tensorboard` would do the
 same through numpy, and through TensorFlow where that is installed, which alone takes seconds to import.
@@ -143,7 +144,10 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run on Weights & Biases; WANDB_MODE=offline keeps it on this machine. A resumed run continues under the id kept in the run folder."""
+    """A run on Weights & Biases; WANDB_MODE=offline keeps it on this machine.
+
+    A resumed run continues under the id that is kept in the run folder.
+    """
 
     def __init__(self, run_folder: Path, config: RunConfig | None) -> None:
         try:

@@ -1,10 +1,10 @@
 """Optimizers' state as tensors with names, in one safetensors file, and back to the bit.
 
 Names are those of `torch.distributed.checkpoint.state_dict` (`state.<parameter>.<key>`), and the file is in the form of its
-HuggingFaceStorageWriter, so that its reader loads it onto any number of ranks (a test does). With one process the file is written and read with safetensors
-itself: importing `torch.distributed.checkpoint` costs a second (it draws in sympy and DTensor), its save 50 ms against 10.
-`get_optimizer_state_dict` is not used either: on an optimizer that has not stepped it makes a step with zero gradients, so that a
-checkpoint of step 0 would say step 1.
+HuggingFaceStorageWriter, so that its reader loads it onto any number of ranks (a test does). With one process the file is written and
+read with safetensors itself: importing `torch.distributed.checkpoint` costs a second (it draws in sympy and DTensor), its save 50 ms
+against 10. `get_optimizer_state_dict` is not used either: on an optimizer that has not stepped it makes a step with zero gradients, so
+that a checkpoint of step 0 would say step 1.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from llm_trainer.config.errors import CheckpointError
 from llm_trainer.config.run_folder import JSON
+
+Held = tuple[str, Tensor, torch.optim.Optimizer, dict[str, Any]]
 
 TENSORS_FILE = "model-00001-of-00001.safetensors"
 
@@ -64,9 +66,8 @@ def load_optimizer_state(folder: Path, scalars: Mapping[str, JSON], model: nn.Mo
         optimizer.state[parameter][key] = value
 
 
-def _held(
-    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
-) -> Iterator[tuple[str, Tensor, torch.optim.Optimizer, dict[str, Any]]]:
+def _held(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[Held]:
+    """Each parameter that is being trained: its name, itself, its optimizer, its group."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -76,7 +77,7 @@ def _held(
 
 
 def _state_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any]:
-    return optimizer.state.get(parameter, {})  # state is a defaultdict: a look-up would add an entry
+    return dict(optimizer.state.get(parameter, {}))  # state is a defaultdict: a look-up would add an entry
 
 
 def _alone(tensor: Tensor) -> Tensor:
