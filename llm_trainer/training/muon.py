@@ -1,0 +1,79 @@
+"""Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon/) as torch.optim.Muon has it, with equal shapes in one batch.
+
+torch's own goes matrix by matrix; on narrow models the time is then spent on launching some thirty small operations for each of them. Here
+matrices of one shape are stacked and the Newton–Schulz iteration runs on the stack. The arithmetic is the same, so the result differs from torch's by
+the order of bf16 sums alone (tests/training/test_optimizers.py states how much).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+
+def _undecorated(function: Callable[..., Any]) -> Callable[..., Any]:
+    return cast(Callable[..., Any], getattr(function, "__wrapped__", function))
+
+
+class BatchedMuon(torch.optim.Muon):
+    """torch.optim.Muon, computed for all matrices of one shape at once.
+
+    `found_inf`, as in torch's fused optimizers, is a tensor that is 1 when this step's gradients are not finite and nothing may change.
+    """
+
+    found_inf: Tensor | None = None
+
+    # As in optimizers.AdamW: torch's methods without the wrappers that import torch._dynamo.
+    add_param_group = _undecorated(torch.optim.Optimizer.add_param_group)
+    zero_grad = _undecorated(torch.optim.Optimizer.zero_grad)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        assert closure is None, "closures are for line searches; Muon has none"
+        for group in self.param_groups:
+            alike: dict[torch.Size, list[Tensor]] = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    alike[parameter.shape].append(parameter)
+            for parameters in alike.values():
+                self._update(parameters, group)
+
+    def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """Update matrices of one shape (rows, columns)."""
+        lr, momentum = float(group["lr"]), group["momentum"]
+        gradients = [cast(Tensor, parameter.grad) for parameter in parameters]
+        buffers = [self._momentum_buffer(parameter) for parameter in parameters]
+        if self.found_inf is not None and bool(self.found_inf):
+            return
+        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+        updates = torch._foreach_lerp(gradients, buffers, momentum) if group["nesterov"] else buffers
+        orthogonal = orthogonalise(torch.stack(tuple(updates)), group["ns_coefficients"], group["ns_steps"], group["eps"])
+        rows, columns = parameters[0].shape
+        adjusted = lr * (0.2 * max(rows, columns) ** 0.5 if group["adjust_lr_fn"] == "match_rms_adamw" else max(1.0, rows / columns) ** 0.5)
+        torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
+        torch._foreach_add_(parameters, list(orthogonal.to(parameters[0].dtype).unbind()), alpha=-adjusted)
+
+    def _momentum_buffer(self, parameter: Tensor) -> Tensor:
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        return cast(Tensor, state["momentum_buffer"])
+
+
+def orthogonalise(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, epsilon: float) -> Tensor:
+    """Push the singular values of each of `matrices` (count, rows, columns) towards 1 by Newton–Schulz in bf16, as torch.optim.Muon does."""
+    a, b, c = coefficients
+    tall = matrices.size(1) > matrices.size(2)
+    x = matrices.bfloat16()
+    if tall:
+        x = x.mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=epsilon)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x

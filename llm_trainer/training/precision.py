@@ -1,0 +1,60 @@
+"""Where and in which arithmetic the model runs.
+
+Weights, gradients and optimizer state are always fp32: in pure bf16 small updates are rounded away (needs.md row 11). bf16 and fp16 mean autocast,
+PyTorch's own choice of which operations may be narrow; fp16 adds a GradScaler, whose state is in the checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+from typing import Literal, cast
+
+import torch
+
+from llm_trainer.config import UsageError
+
+PrecisionName = Literal["fp32", "bf16", "fp16"]
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_device(said: str) -> torch.device:
+    """`auto` is the first of cuda, mps, cpu that is there. Raises UsageError for a device that is not."""
+    if said == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(said)
+    except RuntimeError as error:
+        raise UsageError(f"device {said!r} is not one; choose auto, cpu, cuda, cuda:N or mps") from error
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise UsageError(f"device {said!r}: this machine has {torch.cuda.device_count()} CUDA devices that PyTorch can use; choose another, or auto")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("device 'mps' is not available on this machine; choose cpu or auto")
+    return device
+
+
+class Precision:
+    """One precision on one device: the autocast context, and the scaler that fp16 needs."""
+
+    def __init__(self, name: PrecisionName, device: torch.device) -> None:
+        self.name = name
+        self.device = device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16") if name == "fp16" else None
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The context of a forward pass."""
+        if self.name == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=_DTYPES[self.name])
+
+    def state_dict(self) -> dict[str, float | int]:
+        """The scaler's state as plain numbers; empty without one."""
+        return cast(dict[str, float | int], self.scaler.state_dict()) if self.scaler is not None else {}
+
+    def load_state_dict(self, state: dict[str, float | int]) -> None:
+        """Take over a scaler's state; nothing to do without one."""
+        if self.scaler is not None and state:
+            self.scaler.load_state_dict(dict(state))

@@ -1,0 +1,52 @@
+"""All that a run knows beside weights and optimizer: small, readable, and whole in the checkpoint's state.json.
+
+Batches, rates, random numbers and curriculum are functions of these numbers, so restoring them restores the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, cast
+
+from llm_trainer.config import CheckpointError
+from llm_trainer.training.schedules import Schedule, ScheduleState
+
+if TYPE_CHECKING:
+    from llm_trainer.training.checkpoints import JSON
+
+
+@dataclass
+class TrainingState:
+    """Where the run stands. `samples` and `tokens` count what was consumed, skipped steps included."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    best_validation_loss: float | None = None
+    last_validation_loss: float | None = None
+    skipped_in_a_row: int = 0
+    precision: str | None = None
+    compile: str | None = None
+    schedule: Schedule | None = None
+    total_steps: int | None = None
+    operations: ScheduleState = field(default_factory=ScheduleState)
+
+    def to_json(self) -> dict[str, JSON]:
+        """Plain values for state.json."""
+        return cast("dict[str, JSON]", asdict(self))
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, object]) -> TrainingState:
+        """Read what `to_json` wrote; names it does not know are left for their owners. Raises CheckpointError where a value does not fit."""
+        names = set(cls.__dataclass_fields__)
+        values = {name: value for name, value in stored.items() if name in names}
+        try:
+            if isinstance(values.get("schedule"), Mapping):
+                values["schedule"] = Schedule(**cast("dict[str, float]", values["schedule"]))  # type: ignore[arg-type]
+            if isinstance(values.get("operations"), Mapping):
+                values["operations"] = ScheduleState(**cast("dict[str, float]", values["operations"]))  # type: ignore[arg-type]
+            return cls(**values)  # type: ignore[arg-type]
+        except TypeError as error:
+            raise CheckpointError(f"the checkpoint's training state does not fit this version: {error}") from error

@@ -1,0 +1,97 @@
+"""One optimizer step: micro-batches forward and backward, one division, clipping, update.
+
+The tokens of the whole step are counted before the first backward pass, which the batches' labels allow, so each micro-batch's sum is divided by the
+same number and the gradient is that of one large batch. Nothing here waits for the device: a gradient that is not finite is found there and
+makes the optimizers leave everything as it is (`found_inf`, torch's own mechanism for fused optimizers), and the loop learns of it when it reads the
+outcome.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llm_trainer.config import LLMTrainerError
+from llm_trainer.data.sampling import Batch
+from llm_trainer.training.objectives import TrainingStep, seed_dropout
+from llm_trainer.training.precision import Precision
+
+
+class TrainingDiverged(LLMTrainerError):
+    """Losses or gradients are not finite for too many steps in a row."""
+
+
+@dataclass(frozen=True)
+class SampleRange:
+    """Which samples a step consumed: `first` to `first + count - 1`, numbered through the run."""
+
+    first: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"samples {self.first} to {self.first + self.count - 1}"
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What a step came to; tensors stay on the device until they are read. `loss` is the mean over `tokens` in nats."""
+
+    step: int
+    samples: SampleRange
+    tokens: int
+    loss: Tensor
+    gradient_norm: Tensor
+    skipped: Tensor
+
+
+def forward_backward(
+    step: TrainingStep, batches: Sequence[Batch], tokens: int, precision: Precision, *, seed: int | None, index: int, rank: int = 0
+) -> Tensor:
+    """Add the gradient of Σ loss / `tokens` over the micro-batches to the parameters; returns that mean loss (scalar, detached).
+
+    `tokens` are the supervised tokens of the whole step, on all ranks. `seed` (None: leave the generator alone) and the step's `index` fix dropout.
+    """
+    device = precision.device
+    mean = torch.zeros((), device=device)
+    for number, batch in enumerate(batches):
+        if seed is not None:
+            seed_dropout(seed, index, number, rank, device)
+        with precision.autocast():
+            total = step(batch.to(device)).total / max(tokens, 1)
+        mean += total.detach()
+        (total if precision.scaler is None else precision.scaler.scale(total)).backward()
+    return mean
+
+
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale gradients down to a joint 2-norm of `max_norm` (0: leave them); returns the norm before."""
+    held = [parameter for parameter in parameters if parameter.grad is not None]
+    if max_norm > 0:
+        return torch.nn.utils.clip_grad_norm_(held, max_norm)
+    return torch.nn.utils.get_total_norm([parameter.grad for parameter in held if parameter.grad is not None])
+
+
+def update(
+    optimizers: Sequence[torch.optim.Optimizer], parameters: Sequence[Tensor], loss: Tensor, tokens: int, precision: Precision, max_grad_norm: float
+) -> tuple[Tensor, Tensor]:
+    """Clip and let the optimizers step, unless loss or gradient is not finite or no token was supervised; clears the gradients.
+
+    Returns the gradient's norm before clipping and whether the step was skipped (1) or taken (0).
+    """
+    if precision.scaler is not None:
+        for optimizer in optimizers:
+            precision.scaler.unscale_(optimizer)
+    norm = clip_gradients(parameters, max_grad_norm)
+    skipped = torch.logical_not(torch.isfinite(norm) & torch.isfinite(loss)).float()
+    if tokens == 0:
+        skipped = torch.ones_like(skipped)
+    for optimizer in optimizers:
+        optimizer.found_inf = skipped  # type: ignore[attr-defined]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    if precision.scaler is not None:
+        precision.scaler.update()
+    return norm, skipped

@@ -1,0 +1,327 @@
+"""The one loop. Read `train` from top to bottom: prepare, step, edge of the step, end.
+
+Pretraining, fine-tuning, distillation and scheduled growth are this Trainer with other objectives and callbacks. The order of batches, the learning
+rate and dropout are functions of the step (see `data/sampling.py`, `schedules.py`, `objectives.py`), so all that a run has to remember is
+`TrainingState`, beside weights and optimizer.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from rich.console import Console
+
+from llm_trainer.config import RunConfig, UsageError
+from llm_trainer.config.batches import resolve_batches
+from llm_trainer.config.run_folder import JSON, resolve_resume_folder
+from llm_trainer.data.sampling import Batch, Prefetcher, WindowSampler
+from llm_trainer.data.shards import TokenDataset
+from llm_trainer.data.tokenizer import Tokenizer
+from llm_trainer.model.flops import estimate_flops
+from llm_trainer.model.transformer import Transformer
+from llm_trainer.training.callbacks import Callback, EarlyStopping
+from llm_trainer.training.checkpoints import CheckpointStore, Snapshot, restore
+from llm_trainer.training.metrics import MetricsTracker
+from llm_trainer.training.objectives import NextToken, Objective, TrainingStep
+from llm_trainer.training.optimizers import build_optimizers, peak_rates, set_rates
+from llm_trainer.training.precision import Precision, PrecisionName, resolve_device
+from llm_trainer.training.preemption import StopSignals
+from llm_trainer.training.schedules import resolve_length, resolve_schedule
+from llm_trainer.training.state import TrainingState
+from llm_trainer.training.step import SampleRange, StepOutcome, TrainingDiverged, forward_backward, update
+from llm_trainer.training.throughput import Meter
+from llm_trainer.training.validation import ValidationResult, validate
+
+_READ_AT_LEAST_EVERY = 10  # steps between two looks at what the device found, where a look makes the host wait
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """How a run ended. `ended_by`: finished, stopped (a callback), time, preempted or evaluated; `exit_status` is for the process."""
+
+    ended_by: str
+    step: int
+    tokens: int
+    seconds: float
+    loss: float | None
+    validation: ValidationResult | None
+    best_validation_loss: float | None
+    exit_status: int = 0
+
+
+class Trainer:
+    """Trains `model` on `train`, validates on `validation`, saves under the run folder (`config.training.output_dir`).
+
+    `objective`: what is minimised (default: next tokens); `callbacks` come after early stopping's, which the configuration switches on; `store`:
+    where checkpoints go. Raises UsageError for settings that do not fit together, DataError for data that cannot be trained on.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        config: RunConfig,
+        train: TokenDataset,
+        validation: TokenDataset | None = None,
+        *,
+        tokenizer: Tokenizer | None = None,
+        objective: Objective | None = None,
+        callbacks: Sequence[Callback] = (),
+        store: CheckpointStore | None = None,
+        console: Console | None = None,
+    ) -> None:
+        training = config.training
+        self.config, self.training = config, training
+        self.train_tokens, self.validation_tokens, self.tokenizer = train, validation, tokenizer
+        self.console = console or Console(stderr=True)
+        self.run_dir = Path(training.output_dir)
+        self.store = store or CheckpointStore(self.run_dir, training.save_total_limit)
+        self.device = resolve_device(training.device)
+        self.model = model.to(self.device)
+        self.objective = objective or NextToken(training.loss)
+        self.context = model.config.max_position_embeddings
+        self.batches = resolve_batches(training, ranks=1)
+        self.sequences_per_step = self.batches.sequences_per_step(1)
+        self.sampler = WindowSampler(train, self.context, training.seed, mask_documents=config.data.mask_documents)
+        self.length = resolve_length(
+            training, samples_per_epoch=self.sampler.samples_per_epoch, sequences_per_step=self.sequences_per_step, context=self.context
+        )
+        self.optimizers = build_optimizers(model, training)
+        self._peaks = peak_rates(self.optimizers)
+        dropouts = (module.p for module in model.modules() if isinstance(module, torch.nn.Dropout))
+        has_dropout = model.config.attention_dropout or model.config.dropout or any(dropouts)
+        self._dropout_seed = training.seed if has_dropout else None  # None: the generator need not be seeded at every micro-batch
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.callbacks: list[Callback] = [*callbacks]
+        if training.early_stopping_patience is not None:
+            self.callbacks.insert(0, EarlyStopping(training.early_stopping_patience, training.early_stopping_min_delta))
+        self.state = TrainingState(schedule=resolve_schedule(training, self.length), total_steps=self.length.steps)
+        self.stop_training = False
+        self._pending: list[StepOutcome] = []
+        self._last_read: StepOutcome | None = None
+        self._last_validation: ValidationResult | None = None
+        self._stored_scaler: dict[str, float | int] = {}
+        self._resumed_from: Path | None = None
+
+    @property
+    def current_step(self) -> int:
+        """Updates done so far."""
+        return self.state.step
+
+    def train(self) -> TrainingResult:
+        """Train from where the run stands (its beginning, or `resume_from`) to its end; saves `final_model/` there."""
+        self._prepare()
+        with StopSignals() as signals:
+            try:
+                for callback in self.callbacks:
+                    callback.on_train_start(self)
+                if self.training.eval_only or (self.training.eval_at_start and self.state.step == 0):
+                    self._validate()
+                ended_by = "evaluated" if self.training.eval_only else self._loop(signals)
+                return self._finish(ended_by, signals)
+            finally:
+                self._micro_batches.close()
+                self.metrics_tracker.close()
+
+    def evaluate(self) -> ValidationResult:
+        """Loss over the validation split (or `eval_iters` batches of it) as the model is now. Raises UsageError without one."""
+        if self.validation_tokens is None:
+            raise UsageError("there is no validation split to evaluate on; prepare the data with val_ratio above 0")
+        return validate(
+            self.model,
+            self.validation_tokens,
+            self.context,
+            self.training.eval_batch_size or self.batches.micro_batch_size,
+            objective=self.objective,
+            device=self.device,
+            autocast=self.precision.autocast,
+            limit=self.training.eval_iters,
+            mask_documents=self.config.data.mask_documents,
+        )
+
+    # Before the first step.
+
+    def _prepare(self) -> None:
+        if self.training.resume_from is not None:
+            self._resume(self.training.resume_from)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.precision = Precision(self._choose_precision(), self.device)
+        self.precision.load_state_dict(self._stored_scaler)
+        self.step_module = TrainingStep(self.model, self.objective)
+        self.model.train()
+        self._micro_batches = self._open_batches()
+        flops = estimate_flops(self.model.config, self.context)
+        self.meter = Meter(flops, self.device, torch.float32 if self.precision.name == "fp32" else torch.bfloat16)
+        resumed_step = self.state.step if self._resumed_from else None
+        self.metrics_tracker = MetricsTracker(self.run_dir, self.training.report_to, resumed_step=resumed_step, config=self.config)
+        self._started = self._last_save = time.monotonic()
+
+    def _choose_precision(self) -> PrecisionName:
+        said = self.state.precision or self.training.precision
+        name = said if said != "auto" else ("bf16" if self.device.type == "cuda" else "fp32")
+        self.state.precision = name
+        return cast(PrecisionName, name)
+
+    def _open_batches(self) -> Prefetcher[Batch]:
+        first, size = self.state.samples, self.batches.micro_batch_size
+
+        def load(number: int) -> Batch:
+            return self.sampler.batch(first + number * size, size)
+
+        return Prefetcher(load, 0, self.training.num_workers)
+
+    # A step.
+
+    def _loop(self, signals: StopSignals) -> str:
+        while self.state.step < self.length.steps and not self.stop_training:
+            self._train_step()
+            self._edge_of_step()
+            if signals.stop_requested:
+                return "preempted"
+            if self.training.max_minutes is not None and time.monotonic() - self._started >= 60 * self.training.max_minutes:
+                return "time"
+        return "stopped" if self.stop_training else "finished"
+
+    def _train_step(self) -> None:
+        index = self.state.step
+        batches = [next(self._micro_batches) for _ in range(self.batches.gradient_accumulation_steps)]
+        tokens = sum(int(batch.num_supervised) for batch in batches)
+        set_rates(self.optimizers, self._peaks, self.rate_factor)
+        loss = forward_backward(self.step_module, batches, tokens, self.precision, seed=self._dropout_seed, index=index)
+        norm, skipped = update(self.optimizers, self._parameters, loss, tokens, self.precision, self.training.max_grad_norm)
+        samples = SampleRange(self.state.samples, self.sequences_per_step)
+        self.state.step += 1
+        self.state.samples += self.sequences_per_step
+        self.state.tokens += self.sequences_per_step * self.context
+        self.meter.add(self.sequences_per_step * self.context)
+        self._pending.append(StepOutcome(self.state.step, samples, tokens, loss, norm, skipped))
+        if self.device.type == "cpu" or len(self._pending) >= _READ_AT_LEAST_EVERY:
+            self._read_outcomes()
+
+    @property
+    def rate_factor(self) -> float:
+        """What the next update's peak rates are multiplied by."""
+        assert self.state.schedule is not None
+        return self.state.schedule.factor(self.state.step, self.state.operations)
+
+    def _read_outcomes(self) -> None:
+        """Look at what the device found in the steps since the last look: name what was skipped, end a run that only skips."""
+        for outcome in self._pending:
+            if not bool(outcome.skipped):
+                self.state.skipped_in_a_row = 0
+                self._last_read = outcome
+                continue
+            reason = f"loss {float(outcome.loss):g}, gradient norm {float(outcome.gradient_norm):g}" if outcome.tokens else "no supervised token"
+            self.say(f"step {outcome.step} left everything as it was: {reason}, on {outcome.samples}")
+            self.state.skipped_in_a_row += 1
+            if self.state.skipped_in_a_row >= self.training.max_skipped_steps:
+                raise TrainingDiverged(
+                    f"{self.state.skipped_in_a_row} steps in a row without a finite loss and gradient, the last on {outcome.samples}; "
+                    "lower learning_rate, raise warmup_steps, or look at those samples (max_skipped_steps is how many are borne)"
+                )
+        self._pending.clear()
+
+    # The edge of a step.
+
+    def _edge_of_step(self) -> None:
+        step, is_last = self.state.step, self.state.step >= self.length.steps
+        for callback in self.callbacks:
+            callback.on_step_end(self, step)
+        if step % self.training.logging_steps == 0 or is_last:
+            self._read_outcomes()
+            if self._last_read is not None:
+                self._log_metrics(float(self._last_read.loss))
+        is_validation_due = step % self.length.in_steps(self.training.eval_interval) == 0 or is_last
+        if is_validation_due and self.validation_tokens is not None:
+            self._validate()
+        if not is_last and (self._is_save_due() or (is_validation_due and self.training.always_save_checkpoint)):
+            self._save()
+
+    def _log_metrics(self, loss: float) -> None:
+        """Report a step. Subclasses may add their own: `self.metrics_tracker.update({...}, self.current_step)`."""
+        assert self._last_read is not None
+        metrics = {
+            "loss": loss,
+            "learning_rate": self.training.learning_rate * self.rate_factor,
+            "gradient_norm": float(self._last_read.gradient_norm),
+            "tokens": float(self.state.tokens),
+            **self.meter.read(),
+        }
+        self.metrics_tracker.update(metrics, self.state.step)
+
+    def _validate(self) -> None:
+        start = time.perf_counter()
+        self._read_outcomes()
+        result = self._last_validation = self.evaluate()
+        self.metrics_tracker.update(result.metrics, self.state.step)
+        self.state.last_validation_loss = result.loss
+        is_best = math.isfinite(result.loss) and (self.state.best_validation_loss is None or result.loss < self.state.best_validation_loss)
+        if is_best:
+            self.state.best_validation_loss = result.loss
+        for callback in self.callbacks:
+            callback.on_validation(self, result)
+        if is_best and not self.training.eval_only:
+            self.store.save_best(self._snapshot())
+        self.meter.leave_out(time.perf_counter() - start)
+
+    def _is_save_due(self) -> bool:
+        interval, minutes = self.training.save_interval, self.training.save_minutes
+        by_steps = interval is not None and self.state.step % self.length.in_steps(interval) == 0
+        return by_steps or (minutes is not None and time.monotonic() - self._last_save >= 60 * minutes)
+
+    def _save(self, *, emergency: bool = False) -> None:
+        start = time.perf_counter()
+        self._read_outcomes()
+        path = (self.store.save_emergency if emergency else self.store.save)(self._snapshot(), self.state.step)
+        self._last_save = time.monotonic()
+        for callback in self.callbacks:
+            callback.on_checkpoint(self, path)
+        self.meter.leave_out(time.perf_counter() - start)
+
+    def _snapshot(self) -> Snapshot:
+        callbacks = {type(callback).__name__: callback.state_dict() for callback in self.callbacks}
+        state = {**self.state.to_json(), "scaler": self.precision.state_dict(), "callbacks": callbacks}
+        return Snapshot(self.model, self.optimizers, state, self.config, self.tokenizer)
+
+    # The end.
+
+    def _finish(self, ended_by: str, signals: StopSignals) -> TrainingResult:
+        self._read_outcomes()
+        if ended_by in ("finished", "stopped"):
+            for callback in self.callbacks:
+                callback.on_train_end(self)
+            self.store.save_final(self._snapshot())
+        elif ended_by in ("preempted", "time"):
+            self._save(emergency=True)
+        return TrainingResult(
+            ended_by=ended_by,
+            step=self.state.step,
+            tokens=self.state.tokens,
+            seconds=time.monotonic() - self._started,
+            loss=None if self._last_read is None else float(self._last_read.loss),
+            validation=self._last_validation,
+            best_validation_loss=self.state.best_validation_loss,
+            exit_status=signals.exit_status if ended_by == "preempted" else 0,
+        )
+
+    def _resume(self, spec: str) -> None:
+        if spec == "auto" and self.store.newest() is None:
+            return
+        path = resolve_resume_folder(str(self.run_dir) if spec == "auto" else spec)
+        stored = restore(path, self.model, self.optimizers, verified=True)
+        self.state = TrainingState.from_json(stored)
+        self._stored_scaler = cast("dict[str, float | int]", stored.get("scaler") or {})
+        callbacks = cast("dict[str, dict[str, JSON]]", stored.get("callbacks") or {})
+        for callback in self.callbacks:
+            if type(callback).__name__ in callbacks:
+                callback.load_state_dict(callbacks[type(callback).__name__])
+        self._resumed_from = path
+
+    def say(self, line: str) -> None:
+        """One line for the person who watches."""
+        self.console.print(line, highlight=False, markup=False)
