@@ -1,0 +1,211 @@
+"""Every command and every manual's script as its settings see it: what it reads, and the defaults that its manual shows.
+
+Rates, steps and intervals default to what that manual shows; everything else to the schema's own defaults. A door's default gives way to
+a preset, a file and a flag, in that order.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from llm_trainer.config.fields import Section, setting
+from llm_trainer.config.loading import Door
+
+TRAINING_SECTIONS = ("model", "training", "data", "knowledge_distillation", "computational_efficiency", "adaptive_reasoning")
+
+TRAIN = Door("llm-trainer train", "Train a model on prepared data, or on a text that is prepared first.", TRAINING_SECTIONS, positional_config=True)
+
+TRAIN_FRAMEWORK = Door(
+    "train.py",
+    "Train a Llama-shaped model on what data_prep_tool.py wrote.",
+    TRAINING_SECTIONS,
+    defaults={
+        "model.model_type": "llama",
+        "training.batch_size": 32,
+        "training.max_steps": 100_000,
+        "training.learning_rate": 3e-4,
+    },
+)
+
+TRAIN_FROM_FILE = Door(
+    "scripts/train.py",
+    "Train from one file; a data section that names a dataset or a text is prepared first, without one data/processed is used.",
+    TRAINING_SECTIONS,
+    defaults={
+        "training.batch_size": 8,
+        "training.num_epochs": 3.0,
+        "training.learning_rate": 1e-4,
+        "training.weight_decay": 0.01,
+        "training.eval_interval": 1000,
+        "training.save_interval": 1000,
+        "training.logging_steps": 100,
+    },
+)
+
+TRAIN_ALL_IN_ONE = Door(
+    "train_aio.py",
+    "Train with every feature as a switch; with no data prepared, the built-in corpus is prepared first.",
+    TRAINING_SECTIONS,
+    defaults={
+        "training.batch_size": 16,
+        "training.eval_batch_size": 32,
+        "training.gradient_accumulation_steps": 4,
+        "training.num_epochs": 3.0,
+        "training.learning_rate": 5e-5,
+        "training.weight_decay": 0.01,
+        "training.warmup_steps": 500,
+        "training.eval_interval": 500,
+        "training.save_interval": 500,
+        "training.logging_steps": 10,
+        "training.seed": 42,
+        "training.num_workers": 4,
+        "training.output_dir": "models/all_in_one",
+    },
+)
+
+TRAIN_ORCHESTRATOR = Door(
+    "train_refactored.py",
+    "Train with nanoGPT's names and files; with no file it is GPT-2 124M on OpenWebText.",
+    TRAINING_SECTIONS,
+    defaults={
+        "model.bias": False,
+        "model.activation": "gelu",
+        "data.dataset": "openwebtext",
+        "training.output_dir": "out",
+        "training.batch_size": 12,
+        "training.gradient_accumulation_steps": 40,
+        "training.accumulation_counts_all_ranks": True,
+        "training.max_steps": 600_000,
+        "training.learning_rate": 6e-4,
+        "training.warmup_steps": 2000,
+        "training.eval_interval": 2000,
+        "training.eval_iters": 200,
+        "training.eval_at_start": True,
+        "training.always_save_checkpoint": True,
+        "training.save_interval": 2000,
+        "training.logging_steps": 1,
+        "training.wandb_project": "owt",
+        "training.wandb_run_name": "gpt2",
+    },
+    positional_config=True,
+)
+
+PREPARE = Door("llm-trainer prepare", "Text → cleaned splits, tokenizer and token shards.", ("data",))
+
+PREPARE_SPLITS = Door(
+    "scripts/prepare_data.py",
+    "Raw files, or one file with a sample a line, → train, validation and test splits, tokenizer and token shards.",
+    ("data",),
+    defaults={
+        "data.input": "data/raw",
+        "data.output_dir": "data/processed",
+        "data.vocab_size": 50257,
+        "data.train_ratio": 0.8,
+        "data.val_ratio": 0.1,
+        "data.test_ratio": 0.1,
+        "data.one_document_a_line": True,
+    },
+)
+
+PREPARE_FRAMEWORK = Door(
+    "data_prep_tool.py",
+    "A folder of raw text → tokenizer.json, dataset/ and metadata.json.",
+    ("data",),
+    defaults={
+        "data.input": "./raw_text_data",
+        "data.output_dir": "./processed_data",
+        "data.tokenizer_type": "bpe",
+        "data.max_length": 2048,
+    },
+)
+
+
+class ProcessOptions(Section):
+    """What is made of the splits."""
+
+    mode: Literal["train", "student", "inference"] = setting("train", "train: token shards; student: shards and the teacher's log-probabilities; inference: a model's outputs on them")
+    student_model_path: str | None = setting(None, "the trained model (in mode student it is the one that teaches)", aliases=("model_path", "model"))
+    num_samples: int = setting(20, "inference: documents that the model goes on from", unit="documents", ge=0)
+    max_new_tokens: int = setting(50, "inference: at most so many new tokens a document", unit="tokens", aliases=("max_tokens",), ge=0)
+
+
+PROCESS = Door(
+    "scripts/process_data.py",
+    "Splits → token shards, or a trained model's outputs on them.",
+    ("data",),
+    own=ProcessOptions,
+    defaults={"data.input": "data/processed"},
+)
+
+
+class SampleOptions(Section):
+    """Which model, in nanoGPT's words."""
+
+    init_from: str = setting("resume", "resume: the model in out_dir; else the name or folder of a pretrained model (gpt2, gpt2-xl, …)")
+    out_dir: str = setting("out", "run folder", aliases=("output_dir",))
+
+
+GENERATION_SECTIONS = ("generation", "inference")
+
+GENERATE = Door("llm-trainer generate", "Let a model go on from a prompt.", GENERATION_SECTIONS, positional=("model", "prompt"))
+GENERATE_ENHANCED = Door("generate.py", "Let a model go on from a prompt.", GENERATION_SECTIONS)
+GENERATE_L1 = Door("scripts/generate.py", "Let a model go on from a prompt.", GENERATION_SECTIONS)
+SAMPLE = Door(
+    "sample.py",
+    "Sample from a trained or a pretrained model, with nanoGPT's names.",
+    GENERATION_SECTIONS,
+    own=SampleOptions,
+    defaults={
+        "inference.prompt": "\n",
+        "generation.num_samples": 10,
+        "generation.max_new_tokens": 500,
+        "generation.temperature": 0.8,
+        "generation.top_k": 200,
+        "generation.seed": 1337,
+    },
+    positional_config=True,
+)
+
+
+class EvaluateOptions(Section):
+    """On what, and how much at once."""
+
+    data: str | None = setting(None, "a text file, or a prepared folder (its test split, else its validation split)", aliases=("text", "data_dir"))
+    eval_datasets: list[str] = setting(list, "reasoning suites by domain (math, science, …)", owed=True)
+    batch_size: int = setting(8, "windows at once; the result does not depend on it", unit="windows", gt=0)
+    stride: int | None = setting(None, "tokens by which windows advance; less than the context gives each token more to look back on; none: the context", unit="tokens", gt=0)
+
+
+EVALUATE = Door("llm-trainer evaluate", "Loss, perplexity and bits per byte of a model on a text.", ("inference",), own=EvaluateOptions, positional=("model", "data"))
+EVALUATE_ENHANCED = Door("evaluate.py", "Benchmarks by domain, and the loss on a text.", ("inference",), own=EvaluateOptions)
+EVALUATE_L1 = Door("scripts/evaluate.py", "Loss, perplexity and bits per byte of a model on a text.", ("inference",), own=EvaluateOptions)
+
+
+class RunOptions(Section):
+    """Which run."""
+
+    run: str = setting("checkpoints", "the run folder")
+    steps: int = setting(3, "steps that are replayed", unit="steps", gt=0)
+
+
+class ReportOptions(Section):
+    """Which run, and where the page goes."""
+
+    run: str = setting("checkpoints", "the run folder")
+    output: str | None = setting(None, "the page; none: report.html in the run folder")
+
+
+class QuickstartOptions(Section):
+    """The whole way with nothing to decide."""
+
+    text: str | None = setting(None, "a text file or a folder of your own; none: the built-in corpus")
+    output_dir: str = setting("runs/quickstart", "run folder", aliases=("output",))
+    steps: int | None = setting(None, "steps; none: what fits the time on this machine", unit="steps", aliases=("max_steps",), gt=0)
+    minutes: float = setting(1.6, "how long the training may take", unit="minutes", gt=0)
+    vocab_size: int = setting(4096, "ids of the tokenizer", unit="tokens", gt=256)
+    seed: int = setting(1337, "of weights, data order and samples", ge=0)
+
+
+VERIFY_RESUME = Door("llm-trainer verify-resume", "Replay the steps after a checkpoint and say whether resuming is exact.", (), own=RunOptions, positional=("run",))
+REPORT = Door("llm-trainer report", "Write one page about a run: curves, samples, settings, machine.", (), own=ReportOptions, positional=("run",))
+QUICKSTART = Door("llm-trainer quickstart", "From text to a talking model in minutes.", (), own=QuickstartOptions)

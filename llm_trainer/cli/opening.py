@@ -1,0 +1,21 @@
+"""What every door does first: read its settings, explain them if asked, refuse what is not built yet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llm_trainer.config.environment import apply_dotenv
+from llm_trainer.config.explain import explain
+from llm_trainer.config.loading import Door, LoadedRun, load_run
+from llm_trainer.config.owed import refuse_owed
+
+
+def open_door(door: Door, argv: Sequence[str]) -> LoadedRun | None:
+    """The settings of a command; None when `--explain` was asked for and has been printed. Raises UsageError."""
+    loaded = load_run(door, argv)
+    if loaded.explain:
+        print(explain(loaded))
+        return None
+    refuse_owed(loaded.config)
+    apply_dotenv()
+    return loaded

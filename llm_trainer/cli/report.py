@@ -1,0 +1,20 @@
+"""`llm-trainer report RUN`: one page about a run, finished or still going on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llm_trainer.cli.doors import REPORT, ReportOptions
+from llm_trainer.cli.opening import open_door
+
+
+def run(argv: list[str]) -> int:
+    """Write the page and say where it is."""
+    loaded = open_door(REPORT, argv)
+    if loaded is None:
+        return 0
+    assert isinstance(loaded.own, ReportOptions)
+    from llm_trainer.evaluation.report import write_report
+
+    print(f"report: {write_report(Path(loaded.own.run), Path(loaded.own.output) if loaded.own.output else None)}")
+    return 0
