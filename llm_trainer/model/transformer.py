@@ -30,9 +30,21 @@ def _either(first: bool | None, *others: bool) -> bool:
     return next(value for value in (first, *others) if value is not None)
 
 
-def make_linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:
-    """A linear map without its default initialisation, which `Transformer.initialize` would only overwrite."""
-    return nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias, device=torch.get_default_device())
+class Linear(nn.Linear):
+    """A linear map without default initialisation, which `Transformer.initialize` would only overwrite.
+
+    (`nn.utils.skip_init` does the same by way of the meta device, where drawing numbers imports torch._dynamo: 1.4 s of a program's start.)
+    """
+
+    def reset_parameters(self) -> None:
+        """Leave the weights as allocated."""
+
+
+class Embedding(nn.Embedding):
+    """An embedding without default initialisation, likewise."""
+
+    def reset_parameters(self) -> None:
+        """Leave the weights as allocated."""
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
@@ -50,10 +62,10 @@ class Attention(nn.Module):
         width, heads, kv_heads = config.head_width, config.num_attention_heads, config.kv_heads
         bias = _either(config.attention_bias, config.bias)
         qkv_bias = _either(config.qkv_bias, bias)
-        self.q_proj = make_linear(config.hidden_size, heads * width, qkv_bias)
-        self.k_proj = make_linear(config.hidden_size, kv_heads * width, qkv_bias)
-        self.v_proj = make_linear(config.hidden_size, kv_heads * width, qkv_bias)
-        self.o_proj = make_linear(heads * width, config.hidden_size, bias)
+        self.q_proj = Linear(config.hidden_size, heads * width, qkv_bias)
+        self.k_proj = Linear(config.hidden_size, kv_heads * width, qkv_bias)
+        self.v_proj = Linear(config.hidden_size, kv_heads * width, qkv_bias)
+        self.o_proj = Linear(heads * width, config.hidden_size, bias)
         self.q_norm = nn.RMSNorm(width, eps=config.norm_epsilon) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(width, eps=config.norm_epsilon) if config.qk_norm else None
         self.head_width = width
@@ -126,9 +138,9 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         bias = _either(config.mlp_bias, config.bias)
-        self.up_proj = make_linear(config.hidden_size, config.mlp_width, bias)
-        self.down_proj = make_linear(config.mlp_width, config.hidden_size, bias)
-        self.gate_proj = make_linear(config.hidden_size, config.mlp_width, bias) if config.activation == "swiglu" else None
+        self.up_proj = Linear(config.hidden_size, config.mlp_width, bias)
+        self.down_proj = Linear(config.mlp_width, config.hidden_size, bias)
+        self.gate_proj = Linear(config.hidden_size, config.mlp_width, bias) if config.activation == "swiglu" else None
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -173,16 +185,16 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         device = torch.get_default_device()
-        self.wte = nn.utils.skip_init(nn.Embedding, config.vocab_size, config.hidden_size, device=device)
+        self.wte = Embedding(config.vocab_size, config.hidden_size)
         self.wpe = None
         if config.positions == "learned":
-            self.wpe = nn.utils.skip_init(nn.Embedding, config.max_position_embeddings, config.hidden_size, device=device)
+            self.wpe = Embedding(config.max_position_embeddings, config.hidden_size)
         self.rotary = Rotary(config) if config.positions == "rope" else None
         self.dropout = nn.Dropout(config.dropout if config.embedding_dropout is None else config.embedding_dropout)
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_hidden_layers)])
         # The last sum of a post-norm stack is normalised already.
         self.ln_f = make_norm(config) if config.pre_norm else nn.Identity()
-        self.lm_head = make_linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
         if device.type != "meta":
             self.initialize(generator)
