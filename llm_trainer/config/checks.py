@@ -17,7 +17,7 @@ def check_run(config: RunConfig, origins: Mapping[str, str], sections: set[str],
         _check_ranks(config, said, world_size)
         _check_length(config, said)
         _check_saving(config, said)
-        _check_schedule(config)
+        _check_named_files(config)
     if "model" in sections and "data" in sections:
         _check_data_fits(config, said)
     if "data" in sections:
@@ -81,8 +81,12 @@ def _check_saving(config: RunConfig, said: _Places) -> None:
         raise UsageError(f"{said['training.horizon']} is {training.horizon}, which is for resuming; add --resume, or leave it out")
 
 
-def _check_schedule(config: RunConfig) -> None:
-    """A schedule is read whole before training, although running it is not built yet."""
+def _check_named_files(config: RunConfig) -> None:
+    """A schedule and DeepSpeed's file are read whole before training, although what they ask for is not built yet."""
+    if config.training.use_deepspeed and config.training.deepspeed_config is not None:
+        from llm_trainer.config.deepspeed import read_deepspeed
+
+        read_deepspeed(Path(config.training.deepspeed_config))
     if config.training.scaling_schedule_file is not None:
         from llm_trainer.config.schedules import read_schedule
 

@@ -1,6 +1,6 @@
 """Reading settings from files: JSON, YAML, and nanoGPT's Python files. Each becomes a list of what it says, with its place.
 
-JSON and YAML may hold sections, flat keys, or both. A name said twice in one mapping is an error, where the parsers would keep the last.
+JSON and YAML may hold sections, flat keys, or both; names that begin with an underscore are remarks. A name said twice in one mapping is an error, where the parsers would keep the last.
 A Python file is run by `runpy`, as nanoGPT runs its own by `exec`: it is the user's program. Names that begin with an underscore, modules,
 functions and classes are its own business; everything else must be a setting.
 """
@@ -66,14 +66,25 @@ def read_settings(path: Path) -> list[Said]:
 
 
 def _from_mapping(content: Mapping[object, object], place: str) -> list[Said]:
+    _refuse_other_kinds(content, place)
     said: list[Said] = []
     for key, value in content.items():
         name = str(key)
+        if name.startswith("_"):
+            continue
         if name in section_types() and (isinstance(value, Mapping) or value is None):
             said += [Said(str(inner), inner_value, place, name) for inner, inner_value in (value or {}).items()]
         else:
             said.append(Said(name, value, place))
     return said
+
+
+def _refuse_other_kinds(content: Mapping[object, object], place: str) -> None:
+    """Files that a run names, or another command reads, are no settings of a run: say where they belong."""
+    if "train_micro_batch_size_per_gpu" in content or "zero_optimization" in content:
+        raise UsageError(f"{place} is DeepSpeed's own configuration: pass it as --use_deepspeed --deepspeed_config={place}")
+    if "loaders" in content:
+        raise UsageError(f"{place} is a domain bridge file: python scripts/prepare_domain_datasets.py --config {place}")
 
 
 def _from_python(path: Path) -> list[Said]:
