@@ -60,7 +60,7 @@ def unwrapped(model: nn.Module) -> Transformer:
     """The Transformer inside torch.compile's and DistributedDataParallel's wrappers; raises UsageError where there is none."""
     inner = model
     while not isinstance(inner, Transformer):
-        found = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
+        found = getattr(inner, "_orig_mod", getattr(inner, "module", None))
         if not isinstance(found, nn.Module):
             raise UsageError(f"a {type(model).__name__} holds no Transformer; pass the model, or a compiled or parallel wrapper of it")
         inner = found

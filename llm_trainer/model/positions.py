@@ -84,9 +84,7 @@ def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -math.inf)
 
 
-def sequence_mask(
-    count: int, window: int | None, document_ids: Tensor | None, device: torch.device, dtype: torch.dtype
-) -> Tensor | None:
+def sequence_mask(count: int, window: int | None, document_ids: Tensor | None, device: torch.device, dtype: torch.dtype) -> Tensor | None:
     """Mask of a whole sequence, broadcastable to (B, 1, T, T); None where plain causal attention is meant, which needs no mask.
 
     window: a token sees so many tokens, itself included, as Mistral counts (arXiv:2310.06825).

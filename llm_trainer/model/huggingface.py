@@ -1,0 +1,286 @@
+"""Models on disk and on the hub, in Hugging Face's own form: config.json and model.safetensors, sharded when large.
+
+`transformers` opens what is saved here, and what it saved is loaded here; neither way needs transformers itself. Weights come from
+safetensors only: a pickle can run code, so a folder that holds nothing else is refused, and code that a config.json points to is never
+looked at. Loading is strict: each tensor is found, used and of the right shape, or the error names it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from llm_trainer.config.errors import CheckpointError
+from llm_trainer.config.model import ModelConfig
+from llm_trainer.model.huggingface_config import OWN_SECTION, config_from_huggingface, config_to_huggingface, family_of
+from llm_trainer.model.huggingface_weights import IGNORED_ENDINGS, Entry, entries
+from llm_trainer.model.parts import unwrapped
+from llm_trainer.model.transformer import Transformer
+
+__all__ = [
+    "config_from_huggingface",
+    "config_to_huggingface",
+    "empty_model",
+    "load_pretrained",
+    "load_weights",
+    "read_config",
+    "save_pretrained",
+]
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5_000_000_000
+SHORT_NAMES = {
+    **{name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")},
+    "distilgpt2": "distilbert/distilgpt2",
+}
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_WAY_OUT_OF_PICKLE = (
+    "a pickle can run any code when it is opened. Take a revision with model.safetensors, or convert it once where you trust it: "
+    "transformers' AutoModelForCausalLM.from_pretrained(…).save_pretrained(…) writes safetensors"
+)
+
+
+def save_pretrained(
+    model: nn.Module,
+    folder: Path | str,
+    *,
+    bos_id: int | None = None,
+    eos_id: int | None = None,
+    pad_id: int | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write config.json and the weights, in the type that they have, into `folder`, which is made if need be.
+
+    A compiled or parallel wrapper is taken off first. The ids of the special tokens go into config.json, where transformers looks
+    for the one that ends a text. With a saved tokenizer beside it the folder is complete.
+    """
+    plain, place = unwrapped(model), Path(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    parameters = {name: parameter.detach() for name, parameter in plain.named_parameters()}  # a tied matrix comes once
+    family = family_of(plain.config) or OWN_SECTION
+    content = config_to_huggingface(plain.config)
+    content |= {"dtype": str(plain.wte.weight.dtype).removeprefix("torch.")}
+    content |= {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": pad_id}
+    (place / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    shards = _into_shards(entries(parameters, family), parameters, max_shard_bytes)
+    if len(shards) == 1:
+        _write_shard(place / WEIGHTS_NAME, shards[0], parameters)
+        return
+    files = {f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard for number, shard in enumerate(shards, 1)}
+    for name, shard in files.items():
+        _write_shard(place / name, shard, parameters)
+    index = {
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in parameters.values())},
+        "weight_map": {entry.theirs: name for name, shard in files.items() for entry in shard},
+    }
+    (place / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _into_shards(table: list[Entry], parameters: Mapping[str, Tensor], limit: int) -> list[list[Entry]]:
+    """Consecutive tensors of at most `limit` bytes a file; a larger tensor gets a file of its own."""
+    shards: list[list[Entry]] = [[]]
+    filled = 0
+    for entry in table:
+        size = sum(parameters[name].nbytes for name in entry.ours)
+        if shards[-1] and filled + size > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(entry)
+        filled += size
+    return shards
+
+
+def _write_shard(path: Path, shard: list[Entry], parameters: Mapping[str, Tensor]) -> None:
+    save_file({entry.theirs: entry.join(parameters).cpu() for entry in shard}, path, metadata={"format": "pt"})
+
+
+def load_pretrained(source: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Transformer:
+    """A model from a folder (or the model.safetensors in it) or by its name on the hub, in evaluation mode.
+
+    dtype: type of the weights; none: fp32, which training wants whatever the file holds. Raises CheckpointError where the folder is
+    missing, damaged, of an unknown kind, or its tensors are not exactly those that its config.json calls for.
+    """
+    folder = _folder_of(source)
+    model = empty_model(read_config(folder), device, dtype or torch.float32)
+    load_weights(model, folder)
+    return model.eval()
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The configuration in a folder's config.json."""
+    return config_from_huggingface(_read_json(folder / "config.json"))
+
+
+def empty_model(config: ModelConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Transformer:
+    """A model whose weights are allocated and not yet filled."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    model = model.to(dtype).to_empty(device=device)
+    model.tie_weights()
+    if model.rotary is not None:
+        model.rotary.reset()
+    return model
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, folder: Path | str) -> None:
+    """Fill a model from a folder's safetensors, one tensor at a time, keeping the model's device and type.
+
+    Raises CheckpointError naming what is missing, unexpected or misshapen, before anything is changed.
+    """
+    plain, place = unwrapped(model), Path(folder)
+    parameters = dict(plain.named_parameters())
+    table = {entry.theirs: entry for entry in entries(parameters, str(_read_json(place / "config.json").get("model_type")))}
+    with _reading(place):
+        found = _tensors_in(place)
+        _check_names_and_shapes(place, plain, table, found)
+        for file in sorted({file for file, _ in found.values()}):
+            with safe_open(file, framework="pt") as tensors:
+                for stored in tensors.keys():  # noqa: SIM118 - not a dict
+                    entry = table.get(_their_name(stored, table))
+                    for name, tensor in entry.split(tensors.get_tensor(stored)).items() if entry else ():
+                        parameters[name].copy_(tensor)
+
+
+def _their_name(stored: str, table: Mapping[str, Entry]) -> str:
+    """GPT-2's first files, and models saved without their head, leave out the `transformer.` or `model.` in front."""
+    return next((name for name in (stored, f"transformer.{stored}", f"model.{stored}") if name in table), stored)
+
+
+def _tensors_in(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
+    """Name → file and shape of each tensor in the folder."""
+    found: dict[str, tuple[Path, tuple[int, ...]]] = {}
+    for file in _weight_files(folder):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                if not name.endswith(IGNORED_ENDINGS):
+                    found[name] = file, tuple(tensors.get_slice(name).get_shape())
+    return found
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / WEIGHTS_NAME).is_file():
+        return [folder / WEIGHTS_NAME]
+    if not (folder / INDEX_NAME).is_file():
+        pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+        if pickles:
+            raise CheckpointError(
+                f"{folder} holds weights as a pickle only ({', '.join(pickles)}), which is not opened: {_WAY_OUT_OF_PICKLE}"
+            )
+        raise CheckpointError(f"{folder} has no {WEIGHTS_NAME} and no {INDEX_NAME}; it is not a model folder, or its weights are missing")
+    weight_map = _read_json(folder / INDEX_NAME).get("weight_map")
+    names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
+    if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+        raise CheckpointError(f"{folder / INDEX_NAME} does not name the files of this folder that hold the weights")
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{folder} lacks {_some(missing)}, which {INDEX_NAME} names; copy the whole folder")
+    return [folder / name for name in names]
+
+
+def _check_names_and_shapes(
+    folder: Path, model: Transformer, table: Mapping[str, Entry], found: Mapping[str, tuple[Path, tuple[int, ...]]]
+) -> None:
+    named = {_their_name(stored, table): stored for stored in found}
+    missing = sorted(table.keys() - named.keys())
+    unexpected = sorted(stored for name, stored in named.items() if name not in table)
+    if unexpected == ["lm_head.weight"] and model.config.tie_word_embeddings:
+        _check_tied_head(folder, found, named)
+        unexpected = []
+    if missing or unexpected:
+        problems = [f"{word}: {_some(names)}" for word, names in (("missing", missing), ("unexpected", unexpected)) if names]
+        raise CheckpointError(f"the tensors in {folder} are not those of its config.json; {'; '.join(problems)}")
+    shape_of = {name: parameter.shape for name, parameter in model.named_parameters()}
+    for name, entry in table.items():
+        shape, wanted = found[named[name]][1], entry.shape(shape_of)
+        if shape != wanted:
+            raise CheckpointError(f"{named[name]} in {folder} has shape {shape}, where its config.json calls for {wanted}")
+
+
+def _check_tied_head(folder: Path, found: Mapping[str, tuple[Path, tuple[int, ...]]], named: Mapping[str, str]) -> None:
+    """A head saved beside the embedding that it is tied to must be that embedding."""
+    embedding = next(stored for name, stored in named.items() if name.endswith(("wte.weight", "embed_tokens.weight")))
+    head, tied = (_read_tensor(found[stored][0], stored) for stored in ("lm_head.weight", embedding))
+    if not torch.equal(head, tied):
+        raise CheckpointError(
+            f"{folder} says tie_word_embeddings but its lm_head.weight differs from {embedding}; set it to false in config.json"
+        )
+
+
+def _read_tensor(file: Path, name: str) -> Tensor:
+    with safe_open(file, framework="pt") as tensors:
+        tensor: Tensor = tensors.get_tensor(name)
+        return tensor
+
+
+def _some(names: list[str]) -> str:
+    """At most five of many names."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Turn a damaged safetensors file into an error that says what to do."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise CheckpointError(f"the weights in {folder} are damaged ({error}); take another checkpoint, or fetch the file again") from error
+    except OSError as error:
+        raise CheckpointError(f"the weights in {folder} cannot be read: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist; a model folder holds config.json and {WEIGHTS_NAME}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    return content
+
+
+def _folder_of(source: str | Path) -> Path:
+    """The folder that `source` means, fetched from the hub where it is a name there."""
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.is_file() and path.suffix == ".safetensors":
+        return path.parent
+    if path.is_file():
+        raise CheckpointError(f"{path} is not a model folder, and it is not opened as weights: {_WAY_OUT_OF_PICKLE}")
+    name = SHORT_NAMES.get(str(source), str(source))
+    if isinstance(source, Path) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+        raise CheckpointError(f"{name} does not exist; give a model folder, or a name on the Hugging Face hub (gpt2, or owner/name)")
+    return fetch_from_hub(name)
+
+
+def fetch_from_hub(name: str) -> Path:
+    """The local snapshot of a hub repository's configuration, safetensors and tokenizer files; nothing else is downloaded.
+
+    huggingface_hub shows progress, resumes, checks hashes and keeps the files for the next time.
+    """
+    import httpx  # of huggingface_hub, and slow to import with it
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    patterns = ["*.json", "*.safetensors", "merges.txt", "vocab.txt", "tokenizer.model"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
+    except (OSError, httpx.HTTPError, HFValidationError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"{name!r} is no folder here, and it could not be fetched from the Hugging Face hub: {reason} "
+            "Check the name and the connection (private models: HF_TOKEN), or download the model elsewhere and give its folder"
+        ) from error
