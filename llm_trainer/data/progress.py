@@ -1,0 +1,50 @@
+"""Progress of preparation: a bar on a terminal once something takes longer than two seconds, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+_SHOW_AFTER_SECONDS = 2.0
+_PLAIN_EVERY_SECONDS = 10.0
+
+
+class ByteProgress:
+    """Counts bytes of one piece of work; `total` None where it is unknown. Without a console it is silent."""
+
+    def __init__(self, console: Console | None, what: str, total: int | None) -> None:
+        self._console, self._what, self._total = console, what, total
+        self._done = 0
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> ByteProgress:
+        self._began = self._last_line = time.monotonic()
+        return self
+
+    def advance(self, count: int) -> None:
+        """So many bytes more are done."""
+        self._done += count
+        now = time.monotonic()
+        if self._console is None or now - self._began < _SHOW_AFTER_SECONDS:
+            return
+        if self._console.is_terminal:
+            self._bar = self._bar or self._start()
+            self._bar.update(self._bar.task_ids[0], completed=self._done)
+        elif now - self._last_line >= _PLAIN_EVERY_SECONDS:
+            self._last_line = now
+            of = f" of {self._total / 1e6:.1f}" if self._total else ""
+            self._console.print(f"{self._what}: {self._done / 1e6:.1f}{of} MB", highlight=False)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _start(self) -> Progress:
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        bar = Progress(*columns, console=self._console, transient=True)
+        bar.add_task(self._what, total=self._total)
+        bar.start()
+        return bar
