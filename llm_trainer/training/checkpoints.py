@@ -48,7 +48,7 @@ from llm_trainer.config.run_folder import (
     verify,
     write_manifest,
 )
-from llm_trainer.model.huggingface import load_pretrained, save_pretrained
+from llm_trainer.model.huggingface import load_weights, save_pretrained
 from llm_trainer.training.optimizer_state import load_optimizer_state, optimizer_state, write_tensors
 
 # Beside the tensors: JSON files, the tokenizer, what the file system itself takes.
@@ -57,8 +57,20 @@ _RECORDED_PACKAGES = ("llm-trainer", "torch", "safetensors", "tokenizers", "nump
 _OPTIMIZER_SCALARS = "optimizer_scalars"
 
 
-class SavesItself(Protocol):
+class SavedTokenizer(Protocol):
     """What a checkpoint needs of a tokenizer."""
+
+    @property
+    def bos_id(self) -> int | None:
+        """Begin of text."""
+
+    @property
+    def eos_id(self) -> int | None:
+        """End of text."""
+
+    @property
+    def pad_id(self) -> int | None:
+        """Filling."""
 
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json` and what belongs to it."""
@@ -72,7 +84,7 @@ class Snapshot:
     optimizers: Sequence[torch.optim.Optimizer]
     state: Mapping[str, JSON]
     config: RunConfig
-    tokenizer: SavesItself | None
+    tokenizer: SavedTokenizer | None
 
 
 class CheckpointStore:
@@ -136,10 +148,8 @@ class CheckpointStore:
             self._remove_leftovers()
             _require_space(place, needed)
             temporary.mkdir()
-            save_pretrained(snapshot.model, temporary)
+            _write_model(snapshot.model, snapshot.tokenizer, temporary)
             write_tensors(temporary / OPTIMIZER_FOLDER, tensors)
-            if snapshot.tokenizer is not None:
-                snapshot.tokenizer.save(temporary)
             _write_json(temporary / STATE_FILE, {**snapshot.state, "step": step, _OPTIMIZER_SCALARS: scalars})
             _write_json(temporary / RUN_FILE, {"config": snapshot.config.model_dump(mode="json"), "versions": versions()})
             _sync(temporary)
@@ -189,23 +199,10 @@ def restore(path: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optim
     if not verified and (problems := verify(path)):
         raise CheckpointError(f"{path} cannot be restored: {'; '.join(problems[:3])}")
     state = read_state(path)
-    restore_weights(path, model)
+    load_weights(model, path)
     scalars = state.pop(_OPTIMIZER_SCALARS, {})
     load_optimizer_state(path / OPTIMIZER_FOLDER, scalars if isinstance(scalars, Mapping) else {}, model, optimizers)
     return state
-
-
-def restore_weights(path: Path, model: nn.Module) -> None:
-    """Copy a checkpoint's weights into `model`. Raises CheckpointError naming what does not fit."""
-    saved = load_pretrained(path).state_dict()
-    own = model.state_dict()
-    missing, strange = own.keys() - saved.keys(), saved.keys() - own.keys()
-    if missing or strange:
-        raise CheckpointError(f"{path} does not fit the model: " + _names_amiss(missing, strange))
-    for name, tensor in own.items():
-        if tensor.shape != saved[name].shape:
-            raise CheckpointError(f"{path} does not fit the model: {name} is {tuple(saved[name].shape)} there, {tuple(tensor.shape)} here")
-    model.load_state_dict(saved)
 
 
 def read_state(path: Path) -> dict[str, JSON]:
@@ -219,7 +216,10 @@ def read_run_config(path: Path) -> RunConfig:
     config = read_json(path / RUN_FILE).get("config")
     if not isinstance(config, dict):
         raise CheckpointError(f"{path / RUN_FILE} holds no configuration")
-    return RunConfig.model_validate(config)
+    stored = RunConfig.model_validate(config)
+    # These were said to one start of the run, not of the run.
+    stored.training.resume_from, stored.training.horizon = None, None
+    return stored
 
 
 def versions() -> dict[str, str]:
@@ -227,15 +227,19 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in _RECORDED_PACKAGES}}
 
 
+def _write_model(model: nn.Module, tokenizer: SavedTokenizer | None, folder: Path) -> None:
+    """Weights, config.json and tokenizer: what a loader of models wants."""
+    if tokenizer is None:
+        save_pretrained(model, folder)
+        return
+    save_pretrained(model, folder, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+    tokenizer.save(folder)
+
+
 def _step_in(state: Mapping[str, JSON]) -> int:
     step = state.get("step")
     assert isinstance(step, int), "a snapshot's state holds its step"
     return step
-
-
-def _names_amiss(missing: set[str], strange: set[str]) -> str:
-    amiss = [("missing", missing), ("unknown", strange)]
-    return ", ".join(f"{len(names)} tensors are {what} ({', '.join(sorted(names)[:3])}, …)" for what, names in amiss if names)
 
 
 def _bytes_of(model: nn.Module, tensors: Mapping[str, Tensor]) -> int:

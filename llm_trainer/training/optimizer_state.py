@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from llm_trainer.config.errors import CheckpointError
 from llm_trainer.config.run_folder import JSON
+from llm_trainer.model.parts import plain_name
 
 Held = tuple[str, Tensor, torch.optim.Optimizer, dict[str, Any]]
 
@@ -68,7 +69,7 @@ def load_optimizer_state(folder: Path, scalars: Mapping[str, JSON], model: nn.Mo
 
 def _held(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[Held]:
     """Each parameter that is being trained: its name, itself, its optimizer, its group."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {id(parameter): plain_name(name) for name, parameter in model.named_parameters()}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             for parameter in group["params"]:

@@ -1,0 +1,174 @@
+"""What may change when a run goes on, what its learning rate then does, and the proof that going on changed nothing.
+
+Rates, intervals, batch size and paths may change, and each change is told, old → new. Shape, optimizer, seed, tokenizer and data are
+what the saved state is about: to change them is to start another run from these weights, and the error says how. A moved end would
+silently bend a decay that was aimed at the old one, so the person says what is meant (`--horizon`), unless the decay has a length of its
+own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from llm_trainer.config import CheckpointError, RunConfig, TrainingConfig, UsageError
+from llm_trainer.config.run_folder import JSON, Report, list_checkpoints, resolve_resume_folder
+from llm_trainer.data.shards import TokenDataset
+from llm_trainer.training.schedules import Length, Schedule, ScheduleState
+from llm_trainer.training.state import TrainingState
+
+# The model's settings that are not its shape.
+_FREE_OF_SHAPE = {"dropout", "attention_dropout", "embedding_dropout", "initializer_range", "gradient_checkpointing"}
+_FIXED_IN_TRAINING = {
+    "optimizer": "the saved optimizer state is another optimizer's",
+    "seed": "the order of the data follows from it",
+    "init_from": None,  # said anew at every start
+    "resume_from": None,
+    "horizon": None,
+}
+_SAYS_THE_END = {"training.max_steps", "training.num_epochs", "training.max_tokens"}
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting that is not as it was."""
+
+    name: str
+    old: JSON
+    new: JSON
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.old} → {self.new}"
+
+
+@dataclass(frozen=True)
+class ResumePlan:
+    """How a run goes on: what to tell the person, where it ends, and its rates."""
+
+    lines: list[str]
+    total_steps: int
+    schedule: Schedule
+    operations: ScheduleState
+
+
+def resume_folder(spec: str, run_folder: Path, report: Report | None = None) -> Path | None:
+    """The checkpoint that `resume_from` means; None when it is `auto` and `run_folder` holds none yet.
+
+    A run folder whose checkpoints are all damaged is an error, not a fresh start. Raises CheckpointError.
+    """
+    if spec != "auto":
+        return resolve_resume_folder(spec, report)
+    return resolve_resume_folder(run_folder, report) if list_checkpoints(run_folder) else None
+
+
+def compare_settings(old: RunConfig, new: RunConfig, checkpoint: Path) -> list[Change]:
+    """Every setting that a resume changes. Raises UsageError for one that may not change."""
+    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
+    changes: list[Change] = []
+    for section in before:
+        for name in before[section]:
+            if before[section][name] == after[section][name]:
+                continue
+            change = Change(f"{section}.{name}", before[section][name], after[section][name])
+            if section == "model" and name not in _FREE_OF_SHAPE:
+                raise UsageError(
+                    f"{change} cannot change on a resume: the weights in {checkpoint} have the old shape; {_new_run(checkpoint)}"
+                )
+            if section == "training" and name in _FIXED_IN_TRAINING:
+                if (reason := _FIXED_IN_TRAINING[name]) is None:
+                    continue
+                raise UsageError(f"{change} cannot change on a resume: {reason}; {_new_run(checkpoint)}")
+            changes.append(change)
+    return changes
+
+
+def data_identity(train: TokenDataset) -> dict[str, JSON]:
+    """What a checkpoint remembers of its data: the tokens and their order, and the tokenizer, wherever the files lie."""
+    return {"fingerprint": train.fingerprint, "tokenizer": train.tokenizer_hash}
+
+
+def check_same_data(stored: JSON, train: TokenDataset, checkpoint: Path) -> None:
+    """Raises CheckpointError when a run would go on with other data or another tokenizer than it has been trained with."""
+    known = stored if isinstance(stored, Mapping) else {}
+    for name, what in (("tokenizer", "another tokenizer"), ("fingerprint", "other data")):
+        if known.get(name) not in (None, data_identity(train)[name]):
+            raise CheckpointError(f"{checkpoint} was trained with {what} than the training split given now; {_new_run(checkpoint)}")
+
+
+def plan_resume(
+    *,
+    checkpoint: Path,
+    stored: TrainingState,
+    changes: Collection[Change],
+    training: TrainingConfig,
+    resolved: Schedule,
+    length: Length,
+    sequences_per_step: int,
+) -> ResumePlan:
+    """Where a resumed run ends and how its rates go on.
+
+    `resolved` and `length` are what the settings of now give a new run. A length in epochs or tokens counts the samples that were
+    consumed, at whatever batch size. Raises UsageError when the end moves and nothing says what the decay does.
+    """
+    assert stored.schedule is not None, "a checkpoint's state holds its schedule"
+    assert stored.total_steps is not None, "a checkpoint's state holds its length"
+    changed = {change.name for change in changes}
+    total = _steps_until_end(length, stored, training, sequences_per_step)
+    schedule = _with_changed_settings(stored.schedule, resolved, changed)
+    operations, lines = stored.operations, [f"resuming {checkpoint} at step {stored.step:,} of {total:,}"]
+    lines += [f"  {change}" for change in changes]
+    if total != stored.total_steps and training.lr_decay_steps is None and schedule.kind != "constant":
+        moved_by_person = bool(changed & _SAYS_THE_END)
+        if moved_by_person and training.horizon is None:
+            raise UsageError(_needs_horizon(stored, total))
+        choice = training.horizon or "extend"  # a changed batch size alone: as many samples, in other steps
+        schedule, operations = _moved(schedule, operations, stored.step, total, choice, training)
+        lines.append(f"  end: step {stored.total_steps:,} → {total:,}; learning rate: {choice}")
+    if stored.step >= total:
+        lines.append(f"  that is its end: there is nothing left to train; a later end needs max_steps above {stored.step} and --horizon")
+    return ResumePlan(lines, total, schedule, operations)
+
+
+def _new_run(checkpoint: Path) -> str:
+    return f"keep it, or start a new run from these weights: --init_from={checkpoint} with another output_dir"
+
+
+def _steps_until_end(length: Length, stored: TrainingState, training: TrainingConfig, sequences_per_step: int) -> int:
+    """The last step. A length in steps is itself; one in epochs or tokens ends when as many samples have been consumed."""
+    if length.steps == training.max_steps:
+        return length.steps
+    left = length.steps * sequences_per_step - stored.samples
+    return stored.step + max(0, math.ceil(left / sequences_per_step))
+
+
+def _with_changed_settings(stored: Schedule, resolved: Schedule, changed: Collection[str]) -> Schedule:
+    """The stored schedule, but for what the person changed: a default that was derived from the old end stays as it was."""
+    said = {
+        "kind": {"training.lr_scheduler"},
+        "warmup_steps": {"training.warmup_steps"},
+        "decay_steps": {"training.lr_decay_steps"},
+        "minimum_fraction": {"training.min_learning_rate", "training.learning_rate"},
+        "wsd_decay_fraction": {"training.wsd_decay_fraction"},
+    }
+    return replace(stored, **{field: getattr(resolved, field) for field, names in said.items() if names & set(changed)})
+
+
+def _moved(
+    schedule: Schedule, operations: ScheduleState, step: int, total: int, choice: str, training: TrainingConfig
+) -> tuple[Schedule, ScheduleState]:
+    if choice == "keep":
+        return schedule, operations
+    if choice == "rewarm":
+        warmup = schedule.warmup_steps if training.warmup_steps is not None else max(1, (total - step) // 10)
+        return replace(schedule, decay_steps=total, warmup_steps=warmup), replace(operations, offset=step)
+    return replace(schedule, decay_steps=total), operations
+
+
+def _needs_horizon(stored: TrainingState, total: int) -> str:
+    return (
+        f"the run's end moves from step {stored.total_steps} to {total}, and its learning rate was decaying towards the old one; "
+        "say --horizon extend (stretch the decay to the new end), rewarm (warm up again from here and decay to the new end) or "
+        "keep (the old decay, then its lowest rate), or give the decay a length of its own with --lr_decay_iters"
+    )
