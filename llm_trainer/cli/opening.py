@@ -16,6 +16,6 @@ def open_door(door: Door, argv: Sequence[str]) -> LoadedRun | None:
     if loaded.explain:
         print(explain(loaded))
         return None
-    refuse_owed(loaded.config)
+    refuse_owed(loaded.config, door.names(), loaded.own)
     apply_dotenv()
     return loaded

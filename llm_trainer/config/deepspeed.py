@@ -56,7 +56,7 @@ class DeepSpeedConfig(Section):
     zero_optimization: DeepSpeedZero = setting(DeepSpeedZero, "what is spread over the ranks")
 
     def check_ranks(self, ranks: int) -> None:
-        """Raises UsageError unless train_batch_size = micro-batch × accumulation × ranks, naming the numbers and the ranks that would fit."""
+        """Raises UsageError unless train_batch_size = micro-batch × accumulation × ranks, naming the ranks that would fit."""
         whole, micro, steps = self.train_batch_size, self.train_micro_batch_size_per_gpu, self.gradient_accumulation_steps
         if whole is None or micro is None or steps is None or whole == micro * steps * ranks:
             return

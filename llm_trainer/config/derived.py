@@ -14,6 +14,7 @@ def derive(values: dict[Field, Value], defaults: set[Field]) -> list[str]:
     _follow(values, defaults, ("model", "max_position_embeddings"), ("data", "max_length"))
     _efficiency(values, defaults)
     _length(values, defaults)
+    _batches(values, defaults)
     return _warmup(values, defaults)
 
 
@@ -49,6 +50,16 @@ def _length(values: dict[Field, Value], defaults: set[Field]) -> None:
         for key in ends & defaults:
             del values[key]
         defaults -= ends
+
+
+def _batches(values: dict[Field, Value], defaults: set[Field]) -> None:
+    """A door's batch size or accumulation steps back where what was said about batches has another form."""
+    whole, micro, steps = (("training", name) for name in ("batch_size", "micro_batch_size", "gradient_accumulation_steps"))
+    said = {key for key in (whole, micro, steps) if key in values and key not in defaults}
+    idle = ({whole} if micro in said else set()) | ({steps} if {whole, micro} <= said else set())
+    for key in idle & defaults:
+        del values[key]
+    defaults -= idle
 
 
 def _warmup(values: dict[Field, Value], defaults: set[Field]) -> list[str]:

@@ -1,7 +1,7 @@
 """The domain bridge file: which datasets make up which domain, their weights, and how they are split.
 
-`vocab_size` is here the number of domain terms that are collected, and a loader's `min_length` is in characters: this file has words of its own,
-which is why it is not a section of a run. Preparing domains is not built yet; the file is read and judged now.
+`vocab_size` is here the number of domain terms that are collected, and a loader's `min_length` is in characters: this file has words of its
+own, which is why it is not a section of a run. Preparing domains is not built yet; the file is read and judged now.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Reading settings from files: JSON, YAML, and nanoGPT's Python files. Each becomes a list of what it says, with its place.
 
-JSON and YAML may hold sections, flat keys, or both; names that begin with an underscore are remarks. A name said twice in one mapping is an error, where the parsers would keep the last.
+JSON and YAML may hold sections, flat keys, or both; names that begin with an underscore are remarks. A name said twice in one mapping
+is an error, where the parsers would keep the last.
+
 A Python file is run by `runpy`, as nanoGPT runs its own by `exec`: it is the user's program. Names that begin with an underscore, modules,
 functions and classes are its own business; everything else must be a setting.
 """
@@ -70,13 +72,11 @@ def _from_mapping(content: Mapping[object, object], place: str) -> list[Said]:
     said: list[Said] = []
     for key, value in content.items():
         name = str(key)
-        if name.startswith("_"):
-            continue
         if name in section_types() and (isinstance(value, Mapping) or value is None):
             said += [Said(str(inner), inner_value, place, name) for inner, inner_value in (value or {}).items()]
         else:
             said.append(Said(name, value, place))
-    return said
+    return [item for item in said if not item.name.startswith("_")]
 
 
 def _refuse_other_kinds(content: Mapping[object, object], place: str) -> None:

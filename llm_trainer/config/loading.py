@@ -137,13 +137,15 @@ def _gather(door: Door, line: CommandLine, notes: list[str]) -> tuple[dict[Field
     flags = line.said
     switched_off = _switched_off([*layers, flags], all_names)
     values: dict[Field, Value] = {}
-    for layer in layers:
+    defaults = set(settle(layers[0], all_names))
+    for number, layer in enumerate(layers):
         kept = [item for item in layer if _gate(item) not in switched_off]
         if len(kept) < len(layer):
             gates = sorted({gate for item in layer if (gate := _gate(item)) in switched_off and gate is not None})
             notes += [f"{layer[0].place}: the section {gate} is not applied, since {SWITCHES[gate]} is off" for gate in gates]
-        values |= settle(kept, all_names)
-    defaults = set(settle(layers[0], all_names)) - {key for layer in layers[1:] for key in settle(layer, all_names)}
+        settled = settle(kept, all_names)
+        defaults -= set(settled) if number else set()
+        values |= settled
     settled_flags = settle(flags, names)
     _refuse_idle_flags(flags, settled_flags, switched_off)
     return values | settled_flags, defaults - set(settled_flags)

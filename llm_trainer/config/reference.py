@@ -11,8 +11,9 @@ def reference() -> str:
     lines = [
         "# All settings",
         "",
-        "Generated from the schema by `python -m llm_trainer.config.reference > docs/settings.md`. [Configuration](configuration.md) says how to give them.",
-        "Names with a dot are places in another section where the setting may stand as well. † parses, but is not built yet and refuses to be switched on.",
+        "Generated from the schema by `python -m llm_trainer.config.reference > docs/settings.md`.",
+        "[Configuration](configuration.md) says how to give them. Names with a dot are places in another section where the setting may",
+        "stand as well. † parses, but is not built yet and refuses to be switched on.",
     ]
     for name, kind in section_types().items():
         lines += [

@@ -1,7 +1,8 @@
 """Scaling schedules: operations that change the run while it trains. They are read and judged whole first; running them comes later.
 
 An entry names an operation and its value, and fires below a validation loss (`trigger_loss`), after so many steps (`max_wait_iters`), or
-on whichever comes first. This module knows each operation's kind of value, and which parts exist; how operations change a model belongs elsewhere.
+on whichever comes first. This module knows each operation's kind of value, and which parts exist; how operations change a
+model belongs elsewhere.
 """
 
 from __future__ import annotations
