@@ -1,0 +1,44 @@
+"""Going on with an interrupted run: its own saved settings, with what the user says now laid over them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llm_trainer.config import RunConfig, TrainingConfig
+from llm_trainer.config.loading import LoadedRun
+from llm_trainer.config.run_folder import RUN_FILE, list_checkpoints, read_json, resolve_resume_folder
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def resume_source(training: TrainingConfig) -> Path | None:
+    """The verified checkpoint folder that the settings mean, None for a run that begins. Raises CheckpointError.
+
+    `resume_from: auto` is the newest checkpoint of output_dir, if there is one; nanoGPT's `init_from: resume` demands one.
+    """
+    spec = training.resume_from
+    if spec is None and training.init_from == "resume":
+        spec = training.output_dir
+    if spec is None:
+        return None
+    if spec != "auto":
+        return resolve_resume_folder(spec)
+    return resolve_resume_folder(training.output_dir) if list_checkpoints(Path(training.output_dir)) else None
+
+
+def resumed_config(loaded: LoadedRun, source: Path, console: Console) -> RunConfig:
+    """The settings of the run in `source` with what was said now; changes are printed, old → new. Raises UsageError for what may not change."""
+    values: dict[str, Any] = dict(read_json(source / RUN_FILE))
+    base = RunConfig(**values)
+    config = loaded.over(base)
+    for name in ("vocab_size", "max_position_embeddings"):  # a preset suggests them; the run has settled them
+        if loaded.origins.get(f"model.{name}", "").startswith("preset"):
+            setattr(config.model, name, getattr(base.model, name))
+    if not loaded.config.data.is_said("data_dir") and any(loaded.config.data.is_said(name) for name in ("input", "dataset_name", "dataset")):
+        config.data.data_dir = None
+    config.training.resume_from = str(source)
+    if not loaded.config.training.is_said("output_dir"):
+        config.training.output_dir = str(source.parent)
+    return config

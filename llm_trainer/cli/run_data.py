@@ -1,0 +1,75 @@
+"""Which data a run trains on: prepared folders are opened, texts and data sets are prepared first, through the cache."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llm_trainer.config import DataConfig, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from llm_trainer.data.prepared import PreparedData
+
+WAYS_OUT = "name prepared data with --data_dir FOLDER, or a text with --input PATH (it is prepared first), or a Hugging Face data set with --dataset_name NAME"
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Opened data and the folder that it lies in."""
+
+    folder: Path
+    prepared: PreparedData
+
+
+def find_data(data: DataConfig, console: Console, fallbacks: Sequence[str] = ()) -> RunData:
+    """Open what `data` means: data_dir, else a text or a data set to prepare, else nanoGPT's dataset, else the first of `fallbacks` that exists.
+
+    Raises UsageError where nothing is named and DataError where what is named cannot be used.
+    """
+    from llm_trainer.data.prepared import open_prepared
+
+    if data.data_dir is not None:
+        return RunData(Path(data.data_dir), open_prepared(data.data_dir))
+    if data.input is not None or data.dataset_name is not None:
+        folder = prepared_folder(data)
+        prepare_into(data, folder, console)
+        return RunData(folder, open_prepared(folder))
+    if data.dataset is not None:
+        return _classic(data.dataset)
+    for fallback in fallbacks:
+        if Path(fallback).is_dir():
+            return RunData(Path(fallback), open_prepared(fallback))
+    missing = f"no data is named and there is no {' or '.join(fallbacks)}; " if fallbacks else "no data is named; "
+    raise UsageError(missing + WAYS_OUT)
+
+
+def prepared_folder(data: DataConfig) -> Path:
+    """Where a text or data set is prepared to: output_dir, else `data/prepared/<name>`."""
+    if data.output_dir is not None:
+        return Path(data.output_dir)
+    name = "-".join(part for part in (data.dataset_name, data.dataset_config) if part) or Path(data.input or "text").resolve().stem
+    return Path("data/prepared") / (re.sub(r"[^\w.-]+", "-", name).strip("-") or "text")
+
+
+def prepare_into(data: DataConfig, folder: Path, console: Console) -> None:
+    """Prepare what `data` names into `folder`; what lies there already from the same input and settings is kept."""
+    from llm_trainer.data.pipeline import prepare
+
+    prepare(data, folder, console=console)
+
+
+def _classic(dataset: str) -> RunData:
+    """nanoGPT's `dataset`: the folder data/<dataset>, which its prepare.py fills."""
+    from llm_trainer.data.prepared import open_prepared
+
+    folder = Path("data") / dataset
+    if (folder / "train.bin").exists() or (folder / "metadata.json").exists():
+        return RunData(folder, open_prepared(folder))
+    script = folder / "prepare.py"
+    way_out = f"run: python {script}" if script.exists() else WAYS_OUT
+    raise UsageError(f"the data set {dataset!r} is not prepared ({folder} has no train.bin and no metadata.json); {way_out}")

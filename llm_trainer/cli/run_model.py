@@ -1,0 +1,100 @@
+"""Which model a run trains: from scratch in the shape that is said, or from somebody's weights.
+
+The vocabulary and the context come from the data where they are not said: an embedding smaller than the tokenizer is an error here,
+before the first step, instead of a wrong index in the middle of the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llm_trainer.config import ModelConfig, UsageError
+
+if TYPE_CHECKING:
+    from llm_trainer.data.prepared import PreparedData
+    from llm_trainer.model.transformer import Transformer
+
+# What may be said beside pretrained weights; everything else is the weights' own shape.
+CHANGEABLE = ("dropout", "attention_dropout", "embedding_dropout", "gradient_checkpointing")
+
+
+def shape_for(model: ModelConfig, prepared: PreparedData, origins: Mapping[str, str]) -> ModelConfig:
+    """The shape to train on this data from scratch. Raises UsageError where the vocabulary that was said is too small."""
+    settled = model.model_copy()
+    rows, needed = model.vocab_size, prepared.vocab_size
+    if not _is_said(model, "vocab_size", origins):
+        settled.vocab_size = needed
+    elif rows < needed:
+        raise UsageError(
+            f"the tokenizer has {needed} ids, but the embedding has {rows} rows: model.vocab_size ({origins.get('model.vocab_size', 'default')}); "
+            f"set vocab_size to {needed} or leave it out, or prepare the data with a smaller vocabulary"
+        )
+    if prepared.metadata.max_length is not None and not _is_said(model, "max_position_embeddings", origins):
+        settled.max_position_embeddings = prepared.metadata.max_length
+    return settled
+
+
+def new_model(shape: ModelConfig, seed: int) -> Transformer:
+    """A model with seeded initial weights."""
+    import torch
+
+    from llm_trainer.model.transformer import Transformer
+
+    return Transformer(shape, torch.Generator().manual_seed(seed))
+
+
+def pretrained_model(source: str, said: ModelConfig) -> Transformer:
+    """The model of a folder, a checkpoint or a hub name, with the dropout and context that were said.
+
+    Raises UsageError where another shape was said than the weights have, CheckpointError where there are no weights.
+    """
+    loaded = _load(source)
+    shape = _with_changes(source, loaded.config, said)
+    return loaded if shape.model_dump() == loaded.config.model_dump() else _reshaped(loaded, shape)
+
+
+def _load(source: str) -> Transformer:
+    from llm_trainer.config.run_folder import resolve_model_folder
+    from llm_trainer.model.huggingface import load_pretrained
+
+    if not Path(source).exists() and not Path(source).parent.parts and not Path(source).suffix:
+        return load_pretrained(source)  # a name on the hub, such as gpt2
+    if not Path(source).exists() and source.count("/") == 1 and not Path(source).parent.exists() and not source.startswith("."):
+        return load_pretrained(source)  # owner/name on the hub
+    folder = resolve_model_folder(source)
+    if folder.is_dir():
+        return load_pretrained(folder)
+    from llm_trainer.model.nanogpt import load_nanogpt
+
+    return load_nanogpt(folder)
+
+
+def _with_changes(source: str, shape: ModelConfig, said: ModelConfig) -> ModelConfig:
+    changed = shape.model_copy()
+    for name in sorted(said.model_fields_set - {"model_type"}):
+        wanted, present = getattr(said, name), getattr(shape, name)
+        shorter = name == "max_position_embeddings" and wanted < present
+        if name in CHANGEABLE or shorter:
+            setattr(changed, name, wanted)
+        elif wanted != present:
+            raise UsageError(f"{name}={wanted!r} was said, but {source} has {present!r}; leave it out, or train from scratch")
+    return changed
+
+
+def _reshaped(model: Transformer, shape: ModelConfig) -> Transformer:
+    """The same weights under another dropout or a shorter context (learned positions past it are cut off)."""
+    from llm_trainer.model.huggingface import empty_model
+
+    weights = model.state_dict()
+    if "wpe.weight" in weights:
+        weights["wpe.weight"] = weights["wpe.weight"][: shape.max_position_embeddings]
+    renewed = empty_model(shape)
+    renewed.load_state_dict(weights)
+    return renewed
+
+
+def _is_said(model: ModelConfig, name: str, origins: Mapping[str, str]) -> bool:
+    """Whether the user gave it; a preset's vocabulary and context are suggestions."""
+    return model.is_said(name) and not origins.get(f"model.{name}", "").startswith("preset")

@@ -1,0 +1,112 @@
+"""`llm-trainer train` and the manuals' training scripts: settings, data, model, trainer, in that order, and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llm_trainer.cli.doors import TRAIN, TRAIN_FRAMEWORK, TRAIN_FROM_FILE, TRAIN_ORCHESTRATOR
+from llm_trainer.cli.opening import open_door
+from llm_trainer.config import ModelConfig, RunConfig, UsageError
+from llm_trainer.config.environment import launch_environment
+from llm_trainer.config.loading import Door, LoadedRun
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from llm_trainer.cli.run_data import RunData
+    from llm_trainer.model.transformer import Transformer
+    from llm_trainer.training.trainer import Trainer, TrainingResult
+
+PREPARED_FOLDERS = ("data/ready", "data/processed", "processed_data")
+
+
+def run(argv: list[str]) -> int:
+    """`llm-trainer train`."""
+    return train(TRAIN, argv, PREPARED_FOLDERS)
+
+
+def framework(argv: list[str]) -> int:
+    """`train.py`."""
+    return train(TRAIN_FRAMEWORK, argv, ("processed_data",))
+
+
+def trainer(argv: list[str]) -> int:
+    """`scripts/train.py`."""
+    return train(TRAIN_FROM_FILE, argv, ("data/processed",))
+
+
+def orchestrator(argv: list[str]) -> int:
+    """`train_refactored.py`."""
+    return train(TRAIN_ORCHESTRATOR, argv)
+
+
+def train(door: Door, argv: Sequence[str], fallbacks: Sequence[str] = ()) -> int:
+    """Train as one door means it and return the exit status."""
+    loaded = open_door(door, argv)
+    if loaded is None:
+        return 0
+    refuse_many_processes()
+    console = new_console()
+    return run_training(assemble(loaded, console, fallbacks), console, " ".join([door.name, *argv]))
+
+
+def refuse_many_processes() -> None:
+    """Raises UsageError under a launcher with more than one process: that is not built yet."""
+    ranks = launch_environment().world_size
+    if ranks > 1:
+        raise UsageError(f"training on {ranks} processes is not built yet in this version; start one process (--nproc_per_node=1)")
+
+
+def new_console() -> Console:
+    """Where a run is told about: stdout, a bar only on a terminal."""
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=True)
+
+
+@dataclass
+class Assembled:
+    """All that a trainer needs, with settings resolved."""
+
+    config: RunConfig
+    model: Transformer
+    data: RunData
+
+
+def assemble(loaded: LoadedRun, console: Console, fallbacks: Sequence[str] = ()) -> Assembled:
+    """Open the data, build or load the model, and write into the settings what was resolved on the way."""
+    from llm_trainer.cli.resuming import resume_source, resumed_config
+    from llm_trainer.cli.run_data import find_data
+    from llm_trainer.cli.run_model import new_model, pretrained_model, shape_for
+    from llm_trainer.data.prepared import require_vocabulary
+
+    source = resume_source(loaded.config.training)
+    config = loaded.config if source is None else resumed_config(loaded, source, console)
+    data = find_data(config.data, console, fallbacks)
+    config.data.data_dir = str(data.folder)
+    if source is not None:
+        model = new_model(config.model, config.training.seed)  # the checkpoint's weights replace these
+    elif config.training.init_from == "scratch":
+        model = new_model(shape_for(config.model, data.prepared, loaded.origins), config.training.seed)
+    else:
+        model = pretrained_model(config.training.init_from, config.model)
+    config.model = model.config
+    require_vocabulary(data.prepared.train, model.config.vocab_size)
+    return Assembled(config, model, data)
+
+
+def run_training(parts: Assembled, console: Console, command: str) -> int:
+    """Train, tell about it, leave a report; returns the exit status."""
+    from llm_trainer.cli.telling import record_facts, tell_end, tell_start
+    from llm_trainer.training.trainer import Trainer
+
+    prepared = parts.data.prepared
+    trainer = Trainer(parts.model, parts.config, prepared.train, prepared.validation, tokenizer=prepared.tokenizer, console=console)
+    tell_start(trainer, parts.data.folder, console)
+    result = trainer.train()
+    record_facts(trainer, parts.data, result, command)
+    tell_end(trainer, result, console)
+    return result.exit_status
