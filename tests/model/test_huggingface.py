@@ -32,10 +32,14 @@ WITH_COUNTERPART = {
 
 
 def shaken(model: torch.nn.Module) -> torch.nn.Module:
-    """Random numbers in every parameter, biases and norms too, so that no mistake hides behind a zero or a one."""
+    """Random numbers in every parameter, biases and norms too, so that no mistake hides behind a zero or a one.
+
+    Matrices keep the size of what passes through them, for 1e-5 to mean the same at every width.
+    """
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
-        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+        scale = 0.2 if parameter.dim() < 2 else 0.7 * min(parameter.shape) ** -0.5
+        parameter.data += scale * torch.randn(parameter.shape, generator=generator)
     return model.eval()
 
 
@@ -102,7 +106,7 @@ def test_we_compute_the_logits_of_transformers_from_its_folder(name, tmp_path):
     torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-5, rtol=1e-5)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(
     heads=st.integers(1, 4),
     groups=st.integers(1, 3),
