@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # a clone runs without being installed
 
-from llm_trainer.cli.main import script  # noqa: E402
+from llm_trainer.cli.main import script
 
 if __name__ == "__main__":
     sys.exit(script("train.py"))

@@ -59,7 +59,9 @@ def guarded(run: Callable[[], int | None]) -> int:
         if "OutOfMemory" not in type(error).__name__ and "can't allocate memory" not in str(error):
             raise
         first = str(error).splitlines()[0]
-        return _say(f"out of memory: {first}\nUse a smaller micro_batch_size, a shorter context, gradient_checkpointing or a smaller model.", 1)
+        return _say(
+            f"out of memory: {first}\nUse a smaller micro_batch_size, a shorter context, gradient_checkpointing or a smaller model.", 1
+        )
 
 
 def our_errors() -> tuple[type[LLMTrainerError], ...]:
@@ -86,7 +88,8 @@ def missing_packages(name: str | None) -> str:
     """One line: which packages are missing and the command that installs them."""
     missing = [install for module, install in CORE_PACKAGES.items() if importlib.util.find_spec(module) is None]
     if missing:
-        return f"missing: {', '.join(missing)}. Install with: pip install {' '.join(missing)}   (or everything: pip install -r requirements.txt)"
+        line = f"missing: {', '.join(missing)}. Install with: pip install {' '.join(missing)}"
+        return f"{line}   (or everything: pip install -r requirements.txt)"
     top = (name or "").partition(".")[0]
     if top in EXTRAS:
         return f"this needs the package {top}. Install with: pip install 'llm-trainer[{EXTRAS[top]}]'"

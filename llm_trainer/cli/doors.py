@@ -13,7 +13,9 @@ from llm_trainer.config.loading import Door
 
 TRAINING_SECTIONS = ("model", "training", "data", "knowledge_distillation", "computational_efficiency", "adaptive_reasoning")
 
-TRAIN = Door("llm-trainer train", "Train a model on prepared data, or on a text that is prepared first.", TRAINING_SECTIONS, positional_config=True)
+TRAIN = Door(
+    "llm-trainer train", "Train a model on prepared data, or on a text that is prepared first.", TRAINING_SECTIONS, positional_config=True
+)
 
 TRAIN_FRAMEWORK = Door(
     "train.py",
@@ -123,8 +125,12 @@ PREPARE_FRAMEWORK = Door(
 class ProcessOptions(Section):
     """What is made of the splits."""
 
-    mode: Literal["train", "student", "inference"] = setting("train", "train: token shards; student: shards and the teacher's log-probabilities; inference: a model's outputs on them")
-    student_model_path: str | None = setting(None, "the trained model (in mode student it is the one that teaches)", aliases=("model_path", "model"))
+    mode: Literal["train", "student", "inference"] = setting(
+        "train", "train: token shards; student: shards and the teacher's log-probabilities; inference: a model's outputs on them"
+    )
+    student_model_path: str | None = setting(
+        None, "the trained model (in mode student it is the one that teaches)", aliases=("model_path", "model")
+    )
     num_samples: int = setting(20, "inference: documents that the model goes on from", unit="documents", ge=0)
     max_new_tokens: int = setting(50, "inference: at most so many new tokens a document", unit="tokens", aliases=("max_tokens",), ge=0)
 
@@ -170,22 +176,35 @@ SAMPLE = Door(
 class EvaluateOptions(Section):
     """On what, and how much at once."""
 
-    data: str | None = setting(None, "a text file, or a prepared folder (its test split, else its validation split)", aliases=("text", "data_dir"))
+    data: str | None = setting(
+        None, "a text file, or a prepared folder (its test split, else its validation split)", aliases=("text", "data_dir")
+    )
     eval_datasets: list[str] = setting(list, "reasoning suites by domain (math, science, …)", owed=True)
     batch_size: int = setting(8, "windows at once; the result does not depend on it", unit="windows", gt=0)
-    stride: int | None = setting(None, "tokens by which windows advance; less than the context gives each token more to look back on; none: the context", unit="tokens", gt=0)
+    stride: int | None = setting(
+        None,
+        "tokens by which windows advance; less than the context gives each token more to look back on; none: the context",
+        unit="tokens",
+        gt=0,
+    )
 
 
-EVALUATE = Door("llm-trainer evaluate", "Loss, perplexity and bits per byte of a model on a text.", ("inference",), own=EvaluateOptions, positional=("model", "data"))
+EVALUATE = Door(
+    "llm-trainer evaluate",
+    "Loss, perplexity and bits per byte of a model on a text.",
+    ("inference",),
+    own=EvaluateOptions,
+    positional=("model", "data"),
+)
 EVALUATE_ENHANCED = Door("evaluate.py", "Benchmarks by domain, and the loss on a text.", ("inference",), own=EvaluateOptions)
 EVALUATE_L1 = Door("scripts/evaluate.py", "Loss, perplexity and bits per byte of a model on a text.", ("inference",), own=EvaluateOptions)
 
 
-class RunOptions(Section):
-    """Which run."""
+class VerifyOptions(Section):
+    """Which run, and how much of it."""
 
     run: str = setting("checkpoints", "the run folder")
-    steps: int = setting(3, "steps that are replayed", unit="steps", gt=0)
+    steps: int = setting(10, "at most so many steps are replayed", unit="steps", ge=2)
 
 
 class ReportOptions(Section):
@@ -206,6 +225,14 @@ class QuickstartOptions(Section):
     seed: int = setting(1337, "of weights, data order and samples", ge=0)
 
 
-VERIFY_RESUME = Door("llm-trainer verify-resume", "Replay the steps after a checkpoint and say whether resuming is exact.", (), own=RunOptions, positional=("run",))
-REPORT = Door("llm-trainer report", "Write one page about a run: curves, samples, settings, machine.", (), own=ReportOptions, positional=("run",))
+VERIFY_RESUME = Door(
+    "llm-trainer verify-resume",
+    "Replay the steps after a checkpoint and say whether resuming is exact.",
+    (),
+    own=VerifyOptions,
+    positional=("run",),
+)
+REPORT = Door(
+    "llm-trainer report", "Write one page about a run: curves, samples, settings, machine.", (), own=ReportOptions, positional=("run",)
+)
 QUICKSTART = Door("llm-trainer quickstart", "From text to a talking model in minutes.", (), own=QuickstartOptions)

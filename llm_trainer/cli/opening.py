@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from llm_trainer.config.environment import apply_dotenv
 from llm_trainer.config.explain import explain
 from llm_trainer.config.loading import Door, LoadedRun, load_run
 from llm_trainer.config.owed import refuse_owed
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def open_door(door: Door, argv: Sequence[str]) -> LoadedRun | None:
@@ -19,3 +23,10 @@ def open_door(door: Door, argv: Sequence[str]) -> LoadedRun | None:
     refuse_owed(loaded.config, door.names(), loaded.own)
     apply_dotenv()
     return loaded
+
+
+def new_console() -> Console:
+    """Where a command tells what it does: stdout; bars appear on a terminal only."""
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=True)

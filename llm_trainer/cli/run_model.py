@@ -28,7 +28,8 @@ def shape_for(model: ModelConfig, prepared: PreparedData, origins: Mapping[str, 
         settled.vocab_size = needed
     elif rows < needed:
         raise UsageError(
-            f"the tokenizer has {needed} ids, but the embedding has {rows} rows: model.vocab_size ({origins.get('model.vocab_size', 'default')}); "
+            f"the tokenizer has {needed} ids, but the embedding has {rows} rows: "
+            f"model.vocab_size ({origins.get('model.vocab_size', 'default')}); "
             f"set vocab_size to {needed} or leave it out, or prepare the data with a smaller vocabulary"
         )
     if prepared.metadata.max_length is not None and not _is_said(model, "max_position_embeddings", origins):

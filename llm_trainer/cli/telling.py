@@ -24,7 +24,8 @@ def tell_start(trainer: Trainer, folder: Path, console: Console) -> None:
     length, batches, config = trainer.length, trainer.batches, trainer.model.config
     validation = trainer.validation_tokens
     rows = {
-        "model": f"{short(_parameters(trainer))} parameters: {config.model_type} shape, {config.num_hidden_layers} layers × {config.hidden_size}, "
+        "model": f"{short(_parameters(trainer))} parameters: {config.model_type} shape, "
+        f"{config.num_hidden_layers} layers × {config.hidden_size}, "
         f"{config.num_attention_heads} heads, vocabulary {config.vocab_size:,}, context {config.max_position_embeddings:,}",
         "data": f"{len(trainer.train_tokens):,} training tokens, {len(validation) if validation else 0:,} for validation, in {folder}",
         "length": f"{length.steps:,} steps ({length.said_by}) of {length.tokens_per_step:,} tokens: "

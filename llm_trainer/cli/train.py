@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_trainer.cli.doors import TRAIN, TRAIN_FRAMEWORK, TRAIN_FROM_FILE, TRAIN_ORCHESTRATOR
-from llm_trainer.cli.opening import open_door
-from llm_trainer.config import ModelConfig, RunConfig, UsageError
+from llm_trainer.cli.opening import new_console, open_door
+from llm_trainer.config import RunConfig, UsageError
 from llm_trainer.config.environment import launch_environment
 from llm_trainer.config.loading import Door, LoadedRun
 
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
 
     from llm_trainer.cli.run_data import RunData
     from llm_trainer.model.transformer import Transformer
-    from llm_trainer.training.trainer import Trainer, TrainingResult
 
 PREPARED_FOLDERS = ("data/ready", "data/processed", "processed_data")
 
@@ -58,13 +56,6 @@ def refuse_many_processes() -> None:
     ranks = launch_environment().world_size
     if ranks > 1:
         raise UsageError(f"training on {ranks} processes is not built yet in this version; start one process (--nproc_per_node=1)")
-
-
-def new_console() -> Console:
-    """Where a run is told about: stdout, a bar only on a terminal."""
-    from rich.console import Console
-
-    return Console(highlight=False, soft_wrap=True)
 
 
 @dataclass

@@ -33,7 +33,10 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """A titled chart, drawn for `width` pixels (its text is that of the page then). `clip_top` cuts the axis at this quantile of all values, so that a steep start does not flatten the rest."""
+    """A titled chart, drawn for `width` pixels (its text is that of the page then).
+
+    `clip_top` cuts the axis at this quantile of all values, so that a steep start does not flatten the rest.
+    """
 
     title: str
     unit: str
@@ -101,8 +104,11 @@ def draw(chart: Chart) -> str:
     plot = _Plot(chart.width, (min(xs), max(max(xs), min(xs) + 1)), _range([y for _, points in lines for _, y in points], chart))
     name = f"plot-{zlib.crc32(chart.title.encode())}"
     shapes = [*_axes(plot), *(shape for series, points in lines for shape in _line(series, [plot.place(*point) for point in points], name))]
-    clip = f'<clipPath id="{name}"><rect x="{LEFT}" y="{TOP - 4}" width="{plot.right_edge - LEFT + 4}" height="{HEIGHT - TOP - BOTTOM + 4}"/></clipPath>'
-    legend = "".join(f'<span class="key c{series.colour}{" faint" if series.faint else ""}">{escape(series.label)}</span>' for series, _ in lines)
+    inside = f'x="{LEFT}" y="{TOP - 4}" width="{plot.right_edge - LEFT + 4}" height="{HEIGHT - TOP - BOTTOM + 4}"'
+    clip = f'<clipPath id="{name}"><rect {inside}/></clipPath>'
+    legend = "".join(
+        f'<span class="key c{series.colour}{" faint" if series.faint else ""}">{escape(series.label)}</span>' for series, _ in lines
+    )
     return (
         f'<figure class="chart" data-chart="{_payload(chart, plot, lines)}"><figcaption><b>{escape(chart.title)}</b> {legend}</figcaption>'
         f'<svg viewBox="0 0 {chart.width} {HEIGHT}" role="img" aria-label="{escape(chart.title, quote=True)}">{clip}{"".join(shapes)}'

@@ -23,27 +23,35 @@ h2 { font-size: 18px; margin: 36px 0 12px; }
 p.sub { margin: 0; color: var(--soft); overflow-wrap: anywhere; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 24px 0; }
 .figure, figure.chart, .sample, .card { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; }
-.figure { padding: 12px 16px; } .figure b { display: block; font-size: 22px; font-variant-numeric: tabular-nums; letter-spacing: -.01em; }
+.figure { padding: 12px 16px; }
+.figure b { display: block; font-size: 22px; font-variant-numeric: tabular-nums; letter-spacing: -.01em; }
 .figure span { color: var(--soft); font-size: 13px; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); gap: 14px; }
 .charts figure:first-child { grid-column: 1 / -1; }
-figure.chart { margin: 0; padding: 14px 14px 8px; position: relative; } figcaption { display: flex; flex-wrap: wrap; gap: 4px 16px; margin-left: 4px; }
-svg { width: 100%; height: auto; display: block; } .grid { stroke: var(--rule); } .tick { fill: var(--soft); font-size: 11px; font-variant-numeric: tabular-nums; }
+figure.chart { margin: 0; padding: 14px 14px 8px; position: relative; }
+figcaption { display: flex; flex-wrap: wrap; gap: 4px 16px; margin-left: 4px; }
+svg { width: 100%; height: auto; display: block; } .grid { stroke: var(--rule); }
+.tick { fill: var(--soft); font-size: 11px; font-variant-numeric: tabular-nums; }
 .line { fill: none; stroke-width: 1.8; stroke-linejoin: round; } .line.faint { opacity: .28; stroke-width: 1; }
 .c1 { stroke: var(--c1); } .c2 { stroke: var(--c2); } .c3 { stroke: var(--c3); } .c4 { stroke: var(--c4); }
 .dot { stroke-width: 1.5; fill: var(--card); } .cursor { stroke: var(--soft); stroke-dasharray: 3 3; }
-.key { color: var(--soft); font-size: 13px; } .key::before { content: ""; display: inline-block; width: 14px; height: 3px; border-radius: 2px; margin-right: 6px;
+.key { color: var(--soft); font-size: 13px; }
+.key::before { content: ""; display: inline-block; width: 14px; height: 3px; border-radius: 2px; margin-right: 6px;
   vertical-align: middle; background: var(--c1); } .key.c2::before { background: var(--c2); } .key.c3::before { background: var(--c3); }
 .key.c4::before { background: var(--c4); } .key.faint::before { opacity: .35; }
-.tip { position: absolute; pointer-events: none; background: var(--ink); color: var(--page); border-radius: 6px; padding: 4px 9px; font-size: 12px;
+.tip { position: absolute; pointer-events: none; background: var(--ink); color: var(--page); border-radius: 6px; padding: 4px 9px;
+  font-size: 12px;
   white-space: pre; font-variant-numeric: tabular-nums; }
-.sample { padding: 14px 18px; margin-bottom: 12px; } .sample pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, monospace; }
+.sample { padding: 14px 18px; margin-bottom: 12px; }
+.sample pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, monospace; }
 .sample mark { background: var(--mark); color: inherit; border-radius: 3px; }
 .sample small { color: var(--soft); display: block; margin-bottom: 6px; }
 .tables { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 14px; align-items: start; }
 .card { padding: 6px 16px 10px; } .card summary { cursor: pointer; font-weight: 600; padding: 6px 0; }
-table { border-collapse: collapse; width: 100%; font-size: 13px; } td { padding: 3px 0; border-top: 1px solid var(--rule); vertical-align: top; overflow-wrap: anywhere; }
-td:first-child { color: var(--soft); padding-right: 16px; width: 46%; } td:last-child { font-variant-numeric: tabular-nums; } tr.said td { font-weight: 600; color: var(--ink); }
+table { border-collapse: collapse; width: 100%; font-size: 13px; }
+td { padding: 3px 0; border-top: 1px solid var(--rule); vertical-align: top; overflow-wrap: anywhere; }
+td:first-child { color: var(--soft); padding-right: 16px; width: 46%; } td:last-child { font-variant-numeric: tabular-nums; }
+tr.said td { font-weight: 600; color: var(--ink); }
 .note { color: var(--soft); font-size: 13px; }
 @media print { body { background: none; } .sample, figure.chart, .figure { break-inside: avoid; } }
 """
@@ -53,7 +61,8 @@ for (const figure of document.querySelectorAll("figure.chart")) {
   const chart = JSON.parse(figure.dataset.chart), svg = figure.querySelector("svg");
   const tip = figure.querySelector(".tip"), cursor = figure.querySelector(".cursor");
   const {left, right, width} = chart, [first, last] = chart.x;
-  const say = n => Math.abs(n) >= 1e5 || (n && Math.abs(n) < 1e-3) ? n.toExponential(2) : n.toLocaleString("en", {maximumFractionDigits: 4});
+  const isPlain = n => !n || (Math.abs(n) < 1e5 && Math.abs(n) >= 1e-3);
+  const say = n => isPlain(n) ? n.toLocaleString("en", {maximumFractionDigits: 4}) : n.toExponential(2);
   svg.addEventListener("pointermove", event => {
     const box = svg.getBoundingClientRect(), across = (event.clientX - box.left) / box.width * width;
     const step = first + (across - left) / (right - left) * (last - first);
@@ -68,7 +77,8 @@ for (const figure of document.querySelectorAll("figure.chart")) {
     cursor.setAttribute("x1", place); cursor.setAttribute("x2", place); cursor.setAttribute("visibility", "visible");
     tip.textContent = "step " + say(at) + "\\n" + lines.join("\\n"); tip.hidden = false;
     const offset = place / width * box.width, flip = offset > box.width * .6;
-    tip.style.left = flip ? "auto" : offset + 28 + "px"; tip.style.right = flip ? box.width - offset + 20 + "px" : "auto"; tip.style.top = "56px";
+    tip.style.left = flip ? "auto" : offset + 28 + "px";
+    tip.style.right = flip ? box.width - offset + 20 + "px" : "auto"; tip.style.top = "56px";
   });
   svg.addEventListener("pointerleave", () => { tip.hidden = true; cursor.setAttribute("visibility", "hidden"); });
 }
@@ -95,4 +105,8 @@ def table(rows: list[tuple[str, str, bool]]) -> str:
 
 def figures(rows: list[tuple[str, str]]) -> str:
     """Headline figures (value, what it is)."""
-    return '<div class="figures">' + "".join(f'<div class="figure"><b>{escape(v)}</b><span>{escape(k)}</span></div>' for v, k in rows) + "</div>"
+    return (
+        '<div class="figures">'
+        + "".join(f'<div class="figure"><b>{escape(v)}</b><span>{escape(k)}</span></div>' for v, k in rows)
+        + "</div>"
+    )

@@ -114,7 +114,8 @@ def _subtitle(lines: list[MetricLine], facts: RunFacts) -> str:
     started, ended = lines[0].get("time"), lines[-1].get("time")
     parts = [facts.command]
     if started is not None and ended is not None:
-        parts.append(f"{datetime.fromtimestamp(ended, UTC):%Y-%m-%d %H:%M} UTC, {timedelta(seconds=round(ended - started))} from the first report to the last")
+        took = timedelta(seconds=round(ended - started))
+        parts.append(f"{datetime.fromtimestamp(ended, UTC):%Y-%m-%d %H:%M} UTC, {took} from the first report to the last")
     return " · ".join(part for part in parts if part)
 
 

@@ -1,0 +1,44 @@
+"""`llm-trainer prepare`, `data_prep_tool.py` and `scripts/prepare_data.py`: text → a prepared folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llm_trainer.cli.doors import PREPARE, PREPARE_FRAMEWORK, PREPARE_SPLITS
+from llm_trainer.cli.opening import new_console, open_door
+from llm_trainer.cli.run_data import prepared_folder
+from llm_trainer.config.loading import Door
+
+
+def run(argv: list[str]) -> int:
+    """`llm-trainer prepare`."""
+    return prepare_door(PREPARE, argv)
+
+
+def framework(argv: list[str]) -> int:
+    """`data_prep_tool.py`."""
+    return prepare_door(PREPARE_FRAMEWORK, argv)
+
+
+def splits(argv: list[str]) -> int:
+    """`scripts/prepare_data.py`."""
+    return prepare_door(PREPARE_SPLITS, argv)
+
+
+def prepare_door(door: Door, argv: Sequence[str]) -> int:
+    """Prepare what one door's settings name, and print what came of it and what to type next."""
+    loaded = open_door(door, argv)
+    if loaded is None:
+        return 0
+    from llm_trainer.data.pipeline import prepare
+
+    data = loaded.config.data
+    if data.dataset_name is not None and not data.is_said("input"):
+        data.input = None  # a door's default folder gives way to a data set that was said
+    folder = prepared_folder(data)
+    console = new_console()
+    summary = prepare(data, folder, console=console)
+    for line in summary.lines():
+        console.print(line, markup=False)
+    console.print(f"next: llm-trainer train --data_dir {folder}", markup=False)
+    return 0

@@ -1,0 +1,56 @@
+"""`llm-trainer verify-resume RUN`: is going on from a checkpoint the same as never having stopped?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llm_trainer.cli.doors import VERIFY_RESUME, VerifyOptions
+from llm_trainer.cli.opening import new_console, open_door
+from llm_trainer.cli.resuming import saved_config
+from llm_trainer.config.run_folder import resolve_resume_folder
+
+if TYPE_CHECKING:
+    from llm_trainer.training.callbacks import Callback
+    from llm_trainer.training.replay import BuildTrainer
+    from llm_trainer.training.trainer import Trainer
+
+
+def run(argv: list[str]) -> int:
+    """Replay a stretch of the run; 0 when it comes out the same to the bit, 1 when not, with what differs."""
+    loaded = open_door(VERIFY_RESUME, argv)
+    if loaded is None:
+        return 0
+    assert isinstance(loaded.own, VerifyOptions)
+    from llm_trainer.training.replay import verify_resume
+
+    folder = Path(loaded.own.run)
+    report = verify_resume(folder, loaded.own.steps, builder(folder))
+    print(report)
+    return 0 if report.exact else 1
+
+
+def builder(run_folder: Path) -> BuildTrainer:
+    """What makes trainers with a run's own settings, from one of its checkpoints or its beginning, writing elsewhere."""
+    from llm_trainer.cli.run_data import find_data
+    from llm_trainer.cli.run_model import new_model, pretrained_model
+    from llm_trainer.training.trainer import Trainer
+
+    saved = saved_config(resolve_resume_folder(run_folder))
+    console = new_console()
+    prepared = find_data(saved.data, console).prepared
+
+    def build(checkpoint: Path | None, folder: Path, callbacks: Sequence[Callback]) -> Trainer:
+        config = saved.model_copy(deep=True)
+        training = config.training
+        training.output_dir, training.report_to = str(folder), []
+        training.resume_from = str(checkpoint) if checkpoint else None
+        source = training.init_from
+        is_new = checkpoint is not None or source in ("scratch", "resume")
+        model = new_model(config.model, training.seed) if is_new else pretrained_model(source, config.model)
+        return Trainer(
+            model, config, prepared.train, prepared.validation, tokenizer=prepared.tokenizer, callbacks=callbacks, console=console
+        )
+
+    return build
