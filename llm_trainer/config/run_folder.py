@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TypeAlias, cast
 
 from llm_trainer.config.errors import CheckpointError
+from llm_trainer.config.run import RunConfig
 
 CHECKPOINT_PREFIX = "checkpoint-"
 EMERGENCY_PREFIX = "emergency-"
@@ -37,6 +38,7 @@ METRICS_FILE = "metrics.jsonl"
 LOGS_FOLDER = "logs"
 TENSORBOARD_LINK = "tensorboard"
 TEXT_LOG = "train.log"
+WANDB_ID_FILE = "wandb_run_id"
 
 MANIFEST_FORMAT = 1
 
@@ -139,6 +141,20 @@ def resolve_model_folder(spec: str | Path, report: Report | None = None) -> Path
     if folder.is_dir() and (folder / MANIFEST_FILE).exists() and (problems := verify(folder, contents=False)):
         raise CheckpointError(f"{folder} is damaged: {_briefly(problems)}{_another(folder)}")
     return folder
+
+
+def read_run_config(folder: Path) -> RunConfig:
+    """The settings in the `run.json` of a checkpoint or run folder. Raises CheckpointError where it is missing or garbled.
+
+    What was said to one start of the run and is not of the run itself (`resume_from`, `horizon`) is left out.
+    """
+    sections = {name: value for name, value in read_json(folder / RUN_FILE).items() if name in RunConfig.model_fields}
+    if not sections:
+        raise CheckpointError(f"{folder / RUN_FILE} holds no settings")
+    training = sections.get("training")
+    if isinstance(training, Mapping):
+        sections["training"] = {name: value for name, value in training.items() if name not in ("resume_from", "horizon")}
+    return RunConfig.model_validate(sections)
 
 
 def read_json(path: Path) -> dict[str, JSON]:

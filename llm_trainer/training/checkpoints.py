@@ -35,12 +35,14 @@ from llm_trainer.config.run_folder import (
     EARLIER_PREFIX,
     FINAL_MODEL,
     JSON,
+    LOGS_FOLDER,
     METRICS_FILE,
     OPTIMIZER_FOLDER,
     REPLACED_PREFIX,
     RUN_FILE,
     STATE_FILE,
     TEMPORARY_PREFIX,
+    WANDB_ID_FILE,
     checkpoint_name,
     emergency_name,
     list_checkpoints,
@@ -54,6 +56,7 @@ from llm_trainer.training.optimizer_state import load_optimizer_state, optimizer
 # Beside the tensors: JSON files, the tokenizer, what the file system itself takes.
 SPACE_BESIDE_TENSORS = 8 << 20
 _RECORDED_PACKAGES = ("llm-trainer", "torch", "safetensors", "tokenizers", "numpy")
+_OF_ONE_RUN = (RUN_FILE, METRICS_FILE, LOGS_FOLDER, WANDB_ID_FILE, "report.html", "report.json")
 _OPTIMIZER_SCALARS = "optimizer_scalars"
 
 
@@ -100,12 +103,14 @@ class CheckpointStore:
     def begin(self, resumed_step: int | None) -> Path | None:
         """Make room for a run: what an earlier one left here, and the coming one would take for its own, moves to `earlier-<n>/`.
 
-        For a new run (None) that is every checkpoint; for one that resumes, those past its step. Nothing is deleted. Returns the
-        folder that they were moved to, or None when there was nothing to move.
+        For a new run (None) that is every checkpoint, the metrics and the logs; for one that resumes, the checkpoints past its step.
+        Nothing is deleted. Returns the folder that they were moved to, or None when there was nothing to move.
         """
         self.run_folder.mkdir(parents=True, exist_ok=True)
         self._remove_leftovers()
         stale = [one.path for one in list_checkpoints(self.run_folder) if resumed_step is None or one.step > resumed_step]
+        if resumed_step is None:
+            stale += [self.run_folder / name for name in _OF_ONE_RUN if (self.run_folder / name).exists()]
         if not stale:
             return None
         numbers = [int(path.name.removeprefix(EARLIER_PREFIX)) for path in self.run_folder.glob(f"{EARLIER_PREFIX}[0-9]*")]
@@ -113,10 +118,6 @@ class CheckpointStore:
         earlier.mkdir()
         for path in stale:
             path.rename(earlier / path.name.removeprefix(REPLACED_PREFIX))
-        if resumed_step is None:
-            for name in (RUN_FILE, METRICS_FILE, "report.html"):
-                if (self.run_folder / name).exists():
-                    (self.run_folder / name).rename(earlier / name)
         return earlier
 
     def save(self, snapshot: Snapshot, step: int) -> Path:
@@ -151,7 +152,7 @@ class CheckpointStore:
             _write_model(snapshot.model, snapshot.tokenizer, temporary)
             write_tensors(temporary / OPTIMIZER_FOLDER, tensors)
             _write_json(temporary / STATE_FILE, {**snapshot.state, "step": step, _OPTIMIZER_SCALARS: scalars})
-            _write_json(temporary / RUN_FILE, {"config": snapshot.config.model_dump(mode="json"), "versions": versions()})
+            write_run_file(temporary, snapshot.config)
             _sync(temporary)
             _sync_file(write_manifest(temporary))
             _sync_file(temporary)
@@ -211,15 +212,9 @@ def read_state(path: Path) -> dict[str, JSON]:
     return {name: _finite_or_not(value) for name, value in state.items()}
 
 
-def read_run_config(path: Path) -> RunConfig:
-    """The configuration with which a checkpoint was trained. Raises CheckpointError where `run.json` is missing or garbled."""
-    config = read_json(path / RUN_FILE).get("config")
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path / RUN_FILE} holds no configuration")
-    stored = RunConfig.model_validate(config)
-    # These were said to one start of the run, not of the run.
-    stored.training.resume_from, stored.training.horizon = None, None
-    return stored
+def write_run_file(folder: Path, config: RunConfig) -> None:
+    """Write `run.json`: every setting as it was resolved, and the versions that the run was made with."""
+    _write_json(folder / RUN_FILE, {**config.model_dump(mode="json"), "versions": versions()})
 
 
 def versions() -> dict[str, str]:

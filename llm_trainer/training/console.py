@@ -95,7 +95,7 @@ def describe(metrics: Mapping[str, float]) -> str:
     return "  ".join(shown)
 
 
-_SHOWN = {"loss": ("loss", ".4f"), "learning_rate": ("lr", ".2e"), "grad_norm": ("norm", ".2f"), "tokens_per_second": ("", ",.0f")}
+_SHOWN = {"loss": ("loss", ".4f"), "learning_rate": ("lr", ".2e"), "gradient_norm": ("norm", ".2f"), "tokens_per_second": ("", ",.0f")}
 
 
 def _clock(seconds: float) -> str:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol, TextIO
 
 from llm_trainer.config.errors import CheckpointError, UsageError
-from llm_trainer.config.run_folder import LOGS_FOLDER, METRICS_FILE, TEMPORARY_PREFIX, TENSORBOARD_LINK
+from llm_trainer.config.run_folder import LOGS_FOLDER, METRICS_FILE, TEMPORARY_PREFIX, TENSORBOARD_LINK, WANDB_ID_FILE
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.event_pb2 import Event
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 MetricLine = dict[str, float]
 
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-WANDB_ID_FILE = "wandb_run_id"
 
 
 class Sink(Protocol):
@@ -48,7 +47,8 @@ class Sink(Protocol):
 class MetricsTracker:
     """Writes metrics of a run folder to every place that `report_to` names, and to `metrics.jsonl`.
 
-    `resumed_step` is the step that a resumed run continues from (None: a new run): what an interrupted run said of later steps is dropped.
+    `resumed_step` is the step that a resumed run continues from: what the interrupted run said of later steps is dropped. (What another run
+    left here, `CheckpointStore.begin` has moved away.)
     `config` gives W&B its project, name and settings. Raises UsageError when a place needs a package that is not installed.
     """
 
@@ -96,7 +96,7 @@ class JsonLines:
     def __init__(self, path: Path, resumed_step: int | None) -> None:
         if path.exists() and resumed_step is not None:
             _keep_until(path, resumed_step)
-        self._file: TextIO = path.open("w" if resumed_step is None else "a", encoding="utf-8")
+        self._file: TextIO = path.open("a", encoding="utf-8")
 
     def write(self, metrics: Mapping[str, float], step: int, seconds: float) -> None:
         """Append one line and flush it."""

@@ -13,7 +13,7 @@ from llm_trainer.config import CheckpointError
 from llm_trainer.training.schedules import Schedule, ScheduleState
 
 if TYPE_CHECKING:
-    from llm_trainer.training.checkpoints import JSON
+    from llm_trainer.config.run_folder import JSON
 
 
 @dataclass

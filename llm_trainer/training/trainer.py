@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -19,19 +19,21 @@ from rich.console import Console
 
 from llm_trainer.config import RunConfig, UsageError
 from llm_trainer.config.batches import resolve_batches
-from llm_trainer.config.run_folder import JSON, resolve_resume_folder
+from llm_trainer.config.run_folder import BEST_MODEL, JSON, read_run_config
 from llm_trainer.data.sampling import Batch, Prefetcher, WindowSampler
 from llm_trainer.data.shards import TokenDataset
 from llm_trainer.data.tokenizer import Tokenizer
 from llm_trainer.model.flops import estimate_flops
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.callbacks import Callback, EarlyStopping
-from llm_trainer.training.checkpoints import CheckpointStore, Snapshot, restore
+from llm_trainer.training.checkpoints import CheckpointStore, Snapshot, read_state, restore, write_run_file
+from llm_trainer.training.console import ProgressReporter
 from llm_trainer.training.metrics import MetricsTracker
 from llm_trainer.training.objectives import NextToken, Objective, TrainingStep
 from llm_trainer.training.optimizers import build_optimizers, peak_rates, set_rates
 from llm_trainer.training.precision import Precision, PrecisionName, resolve_device
 from llm_trainer.training.preemption import StopSignals
+from llm_trainer.training.resume import check_same_data, compare_settings, data_identity, plan_resume, resume_folder
 from llm_trainer.training.schedules import resolve_length, resolve_schedule
 from llm_trainer.training.state import TrainingState
 from llm_trainer.training.step import SampleRange, StepOutcome, TrainingDiverged, forward_backward, update
@@ -107,6 +109,7 @@ class Trainer:
         self._last_validation: ValidationResult | None = None
         self._stored_scaler: dict[str, float | int] = {}
         self._resumed_from: Path | None = None
+        self._progress: ProgressReporter | None = None
 
     @property
     def current_step(self) -> int:
@@ -127,6 +130,9 @@ class Trainer:
             finally:
                 self._micro_batches.close()
                 self.metrics_tracker.close()
+                if self._progress is not None:
+                    self._progress.close()
+                    self._progress = None
 
     def evaluate(self) -> ValidationResult:
         """Loss over the validation split (or `eval_iters` batches of it) as the model is now. Raises UsageError without one."""
@@ -149,7 +155,7 @@ class Trainer:
     def _prepare(self) -> None:
         if self.training.resume_from is not None:
             self._resume(self.training.resume_from)
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self._open_run_folder()
         self.precision = Precision(self._choose_precision(), self.device)
         self.precision.load_state_dict(self._stored_scaler)
         self.step_module = TrainingStep(self.model, self.objective)
@@ -160,6 +166,20 @@ class Trainer:
         resumed_step = self.state.step if self._resumed_from else None
         self.metrics_tracker = MetricsTracker(self.run_dir, self.training.report_to, resumed_step=resumed_step, config=self.config)
         self._started = self._last_save = time.monotonic()
+
+    def _open_run_folder(self) -> None:
+        """Move aside what another run left there, record the settings, start telling."""
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        if not self.training.eval_only:
+            continues_here = self._resumed_from is not None and self._resumed_from.parent.resolve() == self.run_dir.resolve()
+            moved = self.store.begin(self.state.step if continues_here else None)
+            if moved is not None:
+                self.say(f"{self.run_dir} held checkpoints or records of an earlier run; they are in {moved} now")
+                if continues_here and (moved / BEST_MODEL).exists():
+                    self.state.best_validation_loss = None  # the best of this line of the run is gone
+            write_run_file(self.run_dir, self.config)
+        log_folder = self.run_dir if self.training.file_logging else None
+        self._progress = ProgressReporter(self.length.steps, first_step=self.state.step, console=self.console, log_folder=log_folder)
 
     def _choose_precision(self) -> PrecisionName:
         said = self.state.precision or self.training.precision
@@ -216,7 +236,9 @@ class Trainer:
                 self.state.skipped_in_a_row = 0
                 self._last_read = outcome
                 continue
-            reason = f"loss {float(outcome.loss):g}, gradient norm {float(outcome.gradient_norm):g}" if outcome.tokens else "no supervised token"
+            reason = (
+                f"loss {float(outcome.loss):g}, gradient norm {float(outcome.gradient_norm):g}" if outcome.tokens else "no supervised token"
+            )
             self.say(f"step {outcome.step} left everything as it was: {reason}, on {outcome.samples}")
             self.state.skipped_in_a_row += 1
             if self.state.skipped_in_a_row >= self.training.max_skipped_steps:
@@ -230,6 +252,8 @@ class Trainer:
 
     def _edge_of_step(self) -> None:
         step, is_last = self.state.step, self.state.step >= self.length.steps
+        if self._progress is not None:
+            self._progress.advance(step)
         for callback in self.callbacks:
             callback.on_step_end(self, step)
         if step % self.training.logging_steps == 0 or is_last:
@@ -253,6 +277,8 @@ class Trainer:
             **self.meter.read(),
         }
         self.metrics_tracker.update(metrics, self.state.step)
+        if self._progress is not None:
+            self._progress.metrics(self.state.step, metrics)
 
     def _validate(self) -> None:
         start = time.perf_counter()
@@ -260,6 +286,7 @@ class Trainer:
         result = self._last_validation = self.evaluate()
         self.metrics_tracker.update(result.metrics, self.state.step)
         self.state.last_validation_loss = result.loss
+        self.say(f"step {self.state.step}  " + "  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items()))
         is_best = math.isfinite(result.loss) and (self.state.best_validation_loss is None or result.loss < self.state.best_validation_loss)
         if is_best:
             self.state.best_validation_loss = result.loss
@@ -286,6 +313,7 @@ class Trainer:
     def _snapshot(self) -> Snapshot:
         callbacks = {type(callback).__name__: callback.state_dict() for callback in self.callbacks}
         state = {**self.state.to_json(), "scaler": self.precision.state_dict(), "callbacks": callbacks}
+        state["data"] = data_identity(self.train_tokens)
         return Snapshot(self.model, self.optimizers, state, self.config, self.tokenizer)
 
     # The end.
@@ -310,11 +338,36 @@ class Trainer:
         )
 
     def _resume(self, spec: str) -> None:
-        if spec == "auto" and self.store.newest() is None:
+        path = resume_folder(spec, self.run_dir, self.say)
+        if path is None:
             return
-        path = resolve_resume_folder(str(self.run_dir) if spec == "auto" else spec)
-        stored = restore(path, self.model, self.optimizers, verified=True)
-        self.state = TrainingState.from_json(stored)
+        changes = compare_settings(read_run_config(path), self.config, path)
+        stored = read_state(path)
+        check_same_data(stored.get("data"), self.train_tokens, path)
+        state = TrainingState.from_json(stored)
+        assert self.state.schedule is not None
+        plan = plan_resume(
+            checkpoint=path,
+            stored=state,
+            changes=changes,
+            training=self.training,
+            resolved=self.state.schedule,
+            length=self.length,
+            sequences_per_step=self.sequences_per_step,
+        )
+        restore(path, self.model, self.optimizers, verified=True)
+        for line in plan.lines:
+            self.say(line)
+        changed = {change.name for change in changes}
+        self.state = replace(
+            state,
+            schedule=plan.schedule,
+            operations=plan.operations,
+            total_steps=plan.total_steps,
+            precision=None if "training.precision" in changed else state.precision,
+            compile=None if "training.compile" in changed else state.compile,
+        )
+        self.length = replace(self.length, steps=plan.total_steps)
         self._stored_scaler = cast("dict[str, float | int]", stored.get("scaler") or {})
         callbacks = cast("dict[str, dict[str, JSON]]", stored.get("callbacks") or {})
         for callback in self.callbacks:
@@ -323,5 +376,8 @@ class Trainer:
         self._resumed_from = path
 
     def say(self, line: str) -> None:
-        """One line for the person who watches."""
-        self.console.print(line, highlight=False, markup=False)
+        """One line for the person who watches, and for the log."""
+        if self._progress is not None:
+            self._progress.line(line)
+        else:
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
