@@ -1,8 +1,18 @@
-"""Cross-entropy of a linear head. See `linear_cross_entropy_sum`."""
+"""Cross-entropy of a linear head: dense, or in chunks that never hold all logits.
+
+With a vocabulary of 50,000 the logits of a batch outweigh everything else in memory, and what a step then waits for is mostly not arithmetic but fresh
+pages for them. The chunked form keeps one chunk of logits, turns it in place into its own gradient and multiplies that back at
+once, so that the forward pass leaves behind just the gradients of hidden states and weight, and the backward pass scales them
+(the idea of Liger Kernel, Hsu et al. 2024, arXiv:2410.10989). Its buffers are made once and reused: on a CPU with bf16 matrix units
+that makes it 2.5 to 3 times as fast as the dense form at 2048 × 256 × 50304, and compiling its softmax gains nothing more. It is also why
+`F.linear_cross_entropy` with `LinearCrossEntropyOptions` is not used: the same method, but without reused buffers, without a soft cap, and on CPUs with the
+products in fp32 (1.3 s there against 0.3).
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +20,127 @@ from torch import Tensor
 
 LossMode = Literal["auto", "dense", "chunked"]
 
+IGNORED = -100
+_DENSE_UP_TO = 1 << 22  # logits; below that they are a few megabytes and chunks have no point
+_CHUNK_BYTES = {"cpu": 100 << 20, "cuda": 1 << 30}
+_CACHED_ELEMENTS = 1 << 21  # fp32 softmax of so many elements at once stays in a CPU's cache
 
-def linear_cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor, *, mode: LossMode = "auto", soft_cap: float | None = None) -> Tensor:
-    """Sum over tokens of −log softmax(hidden · weightᵀ)[label], an fp32 scalar. hidden (N, C), weight (V, C), labels (N,); -100 is skipped."""
-    logits = F.linear(hidden, weight).float()
-    if soft_cap is not None:
-        logits = soft_cap * torch.tanh(logits / soft_cap)
-    return F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+
+def linear_cross_entropy_sum(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, mode: LossMode = "auto", soft_cap: float | None = None
+) -> Tensor:
+    """Sum over tokens of −log softmax(cap(hidden · weightᵀ))[label] in nats, an fp32 scalar; cap(x) = soft_cap · tanh(x / soft_cap).
+
+    hidden (N, C), weight (V, C), labels (N,) int64, -100 where nothing is supervised. Products run in autocast's type where it is on,
+    softmax and sums in fp32. `auto` is chunked for more than 4 M logits. The chunked form can be differentiated once.
+    """
+    if mode == "auto":
+        mode = "dense" if hidden.size(0) * weight.size(0) <= _DENSE_UP_TO else "chunked"
+    if mode == "dense":
+        logits = _capped(F.linear(hidden, weight).float(), soft_cap)
+        return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    with torch.autocast(device, enabled=False):
+        if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+            total: Tensor = _ChunkedLoss.apply(hidden, weight, labels, dtype, soft_cap)  # type: ignore[no-untyped-call]
+            return total
+        return _run_chunks(hidden, weight, labels, dtype, soft_cap, wanted=(False, False)).total
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """The gradients are made with the loss; backward multiplies them by what comes from above."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype, soft_cap: float | None) -> Tensor:
+        result = _run_chunks(hidden, weight, labels, dtype, soft_cap, wanted=ctx.needs_input_grad[:2])
+        ctx.gradients = (result.hidden_gradient, result.weight_gradient)
+        return result.total
+
+    @staticmethod
+    def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if ctx.gradients is None:
+            raise RuntimeError("the chunked loss can be differentiated once; use loss: dense for a second time")
+        hidden, weight = ctx.gradients
+        ctx.gradients = None
+        return None if hidden is None else hidden.mul_(above), None if weight is None else weight.mul_(above), None, None, None
+
+
+@dataclass
+class _ChunkedResult:
+    total: Tensor
+    hidden_gradient: Tensor | None  # (N, C), hidden's type
+    weight_gradient: Tensor | None  # (V, C), weight's type
+
+
+def _run_chunks(
+    hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype, soft_cap: float | None, wanted: tuple[bool, bool]
+) -> _ChunkedResult:
+    """Loss and the wanted gradients (of hidden, of weight) of the sum, chunk of rows by chunk."""
+    is_ignored = labels == IGNORED
+    targets = labels.masked_fill(is_ignored, 0).unsqueeze(1)  # (N, 1)
+    narrow_hidden, narrow_weight = hidden.to(dtype), weight.to(dtype)
+    # Rows without a label are taken out of the small matrices: zeros in what multiplies the logits' gradient, and in the result.
+    labelled = narrow_hidden.masked_fill(is_ignored.unsqueeze(1), 0.0) if wanted[1] else narrow_hidden
+    rows = _rows_of_chunk(hidden, weight, dtype)
+    logits = torch.empty(rows, weight.size(0), dtype=dtype, device=hidden.device)
+    losses = torch.empty(hidden.size(0), device=hidden.device)
+    hidden_gradient = torch.empty_like(narrow_hidden) if wanted[0] else None
+    weight_gradient: Tensor | None = None
+    product = torch.empty(weight.shape, dtype=dtype, device=weight.device) if wanted[1] else None
+    for start in range(0, hidden.size(0), rows):
+        span = slice(start, min(start + rows, hidden.size(0)))
+        chunk = logits[: span.stop - start]
+        torch.mm(narrow_hidden[span], narrow_weight.t(), out=chunk)
+        losses[span] = _softmax_in_place(chunk, targets[span], soft_cap, want_gradient=any(wanted))
+        if hidden_gradient is not None:
+            torch.mm(chunk, narrow_weight, out=hidden_gradient[span])
+        if product is not None:
+            torch.mm(chunk.t(), labelled[span], out=product)
+            weight_gradient = product.to(weight.dtype, copy=True) if weight_gradient is None else weight_gradient.add_(product)
+    if hidden_gradient is not None:
+        hidden_gradient = hidden_gradient.masked_fill_(is_ignored.unsqueeze(1), 0.0).to(hidden.dtype)
+    return _ChunkedResult(losses.masked_fill_(is_ignored, 0.0).sum(), hidden_gradient, weight_gradient)
+
+
+def _softmax_in_place(logits: Tensor, targets: Tensor, soft_cap: float | None, *, want_gradient: bool) -> Tensor:
+    """Replace logits (n, V) by the gradient of their losses, softmax − one-hot; returns the losses (n,), fp32. targets (n, 1)."""
+    count, vocabulary = logits.shape
+    rows = count if logits.is_cuda else max(1, min(count, _CACHED_ELEMENTS // vocabulary))
+    wide = torch.empty(rows, vocabulary, device=logits.device)
+    losses = torch.empty(count, device=logits.device)
+    for start in range(0, count, rows):
+        narrow, target = logits[start : start + rows], targets[start : start + rows]
+        probabilities = wide[: narrow.size(0)].copy_(narrow)
+        slope = _cap_in_place(probabilities, soft_cap, want_slope=want_gradient)
+        target_logit = probabilities.gather(1, target)
+        largest = probabilities.amax(1, keepdim=True)
+        torch.softmax(probabilities, 1, out=probabilities)
+        # log Σ exp = largest − log of its probability, which is at least 1 / V: exact where the target's own would underflow.
+        losses[start : start + rows] = (largest - probabilities.amax(1, keepdim=True).log() - target_logit).squeeze(1)
+        if want_gradient:
+            probabilities.scatter_add_(1, target, probabilities.new_full((), -1.0).expand(target.shape))
+            narrow.copy_(probabilities if slope is None else probabilities.mul_(slope))
+    return losses
+
+
+def _capped(logits: Tensor, soft_cap: float | None) -> Tensor:
+    return logits if soft_cap is None else soft_cap * torch.tanh(logits / soft_cap)
+
+
+def _cap_in_place(logits: Tensor, soft_cap: float | None, *, want_slope: bool) -> Tensor | None:
+    """Squash logits; returns the derivative 1 − tanh² where it is wanted."""
+    if soft_cap is None:
+        return None
+    bent = logits.div_(soft_cap).tanh_()
+    slope = 1.0 - bent.square() if want_slope else None
+    logits.mul_(soft_cap)
+    return slope
+
+
+def _rows_of_chunk(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> int:
+    """A power of two of rows whose logits fit the device's budget; all of them when they do."""
+    affordable = _CHUNK_BYTES.get(hidden.device.type, _CHUNK_BYTES["cpu"]) // (weight.size(0) * dtype.itemsize)
+    if affordable >= hidden.size(0):
+        return max(1, hidden.size(0))
+    return max(16, 1 << (affordable.bit_length() - 1)) if affordable else 16
