@@ -22,11 +22,11 @@ def framework(argv: list[str]) -> int:
 
 def splits(argv: list[str]) -> int:
     """`scripts/prepare_data.py`."""
-    return prepare_door(PREPARE_SPLITS, argv)
+    return prepare_door(PREPARE_SPLITS, argv, with_texts=True)
 
 
-def prepare_door(door: Door, argv: Sequence[str]) -> int:
-    """Prepare what one door's settings name, and print what came of it and what to type next."""
+def prepare_door(door: Door, argv: Sequence[str], *, with_texts: bool = False) -> int:
+    """Prepare what one door's settings name (with the splits as texts too), and print what came of it and what to type next."""
     loaded = open_door(door, argv)
     if loaded is None:
         return 0
@@ -40,5 +40,11 @@ def prepare_door(door: Door, argv: Sequence[str]) -> int:
     summary = prepare(data, folder, console=console)
     for line in summary.lines():
         console.print(line, markup=False)
+    if with_texts:
+        from llm_trainer.cli.split_texts import write_texts
+        from llm_trainer.data.prepared import open_prepared
+
+        for path in write_texts(open_prepared(folder), folder):
+            console.print(f"wrote {path}", markup=False)
     console.print(f"next: llm-trainer train --data_dir {folder}", markup=False)
     return 0

@@ -1,0 +1,74 @@
+"""`train_aio.py`: everything in one command, data included.
+
+Where no data is prepared, the built-in corpus is: splits into data/processed, shards into data/ready. Without an output_dir the result is
+also found as models/final/.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llm_trainer.cli.doors import TRAIN_ALL_IN_ONE
+from llm_trainer.cli.opening import new_console, open_door
+from llm_trainer.cli.train import assemble, refuse_many_processes, run_training
+from llm_trainer.config import DataConfig
+from llm_trainer.config.run_folder import FINAL_MODEL
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PROCESSED, READY = Path("data/processed"), Path("data/ready")
+PUBLISHED = Path("models/final")
+
+
+def run(argv: list[str]) -> int:
+    """Prepare if need be, train, publish; returns the exit status."""
+    loaded = open_door(TRAIN_ALL_IN_ONE, argv)
+    if loaded is None:
+        return 0
+    refuse_many_processes()
+    console = new_console()
+    data = loaded.config.data
+    is_resumed = loaded.config.training.resume_from is not None
+    if not is_resumed and not any(data.is_said(name) for name in ("data_dir", "dataset", "input", "dataset_name")):
+        make_ready(data, console)
+    status = run_training(assemble(loaded, console, (str(READY),)), console, " ".join(["train_aio.py", *argv]))
+    final = Path(loaded.config.training.output_dir) / FINAL_MODEL
+    if status == 0 and not loaded.config.training.is_said("output_dir") and final.is_dir():
+        publish_final(final)
+        console.print(f"published  {PUBLISHED}")
+    return status
+
+
+def make_ready(data: DataConfig, console: Console) -> None:
+    """See to it that data/ready holds shards: from data/processed, else from the built-in corpus."""
+    from llm_trainer.cli.split_texts import publish_shards, write_texts
+    from llm_trainer.data.pipeline import prepare
+    from llm_trainer.data.prepared import open_prepared
+
+    if (READY / "metadata.json").is_file():
+        return
+    if not (PROCESSED / "metadata.json").is_file():
+        console.print(f"no data is prepared: preparing the built-in corpus into {PROCESSED} and {READY}")
+        settings = data.model_copy()
+        settings.input, settings.val_ratio, settings.test_ratio = "builtin", 0.1, 0.1
+        for line in prepare(settings, PROCESSED, console=console).lines():
+            console.print(line, markup=False)
+        write_texts(open_prepared(PROCESSED), PROCESSED)
+    publish_shards(PROCESSED, READY)
+
+
+def publish_final(final: Path) -> None:
+    """Make models/final the final model: a link, or a copy where links cannot be made."""
+    if PUBLISHED.is_symlink():
+        PUBLISHED.unlink()
+    elif PUBLISHED.is_dir():
+        shutil.rmtree(PUBLISHED)
+    PUBLISHED.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):
+        PUBLISHED.symlink_to(Path("..") / final if not final.is_absolute() else final, target_is_directory=True)
+        return
+    shutil.copytree(final, PUBLISHED)
