@@ -55,7 +55,7 @@ def read_settings(path: Path) -> list[Said]:
     """Everything that a settings file says; raises UsageError where it cannot be read."""
     if path.suffix.lower() == ".py":
         return _from_python(path)
-    if path.suffix.lower() not in (".json", ".yaml", ".yml"):
+    if not path.is_dir() and path.suffix.lower() not in (".json", ".yaml", ".yml"):
         raise UsageError(f"{path}: settings are read from .json, .yaml, .yml and .py files")
     content = read_mapping_or_list(path)
     if content is None:
@@ -67,7 +67,7 @@ def read_settings(path: Path) -> list[Said]:
     return _from_mapping(content, str(path))
 
 
-def _from_mapping(content: Mapping[object, object], place: str) -> list[Said]:
+def _from_mapping(content: Mapping[str, object] | Mapping[object, object], place: str) -> list[Said]:
     _refuse_other_kinds(content, place)
     said: list[Said] = []
     for key, value in content.items():
@@ -79,7 +79,7 @@ def _from_mapping(content: Mapping[object, object], place: str) -> list[Said]:
     return [item for item in said if not item.name.startswith("_")]
 
 
-def _refuse_other_kinds(content: Mapping[object, object], place: str) -> None:
+def _refuse_other_kinds(content: Mapping[str, object] | Mapping[object, object], place: str) -> None:
     """Files that a run names, or another command reads, are no settings of a run: say where they belong."""
     if "train_micro_batch_size_per_gpu" in content or "zero_optimization" in content:
         raise UsageError(f"{place} is DeepSpeed's own configuration: pass it as --use_deepspeed --deepspeed_config={place}")
@@ -95,11 +95,8 @@ def _from_python(path: Path) -> list[Said]:
         raise UsageError(f"{path} left with status {error.code} instead of setting names") from None
     except Exception as error:  # the file is the user's program: whatever it raises is theirs to read
         raise UsageError(f"{path} failed: {type(error).__name__}: {error}") from error
-    said = [
-        Said(name, value, str(path))
-        for name, value in names.items()
-        if not name.startswith("_") and not isinstance(value, (types.ModuleType, type)) and not callable(value)
-    ]
+    plain = {name: value for name, value in names.items() if not isinstance(value, (types.ModuleType, type)) and not callable(value)}
+    said = _from_mapping(plain, str(path))
     for item in said:
         if not isinstance(item.value, (bool, int, float, str, list, tuple, dict, type(None))):
             raise UsageError(

@@ -127,10 +127,9 @@ class ModelConfig(Section):
                 )
         return settled
 
-    @model_validator(mode="after")
-    def _family_defaults(self) -> ModelConfig:
+    def model_post_init(self, context: Any, /) -> None:
+        """Runs once, when the section is made; an after-validator would run again whenever it is put into a RunConfig."""
         self._become_family()
-        return self
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
