@@ -13,7 +13,7 @@ def run(argv: list[str]) -> int:
     if argv and argv[0] not in ("-h", "--help"):
         raise UsageError(f"llm-trainer presets takes no settings, not {argv[0]!r}; use one with --preset NAME")
     header = ("preset", "family", "width", "layers", "heads", "kv", "inner", "vocabulary", "context", "parameters", "manual")
-    rows = [header]
+    rows: list[tuple[str, ...]] = [header]
     for preset in PRESETS.values():
         model = preset.model()
         shape = (model.hidden_size, model.num_hidden_layers, model.num_attention_heads, model.kv_heads, model.mlp_width)

@@ -52,6 +52,6 @@ def saved_config(checkpoint: Path) -> RunConfig:
     sections: dict[str, Any] = {name: values[name] for name in section_types() if name in values}
     if not sections:
         raise CheckpointError(
-            f"{checkpoint / RUN_FILE} holds no settings, so it cannot be resumed; --init_from={checkpoint} starts a new run from its weights"
+            f"{checkpoint / RUN_FILE} holds no settings to resume with; --init_from={checkpoint} starts a new run from its weights"
         )
     return RunConfig(**sections)

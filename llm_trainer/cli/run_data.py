@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     from llm_trainer.data.prepared import PreparedData
 
-WAYS_OUT = "name prepared data with --data_dir FOLDER, a text with --input PATH (it is prepared first), or a Hugging Face data set with --dataset_name NAME"
+WAYS_OUT = "name prepared data with --data_dir FOLDER, a text with --input PATH (it is prepared first), "
+    "or a Hugging Face data set with --dataset_name NAME"
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class RunData:
 
 
 def find_data(data: DataConfig, console: Console, fallbacks: Sequence[str] = ()) -> RunData:
-    """Open what `data` means: data_dir, else a text or a data set to prepare, else nanoGPT's dataset, else the first of `fallbacks` there is.
+    """Open what `data` means: data_dir, else what is to be prepared, else nanoGPT's dataset, else the first of `fallbacks` there is.
 
     Raises UsageError where nothing is named and DataError where what is named cannot be used.
     """

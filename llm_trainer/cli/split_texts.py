@@ -6,6 +6,7 @@ of their own a line could not tell them apart, and the file is `.jsonl` with a `
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -35,7 +36,7 @@ def write_texts(prepared: PreparedData, folder: Path) -> list[Path]:
 def documents(tokens: TokenDataset, tokenizer: Tokenizer) -> Iterator[str]:
     """The text of each document of a split, in order."""
     starts = [*tokens.document_starts_in(0, len(tokens)).tolist(), len(tokens)]
-    for start, end in zip(starts, starts[1:], strict=False):
+    for start, end in itertools.pairwise(starts):
         yield tokenizer.decode(tokens.read(start, end - start).tolist())
 
 

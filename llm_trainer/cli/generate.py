@@ -1,0 +1,96 @@
+"""`llm-trainer generate`, `generate.py`, `scripts/generate.py` and nanoGPT's `sample.py`: text from a model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llm_trainer.cli.doors import GENERATE, GENERATE_ENHANCED, GENERATE_L1, SAMPLE, SampleOptions
+from llm_trainer.cli.opening import open_door
+from llm_trainer.config import RunConfig, UsageError
+from llm_trainer.config.loading import Door, LoadedRun
+
+if TYPE_CHECKING:
+    from llm_trainer.inference.loading import LanguageModel
+
+FROM_FILE = "FILE:"
+RULE = "-" * 15  # between samples, as nanoGPT prints it
+
+
+def run(argv: list[str]) -> int:
+    """`llm-trainer generate`."""
+    return generate(GENERATE, argv)
+
+
+def enhanced(argv: list[str]) -> int:
+    """`generate.py`."""
+    return generate(GENERATE_ENHANCED, argv)
+
+
+def l1(argv: list[str]) -> int:
+    """`scripts/generate.py`."""
+    return generate(GENERATE_L1, argv)
+
+
+def sample(argv: list[str]) -> int:
+    """`sample.py`."""
+    return generate(SAMPLE, argv)
+
+
+def generate(door: Door, argv: Sequence[str]) -> int:
+    """Draw what one door's settings say and print prompt and text; returns the exit status."""
+    loaded = open_door(door, argv)
+    if loaded is None:
+        return 0
+    config = loaded.config
+    source = model_source(loaded)
+    prompt = prompt_text(config.inference.prompt)
+    from llm_trainer.inference.loading import load_model
+
+    model, _ = load_model(source, device=config.inference.device, precision=config.inference.precision)
+    print_samples(model, prompt, config)
+    return 0
+
+
+def model_source(loaded: LoadedRun) -> str:
+    """Which model is meant; raises UsageError where none is named."""
+    own = loaded.own
+    if isinstance(own, SampleOptions) and loaded.config.inference.model is None:
+        return own.out_dir if own.init_from == "resume" else own.init_from
+    if loaded.config.inference.model is None:
+        raise UsageError("no model is named: give --model with a run folder, a checkpoint or the name of a model on the hub")
+    return loaded.config.inference.model
+
+
+def prompt_text(said: str | None) -> str:
+    """The prompt itself; `FILE:path` reads it from a file. Raises UsageError for a missing prompt or file."""
+    if said is None:
+        raise UsageError("no prompt: give --prompt TEXT, or --prompt FILE:path")
+    if not said.startswith(FROM_FILE):
+        return said
+    path = Path(said.removeprefix(FROM_FILE))
+    if not path.is_file():
+        raise UsageError(f"there is no prompt file {path}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not utf-8 (byte {error.start}); save it as utf-8") from None
+
+
+def print_samples(model: LanguageModel, prompt: str, config: RunConfig) -> None:
+    """Print each sample after its prompt, as it is drawn where that was asked for."""
+    settings = config.generation
+    for number in range(settings.num_samples):
+        one = settings.model_copy()
+        one.num_samples = 1
+        one.seed = None if settings.seed is None else settings.seed + number
+        sys.stdout.write(prompt)
+        if settings.stream:
+            for piece in model.stream(prompt, **one.model_dump(exclude={"num_samples", "stream"})):
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+        else:
+            sys.stdout.write(str(model.generate(prompt, **one.model_dump(exclude={"num_samples", "stream"}))))
+        sys.stdout.write("\n" if settings.num_samples == 1 else f"\n{RULE}\n")
