@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import math
 import os
@@ -217,6 +218,7 @@ def write_run_file(folder: Path, config: RunConfig) -> None:
     _write_json(folder / RUN_FILE, {**config.model_dump(mode="json"), "versions": versions()})
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Python and the packages whose version can change a number."""
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in _RECORDED_PACKAGES}}

@@ -311,7 +311,7 @@ class Trainer:
         self.meter.leave_out(time.perf_counter() - start)
 
     def _snapshot(self) -> Snapshot:
-        callbacks = {type(callback).__name__: callback.state_dict() for callback in self.callbacks}
+        callbacks = {type(callback).__name__: state for callback in self.callbacks if (state := callback.state_dict())}
         state = {**self.state.to_json(), "scaler": self.precision.state_dict(), "callbacks": callbacks}
         state["data"] = data_identity(self.train_tokens)
         return Snapshot(self.model, self.optimizers, state, self.config, self.tokenizer)
