@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from llm_trainer.cli.doors import GENERATE, GENERATE_ENHANCED, GENERATE_L1, SAMPLE, SampleOptions
 from llm_trainer.cli.opening import open_door
-from llm_trainer.config import RunConfig, UsageError
+from llm_trainer.config import GenerationConfig, UsageError
 from llm_trainer.config.loading import Door, LoadedRun
 
 if TYPE_CHECKING:
-    from llm_trainer.inference.loading import LanguageModel
+    from llm_trainer.inference.engine import LanguageModel
 
 FROM_FILE = "FILE:"
 RULE = "-" * 15  # between samples, as nanoGPT prints it
@@ -50,7 +50,7 @@ def generate(door: Door, argv: Sequence[str]) -> int:
     from llm_trainer.inference.loading import load_model
 
     model, _ = load_model(source, device=config.inference.device, precision=config.inference.precision)
-    print_samples(model, prompt, config)
+    print_samples(model, prompt, config.generation)
     return 0
 
 
@@ -79,18 +79,15 @@ def prompt_text(said: str | None) -> str:
         raise UsageError(f"{path} is not utf-8 (byte {error.start}); save it as utf-8") from None
 
 
-def print_samples(model: LanguageModel, prompt: str, config: RunConfig) -> None:
-    """Print each sample after its prompt, as it is drawn where that was asked for."""
-    settings = config.generation
-    for number in range(settings.num_samples):
-        one = settings.model_copy()
-        one.num_samples = 1
-        one.seed = None if settings.seed is None else settings.seed + number
+def print_samples(model: LanguageModel, prompt: str, settings: GenerationConfig) -> None:
+    """Print each sample after its prompt: a single one as it is drawn, several from one batch, a rule after each as nanoGPT has it."""
+    if settings.num_samples == 1 and settings.stream:
+        pieces = model.stream(prompt, settings)  # what is wrong with the prompt is said before it is echoed
         sys.stdout.write(prompt)
-        if settings.stream:
-            for piece in model.stream(prompt, **one.model_dump(exclude={"num_samples", "stream"})):
-                sys.stdout.write(piece)
-                sys.stdout.flush()
-        else:
-            sys.stdout.write(str(model.generate(prompt, **one.model_dump(exclude={"num_samples", "stream"}))))
-        sys.stdout.write("\n" if settings.num_samples == 1 else f"\n{RULE}\n")
+        for piece in pieces:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+        return
+    for text in model.generate([prompt], settings):
+        sys.stdout.write(f"{prompt}{text}\n" + (f"{RULE}\n" if settings.num_samples > 1 else ""))

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
     from llm_trainer.data.prepared import PreparedData
 
-WAYS_OUT = "name prepared data with --data_dir FOLDER, a text with --input PATH (it is prepared first), "
+WAYS_OUT = (
+    "name prepared data with --data_dir FOLDER, a text with --input PATH (it is prepared first), "
     "or a Hugging Face data set with --dataset_name NAME"
+)
 
 
 @dataclass(frozen=True)
