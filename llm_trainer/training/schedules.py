@@ -120,6 +120,9 @@ def resolve_length(training: TrainingConfig, *, samples_per_epoch: int, sequence
 def resolve_schedule(training: TrainingConfig, length: Length) -> Schedule:
     """Turn the settings into a schedule in steps. Raises UsageError for a warm-up that was said and is longer than the run."""
     decay_steps = length.steps if training.lr_decay_steps is None else length.in_steps(training.lr_decay_steps)
+    warmup = training.warmup_steps
+    if warmup is not None and not training.is_said("warmup_steps") and length.in_steps(warmup) > length.steps:
+        training.warmup_steps = None  # a command's default longer than the run becomes a tenth of it, also in the settings that are saved
     if training.warmup_steps is None:
         warmup_steps = min(DEFAULT_WARMUP_STEPS, length.steps // 10)
     else:

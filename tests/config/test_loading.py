@@ -315,3 +315,14 @@ def test_settings_import_nothing_heavy() -> None:
     code = f"import sys, llm_trainer.config.loading; sys.exit(str(sorted({heavy} & set(sys.modules)) or ''))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.stderr.strip() == ""
+
+
+def test_a_default_warm_up_longer_than_a_run_in_epochs_becomes_a_tenth() -> None:
+    from llm_trainer.training.schedules import resolve_length, resolve_schedule
+
+    training = train("--num_epochs=1").config.training
+    length = resolve_length(training, samples_per_epoch=1000, sequences_per_step=10, context=8)
+    assert resolve_schedule(training, length).warmup_steps == 10
+    said = train("--num_epochs=1", "--warmup_steps=2000").config.training
+    with pytest.raises(UsageError, match="longer than the run of 100 steps"):
+        resolve_schedule(said, length)
