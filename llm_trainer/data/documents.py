@@ -54,7 +54,9 @@ Reading: TypeAlias = "Piece | Rejected"
 class Source(Protocol):
     """Where documents come from. `pieces()` may be called again and gives the same each time."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What messages and metadata.json call it."""
 
     def pieces(self) -> Iterator[Reading]:
         """Every document, in a fixed order."""

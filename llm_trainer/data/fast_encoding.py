@@ -2,16 +2,17 @@
 
 The two libraries do not always agree, so this way is taken only where they must:
 
-* Merges. `tokenizers` merges the pairs in its list, tiktoken any two neighbours whose joined bytes are in the vocabulary. They agree on every
-  word if each token's own bytes, merged with lower ranks only, end in exactly the pair of its merge: whatever lies outside a token that
-  is intact did not take part in making it. `_prove` checks this for every token, and that the merges stand in the order of the ids.
-* Words. Both cut text by the same pattern, but their regular expression engines hold different versions of Unicode. A text with a character
-  whose class (letter, number, space) has changed since Unicode 3.2, or that Python does not know, goes the slow way; so do runs
+* Merges. `tokenizers` merges the pairs in its list, tiktoken any two neighbours whose joined bytes are in the vocabulary. They agree on
+  every word if each token's own bytes, merged with lower ranks only, end in exactly the pair of its merge: whatever lies outside a token
+  that is intact did not take part in making it. `_prove` checks this for every token, and that the merges stand in the order of the ids.
+* Words. Both cut text by the same pattern, but their regular expression engines hold different versions of Unicode. A text with a
+  character whose class (letter, number, space) has changed since Unicode 3.2, or that Python does not know, goes the slow way; so do runs
   that are long enough to exhaust an engine's stack.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
 from collections.abc import Mapping
@@ -112,7 +113,7 @@ def _prove(parts: Mapping[str, Any]) -> dict[bytes, int] | None:
     except KeyError:  # a token outside the alphabet of bytes
         return None
     results = [ranks.get(left + right, -1) for left, right in pairs]
-    in_order = all(before < after for before, after in zip(results, results[1:], strict=False))
+    in_order = all(before < after for before, after in itertools.pairwise(results))
     if not in_order or (results and results[0] < 0) or len(ranks) != 256 + len(results) or len(byte_of) != 256:
         return None
     if any(bytes([byte]) not in ranks for byte in range(256)):
@@ -152,4 +153,3 @@ def _ranges(points: list[int]) -> list[tuple[int, int]]:
         else:
             ranges.append((point, point))
     return ranges
-

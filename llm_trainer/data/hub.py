@@ -24,6 +24,7 @@ class HubSource:
     train_split: str
     validation_split: str | None
     text_column: str
+    revision: str | None = None
 
     def pieces(self) -> Iterator[Reading]:
         """Every row's text."""
@@ -60,7 +61,7 @@ class HubSource:
 
         wanted = [self.train_split, *([self.validation_split] if self.validation_split else [])]
         try:
-            found = {split: datasets.load_dataset(self.name, self.configuration, split=split) for split in wanted}
+            found = {split: datasets.load_dataset(self.name, self.configuration, split=split, revision=self.revision) for split in wanted}
         except (OSError, ValueError, RuntimeError, HfHubHTTPError, httpx.HTTPError, datasets.exceptions.DatasetsError) as error:
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise DataError(

@@ -23,6 +23,7 @@ META_FILE = "meta.pkl"
 GPT2_VOCAB_SIZE = 50257
 UNKNOWN_TOKENIZER_HASH = "0" * 64
 _CONTAINERS = {("builtins", name): kind for name, kind in (("set", set), ("frozenset", frozenset), ("bytearray", bytearray))}
+_BROKEN_PICKLE = (pickle.UnpicklingError, ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, TypeError, ValueError)
 _SAMPLE = 2**20
 
 
@@ -32,9 +33,9 @@ def open_bin(file: Path, vocab_size: int, tokenizer_hash: str) -> TokenDataset:
     if size == 0 or size % 2:
         raise DataError(f"{file} has {size} bytes, which is no file of uint16 ids; run its prepare.py again")
     ids = np.memmap(file, dtype="<u2", mode="r").view(np.ndarray)
-    return TokenDataset(
-        [ids], [np.zeros(1, dtype=np.int64)], vocab_size=vocab_size, tokenizer_hash=tokenizer_hash, fingerprint=_fingerprint(ids), source=str(file)
-    )
+    starts = [np.zeros(1, dtype=np.int64)]
+    fingerprint = _fingerprint(ids)
+    return TokenDataset([ids], starts, vocab_size=vocab_size, tokenizer_hash=tokenizer_hash, fingerprint=fingerprint, source=str(file))
 
 
 def read_vocabulary(folder: Path) -> tuple[Tokenizer | None, int, list[str]]:
@@ -56,8 +57,9 @@ def read_meta(file: Path) -> dict[object, object]:
     """The dictionary in a meta.pkl. Raises DataError for anything but built-in containers, numbers and texts; nothing in it is run."""
     try:
         found = _ContainersOnly(io.BytesIO(file.read_bytes())).load()
-    except (pickle.UnpicklingError, ValueError, EOFError, IndexError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
-        raise DataError(f"{file} is not a meta.pkl that can be trusted: {error or type(error).__name__}; remove it or run prepare.py again") from None
+    except _BROKEN_PICKLE as error:
+        why = str(error) or type(error).__name__
+        raise DataError(f"{file} is not a meta.pkl that can be trusted: {why}; remove it or run prepare.py again") from None
     if not isinstance(found, dict):
         raise DataError(f"{file} holds a {type(found).__name__}, not the dictionary that nanoGPT writes; run its prepare.py again")
     return found

@@ -1,7 +1,7 @@
 """From text to a prepared folder: read, split, learn a tokenizer from the training split, encode, write shards.
 
-The corpus is streamed, never held: once to count and to judge it, once for the tokenizer (a bounded sample), once to encode. Memory does not
-grow with the corpus but for 8 bytes a document.
+The corpus is streamed, never held: once to count and to judge it, once for the tokenizer (a bounded sample), once to encode. Memory does
+not grow with the corpus but for 8 bytes a document.
 
 The result depends on the contents and the options alone, and its key, the hash of these, is kept in metadata.json: the same again is a
 hit, in another folder or after touching the files too; anything else is a miss. Work happens in a hidden folder beside the result and is
@@ -57,18 +57,23 @@ class PreparedSummary:
         """For the console: documents, splits, tokenizer."""
         facts = self.metadata
         rejected = ", ".join(f"{count} {reason}" for reason, count in facts.documents_rejected.items())
+        number_rejected = facts.documents_in - facts.documents_kept
         lines = [
-            f"{self.folder} is up to date: the same input and options were prepared before" if self.from_cache else f"prepared {self.folder}",
-            f"documents: {facts.documents_in} in = {facts.documents_kept} kept + {facts.documents_in - facts.documents_kept} rejected"
+            f"{self.folder} is up to date (same input, same options)" if self.from_cache else f"prepared {self.folder}",
+            f"documents: {facts.documents_in} in = {facts.documents_kept} kept + {number_rejected} rejected"
             + (f" ({rejected})" if rejected else ""),
             *(f"  rejected: {example}" for example in facts.rejected_examples),
             f"tokenizer: {facts.tokenizer.kind}, {facts.tokenizer.vocab_size} ids",
             f"split: {facts.split_method}",
         ]
         for name, split in facts.splits.items():
-            size = f", {split.bytes / 1e6:.2f} MB, {split.bytes / max(1, split.tokens):.2f} bytes a token" if split.bytes is not None else ""
-            lines.append(f"  {name}: {split.documents} documents, {split.tokens} tokens{size}")
-        return [*lines, f"documents with a supervised end: {facts.supervised_end_share:.0%}", *facts.notes]
+            line = f"  {name}: {split.documents} documents, {split.tokens} tokens"
+            if split.bytes is not None:
+                line += f", {split.bytes / 1e6:.2f} MB, {split.bytes / max(1, split.tokens):.2f} bytes a token"
+            lines.append(line)
+        if facts.tokenizer.eos_id is not None:
+            lines.append(f"documents with a supervised end: {facts.supervised_end_share:.0%}")
+        return [*lines, *facts.notes]
 
 
 @dataclass
@@ -89,16 +94,21 @@ class _Scan:
 
 
 def prepare(
-    config: DataConfig, output_dir: str | Path, *, console: Console | None = None, tokenizer: Tokenizer | None = None
+    config: DataConfig,
+    output_dir: str | Path,
+    *,
+    console: Console | None = None,
+    tokenizer: Tokenizer | None = None,
+    source: Source | None = None,
 ) -> PreparedSummary:
     """Prepare `config.input` (a file, a folder, or "builtin") or `config.dataset_name` into `output_dir`.
 
-    `tokenizer` overrides the settings' choice. Progress goes to `console`. Raises UsageError for settings that do not fit together and DataError
-    for a corpus that cannot be used: missing, nothing readable in it, or shorter than one window of `max_length`.
+    `tokenizer` and `source` override the settings' choice. Progress goes to `console`. Raises UsageError for settings that do not fit
+    together and DataError for a corpus that cannot be used: missing, nothing readable in it, or shorter than one window of `max_length`.
     """
     folder = Path(output_dir)
     shares = Shares.of(config)
-    source = open_source(config, folder)
+    source = source or open_source(config, folder)
     given = tokenizer or _given_tokenizer(config)
     options = _options(config, shares, given)
     if console is not None:
@@ -124,7 +134,8 @@ def open_source(config: DataConfig, output_dir: Path) -> Source:
         return FileSource(Path(config.input), config.text_column, config.one_document_a_line, excluded=output_dir)
     if config.dataset_name is not None:
         return HubSource(config.dataset_name, config.dataset_config, config.dataset_split, config.validation_split, config.text_column)
-    raise UsageError("nothing to prepare: give --input with a text file, a folder or the word builtin, or --dataset_name with a name on the hub")
+    ways_out = "give --input with a text file, a folder or the word builtin, or --dataset_name with a name on the hub"
+    raise UsageError(f"nothing to prepare: {ways_out}")
 
 
 class _Preparation:
@@ -192,8 +203,9 @@ class _Preparation:
         cap = self._config.tokenizer_sample_megabytes * 1e6
         size = min(cap, scan.train_size)
         if self._console is not None:
-            about = size / _TRAINING_BYTES_A_SECOND
-            self._console.print(f"learning {self._config.vocab_size} ids from {size / 1e6:.1f} MB of training text, about {about:.0f} s", highlight=False)
+            seconds = size / _TRAINING_BYTES_A_SECOND
+            what = f"learning {self._config.vocab_size} ids from {size / 1e6:.1f} MB of training text"
+            self._console.print(f"{what}, about {seconds:.0f} s", highlight=False)
         with ByteProgress(self._console, "reading for the tokenizer", int(size)) as progress:
             texts = self._sample(plan, cap, scan.train_size, progress)
             return Tokenizer.train_bpe(texts, self._config.vocab_size)
@@ -222,14 +234,16 @@ class _Preparation:
         cut = dropped = 0
         with contextlib.ExitStack() as stack:
             progress = stack.enter_context(ByteProgress(self._console, "encoding", scan.size))
-            writers = {
-                split: stack.enter_context(
-                    ShardWriter(
-                        self._workplace / "dataset", split, vocab_size=tokenizer.vocab_size, tokenizer_hash=tokenizer.hash, end_id=tokenizer.eos_id
-                    )
+            writers: dict[str, ShardWriter] = {}
+            for split in self._wanted_splits():
+                writer = ShardWriter(
+                    self._workplace / "dataset",
+                    split,
+                    vocab_size=tokenizer.vocab_size,
+                    tokenizer_hash=tokenizer.hash,
+                    end_id=tokenizer.eos_id,
                 )
-                for split in self._wanted_splits()
-            }
+                writers[split] = stack.enter_context(writer)
             for part, ids in _encoded(plan.parts(self._pieces()), tokenizer, self._config.num_workers):
                 size = len(part.text) if part.text.isascii() else len(part.text.encode("utf-8"))
                 progress.advance(size)
@@ -247,15 +261,10 @@ class _Preparation:
     def _check(self, opened: dict[str, TokenDataset]) -> list[str]:
         """Notes on the splits; raises DataError where they cannot be trained on."""
         if not len(opened["train"]):
-            raise DataError(f"no training text is left of {self._source.name}; lower min_length ({self._config.min_length}) or give more text")
+            least = self._config.min_length
+            raise DataError(f"no training text is left of {self._source.name}; lower min_length ({least}) or give more text")
         if self._config.max_length is not None:
-            try:
-                require_window(opened["train"], self._config.max_length)
-            except DataError:
-                raise DataError(
-                    f"{self._source.name} gives {len(opened['train'])} training tokens, fewer than one window of max_length {self._config.max_length} "
-                    f"and its last label; give more text, or a max_length of at most {max(1, len(opened['train']) - 1)}"
-                ) from None
+            require_window(opened["train"], self._config.max_length, source=self._source.name, setting="max_length")
         return [f"the {split} split is empty: give more text, or a larger share" for split, tokens in opened.items() if not len(tokens)]
 
 
@@ -301,16 +310,23 @@ def _given_tokenizer(config: DataConfig) -> Tokenizer | None:
             raise UsageError(f"tokenizer_type is char, but {config.tokenizer_path} is no table of characters; leave one of the two out")
         return found
     if config.tokenizer_type in ("wordpiece", "tiktoken"):
-        raise UsageError(f"tokenizer_type {config.tokenizer_type} is not built yet; choose bpe or char, or give a tokenizer with tokenizer_path")
+        way_out = "choose bpe or char, or give a tokenizer with tokenizer_path"
+        raise UsageError(f"tokenizer_type {config.tokenizer_type} is not built yet; {way_out}")
     return None
 
 
 def _options(config: DataConfig, shares: Shares, given: Tokenizer | None) -> dict[str, JsonValue]:
     """Every setting that decides the result; paths and numbers of workers do not."""
-    kind: dict[str, JsonValue] = {"tokenizer": given.hash} if given is not None else {"tokenizer_type": "char" if config.tokenizer_type == "char" else "bpe"}
-    if kind.get("tokenizer_type") == "bpe":
-        kind |= {"vocab_size": config.vocab_size, "tokenizer_sample_megabytes": config.tokenizer_sample_megabytes}
-    return kind | {
+    chosen: dict[str, JsonValue]
+    if given is not None:
+        chosen = {"tokenizer": given.hash}
+    elif config.tokenizer_type == "char":
+        chosen = {"tokenizer_type": "char"}
+    else:
+        sample = config.tokenizer_sample_megabytes
+        chosen = {"tokenizer_type": "bpe", "vocab_size": config.vocab_size, "tokenizer_sample_megabytes": sample}
+    return {
+        **chosen,
         "version": PREPARATION_VERSION,
         "max_length": config.max_length,
         "min_length": config.min_length,
@@ -338,7 +354,9 @@ def _announce(source: Source, console: Console) -> None:
 
 def _facts(tokens: TokenDataset, folder: Path, split: str) -> SplitFacts:
     files = {file.name: file.stat().st_size for file in sorted(folder.glob(f"{split}-*.tokens"))}
-    return SplitFacts(documents=tokens.num_documents, tokens=len(tokens), bytes=tokens.num_bytes, fingerprint=tokens.fingerprint, files=files)
+    return SplitFacts(
+        documents=tokens.num_documents, tokens=len(tokens), bytes=tokens.num_bytes, fingerprint=tokens.fingerprint, files=files
+    )
 
 
 def _too_short(config: DataConfig) -> str:
@@ -353,4 +371,4 @@ def _clear_about_space(folder: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         free = shutil.disk_usage(folder).free / 1e6
-        raise DataError(f"no space left for {folder} ({free:.0f} MB free now that the unfinished files are gone); free some, or choose another --output_dir") from None
+        raise DataError(f"no space left for {folder} ({free:.0f} MB are free); free some, or choose another --output_dir") from None

@@ -1,7 +1,7 @@
 """Batches made ahead of the step that needs them, in threads, in an order that does not depend on the threads.
 
-Threads, not processes: making a batch is numpy copying from memory maps, which holds the interpreter's lock for microseconds, and a thread costs
-neither start-up nor pickling. Each thread takes the next number, makes that batch and puts it under its number; the reader waits for
+Threads, not processes: making a batch is numpy copying from memory maps, which holds the interpreter's lock for microseconds, and a thread
+costs neither start-up nor pickling. Each thread takes the next number, makes that batch and puts it under its number; the reader waits for
 the number it is at.
 """
 
@@ -18,8 +18,8 @@ _JOIN_SECONDS = 2.0
 class Prefetcher(Generic[Item]):
     """Iterates over `load(first)`, `load(first + 1)`, … without end; with `threads` 0 each is made when asked for.
 
-    At most `ahead` items (twice the threads) are kept. What `load` raises is raised to the reader at that item's turn. `close()` (or leaving the
-    `with` block) stops the threads; it waits for a load in progress for two seconds at most, never for the reader.
+    At most `ahead` items (twice the threads) are kept. What `load` raises is raised to the reader at that item's turn. `close()` (or
+    leaving the `with` block) stops the threads; it waits for a load in progress for two seconds at most, never for the reader.
     """
 
     def __init__(self, load: Callable[[int], Item], first: int, threads: int, ahead: int | None = None) -> None:

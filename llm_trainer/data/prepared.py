@@ -42,21 +42,25 @@ def open_prepared(data_dir: str | Path) -> PreparedData:
     """
     folder = Path(data_dir)
     if not folder.is_dir():
-        raise DataError(f"the data folder {folder} does not exist; prepare it with `llm-trainer prepare --input TEXT --output_dir {folder}`")
+        raise DataError(f"the data folder {folder} does not exist; {_how_to_prepare(folder)}")
     if (folder / METADATA_FILE).is_file():
         return _open_ours(folder)
     if (folder / nanogpt.TRAIN_FILE).is_file():
         return _open_nanogpt(folder)
-    raise DataError(f"{folder} holds no prepared data (no {METADATA_FILE}, no train.bin); run `llm-trainer prepare --input TEXT --output_dir {folder}`")
+    raise DataError(f"{folder} holds no prepared data (no {METADATA_FILE}, no train.bin); {_how_to_prepare(folder)}")
 
 
 def require_vocabulary(tokens: TokenDataset, vocab_size: int) -> None:
     """Raise DataError where the stream has ids that an embedding of `vocab_size` lacks: checked before the first step."""
     if tokens.largest_id >= vocab_size:
         raise DataError(
-            f"the data in {tokens.source} has the id {tokens.largest_id} (its tokenizer has {tokens.vocab_size}), but the model's vocab_size is "
-            f"{vocab_size}; set vocab_size to {tokens.vocab_size} or more, or use the data that the model was trained with"
+            f"the data in {tokens.source} has the id {tokens.largest_id} (its tokenizer has {tokens.vocab_size} ids), but the model's "
+            f"vocab_size is {vocab_size}; set vocab_size to {tokens.vocab_size} or more, or use the data that the model was trained with"
         )
+
+
+def _how_to_prepare(folder: Path) -> str:
+    return f"run `llm-trainer prepare --input TEXT --output_dir {folder}`"
 
 
 def _open_ours(folder: Path) -> PreparedData:
@@ -74,9 +78,9 @@ def _open_ours(folder: Path) -> PreparedData:
                 raise DataError(f"{file} is truncated or garbled: {file.stat().st_size} bytes instead of {size}; prepare the data again")
         tokens = TokenDataset.open(folder / "dataset", split)
         if tokens.tokenizer_hash != tokenizer.hash:
-            raise DataError(f"the shards of {split!r} in {folder} were made with another tokenizer than the one there; prepare the data again")
+            raise DataError(f"the shards of {split!r} in {folder} were made with another tokenizer than is there; prepare the data again")
         if tokens.fingerprint != facts.fingerprint:
-            raise DataError(f"the shards of {split!r} in {folder} are not those that {METADATA_FILE} describes; prepare the data again")
+            raise DataError(f"the shards of {split!r} in {folder} are not those in its {METADATA_FILE}; prepare the data again")
         opened[split] = tokens
     if "train" not in opened:
         raise DataError(f"{folder} has no training split; prepare the data again")
@@ -88,10 +92,10 @@ def _open_nanogpt(folder: Path) -> PreparedData:
     tokenizer_hash = tokenizer.hash if tokenizer is not None else nanogpt.UNKNOWN_TOKENIZER_HASH
     files = {"train": folder / nanogpt.TRAIN_FILE, "validation": folder / nanogpt.VALIDATION_FILE}
     opened = {split: nanogpt.open_bin(file, vocab_size, tokenizer_hash) for split, file in files.items() if file.is_file()}
-    splits = {
-        split: SplitFacts(documents=1, tokens=len(tokens), bytes=None, fingerprint=tokens.fingerprint, files={files[split].name: files[split].stat().st_size})
-        for split, tokens in opened.items()
-    }
+    splits = {}
+    for split, tokens in opened.items():
+        sizes = {files[split].name: files[split].stat().st_size}
+        splits[split] = SplitFacts(documents=1, tokens=len(tokens), bytes=None, fingerprint=tokens.fingerprint, files=sizes)
     metadata = Metadata(
         format=FORMAT, key=opened["train"].fingerprint, source="nanoGPT folder", max_length=None, split_method="as found", splits=splits,
         tokenizer=TokenizerFacts(

@@ -1,15 +1,15 @@
 """From shards to batches: sample i is a function of the shards, the seed and i.
 
-A sample is a window of `context` ids and the ids one place further, its labels. Each epoch lays non-overlapping windows over the stream and
-takes them in the order of a keyed permutation (`permutation.py`), another one each epoch; the grid starts at another place each epoch
-too, so that an id does not always meet the same neighbours (nanoGPT draws window starts at random, which has the same virtue but repeats some
-ids and never shows others within an epoch). Nothing is stored and nothing depends on who asks: ranks, workers, a resume and a changed batch
-size read the same samples, in O(1).
+A sample is a window of `context` ids and the ids one place further, its labels. Each epoch lays non-overlapping windows over the stream
+and takes them in the order of a keyed permutation (`permutation.py`), another one each epoch; the grid starts at another place each epoch
+too, so that an id does not always meet the same neighbours (nanoGPT draws window starts at random, which has the same virtue but repeats
+some ids and never shows others within an epoch). Nothing is stored and nothing depends on who asks: ranks, workers, a resume and a changed
+batch size read the same samples, in O(1).
 
-Documents. With `mask_documents` and more than one document `document_ids` tell the attention what belongs together. The end of text
-that closes a document opens the next one: as a label it belongs to the document that it ends, as an input to the one that follows. So every
-document is seen as `<end> text <end>`, each label is predicted from its own document alone, the first id of a text is learned as well,
-and a model can write from nothing but `<end>`. Where documents have no end of text (characters), a document's last id predicts nothing.
+Documents. With `mask_documents` and more than one document `document_ids` tell the attention what belongs together. The end of text that
+closes a document opens the next one: as a label it belongs to the document that it ends, as an input to the one that follows. So every
+document is seen as `<end> text <end>`, each label is predicted from its own document alone, the first id of a text is learned as well, and
+a model can write from nothing but `<end>`. Where documents have no end of text (characters), a document's last id predicts nothing.
 """
 
 from __future__ import annotations
@@ -125,12 +125,12 @@ def validation_batches(
         yield windows.load(part, rows=batch_size if first else len(part))
 
 
-def require_window(tokens: TokenDataset, context: int) -> None:
-    """Raise DataError where the stream does not hold one window and its last label."""
+def require_window(tokens: TokenDataset, context: int, *, source: str | None = None, setting: str = "max_position_embeddings") -> None:
+    """Raise DataError where the stream does not hold one window and its last label; `setting` is what the user may lower."""
     if tokens.num_tokens < context + 1:
         raise DataError(
-            f"the corpus in {tokens.source} has {tokens.num_tokens} tokens, fewer than one window of {context} and its last label; "
-            f"give more text, or a context (block_size, max_seq_len) of at most {max(1, tokens.num_tokens - 1)}"
+            f"{source or tokens.source} gives {tokens.num_tokens} training tokens, fewer than one window of {context} and its last label; "
+            f"give more text, or {setting} of at most {max(1, tokens.num_tokens - 1)}"
         )
 
 

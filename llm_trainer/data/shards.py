@@ -25,7 +25,6 @@ the size is checked on opening, and contents up to `VERIFY_UP_TO` bytes are hash
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import struct
@@ -115,14 +114,16 @@ class ShardWriter:
         self._shard_tokens = shard_tokens
         self._dtype = np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
         self.files: list[Path] = []
+        self._tokens = self._bytes = self._largest = self._document_start = 0  # of the shard at hand
+        self._starts: array[int] = array("Q")
         self._begin()
 
     def add(self, ids: np.ndarray | Sequence[int], num_bytes: int = 0) -> None:
-        """Append ids to the document at hand; `num_bytes` is the size of their text in utf-8. Raises DataError for ids outside the vocabulary."""
+        """Append ids to the document at hand; `num_bytes`: their text in utf-8. Raises DataError for ids outside the vocabulary."""
         values = np.asarray(ids, dtype=np.int64)
         if len(values):
             if int(values.min()) < 0 or int(values.max()) >= self._vocab_size:
-                raise DataError(f"id {int(values.max())} is outside the vocabulary of {self._vocab_size}; the tokenizer and its size disagree")
+                raise DataError(f"ids {int(values.min())} to {int(values.max())} do not fit the vocabulary of {self._vocab_size}")
             self._largest = max(self._largest, int(values.max()))
             self._write(values.astype(self._dtype).tobytes())
             self._tokens += len(values)
@@ -235,8 +236,8 @@ def _mapped(file: Path, dtype: str, offset: int, count: int) -> np.ndarray:
 class TokenDataset:
     """The ids of one split as one stream, whatever files hold it.
 
-    `num_bytes` is the size of the text in utf-8, None where it is unknown; `end_id` is the id that ends each document, None where there is none;
-    `fingerprint` changes with every change of the ids, their order, or the tokenizer.
+    `num_bytes` is the size of the text in utf-8, None where it is unknown; `end_id` is the id that ends each document, None where there is
+    none; `fingerprint` changes with every change of the ids, their order, or the tokenizer.
     """
 
     def __init__(
@@ -266,7 +267,7 @@ class TokenDataset:
 
     @classmethod
     def open(cls, folder: str | Path, split: str) -> TokenDataset:
-        """Open the shards of `split` in `folder` (the prepared folder, or its `dataset/`). Raises DataError where they are missing or damaged."""
+        """Open the shards of `split` in `folder` or its `dataset/`. Raises DataError where they are missing or damaged."""
         place = Path(folder)
         place = place / "dataset" if (place / "dataset").is_dir() else place
         files = sorted(place.glob(f"{split}-*{SUFFIX}"))
@@ -299,7 +300,8 @@ class TokenDataset:
         """A stream in memory, as one document; for tests and small experiments."""
         values = np.asarray(ids, dtype=np.int64)
         fingerprint = hashlib.sha256(values.tobytes() + tokenizer_hash.encode()).hexdigest()
-        return cls([values], [np.zeros(min(1, len(values)), np.int64)], vocab_size=vocab_size, tokenizer_hash=tokenizer_hash, fingerprint=fingerprint)
+        starts = np.zeros(min(1, len(values)), dtype=np.int64)
+        return cls([values], [starts], vocab_size=vocab_size, tokenizer_hash=tokenizer_hash, fingerprint=fingerprint)
 
     def __len__(self) -> int:
         return self.num_tokens
@@ -339,13 +341,8 @@ class TokenDataset:
             base = int(self._first_token[index])
             if base >= start + count:
                 break
-            low, high = np.searchsorted(self._starts[index], np.array([max(start - base, 0), start + count - base], dtype=self._starts[index].dtype))
-            found.append(self._starts[index][low:high].astype(np.int64) + (base - start))
+            starts = self._starts[index]
+            bounds = np.array([max(start - base, 0), start + count - base], dtype=starts.dtype)  # of one type, or all starts are converted
+            low, high = np.searchsorted(starts, bounds)
+            found.append(starts[low:high].astype(np.int64) + (base - start))
         return np.concatenate(found) if found else np.empty(0, np.int64)
-
-
-def remove_partial_shards(folder: Path) -> None:
-    """Remove what a killed writer left."""
-    for file in folder.glob("*.partial"):
-        with contextlib.suppress(FileNotFoundError):
-            file.unlink()

@@ -1,8 +1,8 @@
 """Which document is for training, which for validation, which for testing.
 
-By hash: a document's split is decided by its own text and the seed, so it stays where it is when others come or go, duplicates land together,
-and no order matters. That needs enough documents for the shares to come out; with few, or one, the text is cut in one place instead, the
-last part being held out, as nanoGPT does.
+By hash: a document's split is decided by its own text and the seed, so it stays where it is when others come or go, duplicates land
+together, and no order matters. That needs enough documents for the shares to come out; with few, or one, the text is cut in one place
+instead, the last part being held out, as nanoGPT does.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Shares:
 
     @classmethod
     def of(cls, config: DataConfig) -> Shares:
-        """The shares that the settings mean: what they leave goes to training, or, where train_ratio and not test_ratio is said, to testing.
+        """The shares that the settings mean. What they leave is for training, or for testing where train_ratio and no test_ratio is said.
 
         Raises UsageError where they do not add up to 1 or leave nothing for training.
         """
@@ -40,7 +40,8 @@ class Shares:
         elif "test_ratio" not in config.model_fields_set:
             test = max(0.0, round(1.0 - train - validation, 9))
         if abs(train + validation + test - 1.0) > 1e-6 or train <= 0:
-            raise UsageError(f"train_ratio {train:g}, val_ratio {validation:g} and test_ratio {test:g} must add up to 1 and leave a share for training")
+            said = f"train_ratio {train:g}, val_ratio {validation:g} and test_ratio {test:g}"
+            raise UsageError(f"{said} must add up to 1 and leave a share for training")
         return cls(train, validation, test)
 
     def can_split_by_hash(self, documents: int) -> bool:
@@ -91,7 +92,7 @@ class SplitPlan:
     @property
     def method(self) -> str:
         """In words, for metadata.json."""
-        return "by the hash of each document" if self.by_hash else "contiguous: cut in one place, the last part held out (too few documents for hashes)"
+        return "by the hash of each document" if self.by_hash else "contiguous: too few documents for hashes, so the last part is held out"
 
     def parts(self, pieces: Iterable[Piece]) -> Iterator[Part]:
         """Say for each piece where it goes; a piece over a cut becomes two parts."""

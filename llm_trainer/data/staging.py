@@ -18,7 +18,7 @@ _LOCK = ".prepare.lock"
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock: of two preparations at once the second waits and then finds the result. Raises DataError where it cannot write."""
+    """Hold the folder's lock: of two preparations at once the second waits and finds the result. Raises DataError where it cannot write."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / _LOCK).open("w")

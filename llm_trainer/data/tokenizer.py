@@ -26,7 +26,7 @@ from llm_trainer.config.errors import DataError
 from llm_trainer.data import vocabularies
 from llm_trainer.data.fast_encoding import FastEncoder, fast_encoder
 
-Json: TypeAlias = "None | bool | int | float | str | list[Json] | dict[str, Json]"
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
@@ -116,7 +116,8 @@ class Tokenizer:
             _check_text(text)
             ids: list[int] = self._parsing_backend.encode(text, add_special_tokens=False).ids
             return ids
-        return self.encode_to_array(text).tolist()
+        plain: list[int] = self.encode_to_array(text).tolist()
+        return plain
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text; the same as `encode` of each."""
@@ -166,7 +167,9 @@ class Tokenizer:
     @cached_property
     def hash(self) -> str:
         """sha256 (hex) over what decides ids and text: the parts of tokenizer.json in one canonical form, and which token ends a text."""
-        parts = {name: self._parts.get(name) for name in ("model", "normalizer", "pre_tokenizer", "decoder", "added_tokens")}
+        parts: dict[str, Json] = {
+            name: self._parts.get(name) for name in ("model", "normalizer", "pre_tokenizer", "decoder", "added_tokens")
+        }
         canonical = json.dumps([_without_nulls(parts), self.eos_id], sort_keys=True, ensure_ascii=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
@@ -281,5 +284,7 @@ def _roles_from(config: dict[str, Json], backend: tokenizers.Tokenizer) -> dict[
             roles[role] = token
     if "eos_token" not in roles:
         special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
-        roles.update({"eos_token": token for token in reversed(_USUAL_ENDS) if token in special})
+        found = [token for token in _USUAL_ENDS if token in special]
+        if found:
+            roles["eos_token"] = found[0]
     return roles

@@ -86,7 +86,7 @@ def character_table(characters: Sequence[str]) -> Backend:
 
 
 def bpe_from_ranks(ranks: Mapping[bytes, int], pattern: str) -> Backend:
-    """A byte-level BPE from tiktoken's form: bytes → rank, where the rank is the id and the order of merging. `<|endoftext|>` comes after."""
+    """A byte-level BPE from tiktoken's form, bytes → rank: the rank is the id and the order of merging. `<|endoftext|>` comes after."""
     stand_in = byte_characters()
     names = {token: "".join(stand_in[byte] for byte in token) for token in ranks}
     merges = []
@@ -115,7 +115,7 @@ def merge_bytes(ranks: Mapping[bytes, int], token: bytes, limit: int) -> list[by
 
 
 def gpt2_byte_ranks(file: Path | None) -> dict[bytes, int]:
-    """GPT-2's 50,256 byte ranks from a `.tiktoken` file (gpt2 or r50k_base) or GPT-2's `vocab.bpe`; without one, through tiktoken's download."""
+    """GPT-2's 50,256 byte ranks: from a `.tiktoken` file (gpt2, r50k_base), from GPT-2's `vocab.bpe`, or through tiktoken's download."""
     if file is not None:
         return read_ranks(file)
     import requests
@@ -127,7 +127,7 @@ def gpt2_byte_ranks(file: Path | None) -> dict[bytes, int]:
         raise DataError(
             f"GPT-2's vocabulary could not be downloaded ({type(error).__name__}). On a machine with a network fetch "
             "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken and give it with --ranks FILE "
-            "(GPT-2's vocab.bpe, or a tokenizer.json through --tokenizer_path, do as well)"
+            "(GPT-2's vocab.bpe does as well)"
         ) from None
     return ranks
 

@@ -1,0 +1,24 @@
+"""OpenWebText (8 million documents) with GPT-2's BPE, 0.05 % of the documents held out, as nanoGPT does.
+
+    python data/openwebtext/prepare.py [--input FILE_OR_FOLDER] [--ranks r50k_base.tiktoken]
+
+Writes dataset/, tokenizer.json and metadata.json beside this file.
+"""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parents[1]))  # a clone runs without being installed
+
+from llm_trainer.cli.boundary import guarded  # noqa: E402
+
+
+def main() -> int:
+    from llm_trainer.data.classic import run
+
+    return run("openwebtext", HERE, sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

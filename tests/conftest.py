@@ -1,0 +1,53 @@
+"""One tiny corpus, tokenizer and prepared folder for all tests; made once a session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydoc_data.topics import topics
+
+from llm_trainer.config import DataConfig
+from llm_trainer.data.pipeline import prepare
+from llm_trainer.data.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def tiny_texts() -> list[str]:
+    """Forty short English documents: topics of Python's own language reference."""
+    return [str(text)[:1500] for _, text in sorted(topics.items())][:40]
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tiny_texts: list[str]) -> str:
+    """The same as one text of about 50 kB."""
+    return "\n\n".join(tiny_texts)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tiny_texts: list[str]) -> Tokenizer:
+    """A byte-level BPE of 300 ids."""
+    return Tokenizer.train_bpe(tiny_texts, 300)
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory, tiny_texts: list[str], tiny_tokenizer: Tokenizer) -> Path:
+    """A prepared folder: forty documents, a tenth of the text held out, `tiny_tokenizer`'s ids."""
+    folder = tmp_path_factory.mktemp("tiny")
+    texts = folder / "texts"
+    texts.mkdir()
+    for index, text in enumerate(tiny_texts):
+        (texts / f"{index:02d}.txt").write_text(text, encoding="utf-8")
+    prepare(DataConfig(input=str(texts), val_ratio=0.1), folder / "prepared", tokenizer=tiny_tokenizer)
+    return folder / "prepared"
+
+
+@pytest.fixture(scope="session")
+def shakespeare_path() -> Path:
+    """Tiny Shakespeare from the folder `shared` beside the repository; skips without it."""
+    path = ROOT.parent / "shared" / "data" / "shakespeare.txt"
+    if not path.is_file():
+        pytest.skip(f"{path} is not there")
+    return path
