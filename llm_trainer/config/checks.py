@@ -90,7 +90,8 @@ def _check_named_files(config: RunConfig) -> None:
     if config.training.scaling_schedule_file is not None:
         from llm_trainer.config.schedules import read_schedule
 
-        read_schedule(Path(config.training.scaling_schedule_file), layers=config.model.num_hidden_layers)
+        from_scratch = config.training.init_from == "scratch" and config.training.resume_from is None
+        read_schedule(Path(config.training.scaling_schedule_file), layers=config.model.num_hidden_layers if from_scratch else None)
 
 
 def _check_data_fits(config: RunConfig, said: _Places) -> None:

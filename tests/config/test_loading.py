@@ -162,6 +162,22 @@ def test_what_is_wrong_is_named(flags: list[str], message: str) -> None:
         train(*flags)
 
 
+def test_nested_settings_are_given_by_dots_or_as_json() -> None:
+    for flags in (["--model.rope_scaling.factor=2"], ["--rope_scaling", '{"type": "linear", "factor": 2}']):
+        scaling = train("--positions=rope", *flags).config.model.rope_scaling
+        assert scaling is not None
+        assert scaling.factor == 2
+    with pytest.raises(UsageError, match="is not JSON"):
+        train("--rope_scaling={factor")
+
+
+def test_a_schedule_for_pretrained_weights_may_name_parts_that_only_they_have(tmp_path: Path) -> None:
+    path = write(tmp_path, "s.yaml", "- {name: freeze_layer, value: mlp.20, max_wait_iters: 1}\n")
+    assert train("--init_from=gpt2-medium", f"--scaling_schedule_file={path}").config.training.scaling_schedule_file == path
+    with pytest.raises(UsageError, match="N below 12"):
+        train(f"--scaling_schedule_file={path}")
+
+
 def test_launchers_put_local_rank_in_front() -> None:
     for flag in (["--local-rank=1"], ["--local_rank", "1"]):
         assert train(*flag, "--seed=3").config.training.seed == 3
