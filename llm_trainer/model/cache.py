@@ -98,6 +98,12 @@ class KVCache:
         view._adopt(self.keys[:, index : index + 1], self.values[:, index : index + 1], length)
         return view
 
+    def select(self, rows: list[int]) -> KVCache:
+        """A cache of these rows alone, copied; how rows that have ended leave a batch."""
+        chosen = object.__new__(KVCache)
+        chosen._adopt(self.keys[:, rows], self.values[:, rows], self.length)
+        return chosen
+
     def reset(self) -> None:
         """Forget every token; no memory is touched."""
         self.length = 0

@@ -1,0 +1,38 @@
+"""One decoding step: a token for each row of the batch in, the logits of its successor out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from llm_trainer.model.cache import KVCache
+from llm_trainer.model.transformer import Transformer
+
+
+class DecodingStep(Protocol):
+    """What `decode` calls once a token."""
+
+    def __call__(self, ids: Sequence[int], positions: Sequence[int], cache: KVCache) -> Tensor:
+        """Token and its position for each row (B) → logits (B, V); keys and values are added to the cache."""
+        ...
+
+
+class ModelStep:
+    """The step through the model as it is."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.model = model
+
+    def __call__(self, ids: Sequence[int], positions: Sequence[int], cache: KVCache) -> Tensor:
+        """Rows at one position go the fast path of the cache, which needs neither mask nor indexed writes."""
+        device = self.model.wte.weight.device
+        inputs = torch.tensor(ids, device=device)[:, None]
+        if len(set(positions)) == 1:
+            cache.length = positions[0]
+            hidden = self.model.hidden_states(inputs, cache=cache)
+        else:
+            hidden = self.model.hidden_states(inputs, positions=torch.tensor(positions, device=device)[:, None], cache=cache)
+        return self.model.logits(hidden[:, 0])

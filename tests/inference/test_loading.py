@@ -1,0 +1,97 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from llm_trainer.config.errors import CheckpointError, LLMTrainerError, UsageError
+from llm_trainer.config.generation import GenerationConfig
+from llm_trainer.config.model import ModelConfig
+from llm_trainer.config.run_folder import write_manifest
+from llm_trainer.data.tokenizer import Tokenizer
+from llm_trainer.inference.loading import load_model, resolve_device
+from llm_trainer.model.huggingface import save_pretrained
+from llm_trainer.model.transformer import Transformer
+
+TEXT = "The quick brown fox jumps over the lazy dog. " * 8
+
+
+def saved(folder: Path, seed: int = 0, **shape: object) -> Path:
+    tokenizer = Tokenizer.train_bpe([TEXT], 280)
+    size = {"vocab_size": tokenizer.vocab_size, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = ModelConfig(**{**size, "max_position_embeddings": 64, "initializer_range": 0.3, **shape})
+    save_pretrained(Transformer(config, torch.Generator().manual_seed(seed)), folder)
+    tokenizer.save(folder)
+    write_manifest(folder)
+    return folder
+
+
+def test_every_spelling_of_a_checkpoint_gives_the_same_text(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    saved(run / "checkpoint-10", seed=1)
+    saved(run / "final_model", seed=2)
+    by_final, by_step = (load_model(run / name)[0].generate("The", temperature=0) for name in ("final_model", "checkpoint-10"))
+    assert by_final != by_step
+    for spelling in (run, run / "final_model" / "model.safetensors", run / "final_model.pt"):
+        assert load_model(spelling)[0].generate("The", temperature=0) == by_final
+    for spelling in ("checkpoint_step_10.pt", "checkpoint-10.pt"):
+        assert load_model(run / spelling)[0].generate("The", temperature=0) == by_step
+
+
+@pytest.mark.parametrize("shape", [{"model_type": "gpt2"}, {"model_type": "llama", "num_key_value_heads": 2}])
+def test_greedy_text_is_that_of_transformers_on_the_same_folder(tmp_path: Path, shape: dict[str, object]) -> None:
+    transformers = pytest.importorskip("transformers")
+    folder = saved(tmp_path / "model", **shape)
+    model, tokenizer = load_model(folder)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    for prompt in ("The quick", "dog", "lazy fox jumps over"):
+        inputs = their_tokenizer(prompt, return_tensors="pt")
+        assert inputs.input_ids[0].tolist() == tokenizer.encode(prompt)
+        expected = theirs.generate(**inputs, max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0)[0]
+        settings = GenerationConfig(temperature=0, max_new_tokens=30, ignore_eos=True)
+        assert model.answers([prompt], settings)[0].ids == expected[inputs.input_ids.shape[1] :].tolist()
+
+
+def test_weights_take_the_precision_that_was_asked_for(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "model")
+    assert load_model(folder, device="cpu")[0].model.wte.weight.dtype == torch.float32
+    model, _ = load_model(folder, precision="bf16")
+    assert model.model.wte.weight.dtype == torch.bfloat16
+    assert model.generate("The", temperature=0, max_tokens=5)
+
+
+def test_a_model_of_the_hub_may_name_several_ends(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "model")
+    (folder / "manifest.json").unlink()
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 4]}), encoding="utf-8")
+    model, tokenizer = load_model(folder)
+    assert model.end_ids >= {3, 4, tokenizer.eos_id}
+
+
+@pytest.mark.parametrize(
+    ("spec", "named"),
+    [("no/such/folder", "no/such/folder"), ("empty", "empty"), ("model/model.pt", "model.pt")],
+)
+def test_what_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str, named: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    saved(tmp_path / "model")
+    with pytest.raises(CheckpointError, match=named):
+        load_model(spec)
+
+
+def test_a_model_without_its_tokenizer_says_so(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "model")
+    for name in ("manifest.json", "tokenizer.json"):
+        (folder / name).unlink()
+    with pytest.raises(LLMTrainerError, match="tokenizer"):
+        load_model(folder)
+
+
+def test_devices_and_precisions_that_do_not_exist_are_refused(tmp_path: Path) -> None:
+    for device in ("gpu", "cuda:x", "cpu:first", "cuda:99"):
+        with pytest.raises(UsageError, match=device):
+            resolve_device(device)
+    with pytest.raises(UsageError, match="int3"):
+        load_model(saved(tmp_path / "model"), precision="int3")
