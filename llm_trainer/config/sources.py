@@ -84,7 +84,7 @@ class Names:
         if not dot:
             table = _table(self)
             if name not in table:
-                raise UsageError(f"{said.place}: {unknown_name(name, 'this', table)}")
+                raise UsageError(f"{said.place}: {unknown_name(name, 'this command', table)}")
             return table[name]
         if section not in section_types():
             raise UsageError(f"{said.place}: {unknown_name(section, 'a run', section_types()).replace('setting', 'section')}")
