@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
-from pydoc_data.topics import topics
 
 from llm_trainer.config import DataConfig
 from llm_trainer.data.pipeline import prepare

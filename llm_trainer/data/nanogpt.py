@@ -22,7 +22,7 @@ VALIDATION_FILE = "val.bin"
 META_FILE = "meta.pkl"
 GPT2_VOCAB_SIZE = 50257
 UNKNOWN_TOKENIZER_HASH = "0" * 64
-_CONTAINERS = {("builtins", name): kind for name, kind in (("set", set), ("frozenset", frozenset), ("bytearray", bytearray))}
+_CONTAINERS: dict[str, type] = {"set": set, "frozenset": frozenset, "bytearray": bytearray}
 _BROKEN_PICKLE = (pickle.UnpicklingError, ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, TypeError, ValueError)
 _SAMPLE = 2**20
 
@@ -67,7 +67,7 @@ def read_meta(file: Path) -> dict[object, object]:
 
 class _ContainersOnly(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> type:
-        found = _CONTAINERS.get((module, name))
+        found = _CONTAINERS.get(name) if module in ("builtins", "__builtin__") else None  # the latter in old protocols
         if found is None:
             raise pickle.UnpicklingError(f"it names {module}.{name}, and code is not run from data files")
         return found

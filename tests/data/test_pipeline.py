@@ -1,0 +1,345 @@
+"""From text to a prepared folder, and back: split, tokenizer, shards, cache, and what bad input gets."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llm_trainer.config import DataConfig
+from llm_trainer.config.errors import DataError, UsageError
+from llm_trainer.data import documents, pipeline, staging
+from llm_trainer.data.documents import Piece
+from llm_trainer.data.metadata import Metadata
+from llm_trainer.data.pipeline import prepare
+from llm_trainer.data.prepared import open_prepared, require_vocabulary
+from llm_trainer.data.shards import ShardWriter, TokenDataset
+from llm_trainer.data.splits import Shares, SplitPlan
+from llm_trainer.data.tokenizer import Tokenizer
+
+
+@pytest.fixture
+def texts(tmp_path: Path, tiny_texts: list[str]) -> Path:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for index, text in enumerate(tiny_texts):
+        (folder / f"{index:02d}.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+def whole(tokens: TokenDataset | None) -> list[int]:
+    assert tokens is not None
+    return tokens.read(0, len(tokens)).tolist()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".prepare.lock"}
+
+
+def test_the_prepared_folder_holds_the_text_document_by_document(tiny_data: Path, tiny_texts: list[str]) -> None:
+    data = open_prepared(tiny_data)
+    assert data.tokenizer is not None
+    assert data.validation is not None
+    starts = [*data.train.document_starts_in(0, len(data.train)).tolist(), len(data.train)]
+    ids = whole(data.train)
+    found = [ids[a:b] for a, b in itertools.pairwise(starts)]
+    assert all(document[-1] == data.tokenizer.eos_id for document in found[:-1])
+    assert [data.tokenizer.decode(document) for document in found[:-1]] == tiny_texts[: len(found) - 1]
+    assert data.tokenizer.decode(ids + whole(data.validation)) == "".join(tiny_texts)
+    assert data.train.num_bytes + data.validation.num_bytes == len("".join(tiny_texts).encode())  # type: ignore[operator]
+
+
+def test_characters_are_split_and_numbered_as_nanogpt_does(tmp_path: Path, shakespeare_path: Path) -> None:
+    prepare(DataConfig(input=str(shakespeare_path), tokenizer_type="char", val_ratio=0.1), tmp_path)
+    data = open_prepared(tmp_path)
+    text = shakespeare_path.read_text(encoding="utf-8")
+    numbers = {character: i for i, character in enumerate(sorted(set(text)))}
+    ids = [numbers[character] for character in text]
+    assert whole(data.train) == ids[: int(len(ids) * 0.9)]
+    assert whole(data.validation) == ids[int(len(ids) * 0.9) :]
+    assert data.vocab_size == 65
+
+
+def test_many_documents_are_split_by_their_own_hash(tmp_path: Path) -> None:
+    def split(lines: list[str], place: str) -> dict[str, set[str]]:
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "a.txt").write_text("\n".join(lines), encoding="utf-8")
+        config = DataConfig(
+            input=str(tmp_path / place / "a.txt"), one_document_a_line=True, tokenizer_type="char", val_ratio=0.2, test_ratio=0.1
+        )
+        summary = prepare(config, tmp_path / place / "out")
+        assert "hash" in summary.metadata.split_method
+        data = open_prepared(tmp_path / place / "out")
+        found: dict[str, set[str]] = {}
+        for name, tokens in (("train", data.train), ("validation", data.validation), ("test", data.test)):
+            assert tokens is not None
+            assert data.tokenizer is not None
+            ids, starts = whole(tokens), [*tokens.document_starts_in(0, len(tokens)).tolist(), len(tokens)]
+            found[name] = {data.tokenizer.decode(ids[a:b]) for a, b in itertools.pairwise(starts)}
+        return found
+
+    lines = [f"document number {n}" for n in range(400)]
+    all_of_them, fewer = split(lines, "one"), split(lines[::-2], "two")
+    assert 50 < len(all_of_them["validation"]) < 110
+    assert 20 < len(all_of_them["test"]) < 65
+    assert set().union(*all_of_them.values()) == set(lines)
+    for name, kept in fewer.items():
+        assert kept <= all_of_them[name]  # half of the documents, in another order: each stays in its split
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    texts=st.lists(st.text("aé日🙂", min_size=1, max_size=9), min_size=1, max_size=6),
+    shares=st.sampled_from([(0.9, 0.1, 0.0), (0.5, 0.25, 0.25), (1.0, 0.0, 0.0), (0.8, 0.0, 0.2), (0.01, 0.99, 0.0)]),
+)
+def test_a_cut_corpus_loses_nothing_and_keeps_its_order(texts: list[str], shares: tuple[float, float, float]) -> None:
+    size = len("".join(texts).encode())
+    plan = SplitPlan(Shares(*shares), 0, by_hash=False, size=size)
+    parts = list(plan.parts(Piece(text) for text in texts))
+    assert "".join(part.text for part in parts) == "".join(texts)
+    order = ["train", "validation", "test"]
+    places = [order.index(part.split) for part in parts]
+    assert places == sorted(places)
+    assert all(part.ends for part in parts)
+    assert sum(not part.is_cut for part in parts) == len(texts)  # every document's own end is there once
+    assert sum(part.is_whole for part in parts) >= len(texts) - 2
+    train = len("".join(part.text for part in parts if part.split == "train").encode())
+    assert int(size * shares[0]) <= train <= int(size * shares[0]) + 3
+
+
+def test_shares_must_add_up() -> None:
+    assert Shares.of(DataConfig(train_ratio=0.8, val_ratio=0.1)) == Shares(0.8, 0.1, 0.1)
+    assert Shares.of(DataConfig(val_ratio=0.2)) == Shares(0.8, 0.2, 0.0)
+    for wrong in ({"train_ratio": 0.95, "val_ratio": 0.1}, {"train_ratio": 0.5, "val_ratio": 0.1, "test_ratio": 0.1}, {"val_ratio": 1.0}):
+        with pytest.raises(UsageError, match="add up"):
+            Shares.of(DataConfig(**wrong))
+
+
+def test_the_tokenizer_learns_from_the_training_split_alone(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("plain words here and there. " * 300 + "zqzqzqzq " * 100, encoding="utf-8")
+    prepare(DataConfig(input=str(tmp_path / "a.txt"), vocab_size=400, val_ratio=0.2), tmp_path / "out")
+    tokenizer = open_prepared(tmp_path / "out").tokenizer
+    assert tokenizer is not None
+    assert len(tokenizer.encode("there")) < 3
+    assert len(tokenizer.encode("zqzq")) == 4
+
+
+def test_a_bounded_sample_bounds_what_the_tokenizer_sees(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    train = Tokenizer.train_bpe
+    monkeypatch.setattr(Tokenizer, "train_bpe", lambda given, size: train([seen.append(len(t.encode())) or t for t in given], size))
+    prepare(DataConfig(input=str(texts), vocab_size=300, tokenizer_sample_megabytes=0.02), tmp_path / "out")
+    assert 5_000 < sum(seen) <= 20_000
+    assert len(seen) > 5  # drawn from all over, not the first so many
+
+
+def test_the_same_again_is_a_hit_and_any_change_a_miss(texts: Path, tmp_path: Path) -> None:
+    options = {"input": str(texts), "vocab_size": 300, "val_ratio": 0.1}
+    first = prepare(DataConfig(**options), tmp_path / "out")
+    before = contents(tmp_path / "out")
+    again = prepare(DataConfig(**options, num_workers=3), tmp_path / "out")
+    assert (first.from_cache, again.from_cache) == (False, True)
+    assert "up to date" in again.lines()[0]
+    moved = shutil.copytree(texts, tmp_path / "elsewhere")
+    shutil.move(tmp_path / "out", tmp_path / "moved")
+    assert prepare(DataConfig(**{**options, "input": str(moved)}), tmp_path / "moved").from_cache
+    assert contents(tmp_path / "moved") == before
+    for change in ({"vocab_size": 301}, {"seed": 7}, {"val_ratio": 0.2}, {"min_length": 3}, {"max_length": 8}, {"tokenizer_type": "char"}):
+        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+        shutil.copytree(tmp_path / "moved", tmp_path / "copy")
+        assert not prepare(DataConfig(**{**options, **change}), tmp_path / "copy").from_cache, change
+    (texts / "00.txt").write_text("something else", encoding="utf-8")
+    assert not prepare(DataConfig(**options), tmp_path / "moved").from_cache
+
+
+def test_workers_and_repetition_change_no_byte(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "_BATCH_CHARACTERS", 2000)
+    for folder, workers in (("one", 1), ("again", 1), ("three", 3)):
+        prepare(DataConfig(input=str(texts), vocab_size=300, num_workers=workers), tmp_path / folder)
+    assert contents(tmp_path / "one") == contents(tmp_path / "again") == contents(tmp_path / "three")
+
+
+def test_a_long_document_in_pieces_gives_the_ids_of_the_whole(tmp_path: Path, tiny_text: str, tiny_tokenizer: Tokenizer) -> None:
+    (tmp_path / "a.txt").write_text(tiny_text, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "PIECE_BYTES", 3000)
+        prepare(DataConfig(input=str(tmp_path / "a.txt"), val_ratio=0.0), tmp_path / "out", tokenizer=tiny_tokenizer)
+    data = open_prepared(tmp_path / "out")
+    assert whole(data.train) == [*tiny_tokenizer.encode(tiny_text), tiny_tokenizer.eos_id]
+    assert data.train.num_documents == 1
+    assert data.validation is None
+
+
+def test_documents_in_are_documents_kept_and_rejected(tmp_path: Path) -> None:
+    good = [f"a good document of some length, number {n}\n" for n in range(30)]
+    (tmp_path / "a.txt").write_bytes("".join(good).encode() + b"\n\xff\xfe\nshort\nNUL \0\n")
+    config = DataConfig(input=str(tmp_path / "a.txt"), one_document_a_line=True, vocab_size=300, min_length=10)
+    facts = prepare(config, tmp_path / "out").metadata
+    assert (facts.documents_in, facts.documents_kept) == (34, 30)
+    assert facts.documents_rejected == {"contains NUL": 1, "empty": 1, "not utf-8": 1, "shorter than min_length 10": 1}
+    assert Metadata.read(tmp_path / "out") == facts
+    assert any("line 32" in example for example in facts.rejected_examples)
+    assert sum(split.documents for split in facts.splits.values()) == facts.documents_kept + facts.documents_cut
+
+
+def test_the_share_of_documents_with_a_supervised_end_is_told(texts: Path, tmp_path: Path, tiny_data: Path) -> None:
+    facts = Metadata.read(tiny_data)
+    assert facts.supervised_end_share == pytest.approx(40 / (40 + facts.documents_cut))
+    assert prepare(DataConfig(input=str(texts), tokenizer_type="char"), tmp_path / "char").metadata.supervised_end_share == 0.0
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "empty"), (b"  \n", "empty"), (b"\xff\xfe\x00", "not utf-8.*byte 0"), (b"a\0", "NUL")],
+)
+def test_a_corpus_with_nothing_usable_is_an_error_and_leaves_nothing(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        prepare(DataConfig(input=str(tmp_path / "a.txt"), vocab_size=300), tmp_path / "out")
+    assert contents(tmp_path / "out") == {}
+
+
+def test_what_cannot_be_prepared_says_why(tmp_path: Path, tiny_texts: list[str]) -> None:
+    (tmp_path / "a.txt").write_text(tiny_texts[0], encoding="utf-8")
+    text = str(tmp_path / "a.txt")
+    for error, options, message in (
+        (DataError, {"input": str(tmp_path / "none")}, "does not exist"),
+        (DataError, {"input": text, "vocab_size": 300, "max_length": 100_000}, "fewer than one window of 100000.*max_length of at most"),
+        (DataError, {"input": text, "vocab_size": 300, "min_length": 10**6, "val_ratio": 0}, "min_length"),
+        (DataError, {"input": text, "tokenizer_path": str(tmp_path / "nothing.json")}, "tokenizer"),
+        (UsageError, {}, "builtin"),
+        (UsageError, {"input": text, "dataset_name": "x/y"}, "give one"),
+        (UsageError, {"input": text, "tokenizer_type": "wordpiece"}, "wordpiece is not built yet"),
+        (UsageError, {"input": text, "vocab_size": 100}, "257"),
+    ):
+        with pytest.raises(error, match=message):
+            prepare(DataConfig(**options), tmp_path / "out")
+        assert contents(tmp_path / "out") == {}
+
+
+def test_characters_outside_a_given_table_are_named(tmp_path: Path) -> None:
+    Tokenizer.from_characters(["abc "]).save(tmp_path / "tokenizer")
+    (tmp_path / "a.txt").write_text("abc x", encoding="utf-8")
+    with pytest.raises(DataError, match="'x'"):
+        prepare(DataConfig(input=str(tmp_path / "a.txt"), tokenizer_path=str(tmp_path / "tokenizer")), tmp_path / "out")
+
+
+def test_a_full_disk_leaves_the_old_result_whole(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(DataConfig(input=str(texts), vocab_size=300), tmp_path / "out")
+    before = contents(tmp_path / "out")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ShardWriter, "_finish", full)
+    with pytest.raises(DataError, match="no space left"):
+        prepare(DataConfig(input=str(texts), vocab_size=310), tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_failure_while_moving_into_place_does_not_pass_for_a_result(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(DataConfig(input=str(texts), vocab_size=300), tmp_path / "out")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Metadata, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(DataConfig(input=str(texts), vocab_size=310), tmp_path / "out")
+    monkeypatch.undo()
+    with pytest.raises(DataError, match="no prepared data"):
+        open_prepared(tmp_path / "out")
+    assert not prepare(DataConfig(input=str(texts), vocab_size=310), tmp_path / "out").from_cache
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_leaves_a_whole_result_or_none(texts: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys; from llm_trainer.config import DataConfig; from llm_trainer.data.pipeline import prepare\n"
+        "print('ready', flush=True)\n"
+        "for size in range(300, 400): prepare(DataConfig(input=sys.argv[1], vocab_size=size), sys.argv[2])"
+    )
+    for delay in (0.02, 0.05, 0.1, 0.15, 0.2, 0.3):
+        out = tmp_path / f"out-{delay}"
+        process = subprocess.Popen([sys.executable, "-c", program, str(texts), str(out)], stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(delay)
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        if (out / "metadata.json").exists():
+            open_prepared(out)
+        prepare(DataConfig(input=str(texts), vocab_size=299), out)
+        assert not list(out.glob(".preparing-*"))
+        assert open_prepared(out).vocab_size == 299
+
+
+def test_files_of_others_are_not_overwritten(texts: Path, tmp_path: Path) -> None:
+    (tmp_path / "out" / "dataset").mkdir(parents=True)
+    (tmp_path / "out" / "dataset" / "mine.csv").write_text("precious", encoding="utf-8")
+    with pytest.raises(DataError, match=r"mine\.csv"):
+        prepare(DataConfig(input=str(texts), vocab_size=300), tmp_path / "out")
+    assert (tmp_path / "out" / "dataset" / "mine.csv").read_text(encoding="utf-8") == "precious"
+
+
+def test_two_at_once_take_turns(texts: Path, tmp_path: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: prepare(DataConfig(input=str(texts), vocab_size=300), tmp_path / "out").from_cache, range(2)))
+    assert sorted(found) == [False, True]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, texts: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(DataError, match="cannot write"), staging.exclusive(tmp_path / "file"):
+        pass
+
+
+def damaged(tiny_data: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_data, tmp_path / "damaged"))
+
+
+def test_opening_refuses_what_does_not_belong_together(tiny_data: Path, tmp_path: Path, tiny_texts: list[str]) -> None:
+    folder = damaged(tiny_data, tmp_path)
+    Tokenizer.train_bpe(tiny_texts, 310).save(folder)
+    with pytest.raises(DataError, match="tokenizer"):
+        open_prepared(folder)
+    shutil.copy(tiny_data / "tokenizer.json", folder)
+    shutil.copy(folder / "dataset" / "validation-00000.tokens", folder / "dataset" / "train-00000.tokens")
+    with pytest.raises(DataError, match=r"train-00000\.tokens"):
+        open_prepared(folder)
+    (folder / "dataset" / "train-00000.tokens").unlink()
+    with pytest.raises(DataError, match=r"train-00000\.tokens.*missing"):
+        open_prepared(folder)
+    (folder / "metadata.json").write_text("{", encoding="utf-8")
+    with pytest.raises(DataError, match=r"metadata\.json is damaged"):
+        open_prepared(folder)
+    facts = json.loads((tiny_data / "metadata.json").read_text(encoding="utf-8"))
+    (folder / "metadata.json").write_text(json.dumps({**facts, "documents_kept": 1}), encoding="utf-8")
+    with pytest.raises(DataError, match="damaged"):
+        open_prepared(folder)
+
+
+def test_a_missing_or_empty_data_folder_says_how_to_prepare(tmp_path: Path) -> None:
+    for folder in (tmp_path / "none", tmp_path):
+        with pytest.raises(DataError, match="llm-trainer prepare"):
+            open_prepared(folder)
+
+
+def test_a_vocabulary_larger_than_the_embedding_is_refused() -> None:
+    tokens = TokenDataset.from_ids(np.arange(50), vocab_size=60)
+    require_vocabulary(tokens, 50)
+    with pytest.raises(DataError, match=r"id 49.*vocab_size is 49"):
+        require_vocabulary(tokens, 49)
