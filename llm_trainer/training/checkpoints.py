@@ -158,16 +158,24 @@ class CheckpointStore:
             _sync_file(write_manifest(temporary))
             _sync_file(temporary)
             self._take_place(temporary, place)
-        self._rotate(place)
+        with contextlib.suppress(OSError):  # the save has succeeded; what cannot be removed now waits for the next one
+            self._rotate(place)
         return place
 
     def _take_place(self, temporary: Path, place: Path) -> None:
         replaced = place.with_name(f"{REPLACED_PREFIX}{place.name}")
         if place.exists():
             place.rename(replaced)
-        temporary.rename(place)
-        _sync_file(self.run_folder)
-        _discard(replaced)
+        try:
+            temporary.rename(place)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(place)
+            raise
+        try:
+            _sync_file(self.run_folder)
+        finally:
+            _discard(replaced)
 
     def _rotate(self, newest: Path) -> None:
         """Remove checkpoints past the limit, oldest first, once the newest is known to be whole.
@@ -293,11 +301,12 @@ def _sync_file(path: Path) -> None:
 
 
 def _discard(folder: Path) -> None:
-    """Delete a checkpoint so that a kill midway leaves nothing that bears a checkpoint's name."""
-    if folder.exists():
-        doomed = folder.with_name(f"{TEMPORARY_PREFIX}{folder.name.lstrip('.')}")
-        folder.rename(doomed)
-        _remove(doomed)
+    """Delete a checkpoint so that a kill midway leaves nothing that bears a checkpoint's name; what stays, the next save removes."""
+    with contextlib.suppress(OSError):
+        if folder.exists():
+            doomed = folder.with_name(f"{TEMPORARY_PREFIX}{folder.name.lstrip('.')}")
+            folder.rename(doomed)
+            _remove(doomed)
 
 
 def _remove(path: Path) -> None:

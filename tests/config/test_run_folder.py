@@ -47,7 +47,9 @@ def test_any_damage_to_any_file_is_named(tmp_path: Path, name: str, damage: str)
     assert problem.startswith(name)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format": 1}', '{"format": 2, "files": {"a": {}}}', '{"format": 1, "files": {}}', "\x00"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", '{"format": 1}', '{"format": 2, "files": {"a": {}}}', '{"format": 1, "files": {}}', "\x00"]
+)
 def test_a_garbled_manifest_verifies_nothing(tmp_path: Path, text: str) -> None:
     folder = make_checkpoint(tmp_path / "checkpoint-1", 1)
     (folder / "manifest.json").write_text(text, encoding="utf-8")

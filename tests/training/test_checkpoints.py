@@ -40,7 +40,15 @@ def test_a_checkpoint_is_the_folder_that_is_documented(tmp_path: Path) -> None:
     taken = snapshot(tmp_path)
     folder = CheckpointStore(tmp_path).save(Snapshot(taken.model, taken.optimizers, taken.state, taken.config, tokenizer), 2)
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    documented = {"model.safetensors", "config.json", "tokenizer.json", "state.json", "run.json", "manifest.json", f"optimizer/{TENSORS_FILE}"}
+    documented = {
+        "model.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "state.json",
+        "run.json",
+        "manifest.json",
+        f"optimizer/{TENSORS_FILE}",
+    }
     assert documented <= names
     assert verify(folder) == []
     assert read_run_config(folder) == taken.config
@@ -164,7 +172,9 @@ def test_too_little_space_is_found_before_anything_is_written(tmp_path: Path, mo
     store.save(taken, 1)
     usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(CheckpointError, match=r"needs about 8\.\d MB, 1\.0 MB are free, 7\.\d MB are missing; .*Earlier checkpoints are untouched"):
+    with pytest.raises(
+        CheckpointError, match=r"needs about 8\.\d MB, 1\.0 MB are free, 7\.\d MB are missing; .*Earlier checkpoints are untouched"
+    ):
         store.save(taken, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
     assert verify(tmp_path / "checkpoint-1") == []
@@ -218,7 +228,13 @@ def test_training_saving_and_resuming_never_touch_a_pickle(tmp_path: Path, monke
 def test_final_and_best_model_can_be_resumed_as_any_checkpoint(tmp_path: Path) -> None:
     tiny_run(tmp_path)
     steps = {one.path.name: one.step for one in list_checkpoints(tmp_path)}
-    assert steps == {"checkpoint-3": 3, "checkpoint-6": 6, "checkpoint-9": 9, "final_model": 10, "best_model": read_state(tmp_path / "best_model")["step"]}
+    assert steps == {
+        "checkpoint-3": 3,
+        "checkpoint-6": 6,
+        "checkpoint-9": 9,
+        "final_model": 10,
+        "best_model": read_state(tmp_path / "best_model")["step"],
+    }
     trainer = tiny_trainer(tmp_path, resume_from=str(tmp_path / "best_model"))
     assert trainer.train().step == 10
 

@@ -1,0 +1,108 @@
+"""Signals: the step is finished, a checkpoint is saved, the exit status says so, and the resumed run is the uninterrupted one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from tiny_run import tiny_run
+
+from llm_trainer.config.run_folder import resolve_resume_folder
+from llm_trainer.training.preemption import EXIT_INTERRUPTED, EXIT_PREEMPTED, StopSignals
+from llm_trainer.training.replay import compare_checkpoints
+
+# Tells where the run is and waits there for a line on stdin, so that the signal comes exactly then.
+SCRIPT = textwrap.dedent("""
+    import sys
+    from pathlib import Path
+    from llm_trainer.training.callbacks import Callback
+    from tiny_run import tiny_trainer
+
+    folder, place = Path(sys.argv[1]), sys.argv[2]
+
+    def wait():
+        print("here", flush=True)
+        sys.stdin.readline()
+
+    class Pause(Callback):
+        def on_step_end(self, trainer, step):
+            if place == "step" and step == 4: wait()
+        def on_validation(self, trainer, result):
+            if place == "validation" and trainer.current_step == 4: wait()
+
+    trainer = tiny_trainer(folder, callbacks=[Pause()])
+    save = trainer.store.save
+    def slow_save(*args):
+        if place == "save" and args[1] == 3: wait()
+        return save(*args)
+    trainer.store.save = slow_save
+    sys.exit(trainer.train().exit_status)
+""")
+
+
+def start(folder: Path, place: str) -> subprocess.Popen[str]:
+    """The run, standing at `place`."""
+    command = [sys.executable, "-c", SCRIPT, str(folder), place]
+    pipe = subprocess.PIPE
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=Path(__file__).parent, env=environment)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "here\n"
+    return process
+
+
+@pytest.mark.parametrize(
+    ("place", "number", "status"),
+    [
+        ("step", signal.SIGTERM, EXIT_PREEMPTED),
+        ("save", signal.SIGUSR1, EXIT_PREEMPTED),
+        ("validation", signal.SIGTERM, EXIT_PREEMPTED),
+        ("step", signal.SIGINT, EXIT_INTERRUPTED),
+    ],
+)
+def test_a_signal_saves_at_the_steps_edge_and_the_resumed_run_is_the_uninterrupted_one(
+    tmp_path: Path, place: str, number: signal.Signals, status: int
+) -> None:
+    process = start(tmp_path / "cut", place)
+    process.send_signal(number)
+    process.communicate("\n", timeout=60)
+    assert process.returncode == status
+    assert resolve_resume_folder(tmp_path / "cut").name.startswith("emergency-")
+    tiny_run(tmp_path / "cut", resume_from=str(tmp_path / "cut"))
+    tiny_run(tmp_path / "straight")
+    assert compare_checkpoints(tmp_path / "cut" / "final_model", tmp_path / "straight" / "final_model") == []
+
+
+def test_a_second_signal_exits_at_once(tmp_path: Path) -> None:
+    process = start(tmp_path, "step")
+    process.send_signal(signal.SIGTERM)
+    while process.poll() is None:  # the first may not be handled yet, and two of a kind would be merged
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert not list(tmp_path.glob("emergency-*"))
+
+
+def test_the_status_for_preemption_is_neither_success_nor_an_error() -> None:
+    assert EXIT_PREEMPTED not in (0, 1, 2)
+
+
+def test_handlers_are_put_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert signals.stop_requested
+        assert signals.exit_status == EXIT_PREEMPTED
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_without_a_signal_nothing_is_asked_for() -> None:
+    with StopSignals() as signals:
+        assert not signals.stop_requested
+        assert signals.exit_status == 0
