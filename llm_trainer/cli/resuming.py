@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from llm_trainer.config import CheckpointError, RunConfig, TrainingConfig
+from llm_trainer.config import RunConfig, TrainingConfig
 from llm_trainer.config.loading import LoadedRun
-from llm_trainer.config.run import section_types
-from llm_trainer.config.run_folder import RUN_FILE, list_checkpoints, read_json, resolve_resume_folder
+from llm_trainer.config.run_folder import list_checkpoints, read_run_config, resolve_resume_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,7 +30,7 @@ def resume_source(training: TrainingConfig) -> Path | None:
 
 def resumed_config(loaded: LoadedRun, source: Path, console: Console) -> RunConfig:
     """The settings of the run in `source` with what was said now laid over them."""
-    base = saved_config(source)
+    base = read_run_config(source)
     config = loaded.over(base)
     for name in ("vocab_size", "max_position_embeddings"):  # a preset suggests them; the run has settled them
         if loaded.origins.get(f"model.{name}", "").startswith("preset"):
@@ -44,14 +43,3 @@ def resumed_config(loaded: LoadedRun, source: Path, console: Console) -> RunConf
     if not loaded.config.training.is_said("output_dir"):
         config.training.output_dir = str(source.parent)
     return config
-
-
-def saved_config(checkpoint: Path) -> RunConfig:
-    """The settings that a checkpoint was made with, from its run.json. Raises CheckpointError where it has none."""
-    values = read_json(checkpoint / RUN_FILE)
-    sections: dict[str, Any] = {name: values[name] for name in section_types() if name in values}
-    if not sections:
-        raise CheckpointError(
-            f"{checkpoint / RUN_FILE} holds no settings to resume with; --init_from={checkpoint} starts a new run from its weights"
-        )
-    return RunConfig(**sections)

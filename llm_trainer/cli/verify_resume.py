@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from llm_trainer.cli.doors import VERIFY_RESUME, VerifyOptions
 from llm_trainer.cli.opening import new_console, open_door
-from llm_trainer.cli.resuming import saved_config
-from llm_trainer.config.run_folder import resolve_resume_folder
+from llm_trainer.config.run_folder import read_run_config, resolve_resume_folder
 
 if TYPE_CHECKING:
     from llm_trainer.training.callbacks import Callback
@@ -37,7 +36,7 @@ def builder(run_folder: Path) -> BuildTrainer:
     from llm_trainer.cli.run_model import new_model, pretrained_model
     from llm_trainer.training.trainer import Trainer
 
-    saved = saved_config(resolve_resume_folder(run_folder))
+    saved = read_run_config(resolve_resume_folder(run_folder))
     console = new_console()
     prepared = find_data(saved.data, console).prepared
 

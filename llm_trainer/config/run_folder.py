@@ -150,7 +150,7 @@ def read_run_config(folder: Path) -> RunConfig:
     """
     sections = {name: value for name, value in read_json(folder / RUN_FILE).items() if name in RunConfig.model_fields}
     if not sections:
-        raise CheckpointError(f"{folder / RUN_FILE} holds no settings")
+        raise CheckpointError(f"{folder / RUN_FILE} holds no settings; --init_from={folder} starts a new run from its weights")
     training = sections.get("training")
     if isinstance(training, Mapping):
         sections["training"] = {name: value for name, value in training.items() if name not in ("resume_from", "horizon")}
