@@ -8,6 +8,7 @@ and say little. What is there differs a little between versions of Python, so th
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -66,10 +67,12 @@ def language_reference() -> list[tuple[str, str]]:
 def standard_library() -> Iterator[tuple[str, bytes]]:
     """(path within the library, contents) of each source file, by path."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = {file.relative_to(root).as_posix(): file for file in root.rglob("*.py")}
-    for name in sorted(files):
-        if not _LEFT_OUT.intersection(name.split("/")[:-1]):
-            try:
-                yield name, files[name].read_bytes()
-            except OSError:
-                continue  # a link to nowhere, or a file that this user may not read: the corpus does without
+    found: list[str] = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in _LEFT_OUT]  # site-packages alone may hold a hundred thousand files
+        found += [(Path(folder) / name).relative_to(root).as_posix() for name in names if name.endswith(".py")]
+    for name in sorted(found):
+        try:
+            yield name, (root / name).read_bytes()
+        except OSError:
+            continue  # a link to nowhere, or a file that this user may not read: the corpus does without

@@ -41,6 +41,7 @@ _POSSESSIVE = {
 }
 _LONG_SPACE = re.compile(r"\s{2000}")
 _LONG_WORD = 20_000
+_BASIC, _ALL = 0x10000, 0x110000  # code points of Unicode's basic plane, and of all
 _BUILD_FROM = 100_000  # characters of work that repay the proof
 
 
@@ -125,20 +126,26 @@ def _prove(parts: Mapping[str, Any]) -> dict[bytes, int] | None:
 def _is_certain(text: str) -> bool:
     if _LONG_SPACE.search(text) or max(map(len, text.split()), default=0) > _LONG_WORD:
         return False
-    return text.isascii() or _uncertain_characters().search(text) is None
+    if text.isascii():
+        return True
+    found = _uncertain_characters(_BASIC).search(text)
+    if found is not None and ord(found[0]) >= _BASIC:  # beyond the basic plane: worth a look at its whole million
+        found = _uncertain_characters(_ALL).search(text)
+    return found is None
 
 
 @cache
-def _uncertain_characters() -> re.Pattern[str]:
-    """Matches characters whose class differs between versions of Unicode, or may (those that are not assigned)."""
+def _uncertain_characters(known: int) -> re.Pattern[str]:
+    """Matches characters whose class differs between versions of Unicode, or may (those that are not assigned), and all from `known` on."""
     old = unicodedata.ucd_3_2_0
     uncertain = {0x17F, 0x180E, 0x212A}  # long s and Kelvin fold into ASCII; the Mongolian separator was a space once
-    for point in range(0x80, 0x110000):
+    for point in range(0x80, known):
         character = chr(point)
         now = unicodedata.category(character)
         if now == "Cn" or _kind(now) != _kind(old.category(character)):
             uncertain.add(point)
-    return re.compile("[" + "".join(f"{re.escape(chr(a))}-{re.escape(chr(b))}" for a, b in _ranges(sorted(uncertain))) + "]")
+    ranges = [*_ranges(sorted(uncertain)), *([(known, _ALL - 1)] if known < _ALL else [])]
+    return re.compile("[" + "".join(f"{re.escape(chr(a))}-{re.escape(chr(b))}" for a, b in ranges) + "]")
 
 
 def _kind(category: str) -> str:
