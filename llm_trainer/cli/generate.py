@@ -49,7 +49,7 @@ def generate(door: Door, argv: Sequence[str]) -> int:
     prompt = prompt_text(config.inference.prompt)
     from llm_trainer.inference.loading import load_model
 
-    model, _ = load_model(source, device=config.inference.device, precision=config.inference.precision)
+    model, _ = load_model(source, config.inference.device, config.inference.precision, config.inference.compile)
     print_samples(model, prompt, config.generation)
     return 0
 

@@ -7,7 +7,6 @@ before the first step, instead of a wrong index in the middle of the run.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_trainer.config import ModelConfig, UsageError
@@ -51,25 +50,11 @@ def pretrained_model(source: str, said: ModelConfig) -> Transformer:
 
     Raises UsageError where another shape was said than the weights have, CheckpointError where there are no weights.
     """
-    loaded = _load(source)
+    from llm_trainer.inference.loading import find_model, load_transformer
+
+    loaded = load_transformer(find_model(source))
     shape = _with_changes(source, loaded.config, said)
     return loaded if shape.model_dump() == loaded.config.model_dump() else _reshaped(loaded, shape)
-
-
-def _load(source: str) -> Transformer:
-    from llm_trainer.config.run_folder import resolve_model_folder
-    from llm_trainer.model.huggingface import load_pretrained
-
-    if not Path(source).exists() and not Path(source).parent.parts and not Path(source).suffix:
-        return load_pretrained(source)  # a name on the hub, such as gpt2
-    if not Path(source).exists() and source.count("/") == 1 and not Path(source).parent.exists() and not source.startswith("."):
-        return load_pretrained(source)  # owner/name on the hub
-    folder = resolve_model_folder(source)
-    if folder.is_dir():
-        return load_pretrained(folder)
-    from llm_trainer.model.nanogpt import load_nanogpt
-
-    return load_nanogpt(folder)
 
 
 def _with_changes(source: str, shape: ModelConfig, said: ModelConfig) -> ModelConfig:

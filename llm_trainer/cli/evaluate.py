@@ -1,0 +1,60 @@
+"""`llm-trainer evaluate`, `evaluate.py` and `scripts/evaluate.py`: how well a model predicts a text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from llm_trainer.cli.doors import EVALUATE, EVALUATE_ENHANCED, EVALUATE_L1, EvaluateOptions
+from llm_trainer.cli.opening import new_console, open_door
+from llm_trainer.config import UsageError
+from llm_trainer.config.loading import Door
+
+
+def run(argv: list[str]) -> int:
+    """`llm-trainer evaluate`."""
+    return evaluate(EVALUATE, argv)
+
+
+def enhanced(argv: list[str]) -> int:
+    """`evaluate.py`."""
+    return evaluate(EVALUATE_ENHANCED, argv)
+
+
+def l1(argv: list[str]) -> int:
+    """`scripts/evaluate.py`."""
+    return evaluate(EVALUATE_L1, argv)
+
+
+def evaluate(door: Door, argv: Sequence[str]) -> int:
+    """Score one door's model on its data and print the result; returns the exit status."""
+    loaded = open_door(door, argv)
+    if loaded is None:
+        return 0
+    assert isinstance(loaded.own, EvaluateOptions)
+    inference, own = loaded.config.inference, loaded.own
+    if inference.model is None:
+        raise UsageError("no model is named: give --model with a run folder, a checkpoint or the name of a model on the hub")
+    if own.data is None:
+        raise UsageError("nothing to evaluate on: give --data with a text file or a prepared folder")
+    if not Path(own.data).exists():
+        raise UsageError(f"there is no {own.data}; give --data with a text file or a prepared folder")
+    from rich.progress import Progress
+
+    from llm_trainer.cli.telling import in_words
+    from llm_trainer.evaluation.perplexity import evaluate_source
+    from llm_trainer.inference.loading import load_model
+
+    console = new_console()
+    model, _ = load_model(inference.model, device=inference.device, precision=inference.precision, compile=inference.compile)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("windows", total=None)
+        result = evaluate_source(
+            model,
+            own.data,
+            batch_size=own.batch_size,
+            stride=own.stride,
+            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    console.print(f"{own.data}: {in_words(result.metrics)} over {result.tokens:,} tokens", markup=False)
+    return 0

@@ -1,0 +1,120 @@
+"""`scripts/process_data.py`: prepared splits → shards to train on, or a trained model's outputs on them with a validation report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llm_trainer.cli.doors import PROCESS, ProcessOptions
+from llm_trainer.cli.opening import new_console, open_door
+from llm_trainer.config import DataConfig, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from llm_trainer.data.tokenizer import Tokenizer
+
+DEFAULT_OUTPUT = {"train": "data/ready", "inference": "data/inference"}
+PROMPT_TOKENS = 32
+OUTPUTS_FILE, REPORT_FILE = "outputs.jsonl", "validation_report.json"
+
+
+def run(argv: list[str]) -> int:
+    """Do what `--mode` says; returns the exit status."""
+    loaded = open_door(PROCESS, argv)
+    if loaded is None:
+        return 0
+    assert isinstance(loaded.own, ProcessOptions)
+    own, data = loaded.own, loaded.config.data
+    if own.mode == "student":
+        raise UsageError(
+            "--mode student, the teacher's log-probabilities beside the shards, is not built yet; --mode train writes the shards"
+        )
+    output = Path(data.output_dir or DEFAULT_OUTPUT[own.mode])
+    console = new_console()
+    if own.mode == "train":
+        shard(data, output, console)
+    else:
+        infer(data, own, output, console)
+    return 0
+
+
+def shard(data: DataConfig, output: Path, console: Console) -> None:
+    """Shards of the splits in `data.input`, in `output`: those that are there already, else made from train, val and test texts."""
+    from llm_trainer.cli.split_texts import SplitSource, publish_shards
+    from llm_trainer.data.pipeline import prepare
+    from llm_trainer.data.prepared import open_prepared
+
+    folder = input_folder(data)
+    if (folder / "metadata.json").is_file():
+        open_prepared(folder)  # says so if anything is missing or damaged
+        publish_shards(folder, output)
+        console.print(f"{output}: the shards of {folder}", markup=False)
+    else:
+        source = SplitSource(folder)
+        settings = data.model_copy()
+        settings.train_ratio, settings.val_ratio, settings.test_ratio = None, source.share("validation"), source.share("test")
+        for line in prepare(settings, output, console=console, source=source).lines():
+            console.print(line, markup=False)
+    console.print(f"next: llm-trainer train --data_dir {output}", markup=False)
+
+
+def infer(data: DataConfig, own: ProcessOptions, output: Path, console: Console) -> None:
+    """Let the model go on from the beginnings of held-out documents and score it on them; both are written to `output`."""
+    if own.student_model_path is None:
+        raise UsageError("--mode inference needs a model: give --student_model_path with a run folder or a checkpoint")
+    from llm_trainer.cli.telling import in_words
+    from llm_trainer.evaluation.perplexity import evaluate_text
+    from llm_trainer.inference.loading import load_model
+
+    texts = list(held_out_texts(input_folder(data)))
+    model, tokenizer = load_model(own.student_model_path)
+    result = evaluate_text(model, "\n".join(texts))
+    prompts = [beginning(text, tokenizer) for text in islice(texts, own.num_samples)]
+    answers = (
+        model.generate(prompts, max_new_tokens=min(own.max_new_tokens, model.context - PROMPT_TOKENS), temperature=0.0) if prompts else []
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    records = ({"prompt": prompt, "output": answer} for prompt, answer in zip(prompts, answers, strict=True))
+    _write(output / OUTPUTS_FILE, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    report = {"model": own.student_model_path, "documents": len(texts), "tokens": result.tokens, **result.metrics, "outputs": len(answers)}
+    _write(output / REPORT_FILE, json.dumps(report, ensure_ascii=False, indent=1) + "\n")
+    console.print(f"validation  {in_words(result.metrics)} over {result.tokens:,} tokens of {len(texts):,} documents", markup=False)
+    console.print(f"wrote       {output / OUTPUTS_FILE}, {output / REPORT_FILE}", markup=False)
+
+
+def input_folder(data: DataConfig) -> Path:
+    """The folder with the splits; raises UsageError where it is missing."""
+    folder = Path(data.input or "")
+    if not folder.is_dir():
+        raise UsageError(f"the folder {folder} does not exist; make it with scripts/prepare_data.py --output {folder}")
+    return folder
+
+
+def held_out_texts(folder: Path) -> Iterator[str]:
+    """The documents of the test split, else of validation, from shards or from texts; raises UsageError where there are none."""
+    from llm_trainer.cli.split_texts import SplitSource, documents
+    from llm_trainer.data.prepared import open_prepared
+
+    if (folder / "metadata.json").is_file():
+        prepared = open_prepared(folder)
+        tokens = next((split for split in (prepared.test, prepared.validation) if split is not None and len(split)), None)
+        if tokens is None or prepared.tokenizer is None:
+            raise UsageError(f"{folder} has no test and no validation split; prepare it with val_ratio or test_ratio above 0")
+        yield from documents(tokens, prepared.tokenizer)
+        return
+    yield from SplitSource(folder).held_out()
+
+
+def beginning(text: str, tokenizer: Tokenizer) -> str:
+    """The first tokens of a document as text."""
+    return tokenizer.decode(tokenizer.encode(text)[:PROMPT_TOKENS])
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
