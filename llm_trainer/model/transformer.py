@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from llm_trainer.config.errors import UsageError
 from llm_trainer.config.model import ModelConfig
 from llm_trainer.model.cache import KVCache, LayerCache, Place
+from llm_trainer.model.norms import RMSNorm
 from llm_trainer.model.positions import Rotary, cache_mask, positions_in_documents, rotate, sequence_mask
 
 
@@ -48,9 +49,9 @@ class Embedding(nn.Embedding):
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
-    """LayerNorm, or RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467), over C features."""
+    """LayerNorm or RMSNorm over C features."""
     if config.norm == "rmsnorm":
-        return nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
+        return RMSNorm(config.hidden_size, config.norm_epsilon)
     return nn.LayerNorm(config.hidden_size, eps=config.norm_epsilon, bias=_either(config.norm_bias, config.bias))
 
 
@@ -66,8 +67,8 @@ class Attention(nn.Module):
         self.k_proj = Linear(config.hidden_size, kv_heads * width, qkv_bias)
         self.v_proj = Linear(config.hidden_size, kv_heads * width, qkv_bias)
         self.o_proj = Linear(heads * width, config.hidden_size, bias)
-        self.q_norm = nn.RMSNorm(width, eps=config.norm_epsilon) if config.qk_norm else None
-        self.k_norm = nn.RMSNorm(width, eps=config.norm_epsilon) if config.qk_norm else None
+        self.q_norm = RMSNorm(width, config.norm_epsilon) if config.qk_norm else None
+        self.k_norm = RMSNorm(width, config.norm_epsilon) if config.qk_norm else None
         self.head_width = width
         self.dropout = _attention_dropout(config)
 
@@ -92,20 +93,17 @@ class Attention(nn.Module):
             keys, values = cache.write(k, v, place)  # (B, KV, S, D)
         else:
             keys, values = k.transpose(1, 2), v.transpose(1, 2)
-        if count == 1:
-            # One query: the query heads that share a key-value head become its rows, so nothing is repeated or transposed.
-            y = F.scaled_dot_product_attention(q.view(batch, keys.size(1), -1, self.head_width), keys, values, attn_mask=mask)
-            return self.o_proj(y.reshape(batch, 1, -1))
         y = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             keys,
             values,
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None,
+            is_causal=mask is None and count > 1,
             enable_gqa=keys.size(1) != q.size(2),
         )  # (B, H, T, D)
-        return self.o_proj(y.transpose(1, 2).reshape(batch, count, -1))
+        projected: Tensor = self.o_proj(y.transpose(1, 2).reshape(batch, count, -1))
+        return projected
 
 
 def _attention_dropout(config: ModelConfig) -> float:
@@ -145,9 +143,10 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, C) → (B, T, C)."""
-        if self.gate_proj is not None:
-            return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
-        return self.down_proj(self.activation(self.up_proj(x)))
+        inner: Tensor = self.up_proj(x)
+        inner = self.activation(inner) if self.gate_proj is None else self.activation(self.gate_proj(x)) * inner
+        projected: Tensor = self.down_proj(inner)
+        return projected
 
 
 class Block(nn.Module):
@@ -173,9 +172,11 @@ class Block(nn.Module):
         """x (B, T, C) → (B, T, C)."""
         if self.pre_norm:
             x = x + self.dropout(self.attn(self.ln_1(x), rotary, mask, cache, place))
-            return x + self.dropout(self.mlp(self.ln_2(x)))
-        x = self.ln_1(x + self.dropout(self.attn(x, rotary, mask, cache, place)))
-        return self.ln_2(x + self.dropout(self.mlp(x)))
+            x = x + self.dropout(self.mlp(self.ln_2(x)))
+        else:
+            x = self.ln_1(x + self.dropout(self.attn(x, rotary, mask, cache, place)))
+            x = self.ln_2(x + self.dropout(self.mlp(x)))
+        return x
 
 
 class Transformer(nn.Module):
@@ -217,7 +218,7 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (…, C) → logits (…, V), squashed where `logit_soft_cap` says so (Gemma 2, arXiv:2408.00118)."""
-        logits = self.lm_head(hidden)
+        logits: Tensor = self.lm_head(hidden)
         cap = self.config.logit_soft_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -258,7 +259,8 @@ class Transformer(nn.Module):
         x = self._through_blocks(self.dropout(x), rotary, mask, cache, place)
         if cache is not None and positions is None:
             cache.length = stop
-        return self.ln_f(x)
+        hidden: Tensor = self.ln_f(x)
+        return hidden
 
     def _through_blocks(
         self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None, place: Place | None
