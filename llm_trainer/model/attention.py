@@ -19,17 +19,21 @@ SHORT = 512  # tokens
 def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
     """queries (B, H, T, D), keys and values (B, KV, S, D) → (B, H, T, D).
 
-    mask: additive, broadcastable to (B, H, T, S); without one attention is causal. KV heads are shared by neighbouring query heads.
+    mask: additive, broadcastable to (B, H, T, S); without one attention is causal, and a single query sees all keys.
+    KV heads are shared by neighbouring query heads.
     """
     if _is_short_cpu_training(queries, keys) and dropout == 0.0:
         return attend_by_products(queries, keys, values, mask)
+    causal = mask is None
+    if queries.size(2) == 1:  # a statement, for a compiler that knows the length as a symbol only
+        causal = False
     return F.scaled_dot_product_attention(
         queries,
         keys,
         values,
         attn_mask=mask,
         dropout_p=dropout,
-        is_causal=mask is None,
+        is_causal=causal,
         enable_gqa=keys.size(1) != queries.size(1),
     )
 

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llm_trainer.config.errors import UsageError
 from llm_trainer.config.model import ModelConfig
+from llm_trainer.model.attention import attend
 from llm_trainer.model.cache import KVCache, LayerCache, Place
 from llm_trainer.model.norms import RMSNorm
 from llm_trainer.model.positions import Rotary, cache_mask, positions_in_documents, rotate, sequence_mask
@@ -93,15 +94,7 @@ class Attention(nn.Module):
             keys, values = cache.write(k, v, place)  # (B, KV, S, D)
         else:
             keys, values = k.transpose(1, 2), v.transpose(1, 2)
-        y = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            keys,
-            values,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and count > 1,
-            enable_gqa=keys.size(1) != q.size(2),
-        )  # (B, H, T, D)
+        y = attend(q.transpose(1, 2), keys, values, mask, self.dropout if self.training else 0.0)  # (B, H, T, D)
         projected: Tensor = self.o_proj(y.transpose(1, 2).reshape(batch, count, -1))
         return projected
 
