@@ -43,7 +43,8 @@ class _EagerRMSNorm(torch.autograd.Function):
         width = x.size(-1)
         scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(width).add_(epsilon).rsqrt_()  # (…, 1)
         ctx.save_for_backward(x, scale, weight)
-        return (x * scale).mul_(weight)
+        normalised: Tensor = (x * scale).mul_(weight)
+        return normalised
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
