@@ -35,9 +35,9 @@ class Shares:
         """
         validation, test = config.val_ratio, config.test_ratio
         train = config.train_ratio
-        if train is None:
+        if train is None or (not config.is_said("train_ratio") and train + validation + test != 1.0):  # a door's default gives way
             train = 1.0 - validation - test
-        elif "test_ratio" not in config.model_fields_set:
+        elif not config.is_said("test_ratio"):
             test = max(0.0, round(1.0 - train - validation, 9))
         if abs(train + validation + test - 1.0) > 1e-6 or train <= 0:
             said = f"train_ratio {train:g}, val_ratio {validation:g} and test_ratio {test:g}"
