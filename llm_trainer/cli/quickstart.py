@@ -1,0 +1,183 @@
+"""`llm-trainer quickstart`: the whole length of the house in minutes, with nothing to decide.
+
+Gather text (the built-in corpus, or the user's), learn a tokenizer from it, write shards, train a small Llama-shaped model, let it talk,
+write the report. The number of steps is what fits the time: a few steps are timed first, so a slow machine ends as soon as a fast one,
+with less trained.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llm_trainer.cli.doors import QUICKSTART, QuickstartOptions
+from llm_trainer.cli.opening import new_console, open_door
+from llm_trainer.cli.train import Assembled
+from llm_trainer.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from llm_trainer.config.run_folder import BEST_MODEL
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from llm_trainer.cli.run_data import RunData
+    from llm_trainer.evaluation.facts import Sample
+    from llm_trainer.model.transformer import Transformer
+
+CONTEXT = 256
+BATCH = 16
+MAX_PASSES = 8.0  # over a small text; more would only learn it by heart
+MIN_STEPS, MAX_STEPS = 60, 6000
+TIMED_STEPS = 4
+TOKENIZER_MEGABYTES = 4.0
+BUILTIN_PROMPTS = ("def __init__(self, ", "The ", "import os\n")
+PROMPT_TOKENS = 6
+SAMPLE_TOKENS = 100
+
+
+def run(argv: list[str]) -> int:
+    """The whole way; returns the exit status."""
+    loaded = open_door(QUICKSTART, argv)
+    if loaded is None:
+        return 0
+    assert isinstance(loaded.own, QuickstartOptions)
+    own, console, began = loaded.own, new_console(), time.monotonic()
+    console.print("[bold]1  text → tokens[/bold]")
+    data = gather(own, console)
+    console.print(f"\n[bold]2  training[/bold] (about {own.minutes:g} minutes)")
+    parts = plan(own, data, console)
+    run_folder = Path(own.output_dir)
+    status = talk_and_report(parts, own, console, " ".join(["llm-trainer quickstart", *argv]))
+    if status == 0:
+        console.print(f"\n{time.monotonic() - began:.0f} s in all. Open {run_folder / 'report.html'} in a browser.")
+        console.print(f"Talk to it:  llm-trainer generate {run_folder} --prompt 'def '", markup=False)
+    return status
+
+
+def gather(own: QuickstartOptions, console: Console) -> RunData:
+    """Prepare the user's text, or the built-in corpus, into the run folder's `data`."""
+    from llm_trainer.cli.run_data import RunData
+    from llm_trainer.data.pipeline import prepare
+    from llm_trainer.data.prepared import open_prepared
+
+    settings = DataConfig(
+        input=own.text or "builtin",
+        vocab_size=own.vocab_size,
+        tokenizer_sample_megabytes=TOKENIZER_MEGABYTES,
+        num_workers=2,
+    )
+    folder = Path(own.output_dir) / "data"
+    for line in prepare(settings, folder, console=console).lines():
+        console.print(line, markup=False)
+    return RunData(folder, open_prepared(folder))
+
+
+def plan(own: QuickstartOptions, data: RunData, console: Console) -> Assembled:
+    """The model, and as many steps as fit the time."""
+    from llm_trainer.cli.run_model import new_model
+
+    tokens = len(data.prepared.train)
+    context = CONTEXT if tokens > 8 * CONTEXT else max(8, tokens // 8)
+    shape = ModelConfig(
+        model_type="llama",
+        hidden_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=3,
+        intermediate_size=512,
+        vocab_size=data.prepared.vocab_size,
+        max_position_embeddings=context,
+        tie_word_embeddings=True,
+    )
+    training = TrainingConfig(
+        output_dir=own.output_dir,
+        batch_size=BATCH,
+        optimizer="muon",
+        learning_rate=3e-3,
+        weight_decay=0.05,
+        seed=own.seed,
+        logging_steps=10,
+        eval_iters=20,
+        save_interval=None,
+        num_workers=1,
+    )
+    model = new_model(shape, own.seed)
+    steps = own.steps or steps_that_fit(model, context, tokens, 60 * own.minutes)
+    training.max_steps = steps
+    training.eval_interval = max(20, steps // 8)
+    training.warmup_steps = max(1, steps // 20)
+    config = RunConfig(model=shape, training=training, data=DataConfig(data_dir=str(data.folder)))
+    return Assembled(config, model, data)
+
+
+def steps_that_fit(model: Transformer, context: int, tokens: int, seconds: float) -> int:
+    """Time a few forward and backward passes, and say how many steps the time holds (and the text is worth)."""
+    import torch
+
+    from llm_trainer.data.sampling import Batch
+    from llm_trainer.training.objectives import NextToken
+    from llm_trainer.training.precision import resolve_device
+
+    device = resolve_device("auto")
+    model.to(device)
+    ids = torch.randint(0, model.config.vocab_size, (BATCH, context), generator=torch.Generator().manual_seed(0)).to(device)
+    batch, objective, quickest = Batch(ids, ids, None, ids.numel()), NextToken(), float("inf")
+    for _ in range(TIMED_STEPS):
+        start = time.perf_counter()
+        loss = objective(model, batch)
+        (loss.total / loss.tokens).backward()
+        _ = [float(parameter.grad.sum()) for parameter in model.parameters() if parameter.grad is not None]  # wait for the device
+        model.zero_grad()
+        quickest = min(quickest, time.perf_counter() - start)
+    worth = int(MAX_PASSES * tokens / (BATCH * context))
+    return max(min(MIN_STEPS, worth + 1), min(int(seconds / (1.15 * quickest)), MAX_STEPS, worth))
+
+
+def talk_and_report(parts: Assembled, own: QuickstartOptions, console: Console, command: str) -> int:
+    """Train, print figures and samples, write the report."""
+    from llm_trainer.cli.telling import in_words, record_facts, tell_start
+    from llm_trainer.evaluation.report import write_report
+    from llm_trainer.training.trainer import Trainer
+
+    prepared = parts.data.prepared
+    trainer = Trainer(parts.model, parts.config, prepared.train, prepared.validation, tokenizer=prepared.tokenizer, console=console)
+    tell_start(trainer, parts.data.folder, console)
+    result = trainer.train()
+    if result.ended_by not in ("finished", "stopped"):
+        return result.exit_status
+    if result.validation is not None:
+        console.print(f"held-out text: {in_words(result.validation.metrics)}", markup=False)
+    console.print("\n[bold]3  what it writes[/bold]")
+    samples = draw_samples(parts, own, console)
+    record_facts(trainer, parts.data, result, command, samples)
+    write_report(trainer.run_dir)
+    return 0
+
+
+def draw_samples(parts: Assembled, own: QuickstartOptions, console: Console) -> list[Sample]:
+    """Let the trained model go on from a few prompts, printing as it does."""
+    from rich.text import Text
+
+    from llm_trainer.evaluation.facts import Sample
+    from llm_trainer.inference.loading import load_model
+
+    run_folder = Path(own.output_dir)
+    model, _ = load_model(run_folder / BEST_MODEL if (run_folder / BEST_MODEL).is_dir() else run_folder)
+    samples = []
+    for prompt in prompts_for(own, parts.data):
+        room = min(SAMPLE_TOKENS, model.context - PROMPT_TOKENS - 1)
+        text = model.generate(prompt, max_new_tokens=max(1, room), temperature=0.7, top_p=0.9, seed=own.seed)
+        console.print(Text.assemble((prompt, "bold"), text, "\n"))
+        samples.append(Sample(prompt, text))
+    return samples
+
+
+def prompts_for(own: QuickstartOptions, data: RunData) -> list[str]:
+    """Beginnings to go on from: fitting ones for the built-in corpus, else the first tokens of held-out text."""
+    prepared = data.prepared
+    held_out = prepared.validation
+    if own.text is None:
+        return list(BUILTIN_PROMPTS)
+    if held_out is None or prepared.tokenizer is None or len(held_out) < 4 * PROMPT_TOKENS:
+        return ["\n"]
+    places = (len(held_out) // 4 * quarter for quarter in (0, 1, 2))
+    return [prepared.tokenizer.decode(held_out.read(place, PROMPT_TOKENS).tolist()) or "\n" for place in places]
