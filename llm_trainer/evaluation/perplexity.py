@@ -1,7 +1,7 @@
 """How well a model predicts a text: loss, perplexity, bits per byte.
 
 Every token of the text is scored exactly once, and the first too: it is predicted from the token that begins a text, where the
-tokenizer has one. The text is cut into windows of the model's context. By default windows do not overlap, as in training's validation, so a token
+tokenizer has one. The text is cut into windows of the model's context. By default windows do not overlap, as in validation, so a token
 has on average half a context to look back on; with `stride` below the context each window scores its last `stride` tokens only
 and gives them at least context − stride tokens to look back on, which costs context / stride times as much and gives the lower loss.
 State which, when comparing. Bits per byte compare models with different tokenizers; loss and perplexity do not.

@@ -10,7 +10,8 @@ from llm_trainer.config.generation import GenerationConfig
 from llm_trainer.data.tokenizer import Tokenizer
 from llm_trainer.inference.answers import Answer, GrowingAnswer
 from llm_trainer.inference.decoding import decode
-from llm_trainer.inference.steps import ModelStep
+from llm_trainer.inference.fused import FusedStep, is_fusible
+from llm_trainer.inference.steps import DecodingStep, ModelStep
 from llm_trainer.model.transformer import Transformer
 
 # More rows at once would cost memory for their caches and win little.
@@ -20,7 +21,8 @@ MAX_BATCH = 32
 class LanguageModel:
     """Text in, text out.
 
-    Without a tokenizer only `generate_ids` works. `end_ids` are the tokens that end a text; none: the tokenizer's own.
+    Without a tokenizer only `generate_ids` works. `end_ids` are the tokens that end a text; none: the tokenizer's own. `compile` is
+    auto, on or off: compiling takes seconds that a few answers never win back, so auto leaves it off.
     """
 
     def __init__(
@@ -37,8 +39,7 @@ class LanguageModel:
         self.vocab_size = model.config.vocab_size if tokenizer is None else tokenizer.vocab_size
         own_end = [] if tokenizer is None or tokenizer.eos_id is None else [tokenizer.eos_id]
         self.end_ids = frozenset(own_end if end_ids is None else end_ids)
-        self._step = ModelStep(model)
-        self.compile = compile
+        self._step = choose_step(self.model, compile)
 
     @overload
     def generate(self, prompt: str, settings: GenerationConfig | None = None, **changes: Any) -> str: ...
@@ -109,6 +110,15 @@ class LanguageModel:
         if self.tokenizer is None:
             raise UsageError("this model has no tokenizer and knows ids only; load a folder that holds tokenizer.json")
         return self.tokenizer
+
+
+def choose_step(model: Transformer, compile: str = "auto") -> DecodingStep:
+    """The fastest decoding step that this model allows."""
+    if compile not in ("auto", "on", "off"):
+        raise UsageError(f"compile {compile!r} is unknown; give auto, on or off")
+    if is_fusible(model):
+        return FusedStep(model, compile=compile == "on")
+    return ModelStep(model)
 
 
 def settings_with(settings: GenerationConfig | None, changes: dict[str, Any]) -> GenerationConfig:

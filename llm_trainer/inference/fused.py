@@ -1,0 +1,178 @@
+"""The decoding step with fewer and larger operations, eager or compiled.
+
+Query, key and value are one product, gate and up another, and nothing carries a time axis. The fused matrices share memory with the
+model's own, which become views of them: the model loses nothing and no byte is held twice.
+
+Compiled (for a single row), Inductor turns the whole step into C++. Products are then written as multiply-and-sum: so they fuse with what
+stands around them, and read bf16 weights faster than the library's matrix product does for one row. Compiling takes some
+seconds, once for every length, so it is for whoever draws many thousand tokens; anything shorter is done sooner without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llm_trainer.model.cache import KVCache, LayerCache
+from llm_trainer.model.positions import cache_mask, rotate
+from llm_trainer.model.transformer import MLP, Attention, Block, Linear, Transformer
+
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # x (B, in), weight (out, in), bias (out) or none → (B, out)
+
+
+@dataclass(frozen=True)
+class Here:
+    """Where the new tokens stand: `positions` (B,); all rows see slots `first:stop`, or less by `mask` (B, 1, 1, S).
+
+    `slot` is the position where all rows are at the same, else None.
+    """
+
+    positions: Tensor
+    slot: int | None
+    first: int
+    stop: int
+    mask: Tensor | None = None
+
+
+class FusedStep:
+    """A `DecodingStep`; only for models that `is_fusible` allows."""
+
+    def __init__(self, model: Transformer, compile: bool = False) -> None:
+        self.model = model
+        self.blocks = [FusedBlock(block) for block in model.blocks if isinstance(block, Block)]
+        self._compiled = torch.compile(self._single_row, dynamic=True, fullgraph=True) if compile else None
+
+    def __call__(self, ids: Sequence[int], positions: Sequence[int], cache: KVCache) -> Tensor:
+        """See `DecodingStep`."""
+        weight, window = self.model.wte.weight, self.model.config.sliding_window
+        inputs = torch.tensor(ids, device=weight.device)
+        places = torch.tensor(positions, device=weight.device)
+        stop = max(positions) + 1
+        if len(set(positions)) > 1:
+            mask = cache_mask(0, stop, places[:, None], window, weight.device, weight.dtype)
+            return self.run(inputs, Here(places, None, 0, stop, mask), cache.layers, product_of(weight, len(ids)))
+        first = 0 if window is None else max(0, stop - window)
+        if self._compiled is not None and len(ids) == 1:
+            return self._compiled(inputs, places, first, stop, cache.layers)
+        return self.run(inputs, Here(places, stop - 1, first, stop), cache.layers, product_of(weight, len(ids)))
+
+    def run(self, ids: Tensor, here: Here, layers: Sequence[LayerCache], product: Product) -> Tensor:
+        """ids (B,) → logits (B, V)."""
+        model = self.model
+        x = model.wte(ids)  # (B, C)
+        if model.wpe is not None:
+            x = x + model.wpe(here.positions)
+        rotary = None
+        if model.rotary is not None:
+            rotary = model.rotary.cos[here.positions][:, None], model.rotary.sin[here.positions][:, None]  # (B, 1, D)
+        for block, layer in zip(self.blocks, layers, strict=True):
+            x = block(x, rotary, here, layer, product)
+        logits = product(model.ln_f(x), model.lm_head.weight, None)
+        cap = model.config.logit_soft_cap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def _single_row(self, ids: Tensor, positions: Tensor, first: int, stop: int, layers: list[LayerCache]) -> Tensor:
+        return self.run(ids, Here(positions, None, first, stop), layers, multiply_and_sum)
+
+
+class FusedBlock:
+    """A block of the model, with its projections fused."""
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        attention, mlp = block.attn, block.mlp
+        self.qkv_weight, self.qkv_bias = fuse([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.in_weight, self.in_bias = fuse([mlp.up_proj] if mlp.gate_proj is None else [mlp.gate_proj, mlp.up_proj])
+
+    def __call__(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, here: Here, layer: LayerCache, product: Product) -> Tensor:
+        """x (B, C) → (B, C)."""
+        block = self.block
+        if block.pre_norm:
+            x = x + self._attend(block.ln_1(x), rotary, here, layer, product)
+            return x + self._transform(block.ln_2(x), product)
+        x = block.ln_1(x + self._attend(x, rotary, here, layer, product))
+        return block.ln_2(x + self._transform(x, product))
+
+    def _attend(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, here: Here, layer: LayerCache, product: Product) -> Tensor:
+        attention = self.block.attn
+        width, kv_heads = attention.head_width, layer.keys.size(1)
+        qkv = product(x, self.qkv_weight, self.qkv_bias).view(x.size(0), -1, width)  # (B, H + 2 KV, D)
+        heads = qkv.size(1) - 2 * kv_heads
+        if attention.q_norm is not None and attention.k_norm is not None:
+            qk = torch.cat((attention.q_norm(qkv[:, :heads]), attention.k_norm(qkv[:, heads:-kv_heads])), dim=1)
+        else:
+            qk = qkv[:, :-kv_heads]
+        if rotary is not None:
+            qk = rotate(qk, *rotary)
+        keys, values = store(layer, qk[:, heads:], qkv[:, -kv_heads:], here)
+        # The query heads that share a key-value head are its rows.
+        y = F.scaled_dot_product_attention(qk[:, :heads].view(x.size(0), kv_heads, -1, width), keys, values, attn_mask=here.mask)
+        return product(y.reshape(x.size(0), -1), attention.o_proj.weight, attention.o_proj.bias)
+
+    def _transform(self, x: Tensor, product: Product) -> Tensor:
+        mlp = self.block.mlp
+        inner = product(x, self.in_weight, self.in_bias)
+        if mlp.gate_proj is not None:
+            gate, up = inner.chunk(2, dim=-1)
+            inner = mlp.activation(gate) * up
+        else:
+            inner = mlp.activation(inner)
+        return product(inner, mlp.down_proj.weight, mlp.down_proj.bias)
+
+
+def store(layer: LayerCache, keys: Tensor, values: Tensor, here: Here) -> tuple[Tensor, Tensor]:
+    """Write keys and values (B, KV, D) of the new tokens; return all that may be seen, (B, KV, S, D)."""
+    if here.slot is not None:
+        layer.keys[:, :, here.slot] = keys
+        layer.values[:, :, here.slot] = values
+    else:
+        rows = torch.arange(keys.size(0), device=keys.device)
+        layer.keys[rows, :, here.positions] = keys
+        layer.values[rows, :, here.positions] = values
+    return layer.keys[:, :, here.first : here.stop], layer.values[:, :, here.first : here.stop]
+
+
+@torch.inference_mode(False)  # what the model trains on must not become inference tensors
+@torch.no_grad()
+def fuse(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+    """One weight (sum of outs, in) and bias for maps of one input; the maps' own become views of them."""
+    if len(linears) == 1:
+        return linears[0].weight, linears[0].bias
+    weight = torch.cat([linear.weight for linear in linears])
+    bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
+    start = 0
+    for linear in linears:
+        stop = start + linear.out_features
+        linear.weight.data = weight[start:stop]
+        if bias is not None:
+            linear.bias.data = bias[start:stop]
+        start = stop
+    return weight, bias
+
+
+def product_of(weight: Tensor, rows: int) -> Product:
+    """The fastest eager product for so many rows of this type, by measurement (docs/generation.md)."""
+    single = rows == 1 and weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+    return multiply_vector if single else F.linear
+
+
+def multiply_vector(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (1, in): PyTorch's matrix-vector product reads bf16 weights 1.4 times as fast as its matrix product with one row."""
+    y = torch.mv(weight, x[0])
+    return (y if bias is None else y + bias)[None]
+
+
+def multiply_and_sum(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (1, in), for Inductor to fuse; sums are in fp32."""
+    y = (weight.float() * x.float()).sum(dim=-1).to(x.dtype)
+    return (y if bias is None else y + bias)[None]
+
+
+def is_fusible(model: Transformer) -> bool:
+    """Whether every part is the plain one that `FusedStep` knows: no adapter, no quantised or wrapped layer, weights in the open."""
+    plain = all(isinstance(block, Block) and type(block.attn) is Attention and type(block.mlp) is MLP for block in model.blocks)
+    return plain and all(type(module) is Linear for name, module in model.named_modules() if name.endswith(("_proj", "lm_head")))
