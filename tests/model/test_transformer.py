@@ -9,7 +9,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llm_trainer.config import ModelConfig, UsageError
 from llm_trainer.model.cache import KVCache
-from llm_trainer.model.decoding import TokenDecoder, can_decode
 from llm_trainer.model.positions import positions_in_documents
 from llm_trainer.model.transformer import Transformer
 
@@ -72,40 +71,6 @@ def test_a_row_is_freed_and_used_again_without_clearing():
     following = model(ids[:, :1], cache=cache, positions=positions)
     close(following[1, 0], model(torch.cat((fresh, ids[1:2, :1]), dim=1))[0, -1])
     close(following[0, 0], model(torch.cat((ids[0:1, :19], ids[0:1, :1]), dim=1))[0, -1])
-
-
-@pytest.mark.parametrize("ragged", [False, True])
-@pytest.mark.parametrize("rows", [1, ROWS])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_the_token_decoder_computes_what_the_model_computes(shape, rows, ragged):
-    model, ids = model_of(shape), some_ids(rows)
-    expected = model(ids)
-    assert can_decode(model)
-    decoder, cache = TokenDecoder(model), KVCache(model.config, rows, LENGTH)
-    model(ids[:, :8], cache=cache)
-    for step in range(8, LENGTH):
-        positions = torch.full((rows, 1), step) if ragged else None
-        close(decoder.logits(ids[:, step : step + 1], cache, positions), expected[:, step])
-    close(model(ids), expected)  # the model goes on working with its weights rearranged
-
-
-def test_the_token_decoder_takes_rows_at_different_positions():
-    model, ids = model_of("grouped"), some_ids()
-    lengths = torch.tensor([[4], [9], [1]])
-    cache = KVCache(model.config, ROWS, LENGTH)
-    model(ids[:, :9], cache=cache, positions=torch.arange(9).expand(ROWS, -1))
-    logits = TokenDecoder(model).logits(ids.gather(1, lengths), cache, lengths)
-    for row in range(ROWS):
-        close(logits[row], model(ids[row : row + 1, : lengths[row, 0] + 1])[0, -1])
-
-
-def test_a_changed_model_is_not_decoded_past_its_changes():
-    model = model_of("llama")
-    model.blocks[0].mlp.up_proj = torch.nn.Linear(32, 256)
-    assert not can_decode(model)
-    hooked = model_of("llama")
-    hooked.blocks[0].register_forward_hook(lambda *_: None)
-    assert not can_decode(hooked)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
