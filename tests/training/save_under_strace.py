@@ -18,7 +18,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import torch
@@ -26,11 +27,28 @@ from test_checkpoints import snapshot
 
 from llm_trainer.config import CheckpointError
 from llm_trainer.config.run_folder import list_checkpoints, resolve_model_folder, resolve_resume_folder, verify
+from llm_trainer.training import checkpoints
 from llm_trainer.training.checkpoints import CheckpointStore, Snapshot
 
 CALLS = ("openat", "write", "pwrite64", "writev", "fsync", "rename", "mkdir", "unlinkat", "rmdir", "ftruncate", "copy_file_range")
 PR_SET_PTRACER, ANYBODY = 0x59616D61, -1
 REFUSED = 3
+
+
+class OneAfterAnother:
+    """Does at once what is submitted: strace counts calls by thread, and each call here should have its turn."""
+
+    def __init__(self, _: int) -> None: ...
+
+    def __enter__(self) -> OneAfterAnother:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def submit(self, work: Callable[[Path], None], path: Path) -> Future[None]:
+        done: Future[None] = Future()
+        done.set_result(work(path))
+        return done
 
 
 def save_twice(run_folder: Path, taken: Snapshot) -> None:
@@ -115,6 +133,7 @@ def hash_of_tensors(folder: Path) -> str:
 
 
 if __name__ == "__main__":
+    checkpoints.ThreadPoolExecutor = OneAfterAnother  # type: ignore[assignment, misc]
     torch.set_num_threads(1)  # a fork keeps no other threads
     for line in trials(Path(sys.argv[1]), sys.argv[2]):
         print(json.dumps(line), flush=True)
