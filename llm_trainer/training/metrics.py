@@ -5,19 +5,17 @@ kill costs at most the line being written. JSON has no NaN; such values are the 
 `read_metrics` turns them back. A resumed run first drops the lines past the step it resumes from: every step is told once, by the run
 that the weights come from.
 
-TensorBoard events are TensorBoard's own protocol buffers in records that are framed here (16 bytes around each). Its record writer, and
-`torch.utils.tensorboard` over it, do the same after importing 0.1 s of flags and file systems, and TensorFlow where that is installed.
+TensorBoard events are written with TensorBoard's own record writer and protocol buffers. `torch.utils.tensorboard` would do the
+same through numpy, and through TensorFlow where that is installed, which alone takes seconds to import.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
 import json
 import math
 import os
 import socket
-import struct
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -117,12 +115,14 @@ class TensorBoard:
     def __init__(self, run_folder: Path, resumed_step: int | None) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
         logs = run_folder / LOGS_FOLDER
         logs.mkdir(parents=True, exist_ok=True)
         _link(run_folder / TENSORBOARD_LINK, logs)
         name = f"events.out.tfevents.{time.time_ns() // 1_000_000_000}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
         self._file: BinaryIO = (logs / name).open("wb")
+        self._records = RecordWriter(self._file)
         self._event, self._summary = Event, Summary
         self._put(Event(wall_time=time.time(), file_version="brain.Event:2"))
         if resumed_step is not None:
@@ -139,33 +139,8 @@ class TensorBoard:
         self._file.close()
 
     def _put(self, event: Event) -> None:
-        self._file.write(record(event.SerializeToString()))
+        self._records.write(event.SerializeToString())
         self._file.flush()
-
-
-def record(data: bytes) -> bytes:
-    """TFRecord: the length, its checksum, the data, its checksum, all little-endian."""
-    header = struct.pack("<Q", len(data))
-    return header + struct.pack("<I", _masked_crc32c(header)) + data + struct.pack("<I", _masked_crc32c(data))
-
-
-@functools.cache
-def _crc32c_table() -> tuple[int, ...]:
-    table = []
-    for value in range(256):
-        for _ in range(8):
-            value = (value >> 1) ^ (0x82F63B78 if value & 1 else 0)
-        table.append(value)
-    return tuple(table)
-
-
-def _masked_crc32c(data: bytes) -> int:
-    """CRC-32C (RFC 3720, B.4), rotated and shifted as TFRecord has it."""
-    table, crc = _crc32c_table(), 0xFFFFFFFF
-    for byte in data:
-        crc = table[(crc ^ byte) & 0xFF] ^ (crc >> 8)
-    crc ^= 0xFFFFFFFF
-    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 class WeightsAndBiases:

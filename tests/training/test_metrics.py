@@ -8,7 +8,7 @@ import math
 import os
 import subprocess
 import sys
-from io import BytesIO, StringIO
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from tiny_run import tiny_run, tiny_trainer
 
 from llm_trainer.config import CheckpointError, UsageError
 from llm_trainer.training.console import ProgressReporter, clean
-from llm_trainer.training.metrics import MetricsTracker, read_metrics, record
+from llm_trainer.training.metrics import MetricsTracker, read_metrics
 from llm_trainer.training.replay import StopAt
 from llm_trainer.training.trainer import Trainer
 
@@ -102,13 +102,6 @@ def test_tensorboard_reads_both_folders_that_the_manuals_name(tmp_path: Path) ->
     assert (tmp_path / "tensorboard").is_symlink()
     assert list((tmp_path / "logs").glob("events.out.tfevents.*"))
     assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
-
-
-@pytest.mark.parametrize("data", [b"", b"a", bytes(range(256)) * 3])
-def test_records_are_those_of_tensorboards_own_writer(data: bytes) -> None:
-    file = BytesIO()
-    importlib.import_module("tensorboard.summary.writer.record_writer").RecordWriter(file).write(data)
-    assert record(data) == file.getvalue()
 
 
 def test_tensorboard_forgets_steps_that_a_resumed_run_does_again(tmp_path: Path) -> None:
