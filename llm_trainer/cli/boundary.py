@@ -24,7 +24,7 @@ CORE_PACKAGES = {
     "torch": "torch",
     "numpy": "numpy",
     "pydantic": "pydantic",
-    "pydantic_settings": "pydantic-settings",
+    "dotenv": "python-dotenv",
     "yaml": "pyyaml",
     "rich": "rich",
     "tokenizers": "tokenizers",
