@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,10 @@ def load_pretrained(source: str | Path, device: torch.device | str = "cpu", dtyp
     missing, damaged, of an unknown kind, or its tensors are not exactly those that its config.json calls for.
     """
     folder = _folder_of(source)
-    model = empty_model(read_config(folder), device, dtype or torch.float32)
+    config = read_config(folder)
+    with torch.device("meta"):
+        _tensors_for(Transformer(config), folder)  # a config.json that promises too much must not have its memory allocated
+    model = empty_model(config, device, dtype or torch.float32)
     load_weights(model, folder)
     return model.eval()
 
@@ -140,16 +144,45 @@ def load_weights(model: nn.Module, folder: Path | str) -> None:
     """
     plain, place = unwrapped(model), Path(folder)
     parameters = dict(plain.named_parameters())
-    table = {entry.theirs: entry for entry in entries(parameters, str(_read_json(place / "config.json").get("model_type")))}
+    table = _tensors_for(plain, place)
     with _reading(place):
-        found = _tensors_in(place)
-        _check_names_and_shapes(place, plain, table, found)
-        for file in sorted({file for file, _ in found.values()}):
+        for file in sorted({stored.file for stored, _ in table}):
             with safe_open(file, framework="pt") as tensors:
-                for stored in tensors.keys():  # noqa: SIM118 - not a dict
-                    entry = table.get(_their_name(stored, table))
-                    for name, tensor in entry.split(tensors.get_tensor(stored)).items() if entry else ():
-                        parameters[name].copy_(tensor)
+                for stored, entry in table:
+                    if stored.file == file:
+                        for name, tensor in entry.split(tensors.get_tensor(stored.name)).items():
+                            parameters[name].copy_(tensor)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file."""
+
+    name: str
+    file: Path
+    shape: tuple[int, ...]
+
+
+def _tensors_for(model: Transformer, folder: Path) -> list[tuple[Stored, Entry]]:
+    """What the folder holds for each of the model's parameters; raises CheckpointError where it is not exactly that."""
+    family = str(_read_json(folder / "config.json").get("model_type"))
+    table = {entry.theirs: entry for entry in entries((name for name, _ in model.named_parameters()), family)}
+    with _reading(folder):
+        found = {_their_name(stored.name, table): stored for stored in _tensors_in(folder)}
+        if model.config.tie_word_embeddings and found.keys() - table.keys() == {"lm_head.weight"}:
+            _check_tied_head(folder, found)
+            del found["lm_head.weight"]
+    missing = sorted(table.keys() - found.keys())
+    unexpected = sorted(found[name].name for name in found.keys() - table.keys())
+    if missing or unexpected:
+        problems = [f"{word}: {_some(names)}" for word, names in (("missing", missing), ("unexpected", unexpected)) if names]
+        raise CheckpointError(f"the tensors in {folder} are not those of its config.json; {'; '.join(problems)}")
+    shape_of = {name: parameter.shape for name, parameter in model.named_parameters()}
+    for name, entry in table.items():
+        shape, wanted = found[name].shape, entry.shape(shape_of)
+        if shape != wanted:
+            raise CheckpointError(f"{found[name].name} in {folder} has shape {shape}, where its config.json calls for {wanted}")
+    return [(found[name], entry) for name, entry in table.items()]
 
 
 def _their_name(stored: str, table: Mapping[str, Entry]) -> str:
@@ -157,15 +190,12 @@ def _their_name(stored: str, table: Mapping[str, Entry]) -> str:
     return next((name for name in (stored, f"transformer.{stored}", f"model.{stored}") if name in table), stored)
 
 
-def _tensors_in(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
-    """Name → file and shape of each tensor in the folder."""
-    found: dict[str, tuple[Path, tuple[int, ...]]] = {}
+def _tensors_in(folder: Path) -> Iterator[Stored]:
     for file in _weight_files(folder):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a dict
                 if not name.endswith(IGNORED_ENDINGS):
-                    found[name] = file, tuple(tensors.get_slice(name).get_shape())
-    return found
+                    yield Stored(name, file, tuple(tensors.get_slice(name).get_shape()))
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -179,47 +209,28 @@ def _weight_files(folder: Path) -> list[Path]:
             )
         raise CheckpointError(f"{folder} has no {WEIGHTS_NAME} and no {INDEX_NAME}; it is not a model folder, or its weights are missing")
     weight_map = _read_json(folder / INDEX_NAME).get("weight_map")
-    names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
-    if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+    values = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not values or any(not isinstance(name, str) or not name or Path(name).name != name for name in values):
         raise CheckpointError(f"{folder / INDEX_NAME} does not name the files of this folder that hold the weights")
+    names = sorted(set(values))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(f"{folder} lacks {_some(missing)}, which {INDEX_NAME} names; copy the whole folder")
     return [folder / name for name in names]
 
 
-def _check_names_and_shapes(
-    folder: Path, model: Transformer, table: Mapping[str, Entry], found: Mapping[str, tuple[Path, tuple[int, ...]]]
-) -> None:
-    named = {_their_name(stored, table): stored for stored in found}
-    missing = sorted(table.keys() - named.keys())
-    unexpected = sorted(stored for name, stored in named.items() if name not in table)
-    if unexpected == ["lm_head.weight"] and model.config.tie_word_embeddings:
-        _check_tied_head(folder, found, named)
-        unexpected = []
-    if missing or unexpected:
-        problems = [f"{word}: {_some(names)}" for word, names in (("missing", missing), ("unexpected", unexpected)) if names]
-        raise CheckpointError(f"the tensors in {folder} are not those of its config.json; {'; '.join(problems)}")
-    shape_of = {name: parameter.shape for name, parameter in model.named_parameters()}
-    for name, entry in table.items():
-        shape, wanted = found[named[name]][1], entry.shape(shape_of)
-        if shape != wanted:
-            raise CheckpointError(f"{named[name]} in {folder} has shape {shape}, where its config.json calls for {wanted}")
-
-
-def _check_tied_head(folder: Path, found: Mapping[str, tuple[Path, tuple[int, ...]]], named: Mapping[str, str]) -> None:
+def _check_tied_head(folder: Path, found: Mapping[str, Stored]) -> None:
     """A head saved beside the embedding that it is tied to must be that embedding."""
-    embedding = next(stored for name, stored in named.items() if name.endswith(("wte.weight", "embed_tokens.weight")))
-    head, tied = (_read_tensor(found[stored][0], stored) for stored in ("lm_head.weight", embedding))
-    if not torch.equal(head, tied):
+    embedding = next(stored for name, stored in found.items() if name.endswith(("wte.weight", "embed_tokens.weight")))
+    if not torch.equal(_read_tensor(found["lm_head.weight"]), _read_tensor(embedding)):
         raise CheckpointError(
-            f"{folder} says tie_word_embeddings but its lm_head.weight differs from {embedding}; set it to false in config.json"
+            f"{folder} says tie_word_embeddings but its lm_head.weight differs from {embedding.name}; set it to false in config.json"
         )
 
 
-def _read_tensor(file: Path, name: str) -> Tensor:
-    with safe_open(file, framework="pt") as tensors:
-        tensor: Tensor = tensors.get_tensor(name)
+def _read_tensor(stored: Stored) -> Tensor:
+    with safe_open(stored.file, framework="pt") as tensors:
+        tensor: Tensor = tensors.get_tensor(stored.name)
         return tensor
 
 

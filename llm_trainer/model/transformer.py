@@ -32,6 +32,12 @@ def _either(first: bool | None, *others: bool) -> bool:
     return next(value for value in (first, *others) if value is not None)
 
 
+def computing_dtype(x: Tensor) -> torch.dtype:
+    """The type that matrix products will have: autocast's where it is on, so that tables and masks do not pull attention back to fp32."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 class Linear(nn.Linear):
     """A linear map without default initialisation, which `Transformer.initialize` would only overwrite.
 
@@ -83,6 +89,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """x (B, T, C) → (B, T, C). Without a mask attention is causal; one new token over a cache sees all that the cache shows."""
         batch, count, _ = x.shape
+        x = x.to(computing_dtype(x))  # once: autocast would do it in each of three projections
         q = self.q_proj(x).view(batch, count, -1, self.head_width)  # (B, T, H, D)
         k = self.k_proj(x).view(batch, count, -1, self.head_width)  # (B, T, KV, D)
         v = self.v_proj(x).view(batch, count, -1, self.head_width)
@@ -136,6 +143,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, C) → (B, T, C)."""
+        x = x.to(computing_dtype(x))
         inner: Tensor = self.up_proj(x)
         inner = self.activation(inner) if self.gate_proj is None else self.activation(self.gate_proj(x)) * inner
         projected: Tensor = self.down_proj(inner)
@@ -177,6 +185,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig, generator: torch.Generator | None = None) -> None:
         super().__init__()
+        config.check_shape()  # again: settings may have been assigned one by one
         self.config = config
         device = torch.get_default_device()
         self.wte = Embedding(config.vocab_size, config.hidden_size)
@@ -242,7 +251,7 @@ class Transformer(nn.Module):
         x = self.wte(input_ids)
         if self.wpe is not None:
             x = x + (self.wpe.weight[start:stop] if positions is None else self.wpe(positions))
-        dtype = _computing_dtype(x)
+        dtype = computing_dtype(x)
         rotary = None if self.rotary is None else self.rotary(start, stop, positions, dtype)
         window = self.config.sliding_window
         if place is None:
@@ -285,9 +294,3 @@ class Transformer(nn.Module):
             parameter.copy_(drawn.normal_(0.0, outputs if residual else deviation, generator=generator))
         if self.rotary is not None:
             self.rotary.reset()
-
-
-def _computing_dtype(x: Tensor) -> torch.dtype:
-    """The type that matrix products will have: autocast's where it is on, so that tables and masks do not pull attention back to fp32."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
