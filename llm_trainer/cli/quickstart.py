@@ -28,7 +28,7 @@ CONTEXT = 256
 BATCH = 16
 MAX_PASSES = 8.0  # over a small text; more would only learn it by heart
 MIN_STEPS, MAX_STEPS = 60, 6000
-TIMED_STEPS = 4
+OPTIMIZER_SHARE = 1.2  # a whole step against its forward and backward pass
 TOKENIZER_MEGABYTES = 4.0
 BUILTIN_PROMPTS = ("def __init__(self, ", "The ", "import os\n")
 PROMPT_TOKENS = 6
@@ -101,7 +101,7 @@ def plan(own: QuickstartOptions, data: RunData, console: Console) -> Assembled:
         num_workers=1,
     )
     model = new_model(shape, own.seed)
-    steps = own.steps or steps_that_fit(model, context, tokens, 60 * own.minutes)
+    steps = own.steps or steps_that_fit(model, data, training, 60 * own.minutes)
     training.max_steps = steps
     training.eval_interval = max(20, steps // 8)
     training.warmup_steps = max(1, steps // 20)
@@ -109,27 +109,22 @@ def plan(own: QuickstartOptions, data: RunData, console: Console) -> Assembled:
     return Assembled(config, model, data)
 
 
-def steps_that_fit(model: Transformer, context: int, tokens: int, seconds: float) -> int:
-    """Time a few forward and backward passes, and say how many steps the time holds (and the text is worth)."""
-    import torch
-
-    from llm_trainer.data.sampling import Batch
-    from llm_trainer.training.objectives import NextToken
+def steps_that_fit(model: Transformer, data: RunData, training: TrainingConfig, seconds: float) -> int:
+    """How many steps the time holds and the text is worth; settles the precision in `training` by the same measurement."""
+    from llm_trainer.data.sampling import WindowSampler
+    from llm_trainer.training.autotune import Probe, choose
+    from llm_trainer.training.objectives import NextToken, TrainingStep
     from llm_trainer.training.precision import resolve_device
 
-    device = resolve_device("auto")
-    model.to(device)
-    ids = torch.randint(0, model.config.vocab_size, (BATCH, context), generator=torch.Generator().manual_seed(0)).to(device)
-    batch, objective, quickest = Batch(ids, ids, None, ids.numel()), NextToken(), float("inf")
-    for _ in range(TIMED_STEPS):
-        start = time.perf_counter()
-        loss = objective(model, batch)
-        (loss.total / loss.tokens).backward()
-        _ = [float(parameter.grad.sum()) for parameter in model.parameters() if parameter.grad is not None]  # wait for the device
-        model.zero_grad()
-        quickest = min(quickest, time.perf_counter() - start)
-    worth = int(MAX_PASSES * tokens / (BATCH * context))
-    return max(min(MIN_STEPS, worth + 1), min(int(seconds / (1.15 * quickest)), MAX_STEPS, worth))
+    device = resolve_device(training.device)
+    model.to(device).train()
+    sampler = WindowSampler(data.prepared.train, model.config.max_position_embeddings, training.seed)
+    probe = Probe(model, TrainingStep(model, NextToken()), sampler.batch(0, BATCH), device)
+    plain = training.model_copy(update={"compile": "off"})
+    training.precision = choose(probe, plain, micro_batches_left=MAX_STEPS, say=lambda line: None).precision
+    step = OPTIMIZER_SHARE * probe.seconds(training.precision) / probe.share
+    worth = max(1, round(MAX_PASSES * sampler.samples_per_epoch / BATCH))
+    return min(MAX_STEPS, worth, max(MIN_STEPS, int(seconds / step)))
 
 
 def talk_and_report(parts: Assembled, own: QuickstartOptions, console: Console, command: str) -> int:

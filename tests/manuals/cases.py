@@ -37,7 +37,7 @@ TINY_NANOGPT += " --eval_interval=2 --gradient_accumulation_steps=1 --always_sav
 @dataclass(frozen=True)
 class Case:
     """`stage`: the folder's state beforehand (see stages.py); `replace`: text → text; `add`: further arguments; `makes`: what must be there
-    afterwards; `says`: what must be printed; `owed`: why it is not built yet; `arguments`: for the manual's `[other args...]`."""
+    afterwards; `says`: what must be printed; `owed`: why it is not built yet."""
 
     stage: str = "clone"
     replace: dict[str, str] = field(default_factory=dict)
@@ -47,9 +47,9 @@ class Case:
     owed: str = ""
 
 
-def owed(reason: str, stage: str = "clone", **others: str) -> Case:
+def owed(reason: str, stage: str = "clone", *, replace: dict[str, str] | None = None, add: str = "") -> Case:
     """A command that must refuse, in one clear message, until its feature is built."""
-    return Case(stage=stage, owed=reason, **others)  # type: ignore[arg-type]
+    return Case(stage, replace or {}, add, owed=reason)
 
 
 MODEL = {"models/my_model/final_model": "checkpoints/final_model"}
@@ -82,7 +82,7 @@ ENHANCED = {
     ),
     "python scripts/process_data.py --input_dir data/processed --output_dir data/student_ready --mode student --student_model_path "
     ""
-    "models/my_model/final_model/model.safetensors": owed("the teacher's log-probabilities beside the shards", "l1 run", replace=MODEL),  # type: ignore[arg-type]
+    "models/my_model/final_model/model.safetensors": owed("the teacher's log-probabilities beside the shards", "l1 run", replace=MODEL),
     "python scripts/process_data.py --input_dir data/student_ready --output_dir data/inference --mode inference --student_model_path "
     "models/my_model/final_model/model.safetensors": Case(
         "l1 run",
@@ -93,12 +93,12 @@ ENHANCED = {
     "python serve.py --model_path models/my_model/final_model": owed("the server", "clone"),
     "python scripts/prepare_domain_datasets.py --list_loaders": owed("data by domain"),
     "python train_aio.py --use_domain_specific_data --config config/domain_training_config.json": owed(
-        "data by domain", "ready data", add=TINY_RUN
+        "data by domain", "ready data", replace=TINY_FILE, add=TINY_RUN
     ),
     "python train_aio.py --use_knowledge_distillation --teacher_model_path path/to/teacher/model": owed(
         "distillation",
         "l1 run",
-        replace=TEACHER,  # type: ignore[arg-type]
+        replace=TEACHER,
         add=TINY_RUN,
     ),
     "python train_aio.py --use_computational_efficiency": Case("ready data", add=TINY_RUN, makes=("models/final/model.safetensors",)),
@@ -130,11 +130,11 @@ FRAMEWORK = {
     "--data_dir ./processed_data --save_dir ./checkpoints --hidden_size 1024 --num_layers 24 --num_heads 16 "
     "--batch_size 512 --micro_batch_size 16 --max_steps 500000 --learning_rate 3e-4 --mixed_precision": owed(
         PARALLEL, "framework data", replace=ONE_NODE
-    ),  # type: ignore[arg-type]
+    ),
     'torchrun --nproc_per_node=8 --nnodes=4 --node_rank=1 --master_addr="192.168.1.1" --master_port=29500 train.py [same args...]': owed(
         PARALLEL,
         "framework data",
-        replace={**ONE_NODE, "[same args...]": "--hidden_size 32 --num_heads 4 --num_layers 2"},  # type: ignore[arg-type]
+        replace={**ONE_NODE, "[same args...]": "--hidden_size 32 --num_heads 4 --num_layers 2"},
     ),
     "python train.py --data_dir ./processed_data --save_dir ./checkpoints --hidden_size 256 --num_layers 6 --num_heads 8 --batch_size 8 "
     "--max_steps 10000 --learning_rate 3e-4": Case("framework data", makes=FRAMEWORK_OUTPUT),
@@ -151,10 +151,10 @@ FRAMEWORK = {
 
 ROOT_CONFIG = {"config.json": "tiny/config.json"}
 TRAINER = {
-    "torchrun --nproc_per_node=4 scripts/train.py --config config.json": owed(PARALLEL, "clone", replace=ROOT_CONFIG),  # type: ignore[arg-type]
+    "torchrun --nproc_per_node=4 scripts/train.py --config config.json": owed(PARALLEL, "clone", replace=ROOT_CONFIG),
     "python -m torch.distributed.launch --nproc_per_node=4 scripts/train.py --config config.json": owed(
         PARALLEL, "clone", replace=ROOT_CONFIG
-    ),  # type: ignore[arg-type]
+    ),
     "tensorboard --logdir ./checkpoints/logs": Case("l1 run", add="--inspect", says=("loss", "learning_rate")),
     "python scripts/train.py --config config.json --resume_from_checkpoint ./checkpoints/checkpoint-10000.pt": Case(
         "trainer run",
@@ -209,7 +209,7 @@ ORCHESTRATOR = {
     "torchrun --standalone --nproc_per_node=4 train_refactored.py config/train_gpt2.py": owed(PARALLEL),
     "torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=MASTER_IP --master_port=1234 train_refactored.py": owed(
         PARALLEL,
-        replace=ONE_NODE,  # type: ignore[arg-type]
+        replace=ONE_NODE,
     ),
     "python train_refactored.py --init_from=resume --out_dir=path/to/checkpoints": Case(
         "character run", RESUMED, "--max_iters=6 --horizon=extend", makes=NANOGPT_OUTPUT, says=("resuming",)
@@ -231,9 +231,9 @@ ORCHESTRATOR = {
     "--scaling_schedule_file=configs/progressive_scaling.yaml --wandb_log=True --wandb_project=my_experiment": owed(SCHEDULES),
     'python sample.py --init_from=gpt2-xl --start="What is the answer to life, the universe, and '
     'everything?" --num_samples=5 --max_new_tokens=100': Case(
-        "character run",
-        {"gpt2-xl": "out-shakespeare-char/best_model", "What is the answer to life, the universe, and everything?": "What is the answer"},
-        says=("What is the answer",),
+        "l1 run",
+        {"gpt2-xl": "checkpoints/best_model"},
+        says=("What is the answer to life, the universe, and everything?",),
     ),
     'python sample.py --out_dir=out-shakespeare-char --start="ROMEO:"': Case(
         "character run", {"ROMEO:": "line"}, "--max_new_tokens=8", says=("line",)

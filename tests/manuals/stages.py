@@ -12,29 +12,34 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from manuals.cases import L1, ORCHESTRATOR, TRAINER, Case, scaled
+from manuals.cases import L1, ORCHESTRATOR, Case, scaled
 
 ROOT = Path(__file__).resolve().parents[2]
 LINES = [f"line {number}: the quick brown fox jumps over {number * 7} lazy dogs." for number in range(400)]
 TINY_MODEL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 300}
 
-# State → the state before it, and the manual's commands that lead from one to the other (with their scaling).
-STEPS: dict[str, tuple[str, list[str]]] = {
-    "framework data": ("clone", ["python data_prep_tool.py --vocab_size 300 --max_length 32"]),
+
+def _of_manual(cases: dict[str, Case], number: int) -> str:
+    """A manual's command by its place among the manual's commands, scaled."""
+    text, case = list(cases.items())[number]
+    return scaled(text, case)
+
+
+# State → the state before it, and the command that leads from one to the other.
+STEPS: dict[str, tuple[str, str]] = {
+    "framework data": ("clone", "python data_prep_tool.py --vocab_size 300 --max_length 32"),
     "framework run": (
         "framework data",
-        ["python train.py --hidden_size 32 --num_layers 2 --num_heads 4 --batch_size 4 --max_steps 4 --save_interval 2 --compile off"],
+        "python train.py --hidden_size 32 --num_layers 2 --num_heads 4 --batch_size 4 --max_steps 4 --save_interval 2 --compile off",
     ),
-    "l1 data": ("clone", [scaled(next(iter(L1)), next(iter(L1.values())))]),
-    "l1 run": ("ready data", [scaled(list(L1)[1], list(L1.values())[1])]),
-    "ready data": ("l1 data", ["python scripts/process_data.py --input_dir data/processed --output_dir data/ready --mode train"]),
-    "all in one": ("ready data", ["python train_aio.py --config tiny/training_config.json --max_steps 2 --batch_size 2 --compile off"]),
-    "trainer run": ("clone", ["python scripts/train.py --config tiny/config.json"]),
-    "character data": ("clone", [scaled(next(iter(ORCHESTRATOR)), next(iter(ORCHESTRATOR.values())))]),
-    "character run": ("character data", [scaled(list(ORCHESTRATOR)[1], list(ORCHESTRATOR.values())[1])]),
+    "l1 data": ("clone", _of_manual(L1, 0)),
+    "ready data": ("l1 data", "python scripts/process_data.py --input_dir data/processed --output_dir data/ready --mode train"),
+    "l1 run": ("ready data", _of_manual(L1, 1)),
+    "all in one": ("ready data", "python train_aio.py --config tiny/training_config.json --max_steps 2 --batch_size 2 --compile off"),
+    "trainer run": ("clone", "python scripts/train.py --config tiny/config.json"),
+    "character data": ("clone", _of_manual(ORCHESTRATOR, 0)),
+    "character run": ("character data", _of_manual(ORCHESTRATOR, 1)),
 }
-assert TRAINER
-assert Case
 
 
 @dataclass
@@ -56,11 +61,10 @@ class Stages:
             if name == "clone":
                 make_clone(place)
             else:
-                before, commands = STEPS[name]
+                before, command = STEPS[name]
                 self.copy(before, place)
-                for command in commands:
-                    done = run(command, place)
-                    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+                done = run(command, place)
+                assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
             self.made[name] = place
         return self.made[name]
 

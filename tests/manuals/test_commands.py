@@ -32,7 +32,8 @@ def _parameters() -> list[object]:
     made = []
     for command in COMMANDS:
         case = CASES[command.manual].get(command.text)
-        marks = [pytest.mark.xfail(strict=True, raises=NotBuiltYet, reason=case.owed)] if case is not None and case.owed else []
+        is_owed = case is not None and case.owed
+        marks = [pytest.mark.xfail(strict=True, raises=NotBuiltYet, reason=case.owed)] if is_owed else [pytest.mark.slow]
         made.append(pytest.param(command, id=str(command), marks=marks))
     return made
 
@@ -64,6 +65,7 @@ def test_every_case_is_a_command_of_the_manuals() -> None:
     assert written == known
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [
@@ -78,6 +80,7 @@ def test_a_launcher_with_one_process_trains(command: str, stages: Stages, tmp_pa
     assert (folder / "checkpoints/final_model/model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_the_library_as_the_manual_uses_it(stages: Stages, tmp_path: Path) -> None:
     folder = stages.copy("all in one", tmp_path / "clone")
     lines = (
