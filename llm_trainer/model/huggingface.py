@@ -126,10 +126,17 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def empty_model(config: ModelConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Transformer:
-    """A model whose weights are allocated and not yet filled."""
+    """A model whose weights are allocated and not yet filled.
+
+    (`Module.to_empty` does the same, and imports sympy for it: half a second of a program's start.)
+    """
     with torch.device("meta"):
         model = Transformer(config)
-    model = model.to(dtype).to_empty(device=device)
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(torch.empty(parameter.shape, device=device, dtype=dtype)))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty(buffer.shape, device=device, dtype=dtype))
     model.tie_weights()
     if model.rotary is not None:
         model.rotary.reset()

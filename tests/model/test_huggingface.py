@@ -256,3 +256,21 @@ def test_loading_into_a_model_of_another_shape_changes_nothing(tmp_path):
 def test_every_shape_with_a_counterpart_names_it():
     for shape, family in WITH_COUNTERPART.items():
         assert config_to_huggingface(small_config(**SHAPES[shape]))["model_type"] == family
+
+
+def test_rotary_tables_are_no_part_of_the_weights(tmp_path):
+    save_pretrained(Transformer(small_config(model_type="llama")), tmp_path)
+    assert not any("rotary" in name for name in load_pretrained(tmp_path).state_dict())
+
+
+def test_a_folder_with_our_tokenizer_is_complete_for_transformers(tmp_path):
+    from llm_trainer.data.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.train_bpe(["the quick brown fox jumps over the lazy dog\n"] * 20, vocab_size=300)
+    model = shaken(Transformer(small_config(**SHAPES["grouped"], vocab_size=tokenizer.vocab_size)))
+    save_pretrained(model, tmp_path, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+    tokenizer.save(tmp_path)
+    text = "the lazy fox: naïve 🦊\n"
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)(text, return_tensors="pt")["input_ids"]
+    assert theirs[0].tolist() == tokenizer.encode(text)
+    torch.testing.assert_close(opened_by_transformers(tmp_path)(theirs).logits, model(theirs), atol=1e-5, rtol=1e-5)
