@@ -1,12 +1,12 @@
 """Cross-entropy of a linear head: dense, or in chunks that never hold all logits.
 
-With a vocabulary of 50,000 the logits of a batch outweigh everything else in memory, and what a step then waits for is mostly not arithmetic but fresh
-pages for them. The chunked form keeps one chunk of logits, turns it in place into its own gradient and multiplies that back at
-once, so that the forward pass leaves behind just the gradients of hidden states and weight, and the backward pass scales them
-(the idea of Liger Kernel, Hsu et al. 2024, arXiv:2410.10989). Its buffers are made once and reused: on a CPU with bf16 matrix units
-that makes it 2.5 to 3 times as fast as the dense form at 2048 × 256 × 50304, and compiling its softmax gains nothing more. It is also why
-`F.linear_cross_entropy` with `LinearCrossEntropyOptions` is not used: the same method, but without reused buffers, without a soft cap, and on CPUs with the
-products in fp32 (1.3 s there against 0.3).
+With a vocabulary of 50,000 the logits of a batch outweigh everything else in memory, and what a step then waits for is mostly not
+arithmetic but fresh pages for them. The chunked form keeps one chunk of logits, turns it in place into its own gradient and multiplies
+that back at once, so that the forward pass leaves behind just the gradients of hidden states and weight, and the backward pass scales
+them (the idea of Liger Kernel, Hsu et al. 2024, arXiv:2410.10989). Its buffers are made once and reused: on a CPU with bf16 matrix
+units that makes it 2.5 to 3 times as fast as the dense form at 2048 × 256 × 50304, and compiling its softmax gains nothing more. It is
+also why `F.linear_cross_entropy` with `LinearCrossEntropyOptions` is not used: the same method, but without reused buffers, without a
+soft cap, and on CPUs with the products in fp32 (1.3 s there against 0.3).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return result.total
 
     @staticmethod
-    def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("the chunked loss can be differentiated once; use loss: dense for a second time")
         hidden, weight = ctx.gradients

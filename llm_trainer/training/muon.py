@@ -1,8 +1,8 @@
 """Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon/) as torch.optim.Muon has it, with equal shapes in one batch.
 
-torch's own goes matrix by matrix; on narrow models the time is then spent on launching some thirty small operations for each of them. Here
-matrices of one shape are stacked and the Newton–Schulz iteration runs on the stack. The arithmetic is the same, so the result differs from torch's by
-the order of bf16 sums alone (tests/training/test_optimizers.py states how much).
+torch's own goes matrix by matrix; on narrow models the time is then spent on launching some thirty small operations for each of them.
+Here matrices of one shape are stacked and the Newton–Schulz iteration runs on the stack. The arithmetic is the same, so the result
+differs from torch's by the order of bf16 sums alone (tests/training/test_optimizers.py states how much).
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ class BatchedMuon(torch.optim.Muon):
 
 
 def orthogonalise(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, epsilon: float) -> Tensor:
-    """Push the singular values of each of `matrices` (count, rows, columns) towards 1 by Newton–Schulz in bf16, as torch.optim.Muon does."""
+    """Push the singular values of each of `matrices` (count, rows, columns) towards 1 by Newton–Schulz in bf16, as torch.optim.Muon
+    does.
+    """
     a, b, c = coefficients
     tall = matrices.size(1) > matrices.size(2)
     x = matrices.bfloat16()

@@ -30,7 +30,7 @@ class AdamW(torch.optim.AdamW):
 
     add_param_group = _undecorated(torch.optim.Optimizer.add_param_group)
     zero_grad = _undecorated(torch.optim.Optimizer.zero_grad)
-    step = torch.no_grad()(_undecorated(torch.optim.AdamW.step))  # type: ignore[assignment]
+    step = torch.no_grad()(_undecorated(torch.optim.AdamW.step))
 
 
 def build_optimizers(model: nn.Module, training: TrainingConfig) -> list[torch.optim.Optimizer]:

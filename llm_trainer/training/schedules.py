@@ -90,10 +90,8 @@ def learning_rate_factor(
         return 1.0
     if step >= decay_steps:
         return minimum_fraction
-    if kind == "wsd":
-        decay_start = max(warmup_steps, decay_steps - math.ceil(wsd_decay_fraction * decay_steps))
-    else:
-        decay_start = warmup_steps
+    flat_until = decay_steps - math.ceil(wsd_decay_fraction * decay_steps) if kind == "wsd" else 0
+    decay_start = max(warmup_steps, flat_until)
     if step < decay_start:
         return 1.0
     done = (step - decay_start) / max(1, decay_steps - decay_start)
@@ -129,7 +127,9 @@ def resolve_schedule(training: TrainingConfig, length: Length) -> Schedule:
         said = training.warmup_steps
         warmup_steps = said.steps(steps_per_epoch=length.steps_per_epoch, tokens_per_step=length.tokens_per_step)
         if warmup_steps > length.steps:
-            raise UsageError(f"warmup_steps {said} is longer than the run of {length.steps} steps ({length.said_by}); shorten it or train longer")
+            raise UsageError(
+                f"warmup_steps {said} is longer than the run of {length.steps} steps ({length.said_by}); shorten it or train longer"
+            )
         if training.lr_decay_steps is not None and warmup_steps > decay_steps:
             raise UsageError(f"warmup_steps {said} is longer than lr_decay_steps {training.lr_decay_steps}; shorten it or decay longer")
     return Schedule(training.lr_scheduler, warmup_steps, decay_steps, _minimum_fraction(training), training.wsd_decay_fraction)

@@ -39,7 +39,9 @@ class TrainingState:
 
     @classmethod
     def from_json(cls, stored: Mapping[str, object]) -> TrainingState:
-        """Read what `to_json` wrote; names it does not know are left for their owners. Raises CheckpointError where a value does not fit."""
+        """Read what `to_json` wrote; names it does not know are left for their owners. Raises CheckpointError where a value does not
+        fit.
+        """
         names = set(cls.__dataclass_fields__)
         values = {name: value for name, value in stored.items() if name in names}
         try:

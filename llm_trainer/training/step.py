@@ -1,9 +1,9 @@
 """One optimizer step: micro-batches forward and backward, one division, clipping, update.
 
-The tokens of the whole step are counted before the first backward pass, which the batches' labels allow, so each micro-batch's sum is divided by the
-same number and the gradient is that of one large batch. Nothing here waits for the device: a gradient that is not finite is found there and
-makes the optimizers leave everything as it is (`found_inf`, torch's own mechanism for fused optimizers), and the loop learns of it when it reads the
-outcome.
+The tokens of the whole step are counted before the first backward pass, which the batches' labels allow, so each micro-batch's sum is
+divided by the same number and the gradient is that of one large batch. Nothing here waits for the device: a gradient that is not finite
+is found there and makes the optimizers leave everything as it is (`found_inf`, torch's own mechanism for fused optimizers), and the
+loop learns of it when it reads the outcome.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def forward_backward(
 ) -> Tensor:
     """Add the gradient of Σ loss / `tokens` over the micro-batches to the parameters; returns that mean loss (scalar, detached).
 
-    `tokens` are the supervised tokens of the whole step, on all ranks. `seed` (None: leave the generator alone) and the step's `index` fix dropout.
+    `tokens` are the supervised tokens of the whole step, on all ranks. `seed` (None: leave the generator alone) and the step's `index`
+    fix dropout.
     """
     device = precision.device
     mean = torch.zeros((), device=device)
@@ -75,7 +76,12 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
 
 
 def update(
-    optimizers: Sequence[torch.optim.Optimizer], parameters: Sequence[Tensor], loss: Tensor, tokens: int, precision: Precision, max_grad_norm: float
+    optimizers: Sequence[torch.optim.Optimizer],
+    parameters: Sequence[Tensor],
+    loss: Tensor,
+    tokens: int,
+    precision: Precision,
+    max_grad_norm: float,
 ) -> tuple[Tensor, Tensor]:
     """Clip and let the optimizers step, unless loss or gradient is not finite or no token was supervised; clears the gradients.
 

@@ -1,8 +1,8 @@
 """The one loop. Read `train` from top to bottom: prepare, step, edge of the step, end.
 
-Pretraining, fine-tuning, distillation and scheduled growth are this Trainer with other objectives and callbacks. The order of batches, the learning
-rate and dropout are functions of the step (see `data/sampling.py`, `schedules.py`, `objectives.py`), so all that a run has to remember is
-`TrainingState`, beside weights and optimizer.
+Pretraining, fine-tuning, distillation and scheduled growth are this Trainer with other objectives and callbacks. The order of batches,
+the learning rate and dropout are functions of the step (see `data/sampling.py`, `schedules.py`, `objectives.py`), so all that a run has
+to remember is `TrainingState`, beside weights and optimizer.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from llm_trainer.data.shards import TokenDataset
 from llm_trainer.data.tokenizer import Tokenizer
 from llm_trainer.model.flops import estimate_flops
 from llm_trainer.model.transformer import Transformer
+from llm_trainer.training.autotune import Choice, Probe, choose
 from llm_trainer.training.callbacks import Callback, EarlyStopping
 from llm_trainer.training.checkpoints import CheckpointStore, Snapshot, read_state, restore, write_run_file
+from llm_trainer.training.compilation import CompileMode, uncompiled
 from llm_trainer.training.console import ProgressReporter
 from llm_trainer.training.metrics import MetricsTracker
 from llm_trainer.training.objectives import NextToken, Objective, TrainingStep
@@ -60,8 +62,9 @@ class TrainingResult:
 class Trainer:
     """Trains `model` on `train`, validates on `validation`, saves under the run folder (`config.training.output_dir`).
 
-    `objective`: what is minimised (default: next tokens); `callbacks` come after early stopping's, which the configuration switches on; `store`:
-    where checkpoints go. Raises UsageError for settings that do not fit together, DataError for data that cannot be trained on.
+    `objective`: what is minimised (default: next tokens); `callbacks` come after early stopping's, which the configuration switches on;
+    `store`: where checkpoints go; `cache_dir`: where what was learned about compiling here is kept between runs. Raises UsageError for
+    settings that do not fit together, DataError for data that cannot be trained on.
     """
 
     def __init__(
@@ -76,12 +79,14 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
         store: CheckpointStore | None = None,
         console: Console | None = None,
+        cache_dir: Path | None = None,
     ) -> None:
         training = config.training
         self.config, self.training = config, training
         self.train_tokens, self.validation_tokens, self.tokenizer = train, validation, tokenizer
         self.console = console or Console(stderr=True)
         self.run_dir = Path(training.output_dir)
+        self.cache_dir = cache_dir
         self.store = store or CheckpointStore(self.run_dir, training.save_total_limit)
         self.device = resolve_device(training.device)
         self.model = model.to(self.device)
@@ -138,17 +143,18 @@ class Trainer:
         """Loss over the validation split (or `eval_iters` batches of it) as the model is now. Raises UsageError without one."""
         if self.validation_tokens is None:
             raise UsageError("there is no validation split to evaluate on; prepare the data with val_ratio above 0")
-        return validate(
-            self.model,
-            self.validation_tokens,
-            self.context,
-            self.training.eval_batch_size or self.batches.micro_batch_size,
-            objective=self.objective,
-            device=self.device,
-            autocast=self.precision.autocast,
-            limit=self.training.eval_iters,
-            mask_documents=self.config.data.mask_documents,
-        )
+        with uncompiled(self._compile_mode):
+            return validate(
+                self.model,
+                self.validation_tokens,
+                self.context,
+                self.training.eval_batch_size or self.batches.micro_batch_size,
+                objective=self.objective,
+                device=self.device,
+                autocast=self.precision.autocast,
+                limit=self.training.eval_iters,
+                mask_documents=self.config.data.mask_documents,
+            )
 
     # Before the first step.
 
@@ -156,10 +162,13 @@ class Trainer:
         if self.training.resume_from is not None:
             self._resume(self.training.resume_from)
         self._open_run_folder()
-        self.precision = Precision(self._choose_precision(), self.device)
-        self.precision.load_state_dict(self._stored_scaler)
         self.step_module = TrainingStep(self.model, self.objective)
         self.model.train()
+        choice = self._tune()
+        self.state.precision, self.state.compile = choice.precision, choice.compile
+        self._compile_mode: CompileMode = choice.compile
+        self.precision = Precision(choice.precision, self.device)
+        self.precision.load_state_dict(self._stored_scaler)
         self._micro_batches = self._open_batches()
         flops = estimate_flops(self.model.config, self.context)
         self.meter = Meter(flops, self.device, torch.float32 if self.precision.name == "fp32" else torch.bfloat16)
@@ -181,11 +190,21 @@ class Trainer:
         log_folder = self.run_dir if self.training.file_logging else None
         self._progress = ProgressReporter(self.length.steps, first_step=self.state.step, console=self.console, log_folder=log_folder)
 
-    def _choose_precision(self) -> PrecisionName:
-        said = self.state.precision or self.training.precision
-        name = said if said != "auto" else ("bf16" if self.device.type == "cuda" else "fp32")
-        self.state.precision = name
-        return cast(PrecisionName, name)
+    def _tune(self) -> Choice:
+        """Precision and compilation: as said, as before a resume, or as this machine does it fastest."""
+        if self.training.eval_only:
+            precision = self.state.precision or ("fp32" if self.training.precision == "auto" else self.training.precision)
+            return Choice(cast(PrecisionName, precision), "off")
+        steps_left = max(0, self.length.steps - self.state.step)
+        batch = self.sampler.batch(self.state.samples, self.batches.micro_batch_size)
+        return choose(
+            Probe(self.model, self.step_module, batch, self.device, steps_left * self.batches.gradient_accumulation_steps),
+            self.training,
+            precision=self.state.precision,
+            compiled=self.state.compile,
+            memory=self.cache_dir,
+            say=self.say,
+        )
 
     def _open_batches(self) -> Prefetcher[Batch]:
         first, size = self.state.samples, self.batches.micro_batch_size

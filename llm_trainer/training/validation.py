@@ -1,7 +1,8 @@
 """Loss over a held-out split: every window once, one sum over one count.
 
 The result does not depend on the batch size: sums are added and divided once, and rows that fill the last batch up (so that a compiled
-model sees one shape) carry no labels. Frameworks that average batches, or repeat samples, differ by batch size (transformers#39241). Only scalars are kept, so the split may be of any length.
+model sees one shape) carry no labels. Frameworks that average batches, or repeat samples, differ by batch size (transformers#39241).
+Only scalars are kept, so the split may be of any length.
 """
 
 from __future__ import annotations
