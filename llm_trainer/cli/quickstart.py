@@ -15,6 +15,7 @@ from llm_trainer.cli.doors import QUICKSTART, QuickstartOptions
 from llm_trainer.cli.opening import new_console, open_door
 from llm_trainer.cli.train import Assembled
 from llm_trainer.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from llm_trainer.config.durations import Duration
 from llm_trainer.config.run_folder import BEST_MODEL
 
 if TYPE_CHECKING:
@@ -103,8 +104,8 @@ def plan(own: QuickstartOptions, data: RunData, console: Console) -> Assembled:
     model = new_model(shape, own.seed)
     steps = own.steps or steps_that_fit(model, data, training, 60 * own.minutes)
     training.max_steps = steps
-    training.eval_interval = max(20, steps // 8)
-    training.warmup_steps = max(1, steps // 20)
+    training.eval_interval = Duration(max(20, steps // 8))
+    training.warmup_steps = Duration(max(1, steps // 20))
     config = RunConfig(model=shape, training=training, data=DataConfig(data_dir=str(data.folder)))
     return Assembled(config, model, data)
 
@@ -119,9 +120,9 @@ def steps_that_fit(model: Transformer, data: RunData, training: TrainingConfig, 
     device = resolve_device(training.device)
     model.to(device).train()
     sampler = WindowSampler(data.prepared.train, model.config.max_position_embeddings, training.seed)
-    probe = Probe(model, TrainingStep(model, NextToken()), sampler.batch(0, BATCH), device)
+    probe = Probe(model, TrainingStep(model, NextToken()), sampler.batch(0, BATCH), device, micro_batches_left=MAX_STEPS // 10)
     plain = training.model_copy(update={"compile": "off"})
-    training.precision = choose(probe, plain, micro_batches_left=MAX_STEPS, say=lambda line: None).precision
+    training.precision = choose(probe, plain, say=lambda line: None).precision
     step = OPTIMIZER_SHARE * probe.seconds(training.precision) / probe.share
     worth = max(1, round(MAX_PASSES * sampler.samples_per_epoch / BATCH))
     return min(MAX_STEPS, worth, max(MIN_STEPS, int(seconds / step)))
