@@ -14,6 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+_SMALL = 1 << 17  # elements; matrices up to this are orthogonalised together
+
 
 def _undecorated(function: Callable[..., Any]) -> Callable[..., Any]:
     return cast(Callable[..., Any], getattr(function, "__wrapped__", function))
@@ -35,28 +37,33 @@ class BatchedMuon(torch.optim.Muon):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
         assert closure is None, "closures are for line searches; Muon has none"
+        if self.found_inf is not None and bool(self.found_inf):
+            return
         for group in self.param_groups:
-            alike: dict[torch.Size, list[Tensor]] = defaultdict(list)
+            alike: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    alike[parameter.shape].append(parameter)
-            for parameters in alike.values():
-                self._update(parameters, group)
+                    rows, columns = parameter.shape
+                    alike[min(rows, columns), max(rows, columns)].append(parameter)
+            for shape, parameters in alike.items():
+                together = len(parameters) if shape[0] * shape[1] <= _SMALL else 1
+                for start in range(0, len(parameters), together):
+                    self._update(parameters[start : start + together], group)
 
     def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        """Update matrices of one shape (rows, columns)."""
+        """Update matrices of one shape, some of which may be its transpose."""
         lr, momentum = float(group["lr"]), group["momentum"]
         gradients = [cast(Tensor, parameter.grad) for parameter in parameters]
         buffers = [self._momentum_buffer(parameter) for parameter in parameters]
-        if self.found_inf is not None and bool(self.found_inf):
-            return
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         updates = torch._foreach_lerp(gradients, buffers, momentum) if group["nesterov"] else buffers
-        orthogonal = orthogonalise(torch.stack(tuple(updates)), group["ns_coefficients"], group["ns_steps"], group["eps"])
-        rows, columns = parameters[0].shape
-        adjusted = lr * (0.2 * max(rows, columns) ** 0.5 if group["adjust_lr_fn"] == "match_rms_adamw" else max(1.0, rows / columns) ** 0.5)
+        wide = torch.stack([(update.t() if _is_tall(update) else update).bfloat16() for update in updates])
+        orthogonal = orthogonalise(wide, group["ns_coefficients"], group["ns_steps"], group["eps"])
         torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
-        torch._foreach_add_(parameters, list(orthogonal.to(parameters[0].dtype).unbind()), alpha=-adjusted)
+        for parameter, direction in zip(parameters, orthogonal, strict=True):
+            rows, columns = parameter.shape
+            ratio = 0.2 * max(rows, columns) ** 0.5 if group["adjust_lr_fn"] == "match_rms_adamw" else max(1.0, rows / columns) ** 0.5
+            parameter.add_(direction.t() if _is_tall(parameter) else direction, alpha=-lr * ratio)
 
     def _momentum_buffer(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]
@@ -65,17 +72,21 @@ class BatchedMuon(torch.optim.Muon):
         return cast(Tensor, state["momentum_buffer"])
 
 
-def orthogonalise(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, epsilon: float) -> Tensor:
-    """Push the singular values of each of `matrices` (count, rows, columns) towards 1 by Newton–Schulz in bf16, as torch.optim.Muon
-    does.
-    """
+def orthogonalise(wide: Tensor, coefficients: tuple[float, float, float], steps: int, epsilon: float) -> Tensor:
+    """Push the singular values of each of `wide` (count, rows ≤ columns), bf16, towards 1 by Newton–Schulz, as torch.optim.Muon does."""
     a, b, c = coefficients
-    tall = matrices.size(1) > matrices.size(2)
-    x = matrices.bfloat16()
-    if tall:
-        x = x.mT
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=epsilon)
+    x = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=epsilon)
+    if len(x) == 1:  # large ones come alone; the products of two dimensions are a little faster
+        x = x[0]
+        for _ in range(steps):
+            gram = x @ x.t()
+            x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        return x.unsqueeze(0)
     for _ in range(steps):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+    return x
+
+
+def _is_tall(matrix: Tensor) -> bool:
+    return matrix.size(0) > matrix.size(1)
