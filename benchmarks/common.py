@@ -59,7 +59,7 @@ def alternate(contestants: Mapping[str, Callable[[], float]], rounds: int) -> di
     return measured
 
 
-def report(
+def finish(
     name: str,
     figures: Sequence[Figure],
     baselines: Mapping[str, str],

@@ -1,0 +1,149 @@
+"""Tokens per second of a training step (forward, backward, clipping, AdamW): ours against transformers, LitGPT and nanoGPT, on three
+shapes.
+
+Every contestant is a process of its own that builds, compiles and warms up once and then waits; rounds alternate between them. Each
+library takes part eager in fp32, which is its default, eager in bf16 autocast and compiled in bf16; the ratios compare the best of
+ours with the best of each peer. nanoGPT takes part as its README runs it on a CPU, fp32 and eager, where `--nanogpt` names its
+clone. LitGPT does not install beside our version of huggingface-hub, so it has an environment of its own, .venv-peers
+(docs/benchmarks.md says how to make it).
+
+Compilation is not in these figures: they are what a long run settles at. Short runs are what `time_to_loss.py` measures.
+
+    python benchmarks/training_throughput.py [--rounds 5] [--shapes 0.8M,10.7M,vocabulary-50k] [--nanogpt DIR] [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import Figure, Target, alternate, finish, say_load
+from workers.shapes import SHAPES, Shape
+
+HERE = Path(__file__).resolve().parent
+PEERS_PYTHON = HERE.parent / ".venv-peers" / "bin" / "python"
+PEERS = ("transformers", "LitGPT")
+WAYS = {"fp32": ("fp32", False), "bf16": ("bf16", False), "bf16 compiled": ("bf16", True)}
+WANTED, WANTED_OF_NANOGPT = 1.2, 3.0
+ROUND_SECONDS = 2.0
+
+
+def main() -> int:
+    """Measure, print, write; 1 where a target is missed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--shapes", default=",".join(SHAPES))
+    parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="a clone of nanoGPT, to take part")
+    parser.add_argument("--quick", action="store_true", help="nothing is compiled")
+    options = parser.parse_args()
+    ways = {name: way for name, way in WAYS.items() if not (options.quick and way[1])}
+    notes = [say_load()]
+    if not PEERS_PYTHON.exists():
+        notes.append("LitGPT did not take part: there is no .venv-peers")
+    figures: list[Figure] = []
+    for name in options.shapes.split(","):
+        figures += measure(name, ways, options.rounds, options.nanogpt, notes)
+    baselines = {figure.work: "transformers, fp32" for figure in figures}
+    return finish("training_throughput", figures, baselines, " ".join(["python", *sys.argv]), _targets(figures), notes)
+
+
+def measure(name: str, ways: dict[str, tuple[str, bool]], rounds: int, nanogpt: Path | None, notes: list[str]) -> list[Figure]:
+    """All contestants on one shape; those that fail to start are noted and left out."""
+    shape = SHAPES[name]
+    commands = {f"{library}, {way}": (command, *settings) for library, command in _libraries().items() for way, settings in ways.items()}
+    if nanogpt is not None:
+        commands["nanoGPT, fp32"] = ([sys.executable, HERE / "workers" / "nanogpt.py"], "fp32", False)
+    workers: dict[str, Worker] = {}
+    try:
+        for contestant, (command, precision, compiled) in commands.items():
+            worker = Worker.start(command, name, precision, compiled, nanogpt)
+            if worker is None:
+                notes.append(f"{contestant} failed on {shape.in_words}")
+                continue
+            print(f"{name}: {contestant} is ready after {worker.ready_seconds:.0f} s", file=sys.stderr, flush=True)
+            workers[contestant] = worker
+        timed = {contestant: (lambda worker=worker: worker.tokens_per_second(shape)) for contestant, worker in workers.items()}
+        measured = alternate(timed, rounds)
+    finally:
+        for worker in workers.values():
+            worker.process.kill()
+    return [Figure(shape.in_words, contestant, "tokens/s", rates) for contestant, rates in measured.items()]
+
+
+def _libraries() -> dict[str, list[str | Path]]:
+    libraries: dict[str, list[str | Path]] = {
+        "ours": [sys.executable, HERE / "workers" / "ours.py"],
+        "transformers": [sys.executable, HERE / "workers" / "transformers_gpt2.py"],
+    }
+    if PEERS_PYTHON.exists():
+        libraries["LitGPT"] = [PEERS_PYTHON, HERE / "workers" / "litgpt_gpt.py"]
+    return libraries
+
+
+@dataclass
+class Worker:
+    """A process that takes training steps when told."""
+
+    process: subprocess.Popen[str]
+    ready_seconds: float
+    steps: int = 0
+
+    @classmethod
+    def start(cls, command: list[str | Path], shape: str, precision: str, compiled: bool, nanogpt: Path | None) -> Worker | None:
+        """Start one and wait until it is ready; None where it failed."""
+        words = [*map(str, command), "--shape", shape, "--precision", precision, *(["--compile"] if compiled else [])]
+        environment = {**os.environ, **({"NANOGPT": str(nanogpt.resolve())} if nanogpt else {})}
+        process = subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8", env=environment
+        )
+        answer = _answer(process)
+        return None if answer is None else cls(process, answer["ready_seconds"])
+
+    def tokens_per_second(self, shape: Shape) -> float:
+        """One round; the first finds out how many steps a round is."""
+        if self.steps == 0:
+            self.steps = max(2, min(200, round(2 * ROUND_SECONDS / self._seconds(2))))
+        return self.steps * shape.tokens / self._seconds(self.steps)
+
+    def _seconds(self, steps: int) -> float:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{steps}\n")
+        self.process.stdin.flush()
+        answer = _answer(self.process)
+        if answer is None:
+            raise RuntimeError(f"{self.process.args} ended in the middle of a round")
+        return answer["seconds"]
+
+
+def _answer(process: subprocess.Popen[str]) -> dict[str, float] | None:
+    """The next answer among what the process prints; None at its end."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("answer "):
+            answer: dict[str, float] = json.loads(line.removeprefix("answer "))
+            return answer
+    return None
+
+
+def _targets(figures: list[Figure]) -> list[Target]:
+    """Best of ours ÷ best of each peer, by shape."""
+    best: dict[tuple[str, str], float] = {}
+    for figure in figures:
+        key = (figure.work, figure.contestant.split(",")[0])
+        best[key] = max(best.get(key, 0.0), figure.median)
+    targets = []
+    for (work, library), rate in best.items():
+        if library in PEERS:
+            targets.append(Target(f"{work}: best of ours ÷ best of {library}", best[work, "ours"] / rate, WANTED))
+        elif library == "nanoGPT":
+            targets.append(Target(f"{work}: best of ours ÷ nanoGPT", best[work, "ours"] / rate, WANTED_OF_NANOGPT))
+    return targets
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""Our training step, as the Trainer takes it: objective, token-normalised loss, clipping, AdamW."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from llm_trainer.config import ModelConfig, TrainingConfig
+from llm_trainer.data.sampling import Batch
+from llm_trainer.model.transformer import Transformer
+from llm_trainer.training.compilation import best_mode, compile_model
+from llm_trainer.training.objectives import NextToken, TrainingStep
+from llm_trainer.training.optimizers import build_optimizers
+from llm_trainer.training.precision import Precision
+from llm_trainer.training.step import forward_backward, update
+from workers.serving import Run, serve
+from workers.shapes import Shape
+
+
+def model_config(shape: Shape) -> ModelConfig:
+    """GPT-2's family with nanoGPT's exact GELU."""
+    return ModelConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.width,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        max_position_embeddings=shape.context,
+        tie_word_embeddings=shape.tied,
+        activation="gelu",
+    )
+
+
+class Steps:
+    """Training steps on random tokens."""
+
+    def __init__(self, shape: Shape, precision: str, compile: str, loss: str = "auto") -> None:
+        training = TrainingConfig(learning_rate=1e-4, precision=precision, loss=loss)
+        self.model = Transformer(model_config(shape), torch.Generator().manual_seed(0))
+        self.model.train()
+        if compile != "off":
+            compile_model(self.model, best_mode(self.model, shape.tokens))
+        self.step = TrainingStep(self.model, NextToken(training.loss))
+        self.optimizers = build_optimizers(self.model, training)
+        self.parameters = list(self.model.parameters())
+        self.precision = Precision(precision, torch.device("cpu"))
+        ids = torch.randint(shape.vocabulary, (shape.batch, shape.context + 1), generator=torch.Generator().manual_seed(1))
+        self.batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None, shape.tokens)
+
+    def run(self, count: int) -> None:
+        """So many of them."""
+        for index in range(count):
+            tokens = int(self.batch.num_supervised)
+            loss = forward_backward(self.step, [self.batch], tokens, self.precision, seed=None, index=index)
+            update(self.optimizers, self.parameters, loss, tokens, self.precision, 1.0)
+
+
+def build(shape: Shape, precision: str, compiled: bool) -> Run:
+    """For serving."""
+    return Steps(shape, precision, "on" if compiled else "off").run
+
+
+if __name__ == "__main__":
+    serve(build)

@@ -1,0 +1,44 @@
+"""transformers' GPT-2 with exact GELU, SDPA attention (its default) and no dropout."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from workers.plain import steps
+from workers.serving import Run, serve
+from workers.shapes import Shape
+
+
+def build(shape: Shape, precision: str, compiled: bool) -> Run:
+    """Its own loss; the key-value cache, of no use in training, is off."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=shape.vocabulary,
+        n_positions=shape.context,
+        n_embd=shape.width,
+        n_layer=shape.layers,
+        n_head=shape.heads,
+        activation_function="gelu",
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        tie_word_embeddings=shape.tied,
+        use_cache=False,
+    )
+    model = GPT2LMHeadModel(config)
+    called = torch.compile(model) if compiled else model
+
+    def loss(ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return called(input_ids=ids, labels=labels, shift_labels=labels).loss
+
+    return steps(model, loss, shape, precision)
+
+
+if __name__ == "__main__":
+    serve(build)
