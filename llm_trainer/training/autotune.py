@@ -16,7 +16,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -173,16 +173,21 @@ def _choose_compile(probe: Probe, name: PrecisionName, measured: float | None, m
         told = f"compiling takes about {_COLD_SECONDS:.0f} s"
     if gain <= cost:
         return "off", f"{told}, and about {left:.0f} s of training are left"
-    return _try_compiling(probe, name, mode, memory, key)
+    return _try_compiling(probe, name, mode, memory, key, known)
 
 
-def _try_compiling(probe: Probe, name: PrecisionName, mode: CompileMode, memory: Path | None, key: str) -> tuple[CompileMode, str]:
-    """Compile, compare with the same micro-batch uncompiled, keep the faster."""
+def _try_compiling(
+    probe: Probe, name: PrecisionName, mode: CompileMode, memory: Path | None, key: str, known: Remembered | None
+) -> tuple[CompileMode, str]:
+    """Compile; where it is not known which is faster, compare with the same micro-batch uncompiled and keep the faster."""
     probe.rows = len(probe.batch)  # a compiled graph is for one shape: the run's
     start = time.perf_counter()
     if (failure := _compile(probe, name, mode)) is not None:
         return "off", failure
     took = time.perf_counter() - start
+    if known is not None:
+        _remember(memory, key, replace(known, took=took))
+        return mode, f"{known.eager / known.compiled:.2f} × as fast as without, as an earlier run found; ready after {took:.1f} s"
     compiled = probe.seconds(name)
     with uncompiled(mode):
         eager = probe.seconds(name)

@@ -51,6 +51,11 @@ class ProgressReporter:
             self._print(f"step {step}/{self._total}  {numbers}{self._time_left(step)}")
         self._write(f"step {step}/{self._total}  {numbers}")
 
+    def note(self, text: str) -> None:
+        """Show beside the bar what is going on instead of steps; off a terminal nothing."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, numbers=clean(text))
+
     def line(self, text: str) -> None:
         """Print a line above the bar: a validation, a checkpoint, a choice that was made."""
         self._print(clean(text))

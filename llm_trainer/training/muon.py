@@ -75,13 +75,7 @@ class BatchedMuon(torch.optim.Muon):
 def orthogonalise(wide: Tensor, coefficients: tuple[float, float, float], steps: int, epsilon: float) -> Tensor:
     """Push the singular values of each of `wide` (count, rows ≤ columns), bf16, towards 1 by Newton–Schulz, as torch.optim.Muon does."""
     a, b, c = coefficients
-    x = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=epsilon)
-    if len(x) == 1:  # large ones come alone; the products of two dimensions are a little faster
-        x = x[0]
-        for _ in range(steps):
-            gram = x @ x.t()
-            x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-        return x.unsqueeze(0)
+    x: Tensor = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=epsilon)
     for _ in range(steps):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

@@ -42,6 +42,7 @@ class StepOutcome:
     step: int
     samples: SampleRange
     tokens: int
+    rate_factor: float
     loss: Tensor
     gradient_norm: Tensor
     skipped: Tensor

@@ -154,7 +154,12 @@ class Trainer:
                 autocast=self.precision.autocast,
                 limit=self.training.eval_iters,
                 mask_documents=self.config.data.mask_documents,
+                on_batch=self._show_validation,
             )
+
+    def _show_validation(self, batches: int) -> None:
+        if self._progress is not None and batches % _READ_AT_LEAST_EVERY == 0:
+            self._progress.note(f"validating: {batches:,} batches")
 
     # Before the first step.
 
@@ -230,7 +235,8 @@ class Trainer:
         index = self.state.step
         batches = [next(self._micro_batches) for _ in range(self.batches.gradient_accumulation_steps)]
         tokens = sum(int(batch.num_supervised) for batch in batches)
-        set_rates(self.optimizers, self._peaks, self.rate_factor)
+        factor = self.rate_factor
+        set_rates(self.optimizers, self._peaks, factor)
         loss = forward_backward(self.step_module, batches, tokens, self.precision, seed=self._dropout_seed, index=index)
         norm, skipped = update(self.optimizers, self._parameters, loss, tokens, self.precision, self.training.max_grad_norm)
         samples = SampleRange(self.state.samples, self.sequences_per_step)
@@ -238,7 +244,7 @@ class Trainer:
         self.state.samples += self.sequences_per_step
         self.state.tokens += self.sequences_per_step * self.context
         self.meter.add(self.sequences_per_step * self.context)
-        self._pending.append(StepOutcome(self.state.step, samples, tokens, loss, norm, skipped))
+        self._pending.append(StepOutcome(self.state.step, samples, tokens, factor, loss, norm, skipped))
         if self.device.type == "cpu" or len(self._pending) >= _READ_AT_LEAST_EVERY:
             self._read_outcomes()
 
@@ -290,7 +296,7 @@ class Trainer:
         assert self._last_read is not None
         metrics = {
             "loss": loss,
-            "learning_rate": self.training.learning_rate * self.rate_factor,
+            "learning_rate": self.training.learning_rate * self._last_read.rate_factor,
             "gradient_norm": float(self._last_read.gradient_norm),
             "tokens": float(self.state.tokens),
             **self.meter.read(),
