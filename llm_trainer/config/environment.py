@@ -61,6 +61,15 @@ def apply_dotenv(folder: Path | None = None) -> None:
         os.environ.setdefault(name, value)
 
 
+def use_compile_cache() -> Path:
+    """The user's folder for compiled code and what is known about it, kept between runs; PyTorch is told to use it too.
+
+    A TORCHINDUCTOR_CACHE_DIR that is set already holds.
+    """
+    own = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm-trainer" / "compiled"
+    return Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(own)))
+
+
 def api_keys() -> tuple[str, ...]:
     """The keys that the server accepts, from LLM_TRAINER_API_KEYS (separated by commas); none: no key is asked for."""
     return tuple(key.strip() for key in os.environ.get("LLM_TRAINER_API_KEYS", "").split(",") if key.strip())
