@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from llm_trainer.config.data import DataConfig
 from llm_trainer.config.fields import Section, setting
 from llm_trainer.config.loading import Door
 
@@ -92,12 +93,16 @@ TRAIN_ORCHESTRATOR = Door(
     positional_config=True,
 )
 
-PREPARE = Door("llm-trainer prepare", "Text → cleaned splits, tokenizer and token shards.", ("data",))
+# Settings of data that say what is trained on, not how it is prepared.
+OF_TRAINING = ("data_dir", "dataset", "mask_documents")
+PREPARING = tuple(f"data.{name}" for name in DataConfig.model_fields if name not in OF_TRAINING)
+
+PREPARE = Door("llm-trainer prepare", "Text → cleaned splits, tokenizer and token shards.", PREPARING)
 
 PREPARE_SPLITS = Door(
     "scripts/prepare_data.py",
     "Raw files, or one file with a sample a line, → train, validation and test splits, tokenizer and token shards.",
-    ("data",),
+    PREPARING,
     defaults={
         "data.input": "data/raw",
         "data.output_dir": "data/processed",
@@ -112,7 +117,7 @@ PREPARE_SPLITS = Door(
 PREPARE_FRAMEWORK = Door(
     "data_prep_tool.py",
     "A folder of raw text → tokenizer.json, dataset/ and metadata.json.",
-    ("data",),
+    PREPARING,
     defaults={
         "data.input": "./raw_text_data",
         "data.output_dir": "./processed_data",
@@ -138,7 +143,7 @@ class ProcessOptions(Section):
 PROCESS = Door(
     "scripts/process_data.py",
     "Splits → token shards, or a trained model's outputs on them.",
-    ("data",),
+    PREPARING,
     own=ProcessOptions,
     defaults={"data.input": "data/processed"},
 )
@@ -189,15 +194,16 @@ class EvaluateOptions(Section):
     )
 
 
+SCORING = ("inference.model", "inference.device", "inference.precision")
 EVALUATE = Door(
     "llm-trainer evaluate",
     "Loss, perplexity and bits per byte of a model on a text.",
-    ("inference",),
+    SCORING,
     own=EvaluateOptions,
     positional=("model", "data"),
 )
-EVALUATE_ENHANCED = Door("evaluate.py", "Benchmarks by domain, and the loss on a text.", ("inference",), own=EvaluateOptions)
-EVALUATE_L1 = Door("scripts/evaluate.py", "Loss, perplexity and bits per byte of a model on a text.", ("inference",), own=EvaluateOptions)
+EVALUATE_ENHANCED = Door("evaluate.py", "Benchmarks by domain, and the loss on a text.", SCORING, own=EvaluateOptions)
+EVALUATE_L1 = Door("scripts/evaluate.py", "Loss, perplexity and bits per byte of a model on a text.", SCORING, own=EvaluateOptions)
 
 
 class VerifyOptions(Section):

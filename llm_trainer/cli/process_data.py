@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from llm_trainer.cli.doors import PROCESS, ProcessOptions
 from llm_trainer.cli.opening import new_console, open_door
 from llm_trainer.config import DataConfig, UsageError
+from llm_trainer.config.loading import LoadedRun
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,20 +37,30 @@ def run(argv: list[str]) -> int:
     output = Path(data.output_dir or DEFAULT_OUTPUT[own.mode])
     console = new_console()
     if own.mode == "train":
-        shard(data, output, console)
+        shard(loaded, output, console)
     else:
         infer(data, own, output, console)
     return 0
 
 
-def shard(data: DataConfig, output: Path, console: Console) -> None:
+def refuse_idle_flags(loaded: LoadedRun, folder: Path) -> None:
+    """Raises UsageError for flags about preparation where `folder` is prepared already."""
+    said = {name for name, origin in loaded.origins.items() if name.startswith("data.") and origin.startswith("--")}
+    idle = sorted(said - {"data.input", "data.output_dir"})
+    if idle:
+        raise UsageError(f"--{idle[0]} has no effect: {folder} is prepared already; leave it out, or prepare the text again")
+
+
+def shard(loaded: LoadedRun, output: Path, console: Console) -> None:
     """Shards of the splits in `data.input`, in `output`: those that are there already, else made from train, val and test texts."""
     from llm_trainer.cli.split_texts import SplitSource, publish_shards
     from llm_trainer.data.pipeline import prepare
     from llm_trainer.data.prepared import open_prepared
 
+    data = loaded.config.data
     folder = input_folder(data)
     if (folder / "metadata.json").is_file():
+        refuse_idle_flags(loaded, folder)
         open_prepared(folder)  # says so if anything is missing or damaged
         publish_shards(folder, output)
         console.print(f"{output}: the shards of {folder}", markup=False)

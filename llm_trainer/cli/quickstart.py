@@ -100,6 +100,7 @@ def plan(own: QuickstartOptions, data: RunData, console: Console) -> Assembled:
         eval_iters=20,
         save_interval=None,
         num_workers=1,
+        compile="off",  # compiling takes longer than it could gain here
     )
     model = new_model(shape, own.seed)
     steps = own.steps or steps_that_fit(model, data, training, 60 * own.minutes)

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llm_trainer.cli.doors import OF_TRAINING
 from llm_trainer.config import DataConfig, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from llm_trainer.config.loading import LoadedRun
     from llm_trainer.data.prepared import PreparedData
 
 WAYS_OUT = (
@@ -27,6 +29,21 @@ class RunData:
 
     folder: Path
     prepared: PreparedData
+
+
+def refuse_idle(loaded: LoadedRun) -> None:
+    """Raises UsageError for flags about data that would have no effect: two corpora named, or preparation asked of what is prepared."""
+    data = loaded.config.data
+    flags = {name for name in DataConfig.model_fields if loaded.origins.get(f"data.{name}", "").startswith("--")}
+    named = [name for name in ("data_dir", "input", "dataset_name", "dataset") if name in flags]
+    if len(named) > 1:
+        raise UsageError(f"--{' and --'.join(named)} each name the data to train on; give one")
+    is_prepared_already = (data.input is None and data.dataset_name is None) or "data_dir" in named or "dataset" in named
+    idle = sorted(flags - {"max_length", *OF_TRAINING}) if is_prepared_already else []
+    if idle:
+        raise UsageError(
+            f"--data.{idle[0]} is about preparing data and has no effect on what is prepared already; leave it out, or give --input"
+        )
 
 
 def find_data(data: DataConfig, console: Console, fallbacks: Sequence[str] = ()) -> RunData:

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from llm_trainer.config import ModelConfig, UsageError
+from llm_trainer.config import DataConfig, DataError, ModelConfig, UsageError
 
 if TYPE_CHECKING:
     from llm_trainer.data.prepared import PreparedData
+    from llm_trainer.data.tokenizer import Tokenizer
     from llm_trainer.model.transformer import Transformer
 
 # What may be said beside pretrained weights; everything else is the weights' own shape.
@@ -55,6 +56,39 @@ def pretrained_model(source: str, said: ModelConfig) -> Transformer:
     loaded = load_transformer(find_model(source))
     shape = _with_changes(source, loaded.config, said)
     return loaded if shape.model_dump() == loaded.config.model_dump() else _reshaped(loaded, shape)
+
+
+def is_pretrained(init_from: str) -> bool:
+    """Whether a run starts from somebody's weights."""
+    return init_from not in ("scratch", "resume")
+
+
+def use_tokenizer_of(source: str, data: DataConfig) -> None:
+    """Text that is prepared for a pretrained model is prepared with that model's tokenizer, unless another one was said."""
+    if data.tokenizer_path is None and data.tokenizer_type == "auto" and (data.input is not None or data.dataset_name is not None):
+        from llm_trainer.inference.loading import find_model
+
+        folder = find_model(source)
+        if (folder / "tokenizer.json").is_file():
+            data.tokenizer_path = str(folder)
+
+
+def refuse_other_tokens(source: str, tokenizer: Tokenizer | None) -> None:
+    """Raises DataError where the data's ids mean other text than the ids that the pretrained model has learned."""
+    from llm_trainer.data.tokenizer import Tokenizer
+    from llm_trainer.inference.loading import find_model
+
+    folder = find_model(source)
+    if tokenizer is None or not (folder / "tokenizer.json").is_file():
+        return
+    learned = Tokenizer.load(folder)
+    for token in range(min(tokenizer.vocab_size, learned.vocab_size)):
+        here, there = tokenizer.token_bytes(token), learned.token_bytes(token)
+        if here != there:
+            raise DataError(
+                f"the data was prepared with another tokenizer than that of {source}: id {token} is {here!r} in the data and {there!r} "
+                f"there; prepare it with --tokenizer_path {source}"
+            )
 
 
 def _with_changes(source: str, shape: ModelConfig, said: ModelConfig) -> ModelConfig:

@@ -48,7 +48,7 @@ def tell_end(trainer: Trainer, result: TrainingResult, console: Console) -> None
         rows["best"] = f"validation loss {result.best_validation_loss:.4f}"
     if folder is not None:
         rows["model in"] = str(folder)
-    page = _write_page(trainer)
+    page = _write_page(trainer) if result.ended_by != "evaluated" else None
     if page is not None:
         rows["report"] = str(page)
     if result.ended_by in ("preempted", "time"):

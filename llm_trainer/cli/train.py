@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from llm_trainer.cli.doors import TRAIN, TRAIN_FRAMEWORK, TRAIN_FROM_FILE, TRAIN_ORCHESTRATOR
 from llm_trainer.cli.opening import new_console, open_door
 from llm_trainer.config import RunConfig, UsageError
-from llm_trainer.config.environment import launch_environment
+from llm_trainer.config.environment import launch_environment, use_compile_cache
 from llm_trainer.config.loading import Door, LoadedRun
 
 if TYPE_CHECKING:
@@ -70,20 +70,24 @@ class Assembled:
 def assemble(loaded: LoadedRun, console: Console, fallbacks: Sequence[str] = ()) -> Assembled:
     """Open the data, build or load the model, and write into the settings what was resolved on the way."""
     from llm_trainer.cli.resuming import resume_source, resumed_config
-    from llm_trainer.cli.run_data import find_data
-    from llm_trainer.cli.run_model import new_model, pretrained_model, shape_for
+    from llm_trainer.cli.run_data import find_data, refuse_idle
+    from llm_trainer.cli.run_model import is_pretrained, new_model, pretrained_model, refuse_other_tokens, shape_for, use_tokenizer_of
     from llm_trainer.data.prepared import require_vocabulary
 
+    refuse_idle(loaded)
     source = resume_source(loaded.config.training)
     config = loaded.config if source is None else resumed_config(loaded, source, console)
+    if is_pretrained(config.training.init_from) and source is None:
+        use_tokenizer_of(config.training.init_from, config.data)
     data = find_data(config.data, console, fallbacks)
     config.data.data_dir = str(data.folder)
     if source is not None:
         model = new_model(config.model, config.training.seed)  # the checkpoint's weights replace these
-    elif config.training.init_from == "scratch":
-        model = new_model(shape_for(config.model, data.prepared, loaded.origins), config.training.seed)
-    else:
+    elif is_pretrained(config.training.init_from):
         model = pretrained_model(config.training.init_from, config.model)
+        refuse_other_tokens(config.training.init_from, data.prepared.tokenizer)
+    else:
+        model = new_model(shape_for(config.model, data.prepared, loaded.origins), config.training.seed)
     config.model = model.config
     require_vocabulary(data.prepared.train, model.config.vocab_size)
     return Assembled(config, model, data)
@@ -95,9 +99,18 @@ def run_training(parts: Assembled, console: Console, command: str) -> int:
     from llm_trainer.training.trainer import Trainer
 
     prepared = parts.data.prepared
-    trainer = Trainer(parts.model, parts.config, prepared.train, prepared.validation, tokenizer=prepared.tokenizer, console=console)
+    trainer = Trainer(
+        parts.model,
+        parts.config,
+        prepared.train,
+        prepared.validation,
+        tokenizer=prepared.tokenizer,
+        console=console,
+        cache_dir=use_compile_cache(),
+    )
     tell_start(trainer, parts.data.folder, console)
     result = trainer.train()
-    record_facts(trainer, parts.data, result, command)
+    if result.ended_by != "evaluated":
+        record_facts(trainer, parts.data, result, command)
     tell_end(trainer, result, console)
     return result.exit_status

@@ -186,3 +186,27 @@ def test_a_settings_file_with_twins_is_refused(place: Path, fails: Fails) -> Non
     assert "max_steps" in fails("train", "--config=twins.json", status=2)
     (place / "list.json").write_text(json.dumps([1]), encoding="utf-8")
     assert "list.json" in fails("train", "--config=list.json", status=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--data_dir=data/prepared/text", "--input=text.txt"], "input"),
+        (["--data_dir=data/prepared/text", "--min_length=5"], "min_length"),
+        (["--data_dir=data/prepared/text", "--tokenizer_type=char"], "tokenizer_type"),
+    ],
+)
+def test_a_setting_of_data_that_would_have_no_effect_is_refused(place: Path, fails: Fails, arguments: list[str], named: str) -> None:
+    assert named in fails("train", *arguments, status=2)
+
+
+def test_data_of_another_tokenizer_than_the_pretrained_models_is_refused(place: Path, fails: Fails) -> None:
+    assert main(["prepare", "--input=text.txt", "--output_dir=other", "--tokenizer_type=char"]) == 0
+    said = fails("train", "--data_dir=other", "--init_from=checkpoints", "--output_dir=tuned", "--max_steps=1", status=1)
+    assert "id " in said
+    assert "--tokenizer_path checkpoints" in said
+
+
+def test_a_shape_that_contradicts_pretrained_weights_is_refused(place: Path, fails: Fails) -> None:
+    said = fails("train", "--data_dir=data/prepared/text", "--init_from=checkpoints", "--num_layers=5", "--output_dir=tuned", status=2)
+    assert "num_hidden_layers" in said

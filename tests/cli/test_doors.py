@@ -268,3 +268,23 @@ def test_the_all_in_one_model_is_found_under_models_final(tmp_path: Path, monkey
     publish_final(final)
     publish_final(final)
     assert Path("models/final/model.safetensors").read_text(encoding="utf-8") == "first"
+
+
+def test_text_for_a_pretrained_model_is_prepared_with_its_tokenizer(place: Path) -> None:
+    """And dropout and a shorter context may be said beside the weights, which start where the checkpoint ended."""
+    command = ["train", "--input=text.txt", "--data.output_dir=again", "--init_from=checkpoints", "--output_dir=tuned", "--max_steps=1"]
+    assert (
+        main([*command, "--batch_size=2", "--compile=off", "--dropout=0.1", "--max_seq_len=16", "--eval_at_start", "--learning_rate=0"])
+        == 0
+    )
+    settings = json.loads((place / "tuned/run.json").read_text(encoding="utf-8"))
+    assert (settings["model"]["dropout"], settings["model"]["max_position_embeddings"], settings["model"]["vocab_size"]) == (0.1, 16, 300)
+    losses = [json.loads(line) for line in (place / "tuned/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    before = [json.loads(line) for line in (place / "checkpoints/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    final = next(line["val_loss"] for line in reversed(before) if "val_loss" in line)
+    assert next(line["val_loss"] for line in losses if "val_loss" in line) == pytest.approx(final, rel=0.1)
+
+
+def test_evaluating_only_writes_no_report(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--resume=checkpoints", "--eval_only"]) == 0
+    assert "perplexity" in capsys.readouterr().out
