@@ -85,7 +85,7 @@ def record_facts(trainer: Trainer, data: RunData, result: TrainingResult, comman
         headline={"parameters": short(_parameters(trainer)), "training time": str(timedelta(seconds=round(result.seconds)))},
         model={
             "shape": f"{config.model_type}, {config.num_hidden_layers} layers × {config.hidden_size}, {config.num_attention_heads} heads",
-            **{part: f"{count:,}" for part, count in _by_kind(parameter_counts(trainer.model)).items()},
+            **{f"parameters in {part}": f"{count:,}" for part, count in _by_kind(parameter_counts(trainer.model)).items() if count},
         },
         data={
             "folder": str(data.folder),

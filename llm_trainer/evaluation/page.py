@@ -21,7 +21,7 @@ main { max-width: 1080px; margin: 0 auto; padding: 32px 20px 64px; }
 h1 { font-size: 26px; margin: 0 0 4px; letter-spacing: -.01em; overflow-wrap: anywhere; }
 h2 { font-size: 18px; margin: 36px 0 12px; }
 p.sub { margin: 0; color: var(--soft); overflow-wrap: anywhere; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 24px 0; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(126px, 1fr)); gap: 12px; margin: 24px 0; }
 .figure, figure.chart, .sample, .card { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; }
 .figure { padding: 12px 16px; }
 .figure b { display: block; font-size: 22px; font-variant-numeric: tabular-nums; letter-spacing: -.01em; }
@@ -46,7 +46,7 @@ svg { width: 100%; height: auto; display: block; } .grid { stroke: var(--rule); 
 .sample pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, monospace; }
 .sample mark { background: var(--mark); color: inherit; border-radius: 3px; }
 .sample small { color: var(--soft); display: block; margin-bottom: 6px; }
-.tables { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 14px; align-items: start; }
+.tables { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); gap: 14px; align-items: start; }
 .card { padding: 6px 16px 10px; } .card summary { cursor: pointer; font-weight: 600; padding: 6px 0; }
 table { border-collapse: collapse; width: 100%; font-size: 13px; }
 td { padding: 3px 0; border-top: 1px solid var(--rule); vertical-align: top; overflow-wrap: anywhere; }

@@ -288,3 +288,8 @@ def test_text_for_a_pretrained_model_is_prepared_with_its_tokenizer(place: Path)
 def test_evaluating_only_writes_no_report(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--resume=checkpoints", "--eval_only"]) == 0
     assert "perplexity" in capsys.readouterr().out
+
+
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "llm_trainer", "--version"], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.stdout.startswith("llm-trainer ")
