@@ -10,6 +10,7 @@ if __name__ == "__main__":
 
 import torch
 
+from llm_trainer.cli.freed_memory import keep_freed_memory
 from llm_trainer.config import ModelConfig, TrainingConfig
 from llm_trainer.data.sampling import Batch
 from llm_trainer.model.transformer import Transformer
@@ -60,7 +61,8 @@ class Steps:
 
 
 def build(shape: Shape, precision: str, compiled: bool) -> Run:
-    """For serving."""
+    """For serving; memory as `llm-trainer train` handles it."""
+    keep_freed_memory()
     return Steps(shape, precision, "on" if compiled else "off").run
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_trainer.cli.doors import QUICKSTART, QuickstartOptions
+from llm_trainer.cli.freed_memory import keep_freed_memory
 from llm_trainer.cli.opening import new_console, open_door
 from llm_trainer.cli.train import Assembled
 from llm_trainer.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
@@ -136,6 +137,7 @@ def talk_and_report(parts: Assembled, own: QuickstartOptions, console: Console, 
     from llm_trainer.training.trainer import Trainer
 
     prepared = parts.data.prepared
+    keep_freed_memory()
     trainer = Trainer(parts.model, parts.config, prepared.train, prepared.validation, tokenizer=prepared.tokenizer, console=console)
     tell_start(trainer, parts.data.folder, console)
     result = trainer.train()

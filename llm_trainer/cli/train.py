@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llm_trainer.cli.doors import TRAIN, TRAIN_FRAMEWORK, TRAIN_FROM_FILE, TRAIN_ORCHESTRATOR
+from llm_trainer.cli.freed_memory import keep_freed_memory
 from llm_trainer.cli.opening import new_console, open_door
 from llm_trainer.config import RunConfig, UsageError
 from llm_trainer.config.environment import launch_environment, use_compile_cache
@@ -98,6 +99,7 @@ def run_training(parts: Assembled, console: Console, command: str) -> int:
     from llm_trainer.cli.telling import record_facts, tell_end, tell_start
     from llm_trainer.training.trainer import Trainer
 
+    keep_freed_memory()
     prepared = parts.data.prepared
     trainer = Trainer(
         parts.model,

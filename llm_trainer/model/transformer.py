@@ -12,15 +12,14 @@ a compiled block serves for all of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llm_trainer.config.errors import UsageError
 from llm_trainer.config.model import ModelConfig
+from llm_trainer.model.activations import ACTIVATIONS
 from llm_trainer.model.attention import attend
 from llm_trainer.model.cache import KVCache, LayerCache, Place
 from llm_trainer.model.norms import RMSNorm
@@ -108,26 +107,6 @@ class Attention(nn.Module):
 
 def _attention_dropout(config: ModelConfig) -> float:
     return config.dropout if config.attention_dropout is None else config.attention_dropout
-
-
-def relu_squared(x: Tensor) -> Tensor:
-    """max(x, 0)², as in Primer (So et al. 2021, arXiv:2109.08668)."""
-    return F.relu(x).square()
-
-
-def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU by its tanh approximation, as GPT-2 computes it."""
-    return F.gelu(x, approximate="tanh")
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": gelu_tanh,
-    "relu": F.relu,
-    "relu2": relu_squared,
-    "silu": F.silu,
-    "swiglu": F.silu,  # of the gate
-}
 
 
 class MLP(nn.Module):

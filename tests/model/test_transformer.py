@@ -199,7 +199,7 @@ def test_bf16_autocast_stays_near_fp32_and_keeps_attention_in_bf16(shape):
         return original(query, *rest, **more)
 
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        patch.setattr("llm_trainer.model.transformer.F.scaled_dot_product_attention", watched)
+        patch.setattr("llm_trainer.model.attention.F.scaled_dot_product_attention", watched)
         half = model(ids, document_ids=(torch.arange(LENGTH) // 7).expand(ROWS, -1))
     assert set(seen) == {torch.bfloat16}
     full = model(ids, document_ids=(torch.arange(LENGTH) // 7).expand(ROWS, -1))
