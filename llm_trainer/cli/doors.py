@@ -173,6 +173,7 @@ SAMPLE = Door(
         "generation.temperature": 0.8,
         "generation.top_k": 200,
         "generation.seed": 1337,
+        "generation.slide": True,
     },
     positional_config=True,
 )

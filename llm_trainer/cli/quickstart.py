@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from llm_trainer.model.transformer import Transformer
 
 CONTEXT = 256
-BATCH = 16
+BATCH = 8  # many small steps learn more in two minutes than few large ones
 MAX_PASSES = 8.0  # over a small text; more would only learn it by heart
 MIN_STEPS, MAX_STEPS = 60, 6000
-OPTIMIZER_SHARE = 1.2  # a whole step against its forward and backward pass
+OPTIMIZER_SHARE = 1.3  # a whole step against its forward and backward pass
 TOKENIZER_MEGABYTES = 4.0
 BUILTIN_PROMPTS = ("def __init__(self, ", "The ", "import os\n")
 PROMPT_TOKENS = 6
@@ -94,11 +94,12 @@ def plan(own: QuickstartOptions, data: RunData, console: Console) -> Assembled:
         output_dir=own.output_dir,
         batch_size=BATCH,
         optimizer="muon",
-        learning_rate=3e-3,
+        learning_rate=5e-3,
+        muon_learning_rate=0.03,
         weight_decay=0.05,
         seed=own.seed,
         logging_steps=10,
-        eval_iters=20,
+        eval_iters=40,
         save_interval=None,
         num_workers=1,
         compile="off",  # compiling takes longer than it could gain here
