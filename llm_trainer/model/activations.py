@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -37,7 +38,13 @@ class _EagerReluSquared(torch.autograd.Function):
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU by its tanh approximation, as GPT-2 computes it."""
+    """GELU by its tanh approximation, as GPT-2 computes it.
+
+    Compiled for a CPU it is x · sigmoid(2u), which is x · (1 + tanh u) / 2 and takes half the time there, tanh being slow.
+    """
+    if torch.compiler.is_compiling() and x.device.type == "cpu":
+        wide = x.float()
+        return (wide * torch.sigmoid(2.0 * math.sqrt(2.0 / math.pi) * (wide + 0.044715 * wide**3))).to(x.dtype)
     return F.gelu(x, approximate="tanh")
 
 
