@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from llm_trainer.data.sampling import Batch
 from llm_trainer.model.transformer import Transformer
-from llm_trainer.training.losses import LossMode, linear_cross_entropy_sum
+from llm_trainer.training.losses import LossMode, Workspace, linear_cross_entropy_sum
 
 
 class LossSum(NamedTuple):
@@ -36,12 +36,18 @@ class NextToken:
 
     def __init__(self, loss_mode: LossMode = "auto") -> None:
         self.loss_mode: LossMode = loss_mode
+        self._workspace = Workspace()
 
     def __call__(self, model: Transformer, batch: Batch) -> LossSum:
         """Labels are already shifted; -100 is not supervised."""
         hidden = model.hidden_states(batch.input_ids, document_ids=batch.document_ids)  # (B, T, C)
         total = linear_cross_entropy_sum(
-            hidden.flatten(0, 1), model.lm_head.weight, batch.labels.flatten(), mode=self.loss_mode, soft_cap=model.config.logit_soft_cap
+            hidden.flatten(0, 1),
+            model.lm_head.weight,
+            batch.labels.flatten(),
+            mode=self.loss_mode,
+            soft_cap=model.config.logit_soft_cap,
+            workspace=self._workspace,
         )
         return LossSum(total, (batch.labels != -100).sum())
 
