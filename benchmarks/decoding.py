@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import Figure, alternate, table, write_results
+from common import Figure, Target, alternate, finish, say_load
 
 from llm_trainer.config.generation import GenerationConfig
 from llm_trainer.config.model import ModelConfig
@@ -47,10 +47,10 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--precisions", default="fp32,bf16")
-    parser.add_argument("--quick", action="store_true", help="default settings only: nothing is compiled")
+    parser.add_argument("--quick", action="store_true", help="nothing is compiled")
     options = parser.parse_args()
     figures: list[Figure] = []
-    differ = False
+    differ, load = False, say_load()
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(Transformer(SHAPE, torch.Generator().manual_seed(0)), folder)
         for precision in options.precisions.split(","):
@@ -63,11 +63,21 @@ def main() -> int:
                 note = "other ids than transformers" if name in unequal else "same ids"
                 figures.append(Figure(f"{precision}, 1 sequence", name, "tokens/s", rounds, "" if name == "transformers" else note))
     baselines = {figure.work: "transformers" for figure in figures}
-    print(table(figures, baselines))
-    print("written to", write_results("decoding", figures, baselines, " ".join(["python", *sys.argv])))
+    status = finish("decoding", figures, baselines, " ".join(["python", *sys.argv]), targets(figures), [load])
     if differ:
         print("in fp32 the ids differ: one of the two computes something else", file=sys.stderr)
-    return int(differ)
+    return 1 if differ else status
+
+
+def targets(figures: list[Figure]) -> list[Target]:
+    """Our best against the best of the peer, of each precision."""
+    found = []
+    for work in dict.fromkeys(figure.work for figure in figures):
+        medians = {figure.contestant: figure.median for figure in figures if figure.work == work}
+        ours = max(median for name, median in medians.items() if name.startswith("ours"))
+        default = medians["transformers"]
+        found.append(Target(f"decoding, {work}, ours at best ÷ transformers' generate", ours / default, 2.5 if "bf16" in work else 2.0))
+    return found
 
 
 def build(folder: Path, dtype: torch.dtype, compiled: bool) -> dict[str, Generate]:
@@ -94,7 +104,7 @@ def _transformers(folder: Path, dtype: torch.dtype, static: bool) -> Generate:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     best: dict[str, object] = {}
     if static:
-        compiling = CompileConfig(fullgraph=False)
+        compiling = CompileConfig(mode="default")
         compiling._compile_all_devices = True  # without it nothing is compiled on a CPU
         best = {"cache_implementation": "static", "compile_config": compiling}
 

@@ -20,6 +20,7 @@ class GenerationConfig(Section):
     seed: int | None = setting(None, "of the draw; the same seed gives the same text whatever else is in the batch", ge=0)
     num_samples: int = setting(1, "answers a prompt", aliases=("n",), gt=0)
     ignore_eos: bool = setting(False, "go on past the end of text")
+    slide: bool = setting(False, "where the context is full, forget its first half and go on; false: the answer ends there")
     stream: bool = setting(True, "print as it is drawn")
 
 

@@ -29,7 +29,9 @@ class Answer:
 class GrowingAnswer:
     """A row of the batch, from its prompt to its end.
 
-    It ends at an end-of-text token, at a stop string, after `max_new_tokens`, or where prompt and answer fill the model's context.
+    It ends at an end-of-text token, at a stop string, after `max_new_tokens`, or where prompt and answer fill the model's context, unless
+    it slides: then the model goes on from the latter half of what it saw (nanoGPT's sample.py drops one token a step instead, and
+    reads the whole context anew for each).
     """
 
     def __init__(
@@ -43,15 +45,17 @@ class GrowingAnswer:
         token_bytes: Callable[[int], bytes] | None = None,
     ) -> None:
         """`sample` numbers the answers to one prompt; `token_bytes` turns ids to text, and without it there is none."""
-        if len(prompt_ids) > context:
-            raise UsageError(f"the prompt has {len(prompt_ids)} tokens, but the model's context is {context}; shorten it")
+        if len(prompt_ids) > context and not settings.slide:
+            raise UsageError(f"the prompt has {len(prompt_ids)} tokens, but the model's context is {context}; shorten it, or set slide")
         self.prompt_ids = list(prompt_ids)
         self.settings = settings
         self.sampling = SamplingRow(settings, prompt_ids, sample)
         self.ids: list[int] = []
         self.text = ""
         self.finish_reason: FinishReason | None = None
-        self._room = min(settings.max_new_tokens, context - len(prompt_ids))
+        self._context = context
+        self._first_seen = max(0, len(prompt_ids) - context)
+        self._room = settings.max_new_tokens if settings.slide else min(settings.max_new_tokens, context - len(prompt_ids))
         self._end_ids = frozenset() if settings.ignore_eos else frozenset(end_ids)
         self._stream = TextStream(settings.stop)
         self._token_bytes = token_bytes
@@ -59,14 +63,26 @@ class GrowingAnswer:
             self.finish_reason = "length"
 
     @property
+    def seen_ids(self) -> list[int]:
+        """The tokens of prompt and answer that the model looks back on."""
+        return (self.prompt_ids + self.ids)[self._first_seen :]
+
+    @property
     def length(self) -> int:
-        """Tokens of prompt and answer."""
-        return len(self.prompt_ids) + len(self.ids)
+        """How many tokens those are; the next one has this position."""
+        return len(self.prompt_ids) + len(self.ids) - self._first_seen
 
     @property
     def longest(self) -> int:
-        """Tokens of prompt and answer when it goes on to its limit."""
-        return len(self.prompt_ids) + self._room
+        """How many they may become."""
+        return min(len(self.prompt_ids) + self._room, self._context)
+
+    def slide(self) -> bool:
+        """Forget the first half of the context if it is full; whether it was."""
+        if self.length <= self._context:
+            return False
+        self._first_seen += self.length - max(1, self._context // 2)
+        return True
 
     @property
     def last_id(self) -> int:

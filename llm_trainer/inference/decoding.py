@@ -31,7 +31,7 @@ def decode(
     rows = [answer for answer in answers if answer.finish_reason is None]
     if not rows:
         return
-    cache, logits = _read_prompts(model, rows)
+    cache, logits = _read(model, rows)
     sampler = _sampler(model, rows, vocab_size)
     while True:
         drawn = sampler(logits[:, :vocab_size]).tolist()
@@ -43,6 +43,9 @@ def decode(
             rows = [rows[index] for index in going_on]
             cache = cache.select(going_on)
             sampler = _sampler(model, rows, vocab_size)
+        if any([row.slide() for row in rows]):  # a list: each must be asked
+            cache, logits = _read(model, rows)
+            continue
         logits = step([row.last_id for row in rows], [row.length - 1 for row in rows], cache)
 
 
@@ -50,12 +53,11 @@ def _sampler(model: Transformer, rows: Sequence[GrowingAnswer], vocab_size: int)
     return Sampler([row.sampling for row in rows], vocab_size, model.wte.weight.device)
 
 
-def _read_prompts(model: Transformer, rows: Sequence[GrowingAnswer]) -> tuple[KVCache, Tensor]:
-    """Fill a cache with all prompts; logits (B, V) of the token that follows each."""
+def _read(model: Transformer, rows: Sequence[GrowingAnswer]) -> tuple[KVCache, Tensor]:
+    """Fill a new cache with what each row has so far; logits (B, V) of the token that follows."""
     weight = model.wte.weight
-    lengths = [len(row.prompt_ids) for row in rows]
-    longest = max(lengths)
-    padded = torch.tensor([row.prompt_ids + [0] * (longest - len(row.prompt_ids)) for row in rows], device=weight.device)
+    lengths = [row.length for row in rows]
+    padded = torch.tensor([row.seen_ids + [0] * (max(lengths) - row.length) for row in rows], device=weight.device)
     cache = KVCache(model.config, len(rows), max(row.longest for row in rows), weight.device, weight.dtype)
     hidden = model.hidden_states(padded, cache=cache)
     last = hidden[torch.arange(len(rows), device=weight.device), torch.tensor(lengths, device=weight.device) - 1]

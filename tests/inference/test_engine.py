@@ -147,6 +147,20 @@ def test_generation_ends_where_the_context_is_full() -> None:
         model.generate_ids(prompts((17,)), greedy())
 
 
+@pytest.mark.parametrize("shape", ["gpt2", "llama"])
+def test_a_sliding_answer_goes_on_from_the_latter_half_of_a_full_context(shape: str) -> None:
+    model = make(shape, None, context=12)
+    ragged = prompts((3, 12, 9, 17))
+    answers = model.generate_ids(ragged, [greedy(count, slide=True) for count in (30, 25, 4, 20)])
+    assert [len(answer.ids) for answer in answers] == [30, 25, 4, 20]
+    for prompt, answer in zip(ragged, answers, strict=True):
+        seen = prompt[-12:]
+        for token in answer.ids:
+            seen = seen[-6:] if len(seen) > 12 else seen
+            assert token == without_cache(model, seen, 1)[0]
+            seen = [*seen, token]
+
+
 def test_padding_rows_of_the_embedding_are_never_drawn(tokenizer: Tokenizer) -> None:
     model = make("gpt2", tokenizer)
     with torch.no_grad():
