@@ -16,8 +16,8 @@ import torch
 
 from llm_trainer.config.errors import CheckpointError, DataError, UsageError
 from llm_trainer.config.run_folder import resolve_model_folder
-from llm_trainer.data.nanogpt import read_vocabulary
-from llm_trainer.data.tokenizer import Tokenizer
+from llm_trainer.data.nanogpt import META_FILE, read_vocabulary
+from llm_trainer.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from llm_trainer.inference.engine import LanguageModel
 from llm_trainer.model.huggingface import SHORT_NAMES, fetch_from_hub, load_pretrained
 from llm_trainer.model.transformer import Transformer
@@ -26,6 +26,7 @@ __all__ = ["LanguageModel", "find_model", "load_model", "load_tokenizer", "load_
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PICKLES = (".pt", ".pth", ".ckpt")
+DATA_FOLDER = Path("data")  # nanoGPT's, from where one stands
 
 
 def load_model(path: str | Path, device: str = "auto", precision: str = "auto", compile: str = "auto") -> tuple[LanguageModel, Tokenizer]:
@@ -64,10 +65,19 @@ def find_model(spec: str) -> Path:
 
 
 def load_tokenizer(source: Path) -> Tokenizer:
-    """The tokenizer that lies with a model; for nanoGPT's file, its `meta.pkl` or else GPT-2's, as its sample.py does."""
+    """The tokenizer that lies with a model.
+
+    For nanoGPT's file: `meta.pkl` or tokenizer.json beside it, else in `data/<the dataset it names>`, else GPT-2's, as its sample.py does.
+    """
     if source.is_dir():
         return Tokenizer.load(source)
-    tokenizer, _, notes = read_vocabulary(source.parent)
+    from llm_trainer.model.nanogpt import dataset_of
+
+    places = [source.parent]
+    if dataset := dataset_of(source):
+        places.append(DATA_FOLDER / dataset)
+    holding = [place for place in places if any((place / name).is_file() for name in (META_FILE, TOKENIZER_FILE))]
+    tokenizer, _, notes = read_vocabulary(holding[0] if holding else source.parent)
     if tokenizer is None:
         raise DataError(f"{source}: {'; '.join(notes)}; put tokenizer.json or meta.pkl beside it")
     return tokenizer

@@ -41,6 +41,13 @@ def load_nanogpt(path: str | Path, device: torch.device | str = "cpu", dtype: to
     return model.eval()
 
 
+def dataset_of(path: str | Path) -> str | None:
+    """The name of the folder in `data/` that the checkpoint was trained on, where it says so: its vocabulary is there."""
+    config = _unpickle_data(Path(path)).get("config")
+    name = config.get("dataset") if isinstance(config, Mapping) else None
+    return name if isinstance(name, str) and name and Path(name).name == name else None
+
+
 def _unpickle_data(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist")

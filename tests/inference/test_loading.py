@@ -1,4 +1,5 @@
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from llm_trainer.config.run_folder import write_manifest
 from llm_trainer.data.tokenizer import Tokenizer
 from llm_trainer.inference.loading import load_model, resolve_device
 from llm_trainer.model.huggingface import save_pretrained
+from llm_trainer.model.huggingface_weights import Entry, entries
 from llm_trainer.model.transformer import Transformer
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 8
@@ -24,6 +26,11 @@ def saved(folder: Path, seed: int = 0, **shape: object) -> Path:
     tokenizer.save(folder)
     write_manifest(folder)
     return folder
+
+
+def unmatched_entries(model: Transformer) -> list[Entry]:
+    """nanoGPT's names, with matrices as nn.Linear has them."""
+    return [Entry(entry.theirs, entry.ours) for entry in entries(dict(model.named_parameters()), "gpt2")]
 
 
 def test_every_spelling_of_a_checkpoint_gives_the_same_text(tmp_path: Path) -> None:
@@ -67,6 +74,24 @@ def test_a_model_of_the_hub_may_name_several_ends(tmp_path: Path) -> None:
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 4]}), encoding="utf-8")
     model, tokenizer = load_model(folder)
     assert model.end_ids >= {3, 4, tokenizer.eos_id}
+
+
+@pytest.mark.parametrize("place", ["out", "data/mine"])
+def test_nanogpts_checkpoint_takes_the_vocabulary_of_its_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 5, "bias": False, "dropout": 0.0}
+    model = Transformer(ModelConfig(model_type="gpt2", activation="gelu", **sizes))
+    weights = {entry.theirs: entry.join(dict(model.named_parameters())) for entry in unmatched_entries(model)}
+    Path("out").mkdir()
+    torch.save({"model_args": sizes, "model": weights, "config": {"dataset": "mine"}}, "out/ckpt.pt")
+    Path(place).mkdir(parents=True, exist_ok=True)
+    characters = "abc\n "
+    Path(place, "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 5, "itos": dict(enumerate(characters)), "stoi": {}}))
+    loaded, tokenizer = load_model("out")
+    assert tokenizer.encode("cab") == [2, 0, 1]
+    ids = torch.tensor([[2, 0, 1]])
+    torch.testing.assert_close(loaded.model(ids), model(ids))
+    assert set(loaded.generate("cab", seed=0, max_tokens=5)) <= set(characters)
 
 
 @pytest.mark.parametrize(
