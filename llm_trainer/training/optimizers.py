@@ -6,31 +6,23 @@ parameters are left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, cast
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 
 from llm_trainer.config import TrainingConfig, UsageError
-from llm_trainer.training.muon import BatchedMuon
+from llm_trainer.training.muon import BatchedMuon, undecorated
 
 Named = list[tuple[str, nn.Parameter]]
 
 
-def _undecorated(function: Callable[..., Any]) -> Callable[..., Any]:
-    return cast(Callable[..., Any], getattr(function, "__wrapped__", function))
-
-
 class AdamW(torch.optim.AdamW):
-    """torch's AdamW without its decorators for compiled optimizers: those import torch._dynamo, 1.4 s that an eager run need not spend.
+    """torch's AdamW without its decorators for compiled optimizers: the methods are torch's own, an eager run starts 1.4 s sooner."""
 
-    The methods are torch's own; only their wrappers, which do nothing unless the optimizer itself is compiled, are left off.
-    """
-
-    add_param_group = _undecorated(torch.optim.Optimizer.add_param_group)
-    zero_grad = _undecorated(torch.optim.Optimizer.zero_grad)
-    step = torch.no_grad()(_undecorated(torch.optim.AdamW.step))
+    add_param_group = undecorated(torch.optim.Optimizer.add_param_group)
+    zero_grad = undecorated(torch.optim.Optimizer.zero_grad)
+    step = torch.no_grad()(undecorated(torch.optim.AdamW.step))
 
 
 def build_optimizers(model: nn.Module, training: TrainingConfig) -> list[torch.optim.Optimizer]:

@@ -115,6 +115,9 @@ class Trainer:
         self._stored_scaler: dict[str, float | int] = {}
         self._resumed_from: Path | None = None
         self._progress: ProgressReporter | None = None
+        # Until `train` has measured; enough for `evaluate`.
+        self.precision = Precision("fp32" if training.precision == "auto" else training.precision, self.device)
+        self._compile_mode: CompileMode = "off"
 
     @property
     def current_step(self) -> int:
@@ -171,7 +174,7 @@ class Trainer:
         self.model.train()
         choice = self._tune()
         self.state.precision, self.state.compile = choice.precision, choice.compile
-        self._compile_mode: CompileMode = choice.compile
+        self._compile_mode = choice.compile
         self.precision = Precision(choice.precision, self.device)
         self.precision.load_state_dict(self._stored_scaler)
         self._micro_batches = self._open_batches()
@@ -198,8 +201,7 @@ class Trainer:
     def _tune(self) -> Choice:
         """Precision and compilation: as said, as before a resume, or as this machine does it fastest."""
         if self.training.eval_only:
-            precision = self.state.precision or ("fp32" if self.training.precision == "auto" else self.training.precision)
-            return Choice(cast(PrecisionName, precision), "off")
+            return Choice(cast(PrecisionName, self.state.precision or self.precision.name), "off")
         steps_left = max(0, self.length.steps - self.state.step)
         batch = self.sampler.batch(self.state.samples, self.batches.micro_batch_size)
         return choose(

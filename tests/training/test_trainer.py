@@ -94,6 +94,12 @@ def test_evaluating_only_changes_and_saves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
+def test_a_trainer_evaluates_without_training(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path / "run", precision="auto")
+    assert trainer.evaluate().loss == pytest.approx(math.log(32), abs=0.5)
+    assert not (tmp_path / "run").exists()
+
+
 def test_accumulated_training_is_whole_training(tmp_path: Path) -> None:
     weights = []
     for micro, accumulation in ((8, 1), (4, 2), (2, 4)):
