@@ -5,7 +5,7 @@ its name in one rename. Before that there is nothing that could be mistaken for 
 name is taken (`best_model`, or a step saved again) the earlier holder steps aside to `.old-<name>` first, which readers accept for the
 instant in which it is the only one. Older checkpoints are removed only after the new one lies verified in its place.
 
-A checkpoint is the folder that `architecture.md` draws: weights and `config.json` as Hugging Face has them, the tokenizer, `optimizer/`,
+A checkpoint is a folder: weights and `config.json` as Hugging Face has them, the tokenizer, `optimizer/`,
 `state.json`, `run.json`, `manifest.json`. Nothing is pickled. The alternative not taken, `torch.save`, needs unpickling, which runs what
 a stranger put in the file.
 """

@@ -1,7 +1,7 @@
 """What a model is trained to do: a function of the model and a batch that returns a sum of losses and the tokens it is over.
 
 A sum and a count, never a mean: the step divides once by the tokens of all its micro-batches (and ranks), so accumulation, packing and
-ragged labels cannot change the gradient. A mean of means would (needs.md row 2: transformers#34191). Distillation and early exits are other
+ragged labels cannot change the gradient. A mean of means would (transformers#34191). Distillation and early exits are other
 objectives for the same loop.
 """
 

@@ -1,6 +1,6 @@
 """Where and in which arithmetic the model runs.
 
-Weights, gradients and optimizer state are always fp32: in pure bf16 small updates are rounded away (needs.md row 11). bf16 and fp16
+Weights, gradients and optimizer state are always fp32: in pure bf16 small updates are rounded away. bf16 and fp16
 mean autocast, PyTorch's own choice of which operations may be narrow; fp16 adds a GradScaler, whose state is in the checkpoint.
 """
 
