@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llm_trainer.cli.boundary import guarded
-from llm_trainer.cli.waiting_threads import let_threads_sleep
+from llm_trainer.cli.process_settings import before_imports
 
 # Command → its module and what it does. Each module has `run(argv) -> int | None`.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -109,7 +109,7 @@ def _unknown(given: str) -> int:
 
 
 def _load(module: str, function: str) -> Callable[[list[str]], int | None]:
-    let_threads_sleep()
+    before_imports()
     loaded: Callable[[list[str]], int | None] = getattr(importlib.import_module(f"llm_trainer.cli.{module}"), function)
     return loaded
 

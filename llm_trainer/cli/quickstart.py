@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_trainer.cli.doors import QUICKSTART, QuickstartOptions
-from llm_trainer.cli.freed_memory import keep_freed_memory
 from llm_trainer.cli.opening import new_console, open_door
+from llm_trainer.cli.process_settings import keep_freed_memory
 from llm_trainer.cli.train import Assembled
 from llm_trainer.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from llm_trainer.config.durations import Duration

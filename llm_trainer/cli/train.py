@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llm_trainer.cli.doors import TRAIN, TRAIN_FRAMEWORK, TRAIN_FROM_FILE, TRAIN_ORCHESTRATOR
-from llm_trainer.cli.freed_memory import keep_freed_memory
 from llm_trainer.cli.opening import new_console, open_door
+from llm_trainer.cli.process_settings import keep_freed_memory
 from llm_trainer.config import RunConfig, UsageError
 from llm_trainer.config.environment import launch_environment, use_compile_cache
 from llm_trainer.config.loading import Door, LoadedRun
