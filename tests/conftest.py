@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
+
+# Before torch reads it: tests run side by side, one thread each; and sums are in one order in a test and in the processes that it starts,
+# which comparisons to the bit rely on.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from llm_trainer.config import DataConfig
 from llm_trainer.data.pipeline import prepare
