@@ -109,9 +109,14 @@ def table(figures: Sequence[Figure], baselines: Mapping[str, str]) -> str:
     for figure in figures:
         base = by_place.get((figure.work, baselines.get(figure.work, "")))
         ratio = "" if base is None else f"{figure.median / base.median:.2f}"
-        middle = f"{figure.median:.4g} {figure.unit} | ± {figure.spread / 2:.0%} | {ratio}"
+        middle = f"{_number(figure.median)} {figure.unit} | ± {figure.spread / 2:.0%} | {ratio}"
         lines.append(f"| {figure.work} | {figure.contestant} | {middle} | {figure.note} |")
     return "\n".join(lines)
+
+
+def _number(value: float) -> str:
+    """Four digits."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 @dataclass

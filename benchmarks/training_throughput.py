@@ -28,7 +28,10 @@ from workers.shapes import SHAPES, Shape
 HERE = Path(__file__).resolve().parent
 PEERS_PYTHON = HERE.parent / ".venv-peers" / "bin" / "python"
 PEERS = ("transformers", "LitGPT")
-WAYS = {"fp32": ("fp32", False), "bf16": ("bf16", False), "bf16 compiled": ("bf16", True)}
+FP32, BF16, COMPILED = ("--precision", "fp32"), ("--precision", "bf16"), ("--precision", "bf16", "--compile")
+WAYS = {"fp32": FP32, "bf16": BF16, "bf16 compiled": COMPILED}
+WHOLE_SCORES = ("--attention", "eager")  # transformers' name for attention by plain products: better than the fused one in bf16 on CPUs
+MORE_WAYS = {"transformers": {"bf16 eager attention": (*BF16, *WHOLE_SCORES), "bf16 eager attention compiled": (*COMPILED, *WHOLE_SCORES)}}
 WANTED, WANTED_OF_NANOGPT = 1.2, 3.0
 ROUND_SECONDS = 2.0
 
@@ -41,27 +44,24 @@ def main() -> int:
     parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="a clone of nanoGPT, to take part")
     parser.add_argument("--quick", action="store_true", help="nothing is compiled")
     options = parser.parse_args()
-    ways = {name: way for name, way in WAYS.items() if not (options.quick and way[1])}
     notes = [say_load()]
     if not PEERS_PYTHON.exists():
         notes.append("LitGPT did not take part: there is no .venv-peers")
     figures: list[Figure] = []
     for name in options.shapes.split(","):
-        figures += measure(name, ways, options.rounds, options.nanogpt, notes)
+        figures += measure(name, options.quick, options.rounds, options.nanogpt, notes)
     baselines = {figure.work: "transformers, fp32" for figure in figures}
     return finish("training_throughput", figures, baselines, " ".join(["python", *sys.argv]), _targets(figures), notes)
 
 
-def measure(name: str, ways: dict[str, tuple[str, bool]], rounds: int, nanogpt: Path | None, notes: list[str]) -> list[Figure]:
+def measure(name: str, is_quick: bool, rounds: int, nanogpt: Path | None, notes: list[str]) -> list[Figure]:
     """All contestants on one shape; those that fail to start are noted and left out."""
     shape = SHAPES[name]
-    commands = {f"{library}, {way}": (command, *settings) for library, command in _libraries().items() for way, settings in ways.items()}
-    if nanogpt is not None:
-        commands["nanoGPT, fp32"] = ([sys.executable, HERE / "workers" / "nanogpt.py"], "fp32", False)
+    commands = {name: words for name, words in _commands(nanogpt).items() if not (is_quick and "--compile" in words)}
     workers: dict[str, Worker] = {}
     try:
-        for contestant, (command, precision, compiled) in commands.items():
-            worker = Worker.start(command, name, precision, compiled, nanogpt)
+        for contestant, command in commands.items():
+            worker = Worker.start([*command, "--shape", name], nanogpt)
             if worker is None:
                 notes.append(f"{contestant} failed on {shape.in_words}")
                 continue
@@ -75,14 +75,19 @@ def measure(name: str, ways: dict[str, tuple[str, bool]], rounds: int, nanogpt: 
     return [Figure(shape.in_words, contestant, "tokens/s", rates) for contestant, rates in measured.items()]
 
 
-def _libraries() -> dict[str, list[str | Path]]:
-    libraries: dict[str, list[str | Path]] = {
-        "ours": [sys.executable, HERE / "workers" / "ours.py"],
-        "transformers": [sys.executable, HERE / "workers" / "transformers_gpt2.py"],
-    }
+def _commands(nanogpt: Path | None) -> dict[str, list[str]]:
+    """Each contestant's command but for the shape."""
+    libraries = {"ours": (sys.executable, "ours.py"), "transformers": (sys.executable, "transformers_gpt2.py")}
     if PEERS_PYTHON.exists():
-        libraries["LitGPT"] = [PEERS_PYTHON, HERE / "workers" / "litgpt_gpt.py"]
-    return libraries
+        libraries["LitGPT"] = (str(PEERS_PYTHON), "litgpt_gpt.py")
+    commands = {
+        f"{library}, {way}": [python, str(HERE / "workers" / file), *words]
+        for library, (python, file) in libraries.items()
+        for way, words in {**WAYS, **MORE_WAYS.get(library, {})}.items()
+    }
+    if nanogpt is not None:
+        commands["nanoGPT, fp32"] = [sys.executable, str(HERE / "workers" / "nanogpt.py"), *FP32]
+    return commands
 
 
 @dataclass
@@ -94,12 +99,11 @@ class Worker:
     steps: int = 0
 
     @classmethod
-    def start(cls, command: list[str | Path], shape: str, precision: str, compiled: bool, nanogpt: Path | None) -> Worker | None:
+    def start(cls, command: list[str], nanogpt: Path | None) -> Worker | None:
         """Start one and wait until it is ready; None where it failed."""
-        words = [*map(str, command), "--shape", shape, "--precision", precision, *(["--compile"] if compiled else [])]
         environment = {**os.environ, **({"NANOGPT": str(nanogpt.resolve())} if nanogpt else {})}
         process = subprocess.Popen(
-            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8", env=environment
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8", env=environment
         )
         answer = _answer(process)
         return None if answer is None else cls(process, answer["ready_seconds"])

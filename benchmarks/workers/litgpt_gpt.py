@@ -12,29 +12,28 @@ from litgpt import GPT, Config
 from litgpt.utils import chunked_cross_entropy
 
 from workers.plain import steps
-from workers.serving import Run, serve
-from workers.shapes import Shape
+from workers.serving import Request, Run, serve
 
 
-def build(shape: Shape, precision: str, compiled: bool) -> Run:
+def build(request: Request) -> Run:
     """Its own pretraining's loss (`chunked_cross_entropy` without chunks)."""
     torch.manual_seed(0)
     config = Config(
-        block_size=shape.context,
-        vocab_size=shape.vocabulary,
-        padded_vocab_size=shape.vocabulary,
-        n_layer=shape.layers,
-        n_head=shape.heads,
-        n_embd=shape.width,
+        block_size=request.shape.context,
+        vocab_size=request.shape.vocabulary,
+        padded_vocab_size=request.shape.vocabulary,
+        n_layer=request.shape.layers,
+        n_head=request.shape.heads,
+        n_embd=request.shape.width,
         parallel_residual=False,
     )
     model = GPT(config)
-    called = torch.compile(model) if compiled else model
+    called = torch.compile(model) if request.compiled else model
 
     def loss(ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return chunked_cross_entropy(called(ids), labels, chunk_size=0)
 
-    return steps(model, loss, shape, precision)
+    return steps(model, loss, request.shape, request.precision)
 
 
 if __name__ == "__main__":

@@ -14,27 +14,26 @@ import torch
 
 from model import GPT, GPTConfig
 from workers.plain import steps
-from workers.serving import Run, serve
-from workers.shapes import Shape
+from workers.serving import Request, Run, serve
 
 
-def build(shape: Shape, precision: str, compiled: bool) -> Run:
+def build(request: Request) -> Run:
     """Its own model, loss and optimizer; always tied."""
     torch.manual_seed(0)
     model = GPT(
         GPTConfig(
-            block_size=shape.context,
-            vocab_size=shape.vocabulary,
-            n_layer=shape.layers,
-            n_head=shape.heads,
-            n_embd=shape.width,
+            block_size=request.shape.context,
+            vocab_size=request.shape.vocabulary,
+            n_layer=request.shape.layers,
+            n_head=request.shape.heads,
+            n_embd=request.shape.width,
             dropout=0.0,
             bias=False,
         )
     )
-    called = torch.compile(model) if compiled else model
+    called = torch.compile(model) if request.compiled else model
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
-    return steps(model, lambda ids, labels: called(ids, labels)[1], shape, precision, optimizer)
+    return steps(model, lambda ids, labels: called(ids, labels)[1], request.shape, request.precision, optimizer)
 
 
 if __name__ == "__main__":

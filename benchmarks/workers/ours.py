@@ -19,7 +19,7 @@ from llm_trainer.training.objectives import NextToken, TrainingStep
 from llm_trainer.training.optimizers import build_optimizers
 from llm_trainer.training.precision import Precision
 from llm_trainer.training.step import forward_backward, update
-from workers.serving import Run, serve
+from workers.serving import Request, Run, serve
 from workers.shapes import Shape
 
 
@@ -60,10 +60,10 @@ class Steps:
             update(self.optimizers, self.parameters, loss, tokens, self.precision, 1.0)
 
 
-def build(shape: Shape, precision: str, compiled: bool) -> Run:
+def build(request: Request) -> Run:
     """For serving; memory as `llm-trainer train` handles it."""
     keep_freed_memory()
-    return Steps(shape, precision, "on" if compiled else "off").run
+    return Steps(request.shape, request.precision, "on" if request.compiled else "off").run
 
 
 if __name__ == "__main__":

@@ -11,33 +11,33 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from workers.plain import steps
-from workers.serving import Run, serve
-from workers.shapes import Shape
+from workers.serving import Request, Run, serve
 
 
-def build(shape: Shape, precision: str, compiled: bool) -> Run:
+def build(request: Request) -> Run:
     """Its own loss; the key-value cache, of no use in training, is off."""
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=shape.vocabulary,
-        n_positions=shape.context,
-        n_embd=shape.width,
-        n_layer=shape.layers,
-        n_head=shape.heads,
+        vocab_size=request.shape.vocabulary,
+        n_positions=request.shape.context,
+        n_embd=request.shape.width,
+        n_layer=request.shape.layers,
+        n_head=request.shape.heads,
         activation_function="gelu",
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
-        tie_word_embeddings=shape.tied,
+        tie_word_embeddings=request.shape.tied,
         use_cache=False,
+        attn_implementation=request.attention or None,
     )
     model = GPT2LMHeadModel(config)
-    called = torch.compile(model) if compiled else model
+    called = torch.compile(model) if request.compiled else model
 
     def loss(ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return called(input_ids=ids, labels=labels, shift_labels=labels).loss
 
-    return steps(model, loss, shape, precision)
+    return steps(model, loss, request.shape, request.precision)
 
 
 if __name__ == "__main__":
