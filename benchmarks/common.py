@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -9,10 +10,12 @@ import re
 import resource
 import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import IO
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -97,8 +100,13 @@ def run_command(command: Sequence[str | Path], folder: Path | None = None) -> Fi
     return Finished(seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done.stdout)
 
 
+_held: list[IO[str]] = []
+
+
 def say_load() -> str:
-    """How busy the machine was as the run began; a busy machine's figures are not to be believed."""
+    """Wait until no other benchmark runs here, then say how busy the machine is: a busy machine's figures are not to be believed."""
+    _held.append((Path(tempfile.gettempdir()) / "llm-trainer-benchmark.lock").open("w", encoding="utf-8"))
+    fcntl.flock(_held[-1], fcntl.LOCK_EX)  # until this process ends
     return f"load average before the run: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
 
 

@@ -49,6 +49,7 @@ def main() -> int:
     parser.add_argument("--precisions", default="fp32,bf16")
     parser.add_argument("--quick", action="store_true", help="nothing is compiled")
     options = parser.parse_args()
+    print(say_load())
     figures: list[Figure] = []
     differ, load = False, say_load()
     with tempfile.TemporaryDirectory() as folder:
