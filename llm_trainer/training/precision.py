@@ -45,6 +45,11 @@ class Precision:
         self.device = device
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16") if name == "fp16" else None
 
+    @property
+    def computing_dtype(self) -> torch.dtype:
+        """What products are computed in."""
+        return _DTYPES.get(self.name, torch.float32)
+
     def autocast(self) -> AbstractContextManager[object]:
         """The context of a forward pass."""
         if self.name == "fp32":

@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-import torch
 from rich.console import Console
 
 from llm_trainer.config import RunConfig, UsageError
@@ -27,26 +26,23 @@ from llm_trainer.data.shards import TokenDataset
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
 from llm_trainer.model.flops import estimate_flops
 from llm_trainer.model.transformer import Transformer
-from llm_trainer.training.autotune import Choice, Probe, choose
+from llm_trainer.training.autotune import Choice
 from llm_trainer.training.callbacks import Callback, EarlyStopping
 from llm_trainer.training.checkpoints import CheckpointStore, Snapshot, restore, write_run_file
-from llm_trainer.training.compilation import CompileMode, uncompiled
 from llm_trainer.training.console import ProgressReporter
+from llm_trainer.training.engine import build_engine
 from llm_trainer.training.metrics import MetricsTracker
-from llm_trainer.training.objectives import NextToken, Objective, TrainingStep
-from llm_trainer.training.optimizers import build_optimizers, peak_rates, set_rates
-from llm_trainer.training.parallel import replicate, shard
-from llm_trainer.training.precision import Precision, PrecisionName, resolve_device
+from llm_trainer.training.objectives import Objective
+from llm_trainer.training.precision import PrecisionName, resolve_device
 from llm_trainer.training.preemption import StopSignals
 from llm_trainer.training.ranks import Ranks
 from llm_trainer.training.resume import data_identity, read_resumption, resume_folder
 from llm_trainer.training.schedules import resolve_length, resolve_schedule
 from llm_trainer.training.shares import AchievedShares, count_sources
 from llm_trainer.training.state import TrainingResult, TrainingState
-from llm_trainer.training.step import Outcomes, SampleRange, StepOutcome, forward_backward, update
+from llm_trainer.training.step import Outcomes, SampleRange, StepOutcome
 from llm_trainer.training.throughput import Meter
-from llm_trainer.training.tuning import agreed_choice
-from llm_trainer.training.validation import ValidationResult, validate
+from llm_trainer.training.validation import ValidationResult
 
 _READ_AT_LEAST_EVERY = 10  # steps between two looks at what the device found, where a look makes the host wait
 
@@ -84,8 +80,6 @@ class Trainer:
         self.cache_dir = cache_dir
         self.store = store or CheckpointStore(self.run_dir, training.save_total_limit)
         self.device = resolve_device(training.device)
-        self.model = model.to(self.device)
-        self.objective = objective or NextToken(training.loss)
         self.context = model.config.max_position_embeddings
         self.batches = resolve_batches(training, self.ranks.count)
         self.sequences_per_step = self.batches.sequences_per_step(self.ranks.count)
@@ -96,14 +90,7 @@ class Trainer:
         self.length = resolve_length(
             training, samples_per_epoch=self.sampler.samples_per_epoch, sequences_per_step=self.sequences_per_step, context=self.context
         )
-        self._inner_step = TrainingStep(self.model, self.objective)
-        shard(self._inner_step, self.ranks)
-        self.optimizers = build_optimizers(model, training)
-        self._peaks = peak_rates(self.optimizers)
-        dropouts = (module.p for module in model.modules() if isinstance(module, torch.nn.Dropout))
-        has_dropout = model.config.attention_dropout or model.config.dropout or any(dropouts)
-        self._dropout_seed = training.seed if has_dropout else None  # None: the generator need not be seeded at every micro-batch
-        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.engine = build_engine(model, training, objective, self.ranks, self.device)
         self.callbacks: list[Callback] = [*callbacks]
         if training.early_stopping_patience is not None:
             self.callbacks.insert(0, EarlyStopping(training.early_stopping_patience, training.early_stopping_min_delta))
@@ -114,9 +101,11 @@ class Trainer:
         self._stored_scaler: dict[str, float | int] = {}
         self._resumed_from: Path | None = None
         self._progress: ProgressReporter | None = None
-        # Until `train` has measured; enough for `evaluate`.
-        self.precision = Precision("fp32" if training.precision == "auto" else training.precision, self.device)
-        self._compile_mode: CompileMode = "off"
+
+    @property
+    def model(self) -> Transformer:
+        """The model that is being trained; cut over the ranks where the plan says so."""
+        return self.engine.model
 
     @property
     def current_step(self) -> int:
@@ -145,21 +134,13 @@ class Trainer:
         """Loss over the validation split (or `eval_iters` batches of it) as the model is now. Raises UsageError without one."""
         if self.validation_tokens is None:
             raise UsageError("there is no validation split to evaluate on; prepare the data with val_ratio above 0")
-        with uncompiled(self._compile_mode):
-            return validate(
-                self.model,
-                self.validation_tokens,
-                self.context,
-                self.training.eval_batch_size or self.batches.micro_batch_size,
-                objective=self.objective,
-                device=self.device,
-                autocast=self.precision.autocast,
-                limit=self.training.eval_iters,
-                packing=Packing.of(self.config.data),
-                on_batch=self._show_validation,
-                step=self._inner_step,
-                ranks=self.ranks,
-            )
+        return self.engine.validate(
+            self.validation_tokens,
+            self.training.eval_batch_size or self.batches.micro_batch_size,
+            limit=self.training.eval_iters,
+            packing=Packing.of(self.config.data),
+            on_batch=self._show_validation,
+        )
 
     def _show_validation(self, batches: int) -> None:
         if self._progress is not None and batches % _READ_AT_LEAST_EVERY == 0:
@@ -171,18 +152,14 @@ class Trainer:
         if self.training.resume_from is not None:
             self._resume(self.training.resume_from)
         self._open_run_folder()
-        self._inner_step.objective = self.objective
         self.model.train()
         choice = self._tune()
-        self.step_module = replicate(self._inner_step, self.ranks)
         self.state.precision, self.state.compile = choice.precision, choice.compile
-        self._compile_mode = choice.compile
-        self.precision = Precision(choice.precision, self.device)
-        self.precision.load_state_dict(self._stored_scaler)
+        self.engine.start(choice.precision, choice.compile, self._stored_scaler)
         self._micro_batches = self._open_batches()
         self._shares = AchievedShares(self.state.source_tokens)
         flops = estimate_flops(self.model.config, self.context)
-        self.meter = Meter(flops / self.ranks.count, self.device, torch.float32 if self.precision.name == "fp32" else torch.bfloat16)
+        self.meter = Meter(flops / self.ranks.count, self.device, self.engine.precision.computing_dtype)
         resumed_step = self.state.step if self._resumed_from else None
         told_in = self.run_dir if self.ranks.is_main else None
         self.metrics_tracker = MetricsTracker(told_in, self.training.report_to, resumed_step=resumed_step, config=self.config)
@@ -216,18 +193,14 @@ class Trainer:
     def _tune(self) -> Choice:
         """Precision and compilation: as said, as before a resume, or as the main rank's machine does it fastest."""
         if self.training.eval_only:
-            return Choice(cast(PrecisionName, self.state.precision or self.precision.name), "off")
-        return agreed_choice(self.model, self.training, self.state, self.ranks, self.device, self._measure)
-
-    def _measure(self) -> Choice:
+            return Choice(cast(PrecisionName, self.state.precision or self.engine.precision.name), "off")
         steps_left = max(0, self.length.steps - self.state.step)
-        batch = self.sampler.batch(self.state.samples, self.batches.micro_batch_size)
-        return choose(
-            Probe(self.model, self._inner_step, batch, self.device, steps_left * self.batches.gradient_accumulation_steps),
-            self.training,
+        return self.engine.tune(
+            lambda: self.sampler.batch(self.state.samples, self.batches.micro_batch_size),
+            steps_left * self.batches.gradient_accumulation_steps,
             precision=self.state.precision,
             compiled=self.state.compile,
-            memory=self.cache_dir,
+            cache_dir=self.cache_dir,
             say=self.say,
         )
 
@@ -257,20 +230,17 @@ class Trainer:
         return "stopped" if self.stop_training else "finished"
 
     def _train_step(self) -> None:
-        index = self.state.step
         batches = [next(self._micro_batches) for _ in range(self.batches.gradient_accumulation_steps)]
         tokens = int(self.ranks.add([sum(int(batch.num_supervised) for batch in batches)])[0])
         count_sources(self.state.source_tokens, batches, self.ranks)
         factor = self.rate_factor
-        set_rates(self.optimizers, self._peaks, factor)
-        loss = forward_backward(self.step_module, batches, tokens, self.precision, seed=self._dropout_seed, index=index, ranks=self.ranks)
-        norm, skipped = update(self.optimizers, self._parameters, loss, tokens, self.precision, self.training.max_grad_norm)
+        result = self.engine.step(batches, tokens, rate_factor=factor, index=self.state.step)
         samples = SampleRange(self.state.samples, self.sequences_per_step)
         self.state.step += 1
         self.state.samples += self.sequences_per_step
         self.state.tokens += self.sequences_per_step * self.context
         self.meter.add(self.sequences_per_step * self.context)
-        self._outcomes.add(StepOutcome(self.state.step, samples, tokens, factor, loss, norm, skipped))
+        self._outcomes.add(StepOutcome(self.state.step, samples, tokens, factor, *result))
         if self.device.type == "cpu" or len(self._outcomes) >= _READ_AT_LEAST_EVERY:
             self._outcomes.read(self.state)
 
@@ -347,9 +317,9 @@ class Trainer:
 
     def _snapshot(self) -> Snapshot:
         callbacks = {type(callback).__name__: state for callback in self.callbacks if (state := callback.state_dict())}
-        state = {**self.state.to_json(), "scaler": self.precision.state_dict(), "callbacks": callbacks}
+        state = {**self.state.to_json(), "scaler": self.engine.precision.state_dict(), "callbacks": callbacks}
         state["data"] = data_identity(self.train_tokens, self.sampler)
-        return Snapshot(self.model, self.optimizers, state, self.config, self.tokenizer, self.ranks)
+        return Snapshot(self.model, self.engine.optimizers, state, self.config, self.tokenizer, self.ranks)
 
     # The end.
 
@@ -381,7 +351,7 @@ class Trainer:
             path, self.config, self.train_tokens, self.sampler,
             resolved=self.state.schedule, length=self.length, sequences_per_step=self.sequences_per_step,
         )  # fmt: skip
-        restore(path, self.model, self.optimizers, verified=True)
+        restore(path, self.model, self.engine.optimizers, verified=True)
         for line in resumed.lines:
             self.say(line)
         self.state = resumed.state

@@ -16,15 +16,24 @@ from llm_trainer.training.compilation import CompileMode, compile_model
 from llm_trainer.training.parallel import is_sharded
 from llm_trainer.training.precision import PrecisionName
 from llm_trainer.training.ranks import Ranks
-from llm_trainer.training.state import TrainingState
 
 
 def agreed_choice(
-    model: Transformer, training: TrainingConfig, state: TrainingState, ranks: Ranks, device: torch.device, measure: Callable[[], Choice]
+    model: Transformer,
+    training: TrainingConfig,
+    ranks: Ranks,
+    device: torch.device,
+    measure: Callable[[], Choice],
+    *,
+    precision: str | None = None,
+    compiled: str | None = None,
 ) -> Choice:
-    """The choice, with `model` compiled or not accordingly; `measure` makes it on one rank alone."""
+    """The choice, with `model` compiled or not accordingly; `measure` makes it on one rank alone.
+
+    `precision` and `compiled` are what a checkpoint says, which holds.
+    """
     if is_sharded(model):
-        return _unmeasured(model, training, state, device)
+        return _unmeasured(model, precision or training.precision, compiled, training, device)
     if ranks.count == 1:
         return measure()
     measured = ranks.main_does(measure)
@@ -34,11 +43,10 @@ def agreed_choice(
     return choice
 
 
-def _unmeasured(model: Transformer, training: TrainingConfig, state: TrainingState, device: torch.device) -> Choice:
+def _unmeasured(model: Transformer, said: str, compiled: str | None, training: TrainingConfig, device: torch.device) -> Choice:
     """For a model cut over ranks, which cannot be run on one of them: bf16 where a GPU has it, compiled where that was asked for."""
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    said = state.precision or training.precision
     precision = ("bf16" if has_bf16 else "fp32") if said == "auto" else said
-    mode = cast(CompileMode, state.compile or ("blocks" if training.compile == "on" else "off"))
+    mode = cast(CompileMode, compiled or ("blocks" if training.compile == "on" else "off"))
     compile_model(model, mode)
     return Choice(cast(PrecisionName, precision), mode)

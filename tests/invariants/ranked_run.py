@@ -35,7 +35,7 @@ def train(folder: Path, run: dict[str, Any], ranks: Ranks) -> None:
     trainer = Trainer(model, config, tokens(), tokens(65, seed=1), console=Console(quiet=True), ranks=ranks)
     is_last = ranks.rank == ranks.count - 1
     if is_last and "poisoned_step" in run:
-        trainer.objective = Poisoned(int(str(run["poisoned_step"])), trainer)
+        trainer.engine.objective = Poisoned(int(str(run["poisoned_step"])), trainer)
     if is_last and "dies_at" in run and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
         trainer.callbacks.append(DiesAt(int(str(run["dies_at"]))))
     trainer.train()

@@ -24,7 +24,7 @@ class Spy(Callback):
         self.rates: dict[int, float] = {}
 
     def on_step_end(self, trainer: Trainer, step: int) -> None:
-        self.rates[step] = trainer.optimizers[-1].param_groups[0]["lr"]
+        self.rates[step] = trainer.engine.optimizers[-1].param_groups[0]["lr"]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -198,7 +198,7 @@ def test_verify_resume_names_what_differs(tmp_path: Path) -> None:
 
     def build(start: Path | None, folder: Path, callbacks: list[Callback]) -> Trainer:
         trainer = _builder()(start, folder, callbacks)
-        trainer._dropout_seed = len(made)
+        trainer.engine.dropout_seed = len(made)
         made.append(trainer)
         return trainer
 

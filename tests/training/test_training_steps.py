@@ -96,7 +96,7 @@ class _PoisonedObjective(NextToken):
 def test_a_batch_that_is_not_finite_changes_nothing_and_is_named(tmp_path: Path, optimizer: str) -> None:
     told = StringIO()
     trainer = tiny_trainer(tmp_path, console=Console(file=told, width=200), max_steps=3, optimizer=optimizer, save_interval=None)
-    trainer.objective = _PoisonedObjective({3})  # the second micro-batch of the second step
+    trainer.engine.objective = _PoisonedObjective({3})  # the second micro-batch of the second step
     trainer._prepare()
     trainer._train_step()
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
@@ -111,7 +111,7 @@ def test_a_batch_that_is_not_finite_changes_nothing_and_is_named(tmp_path: Path,
 
 def test_too_many_bad_steps_in_a_row_end_the_run_with_the_way_out(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, max_skipped_steps=3, gradient_accumulation_steps=1)
-    trainer.objective = _PoisonedObjective({0, 1, 3, 4, 5})  # two are borne, the third in a row is not
+    trainer.engine.objective = _PoisonedObjective({0, 1, 3, 4, 5})  # two are borne, the third in a row is not
     with pytest.raises(TrainingDiverged, match=r"3 steps in a row .* samples 20 to 23; lower learning_rate"):
         trainer.train()
     assert trainer.current_step == 6
@@ -134,7 +134,7 @@ def test_fp16_scales_the_loss_and_keeps_the_scale_in_the_checkpoint(tmp_path: Pa
     result = trainer.train()
     assert result.loss is not None
     assert result.loss == result.loss
-    assert trainer.precision.state_dict()["_growth_tracker"] == 6
+    assert trainer.engine.precision.state_dict()["_growth_tracker"] == 6
     resumed = tiny_trainer(
         tmp_path / "resumed",
         precision="fp16",
@@ -144,6 +144,6 @@ def test_fp16_scales_the_loss_and_keeps_the_scale_in_the_checkpoint(tmp_path: Pa
         resume_from=str(tmp_path / "straight/checkpoint-3"),
     )
     resumed.train()
-    assert resumed.precision.state_dict() == trainer.precision.state_dict()
+    assert resumed.engine.precision.state_dict() == trainer.engine.precision.state_dict()
     for one, other in zip(resumed.model.parameters(), trainer.model.parameters(), strict=True):
         assert torch.equal(one, other)
