@@ -74,6 +74,16 @@ class TrainingConfig(Section):
     )
     max_skipped_steps: int = setting(10, "stop after so many steps in a row with a non-finite loss or gradient", unit="steps", ge=1)
 
+    # Loss spikes; see `llm_trainer.training.spikes`.
+    max_rollbacks: int = setting(
+        0, "at a loss spike go back to a checkpoint before it and leave out the data since, at most so often; 0: never", ge=0
+    )
+    spike_sigma: float = setting(6.0, "a loss so many standard deviations above the mean of the window is an outlier", gt=0)
+    spike_window: int = setting(128, "steps that mean and deviation are taken over; half of them must have been", unit="steps", ge=4)
+    spike_patience: int = setting(4, "outliers in a row that are a spike", unit="steps", ge=1)
+    spike_distance: int = setting(100, "go back to at least so long before the spike, where such a checkpoint is kept", unit="steps", ge=0)
+    spike_rate_factor: float = setting(1.0, "the learning rate is multiplied by this at each rollback", gt=0, le=1)
+
     # Arithmetic.
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
         "auto",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, cast
 
 from llm_trainer.config import CheckpointError
 from llm_trainer.training.schedules import Schedule, ScheduleState
+from llm_trainer.training.spikes import SpikeState
 
 if TYPE_CHECKING:
     from llm_trainer.config.run_folder import JSON
@@ -36,6 +37,7 @@ class TrainingState:
     total_steps: int | None = None
     operations: ScheduleState = field(default_factory=ScheduleState)
     source_tokens: dict[str, int] = field(default_factory=dict)
+    spikes: SpikeState = field(default_factory=SpikeState)
 
     def to_json(self) -> dict[str, JSON]:
         """Plain values for state.json."""
@@ -53,6 +55,8 @@ class TrainingState:
                 values["schedule"] = Schedule(**cast("dict[str, float]", values["schedule"]))  # type: ignore[arg-type]
             if isinstance(values.get("operations"), Mapping):
                 values["operations"] = ScheduleState(**cast("dict[str, float]", values["operations"]))  # type: ignore[arg-type]
+            if isinstance(values.get("spikes"), Mapping):
+                values["spikes"] = SpikeState.from_json(cast("Mapping[str, object]", values["spikes"]))
             return cls(**values)  # type: ignore[arg-type]
         except TypeError as error:
             raise CheckpointError(f"the checkpoint's training state does not fit this version: {error}") from error

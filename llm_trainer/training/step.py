@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llm_trainer.config import LLMTrainerError
+from llm_trainer.config import LLMTrainerError, TrainingConfig
 from llm_trainer.data.sampling.samplers import Batch
 from llm_trainer.training.objectives import seed_dropout
 from llm_trainer.training.parallel import gradients_stay_here, whole
@@ -55,8 +55,8 @@ class StepOutcome:
 class Outcomes:
     """Outcomes of steps, left on the device until somebody looks: `last` is the last one read that was not skipped."""
 
-    def __init__(self, max_skipped: int, say: Callable[[str], None]) -> None:
-        self._max_skipped, self._say = max_skipped, say
+    def __init__(self, training: TrainingConfig, say: Callable[[str], None]) -> None:
+        self._training, self._say = training, say
         self._unread: list[StepOutcome] = []
         self.last: StepOutcome | None = None
 
@@ -73,13 +73,14 @@ class Outcomes:
             if not bool(outcome.skipped):
                 state.skipped_in_a_row = 0
                 self.last = outcome
+                state.spikes.see(outcome.step, float(outcome.loss), self._training)
                 continue
             reason = (
                 f"loss {float(outcome.loss):g}, gradient norm {float(outcome.gradient_norm):g}" if outcome.tokens else "no supervised token"
             )
             self._say(f"step {outcome.step} left everything as it was: {reason}, on {outcome.samples}")
             state.skipped_in_a_row += 1
-            if state.skipped_in_a_row >= self._max_skipped:
+            if state.skipped_in_a_row >= self._training.max_skipped_steps:
                 raise TrainingDiverged(
                     f"{state.skipped_in_a_row} steps in a row without a finite loss and gradient, the last on {outcome.samples}; "
                     "lower learning_rate, raise warmup_steps, or look at those samples (max_skipped_steps is how many are borne)"

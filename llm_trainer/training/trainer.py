@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -19,7 +19,7 @@ from rich.console import Console
 
 from llm_trainer.config import RunConfig, UsageError
 from llm_trainer.config.batches import resolve_batches
-from llm_trainer.config.run_folder import BEST_MODEL
+from llm_trainer.config.run_folder import BEST_MODEL, JSON
 from llm_trainer.data.sampling.packing import Packing
 from llm_trainer.data.sampling.samplers import Batch, Prefetcher, training_sampler
 from llm_trainer.data.shards import TokenDataset
@@ -39,6 +39,7 @@ from llm_trainer.training.ranks import Ranks
 from llm_trainer.training.resume import data_identity, read_resumption, resume_folder
 from llm_trainer.training.schedules import resolve_length, resolve_schedule
 from llm_trainer.training.shares import AchievedShares, count_sources
+from llm_trainer.training.spikes import rate_after_rollbacks, roll_back
 from llm_trainer.training.state import TrainingResult, TrainingState
 from llm_trainer.training.step import Outcomes, SampleRange, StepOutcome
 from llm_trainer.training.throughput import Meter
@@ -96,7 +97,7 @@ class Trainer:
             self.callbacks.insert(0, EarlyStopping(training.early_stopping_patience, training.early_stopping_min_delta))
         self.state = TrainingState(schedule=resolve_schedule(training, self.length), total_steps=self.length.steps)
         self.stop_training = False
-        self._outcomes = Outcomes(training.max_skipped_steps, self.say)
+        self._outcomes = Outcomes(training, self.say)
         self._last_validation: ValidationResult | None = None
         self._stored_scaler: dict[str, float | int] = {}
         self._resumed_from: Path | None = None
@@ -160,35 +161,35 @@ class Trainer:
         self._shares = AchievedShares(self.state.source_tokens)
         flops = estimate_flops(self.model.config, self.context)
         self.meter = Meter(flops / self.ranks.count, self.device, self.engine.precision.computing_dtype)
-        resumed_step = self.state.step if self._resumed_from else None
-        told_in = self.run_dir if self.ranks.is_main else None
-        self.metrics_tracker = MetricsTracker(told_in, self.training.report_to, resumed_step=resumed_step, config=self.config)
+        self.metrics_tracker = self._open_metrics(self.state.step if self._resumed_from else None)
         self._started = self._last_save = time.monotonic()
+
+    def _open_metrics(self, resumed_step: int | None) -> MetricsTracker:
+        told_in = self.run_dir if self.ranks.is_main else None
+        return MetricsTracker(told_in, self.training.report_to, resumed_step=resumed_step, config=self.config)
 
     def _open_run_folder(self) -> None:
         """Move aside what another run left there, record the settings, start telling."""
         self.ranks.wait()  # all have read what they resume from
         if not self.training.eval_only:
             continues_here = self._resumed_from is not None and self._resumed_from.parent.resolve() == self.run_dir.resolve()
-            moved = self._begin(self.state.step if continues_here else None)
-            if moved is not None:
-                self.say(f"{self.run_dir} held checkpoints or records of an earlier run; they are in {moved} now")
-                if continues_here and (moved / BEST_MODEL).exists():
-                    self.state.best_validation_loss = None  # the best of this line of the run is gone
+            self._set_aside(self.state.step if continues_here else None)
         log_folder = self.run_dir if self.training.file_logging and self.ranks.is_main else None
         self._progress = ProgressReporter(self.length.steps, first_step=self.state.step, console=self.console, log_folder=log_folder)
 
-    def _begin(self, resumed_step: int | None) -> Path | None:
-        """Where the main rank moved an earlier run's files, if there were any; the settings are on record then."""
+    def _set_aside(self, resumed_step: int | None) -> None:
+        """The main rank moves what this run does not go on from (None: it begins) out of the way, and records the settings."""
 
         def begin() -> Path | None:
             moved = self.store.begin(resumed_step)
             write_run_file(self.run_dir, self.config)
             return moved
 
-        moved = self.ranks.main_does(begin)
-        said = self.ranks.of_main(str(moved or ""))
-        return Path(said) if said else None
+        moved = self.ranks.of_main(str(self.ranks.main_does(begin) or ""))
+        if moved:
+            self.say(f"{self.run_dir} held checkpoints or records that this run does not go on from; they are in {moved} now")
+            if resumed_step is not None and (Path(moved) / BEST_MODEL).exists():
+                self.state.best_validation_loss = None  # the best of this line of the run is gone
 
     def _tune(self) -> Choice:
         """Precision and compilation: as said, as before a resume, or as the main rank's machine does it fastest."""
@@ -216,17 +217,21 @@ class Trainer:
 
     def _loop(self, signals: StopSignals) -> str:
         while self.state.step < self.length.steps and not self.stop_training:
-            self._train_step()
-            self._edge_of_step()
+            if not self.state.spikes.is_spike(self.training):  # a resumed run may stand where it has to go back
+                self._train_step()
+                self._edge_of_step()
             minutes = self.training.max_minutes
             is_over = minutes is not None and time.monotonic() - self._started >= 60 * minutes
-            received, over, stop = self.ranks.largest([signals.received or 0, is_over, self.stop_training])
+            is_spike = self.state.spikes.is_spike(self.training)
+            received, over, stop, spiked = self.ranks.largest([signals.received or 0, is_over, self.stop_training, is_spike])
             self.stop_training = bool(stop)
             if received:
                 signals.received = signal.Signals(received)
                 return "preempted"
             if over:
                 return "time"
+            if spiked and not stop:
+                roll_back(self)
         return "stopped" if self.stop_training else "finished"
 
     def _train_step(self) -> None:
@@ -248,7 +253,7 @@ class Trainer:
     def rate_factor(self) -> float:
         """What the next update's peak rates are multiplied by."""
         assert self.state.schedule is not None
-        return self.state.schedule.factor(self.state.step, self.state.operations)
+        return self.state.schedule.factor(self.state.step, self.state.operations) * rate_after_rollbacks(self.state.spikes, self.training)
 
     # The edge of a step.
 
@@ -357,10 +362,34 @@ class Trainer:
         self.state = resumed.state
         self.length = replace(self.length, steps=resumed.steps)
         self._stored_scaler = resumed.scaler
-        for callback in self.callbacks:
-            if type(callback).__name__ in resumed.callbacks:
-                callback.load_state_dict(resumed.callbacks[type(callback).__name__])
+        self._give_callbacks(resumed.callbacks)
         self._resumed_from = path
+
+    def return_to(self, path: Path) -> None:
+        """Stand again where a verified checkpoint of this run was saved, in the same process; what was saved since is moved aside.
+
+        The run's length and schedule stay what they are now. All ranks call this at a step's edge; `restart_batches` must follow.
+        """
+        kept, now = restore(path, self.model, self.engine.optimizers, verified=True), self.state
+        self.state = replace(TrainingState.from_json(kept), schedule=now.schedule, total_steps=now.total_steps, seconds=now.seconds)
+        self.state.precision, self.state.compile = now.precision, now.compile
+        self.engine.precision.load_state_dict(cast("dict[str, float | int]", kept.get("scaler") or {}))
+        self._give_callbacks(cast("dict[str, dict[str, JSON]]", kept.get("callbacks") or {}))
+        self._outcomes = Outcomes(self.training, self.say)
+        self.metrics_tracker.close()
+        self._set_aside(self.state.step)
+        self.metrics_tracker = self._open_metrics(self.state.step)
+
+    def restart_batches(self) -> None:
+        """Take the next batches from where `state.samples` stands now."""
+        self._micro_batches.close()
+        self._micro_batches = self._open_batches()
+        self._shares = AchievedShares(self.state.source_tokens)
+
+    def _give_callbacks(self, states: Mapping[str, dict[str, JSON]]) -> None:
+        for callback in self.callbacks:
+            if type(callback).__name__ in states:
+                callback.load_state_dict(states[type(callback).__name__])
 
     def say(self, line: str) -> None:
         """One line for the person who watches, and for the log."""
