@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +13,7 @@ from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from llm_trainer.data.reading.builtin import language_reference
-from llm_trainer.data.tokenization import fast_encoding
+from llm_trainer.data.tokenization import fast_encoding, word_table
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
 from llm_trainer.data.tokenization.vocabularies import byte_level_words
 from llm_trainer.data.tokenization.words import LLAMA3_PATTERN, O200K_PATTERN, QWEN2_PATTERN
@@ -42,7 +43,7 @@ def slow(tokenizer: Tokenizer, text: str) -> list[int]:
 
 def fast(tokenizer: Tokenizer, text: str) -> list[int] | None:
     assert tokenizer._fast is not None
-    ids = tokenizer._fast.encode(text)
+    (ids,) = tokenizer._fast.encode([text])
     return None if ids is None else ids.tolist()
 
 
@@ -76,6 +77,25 @@ def test_the_whole_language_reference_agrees(kind: Tokenizer) -> None:
         assert fast(kind, text) == slow(kind, text)
 
 
+@settings(max_examples=50, deadline=None)
+@given(
+    texts=st.lists(st.text(alphabet=st.one_of(st.sampled_from("abc'sS  \n1.,é’日"), st.characters(exclude_categories=["Cs"])), max_size=30))
+)
+def test_texts_together_have_the_ids_that_they_have_alone(kind: Tokenizer, texts: list[str]) -> None:
+    assert kind._fast is not None
+    found = kind._fast.encode(texts)
+    assert [None if ids is None else ids.tolist() for ids in found] == [fast(kind, text) for text in texts]
+
+
+def test_words_that_find_their_places_taken_are_right_too(kind: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(word_table, "_SLOT_BITS", 2)
+    monkeypatch.setattr(word_table, "_DROPPED", np.uint64(62))
+    crowded = Tokenizer(Backend.from_str(kind.to_json()), {})
+    for _ in range(2):  # learned, then found
+        for text in TEXTS[:3]:
+            assert fast(crowded, text) == slow(crowded, text)
+
+
 @pytest.mark.parametrize("text", [" " * 50_000, "a" * 50_000, "\n" * 50_000, "ab " + chr(0x1FAFF) + chr(0x10FFFF), "<|endoftext|>", ""])
 def test_extreme_texts_agree(kind: Tokenizer, text: str) -> None:
     assert fast(kind, text) == slow(kind, text)
@@ -89,10 +109,13 @@ def test_text_that_the_tokenizer_would_compose_goes_the_slow_way(tokenizer: Toke
 
 def test_a_full_memory_of_words_forgets_and_stays_right(kind: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fast_encoding, "CACHE_WORDS", 10)
+    monkeypatch.setattr(word_table, "CACHE_WORDS", 10)
     again = Tokenizer(Backend.from_str(kind.to_json()), {})
-    assert fast(again, TEXTS[0]) == slow(again, TEXTS[0])
+    for text in TEXTS[:3]:
+        assert fast(again, text) == slow(again, text)
     assert again._fast is not None
     assert len(again._fast._known) <= 10
+    assert len(again._fast._table) <= 10
 
 
 def unknown_words(backend: Backend) -> None:
@@ -130,7 +153,7 @@ def test_where_one_id_differs_the_library_takes_over(tokenizer: Tokenizer) -> No
     """A fault planted in the words shows in the first text, and no wrong id leaves."""
     faulty = Tokenizer(Backend.from_str(tokenizer.to_json()), {})
     assert faulty._fast is not None
-    faulty._fast._known[" the"] = b"\0\0\0\0"
+    faulty._fast._table._known[b" the"] = (0, 1)
     assert faulty.encode("over the moon") == slow(tokenizer, "over the moon")
     assert not faulty._fast.agrees
     assert faulty.encode("under the sun") == slow(tokenizer, "under the sun")

@@ -178,7 +178,7 @@ class Tokenizer:
             return [self._encode_characters(text) for text in texts]
         for text in texts:
             _check_text(text)
-        arrays = [None if self._fast is None else self._fast.encode(text) for text in texts]
+        arrays: list[np.ndarray | None] = [None] * len(texts) if self._fast is None else self._fast.encode(texts)
         left = [index for index, ids in enumerate(arrays) if ids is None]
         for index, encoding in zip(left, self._backend.encode_batch_fast([texts[i] for i in left], add_special_tokens=False), strict=True):
             arrays[index] = np.array(encoding.ids, dtype=np.int64)
