@@ -70,20 +70,23 @@ def word_starts(raw: bytes, rules: Rules) -> np.ndarray:
     last_white = kinds == _BLANK if rules.marks_join else (kinds & _WHITE) != 0
     starts |= last_white & ((after & (_LETTER | _DIGIT | _MARK)) != 0)
     if rules.marks_join:
-        _start_after_breaks(starts, kinds, after, is_run_start, np.flatnonzero(is_inner & (kinds == _BLANK)))
+        is_blank_end = (kinds == _BLANK) & (after != _BLANK) & ((before & _WHITE) != 0)  # but for single ones between words, which are many
+        breaks = np.flatnonzero((kinds == _BREAK) & is_run_start)
+        _start_after_breaks(starts, kinds, breaks, np.flatnonzero(is_inner & (kinds == _BLANK)), np.flatnonzero(is_blank_end))
     _start_after_contractions(starts, buffer, kinds, np.flatnonzero(is_lone_mark & (buffer == _APOSTROPHE)), rules)
     if rules.digits:
         _start_digits(starts, is_run_start, np.flatnonzero(kinds == _DIGIT), rules.digits)
     return starts
 
 
-def _start_after_breaks(starts: np.ndarray, kinds: np.ndarray, after: np.ndarray, is_run_start: np.ndarray, blanks: np.ndarray) -> None:
-    """Blanks behind line breaks: a word begins where no further break follows, or where the breaks belonged to a mark."""
+def _start_after_breaks(starts: np.ndarray, kinds: np.ndarray, breaks: np.ndarray, blanks: np.ndarray, ends: np.ndarray) -> None:
+    """Blanks behind line breaks: a word begins where no further break follows, or where the breaks belonged to a mark.
+
+    `breaks` and `blanks` are where runs of either begin, the latter behind a break; `ends` are the last blanks of runs.
+    """
     if len(blanks) == 0:
         return
-    ends = np.flatnonzero((kinds == _BLANK) & (after != _BLANK))
     behind = kinds[ends[np.searchsorted(ends, blanks)] + 1]
-    breaks = np.flatnonzero((kinds == _BREAK) & is_run_start)
     in_front = kinds[breaks[np.searchsorted(breaks, blanks) - 1] - 1]
     starts[blanks] |= (behind != _BREAK) | (in_front == _MARK)
 

@@ -29,7 +29,7 @@ from llm_trainer.data.tokenization.word_table import CACHE_WORDS, WordTable
 from llm_trainer.data.tokenization.words import BERT_WORDS, GPT2_PATTERN, Words
 
 COMPARED = 2**18
-_BYTES_AT_ONCE = 2**18
+_BYTES_AT_ONCE = 2**17
 _FOREIGN = 1 / 16  # of a text's characters, in further bytes: from here on a text is cut as a whole
 _LONGEST_CACHED = 64  # characters
 _ID = "I"  # uint32, as array and numpy call it

@@ -97,12 +97,15 @@ class Words:
 def _for_unicode(pattern: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
     """The pattern over all of Unicode, and what matches the characters that it must not be asked about."""
     wanted = [found[1] for found in _CLASS.finditer(pattern) if found[1]]
+
+    @cache  # there are few pairs of categories, and many characters
+    def is_other_now(now: str, before: str) -> bool:
+        return now == "Cn" or any(now.startswith(name) != before.startswith(name) for name in (*wanted, "Z"))
+
     certain, uncertain = [], set(_ALWAYS_UNCERTAIN)
     for point in (*_BASIC_PLANE, *_PICTOGRAPHS):
         character = chr(point)
-        now, before = unicodedata.category(character), unicodedata.ucd_3_2_0.category(character)
-        changed = any(now.startswith(name) != before.startswith(name) for name in (*wanted, "Z"))
-        if changed or now == "Cn" or point in _ALWAYS_UNCERTAIN:
+        if is_other_now(unicodedata.category(character), unicodedata.ucd_3_2_0.category(character)) or point in _ALWAYS_UNCERTAIN:
             uncertain.add(point)
         else:
             certain.append(point)
