@@ -31,12 +31,13 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() == x.size(-1):
         fused: Tensor = F.rms_norm(x, weight.shape, weight.to(x.dtype), epsilon)
         return fused
-    normalised: Tensor = _EagerRMSNorm.apply(x.float(), weight.float(), epsilon)  # type: ignore[no-untyped-call]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    normalised: Tensor = _EagerRMSNorm.apply(x.to(wide), weight.to(wide), epsilon)  # type: ignore[no-untyped-call]
     return normalised.to(x.dtype)
 
 
 class _EagerRMSNorm(torch.autograd.Function):
-    """In fp32, for x (…, C) and weight (C,)."""
+    """In fp32 or fp64, for x (…, C) and weight (C,)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

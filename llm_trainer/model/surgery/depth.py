@@ -1,0 +1,67 @@
+"""More or fewer blocks, taken from those that there are.
+
+Growing by stacking copies of trained blocks: Gong et al. 2019 (StackBERT), Du et al. 2024 (G_stack, arXiv:2405.15319). With identity
+copies, whose output projections are zero, the function is kept: the second of two equal blocks adds nothing until it has learned to
+(as in LLaMA Pro, Wu et al. 2024, arXiv:2401.02415).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llm_trainer.config.errors import UsageError
+from llm_trainer.config.model import ModelConfig
+from llm_trainer.model.surgery.form import Form
+
+_OUTPUTS = ("attn.o_proj.", "mlp.down_proj.")
+
+
+def stacked_config(config: ModelConfig, sources: Sequence[int], *, identity: bool = False) -> ModelConfig:
+    """The shape after `stack_layers`. Raises UsageError for sources that are no blocks, and where identity would not hold."""
+    layers = config.num_hidden_layers
+    if not sources or any(not 0 <= source < layers for source in sources):
+        raise UsageError(f"stack_layers {list(sources)} names blocks that are not there: the model has blocks 0 to {layers - 1}")
+    if identity and not config.pre_norm:
+        raise UsageError("stack_layers with mode identity needs pre_norm: a norm after the sum changes what an empty block passes on")
+    if identity and list(dict.fromkeys(sources)) != list(range(layers)):
+        raise UsageError(
+            f"stack_layers {list(sources)} with mode identity leaves out or reorders blocks, which changes the function; "
+            f"name each of 0 to {layers - 1} in order, copies anywhere after their source"
+        )
+    return config.model_copy(update={"num_hidden_layers": len(sources)})
+
+
+def stack_layers(form: Form, sources: Sequence[int], *, identity: bool = False) -> Form:
+    """Blocks `sources` of the form, in that order, as its new blocks; copies copy optimizer state. Raises as `stacked_config`.
+
+    `identity`: output projections of every later copy are zero, so that the function stays as it was (pre-norm only).
+    """
+    config = stacked_config(form.config, sources, identity=identity)
+    weights = {name: weight for name, weight in form.weights.items() if not name.startswith("blocks.")}
+    state = {name: kept for name, kept in form.state.items() if not name.startswith("blocks.")}
+    seen: set[int] = set()
+    for place, source in enumerate(sources):
+        for name, weight in form.weights.items():
+            if not name.startswith(f"blocks.{source}."):
+                continue
+            inner = name.split(".", 2)[2]
+            new, is_copy = f"blocks.{place}.{inner}", source in seen
+            weights[new] = _copy(weight, is_copy, zero=identity and is_copy and inner.startswith(_OUTPUTS))
+            if name in form.state:
+                state[new] = {key: _copy(value, is_copy) for key, value in form.state[name].items()}
+        seen.add(source)
+    return Form(config, {name: weights[name] for name in _in_order(form, weights)}, state)
+
+
+def _copy(tensor: Tensor, is_copy: bool, *, zero: bool = False) -> Tensor:
+    return torch.zeros_like(tensor) if zero else tensor.clone() if is_copy else tensor
+
+
+def _in_order(form: Form, weights: dict[str, Tensor]) -> list[str]:
+    """What stands before the blocks in the model, the blocks, the rest."""
+    before = list(form.weights)[: next(number for number, name in enumerate(form.weights) if name.startswith("blocks."))]
+    blocks = [name for name in weights if name.startswith("blocks.")]
+    return [*before, *blocks, *(name for name in weights if name not in {*before, *blocks})]
