@@ -6,20 +6,23 @@ replicas, by shards, by stages of a pipeline) is the engine's affair; `build_eng
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from llm_trainer.config import TrainingConfig
+from llm_trainer.config import TrainingConfig, UsageError
 from llm_trainer.data.sampling.packing import Packing
 from llm_trainer.data.sampling.samplers import Batch
 from llm_trainer.data.shards import TokenDataset
+from llm_trainer.model.surgery.form import Form, build
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.autotune import Choice, Probe, choose
-from llm_trainer.training.compilation import CompileMode, uncompiled
+from llm_trainer.training.compilation import CompileMode, compile_model, uncompiled, undo_compile
+from llm_trainer.training.forms import give_state, taken_apart
 from llm_trainer.training.objectives import NextToken, Objective, TrainingStep
 from llm_trainer.training.optimizers import build_optimizers, peak_rates, set_rates
 from llm_trainer.training.parallel import replicate, shard
@@ -48,17 +51,51 @@ class Engine:
         self, model: Transformer, training: TrainingConfig, objective: Objective | None, ranks: Ranks, device: torch.device
     ) -> None:
         self.training, self.ranks, self.device = training, ranks, device
-        self.model = model.to(device)
-        self._whole_step = TrainingStep(self.model, objective or NextToken(training.loss))
-        shard(self._whole_step, ranks)
-        self.optimizers = build_optimizers(self.model, training)
-        self._peaks = peak_rates(self.optimizers)
-        self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.dropout_seed = training.seed if _has_dropout(self.model) else None  # None: no need to seed at every micro-batch
-        self._step_module: torch.nn.Module = self._whole_step
+        self._take(model, objective or NextToken(training.loss))
         self.compile_mode: CompileMode = "off"
+        self._is_started = False
         # Until precision is settled; enough to validate.
         self.precision = Precision("fp32" if training.precision == "auto" else training.precision, device)
+
+    def _take(self, model: Transformer, objective: Objective, resting: Iterable[str] = ()) -> None:
+        """Make `model` the one in training: cut, with optimizers. `resting` are frozen parameters whose state the optimizers hold."""
+        self.model = model.to(self.device)
+        self._whole_step = TrainingStep(self.model, objective)
+        shard(self._whole_step, self.ranks)
+        self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        frozen = [parameter for name, parameter in self.model.named_parameters() if name in set(resting)]
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        self.optimizers = build_optimizers(self.model, self.training)
+        for parameter in frozen:  # without a gradient an optimizer passes over it
+            parameter.requires_grad_(False)
+        self._peaks = peak_rates(self.optimizers)
+        self.dropout_seed = self.training.seed if _has_dropout(self.model) else None  # None: no need to seed at every micro-batch
+        self._step_module: torch.nn.Module = self._whole_step
+
+    def form(self) -> Form:
+        """The model and its optimizers' state apart from wrappers: whole tensors, gathered where they are cut. A collective call."""
+        return taken_apart(self.model, self.optimizers)
+
+    def rebuild(self, form: Form) -> None:
+        """Train `form` from here on: built, cut, compiled and wrapped as the model before, which is let go of. A collective call.
+
+        What `form` gives as weights is used, not copied. Raises UsageError where nothing in it can be trained.
+        """
+        if not set(form.weights) - form.frozen:
+            raise UsageError("nothing to train: every parameter is frozen")
+        objective, self._step_module = self.objective, torch.nn.Identity()
+        if self.compile_mode != "off":
+            undo_compile(self.model)
+            torch.compiler.reset()  # compiled code holds on to the modules that it was made for
+        del self.model, self._whole_step, self.optimizers, self._parameters
+        gc.collect()  # modules and their wrappers point at each other
+        self._take(build(form), objective, resting=form.frozen & set(form.state))
+        give_state(self.model, self.optimizers, form.state)
+        self.model.train()
+        compile_model(self.model, self.compile_mode)
+        if self._is_started:
+            self._step_module = replicate(self._whole_step, self.ranks)
 
     @property
     def objective(self) -> Objective:
@@ -93,6 +130,7 @@ class Engine:
 
     def start(self, precision: PrecisionName, compile_mode: CompileMode, scaler: dict[str, float | int] | None = None) -> None:
         """Make ready for steps in this precision; `compile_mode` is how the model was compiled, `scaler` fp16's stored state."""
+        self._is_started = True
         self._step_module = replicate(self._whole_step, self.ranks)
         self.precision = Precision(precision, self.device)
         self.precision.load_state_dict(scaler or {})

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -89,7 +90,7 @@ def sew(form: Form, config: ModelConfig, changes: Changes, *, noise: float = 0.0
                 key: _applied(value, sewings, power=_POWERS.get(key, 1)) if value.shape == shape and value.ndim else value
                 for key, value in kept.items()
             }
-    return Form(config, weights, state)
+    return replace(form, config=config, weights=weights, state=state)
 
 
 def spread(old: int, new: int, unit: int = 1) -> Tensor:

@@ -42,6 +42,7 @@ def stack_layers(form: Form, sources: Sequence[int], *, identity: bool = False) 
     config = stacked_config(form.config, sources, identity=identity)
     weights = {name: weight for name, weight in form.weights.items() if not name.startswith("blocks.")}
     state = {name: kept for name, kept in form.state.items() if not name.startswith("blocks.")}
+    frozen = {name for name in form.frozen if not name.startswith("blocks.")}
     seen: set[int] = set()
     for place, source in enumerate(sources):
         for name, weight in form.weights.items():
@@ -50,10 +51,11 @@ def stack_layers(form: Form, sources: Sequence[int], *, identity: bool = False) 
             inner = name.split(".", 2)[2]
             new, is_copy = f"blocks.{place}.{inner}", source in seen
             weights[new] = _copy(weight, is_copy, zero=identity and is_copy and inner.startswith(_OUTPUTS))
+            frozen |= {new} if name in form.frozen else set()
             if name in form.state:
                 state[new] = {key: _copy(value, is_copy) for key, value in form.state[name].items()}
         seen.add(source)
-    return Form(config, {name: weights[name] for name in _in_order(form, weights)}, state)
+    return Form(config, {name: weights[name] for name in _in_order(form, weights)}, state, frozenset(frozen))
 
 
 def _copy(tensor: Tensor, is_copy: bool, *, zero: bool = False) -> Tensor:

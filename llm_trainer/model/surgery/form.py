@@ -24,12 +24,14 @@ State = Mapping[str, Tensor]
 class Form:
     """`weights` are whole and come once where they are tied; `state` is by parameter, then by the optimizer's key (`exp_avg`, `step`, …).
 
-    Parameters without state (never updated, frozen from the start) are missing in `state`.
+    Parameters without state (never updated, frozen from the start) are missing in `state`. `frozen` are the names of those that are not
+    trained; where they have state, it rests until they are.
     """
 
     config: ModelConfig
     weights: Mapping[str, Tensor]
     state: Mapping[str, State] = field(default_factory=dict)
+    frozen: frozenset[str] = frozenset()
 
     @property
     def parameters(self) -> int:
@@ -40,21 +42,22 @@ class Form:
 def form_of(model: nn.Module, state: Mapping[str, State] | None = None) -> Form:
     """The form of a model whose weights are whole; its tensors are the model's own, not copies."""
     plain = unwrapped(model)
-    return Form(plain.config, {plain_name(name): parameter.detach() for name, parameter in plain.named_parameters()}, state or {})
+    named = {plain_name(name): parameter for name, parameter in plain.named_parameters()}
+    frozen = frozenset(name for name, parameter in named.items() if not parameter.requires_grad)
+    return Form(plain.config, {name: parameter.detach() for name, parameter in named.items()}, state or {}, frozen)
 
 
 @torch.no_grad()
 def build(form: Form) -> Transformer:
     """The model of a form, in training mode, around the form's own tensors."""
     first = next(iter(form.weights.values()))
-    with torch.device("meta"):
-        wanted = {name: parameter.shape for name, parameter in Transformer(form.config).named_parameters()}
+    model = empty_model(form.config, "meta", first.dtype)
+    wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
     have = {name: weight.shape for name, weight in form.weights.items()}
     assert have == wanted, f"a form does not fit its shape: {set(have.items()) ^ set(wanted.items())}"
-    model = empty_model(form.config, "meta", first.dtype)
     for name, weight in form.weights.items():
         owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(weight))
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(weight, requires_grad=name not in form.frozen))
     model.tie_weights()
     if model.rotary is not None:
         for name, table in list(model.rotary.named_buffers()):
