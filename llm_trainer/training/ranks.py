@@ -189,9 +189,11 @@ class Watch:
         self._heard: dict[int, tuple[str, float]] = {}
         self._failed: dict[int, str] = {}
         self._stopped = threading.Event()
+        self._rounds = 0
         self._store.set(_key("beat", ranks.rank), "0")
         self._thread = threading.Thread(target=self._run, name="watch-ranks", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._watch_store, name="watch-store", daemon=True).start()
 
     def stop(self, *, left: bool = False) -> None:
         """Stop watching; `left`: and say that this rank went as it should."""
@@ -236,10 +238,23 @@ class Watch:
                 self._set("beat", str(count))
                 self._listen()
             except (RuntimeError, ConnectionError):
-                self._end(f"the launcher of rank {self._ranks.rank} cannot be reached any more")
+                self._end(f"the launcher of rank {self._ranks.rank} cannot be reached any more. {_RESUME}")
+            self._rounds = count
             silent = self._silent_for(self._silence)
             if silent:
                 self._end(f"{_named(silent)} has not been heard of for {self._silence:g} s; the run ends here. {_RESUME}")
+
+    def _watch_store(self) -> None:
+        """A store that lies beyond a broken network does not answer and does not fail: nobody is heard then, and no call returns.
+
+        Waits are counted, not measured, so that a process that was stopped for a while and goes on does not blame the store.
+        """
+        known, waits = -1, 0
+        while not self._stopped.wait(_BEAT_SECONDS):
+            waits = waits + 1 if known == self._rounds else 0
+            known = self._rounds
+            if waits * _BEAT_SECONDS > self._silence:
+                self._end(f"the launcher of rank {self._ranks.rank} cannot be reached: no answer for {self._silence:g} s. {_RESUME}")
 
     def _listen(self) -> None:
         for rank in self._others:
