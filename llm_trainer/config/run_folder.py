@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias, cast
@@ -21,6 +21,8 @@ from llm_trainer.config.run import RunConfig
 
 CHECKPOINT_PREFIX = "checkpoint-"
 EMERGENCY_PREFIX = "emergency-"
+# Saved often and soon replaced; beside the checkpoints that are kept.
+RECENT_PREFIX = "recent-"
 BEST_MODEL = "best_model"
 FINAL_MODEL = "final_model"
 # A folder that is being written or thrown away; never taken for a checkpoint.
@@ -33,6 +35,7 @@ EARLIER_PREFIX = "earlier-"
 MANIFEST_FILE = "manifest.json"
 STATE_FILE = "state.json"
 RUN_FILE = "run.json"
+RANDOM_FILE = "random.json"
 OPTIMIZER_FOLDER = "optimizer"
 METRICS_FILE = "metrics.jsonl"
 LOGS_FOLDER = "logs"
@@ -42,11 +45,12 @@ WANDB_ID_FILE = "wandb_run_id"
 
 MANIFEST_FORMAT = 1
 
-_STEP_FOLDER = re.compile(rf"(?:{re.escape(REPLACED_PREFIX)})?(?:{CHECKPOINT_PREFIX}|{EMERGENCY_PREFIX})(\d+)")
-_STEP_SPELLING = re.compile(r"(?:checkpoint|ckpt|emergency|step)(?:[-_]step)?[-_]?(\d+)(?:\.(?:pt|pth|ckpt|safetensors))?")
+_STEP_FOLDER = re.compile(rf"(?:{re.escape(REPLACED_PREFIX)})?(?:{CHECKPOINT_PREFIX}|{EMERGENCY_PREFIX}|{RECENT_PREFIX})(\d+)")
+_STEP_SPELLING = re.compile(r"(?:checkpoint|ckpt|emergency|recent|step)(?:[-_]step)?[-_]?(\d+)(?:\.(?:pt|pth|ckpt|safetensors))?")
 _NAME_SPELLING = re.compile(r"(best|final)(?:[-_]model)?(?:\.(?:pt|pth|ckpt|safetensors))?")
 
 Report = Callable[[str], None]
+FileEntry: TypeAlias = "Mapping[str, int | str]"
 JSON: TypeAlias = "str | int | float | bool | Sequence[JSON] | Mapping[str, JSON] | None"
 
 
@@ -56,6 +60,11 @@ class FoundCheckpoint:
 
     path: Path
     step: int
+
+
+def recent_name(step: int) -> str:
+    """`recent-<step>`."""
+    return f"{RECENT_PREFIX}{step}"
 
 
 def checkpoint_name(step: int) -> str:
@@ -68,13 +77,15 @@ def emergency_name(step: int) -> str:
     return f"{EMERGENCY_PREFIX}{step}"
 
 
-def write_manifest(folder: Path) -> Path:
-    """List every file under `folder` with its size in bytes and SHA-256 in `manifest.json`; the caller syncs it to the disk."""
-    files = {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path != folder / MANIFEST_FILE
-    }
+def file_entries(folder: Path, paths: Iterable[Path]) -> dict[str, FileEntry]:
+    """Size in bytes and SHA-256 of files under `folder`, by their names there."""
+    return {path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(paths)}
+
+
+def write_manifest(folder: Path, files: Mapping[str, FileEntry] | None = None) -> Path:
+    """List `files` (none: every file under `folder`) with sizes and hashes in `manifest.json`; the caller syncs it to the disk."""
+    if files is None:
+        files = file_entries(folder, (path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_FILE))
     manifest = folder / MANIFEST_FILE
     manifest.write_text(json.dumps({"format": MANIFEST_FORMAT, "files": files}, indent=1) + "\n", encoding="utf-8")
     return manifest

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,44 +65,92 @@ def save_pretrained(
     A compiled or parallel wrapper is taken off first. The ids of the special tokens go into config.json, where transformers looks
     for the one that ends a text. With a saved tokenizer beside it the folder is complete.
     """
-    plain, place = unwrapped(model), Path(folder)
+    place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
-    parameters = {name: parameter.detach() for name, parameter in plain.named_parameters()}  # a tied matrix comes once
-    family = family_of(plain.config) or OWN_SECTION
+    layout = weight_layout(model, max_shard_bytes=max_shard_bytes)
+    parameters = named_weights(model)
+    for name, text in description_files(model, layout, bos_id=bos_id, eos_id=eos_id, pad_id=pad_id).items():
+        (place / name).write_text(text, encoding="utf-8")
+    for name in layout.files:
+        write_weights(place / name, layout.files[name], parameters)
+
+
+@dataclass(frozen=True)
+class WeightLayout:
+    """Which tensors lie in which file of a model folder; `part_of` says whose part each file is, where several write one folder."""
+
+    files: Mapping[str, Sequence[Entry]]
+    part_of: Mapping[str, int]
+    total_bytes: int
+
+
+def named_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights as the model holds them, a tied matrix once, without the wrappers of compilation."""
+    return {name: parameter.detach() for name, parameter in unwrapped(model).named_parameters()}
+
+
+def weight_layout(model: nn.Module, *, parts: int = 1, max_shard_bytes: int = MAX_SHARD_BYTES) -> WeightLayout:
+    """Files for the model's weights, in `parts` of about equal size, none above `max_shard_bytes` unless a tensor alone is."""
+    parameters = named_weights(model)
+    table = entries(parameters, family_of(unwrapped(model).config) or OWN_SECTION)
+    shards = [
+        (part, shard)
+        for part, of_part in enumerate(_in_parts(table, parameters, parts))
+        for shard in _into_shards(of_part, parameters, max_shard_bytes)
+    ]
+    names = (
+        [WEIGHTS_NAME]
+        if len(shards) == 1
+        else [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    )
+    files = {name: shard for name, (_, shard) in zip(names, shards, strict=True)}
+    part_of = {name: part for name, (part, _) in zip(names, shards, strict=True)}
+    return WeightLayout(files, part_of, sum(tensor.nbytes for tensor in parameters.values()))
+
+
+def description_files(
+    model: nn.Module, layout: WeightLayout, *, bos_id: int | None = None, eos_id: int | None = None, pad_id: int | None = None
+) -> dict[str, str]:
+    """Name → text of what a model folder holds beside its weights: config.json, and an index where there are several files."""
+    plain = unwrapped(model)
     content = config_to_huggingface(plain.config)
     content |= {"dtype": str(plain.wte.weight.dtype).removeprefix("torch.")}
     content |= {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": pad_id}
-    (place / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    shards = _into_shards(entries(parameters, family), parameters, max_shard_bytes)
-    if len(shards) == 1:
-        _write_shard(place / WEIGHTS_NAME, shards[0], parameters)
-        return
-    files = {f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard for number, shard in enumerate(shards, 1)}
-    for name, shard in files.items():
-        _write_shard(place / name, shard, parameters)
-    index = {
-        "metadata": {"total_size": sum(tensor.nbytes for tensor in parameters.values())},
-        "weight_map": {entry.theirs: name for name, shard in files.items() for entry in shard},
-    }
-    (place / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    texts = {"config.json": json.dumps(content, indent=2) + "\n"}
+    if len(layout.files) > 1:
+        weight_map = {entry.theirs: name for name, shard in layout.files.items() for entry in shard}
+        texts[INDEX_NAME] = json.dumps({"metadata": {"total_size": layout.total_bytes}, "weight_map": weight_map}, indent=2) + "\n"
+    return texts
 
 
-def _into_shards(table: list[Entry], parameters: Mapping[str, Tensor], limit: int) -> list[list[Entry]]:
+def write_weights(path: Path, shard: Sequence[Entry], parameters: Mapping[str, Tensor]) -> None:
+    """One file of a layout; `parameters` hold at least what it wants, whole."""
+    save_file({entry.theirs: entry.join(parameters).cpu() for entry in shard}, path, metadata={"format": "pt"})
+
+
+def _in_parts(table: Sequence[Entry], parameters: Mapping[str, Tensor], parts: int) -> list[list[Entry]]:
+    """Consecutive tensors in `parts` groups of about equal size; some may be empty."""
+    sizes = [sum(parameters[name].nbytes for name in entry.ours) for entry in table]
+    groups: list[list[Entry]] = [[] for _ in range(parts)]
+    before, total = 0, max(1, sum(sizes))
+    for entry, size in zip(table, sizes, strict=True):
+        groups[min(parts - 1, (before + size // 2) * parts // total)].append(entry)
+        before += size
+    return groups
+
+
+def _into_shards(table: Sequence[Entry], parameters: Mapping[str, Tensor], limit: int) -> list[list[Entry]]:
     """Consecutive tensors of at most `limit` bytes a file; a larger tensor gets a file of its own."""
-    shards: list[list[Entry]] = [[]]
+    shards: list[list[Entry]] = []
     filled = 0
     for entry in table:
         size = sum(parameters[name].nbytes for name in entry.ours)
-        if shards[-1] and filled + size > limit:
+        if not shards or (shards[-1] and filled + size > limit):
             shards.append([])
             filled = 0
         shards[-1].append(entry)
         filled += size
     return shards
-
-
-def _write_shard(path: Path, shard: list[Entry], parameters: Mapping[str, Tensor]) -> None:
-    save_file({entry.theirs: entry.join(parameters).cpu() for entry in shard}, path, metadata={"format": "pt"})
 
 
 def load_pretrained(source: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Transformer:
@@ -144,8 +192,10 @@ def empty_model(config: ModelConfig, device: torch.device | str = "cpu", dtype: 
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, folder: Path | str) -> None:
+def load_weights(model: nn.Module, folder: Path | str, fill: Callable[[nn.Parameter, Tensor], object] = nn.Parameter.copy_) -> None:
     """Fill a model from a folder's safetensors, one tensor at a time, keeping the model's device and type.
+
+    `fill` puts a whole tensor into a parameter; another one may keep a part of it.
 
     Raises CheckpointError naming what is missing, unexpected or misshapen, before anything is changed.
     """
@@ -158,7 +208,7 @@ def load_weights(model: nn.Module, folder: Path | str) -> None:
                 for stored, entry in table:
                     if stored.file == file:
                         for name, tensor in entry.split(tensors.get_tensor(stored.name)).items():
-                            parameters[name].copy_(tensor)
+                            fill(parameters[name], tensor)
 
 
 @dataclass(frozen=True)

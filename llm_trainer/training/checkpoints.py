@@ -5,31 +5,26 @@ its name in one rename. Before that there is nothing that could be mistaken for 
 name is taken (`best_model`, or a step saved again) the earlier holder steps aside to `.old-<name>` first, which readers accept for the
 instant in which it is the only one. Older checkpoints are removed only after the new one lies verified in its place.
 
+Each rank writes what it holds (capture.py); the main one makes the folder, and seals it when all have said what they wrote. All of this
+may go on in a thread while the run trains (background.py): from copies, on a line of its own between the ranks, one save after another.
+What fails there is raised by the next call of `finished`, `wait` or a save, on all ranks alike.
+
 A checkpoint is a folder: weights and `config.json` as Hugging Face has them, the tokenizer, `optimizer/`,
-`state.json`, `run.json`, `manifest.json`. Nothing is pickled. The alternative not taken, `torch.save`, needs unpickling, which runs what
-a stranger put in the file.
+`state.json`, `run.json`, `random.json`, `manifest.json`. Nothing is pickled. The alternative not taken, `torch.save`, needs unpickling,
+which runs what a stranger put in the file.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import functools
 import json
-import math
-import os
-import platform
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, cast
 
 import torch
-from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 
 from llm_trainer.config import CheckpointError, RunConfig
 from llm_trainer.config.run_folder import (
@@ -40,75 +35,72 @@ from llm_trainer.config.run_folder import (
     LOGS_FOLDER,
     METRICS_FILE,
     OPTIMIZER_FOLDER,
+    RANDOM_FILE,
+    RECENT_PREFIX,
     REPLACED_PREFIX,
     RUN_FILE,
     STATE_FILE,
     TEMPORARY_PREFIX,
     WANDB_ID_FILE,
+    FileEntry,
     checkpoint_name,
     emergency_name,
+    file_entries,
     list_checkpoints,
     read_json,
+    recent_name,
     verify,
     write_manifest,
 )
-from llm_trainer.model.huggingface import save_pretrained
-from llm_trainer.model.transformer import Transformer
-from llm_trainer.training.optimizer_state import load_optimizer_state, optimizer_state, write_tensors
-from llm_trainer.training.parallel import gathered_model, load_model_weights
+from llm_trainer.training.background import Background
+from llm_trainer.training.capture import (
+    OPTIMIZER_SCALARS,
+    Capture,
+    HostCopies,
+    SavedTokenizer,
+    Snapshot,
+    capture,
+    described_anew,
+    host_memory_left,
+    run_text,
+    versions,
+)
+from llm_trainer.training.disk import discard, remove, removed_on_failure, require_space, sync_file, take_place, told_as_checkpoint_error
+from llm_trainer.training.optimizer_state import load_optimizer_state
+from llm_trainer.training.parallel import load_model_weights
+from llm_trainer.training.random_state import restore_random_state
 from llm_trainer.training.ranks import Ranks
+
+__all__ = [
+    "CheckpointStore", "SavedTokenizer", "Snapshot", "read_state", "restore", "restore_generators", "versions", "write_run_file",
+]  # fmt: skip
 
 # Beside the tensors: JSON files, the tokenizer, what the file system itself takes.
 SPACE_BESIDE_TENSORS = 8 << 20
+# Below, a save takes about as long as beginning one in the background: tens of milliseconds.
+BACKGROUND_FROM_BYTES = 64 << 20
 SYNC_THREADS = 8
-_RECORDED_PACKAGES = ("llm-trainer", "torch", "safetensors", "tokenizers", "numpy")
+Asynchronous = Literal["auto", "on", "off"]
 _OF_ONE_RUN = (RUN_FILE, METRICS_FILE, LOGS_FOLDER, WANDB_ID_FILE, "report.html", "report.json")
-_OPTIMIZER_SCALARS = "optimizer_scalars"
-
-
-class SavedTokenizer(Protocol):
-    """What a checkpoint needs of a tokenizer."""
-
-    @property
-    def bos_id(self) -> int | None:
-        """Begin of text."""
-
-    @property
-    def eos_id(self) -> int | None:
-        """End of text."""
-
-    @property
-    def pad_id(self) -> int | None:
-        """Filling."""
-
-    def save(self, folder: Path) -> None:
-        """Write `tokenizer.json` and what belongs to it."""
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A run at a step's edge. `state` is JSON and holds at least `step`; non-finite numbers in it survive.
-
-    On several `ranks` all save together: what is cut over them is gathered, the main one writes.
-    """
-
-    model: nn.Module
-    optimizers: Sequence[torch.optim.Optimizer]
-    state: Mapping[str, JSON]
-    config: RunConfig
-    tokenizer: SavedTokenizer | None
-    ranks: Ranks = field(default_factory=Ranks)
 
 
 class CheckpointStore:
     """The checkpoints of one run folder.
 
-    `save_total_limit` is how many of the newest are kept (None: all); best_model and final_model are never removed.
+    `save_total_limit` is how many of the newest are kept (None: all), `recent_limit` how many of those that are saved as recent ones;
+    best_model and final_model are never removed. `asynchronous`: whether `save`, `save_recent` and `save_best` return once there are
+    copies in the host's memory, and write in the background; auto: where the state is large enough to be worth it and the copies fit.
     """
 
-    def __init__(self, run_folder: Path, save_total_limit: int | None = None) -> None:
+    def __init__(
+        self, run_folder: Path, save_total_limit: int | None = None, *, recent_limit: int = 1, asynchronous: Asynchronous = "off"
+    ) -> None:
         self.run_folder = run_folder
-        self.save_total_limit = save_total_limit
+        self.save_total_limit, self.recent_limit = save_total_limit, recent_limit
+        self.asynchronous = asynchronous
+        self._background, self._copies = Background(), HostCopies()
+        self._line: Ranks | None = None  # the ranks on the background's own line
+        self._captured: Capture | None = None  # what is being written in the background
 
     def begin(self, resumed_step: int | None) -> Path | None:
         """Make room for a run: what an earlier one left here, and the coming one would take for its own, moves to `earlier-<n>/`.
@@ -132,83 +124,150 @@ class CheckpointStore:
 
     def save(self, snapshot: Snapshot, step: int) -> Path:
         """Write `checkpoint-<step>` and remove those past the limit. Raises CheckpointError, leaving the earlier ones as they were."""
-        return self._write(checkpoint_name(step), snapshot, step)
+        return self._save(checkpoint_name(step), snapshot, step)
 
-    def save_emergency(self, snapshot: Snapshot, step: int) -> Path:
-        """Write `emergency-<step>`: a checkpoint between two regular ones, for a run that must leave now."""
-        return self._write(emergency_name(step), snapshot, step)
+    def save_recent(self, snapshot: Snapshot, step: int) -> Path:
+        """Write `recent-<step>`, which a later one of its kind replaces."""
+        return self._save(recent_name(step), snapshot, step)
 
     def save_best(self, snapshot: Snapshot) -> Path:
         """Write or replace `best_model`; when it is best, the caller decides."""
-        return self._write(BEST_MODEL, snapshot, _step_in(snapshot.state))
+        return self._save(BEST_MODEL, snapshot, snapshot.step)
+
+    def save_emergency(self, snapshot: Snapshot, step: int) -> Path:
+        """Write `emergency-<step>`: a checkpoint between two regular ones, for a run that must leave now. It is there on return.
+
+        What failed in the background before is raised after it is written.
+        """
+        self._background.wait()
+        place = self._write(emergency_name(step), capture(snapshot, step), snapshot.ranks)
+        self.wait()
+        return place
 
     def save_final(self, snapshot: Snapshot) -> Path:
-        """Write or replace `final_model`."""
-        return self._write(FINAL_MODEL, snapshot, _step_in(snapshot.state))
+        """Write or replace `final_model`. It is there on return."""
+        self.wait()
+        return self._write(FINAL_MODEL, capture(snapshot, snapshot.step), snapshot.ranks)
 
     def newest(self) -> Path | None:
         """The newest checkpoint that verifies, or None."""
         return next((one.path for one in list_checkpoints(self.run_folder) if not verify(one.path)), None)
 
-    def _write(self, name: str, snapshot: Snapshot, step: int) -> Path:
-        tensors, scalars = optimizer_state(snapshot.model, snapshot.optimizers, is_kept=snapshot.ranks.is_main)
-        model = gathered_model(snapshot.model, snapshot.ranks) if isinstance(snapshot.model, Transformer) else snapshot.model
-        snapshot.ranks.main_does(lambda: self._write_whole(name, replace(snapshot, model=model), step, tensors, scalars))
+    @property
+    def is_busy(self) -> bool:
+        """Whether a save goes on in the background on this rank."""
+        return self._background.is_busy
+
+    @property
+    def has_finished(self) -> bool:
+        """Whether what went on in the background on this rank has ended, well or not, and nobody has asked yet."""
+        return self._background.has_ended
+
+    def wait(self) -> list[Path]:
+        """Until nothing goes on in the background; what was written there since the last time. Raises CheckpointError for what failed."""
+        written = self._background.collect()
+        self._captured = None
+        return written
+
+    def leave(self, ranks: Ranks) -> str | None:
+        """At the end of a run that may have failed: let a save of one process end, and say what went wrong with it, if anything did.
+
+        On several ranks it is not waited for, since another may be gone.
+        """
+        if ranks.count > 1 and self.is_busy:
+            return None
+        try:
+            self.wait()
+        except CheckpointError as error:
+            return str(error)
+        return None
+
+    def _save(self, name: str, snapshot: Snapshot, step: int) -> Path:
+        """Now, or in the background behind what is being written from the same copies; other copies must have been written first."""
+        if not self._is_worth_copies(snapshot):
+            self.wait()
+            return self._write(name, capture(snapshot, step), snapshot.ranks)
+        if self._captured is not None and self._captured.is_of(snapshot):
+            taken = described_anew(self._captured, snapshot, step)
+        else:
+            self._background.wait()
+            taken = self._captured = capture(snapshot, step, self._copies)
+        line = self._line = self._line or snapshot.ranks.apart()
+        self._background.do(lambda: self._write(name, taken, line))
         return self.run_folder / name
 
-    def _write_whole(self, name: str, snapshot: Snapshot, step: int, tensors: Mapping[str, Tensor], scalars: Mapping[str, JSON]) -> None:
-        place, temporary = self.run_folder / name, self.run_folder / f"{TEMPORARY_PREFIX}{name}"
-        needed = _bytes_of(snapshot.model, tensors) + SPACE_BESIDE_TENSORS
-        with _told_as_checkpoint_error(place, needed), _removed_on_failure(temporary):
-            self.run_folder.mkdir(parents=True, exist_ok=True)
-            self._remove_leftovers()
-            _require_space(place, needed)
-            temporary.mkdir()
-            _write_model(snapshot.model, snapshot.tokenizer, temporary)
-            write_tensors(temporary / OPTIMIZER_FOLDER, tensors)
-            _write_json(temporary / STATE_FILE, {**snapshot.state, "step": step, _OPTIMIZER_SCALARS: scalars})
-            write_run_file(temporary, snapshot.config)
-            _seal(temporary)
-            self._take_place(temporary, place)
-        with contextlib.suppress(OSError):  # the save has succeeded; what cannot be removed now waits for the next one
-            self._rotate(place)
+    def _is_worth_copies(self, snapshot: Snapshot) -> bool:
+        if self.asynchronous != "auto":
+            return self.asynchronous == "on"
+        size = snapshot.nbytes
+        no_room = not self._copies.are_made and size > host_memory_left() // 2
+        largest, lacking = snapshot.ranks.largest([size, no_room])
+        return largest >= BACKGROUND_FROM_BYTES and not lacking
 
-    def _take_place(self, temporary: Path, place: Path) -> None:
-        replaced = place.with_name(f"{REPLACED_PREFIX}{place.name}")
-        if place.exists():
-            place.rename(replaced)
-        try:
-            temporary.rename(place)
-        except OSError:
-            if replaced.exists():
-                replaced.rename(place)
-            raise
-        try:
-            _sync_file(self.run_folder)
-        finally:
-            _discard(replaced)
+    def _write(self, name: str, taken: Capture, ranks: Ranks) -> Path:
+        """Write a checkpoint, this rank its part of it; a collective call on the line of `ranks`."""
+        place, temporary = self.run_folder / name, self.run_folder / f"{TEMPORARY_PREFIX}{name}"
+        needed = int(ranks.add([taken.nbytes])[0]) + SPACE_BESIDE_TENSORS
+        with removed_on_failure(temporary) if ranks.is_main else contextlib.nullcontext():
+
+            def begin() -> list[Path]:
+                with told_as_checkpoint_error(place, needed):
+                    return self._begin_folder(taken, place, temporary, needed)
+
+            def write_part() -> str:
+                with told_as_checkpoint_error(place, needed):
+                    return json.dumps(_sealed(temporary, [*(described or []), *taken.write(temporary)]))
+
+            def complete() -> None:
+                with told_as_checkpoint_error(place, needed):
+                    _complete(temporary, [json.loads(entries) for entries in parts])
+                    take_place(temporary, place)
+
+            described = ranks.main_does(begin)
+            parts = ranks.all_do(write_part)
+            ranks.main_does(complete)
+        if ranks.is_main:
+            with contextlib.suppress(OSError):  # the save has succeeded; what cannot be removed now waits for the next one
+                self._rotate(place)
+        return place
+
+    def _begin_folder(self, taken: Capture, place: Path, temporary: Path, needed: int) -> list[Path]:
+        """Make the folder, and in it all that is no tensor; which files these are."""
+        self.run_folder.mkdir(parents=True, exist_ok=True)
+        self._remove_leftovers()
+        require_space(place, needed)
+        temporary.mkdir()
+        (temporary / OPTIMIZER_FOLDER).mkdir()
+        for name, text in taken.texts.items():
+            (temporary / name).write_text(text, encoding="utf-8")
+        if taken.tokenizer is not None:
+            taken.tokenizer.save(temporary)
+        return [path for path in temporary.rglob("*") if path.is_file()]
 
     def _rotate(self, newest: Path) -> None:
-        """Remove checkpoints past the limit, oldest first, once the newest is known to be whole.
+        """Remove checkpoints past the limits, oldest first, once the newest is known to be whole.
 
         Its hashes were just computed from the files on the disk, so that sizes are what is left to compare.
         """
-        if self.save_total_limit is None or verify(newest, contents=False):
+        if verify(newest, contents=False):
             return
         numbered = [one.path for one in list_checkpoints(self.run_folder) if one.path.name not in (BEST_MODEL, FINAL_MODEL)]
-        for path in numbered[max(1, self.save_total_limit) :]:
-            _discard(path)
+        recent = [path for path in numbered if path.name.startswith(RECENT_PREFIX)]
+        lasting = [path for path in numbered if path not in recent]
+        limit = len(lasting) if self.save_total_limit is None else max(1, self.save_total_limit)
+        for path in [*recent[max(1, self.recent_limit) :], *lasting[limit:]]:
+            discard(path)
 
     def _remove_leftovers(self) -> None:
         """Remove what crashed saves left, and give a name back to its earlier holder where the successor did not come."""
         for path in self.run_folder.glob(f"{REPLACED_PREFIX}*"):
             place = path.with_name(path.name.removeprefix(REPLACED_PREFIX))
             if place.exists():
-                _discard(path)
+                discard(path)
             else:
                 path.rename(place)
         for path in self.run_folder.glob(f"{TEMPORARY_PREFIX}*"):
-            _remove(path)
+            remove(path)
 
 
 def restore(path: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], *, verified: bool = False) -> dict[str, JSON]:
@@ -221,9 +280,18 @@ def restore(path: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optim
         raise CheckpointError(f"{path} cannot be restored: {'; '.join(problems[:3])}")
     state = read_state(path)
     load_model_weights(model, path)
-    scalars = state.pop(_OPTIMIZER_SCALARS, {})
+    scalars = state.pop(OPTIMIZER_SCALARS, {})
     load_optimizer_state(path / OPTIMIZER_FOLDER, scalars if isinstance(scalars, Mapping) else {}, model, optimizers)
     return state
+
+
+def restore_generators(path: Path, ranks: Ranks) -> None:
+    """Give this rank's random number generators the state that the checkpoint has for it, where it was saved on as many ranks."""
+    if not (path / RANDOM_FILE).exists():
+        return
+    states = read_json(path / RANDOM_FILE).get("ranks")
+    if isinstance(states, Sequence) and len(states) == ranks.count:
+        restore_random_state(cast("Mapping[str, JSON]", states[ranks.rank]))
 
 
 def read_state(path: Path) -> dict[str, JSON]:
@@ -234,57 +302,7 @@ def read_state(path: Path) -> dict[str, JSON]:
 
 def write_run_file(folder: Path, config: RunConfig) -> None:
     """Write `run.json`: every setting as it was resolved, and the versions that the run was made with."""
-    _write_json(folder / RUN_FILE, {**config.model_dump(mode="json"), "versions": versions()})
-
-
-@functools.cache
-def versions() -> dict[str, str]:
-    """Python and the packages whose version can change a number."""
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in _RECORDED_PACKAGES}}
-
-
-def _write_model(model: nn.Module, tokenizer: SavedTokenizer | None, folder: Path) -> None:
-    """Weights, config.json and tokenizer: what a loader of models wants."""
-    if tokenizer is None:
-        save_pretrained(model, folder)
-        return
-    save_pretrained(model, folder, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
-    tokenizer.save(folder)
-
-
-def _step_in(state: Mapping[str, JSON]) -> int:
-    step = state.get("step")
-    assert isinstance(step, int), "a snapshot's state holds its step"
-    return step
-
-
-def _bytes_of(model: nn.Module, tensors: Mapping[str, Tensor]) -> int:
-    everything = [*model.parameters(), *model.buffers(), *tensors.values()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in everything)
-
-
-def _require_space(place: Path, needed: int) -> None:
-    if shutil.disk_usage(place.parent).free < needed:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB"
-
-
-def _write_json(path: Path, value: Mapping[str, JSON]) -> None:
-    path.write_text(json.dumps(_spelled(value), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _spelled(value: JSON) -> JSON:
-    """JSON has no infinities and no NaN: they become {"float": "inf"}. Other floats survive JSON to the bit."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"float": str(value)}
-    if isinstance(value, Mapping):
-        return {str(name): _spelled(item) for name, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_spelled(item) for item in value]
-    return value
+    (folder / RUN_FILE).write_text(run_text(config), encoding="utf-8")
 
 
 def _finite_or_not(value: JSON) -> JSON:
@@ -297,69 +315,30 @@ def _finite_or_not(value: JSON) -> JSON:
     return value
 
 
-def _seal(folder: Path) -> None:
-    """Put everything under `folder` on the disk, and then its manifest.
+def _sealed(folder: Path, paths: Sequence[Path]) -> dict[str, FileEntry]:
+    """Put files under `folder` on the disk; their entries for the manifest.
 
     The disk is told of all files at once, and the hashes are computed meanwhile: of ten small files 6 ms instead of 25.
     """
     with ThreadPoolExecutor(SYNC_THREADS) as pool:
-        syncing = [pool.submit(_sync_file, path) for path in folder.rglob("*")]
-        manifest = write_manifest(folder)
+        syncing = [pool.submit(sync_file, path) for path in paths]
+        entries = file_entries(folder, paths)
         for one in syncing:
             one.result()
-    _sync_file(manifest)
-    _sync_file(folder)
+    return entries
 
 
-def _sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _discard(folder: Path) -> None:
-    """Delete a checkpoint so that a kill midway leaves nothing that bears a checkpoint's name; what stays, the next save removes."""
-    with contextlib.suppress(OSError):
-        if folder.exists():
-            doomed = folder.with_name(f"{TEMPORARY_PREFIX}{folder.name.lstrip('.')}")
-            folder.rename(doomed)
-            _remove(doomed)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)  # what cannot be removed now is a leftover for the next save
-    else:
-        path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _removed_on_failure(temporary: Path) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:  # an interrupt too: no litter
-        if temporary.exists():
-            _remove(temporary)
-        raise
-
-
-@contextlib.contextmanager
-def _told_as_checkpoint_error(place: Path, needed: int) -> Iterator[None]:
-    """Turn what the disk refuses into a message; safetensors wraps the system's errors in its own. `needed`: bytes of the whole save."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        full = (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or f"code: {errno.ENOSPC}" in str(error)
-        reason = _lack_of_space(place, needed) if full else str(error)
-        raise CheckpointError(f"{place} could not be saved: {reason}. Earlier checkpoints are untouched") from error
-
-
-def _lack_of_space(place: Path, needed: int) -> str:
-    free = shutil.disk_usage(place.parent).free
-    missing = f", {_megabytes(needed - free)} are missing" if needed > free else ""
-    return (
-        f"the disk is full: it needs about {_megabytes(needed)}, {_megabytes(free)} are free{missing}; "
-        "free some space, lower save_total_limit, or resume with another output_dir"
-    )
+def _complete(folder: Path, parts: Iterable[Mapping[str, FileEntry]]) -> None:
+    """Write the manifest of what all ranks wrote, and put the folders' names on the disk."""
+    files: dict[str, FileEntry] = {}
+    for rank, entries in enumerate(parts):
+        for name, entry in entries.items():
+            if not (folder / name).is_file() or (folder / name).stat().st_size != entry["size"]:
+                raise CheckpointError(
+                    f"{folder.parent}: what rank {rank} wrote ({name}) is not to be seen by rank 0; output_dir must lie on a file system "
+                    "that all machines share. Earlier checkpoints are untouched"
+                )
+            files[name] = entry
+    sync_file(folder / OPTIMIZER_FOLDER)
+    sync_file(write_manifest(folder, dict(sorted(files.items()))))
+    sync_file(folder)

@@ -8,15 +8,14 @@ and a mean over ranks with unequal numbers of tokens would be another loss.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from llm_trainer.model.huggingface import empty_model, load_weights
-from llm_trainer.model.transformer import Transformer
+from llm_trainer.model.huggingface import load_weights
 from llm_trainer.training.objectives import TrainingStep
 from llm_trainer.training.ranks import Ranks
 
@@ -104,34 +103,60 @@ def placed_like(full: Tensor, held: Tensor) -> Tensor:
     return distribute_tensor(full, sharded.device_mesh, sharded.placements, src_data_rank=None)
 
 
+def assembled_like(local: Tensor, held: Tensor) -> Tensor:
+    """The tensor cut as `held` is, of which this rank has the piece `local`."""
+    from torch.distributed.tensor import DTensor as CutTensor
+
+    like = cast("DTensor", held)
+    return CutTensor.from_local(local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
+
+
+class Piece(NamedTuple):
+    """What one rank holds of a tensor, or all of it: the values, where the first of them stands in the whole, and the whole's shape."""
+
+    values: Tensor
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+def piece_of(tensor: Tensor) -> Piece:
+    """This rank's piece of a tensor: all of it where it is whole, nothing (no elements) where the rank got none.
+
+    A collective call only for tensors whose shards interleave (one dimension cut twice), which are gathered.
+    """
+    if not hasattr(tensor, "full_tensor"):
+        return Piece(tensor, (0,) * tensor.ndim, tuple(tensor.shape))
+    from torch.distributed.tensor import Replicate, Shard
+
+    sharded = cast("DTensor", tensor)
+    if not all(type(placement) in (Shard, Replicate) for placement in sharded.placements):
+        return piece_of(sharded.full_tensor())
+    chunk = cast("Any", sharded).__create_chunk_list__()[0]  # what torch.distributed.checkpoint asks a tensor for
+    return Piece(sharded.to_local(), tuple(chunk.offsets), tuple(sharded.shape))
+
+
+def is_first_holder(tensor: Tensor, rank: int) -> bool:
+    """Whether this rank is the one that writes its piece: rank 0 of what all hold, the first replica of what is cut."""
+    if not hasattr(tensor, "full_tensor"):
+        return rank == 0
+    from torch.distributed.tensor import Replicate, Shard
+
+    sharded = cast("DTensor", tensor)
+    if not all(type(placement) in (Shard, Replicate) for placement in sharded.placements):
+        return rank == 0
+    place: Sequence[int] = sharded.device_mesh.get_coordinate() or []
+    return all(at == 0 for at, placement in zip(place, sharded.placements, strict=True) if isinstance(placement, Replicate))
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether ranks hold shards of the model."""
     return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
-def gathered_model(model: Transformer, ranks: Ranks) -> Transformer:
-    """The model with whole weights on the main rank, on the CPU where they were cut; other ranks get a shell. A collective call."""
-    if not is_sharded(model):
-        return model
-    copy = empty_model(model.config, device="cpu" if ranks.is_main else "meta")
-    targets = dict(copy.named_parameters())
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            full = whole(parameter.detach())
-            if ranks.is_main:
-                targets[name].copy_(full)
-    return copy
-
-
 def load_model_weights(model: nn.Module, folder: Path) -> None:
-    """`load_weights`, also into a model that is cut over ranks: each rank reads the file and keeps its part."""
-    if not is_sharded(model):
-        load_weights(model, folder)
-        return
-    assert isinstance(model, Transformer)
-    read = empty_model(model.config)
-    load_weights(read, folder)
-    targets = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, parameter in read.named_parameters():
-            targets[name].copy_(placed_like(parameter.detach().to(targets[name].device), targets[name]))
+    """`load_weights`, also into a model that is cut over ranks: each rank reads one tensor after another and keeps its part."""
+
+    def keep_part(parameter: nn.Parameter, tensor: Tensor) -> None:
+        parameter.copy_(placed_like(tensor.to(parameter.device), parameter))
+
+    load_weights(model, folder, keep_part)

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
@@ -28,7 +28,7 @@ from llm_trainer.config.environment import LaunchEnvironment
 from llm_trainer.config.parallel import ParallelPlan, resolve_plan
 
 if TYPE_CHECKING:
-    from torch.distributed import Store  # type: ignore[attr-defined]  # public, and not in the stubs
+    from torch.distributed import ProcessGroup, Store  # type: ignore[attr-defined]  # public, and not in the stubs
 
 Result = TypeVar("Result")
 _BEAT_SECONDS = 0.5
@@ -47,6 +47,15 @@ class Ranks:
     rank: int = 0
     count: int = 1
     plan: ParallelPlan = field(default_factory=ParallelPlan)
+    group: ProcessGroup | None = None  # none: that of all ranks
+
+    def apart(self) -> Ranks:
+        """The same ranks with a line of their own, on which they may talk in a thread while training goes on. A collective call."""
+        if self.count == 1:
+            return self
+        import torch.distributed as dist
+
+        return replace(self, group=dist.new_group(backend="gloo"))
 
     @property
     def is_main(self) -> bool:
@@ -60,7 +69,7 @@ class Ranks:
         import torch.distributed as dist
 
         summed = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(summed)
+        dist.all_reduce(summed, group=self.group)
         return [float(value) for value in summed]
 
     def add_tensor(self, value: Tensor) -> Tensor:
@@ -69,7 +78,7 @@ class Ranks:
             import torch.distributed as dist
 
             value = value.clone()
-            dist.all_reduce(value)
+            dist.all_reduce(value, group=self.group)
         return value
 
     def largest(self, values: Sequence[int]) -> list[int]:
@@ -79,7 +88,7 @@ class Ranks:
         import torch.distributed as dist
 
         agreed = torch.tensor(values, dtype=torch.int64)
-        dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
+        dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=self.group)
         return [int(value) for value in agreed]
 
     def texts(self, text: str) -> list[str]:
@@ -93,7 +102,7 @@ class Ranks:
         padded = torch.zeros(longest, dtype=torch.uint8)
         padded[: len(said)] = said
         gathered = [torch.empty_like(padded) for _ in range(self.count)]
-        dist.all_gather(gathered, padded)
+        dist.all_gather(gathered, padded, group=self.group)
         return [bytes(one.numpy()).rstrip(b"\0").decode() for one in gathered]
 
     def of_main(self, text: str) -> str:
@@ -119,6 +128,21 @@ class Ranks:
         if problem:
             raise CheckpointError(problem)
         return result
+
+    def all_do(self, task: Callable[[], str]) -> list[str]:
+        """Every rank runs `task`; each gets all answers, once all have ended. What one raises of ours, all raise."""
+        answer, error = "", None
+        try:
+            answer = task()
+        except LLMTrainerError as raised:
+            error = raised
+        told = self.texts(f"{'!' if error else '='}{error or answer}")
+        if error is not None:
+            raise error
+        for rank, text in enumerate(told):
+            if text.startswith("!"):
+                raise CheckpointError(f"rank {rank}: {text[1:]}")
+        return [text[1:] for text in told]
 
     def main_first(self, task: Callable[[], Result]) -> Result:
         """Every rank runs `task`, the main one before the others: what it prepares, they find."""

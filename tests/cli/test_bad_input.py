@@ -132,12 +132,12 @@ def test_no_disk_space_while_saving_leaves_the_earlier_checkpoints_whole(
     place: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from llm_trainer.config.run_folder import verify
-    from llm_trainer.training import checkpoints
+    from llm_trainer.training import capture
 
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "checkpoint")
 
-    monkeypatch.setattr(checkpoints, "save_pretrained", full)
+    monkeypatch.setattr(capture, "write_weights", full)
     said = fails("train", "--resume=checkpoints/checkpoint-4", "--max_steps=6", status=1)
     assert "space" in said
     assert verify(place / "checkpoints/checkpoint-4") == []

@@ -110,7 +110,8 @@ def test_torchs_own_reader_and_writer_agree_with_ours(tmp_path: Path) -> None:
 
     taken = snapshot(tmp_path, optimizer="muon")
     tensors, scalars = optimizer_state(taken.model, taken.optimizers)
-    write_tensors(tmp_path / "ours", tensors)
+    (tmp_path / "ours").mkdir()
+    write_tensors(tmp_path / "ours" / TENSORS_FILE, tensors)
     read = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
     dcp.load(read, storage_reader=HuggingFaceStorageReader(str(tmp_path / "ours")), no_dist=True)
     assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
