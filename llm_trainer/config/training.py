@@ -123,6 +123,18 @@ class TrainingConfig(Section):
     save_total_limit: int | None = setting(
         3, "keep the newest so many checkpoints (the best model and the last one are always kept)", unit="checkpoints", gt=0
     )
+    recent_save_interval: DurationField | None = setting(
+        None,
+        "also save this often, as recent-<step>, which the next of its kind replaces; none: no such saves",
+        unit="steps, epochs or tokens",
+        aliases=("ephemeral_save_interval",),
+    )
+    recent_save_limit: int = setting(1, "keep the newest so many of the recent ones", unit="checkpoints", gt=0)
+    asynchronous_saves: Literal["auto", "on", "off"] = setting(
+        "auto",
+        "write checkpoints in the background, from copies in the host's memory; auto: from 64 MB of state, where the copies fit",
+        aliases=("async_save", "async_checkpointing"),
+    )
     logging_steps: int = setting(10, "report this often", unit="steps", aliases=("log_interval",), gt=0)
     report_to: list[Literal["tensorboard", "wandb"]] = setting(
         lambda: ["tensorboard"], "where metrics go beside metrics.jsonl", spellings=("wandb_log",)

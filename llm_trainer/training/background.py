@@ -34,10 +34,16 @@ class Background:
             return self._ended < self._given
 
     @property
-    def has_ended(self) -> bool:
-        """Whether there are results or a failure to collect, and nothing is going on."""
+    def has_results(self) -> bool:
+        """Whether there is something to collect."""
         with self._change:
-            return self._ended == self._given and (bool(self._done) or self._failure is not None)
+            return bool(self._done)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a failure waits to be told."""
+        with self._change:
+            return self._failure is not None
 
     def do(self, task: Task) -> None:
         """Begin a task, or put it behind those that are going on. After a failure the tasks behind it are left out."""

@@ -7,7 +7,7 @@ instant in which it is the only one. Older checkpoints are removed only after th
 
 Each rank writes what it holds (capture.py); the main one makes the folder, and seals it when all have said what they wrote. All of this
 may go on in a thread while the run trains (background.py): from copies, on a line of its own between the ranks, one save after another.
-What fails there is raised by the next call of `finished`, `wait` or a save, on all ranks alike.
+What fails there is raised by the next `wait` or save, on all ranks alike.
 
 A checkpoint is a folder: weights and `config.json` as Hugging Face has them, the tokenizer, `optimizer/`,
 `state.json`, `run.json`, `random.json`, `manifest.json`. Nothing is pickled. The alternative not taken, `torch.save`, needs unpickling,
@@ -20,6 +20,7 @@ import contextlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from enum import IntEnum
 from pathlib import Path
 from typing import Literal, cast
 
@@ -72,7 +73,8 @@ from llm_trainer.training.random_state import restore_random_state
 from llm_trainer.training.ranks import Ranks
 
 __all__ = [
-    "CheckpointStore", "SavedTokenizer", "Snapshot", "read_state", "restore", "restore_generators", "versions", "write_run_file",
+    "CheckpointStore", "Progress", "SavedTokenizer", "Snapshot",
+    "read_state", "restore", "restore_generators", "versions", "write_run_file",
 ]  # fmt: skip
 
 # Beside the tensors: JSON files, the tokenizer, what the file system itself takes.
@@ -82,6 +84,12 @@ BACKGROUND_FROM_BYTES = 64 << 20
 SYNC_THREADS = 8
 Asynchronous = Literal["auto", "on", "off"]
 _OF_ONE_RUN = (RUN_FILE, METRICS_FILE, LOGS_FOLDER, WANDB_ID_FILE, "report.html", "report.json")
+
+
+class Progress(IntEnum):
+    """Of what is written in the background. Of several ranks the largest counts."""
+
+    NOTHING, WRITTEN, BUSY, FAILED = range(4)
 
 
 class CheckpointStore:
@@ -99,6 +107,7 @@ class CheckpointStore:
         self.save_total_limit, self.recent_limit = save_total_limit, recent_limit
         self.asynchronous = asynchronous
         self._background, self._copies = Background(), HostCopies()
+        self._written: list[Path] = []
         self._line: Ranks | None = None  # the ranks on the background's own line
         self._captured: Capture | None = None  # what is being written in the background
 
@@ -140,44 +149,47 @@ class CheckpointStore:
         What failed in the background before is raised after it is written.
         """
         self._background.wait()
-        place = self._write(emergency_name(step), capture(snapshot, step), snapshot.ranks)
-        self.wait()
+        place = self._write_now(emergency_name(step), snapshot, step)
+        self._settle()
         return place
 
     def save_final(self, snapshot: Snapshot) -> Path:
         """Write or replace `final_model`. It is there on return."""
-        self.wait()
-        return self._write(FINAL_MODEL, capture(snapshot, snapshot.step), snapshot.ranks)
+        self._settle()
+        return self._write_now(FINAL_MODEL, snapshot, snapshot.step)
 
     def newest(self) -> Path | None:
         """The newest checkpoint that verifies, or None."""
         return next((one.path for one in list_checkpoints(self.run_folder) if not verify(one.path)), None)
 
     @property
-    def is_busy(self) -> bool:
-        """Whether a save goes on in the background on this rank."""
-        return self._background.is_busy
-
-    @property
-    def has_finished(self) -> bool:
-        """Whether what went on in the background on this rank has ended, well or not, and nobody has asked yet."""
-        return self._background.has_ended
+    def progress(self) -> Progress:
+        """How it stands on this rank with what was to be written since the last `wait`."""
+        if self._background.has_failed:
+            return Progress.FAILED
+        if self._background.is_busy:
+            return Progress.BUSY
+        return Progress.WRITTEN if self._written or self._background.has_results else Progress.NOTHING
 
     def wait(self) -> list[Path]:
-        """Until nothing goes on in the background; what was written there since the last time. Raises CheckpointError for what failed."""
-        written = self._background.collect()
-        self._captured = None
+        """Until nothing goes on in the background; what was written since the last time. Raises CheckpointError for what failed there."""
+        self._settle()
+        written, self._written = self._written, []
         return written
+
+    def _settle(self) -> None:
+        self._captured = None
+        self._written += self._background.collect()
 
     def leave(self, ranks: Ranks) -> str | None:
         """At the end of a run that may have failed: let a save of one process end, and say what went wrong with it, if anything did.
 
         On several ranks it is not waited for, since another may be gone.
         """
-        if ranks.count > 1 and self.is_busy:
+        if ranks.count > 1 and self.progress == Progress.BUSY:
             return None
         try:
-            self.wait()
+            self._settle()
         except CheckpointError as error:
             return str(error)
         return None
@@ -185,16 +197,21 @@ class CheckpointStore:
     def _save(self, name: str, snapshot: Snapshot, step: int) -> Path:
         """Now, or in the background behind what is being written from the same copies; other copies must have been written first."""
         if not self._is_worth_copies(snapshot):
-            self.wait()
-            return self._write(name, capture(snapshot, step), snapshot.ranks)
+            self._settle()
+            return self._write_now(name, snapshot, step)
         if self._captured is not None and self._captured.is_of(snapshot):
             taken = described_anew(self._captured, snapshot, step)
         else:
-            self._background.wait()
+            self._settle()
             taken = self._captured = capture(snapshot, step, self._copies)
         line = self._line = self._line or snapshot.ranks.apart()
         self._background.do(lambda: self._write(name, taken, line))
         return self.run_folder / name
+
+    def _write_now(self, name: str, snapshot: Snapshot, step: int) -> Path:
+        place = self._write(name, capture(snapshot, step), snapshot.ranks)
+        self._written.append(place)
+        return place
 
     def _is_worth_copies(self, snapshot: Snapshot) -> bool:
         if self.asynchronous != "auto":

@@ -90,6 +90,13 @@ def load_optimizer_state(folder: Path, scalars: Mapping[str, JSON], model: nn.Mo
             optimizer.state[parameter][key] = _as_held(stored[name], parameter, _device_of(key, parameter, group))
 
 
+def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor that was written there, whole, by name."""
+    with _reading(folder), contextlib.ExitStack() as files:
+        for name, stored in _stored_in(folder, files).items():
+            yield name, stored.read([0] * len(stored.shape), stored.shape)
+
+
 class _Stored:
     """A tensor that lies in pieces in one file or several."""
 

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from llm_trainer.config import CheckpointError, UsageError
 from llm_trainer.config.run_folder import FINAL_MODEL, OPTIMIZER_FOLDER, TEMPORARY_PREFIX, FoundCheckpoint, list_checkpoints, verify
 from llm_trainer.training.callbacks import Callback
 from llm_trainer.training.checkpoints import read_state
+from llm_trainer.training.optimizer_state import read_tensors
 
 if TYPE_CHECKING:
     from llm_trainer.training.trainer import Trainer
@@ -146,10 +146,8 @@ def _train(build: BuildTrainer, start: Path | None, folder: Path, last: int) -> 
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    for path in sorted([*folder.glob("*.safetensors"), *(folder / OPTIMIZER_FOLDER).glob("*.safetensors")]):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  # not a dictionary
-                yield name, file.get_tensor(name)
+    yield from read_tensors(folder)
+    yield from read_tensors(folder / OPTIMIZER_FOLDER)
 
 
 def _difference(one: Tensor, other: Tensor) -> str | None:

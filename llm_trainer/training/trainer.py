@@ -28,7 +28,7 @@ from llm_trainer.model.flops import estimate_flops
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.autotune import Choice
 from llm_trainer.training.callbacks import Callback, EarlyStopping
-from llm_trainer.training.checkpoints import CheckpointStore, Snapshot, restore, write_run_file
+from llm_trainer.training.checkpoints import CheckpointStore, Progress, Snapshot, restore, restore_generators, write_run_file
 from llm_trainer.training.console import ProgressReporter
 from llm_trainer.training.engine import build_engine
 from llm_trainer.training.metrics import MetricsTracker
@@ -37,6 +37,7 @@ from llm_trainer.training.precision import PrecisionName, resolve_device
 from llm_trainer.training.preemption import StopSignals
 from llm_trainer.training.ranks import Ranks
 from llm_trainer.training.resume import data_identity, read_resumption, resume_folder
+from llm_trainer.training.saving import Saving, store_for
 from llm_trainer.training.schedules import resolve_length, resolve_schedule
 from llm_trainer.training.shares import AchievedShares, count_sources
 from llm_trainer.training.spikes import rate_after_rollbacks, roll_back
@@ -79,7 +80,7 @@ class Trainer:
         self.console = (console or Console(stderr=True)) if self.ranks.is_main else Console(quiet=True)
         self.run_dir = Path(training.output_dir)
         self.cache_dir = cache_dir
-        self.store = store or CheckpointStore(self.run_dir, training.save_total_limit)
+        self.store = store or store_for(training)
         self.device = resolve_device(training.device)
         self.context = model.config.max_position_embeddings
         self.batches = resolve_batches(training, self.ranks.count)
@@ -97,6 +98,7 @@ class Trainer:
             self.callbacks.insert(0, EarlyStopping(training.early_stopping_patience, training.early_stopping_min_delta))
         self.state = TrainingState(schedule=resolve_schedule(training, self.length), total_steps=self.length.steps)
         self.stop_training = False
+        self.saving = Saving(self)
         self._outcomes = Outcomes(training, self.say)
         self._last_validation: ValidationResult | None = None
         self._stored_scaler: dict[str, float | int] = {}
@@ -125,6 +127,7 @@ class Trainer:
                 ended_by = "evaluated" if self.training.eval_only else self._loop(signals)
                 return self._finish(ended_by, signals)
             finally:
+                self.saving.leave()
                 self._micro_batches.close()
                 self.metrics_tracker.close()
                 if self._progress is not None:
@@ -162,7 +165,9 @@ class Trainer:
         flops = estimate_flops(self.model.config, self.context)
         self.meter = Meter(flops / self.ranks.count, self.device, self.engine.precision.computing_dtype)
         self.metrics_tracker = self._open_metrics(self.state.step if self._resumed_from else None)
-        self._started = self._last_save = time.monotonic()
+        if self._resumed_from is not None:
+            restore_generators(self._resumed_from, self.ranks)
+        self._started = time.monotonic()
 
     def _open_metrics(self, resumed_step: int | None) -> MetricsTracker:
         told_in = self.run_dir if self.ranks.is_main else None
@@ -223,14 +228,18 @@ class Trainer:
             minutes = self.training.max_minutes
             is_over = minutes is not None and time.monotonic() - self._started >= 60 * minutes
             is_spike = self.state.spikes.is_spike(self.training)
-            received, over, stop, spiked = self.ranks.largest([signals.received or 0, is_over, self.stop_training, is_spike])
+            here = [signals.received or 0, is_over, self.stop_training, is_spike, self.saving.progress()]
+            received, over, stop, spiked, saves = self.ranks.largest(here)
             self.stop_training = bool(stop)
+            if saves in (Progress.WRITTEN, Progress.FAILED):
+                self.saving.tell()
             if received:
                 signals.received = signal.Signals(received)
                 return "preempted"
             if over:
                 return "time"
             if spiked and not stop:
+                self.saving.tell()
                 roll_back(self)
         return "stopped" if self.stop_training else "finished"
 
@@ -270,8 +279,8 @@ class Trainer:
         is_validation_due = step % self.length.in_steps(self.training.eval_interval) == 0 or is_last
         if is_validation_due and self.validation_tokens is not None:
             self._validate()
-        if not is_last and (self._is_save_due() or (is_validation_due and self.training.always_save_checkpoint)):
-            self._save()
+        if not is_last:
+            self.saving.save_if_due(wanted=is_validation_due and self.training.always_save_checkpoint)
 
     def _log_metrics(self, loss: float) -> None:
         """Report a step. Subclasses may add their own: `self.metrics_tracker.update({...}, self.current_step)`."""
@@ -301,26 +310,12 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_validation(self, result)
         if is_best and not self.training.eval_only:
-            self.store.save_best(self._snapshot())
+            self.store.save_best(self.snapshot())
         self.meter.leave_out(time.perf_counter() - start)
 
-    def _is_save_due(self) -> bool:
-        interval, minutes = self.training.save_interval, self.training.save_minutes
-        by_steps = interval is not None and self.state.step % self.length.in_steps(interval) == 0
-        if by_steps or minutes is None:
-            return by_steps
-        return bool(self.ranks.largest([time.monotonic() - self._last_save >= 60 * minutes])[0])
-
-    def _save(self, *, emergency: bool = False) -> None:
-        start = time.perf_counter()
+    def snapshot(self) -> Snapshot:
+        """The run as it stands at this step's edge, to be saved."""
         self._outcomes.read(self.state)
-        path = (self.store.save_emergency if emergency else self.store.save)(self._snapshot(), self.state.step)
-        self._last_save = time.monotonic()
-        for callback in self.callbacks:
-            callback.on_checkpoint(self, path)
-        self.meter.leave_out(time.perf_counter() - start)
-
-    def _snapshot(self) -> Snapshot:
         callbacks = {type(callback).__name__: state for callback in self.callbacks if (state := callback.state_dict())}
         state = {**self.state.to_json(), "scaler": self.engine.precision.state_dict(), "callbacks": callbacks}
         state["data"] = data_identity(self.train_tokens, self.sampler)
@@ -333,9 +328,10 @@ class Trainer:
         if ended_by in ("finished", "stopped"):
             for callback in self.callbacks:
                 callback.on_train_end(self)
-            self.store.save_final(self._snapshot())
+            self.store.save_final(self.snapshot())
         elif ended_by in ("preempted", "time"):
-            self._save(emergency=True)
+            self.saving.save(emergency=True)
+        self.saving.tell()
         return TrainingResult(
             ended_by=ended_by,
             step=self.state.step,

@@ -9,8 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from llm_trainer.config.run_folder import verify
 from llm_trainer.training.metrics import read_metrics
+from llm_trainer.training.replay import compare_checkpoints
 
 RUNNER = Path(__file__).with_name("ranked_run.py")
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,6 +78,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         a_run("fsdp-poisoned", fsdp=2) | POISON,
         a_run("ddp-muon", **MUON),
         a_run("fsdp-muon", fsdp=2, **MUON),
+        a_run("ddp-background", asynchronous_saves="on"),
+        a_run("fsdp-background", fsdp=2, asynchronous_saves="on"),
     ]
     two += [
         a_run(f"resumed-on-2-{kind}", fsdp=fsdp, resume_from=str(base / "plain/checkpoint-12")) for kind, fsdp in (("ddp", 1), ("fsdp", 2))
@@ -113,22 +118,48 @@ def test_muon_on_two_ranks_stays_near_one(folder: Path, kind: str) -> None:
     assert max(differences(series(folder / "plain-muon"), series(folder / f"{kind}-muon"))) <= 5e-3
 
 
+def test_replicas_save_the_files_that_one_rank_saves(folder: Path) -> None:
+    mine, theirs = folder / "ddp/checkpoint-12", folder / "plain/checkpoint-12"
+    names = [sorted(path.relative_to(one).as_posix() for path in one.rglob("*")) for one in (mine, theirs)]
+    assert names[0] == names[1]
+
+
+def test_each_rank_saves_its_shards_and_together_they_are_the_model_folder_of_one(folder: Path) -> None:
+    from llm_trainer.model.huggingface import load_pretrained
+    from llm_trainer.training.optimizer_state import read_tensors
+
+    mine, theirs = folder / "fsdp/checkpoint-12", folder / "plain/checkpoint-12"
+    assert [path.name for path in sorted(mine.glob("*.safetensors"))] == [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    sizes = [path.stat().st_size for path in sorted((mine / "optimizer").iterdir())]
+    assert len(sizes) == 2
+    assert max(sizes) < 1.2 * min(sizes)
+    assert verify(mine) == []
+    weights = load_pretrained(theirs).state_dict()
+    for name, tensor in load_pretrained(mine).state_dict().items():
+        assert torch.allclose(tensor, weights[name], atol=1e-5), name
+    moments = dict(read_tensors(theirs / "optimizer"))
+    found = dict(read_tensors(mine / "optimizer"))
+    assert found.keys() == moments.keys()
+    assert all(found[name].shape == moments[name].shape and torch.allclose(found[name], moments[name], atol=1e-5) for name in found)
+
+
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_a_checkpoint_has_the_same_form_on_two_ranks(folder: Path, kind: str) -> None:
-    from safetensors import safe_open
+def test_a_save_in_the_background_is_the_save_that_the_run_waits_for(folder: Path, kind: str) -> None:
+    for name in ("checkpoint-12", "best_model", "final_model"):
+        assert compare_checkpoints(folder / kind / name, folder / f"{kind}-background" / name) == []
+        assert verify(folder / f"{kind}-background" / name) == []
 
-    def shapes(checkpoint: Path) -> dict[str, list[int]]:
-        found = {}
-        for path in sorted(checkpoint.rglob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                found |= {f"{path.relative_to(checkpoint)} {name}": file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-        return found
 
-    mine = shapes(folder / kind / "checkpoint-12")
-    assert mine == shapes(folder / "plain/checkpoint-12")
-    assert sorted(path.name for path in (folder / kind / "checkpoint-12").iterdir()) == sorted(
-        path.name for path in (folder / "plain/checkpoint-12").iterdir()
-    )
+def test_torchs_own_reader_takes_the_pieces_that_ranks_wrote(folder: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+    from llm_trainer.training.optimizer_state import read_tensors
+
+    ours = dict(read_tensors(folder / "fsdp/checkpoint-12/optimizer"))
+    theirs = {name: torch.zeros_like(tensor) for name, tensor in ours.items() if tensor.ndim}
+    dcp.load(theirs, storage_reader=HuggingFaceStorageReader(str(folder / "fsdp/checkpoint-12/optimizer")), no_dist=True)
+    assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
