@@ -183,8 +183,13 @@ def host_memory_left() -> int:
 
 
 def _version(snapshot: Snapshot) -> tuple[tuple[int, int], ...]:
-    """Changes whenever the weights do: which tensors they are, and how often each was written to."""
-    return tuple((id(parameter), _held_part(parameter.detach())._version) for parameter in snapshot.model.parameters())
+    """Changes whenever weights or optimizer state do: the step, which tensors they are, and how often each was written to.
+
+    The step says most: fused optimizers write to weights without their being counted (torch 2.13).
+    """
+    state = (value for one in snapshot.optimizers for held in one.state.values() for value in held.values() if isinstance(value, Tensor))
+    tensors = [*snapshot.model.parameters(), *state]
+    return ((snapshot.step, len(tensors)), *((id(tensor), _held_part(tensor.detach())._version) for tensor in tensors))
 
 
 def _texts(snapshot: Snapshot, step: int, layout: WeightLayout) -> dict[str, str]:

@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,24 @@ def test_changed_weights_of_the_same_step_are_copied_again(tmp_path: Path) -> No
     store.wait()
     assert compare_checkpoints(best, place) != []
     assert compare_checkpoints(place, CheckpointStore(tmp_path / "now").save(taken, 2)) == []
+
+
+def test_a_step_of_a_fused_optimizer_is_seen_while_an_earlier_save_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a step leaves torch's counts of writes to the weights as they were."""
+    taken = snapshot(tmp_path)
+    with monkeypatch.context() as patch:
+        go = held_back(patch)
+        store = CheckpointStore(tmp_path / "run", asynchronous="on")
+        store.save(taken, 2)
+        for parameter in taken.model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        for optimizer in taken.optimizers:
+            optimizer.step()
+        threading.Timer(0.3, go.set).start()
+        now = replace(taken, state={"step": 3})
+        place = store.save(now, 3)
+        store.wait()
+    assert compare_checkpoints(place, CheckpointStore(tmp_path / "now").save(now, 3)) == []
 
 
 def test_a_failure_in_the_background_is_raised_once_and_leaves_no_litter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
