@@ -49,7 +49,8 @@ def generate(door: Door, argv: Sequence[str]) -> int:
     prompt = prompt_text(config.inference.prompt)
     from llm_trainer.inference.loading import load_model
 
-    model, _ = load_model(source, config.inference.device, config.inference.precision, config.inference.compile)
+    inference = config.inference
+    model, _ = load_model(source, inference.device, inference.precision, inference.compile, inference.adapter)
     print_samples(model, prompt, config.generation)
     return 0
 

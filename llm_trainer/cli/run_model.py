@@ -19,6 +19,18 @@ if TYPE_CHECKING:
 # What may be said beside pretrained weights; everything else is the weights' own shape.
 CHANGEABLE = ("dropout", "attention_dropout", "embedding_dropout", "gradient_checkpointing", "checkpoint_every", "checkpoint_keep")
 
+LORA = (
+    "attn_lora_rank",
+    "mlp_lora_rank",
+    "embedding_lora_rank",
+    "head_lora_rank",
+    "lora_alpha",
+    "lora_dropout",
+    "use_rslora",
+    "lora_train_base",
+    "lora",
+)
+
 
 def shape_for(model: ModelConfig, prepared: PreparedData, origins: Mapping[str, str]) -> ModelConfig:
     """The shape to train on this data from scratch. Raises UsageError where the vocabulary that was said is too small."""
@@ -43,11 +55,14 @@ def new_model(shape: ModelConfig, seed: int) -> Transformer:
 
     from llm_trainer.model.transformer import Transformer
 
-    return Transformer(shape, torch.Generator().manual_seed(seed))
+    model = Transformer(shape, torch.Generator().manual_seed(seed))
+    if model.config.has_adapters and model.config.lora_train_base is None:
+        model.config.lora_train_base = True  # random weights are worth nothing yet
+    return model
 
 
 def pretrained_model(source: str, said: ModelConfig) -> Transformer:
-    """The model of a folder, a checkpoint or a hub name, with the dropout and context that were said.
+    """The model of a folder, a checkpoint or a hub name, with the dropout, context and adapters that were said.
 
     Raises UsageError where another shape was said than the weights have, CheckpointError where there are no weights.
     """
@@ -55,7 +70,8 @@ def pretrained_model(source: str, said: ModelConfig) -> Transformer:
 
     loaded = load_transformer(find_model(source))
     shape = _with_changes(source, loaded.config, said)
-    return loaded if shape.model_dump() == loaded.config.model_dump() else _reshaped(loaded, shape)
+    model = loaded if shape.model_dump() == loaded.config.model_dump() else _reshaped(loaded, shape)
+    return _with_said_adapters(model, said)
 
 
 def is_pretrained(init_from: str) -> bool:
@@ -93,7 +109,7 @@ def refuse_other_tokens(source: str, tokenizer: Tokenizer | None) -> None:
 
 def _with_changes(source: str, shape: ModelConfig, said: ModelConfig) -> ModelConfig:
     changed = shape.model_copy()
-    for name in sorted(said.model_fields_set - {"model_type"}):
+    for name in sorted(said.model_fields_set - {"model_type", *LORA}):
         wanted, present = getattr(said, name), getattr(shape, name)
         shorter = name == "max_position_embeddings" and wanted < present
         if name in CHANGEABLE or shorter:
@@ -101,6 +117,22 @@ def _with_changes(source: str, shape: ModelConfig, said: ModelConfig) -> ModelCo
         elif wanted != present:
             raise UsageError(f"{name}={wanted!r} was said, but {source} has {present!r}; leave it out, or train from scratch")
     return changed
+
+
+def _with_said_adapters(model: Transformer, said: ModelConfig) -> Transformer:
+    """The model with the low-rank adapters that were said, over weights that stay as they are unless `lora_train_base` says otherwise."""
+    from llm_trainer.model.lora import add_adapters
+
+    for name in LORA[:-1]:
+        if said.is_said(name):
+            setattr(model.config, name, getattr(said, name))
+    wanted = model.config.model_copy(update={"lora": {**model.config.lora, **said.lora}}).with_lora_table().lora
+    for name, table in wanted.items():
+        if name not in model.config.lora:
+            add_adapters(model, name, table)
+    if model.config.has_adapters and model.config.lora_train_base is None:
+        model.config.lora_train_base = False
+    return model
 
 
 def _reshaped(model: Transformer, shape: ModelConfig) -> Transformer:

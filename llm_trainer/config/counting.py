@@ -23,7 +23,23 @@ def part_sizes(config: ModelConfig) -> dict[str, int]:
     if config.pre_norm:
         sizes["ln_f"] = norm
     sizes["lm_head"] = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    for target, (inputs, outputs) in _adaptable(config).items():
+        rank = sum(table.rank_of(target) for table in config.with_lora_table().lora.values())
+        sizes[".".join(target.split(".")[:2])] += rank * (inputs + outputs)
     return sizes
+
+
+def _adaptable(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of each matrix that can have low-rank adapters; a tied head has its embedding's."""
+    hidden, width = config.hidden_size, config.mlp_width
+    queries, keys = config.num_attention_heads * config.head_width, config.kv_heads * config.head_width
+    found = {"wte": (hidden, config.vocab_size)}
+    for layer in range(config.num_hidden_layers):
+        found |= {f"attn.{layer}.q_proj": (hidden, queries), f"attn.{layer}.k_proj": (hidden, keys)}
+        found |= {f"attn.{layer}.v_proj": (hidden, keys), f"attn.{layer}.o_proj": (queries, hidden)}
+        found |= {f"mlp.{layer}.gate_proj": (hidden, width)} if config.activation == "swiglu" else {}
+        found |= {f"mlp.{layer}.up_proj": (hidden, width), f"mlp.{layer}.down_proj": (width, hidden)}
+    return found if config.tie_word_embeddings else {**found, "lm_head": (hidden, config.vocab_size)}
 
 
 def parameter_count(config: ModelConfig) -> int:

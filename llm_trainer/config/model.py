@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
+from llm_trainer.config.adapters import LoraConfig
 from llm_trainer.config.errors import UsageError
 from llm_trainer.config.fields import Section, setting
 
@@ -127,6 +128,27 @@ class ModelConfig(Section):
         aliases=("selective_checkpointing",),
         paths=("training.checkpoint_keep",),
     )
+    # Low-rank adapters. The four ranks and what follows them describe the set called `default`; `lora` is the whole table.
+    attn_lora_rank: int = setting(0, "LoRA rank of all attention parts; 0: none", paths=("training.attn_lora_rank",), ge=0)
+    mlp_lora_rank: int = setting(0, "LoRA rank of all MLP parts; 0: none", paths=("training.mlp_lora_rank",), ge=0)
+    embedding_lora_rank: int = setting(
+        0,
+        "LoRA rank of the embedding (a tied head shares it); 0: none",
+        aliases=("embedding_rank",),
+        paths=("training.embedding_rank",),
+        ge=0,
+    )
+    head_lora_rank: int = setting(0, "LoRA rank of the head; 0: none", paths=("training.head_lora_rank",), ge=0)
+    lora_alpha: float | None = setting(
+        None, "LoRA products are scaled by alpha / rank; none: twice the rank", paths=("training.lora_alpha",), gt=0
+    )
+    lora_dropout: float = setting(0.0, "dropout on what LoRA adapters of blocks read", paths=("training.lora_dropout",), ge=0, lt=1)
+    use_rslora: bool = setting(False, "scale LoRA products by alpha / √rank", paths=("training.use_rslora",))
+    lora_train_base: bool | None = setting(
+        None, "train the weights under LoRA too; none: from scratch yes, over pretrained ones no", paths=("training.lora_train_base",)
+    )
+    lora: dict[str, LoraConfig] = setting(dict, "sets of LoRA adapters by name; filled from the ranks above")
+
     use_adapter_modules: bool = setting(False, "adapter modules in each block", owed=True)
     use_domain_adaptation: bool = setting(False, "an adapter a domain", owed=True)
 
@@ -172,6 +194,25 @@ class ModelConfig(Section):
             raise UsageError(f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads {self.kv_heads}")
         if self.positions == "rope" and self.head_width % 2:
             raise UsageError(f"rotary positions need an even head width, not {self.head_width}")
+
+    def with_lora_table(self) -> ModelConfig:
+        """The same, with `lora["default"]` filled from the single ranks where they ask for it and it is not there; else itself."""
+        said = {"attn": self.attn_lora_rank, "mlp": self.mlp_lora_rank}
+        ranks = {f"{kind}.{layer}": rank for layer in range(self.num_hidden_layers) for kind, rank in said.items() if rank}
+        ranks |= {"wte": self.embedding_lora_rank} if self.embedding_lora_rank else {}
+        ranks |= {"lm_head": self.head_lora_rank} if self.head_lora_rank else {}
+        tables = dict(self.lora)
+        if ranks:
+            table = LoraConfig(ranks=ranks, alpha=self.lora_alpha, dropout=self.lora_dropout, use_rslora=self.use_rslora)
+            tables.setdefault("default", table)
+        if self.tie_word_embeddings:
+            tables = {name: table.with_tied_head() for name, table in tables.items()}
+        return self if tables == self.lora else self.model_copy(update={"lora": tables})
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether the model has parameters that are adapters'."""
+        return bool(self.with_lora_table().lora)
 
     @property
     def kv_heads(self) -> int:

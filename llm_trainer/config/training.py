@@ -59,6 +59,16 @@ class TrainingConfig(Section):
         None, "on a resume that moves the run's end: stretch the decay to it, warm up again from here, or keep the old decay"
     )
 
+    learning_rate_factors: dict[str, float] = setting(
+        dict, "part, range or glob (attn.0-3, mlp.*, wte) → what its learning rate is multiplied by", aliases=("lr_factors",)
+    )
+    layer_rate_decay: float = setting(
+        1.0, "learning rates fall by this factor a layer from the head down to the embeddings", aliases=("layer_decay", "llrd"), gt=0, le=1
+    )
+    freeze_layers: list[str] = setting(
+        list, "parts that are not trained: names, ranges (attn.0-3), globs (mlp.*)", aliases=("frozen_layers", "freeze_parts")
+    )
+
     # Optimizer.
     optimizer: Literal["adamw", "muon"] = setting("adamw", "adamw, or muon for the blocks' matrices with adamw for the rest")
     weight_decay: float = setting(0.1, "decoupled decay, on matrices only", ge=0)
@@ -180,8 +190,6 @@ class TrainingConfig(Section):
     scaling_schedule_file: str | None = setting(
         None, "operations that change the run while it trains", aliases=("scaling_schedule",), owed=True
     )
-    attn_lora_rank: int = setting(0, "LoRA rank of all attention parts; 0: none", ge=0, owed=True)
-    embedding_lora_rank: int = setting(0, "LoRA rank of the embedding; 0: none", aliases=("embedding_rank",), ge=0, owed=True)
 
     @classmethod
     def translate(cls, values: Mapping[str, Any]) -> dict[str, Any]:

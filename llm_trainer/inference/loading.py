@@ -26,13 +26,18 @@ __all__ = ["LanguageModel", "find_model", "load_model", "load_tokenizer", "load_
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PICKLES = (".pt", ".pth", ".ckpt")
+WITHOUT_ADAPTER = "base"
 DATA_FOLDER = Path("data")  # nanoGPT's, from where one stands
 
 
-def load_model(path: str | Path, device: str = "auto", precision: str = "auto", compile: str = "auto") -> tuple[LanguageModel, Tokenizer]:
+def load_model(
+    path: str | Path, device: str = "auto", precision: str = "auto", compile: str = "auto", adapter: str | None = None
+) -> tuple[LanguageModel, Tokenizer]:
     """A model and its tokenizer from a run folder, a checkpoint by any of its spellings, nanoGPT's `ckpt.pt`, or a name on the hub.
 
-    precision: auto, fp32, bf16 or fp16; compile: auto, on or off (see `inference.steps`). Raises CheckpointError where there is
+    precision: auto, fp32, bf16 or fp16; compile: auto, on or off (see `inference.steps`); adapter: the set of low-rank adapters to
+    answer with, by its name in the model (none: the model's default; `base`: none). They are merged into the
+    matrices, so that answers cost what the plain model's do. Raises CheckpointError where there is
     no whole model, DataError where its tokenizer is missing, UsageError for a device or precision that this machine does not have.
     """
     place = torch.device(resolve_device(device))
@@ -40,6 +45,7 @@ def load_model(path: str | Path, device: str = "auto", precision: str = "auto", 
     source = find_model(str(path))
     tokenizer = load_tokenizer(source)
     model = load_transformer(source, place, dtype)
+    _merge_adapters(model, adapter)
     return LanguageModel(model, tokenizer, end_ids=_end_ids(source, tokenizer), compile=compile), tokenizer
 
 
@@ -50,6 +56,21 @@ def load_transformer(source: Path, device: torch.device | str = "cpu", dtype: to
 
         return load_nanogpt(source).to(device=device, dtype=dtype).eval()
     return load_pretrained(source, device, dtype)
+
+
+def _merge_adapters(model: Transformer, adapter: str | None) -> None:
+    """Leave a plain model that computes what the chosen adapters do; raises UsageError for one that the model does not have."""
+    if adapter not in (None, WITHOUT_ADAPTER) and adapter not in model.config.lora:
+        known = ", ".join(model.config.lora) or "none"
+        raise UsageError(f"the model has no adapter {adapter!r}; those that it has: {known}")
+    if not model.config.lora:
+        return
+    from llm_trainer.model.lora import adapters_in_use, merge_lora, remove_adapters
+
+    chosen = adapters_in_use(model) if adapter is None else [] if adapter == WITHOUT_ADAPTER else [adapter]
+    merge_lora(model, chosen, restart=False)
+    for name in list(model.config.lora):
+        remove_adapters(model, name)
 
 
 def find_model(spec: str) -> Path:

@@ -6,7 +6,10 @@ Freezing, LoRA, learning-rate groups, pruning, quantisation and reports all spea
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -45,15 +48,71 @@ def resolve_part(model: nn.Module, name: str) -> nn.Module:
     raise UsageError(f"the model has no part {name!r}; {hint}its parts are {_summary(list(parts))}")
 
 
+def matching_parts(model: nn.Module, wanted: str | Sequence[str]) -> list[str]:
+    """The names that `wanted` means, in the model's order: names, ranges (`attn.0-3`), globs (`mlp.*`, `ln_?.0`), or a list of them.
+
+    Raises UsageError for one that means no part of this model.
+    """
+    names = part_names(model)
+    chosen: set[str] = set()
+    for spelled in [wanted] if isinstance(wanted, str) else wanted:
+        found = _matches(spelled, names)
+        if not found:
+            resolve_part(model, spelled)  # says what there is
+        chosen.update(found)
+    return [name for name in names if name in chosen]
+
+
+def _matches(spelled: str, names: Sequence[str]) -> list[str]:
+    if spelled in names:
+        return [spelled]
+    if match := re.fullmatch(r"(\w+)\.(\d+)-(\d+)", spelled):
+        kind, first, last = match[1], int(match[2]), int(match[3])
+        wanted = [f"{kind}.{number}" for number in range(first, last + 1)] if last - first < len(names) else []
+        return wanted if wanted and set(wanted) <= set(names) else []
+    return fnmatch.filter(names, spelled) if set(spelled) & set("*?[") else []
+
+
+def set_trainable(model: nn.Module, wanted: str | Sequence[str], is_trainable: bool) -> list[str]:
+    """Freeze parts, or let them be trained again; returns every part that this changes, a part that shares a matrix with them included."""
+    parts = named_parts(model)
+    chosen = matching_parts(model, wanted)
+    touched: set[int] = set()
+    for name in chosen:
+        for parameter in parts[name].parameters():
+            parameter.requires_grad_(is_trainable)
+            touched.add(id(parameter))
+    return [name for name, part in parts.items() if name in chosen or any(id(one) in touched for one in part.parameters())]
+
+
+def frozen_parts(model: nn.Module) -> list[str]:
+    """The parts of which nothing is trained."""
+    return [name for name, part in named_parts(model).items() if not any(parameter.requires_grad for parameter in part.parameters())]
+
+
+@dataclass(frozen=True)
+class Count:
+    """Parameters that are trained, and all."""
+
+    trainable: int
+    total: int
+
+
+def trainable_counts(model: nn.Module) -> dict[str, Count]:
+    """Trained and all parameters of each part; what two parts share counts for the first one only."""
+    counted: set[int] = set()
+    counts: dict[str, Count] = {}
+    for name, part in named_parts(model).items():
+        fresh = [parameter for parameter in part.parameters() if id(parameter) not in counted]
+        counted |= {id(parameter) for parameter in fresh}
+        trained = sum(parameter.numel() for parameter in fresh if parameter.requires_grad)
+        counts[name] = Count(trained, sum(parameter.numel() for parameter in fresh))
+    return counts
+
+
 def parameter_counts(model: nn.Module) -> dict[str, int]:
     """Parameters of each part; a matrix that two parts share counts for the first one only, so that the sum is the model's size."""
-    counted: set[int] = set()
-    counts: dict[str, int] = {}
-    for name, part in named_parts(model).items():
-        fresh = {id(parameter): parameter.numel() for parameter in part.parameters() if id(parameter) not in counted}
-        counted |= fresh.keys()
-        counts[name] = sum(fresh.values())
-    return counts
+    return {name: count.total for name, count in trainable_counts(model).items()}
 
 
 def unwrapped(model: nn.Module) -> Transformer:

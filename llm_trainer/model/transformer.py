@@ -48,23 +48,34 @@ class Linear(nn.Linear):
     def reset_parameters(self) -> None:
         """Leave the weights as allocated."""
 
+    def adapted(self, x: Tensor, y: Tensor) -> Tensor:
+        """What this map gives for `x` where its matrix gives `y`: the same, unless adapters add to it (lora.py)."""
+        return y
+
+    def effective_weight(self) -> Tensor:
+        """The matrix (out, in) that computes what the map does without dropout."""
+        return self.weight
+
 
 def project(x: Tensor, maps: Sequence[nn.Linear]) -> Sequence[Tensor]:
     """Several linear maps of one input, x (…, in) → (…, out) each.
 
     In training they are one product with their weights joined: products of a hundred features cost more for being called than for their
-    arithmetic. Each map is called by itself where it is more than its weights (an adapter, a hook, a weight spread over ranks), and without
-    gradients, where a single token would pay for joining the weights.
+    arithmetic; low-rank adapters add to each map's share. Each map is called by itself where it is more than that (a hook, a weight spread
+    over ranks), and without gradients, where a single token would pay for joining the weights.
     """
     if not (torch.is_grad_enabled() and all(map(_is_plain, maps))):
         return [linear(x) for linear in maps]
     bias = None if maps[0].bias is None else torch.cat([linear.bias for linear in maps])
     joined = F.linear(x, torch.cat([linear.weight for linear in maps]), bias)
-    return torch.split(joined, [linear.out_features for linear in maps], dim=-1)
+    shares = torch.split(joined, [linear.out_features for linear in maps], dim=-1)
+    return [linear.adapted(x, share) if isinstance(linear, Linear) else share for linear, share in zip(maps, shares, strict=True)]
 
 
 def _is_plain(linear: nn.Linear) -> bool:
-    return type(linear) is Linear and type(linear.weight) is nn.Parameter and not linear._forward_hooks and not linear._forward_pre_hooks
+    return (
+        isinstance(linear, Linear) and type(linear.weight) is nn.Parameter and not linear._forward_hooks and not linear._forward_pre_hooks
+    )
 
 
 class Embedding(nn.Embedding):
@@ -187,7 +198,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, generator: torch.Generator | None = None) -> None:
         super().__init__()
         config.check_shape()  # again: settings may have been assigned one by one
-        self.config = config
+        self.config = config = config.with_lora_table()
         device = torch.get_default_device()
         self.wte = Embedding(config.vocab_size, config.hidden_size)
         self.wpe = None
@@ -202,11 +213,33 @@ class Transformer(nn.Module):
         self.tie_weights()
         if device.type != "meta":
             self.initialize(generator)
+        if config.lora:
+            from llm_trainer.model.lora import attach_all  # it builds on this module
+
+            attach_all(self)
 
     def tie_weights(self) -> None:
         """Let the head use the embedding's matrix, where the configuration says so."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.wte.weight
+
+    def freeze_layer(self, parts: str | Sequence[str]) -> list[str]:
+        """Stop training parts by name, range or glob (`attn.2`, `mlp.0-3`, `ln_*`); returns all that are frozen by it (parts.py)."""
+        from llm_trainer.model.parts import set_trainable  # it builds on this module
+
+        return set_trainable(self, parts, False)
+
+    def unfreeze_layer(self, parts: str | Sequence[str]) -> list[str]:
+        """Train parts again."""
+        from llm_trainer.model.parts import set_trainable
+
+        return set_trainable(self, parts, True)
+
+    def set_layer_lora_rank(self, parts: str | Sequence[str], rank: int) -> list[str]:
+        """Give attn.N, mlp.N, wte or lm_head low-rank adapters of this rank, 0: merge and remove them (lora.py)."""
+        from llm_trainer.model.lora import set_lora_rank
+
+        return set_lora_rank(self, parts, rank)
 
     def forward(
         self,

@@ -29,6 +29,7 @@ from llm_trainer.training.parallel import replicate, shard
 from llm_trainer.training.precision import Precision, PrecisionName
 from llm_trainer.training.ranks import Ranks
 from llm_trainer.training.step import forward_backward, update
+from llm_trainer.training.trainable import prepare_trainable
 from llm_trainer.training.tuning import agreed_choice
 from llm_trainer.training.validation import ValidationResult, validate
 
@@ -51,6 +52,7 @@ class Engine:
         self, model: Transformer, training: TrainingConfig, objective: Objective | None, ranks: Ranks, device: torch.device
     ) -> None:
         self.training, self.ranks, self.device = training, ranks, device
+        prepare_trainable(model, training)
         self._take(model, objective or NextToken(training.loss))
         self.compile_mode: CompileMode = "off"
         self._is_started = False
@@ -179,4 +181,5 @@ def build_engine(model: Transformer, training: TrainingConfig, objective: Object
 
 def _has_dropout(model: Transformer) -> bool:
     drops = any(module.p for module in model.modules() if isinstance(module, torch.nn.Dropout))
-    return bool(model.config.attention_dropout or model.config.dropout or drops)
+    low_rank = any(table.dropout for table in model.config.lora.values())
+    return bool(model.config.attention_dropout or model.config.dropout or drops or low_rank)

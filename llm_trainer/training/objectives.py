@@ -43,7 +43,7 @@ class NextToken:
         hidden = model.hidden_states(batch.input_ids, document_ids=batch.document_ids)  # (B, T, C)
         total = linear_cross_entropy_sum(
             hidden.flatten(0, 1),
-            model.lm_head.weight,
+            model.lm_head.effective_weight(),
             batch.labels.flatten(),
             mode=self.loss_mode,
             soft_cap=model.config.logit_soft_cap,

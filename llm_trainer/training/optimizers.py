@@ -1,18 +1,23 @@
 """AdamW, or Muon for the blocks' matrices with AdamW for the rest; every trainable parameter in exactly one group.
 
 Weight decay is for matrices only (the embedding counts as one, as in nanoGPT); gains, biases and other vectors are left alone. Frozen
-parameters are left out.
+parameters are left out. Parameters whose learning rate has another factor (trainable.py) are in groups of their own. Factors of adapters
+are AdamW's: Muon makes an update orthogonal, which means something for a matrix and nothing for half of a product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from llm_trainer.config import TrainingConfig, UsageError
+from llm_trainer.model.lora import is_adapter_parameter
+from llm_trainer.model.parts import unwrapped
 from llm_trainer.training.muon import BatchedMuon, undecorated
+from llm_trainer.training.trainable import rate_factor_of, rate_factors
 
 Named = list[tuple[str, nn.Parameter]]
 
@@ -30,33 +35,45 @@ def build_optimizers(model: nn.Module, training: TrainingConfig) -> list[torch.o
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not named:
         raise UsageError("nothing to train: every parameter is frozen")
+    factors = rate_factors(unwrapped(model), training) if _differ_in_rate(training) else {}
     matrices: Named = []
     if training.optimizer == "muon":
-        matrices = [(name, parameter) for name, parameter in named if parameter.ndim == 2 and ".blocks." in f".{name}"]
+        matrices = [one for one in named if one[1].ndim == 2 and ".blocks." in f".{one[0]}" and not is_adapter_parameter(one[0])]
     for_muon = {id(parameter) for _, parameter in matrices}
     rest = [(name, parameter) for name, parameter in named if id(parameter) not in for_muon]
     optimizers: list[torch.optim.Optimizer] = []
     if matrices:
         optimizers.append(
             BatchedMuon(
-                [parameter for _, parameter in matrices],
+                _groups(matrices, factors, training.muon_learning_rate),
                 lr=training.muon_learning_rate,
                 weight_decay=training.weight_decay,
                 momentum=training.muon_momentum,
             )
         )
     if rest:
-        optimizers.append(_adamw(rest, training))
+        optimizers.append(_adamw(rest, training, factors))
     _assert_each_in_one_group(optimizers, [parameter for _, parameter in named])
     return optimizers
 
 
-def _adamw(named: Named, training: TrainingConfig) -> AdamW:
-    decayed = [parameter for _, parameter in named if parameter.ndim >= 2]
-    plain = [parameter for _, parameter in named if parameter.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": training.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+def _differ_in_rate(training: TrainingConfig) -> bool:
+    return bool(training.learning_rate_factors) or training.layer_rate_decay != 1
+
+
+def _groups(named: Named, factors: Mapping[str, float], rate: float) -> list[dict[str, Any]]:
+    """One group for each factor, in the order in which they come."""
+    by_factor: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in named:
+        by_factor.setdefault(rate_factor_of(name, factors), []).append(parameter)
+    return [{"params": parameters, "lr": rate * factor} for factor, parameters in by_factor.items()]
+
+
+def _adamw(named: Named, training: TrainingConfig, factors: Mapping[str, float]) -> AdamW:
+    decayed = _groups([one for one in named if one[1].ndim >= 2], factors, training.learning_rate)
+    plain = _groups([one for one in named if one[1].ndim < 2], factors, training.learning_rate)
     return AdamW(
-        [group for group in groups if group["params"]],
+        [{**group, "weight_decay": training.weight_decay} for group in decayed] + [{**group, "weight_decay": 0.0} for group in plain],
         lr=training.learning_rate,
         betas=(training.adam_beta1, training.adam_beta2),
         eps=training.adam_epsilon,

@@ -248,8 +248,8 @@ ORCHESTRATOR = {
         makes=NANOGPT_OUTPUT,
         says=("learning_rate: 0.001 → 0.0003",),
     ),
-    "python train_refactored.py config/train_shakespeare_char.py --attn_lora_rank=16 --embedding_rank=8": owed(
-        "LoRA", "character data", add=TINY_NANOGPT
+    "python train_refactored.py config/train_shakespeare_char.py --attn_lora_rank=16 --embedding_rank=8": Case(
+        "character data", add=TINY_NANOGPT, makes=NANOGPT_OUTPUT
     ),
     "python data/shakespeare/prepare.py": Case(
         add="--input data/raw/your_text.txt --ranks ranks.tiktoken", makes=("data/shakespeare/dataset/train-00000.tokens",)
