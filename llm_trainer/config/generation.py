@@ -31,5 +31,5 @@ class InferenceConfig(Section):
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "type of the weights", aliases=("dtype",))
     compile: Literal["auto", "on", "off"] = setting("auto", "torch.compile of the decoding step")
-    adapter: str | None = setting(None, "adapters to answer with, by name; none: the model's default; base: none", aliases=("lora",))
+    adapter: str | None = setting(None, "adapters to answer with: a name in the model, or a PEFT folder; none: the model's own; base: none")
     prompt: str | None = setting(None, "text to go on from; FILE:path reads it from a file", aliases=("start",))

@@ -36,7 +36,7 @@ def load_model(
     """A model and its tokenizer from a run folder, a checkpoint by any of its spellings, nanoGPT's `ckpt.pt`, or a name on the hub.
 
     precision: auto, fp32, bf16 or fp16; compile: auto, on or off (see `inference.steps`); adapter: the set of low-rank adapters to
-    answer with, by its name in the model (none: the model's default; `base`: none). They are merged into the
+    answer with, by its name in the model or as a folder of PEFT's (none: the model's default; `base`: none). They are merged into the
     matrices, so that answers cost what the plain model's do. Raises CheckpointError where there is
     no whole model, DataError where its tokenizer is missing, UsageError for a device or precision that this machine does not have.
     """
@@ -59,15 +59,22 @@ def load_transformer(source: Path, device: torch.device | str = "cpu", dtype: to
 
 
 def _merge_adapters(model: Transformer, adapter: str | None) -> None:
-    """Leave a plain model that computes what the chosen adapters do; raises UsageError for one that the model does not have."""
-    if adapter not in (None, WITHOUT_ADAPTER) and adapter not in model.config.lora:
-        known = ", ".join(model.config.lora) or "none"
-        raise UsageError(f"the model has no adapter {adapter!r}; those that it has: {known}")
-    if not model.config.lora:
+    """Leave a plain model that computes what the chosen adapters do; raises UsageError for some that the model does not have."""
+    if adapter is None and not model.config.lora:
         return
     from llm_trainer.model.lora import adapters_in_use, merge_lora, remove_adapters
+    from llm_trainer.model.peft import is_adapter_folder, load_adapter
 
-    chosen = adapters_in_use(model) if adapter is None else [] if adapter == WITHOUT_ADAPTER else [adapter]
+    if adapter is None:
+        chosen = adapters_in_use(model)
+    elif adapter in model.config.lora or adapter == WITHOUT_ADAPTER:
+        chosen = [name for name in model.config.lora if name == adapter]
+    elif is_adapter_folder(adapter):
+        chosen = ["folder"]
+        load_adapter(model, adapter, "folder")
+    else:
+        known = ", ".join([*model.config.lora, WITHOUT_ADAPTER])
+        raise UsageError(f"the model has no adapter {adapter!r}, and no folder of that name holds one; those that it has: {known}")
     merge_lora(model, chosen, restart=False)
     for name in list(model.config.lora):
         remove_adapters(model, name)
