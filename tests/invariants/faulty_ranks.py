@@ -62,13 +62,13 @@ class At(Callback):
             self._before(trainer.engine.objective)
         if place == "save":
             trainer.store.save = self._first(trainer.store.save)  # type: ignore[method-assign]
-        if place == "file of a save":
-            os.fsync = self._first(os.fsync)
+        if place == "file of a save":  # which may be written while the run is further on
+            os.fsync = self._first(os.fsync, or_later=True)
         if place == "all-reduce":
             dist.all_reduce = self._after_beginning(dist.all_reduce)
 
-    def _is_now(self, updates_done: int) -> bool:
-        return self.trainer.current_step == updates_done
+    def _is_now(self, updates_done: int, or_later: bool = False) -> bool:
+        return self.trainer.current_step == updates_done or (or_later and self.trainer.current_step > updates_done)
 
     def _before(self, objective: Callable[[Transformer, Batch], LossSum]) -> None:
         def call(model: Transformer, batch: Batch) -> LossSum:
@@ -78,9 +78,9 @@ class At(Callback):
 
         self.trainer.engine.objective = call  # type: ignore[assignment]
 
-    def _first(self, original: Callable[..., Any]) -> Callable[..., Any]:
+    def _first(self, original: Callable[..., Any], or_later: bool = False) -> Callable[..., Any]:
         def call(*arguments: Any, **named: Any) -> Any:
-            if self._is_now(self.step):
+            if self._is_now(self.step, or_later):
                 self.do()
             return original(*arguments, **named)
 

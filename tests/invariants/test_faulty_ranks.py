@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -24,6 +25,8 @@ SETTINGS = {"max_steps": 12, "batch_size": 8, "micro_batch_size": 2, "gradient_a
 SETTINGS |= {"save_interval": 3, "save_total_limit": None, "warmup_steps": 1}
 RULE = {"max_rollbacks": 1, "spike_window": 6, "spike_sigma": 12.0, "spike_patience": 2, "spike_distance": 1, "spike_rate_factor": 0.5}
 KINDS = {"ddp": 1, "fsdp": 2}
+WRITERS = [("ddp", 0), ("fsdp", 0), ("fsdp", 1)]  # who writes files of a save
+SAVES = ["off", "on"]  # in the background or not
 PLACES = {"step": 5, "save": 6, "validation": 8}
 
 Run = dict[str, Any]
@@ -69,7 +72,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             a_run(f"signal-in-{place}") | {"signal": {"place": place, "rank": 1, "step": step}},
             a_run(f"signal-in-{place}", resume_from="auto") | {"outcome": f"resumed-in-{place}"},
         ]
-    runs.append(a_run("refused") | {"full_disk": {"place": "file of a save", "rank": 0, "step": 6}})
+    for (kind, rank), how in itertools.product(WRITERS, SAVES):
+        run = a_run(f"refused-{kind}-{rank}-{how}", fsdp=KINDS[kind], asynchronous_saves=how, eval_interval=100)
+        runs.append(run | {"full_disk": {"place": "file of a save", "rank": rank, "step": 6}})
     process = launch(base, runs)
     said, _ = process.communicate(timeout=400)
     assert process.returncode == 0, said
@@ -122,8 +127,10 @@ def check_full_disk(folder: Path, name: str) -> None:
     assert not list((folder / name).glob(".tmp-*"))
 
 
-def test_a_save_that_one_rank_cannot_write_ends_all_with_the_earlier_one_whole(folder: Path) -> None:
-    check_full_disk(folder, "refused")
+@pytest.mark.parametrize("how", SAVES)
+@pytest.mark.parametrize(("kind", "rank"), WRITERS)
+def test_a_save_that_one_rank_cannot_write_ends_all_with_the_earlier_one_whole(folder: Path, kind: str, rank: int, how: str) -> None:
+    check_full_disk(folder, f"refused-{kind}-{rank}-{how}")
 
 
 @pytest.mark.slow
@@ -143,21 +150,28 @@ def test_a_disk_that_fills_up_ends_all_ranks_with_what_is_missing(tmp_path: Path
     assert "MB are missing" in outcomes(kept, "run")[1]["message"]
 
 
-DEATHS = [
-    {"place": "before backward", "rank": 1, "step": 2},
-    {"place": "all-reduce", "rank": 1, "step": 5},
-    {"place": "file of a save", "rank": 0, "step": 6},
-    {"place": "save", "rank": 1, "step": 9},
-]
+DEATHS = {
+    "ddp": [
+        {"place": "before backward", "rank": 1, "step": 2},
+        {"place": "all-reduce", "rank": 1, "step": 5},
+        {"place": "file of a save", "rank": 0, "step": 6},
+        {"place": "save", "rank": 1, "step": 9},
+    ],
+    "fsdp": [{"place": "before backward", "rank": 0, "step": 5}, {"place": "file of a save", "rank": 1, "step": 6}],
+}
 
 
 @pytest.mark.slow
-def test_a_rank_that_dies_anywhere_ends_all_in_ten_seconds_by_name_and_restarted_the_run_is_whole(folder: Path, tmp_path: Path) -> None:
-    """Killed before a backward pass, in the middle of an all-reduce, while it writes a save and while it waits for one; after each torchrun
-    starts all ranks again.
+@pytest.mark.parametrize(("kind", "how"), [("ddp", "off"), ("fsdp", "off"), ("fsdp", "on")])
+def test_a_rank_that_dies_anywhere_ends_all_in_ten_seconds_by_name_and_restarted_the_run_is_whole(
+    folder: Path, tmp_path: Path, kind: str, how: str
+) -> None:
+    """Killed before a backward pass, in the middle of an all-reduce, while it writes its part of a save (in the background, too) and while
+    it waits for others who do; after each torchrun starts all ranks again.
     """
-    run = a_run("whole", resume_from="auto") | {"deaths": DEATHS}
-    process = launch(tmp_path, [run], f"--max-restarts={len(DEATHS)}", "--monitor-interval=0.1")
+    deaths = DEATHS[kind]
+    run = a_run("whole", fsdp=KINDS[kind], resume_from="auto", asynchronous_saves=how) | {"deaths": deaths}
+    process = launch(tmp_path, [run], f"--max-restarts={len(deaths)}", "--monitor-interval=0.1")
     assert process.stdout is not None
     seen: list[tuple[float, str]] = [(time.monotonic(), line) for line in process.stdout]
     process.wait(timeout=60)
@@ -165,9 +179,9 @@ def test_a_rank_that_dies_anywhere_ends_all_in_ten_seconds_by_name_and_restarted
     assert process.returncode == 0, said
     ends = [(when, line) for when, line in seen if "dies now" in line or "failed (exitcode: -9)" in line]
     died, told = ends[::2], ends[1::2]  # torchrun tells when it has ended the others
-    assert [line.split()[1] for _, line in died] == [str(death["rank"]) for death in DEATHS], said
-    for death, (when, _), (end, line) in zip(DEATHS, died, told, strict=True):
+    assert [line.split()[1] for _, line in died] == [str(death["rank"]) for death in deaths], said
+    for death, (when, _), (end, line) in zip(deaths, died, told, strict=True):
         assert f"local_rank: {death['rank']} " in line
         assert end - when <= 10
-    assert compare_checkpoints(tmp_path / "whole/final_model", folder / "ddp-whole/final_model") == []
-    assert losses(tmp_path / "whole") == losses(folder / "ddp-whole")
+    assert compare_checkpoints(tmp_path / "whole/final_model", folder / f"{kind}-whole/final_model") == []
+    assert losses(tmp_path / "whole") == losses(folder / f"{kind}-whole")

@@ -1,8 +1,8 @@
 """Saves a checkpoint again and again, each time with one system call of the save killed or failing, and says what was left.
 
-Run as a script: `save_under_strace.py RUN_FOLDER kill|full`. One process imports torch and prepares the snapshot; each trial is a fork of
-it that strace attaches to, so that a trial costs tenths of a second. strace counts each kind of system call by itself, so every call of
-every kind gets its turn.
+Run as a script: `save_under_strace.py RUN_FOLDER kill|full on|off` (on: the save is written in the background). One process imports torch
+and prepares the snapshot; each trial is a fork of it that strace attaches to, so that a trial costs tenths of a second. strace counts each
+kind of system call by itself, and in each thread, so every call of every kind gets its turn.
 Prints one JSON object a trial.
 """
 
@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
+from typing import cast
 
 import torch
 from test_checkpoints import snapshot
@@ -28,7 +29,7 @@ from test_checkpoints import snapshot
 from llm_trainer.config import CheckpointError
 from llm_trainer.config.run_folder import list_checkpoints, resolve_model_folder, resolve_resume_folder, verify
 from llm_trainer.training import checkpoints
-from llm_trainer.training.checkpoints import CheckpointStore, Snapshot
+from llm_trainer.training.checkpoints import Asynchronous, CheckpointStore, Snapshot
 
 CALLS = ("openat", "write", "pwrite64", "writev", "fsync", "rename", "mkdir", "unlinkat", "rmdir", "ftruncate", "copy_file_range")
 PR_SET_PTRACER, ANYBODY = 0x59616D61, -1
@@ -51,34 +52,34 @@ class OneAfterAnother:
         return done
 
 
-def save_twice(run_folder: Path, taken: Snapshot) -> None:
+def save_twice(run_folder: Path, taken: Snapshot, how: Asynchronous) -> None:
     """What is under test: replace the best model, write a checkpoint, rotate an older one away."""
-    store = CheckpointStore(run_folder, save_total_limit=1)
+    store = CheckpointStore(run_folder, save_total_limit=1, asynchronous=how)
     store.save_best(taken)
     store.save(taken, 2)
+    store.wait()
 
 
-def forked(run_folder: Path, taken: Snapshot) -> int:
-    """A child that stops until it is told to go on, and then saves; its id."""
+def forked(work: Callable[[], None]) -> int:
+    """A child that works, and stops itself where it wants to be traced from; its id."""
     child = os.fork()
     if child:
         os.waitpid(child, os.WUNTRACED)
         return child
     ctypes.CDLL(None).prctl(PR_SET_PTRACER, ANYBODY, 0, 0, 0)
-    os.kill(os.getpid(), signal.SIGSTOP)
     try:
-        save_twice(run_folder, taken)
+        work()
     except CheckpointError as error:
         os.write(2, f"{error}\n".encode())
         os._exit(REFUSED)
     os._exit(0)
 
 
-def trial(template: Path, run_folder: Path, taken: Snapshot, options: list[str]) -> int:
-    """Save in a fresh copy of the template under strace with these options; the child's wait status."""
+def trial(work: Callable[[], None], template: Path, run_folder: Path, options: list[str]) -> int:
+    """Work in a fresh copy of the template under strace with these options; the child's wait status."""
     shutil.rmtree(run_folder, ignore_errors=True)
     shutil.copytree(template, run_folder)
-    child = forked(run_folder, taken)
+    child = forked(work)
     tracer = subprocess.Popen(["strace", "-f", "-qq", "-p", str(child), *options], stderr=subprocess.PIPE, text=True)
     while f"TracerPid:\t{tracer.pid}" not in Path(f"/proc/{child}/status").read_text(encoding="utf-8"):
         if tracer.poll() is not None:
@@ -92,24 +93,30 @@ def trial(template: Path, run_folder: Path, taken: Snapshot, options: list[str])
     return status
 
 
-def calls_of_a_save(template: Path, run_folder: Path, taken: Snapshot, log: Path) -> dict[str, int]:
-    """How often each kind of system call is made."""
-    assert trial(template, run_folder, taken, ["-e", f"trace={','.join(CALLS)}", "-o", str(log)]) == 0
-    return collections.Counter(re.findall(r"^\d+ +(\w+)\(", log.read_text(encoding="utf-8", errors="replace"), flags=re.M))
+def calls_of(work: Callable[[], None], template: Path, run_folder: Path, log: Path) -> dict[str, int]:
+    """How often each kind of system call is made, at most, in one thread."""
+    assert trial(work, template, run_folder, ["-e", f"trace={','.join(CALLS)}", "-o", str(log)]) == 0
+    made = collections.Counter(re.findall(r"^(\d+) +(\w+)\(", log.read_text(encoding="utf-8", errors="replace"), flags=re.M))
+    return {call: max(count for (_, one), count in made.items() if one == call) for call in {call for _, call in made}}
 
 
-def trials(run_folder: Path, fault: str) -> Iterator[dict[str, object]]:
+def trials(run_folder: Path, fault: str, how: Asynchronous) -> Iterator[dict[str, object]]:
     """Every call of every kind, one at a time."""
     template, log = run_folder.with_name("template"), run_folder.with_name("log")
     before, after = snapshot(run_folder, seed=1, state={"step": 1}), snapshot(run_folder, seed=2, state={"step": 2})
     store = CheckpointStore(template)
     store.save_best(before)
     store.save(before, 1)
-    for call, count in calls_of_a_save(template, run_folder, after, log).items():
+
+    def work() -> None:
+        os.kill(os.getpid(), signal.SIGSTOP)
+        save_twice(run_folder, after, how)
+
+    for call, count in calls_of(work, template, run_folder, log).items():
         for number in range(1, count + 1):
             what = "signal=SIGKILL" if fault == "kill" else "error=ENOSPC"
             options = ["-e", f"trace={call}", "-e", f"inject={call}:{what}:when={number}", "-o", os.devnull]
-            status = trial(template, run_folder, after, options)
+            status = trial(work, template, run_folder, options)
             yield {"call": call, "number": number, "status": os.waitstatus_to_exitcode(status), **what_is_left(run_folder, after)}
 
 
@@ -135,5 +142,5 @@ def hash_of_tensors(folder: Path) -> str:
 if __name__ == "__main__":
     checkpoints.ThreadPoolExecutor = OneAfterAnother  # type: ignore[assignment, misc]
     torch.set_num_threads(1)  # a fork keeps no other threads
-    for line in trials(Path(sys.argv[1]), sys.argv[2]):
+    for line in trials(Path(sys.argv[1]), sys.argv[2], cast("Asynchronous", sys.argv[3])):
         print(json.dumps(line), flush=True)

@@ -16,15 +16,14 @@ from tiny_run import tiny_run, tiny_trainer
 from llm_trainer.config.run_folder import list_checkpoints
 from llm_trainer.training.replay import StopAt, compare_checkpoints
 
-SCRIPT = Path(__file__).with_name("save_under_strace.py")
 KILLED, SAVED, REFUSED = -9, 0, 3
 
 needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace (apt-get install strace)")
 
 
-def saves_with(fault: str, tmp_path: Path) -> list[dict[str, object]]:
-    """The trials of save_under_strace.py."""
-    command = [sys.executable, str(SCRIPT), str(tmp_path / "run"), fault]
+def trials_of(script: str, *arguments: str | Path) -> list[dict[str, object]]:
+    """What a script prints, line by line."""
+    command = [sys.executable, str(Path(__file__).with_name(script)), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if "strace cannot attach" in done.stderr:
         pytest.skip(done.stderr.strip().splitlines()[-1])
@@ -37,10 +36,14 @@ def values(trials: Sequence[dict[str, object]], key: str) -> set[str]:
     return {str(trial[key]) for trial in trials}
 
 
+in_the_background = pytest.mark.parametrize("how", ["off", "on"], ids=["at once", "in the background"])
+
+
 @pytest.mark.slow
 @needs_strace
-def test_killed_at_any_system_call_of_a_save_whole_checkpoints_are_left(tmp_path: Path) -> None:
-    trials = saves_with("kill", tmp_path)
+@in_the_background
+def test_killed_at_any_system_call_of_a_save_whole_checkpoints_are_left(tmp_path: Path, how: str) -> None:
+    trials = trials_of("save_under_strace.py", tmp_path / "run", "kill", how)
     assert len(trials) > 100
     assert {trial["status"] for trial in trials} == {KILLED}
     assert values(trials, "damaged") == {"[]"}  # nothing half-written ever bears a checkpoint's name
@@ -50,8 +53,20 @@ def test_killed_at_any_system_call_of_a_save_whole_checkpoints_are_left(tmp_path
 
 @pytest.mark.slow
 @needs_strace
-def test_a_disk_that_is_full_at_any_system_call_leaves_the_earlier_ones_and_no_litter(tmp_path: Path) -> None:
-    trials = saves_with("full", tmp_path)
+@in_the_background
+def test_killed_at_any_system_call_of_its_saves_a_run_goes_on_to_the_weights_it_would_have_had(tmp_path: Path, how: str) -> None:
+    trials = trials_of("killed_runs.py", tmp_path / "runs", how)
+    assert len(trials) > 100
+    assert {trial["status"] for trial in trials} == {KILLED}
+    assert len(values(trials, "left")) > 5  # it was killed at different places
+    assert values(trials, "differences") == {"[]"}
+
+
+@pytest.mark.slow
+@needs_strace
+@in_the_background
+def test_a_disk_that_is_full_at_any_system_call_leaves_the_earlier_ones_and_no_litter(tmp_path: Path, how: str) -> None:
+    trials = trials_of("save_under_strace.py", tmp_path / "run", "full", how)
     refused = [trial for trial in trials if trial["status"] == REFUSED]
     assert {trial["status"] for trial in trials} <= {REFUSED, SAVED}
     assert {trial["call"] for trial in refused} >= {"write", "openat", "mkdir", "fsync", "rename"}
