@@ -371,6 +371,7 @@ class Trainer:
         self.state.precision, self.state.compile = now.precision, now.compile
         self.engine.precision.load_state_dict(cast("dict[str, float | int]", kept.get("scaler") or {}))
         self._give_callbacks(cast("dict[str, dict[str, JSON]]", kept.get("callbacks") or {}))
+        restore_generators(path, self.ranks)
         self._outcomes = Outcomes(self.training, self.say)
         self.metrics_tracker.close()
         self._set_aside(self.state.step)

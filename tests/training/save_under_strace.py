@@ -9,6 +9,7 @@ Prints one JSON object a trial.
 from __future__ import annotations
 
 import collections
+import contextlib
 import ctypes
 import json
 import os
@@ -70,7 +71,8 @@ def forked(work: Callable[[], None]) -> int:
     try:
         work()
     except CheckpointError as error:
-        os.write(2, f"{error}\n".encode())
+        with contextlib.suppress(OSError):  # it may be this call's turn to be refused
+            os.write(2, f"{error}\n".encode())
         os._exit(REFUSED)
     os._exit(0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -11,9 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_run import tiny_run, tiny_trainer
 
-from llm_trainer.config.run_folder import list_checkpoints
+from llm_trainer.config import CheckpointError
+from llm_trainer.config.run_folder import list_checkpoints, write_manifest
+from llm_trainer.inference.loading import load_transformer
 from llm_trainer.training.replay import StopAt, compare_checkpoints
 
 KILLED, SAVED, REFUSED = -9, 0, 3
@@ -91,6 +95,43 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before_to
     assert any("passing over" in line and "checkpoint-6" in line and "bytes instead of" in line for line in lines)
     straight, resumed = tmp_path / "straight" / "final_model", tmp_path / "cut" / "final_model"
     assert [line for line in compare_checkpoints(straight, resumed) if not line.startswith("state best_validation_loss")] == []
+
+
+class Hostile:
+    """What runs when it is unpickled."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (open, (str(self.canary), "w"))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer/model-00001-of-00001.safetensors"])
+def test_nothing_in_a_checkpoint_is_unpickled_though_its_manifest_agrees(tmp_path: Path, name: str) -> None:
+    tiny_run(tmp_path / "run", callbacks=[StopAt(4)])
+    folder, canary = tmp_path / "run/final_model", tmp_path / "canary"
+    (folder / name).write_bytes(pickle.dumps(Hostile(canary)))
+    write_manifest(folder)
+    with pytest.raises(CheckpointError, match="damaged"):
+        tiny_run(tmp_path / "run", resume_from=str(folder))
+    assert not canary.exists()
+
+
+def test_a_pickle_that_is_named_to_be_resumed_is_not_opened(tmp_path: Path) -> None:
+    file, canary = tmp_path / "checkpoint.pt", tmp_path / "canary"
+    file.write_bytes(pickle.dumps(Hostile(canary)))
+    with pytest.raises(CheckpointError, match="cannot be resumed"):
+        tiny_run(tmp_path / "run", resume_from=str(file))
+    assert not canary.exists()
+
+
+def test_a_nanogpt_file_that_holds_code_is_refused_unexecuted(tmp_path: Path) -> None:
+    file, canary = tmp_path / "ckpt.pt", tmp_path / "canary"
+    torch.save({"model": Hostile(canary), "model_args": {}}, file)
+    with pytest.raises(CheckpointError, match=r"ckpt\.pt"):
+        load_transformer(file)
+    assert not canary.exists()
 
 
 def test_a_disk_that_fills_up_ends_the_run_with_a_message_and_the_earlier_checkpoint_whole(tmp_path: Path) -> None:

@@ -131,6 +131,27 @@ def test_what_follows_is_training_from_that_checkpoint_on_the_data_after_the_spi
     assert [line for line in differences if not line.startswith("state ")] == []
 
 
+def test_saves_in_the_background_are_written_before_the_run_goes_back(tmp_path: Path) -> None:
+    for how in ("off", "on"):
+        trainer, said = spiking(tmp_path / how, 10, 11, asynchronous_saves=how, spike_distance=1)
+        trainer.train()
+        assert any("back at step 6 " in line for line in said)
+    assert compare_checkpoints(tmp_path / "off/final_model", tmp_path / "on/final_model") == []
+
+
+def test_random_numbers_of_ones_own_go_back_too(tmp_path: Path) -> None:
+    class Draws(Callback):
+        def __init__(self) -> None:
+            self.drawn: list[tuple[int, float]] = []
+
+        def on_step_end(self, trainer: Trainer, step: int) -> None:
+            self.drawn.append((step, float(torch.rand(()))))
+
+    draws = Draws()
+    spiking(tmp_path, 13, 14, draws, model={"dropout": 0.0})[0].train()
+    assert draws.drawn[9:14] == draws.drawn[14:19]
+
+
 @pytest.mark.parametrize("stop", [11, 13, 14, 16])
 def test_interrupted_before_in_and_after_the_spike_the_run_ends_as_the_uninterrupted_one(tmp_path: Path, stop: int) -> None:
     straight, _ = spiking(tmp_path / "straight")
