@@ -94,11 +94,13 @@ def assemble(loaded: LoadedRun, console: Console, fallbacks: Sequence[str] = ())
 
 def run_training(parts: Assembled, console: Console, command: str, ranks: Ranks) -> int:
     """Train, tell about it, leave a report; returns the exit status."""
+    from llm_trainer.cli.schedule import orchestrator_for, tell_schedule
     from llm_trainer.cli.telling import record_facts, tell_end, tell_start
     from llm_trainer.training.trainer import Trainer
 
     keep_freed_memory()
     prepared = parts.data.prepared
+    orchestrator = orchestrator_for(parts.config.training)
     trainer = Trainer(
         parts.model,
         parts.config,
@@ -106,10 +108,13 @@ def run_training(parts: Assembled, console: Console, command: str, ranks: Ranks)
         prepared.validation,
         tokenizer=prepared.tokenizer,
         console=console,
+        callbacks=[orchestrator] if orchestrator else [],
         cache_dir=use_compile_cache(),
         ranks=ranks,
     )
     tell_start(trainer, parts.data.folder, console)
+    if orchestrator is not None:
+        tell_schedule(orchestrator, trainer, console)
     result = trainer.train()
     if not ranks.is_main:
         return result.exit_status

@@ -19,7 +19,8 @@ def part_sizes(config: ModelConfig) -> dict[str, int]:
         sizes["wpe"] = config.max_position_embeddings * config.hidden_size
     norm = config.hidden_size * (2 if config.norm == "layernorm" and _said(config.norm_bias, config.bias) else 1)
     for layer in range(config.num_hidden_layers):
-        sizes |= {f"ln_1.{layer}": norm, f"attn.{layer}": _attention_size(config), f"ln_2.{layer}": norm, f"mlp.{layer}": _mlp_size(config)}
+        own = config.of_block(layer)
+        sizes |= {f"ln_1.{layer}": norm, f"attn.{layer}": _attention_size(own), f"ln_2.{layer}": norm, f"mlp.{layer}": _mlp_size(own)}
     if config.pre_norm:
         sizes["ln_f"] = norm
     sizes["lm_head"] = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size

@@ -149,6 +149,11 @@ class ModelConfig(Section):
     )
     lora: dict[str, LoraConfig] = setting(dict, "sets of LoRA adapters by name; filled from the ranks above")
 
+    # After pruning blocks may be unequal.
+    mlp_widths: list[int] = setting(list, "inner width of each block's MLP where they differ; none: intermediate_size", unit="features")
+    kv_head_counts: list[int] = setting(
+        list, "key-value heads of each block where they differ, each with its share of query heads; none: num_key_value_heads", unit="heads"
+    )
     use_adapter_modules: bool = setting(False, "adapter modules in each block", owed=True)
     use_domain_adaptation: bool = setting(False, "an adapter a domain", owed=True)
 
@@ -190,6 +195,10 @@ class ModelConfig(Section):
                 f"hidden_size {self.hidden_size} does not divide into {self.num_attention_heads} heads; "
                 "change num_attention_heads or set head_dim"
             )
+        for name in ("mlp_widths", "kv_head_counts"):
+            said = getattr(self, name)
+            if said and (len(said) != self.num_hidden_layers or min(said) < 1):
+                raise UsageError(f"{name} {said} is not a number above 0 for each of {self.num_hidden_layers} blocks")
         if self.num_attention_heads % self.kv_heads:
             raise UsageError(f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads {self.kv_heads}")
         if self.positions == "rope" and self.head_width % 2:
@@ -213,6 +222,18 @@ class ModelConfig(Section):
     def has_adapters(self) -> bool:
         """Whether the model has parameters that are adapters'."""
         return bool(self.with_lora_table().lora)
+
+    def of_block(self, number: int) -> ModelConfig:
+        """The shape as one block has it: itself, unless blocks differ."""
+        if not self.mlp_widths and not self.kv_head_counts:
+            return self
+        own: dict[str, Any] = {"mlp_widths": [], "kv_head_counts": []}
+        if self.mlp_widths:
+            own["intermediate_size"] = self.mlp_widths[number]
+        if self.kv_head_counts:
+            group, kv_heads = self.num_attention_heads // self.kv_heads, self.kv_head_counts[number]
+            own |= {"num_attention_heads": group * kv_heads, "num_key_value_heads": kv_heads, "head_dim": self.head_width}
+        return self.model_copy(update=own)
 
     @property
     def kv_heads(self) -> int:

@@ -1,16 +1,17 @@
-"""Scaling schedules: operations that change the run while it trains. They are read and judged whole first; running them comes later.
+"""Scaling schedules: operations that change the run while it trains, read and judged entry by entry.
 
 An entry names an operation and its value, and fires below a validation loss (`trigger_loss`), after so many steps (`max_wait_iters`), or
 on whichever comes first. This module knows each operation's kind of value, and which parts exist; how operations change a
-model belongs elsewhere.
+model is `llm_trainer/orchestration`'s.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ConfigDict
 
@@ -35,7 +36,7 @@ class Operation(Section):
     )
     reevaluate: bool = setting(False, "evaluate again right after")
     desc: str | None = setting(None, "free text for the log", aliases=("description",))
-    mode: str | None = setting(None, "stack_layers: identity keeps the function exactly")
+    mode: Literal["copy", "identity"] | None = setting(None, "stack_layers: identity keeps the function exactly; none: copy")
     approximate: bool = setting(False, "widen_model: allow a change that is not exact")
 
 
@@ -68,8 +69,17 @@ def _switch(value: Any, layers: int) -> str | None:
 
 
 def _exists(part: Any, layers: int, pattern: re.Pattern[str] = _PART) -> bool:
-    match = pattern.fullmatch(part) if isinstance(part, str) else None
+    """Whether there is such a part; of a range (`attn.0-3`) its last, of a glob (`mlp.*`) any of its kind."""
+    if not isinstance(part, str):
+        return False
+    if set(part) & set("*?["):
+        return any(fnmatch.fnmatch(name, part) for name in _names(min(layers, 1000)) if pattern.fullmatch(name))
+    match = pattern.fullmatch(re.sub(r"\.\d+-(\d+)$", r".\1", part))
     return match is not None and (match[2] is None or int(match[2]) < layers)
+
+
+def _names(layers: int) -> list[str]:
+    return ["wte", "wpe", "ln_f", "lm_head", *(f"{kind}.{layer}" for kind in ("attn", "mlp", "ln_1", "ln_2") for layer in range(layers))]
 
 
 def _parts(value: Any, layers: int) -> str | None:

@@ -188,7 +188,7 @@ class TrainingConfig(Section):
     use_computational_efficiency: bool = setting(False, "apply the section computational_efficiency")
     use_adaptive_reasoning: bool = setting(False, "early exits", paths=("adaptive_reasoning.enabled",), owed=True)
     scaling_schedule_file: str | None = setting(
-        None, "operations that change the run while it trains", aliases=("scaling_schedule",), owed=True
+        None, "YAML or JSON list of operations that change the run while it trains", aliases=("scaling_schedule",)
     )
 
     @classmethod

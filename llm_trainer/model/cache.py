@@ -70,12 +70,13 @@ class KVCache:
     ) -> None:
         if max_length > config.max_position_embeddings:
             raise UsageError(f"a cache of {max_length} tokens is longer than the model's context of {config.max_position_embeddings}")
-        shape = (config.num_hidden_layers, batch_size, config.kv_heads, max_length, config.head_width)
-        self._adopt(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype), 0)
+        heads = [config.of_block(layer).kv_heads for layer in range(config.num_hidden_layers)]  # unequal after pruning
+        shape = (config.num_hidden_layers, batch_size, max(heads), max_length, config.head_width)
+        self._adopt(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype), 0, heads)
 
-    def _adopt(self, keys: Tensor, values: Tensor, length: int) -> None:
-        self.keys, self.values, self.length = keys, values, length
-        self.layers = [LayerCache(keys[layer], values[layer]) for layer in range(keys.size(0))]
+    def _adopt(self, keys: Tensor, values: Tensor, length: int, heads: list[int]) -> None:
+        self.keys, self.values, self.length, self._heads = keys, values, length, heads
+        self.layers = [LayerCache(keys[layer, :, :count], values[layer, :, :count]) for layer, count in enumerate(heads)]
 
     @property
     def batch_size(self) -> int:
@@ -95,13 +96,13 @@ class KVCache:
     def row(self, index: int, length: int = 0) -> KVCache:
         """One row as a cache of its own that shares this one's memory; `length` says how many of its slots are already filled."""
         view = object.__new__(KVCache)
-        view._adopt(self.keys[:, index : index + 1], self.values[:, index : index + 1], length)
+        view._adopt(self.keys[:, index : index + 1], self.values[:, index : index + 1], length, self._heads)
         return view
 
     def select(self, rows: list[int]) -> KVCache:
         """A cache of these rows alone, copied; how rows that have ended leave a batch."""
         chosen = object.__new__(KVCache)
-        chosen._adopt(self.keys[:, rows], self.values[:, rows], self.length)
+        chosen._adopt(self.keys[:, rows], self.values[:, rows], self.length, self._heads)
         return chosen
 
     def reset(self) -> None:

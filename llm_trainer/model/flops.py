@@ -22,7 +22,8 @@ def estimate_flops(config: ModelConfig, context: int, *, causal: bool = False) -
     N: weights that a token is multiplied with: all but position embeddings, and the embedding only where it is the head as well.
     L layers, H query heads, D width of a head. A sliding window bounds S. The forward pass alone is a third of it.
     """
-    attention = config.num_hidden_layers * config.num_attention_heads * config.head_width * attention_span(config, context, causal=causal)
+    heads = sum(config.of_block(layer).num_attention_heads for layer in range(config.num_hidden_layers))
+    attention = heads * config.head_width * attention_span(config, context, causal=causal)
     return 6.0 * matrix_parameters(config) + 12.0 * attention
 
 

@@ -86,7 +86,7 @@ def resolved(config: ModelConfig) -> ModelConfig:
 def family_of(config: ModelConfig) -> str | None:
     """The family of transformers that computes the same function, or None."""
     shape = resolved(config)
-    if not shape.pre_norm or shape.logit_soft_cap is not None:
+    if not shape.pre_norm or shape.logit_soft_cap is not None or shape.mlp_widths or shape.kv_head_counts:
         return None
     biases = (shape.qkv_bias, shape.attention_bias, shape.mlp_bias)
     even = shape.head_width * shape.num_attention_heads == shape.hidden_size

@@ -206,7 +206,7 @@ class Transformer(nn.Module):
             self.wpe = Embedding(config.max_position_embeddings, config.hidden_size)
         self.rotary = Rotary(config) if config.positions == "rope" else None
         self.dropout = nn.Dropout(config.dropout if config.embedding_dropout is None else config.embedding_dropout)
-        self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_hidden_layers)])
+        self.blocks = nn.ModuleList([Block(config.of_block(number)) for number in range(config.num_hidden_layers)])
         # The last sum of a post-norm stack is normalised already.
         self.ln_f = make_norm(config) if config.pre_norm else nn.Identity()
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)

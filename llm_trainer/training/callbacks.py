@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 class Callback:
     """Does nothing; override the hooks you need. Hooks run on every rank, in the order in which the callbacks were given."""
 
+    validates_at_start = False
+    """Whether the run has to validate before its first step, for this callback to judge by."""
+
     def on_train_start(self, trainer: Trainer) -> None:
         """After the checkpoint, if any, was restored (callbacks' states included), before the first step."""
 
@@ -33,6 +36,12 @@ class Callback:
 
     def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
         """After a checkpoint lies in its place, verified; its state no longer changes."""
+
+    def between_steps(self, trainer: Trainer, step: int, validation: ValidationResult | None) -> None:
+        """With everything of step `step` done but its checkpoint, unless it is the last: the place to change what comes next.
+
+        A new run calls it with step 0 before its first step. `validation` is this step's, if there was one.
+        """
 
     def on_train_end(self, trainer: Trainer) -> None:
         """After the last step, before the final model is saved; also when the run was told to stop."""

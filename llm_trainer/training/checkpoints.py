@@ -35,6 +35,7 @@ from llm_trainer.config.run_folder import (
     JSON,
     LOGS_FOLDER,
     METRICS_FILE,
+    OPERATIONS_FILE,
     OPTIMIZER_FOLDER,
     RANDOM_FILE,
     RECENT_PREFIX,
@@ -83,7 +84,7 @@ SPACE_BESIDE_TENSORS = 8 << 20
 BACKGROUND_FROM_BYTES = 64 << 20
 SYNC_THREADS = 8
 Asynchronous = Literal["auto", "on", "off"]
-_OF_ONE_RUN = (RUN_FILE, METRICS_FILE, LOGS_FOLDER, WANDB_ID_FILE, "report.html", "report.json")
+_OF_ONE_RUN = (RUN_FILE, METRICS_FILE, OPERATIONS_FILE, LOGS_FOLDER, WANDB_ID_FILE, "report.html", "report.json")
 
 
 class Progress(IntEnum):

@@ -56,6 +56,7 @@ class Engine:
         self._take(model, objective or NextToken(training.loss))
         self.compile_mode: CompileMode = "off"
         self._is_started = False
+        self.frozen_at_first = frozen_names(model)
         # Until precision is settled; enough to validate.
         self.precision = Precision("fp32" if training.precision == "auto" else training.precision, device)
 
@@ -177,6 +178,11 @@ class Engine:
 def build_engine(model: Transformer, training: TrainingConfig, objective: Objective | None, ranks: Ranks, device: torch.device) -> Engine:
     """The engine that the plan asks for."""
     return Engine(model, training, objective, ranks, device)
+
+
+def frozen_names(model: Transformer) -> frozenset[str]:
+    """Parameters that are not trained."""
+    return frozenset(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
 
 
 def _has_dropout(model: Transformer) -> bool:

@@ -73,6 +73,12 @@ class MetricsTracker:
         for sink in self._sinks:
             sink.write(plain, step, now)
 
+    def note(self, tag: str, text: str, step: int) -> None:
+        """Show a line of text at a step where there is a place for text: among TensorBoard's."""
+        for sink in self._sinks:
+            if isinstance(sink, TensorBoard):
+                sink.note(tag, text, step)
+
     def close(self) -> None:
         """Flush and close every place; `update` may not follow."""
         for sink in self._sinks:
@@ -137,6 +143,19 @@ class TensorBoard:
         """Append one event with all the scalars, and flush it."""
         values = [self._summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
         self._put(self._event(wall_time=seconds, step=step, summary=self._summary(value=values)))
+
+    def note(self, tag: str, text: str, step: int) -> None:
+        """Append an event that TensorBoard shows among its texts."""
+        from tensorboard.compat.proto.summary_pb2 import SummaryMetadata
+        from tensorboard.compat.proto.tensor_pb2 import TensorProto
+        from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+        from tensorboard.compat.proto.types_pb2 import DT_STRING
+
+        shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)])
+        tensor = TensorProto(dtype=DT_STRING, string_val=[text.encode()], tensor_shape=shape)
+        kind = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
+        value = self._summary.Value(tag=tag, metadata=kind, tensor=tensor)
+        self._put(self._event(wall_time=time.time(), step=step, summary=self._summary(value=[value])))
 
     def close(self) -> None:
         """Close the file."""

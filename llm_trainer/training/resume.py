@@ -20,7 +20,7 @@ from llm_trainer.data.sampling.samplers import Sampler
 from llm_trainer.data.shards import TokenDataset
 from llm_trainer.training.checkpoints import read_state
 from llm_trainer.training.schedules import Length, Schedule, ScheduleState
-from llm_trainer.training.state import TrainingState
+from llm_trainer.training.state import RunChanges, TrainingState
 
 # The model's settings that are not its shape.
 _FREE_OF_SHAPE = {
@@ -39,6 +39,7 @@ _FIXED_IN_TRAINING = {
     "resume_from": None,
     "horizon": None,
 }
+_SAYS_THE_BATCH = {f"training.{name}" for name in ("batch_size", "micro_batch_size", "gradient_accumulation_steps")}
 _SAYS_THE_END = {"training.max_steps", "training.num_epochs", "training.max_tokens"}
 
 
@@ -155,6 +156,7 @@ def read_resumption(
     changed = {change.name for change in changes}
     state = replace(
         stored,
+        changes=_without_what_was_said(stored.changes, changed),
         schedule=plan.schedule,
         operations=plan.operations,
         total_steps=plan.total_steps,
@@ -164,6 +166,15 @@ def read_resumption(
     scaler = cast("dict[str, float | int]", kept.get("scaler") or {})
     callbacks = cast("dict[str, dict[str, JSON]]", kept.get("callbacks") or {})
     return Resumption(state, plan.total_steps, plan.lines, scaler, callbacks)
+
+
+def _without_what_was_said(changes: RunChanges, changed: Collection[str]) -> RunChanges:
+    """What operations have set, but for what the person sets now."""
+    said: dict[str, None] = {}
+    if _SAYS_THE_BATCH & set(changed):
+        said |= {"micro_batch_size": None, "sequences_per_step": None}
+    said |= {name: None for name in ("eval_iters", "eval_interval") if f"training.{name}" in changed}
+    return replace(changes, **said)  # type: ignore[arg-type]
 
 
 def plan_resume(
@@ -184,7 +195,11 @@ def plan_resume(
     assert stored.schedule is not None, "a checkpoint's state holds its schedule"
     assert stored.total_steps is not None, "a checkpoint's state holds its length"
     changed = {change.name for change in changes}
-    total = _steps_until_end(length, stored, training, sequences_per_step)
+    by_operation = None if changed & _SAYS_THE_BATCH else stored.changes.sequences_per_step
+    if by_operation is not None and not changed & _SAYS_THE_END:
+        total = stored.total_steps
+    else:
+        total = _steps_until_end(length, stored, training, sequences_per_step, by_operation or sequences_per_step)
     schedule = _with_changed_settings(stored.schedule, resolved, changed)
     operations, lines = stored.operations, [f"resuming {checkpoint} at step {stored.step:,} of {total:,}"]
     lines += [f"  {change}" for change in changes]
@@ -204,12 +219,15 @@ def _new_run(checkpoint: Path) -> str:
     return f"keep it, or start a new run from these weights: --init_from={checkpoint} with another output_dir"
 
 
-def _steps_until_end(length: Length, stored: TrainingState, training: TrainingConfig, sequences_per_step: int) -> int:
-    """The last step. A length in steps is itself; one in epochs or tokens ends when as many samples have been consumed."""
+def _steps_until_end(length: Length, stored: TrainingState, training: TrainingConfig, said: int, now: int) -> int:
+    """The last step. A length in steps is itself; one in epochs or tokens ends when as many samples have been consumed.
+
+    `said` and `now`: sequences a step, as `length` was resolved with, and as they are from here on.
+    """
     if length.steps == training.max_steps:
         return length.steps
-    left = length.steps * sequences_per_step - stored.samples
-    return stored.step + max(0, math.ceil(left / sequences_per_step))
+    left = length.steps * said - stored.samples
+    return stored.step + max(0, math.ceil(left / now))
 
 
 def _with_changed_settings(stored: Schedule, resolved: Schedule, changed: Collection[str]) -> Schedule:

@@ -18,10 +18,26 @@ if TYPE_CHECKING:
     from llm_trainer.training.validation import ValidationResult
 
 
+@dataclass(frozen=True)
+class RunChanges:
+    """What operations have changed of the run since its settings were said; None: as said.
+
+    `sequences_per_step` counts all ranks, so that another number of ranks goes on with the same step. `frozen` are the parameters that are
+    not trained, and those of them in `resting` have optimizer state that waits.
+    """
+
+    micro_batch_size: int | None = None
+    sequences_per_step: int | None = None
+    eval_iters: int | None = None
+    eval_interval: int | None = None
+    frozen: list[str] | None = None
+    resting: list[str] = field(default_factory=list)
+
+
 @dataclass
 class TrainingState:
     """Where the run stands. `samples` and `tokens` (places in rows) count what was consumed, skipped steps included; `source_tokens` are
-    the supervised tokens of each corpus of a mixture.
+    the supervised tokens of each corpus of a mixture. `before_operations`: saved when what comes between the steps was still to come.
     """
 
     step: int = 0
@@ -38,6 +54,8 @@ class TrainingState:
     operations: ScheduleState = field(default_factory=ScheduleState)
     source_tokens: dict[str, int] = field(default_factory=dict)
     spikes: SpikeState = field(default_factory=SpikeState)
+    changes: RunChanges = field(default_factory=RunChanges)
+    before_operations: bool = False
 
     def to_json(self) -> dict[str, JSON]:
         """Plain values for state.json."""
@@ -57,6 +75,8 @@ class TrainingState:
                 values["operations"] = ScheduleState(**cast("dict[str, float]", values["operations"]))  # type: ignore[arg-type]
             if isinstance(values.get("spikes"), Mapping):
                 values["spikes"] = SpikeState.from_json(cast("Mapping[str, object]", values["spikes"]))
+            if isinstance(values.get("changes"), Mapping):
+                values["changes"] = RunChanges(**cast("dict[str, int]", values["changes"]))  # type: ignore[arg-type]
             return cls(**values)  # type: ignore[arg-type]
         except TypeError as error:
             raise CheckpointError(f"the checkpoint's training state does not fit this version: {error}") from error

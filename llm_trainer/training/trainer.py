@@ -28,7 +28,8 @@ from llm_trainer.model.flops import estimate_flops
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.autotune import Choice
 from llm_trainer.training.callbacks import Callback, EarlyStopping
-from llm_trainer.training.checkpoints import CheckpointStore, Progress, Snapshot, restore, restore_generators, write_run_file
+from llm_trainer.training.changes import take_batches, take_shape
+from llm_trainer.training.checkpoints import CheckpointStore, Progress, Snapshot, read_state, restore, restore_generators, write_run_file
 from llm_trainer.training.console import ProgressReporter
 from llm_trainer.training.engine import build_engine
 from llm_trainer.training.metrics import MetricsTracker
@@ -122,8 +123,7 @@ class Trainer:
             try:
                 for callback in self.callbacks:
                     callback.on_train_start(self)
-                if self.training.eval_only or (self.training.eval_at_start and self.state.step == 0):
-                    self._validate()
+                self._begin_run()
                 ended_by = "evaluated" if self.training.eval_only else self._loop(signals)
                 return self._finish(ended_by, signals)
             finally:
@@ -134,6 +134,19 @@ class Trainer:
                     self._progress.close()
                     self._progress = None
 
+    def _begin_run(self) -> None:
+        """What comes before a new run's first step, and what a checkpoint from the middle of a step's edge (the best model) has left."""
+        first, last = self.state.step == 0 and not self.state.before_operations, self.state.last_validation_loss
+        wanted = self.training.eval_at_start or (
+            self.validation_tokens is not None and any(one.validates_at_start for one in self.callbacks)
+        )
+        validation = self.validate() if self.training.eval_only or (first and wanted) else None
+        if self.state.before_operations and last is not None:
+            validation = ValidationResult.of_loss(last)
+        if not self.training.eval_only and (first or self.state.before_operations):
+            self.state.before_operations = False
+            self._between_steps(validation)
+
     def evaluate(self) -> ValidationResult:
         """Loss over the validation split (or `eval_iters` batches of it) as the model is now. Raises UsageError without one."""
         if self.validation_tokens is None:
@@ -141,7 +154,7 @@ class Trainer:
         return self.engine.validate(
             self.validation_tokens,
             self.training.eval_batch_size or self.batches.micro_batch_size,
-            limit=self.training.eval_iters,
+            limit=self.state.changes.eval_iters or self.training.eval_iters,
             packing=Packing.of(self.config.data),
             on_batch=self._show_validation,
         )
@@ -162,12 +175,16 @@ class Trainer:
         self.engine.start(choice.precision, choice.compile, self._stored_scaler)
         self._micro_batches = self._open_batches()
         self._shares = AchievedShares(self.state.source_tokens)
-        flops = estimate_flops(self.model.config, self.context)
-        self.meter = Meter(flops / self.ranks.count, self.device, self.engine.precision.computing_dtype)
+        self.meter = self.new_meter()
         self.metrics_tracker = self._open_metrics(self.state.step if self._resumed_from else None)
         if self._resumed_from is not None:
             restore_generators(self._resumed_from, self.ranks)
         self._started = time.monotonic()
+
+    def new_meter(self) -> Meter:
+        """Counts the throughput of the model as it is now."""
+        flops = estimate_flops(self.model.config, self.context)
+        return Meter(flops / self.ranks.count, self.device, self.engine.precision.computing_dtype)
 
     def _open_metrics(self, resumed_step: int | None) -> MetricsTracker:
         told_in = self.run_dir if self.ranks.is_main else None
@@ -276,11 +293,16 @@ class Trainer:
             self._outcomes.read(self.state)
             if self._outcomes.last is not None:
                 self._log_metrics(float(self._outcomes.last.loss))
-        is_validation_due = step % self.length.in_steps(self.training.eval_interval) == 0 or is_last
-        if is_validation_due and self.validation_tokens is not None:
-            self._validate()
+        interval = self.state.changes.eval_interval or self.length.in_steps(self.training.eval_interval)
+        is_validation_due = step % interval == 0 or is_last
+        validation = self.validate() if is_validation_due and self.validation_tokens is not None else None
         if not is_last:
+            self._between_steps(validation)
             self.saving.save_if_due(wanted=is_validation_due and self.training.always_save_checkpoint)
+
+    def _between_steps(self, validation: ValidationResult | None) -> None:
+        for callback in self.callbacks:
+            callback.between_steps(self, self.state.step, validation)
 
     def _log_metrics(self, loss: float) -> None:
         """Report a step. Subclasses may add their own: `self.metrics_tracker.update({...}, self.current_step)`."""
@@ -297,7 +319,8 @@ class Trainer:
         if self._progress is not None:
             self._progress.metrics(self.state.step, metrics)
 
-    def _validate(self) -> None:
+    def validate(self) -> ValidationResult:
+        """Evaluate, tell everybody, and save the model where it is the best so far. A collective call, at a step's edge."""
         start = time.perf_counter()
         self._outcomes.read(self.state)
         result = self._last_validation = self.evaluate()
@@ -310,8 +333,11 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_validation(self, result)
         if is_best and not self.training.eval_only:
+            self.state.before_operations = True
             self.store.save_best(self.snapshot())
+            self.state.before_operations = False
         self.meter.leave_out(time.perf_counter() - start)
+        return result
 
     def snapshot(self) -> Snapshot:
         """The run as it stands at this step's edge, to be saved."""
@@ -352,11 +378,13 @@ class Trainer:
             path, self.config, self.train_tokens, self.sampler,
             resolved=self.state.schedule, length=self.length, sequences_per_step=self.sequences_per_step,
         )  # fmt: skip
+        take_shape(self.engine, path, resumed.state.changes)
         restore(path, self.model, self.engine.optimizers, verified=True)
         for line in resumed.lines:
             self.say(line)
         self.state = resumed.state
         self.length = replace(self.length, steps=resumed.steps)
+        take_batches(self)
         self._stored_scaler = resumed.scaler
         self._give_callbacks(resumed.callbacks)
         self._resumed_from = path
@@ -366,8 +394,14 @@ class Trainer:
 
         The run's length and schedule stay what they are now. All ranks call this at a step's edge; `restart_batches` must follow.
         """
-        kept, now = restore(path, self.model, self.engine.optimizers, verified=True), self.state
-        self.state = replace(TrainingState.from_json(kept), schedule=now.schedule, total_steps=now.total_steps, seconds=now.seconds)
+        now, then = self.state, TrainingState.from_json(read_state(path))
+        take_shape(self.engine, path, then.changes)
+        kept = restore(path, self.model, self.engine.optimizers, verified=True)
+        if then.changes == now.changes:
+            then = replace(then, schedule=now.schedule, total_steps=now.total_steps)
+        self.state = replace(then, seconds=now.seconds)
+        self.length = replace(self.length, steps=self.state.total_steps or self.length.steps)
+        take_batches(self)
         self.state.precision, self.state.compile = now.precision, now.compile
         self.engine.precision.load_state_dict(cast("dict[str, float | int]", kept.get("scaler") or {}))
         self._give_callbacks(cast("dict[str, dict[str, JSON]]", kept.get("callbacks") or {}))

@@ -33,6 +33,11 @@ class ValidationResult:
     perplexity: float
     bits_per_byte: float | None = None
 
+    @classmethod
+    def of_loss(cls, loss: float) -> ValidationResult:
+        """One of which only the loss is remembered."""
+        return cls(loss, 0, math.exp(loss) if loss < 700 else math.inf)
+
     @property
     def metrics(self) -> dict[str, float]:
         """As reported."""

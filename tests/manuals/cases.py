@@ -216,7 +216,6 @@ L1 = {
     ),
 }
 
-SCHEDULES = "scaling schedules"
 NANOGPT_OUTPUT = ("out-shakespeare-char/best_model/model.safetensors", "out-shakespeare-char/logs/train.log")
 # The default data set is OpenWebText, which the network would bring; 2 micro-batches of all ranks are one of each.
 NANOGPT_ON_TWO = f"{TINY_NANOGPT} --gradient_accumulation_steps=2 --dataset=shakespeare_char --out_dir=out --wandb_log=False".replace(
@@ -230,8 +229,12 @@ ORCHESTRATOR = {
         makes=("data/shakespeare_char/dataset/train-00000.tokens", "data/shakespeare_char/tokenizer.json"),
     ),
     "python train_refactored.py config/train_shakespeare_char.py": Case("character data", add=TINY_NANOGPT, makes=NANOGPT_OUTPUT),
-    "python train_refactored.py config/train_shakespeare_char.py --scaling_schedule_file=configs/basic_scaling.yaml": owed(
-        SCHEDULES, "character data", add=TINY_NANOGPT
+    "python train_refactored.py config/train_shakespeare_char.py --scaling_schedule_file=configs/basic_scaling.yaml": Case(
+        "character data",
+        {"configs/basic_scaling.yaml": "tiny/basic_scaling.yaml"},
+        TINY_NANOGPT,
+        makes=(*NANOGPT_OUTPUT, "out-shakespeare-char/operations.jsonl"),
+        says=("schedule: 2 operations", 'set_layer_lora_rank ["attn.0", 8]'),
     ),
     "torchrun --standalone --nproc_per_node=4 train_refactored.py config/train_gpt2.py": Case(
         "character data", add=NANOGPT_ON_TWO, makes=NANOGPT_ON_TWO_OUTPUT, says=("2 ranks",)
@@ -254,9 +257,25 @@ ORCHESTRATOR = {
     "python data/shakespeare/prepare.py": Case(
         add="--input data/raw/your_text.txt --ranks ranks.tiktoken", makes=("data/shakespeare/dataset/train-00000.tokens",)
     ),
-    "python train_refactored.py config/finetune_shakespeare.py --scaling_schedule_file=configs/finetune_schedule.yaml": owed(SCHEDULES),
+    "python train_refactored.py config/finetune_shakespeare.py --scaling_schedule_file=configs/finetune_schedule.yaml": Case(
+        "character run",
+        {"config/finetune_shakespeare.py": "config/finetune_shakespeare.py --init_from=out-shakespeare-char --dataset=shakespeare_char"},
+        "--max_iters=12 --gradient_accumulation_steps=1 --batch_size=4 --compile=False",
+        makes=("out-shakespeare/best_model/model.safetensors", "out-shakespeare/operations.jsonl"),
+        says=('freeze_layer "wte"', 'unfreeze_layer "wte"'),
+    ),
     "python train_refactored.py --init_from=gpt2-medium --batch_size=32 --learning_rate=3e-4 --max_iters=50000 "
-    "--scaling_schedule_file=configs/progressive_scaling.yaml --wandb_log=True --wandb_project=my_experiment": owed(SCHEDULES),
+    "--scaling_schedule_file=configs/progressive_scaling.yaml --wandb_log=True --wandb_project=my_experiment": Case(
+        "character run",
+        {
+            "gpt2-medium": "out-shakespeare-char",
+            "configs/progressive_scaling.yaml": "tiny/progressive_scaling.yaml",
+            "--wandb_log=True": "",
+        },
+        "--gradient_accumulation_steps=1 --warmup_iters=1 --eval_iters=1 --dataset=shakespeare_char --out_dir=out --compile=False",
+        makes=("out/best_model/model.safetensors", "out/operations.jsonl"),
+        says=("stack_layers [0, 0, 1, 1]", "at its end: 4 layers × 32"),
+    ),
     'python sample.py --init_from=gpt2-xl --start="What is the answer to life, the universe, and everything?" --num_samples=5 '
     "--max_new_tokens=100": Case(
         "l1 run",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -134,6 +135,11 @@ def _write_tiny_files(folder: Path) -> None:
     trainer["data"] = {"input": "data/raw/your_text.txt", "max_length": 32}
     trainer["training"] |= {"max_steps": 4, "batch_size": 4, "save_steps": 2, "eval_steps": 2, "compile": "off"}
     (folder / "config.json").write_text(json.dumps(trainer), encoding="utf-8")
+    for name in ("basic_scaling.yaml", "progressive_scaling.yaml"):
+        shipped = (ROOT / "configs" / name).read_text(encoding="utf-8")
+        small = re.sub(r"max_wait_iters: \d+", "max_wait_iters: 1", shipped)  # within four steps
+        small = re.sub(r"\[0, 0, 1, 1[^\]]*\]", "[0, 0, 1, 1]", small).replace("4096", "256")
+        (folder / name).write_text(small, encoding="utf-8")
 
 
 def run(command: str, folder: Path, seconds: int = 300) -> subprocess.CompletedProcess[str]:

@@ -14,7 +14,6 @@ whole of it; averages of gradients are mapped by that factor, averages of their 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
@@ -22,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from llm_trainer.config.errors import UsageError
 from llm_trainer.config.model import ModelConfig
 from llm_trainer.model.surgery.form import Form
 
@@ -67,11 +67,6 @@ class Sewing(NamedTuple):
     is_reader: bool
 
 
-def known(name: str) -> bool:
-    """Whether the axes of this parameter are known; those of an adapter's matrices, for one, are not."""
-    return name in _OUTSIDE or re.sub(r"^blocks\.\d+\.", "", name) in _IN_BLOCK
-
-
 def sew(form: Form, config: ModelConfig, changes: Changes, *, noise: float = 0.0, generator: torch.Generator | None = None) -> Form:
     """The form of shape `config` in which entries of spaces are taken, copied and divided as `changes` say.
 
@@ -104,7 +99,16 @@ def _block_of(name: str) -> int | None:
 
 
 def _axes(name: str, config: ModelConfig) -> tuple[Axis, ...]:
-    """The axes of a parameter. Under tied embeddings the matrix writes copies, so what the head reads is divided in the norm before it."""
+    """The axes of a parameter; the factors b (out, rank) and a (rank, in) of a low-rank adapter have one each of their matrix.
+
+    Under tied embeddings the matrix writes copies, so what the head reads is divided in the norm before it.
+    """
+    matrix, adapter, factor = name.partition(".lora.")
+    if adapter:
+        out, into = _axes(f"{matrix}.weight", config)
+        return (out, None) if factor.endswith(".b") else (None, into)
+    if ".adapter" in name:
+        raise UsageError(f"a model with adapter modules ({name}) cannot change its widths; remove them first")
     if name.startswith("blocks."):
         axes = _IN_BLOCK[name.split(".", 2)[2]]
         is_last_norm = not config.pre_norm and name.startswith(f"blocks.{config.num_hidden_layers - 1}.ln_2.")
@@ -152,7 +156,7 @@ def _means(tensor: Tensor, axis: int, index: Tensor) -> Tensor:
 def _with_noise(weight: Tensor, sewings: list[Sewing | None], noise: float, generator: torch.Generator | None) -> Tensor:
     """The matrix with noise along the axis that reads copies, which sums to zero over the copies of each entry."""
     for axis, sewing in enumerate(sewings):
-        if sewing is None or not sewing.is_reader or weight.ndim < 2 or bool((sewing.weight == 1).all()):
+        if sewing is None or not sewing.is_reader or weight.ndim < 2 or weight.is_meta or bool((sewing.weight == 1).all()):
             continue
         drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float64) * float(weight.std()) * noise
         index, count = sewing.source, int(sewing.source.max()) + 1

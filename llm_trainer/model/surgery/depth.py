@@ -7,11 +7,12 @@ copies, whose output projections are zero, the function is kept: the second of t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from llm_trainer.config.adapters import LoraConfig
 from llm_trainer.config.errors import UsageError
 from llm_trainer.config.model import ModelConfig
 from llm_trainer.model.surgery.form import Form
@@ -31,7 +32,9 @@ def stacked_config(config: ModelConfig, sources: Sequence[int], *, identity: boo
             f"stack_layers {list(sources)} with mode identity leaves out or reorders blocks, which changes the function; "
             f"name each of 0 to {layers - 1} in order, copies anywhere after their source"
         )
-    return config.model_copy(update={"num_hidden_layers": len(sources)})
+    tables = {name: table.model_copy(update=_moved(table, sources)) for name, table in config.lora.items()}
+    uneven = {name: [said[source] for source in sources] for name in ("mlp_widths", "kv_head_counts") if (said := getattr(config, name))}
+    return config.model_copy(update={"num_hidden_layers": len(sources), **uneven, **({"lora": tables} if tables else {})})
 
 
 def stack_layers(form: Form, sources: Sequence[int], *, identity: bool = False) -> Form:
@@ -56,6 +59,22 @@ def stack_layers(form: Form, sources: Sequence[int], *, identity: bool = False) 
                 state[new] = {key: _copy(value, is_copy) for key, value in form.state[name].items()}
         seen.add(source)
     return Form(config, {name: weights[name] for name in _in_order(form, weights)}, state, frozenset(frozen))
+
+
+def _moved(table: LoraConfig, sources: Sequence[int]) -> dict[str, dict[str, float]]:
+    """Ranks and strengths of low-rank adapters under the blocks' new numbers."""
+
+    def of_blocks(values: Mapping[str, float]) -> dict[str, float]:
+        moved = {target: value for target, value in values.items() if "." not in target}
+        for place, source in enumerate(sources):
+            for target, value in values.items():
+                kind, _, rest = target.partition(".")
+                number, dot, projection = rest.partition(".")
+                if number == str(source):
+                    moved[f"{kind}.{place}{dot}{projection}"] = value
+        return moved
+
+    return {"ranks": of_blocks(table.ranks), "alphas": of_blocks(table.alphas)}
 
 
 def _copy(tensor: Tensor, is_copy: bool, *, zero: bool = False) -> Tensor:

@@ -15,15 +15,18 @@ SPLIT = 0.5
 
 def widened_mlp_config(config: ModelConfig, width: int) -> ModelConfig:
     """The shape after `widen_mlp`. Raises UsageError for a width below the present one."""
-    if width < config.mlp_width:
-        raise UsageError(f"widen_mlp {width} is narrower than the MLP, which has {config.mlp_width} units; prune_mlp shrinks it")
-    return config.model_copy(update={"intermediate_size": width})
+    widest = max(config.mlp_widths, default=config.mlp_width)
+    if width < widest:
+        raise UsageError(f"widen_mlp {width} is narrower than the MLP, which has {widest} units; prune_mlp shrinks it")
+    return config.model_copy(update={"intermediate_size": width, "mlp_widths": []})
 
 
 def widen_mlp(form: Form, width: int, *, noise: float = SPLIT, generator: torch.Generator | None = None) -> Form:
     """MLPs of `width` units: units are copied, what reads them is divided by the copies. The function is kept. Raises UsageError."""
     config = widened_mlp_config(form.config, width)
-    return sew(form, config, {(None, "mlp"): spread(form.config.mlp_width, width)}, noise=noise, generator=generator)
+    blocks = range(config.num_hidden_layers)
+    changes: Changes = {(block, "mlp"): spread(form.config.of_block(block).mlp_width, width) for block in blocks}
+    return sew(form, config, changes, noise=noise, generator=generator)
 
 
 def widened_model_config(config: ModelConfig, hidden_size: int, heads: int | None = None, *, approximate: bool = False) -> ModelConfig:
@@ -33,6 +36,8 @@ def widened_model_config(config: ModelConfig, hidden_size: int, heads: int | Non
     would not keep the function, unless `approximate`, and for one that cannot be built.
     """
     old, width, group = config.hidden_size, config.head_width, config.num_attention_heads // config.kv_heads
+    if config.kv_head_counts:
+        raise UsageError(f"widen_model: blocks were pruned to {config.kv_head_counts} key-value heads, and only equal ones can be widened")
     heads = heads or config.num_attention_heads * hidden_size // old
     if hidden_size < old or heads < config.num_attention_heads:
         raise UsageError(

@@ -1,0 +1,1 @@
+"""Scaling schedules: operations that change the model and the run while it trains."""

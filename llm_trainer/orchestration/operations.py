@@ -1,0 +1,123 @@
+"""The operations that change the model: each a function from one form to another (`model/surgery`), optimizer state included.
+
+The same functions run on a form without contents (tensors on the meta device) when a schedule is checked before training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from llm_trainer.config.errors import UsageError
+from llm_trainer.config.schedules import Operation
+from llm_trainer.model.lora import merge_lora, set_lora_rank
+from llm_trainer.model.parts import set_trainable
+from llm_trainer.model.surgery.depth import stack_layers
+from llm_trainer.model.surgery.form import Form, State, build, form_of
+from llm_trainer.model.surgery.pruning import prune_heads, prune_mlp
+from llm_trainer.model.surgery.vocabulary import read_remapping, resize_vocabulary
+from llm_trainer.model.surgery.width import widen_mlp, widen_model
+from llm_trainer.model.transformer import Transformer
+
+Change = Callable[[Form, Operation, torch.Generator], Form]
+
+
+def changed(form: Form, operation: Operation, seed: int) -> Form:
+    """The form after an operation; random choices follow from `seed`. Raises UsageError where it cannot be."""
+    return CHANGES[operation.name](form, operation, torch.Generator().manual_seed(seed))
+
+
+def _stack(form: Form, operation: Operation, generator: torch.Generator) -> Form:
+    return stack_layers(form, operation.value, identity=operation.mode == "identity")
+
+
+def _widen_mlp(form: Form, operation: Operation, generator: torch.Generator) -> Form:
+    return widen_mlp(form, int(operation.value), generator=generator)
+
+
+def _widen_model(form: Form, operation: Operation, generator: torch.Generator) -> Form:
+    said = operation.value
+    numbers = list(said.values()) if isinstance(said, Mapping) else said if isinstance(said, list) else [said]
+    return widen_model(form, *map(int, numbers), approximate=operation.approximate, generator=generator)
+
+
+def _resize_vocabulary(form: Form, operation: Operation, generator: torch.Generator) -> Form:
+    said = operation.value if isinstance(operation.value, Mapping) else {"size": operation.value}
+    remapping = read_remapping(said["remap_file"]) if said.get("remap_file") else None
+    return resize_vocabulary(form, int(said["size"]), remapping)
+
+
+def _prune(prune: Callable[[Form, str, float], Form]) -> Change:
+    return lambda form, operation, generator: prune(form, operation.value[0], float(operation.value[1]))
+
+
+def _freeze(form: Form, parts: str | list[str], is_trainable: bool) -> Form:
+    with torch.device("meta"):
+        model = Transformer(form.config)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in form.frozen)
+    set_trainable(model, parts, is_trainable)
+    frozen = frozenset(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
+    if len(frozen) == len(form.weights):
+        raise UsageError("nothing would be left to train: every part is frozen")
+    return replace(form, frozen=frozen)
+
+
+def _with_lora(form: Form, change: Callable[[Transformer], object]) -> Form:
+    """The form after a change of its adapters, which is made on a model of copies."""
+    config = form.config.model_copy(deep=True)
+    model = build(replace(form, config=config, weights={name: weight.clone() for name, weight in form.weights.items()}))
+    change(model)
+    made = form_of(model)
+    state = {name: _fitted(kept, made.weights[name]) for name, kept in form.state.items() if name in made.weights}
+    return replace(made, state={name: kept for name, kept in state.items() if kept})
+
+
+def _fitted(state: State, weight: Tensor) -> dict[str, Tensor]:
+    """State of an adapter's factor whose rank has grown: what was learned of the old directions, for new ones none and the mean square.
+
+    Nothing for one whose rank has shrunk: its directions are others.
+    """
+    fitted = {}
+    for key, value in state.items():
+        if not value.ndim or value.shape == weight.shape:
+            fitted[key] = value
+        elif any(old > new for old, new in zip(value.shape, weight.shape, strict=True)):
+            return {}
+        else:
+            whole = torch.zeros(weight.shape, dtype=value.dtype, device=value.device)
+            whole += value.mean() if key.endswith("_sq") else 0
+            whole[tuple(slice(size) for size in value.shape)] = value
+            fitted[key] = whole
+    return fitted
+
+
+def _lora_on(parts: Callable[[Form], list[str]]) -> Change:
+    return lambda form, operation, generator: _with_lora(form, lambda model: set_lora_rank(model, parts(form), int(operation.value)))
+
+
+def _lora_on_one(form: Form, operation: Operation, generator: torch.Generator) -> Form:
+    part, rank = operation.value
+    return _with_lora(form, lambda model: set_lora_rank(model, part, int(rank)))
+
+
+CHANGES: Mapping[str, Change] = {
+    "stack_layers": _stack,
+    "widen_mlp": _widen_mlp,
+    "widen_model": _widen_model,
+    "resize_vocabulary": _resize_vocabulary,
+    "prune_heads": _prune(prune_heads),
+    "prune_mlp": _prune(prune_mlp),
+    "freeze_layer": lambda form, operation, generator: _freeze(form, operation.value, False),
+    "unfreeze_layer": lambda form, operation, generator: _freeze(form, operation.value, True),
+    "set_embedding_freeze_mode": lambda form, operation, generator: _freeze(form, "wte", not operation.value),
+    "set_embedding_finetune_mode": lambda form, operation, generator: _freeze(form, "wte", bool(operation.value)),
+    "set_layer_lora_rank": _lora_on_one,
+    "set_attn_lora_rank": _lora_on(lambda form: [f"attn.{layer}" for layer in range(form.config.num_hidden_layers)]),
+    "set_embedding_lora_rank": _lora_on(lambda form: ["wte"]),
+    "merge_lora_weights": lambda form, operation, generator: _with_lora(form, merge_lora),
+}
+"""Operation → form after it."""
