@@ -84,7 +84,10 @@ def _print_parts(console: Console, memory: RankMemory) -> None:
     width = max(map(len, rows))
     for name, size in rows.items():
         console.print(f"  {name:<{width}}  {_mb(size):>14}", markup=False)
-    console.print(f"beside that: KV cache of a sequence {_mb(memory.cache_a_sequence)}, a checkpoint on disk {_mb(memory.checkpoint)}")
+    console.print(
+        f"beside that: KV cache of a sequence {_mb(memory.cache_a_sequence)}, a checkpoint on disk {_mb(memory.checkpoint)}, "
+        f"the host's copies for saves in the background {_mb(memory.copies)}"
+    )
 
 
 def _in_words(plan: Plan) -> str:

@@ -57,6 +57,11 @@ class RankMemory:
         """The peak of a training step."""
         return self.weights + self.optimizer + self.gradients + self.activations + self.loss_buffers + self.gathered
 
+    @property
+    def copies(self) -> int:
+        """What a save in the background takes of the host's memory: this rank's weights and optimizer state once more."""
+        return self.weights + self.optimizer
+
     def parts(self) -> dict[str, int]:
         """What `total` is made of, in words."""
         named = {
