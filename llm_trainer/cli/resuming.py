@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,10 @@ def resume_source(training: TrainingConfig) -> Path | None:
 
     `resume_from: auto` is the newest checkpoint of output_dir, if there is one; nanoGPT's `init_from: resume` demands one.
     """
+    if training.remote_dir is not None or any("://" in str(said) for said in (training.output_dir, training.resume_from)):
+        from llm_trainer.training.remote import fetch_resumed
+
+        fetch_resumed(training, lambda line: print(line, file=sys.stderr))
     spec = training.resume_from
     if spec is None and training.init_from == "resume":
         spec = training.output_dir
@@ -40,6 +45,9 @@ def resumed_config(loaded: LoadedRun, source: Path, console: Console) -> RunConf
     ):
         config.data.data_dir = None
     config.training.resume_from = str(source)
+    if loaded.config.training.is_said("output_dir") and not loaded.config.training.is_said("remote_dir"):
+        if config.training.output_dir != base.training.output_dir:
+            config.training.remote_dir = None  # another run; the copy is the first one's
     if not loaded.config.training.is_said("output_dir"):
         config.training.output_dir = str(source.parent)
     return config

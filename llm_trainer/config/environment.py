@@ -73,6 +73,13 @@ def use_compile_cache() -> Path:
     return Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(own)))
 
 
+def folder_for_copy_of(address: str) -> Path:
+    """The user's folder for the local copy of a run that lives at an address such as `s3://bucket/run`."""
+    scheme, _, rest = address.partition("://")
+    place = [part for part in rest.split("/") if part not in ("", ".", "..")]
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "llm-trainer", "runs", scheme, *place)
+
+
 def api_keys() -> tuple[str, ...]:
     """The keys that the server accepts, from LLM_TRAINER_API_KEYS (separated by commas); none: no key is asked for."""
     return tuple(key.strip() for key in os.environ.get("LLM_TRAINER_API_KEYS", "").split(",") if key.strip())

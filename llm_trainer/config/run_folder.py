@@ -213,10 +213,16 @@ def _file_problems(path: Path, name: str, said: Mapping[str, JSON], contents: bo
         yield f"{name} cannot be read: {error.strerror}"
 
 
+def step_in_name(name: str) -> int | None:
+    """The step in a checkpoint folder's name; None for other names."""
+    match = _STEP_FOLDER.fullmatch(name)
+    return int(match[1]) if match else None
+
+
 def _step_of(path: Path) -> int | None:
     """The step of a folder that is named or says that it is a checkpoint; None for anything else."""
-    if match := _STEP_FOLDER.fullmatch(path.name):
-        return int(match[1])
+    if (named := step_in_name(path.name)) is not None:
+        return named
     if path.name.removeprefix(REPLACED_PREFIX) not in (BEST_MODEL, FINAL_MODEL):
         return None
     try:

@@ -155,6 +155,9 @@ class TrainingConfig(Section):
 
     # Where from, where to.
     output_dir: str = setting("checkpoints", "run folder", aliases=("save_dir", "checkpoint_dir", "out_dir"))
+    remote_dir: str | None = setting(
+        None, "address (s3://bucket/run, …) where checkpoints are uploaded and resumed from; output_dir may be such an address too"
+    )
     init_from: str = setting(
         "scratch",
         "scratch, resume, or the name or folder of a pretrained model (gpt2, gpt2-xl, …)",

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from enum import IntEnum
 from pathlib import Path
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import nn
@@ -73,6 +73,9 @@ from llm_trainer.training.parallel import load_model_weights
 from llm_trainer.training.random_state import restore_random_state
 from llm_trainer.training.ranks import Ranks
 
+if TYPE_CHECKING:
+    from llm_trainer.training.remote import RemoteRun
+
 __all__ = [
     "CheckpointStore", "Progress", "SavedTokenizer", "Snapshot",
     "read_state", "restore", "restore_generators", "versions", "write_run_file",
@@ -99,12 +102,19 @@ class CheckpointStore:
     `save_total_limit` is how many of the newest are kept (None: all), `recent_limit` how many of those that are saved as recent ones;
     best_model and final_model are never removed. `asynchronous`: whether `save`, `save_recent` and `save_best` return once there are
     copies in the host's memory, and write in the background; auto: where the state is large enough to be worth it and the copies fit.
+    `remote`: where every checkpoint is uploaded once it is whole.
     """
 
     def __init__(
-        self, run_folder: Path, save_total_limit: int | None = None, *, recent_limit: int = 1, asynchronous: Asynchronous = "off"
+        self,
+        run_folder: Path,
+        save_total_limit: int | None = None,
+        *,
+        recent_limit: int = 1,
+        asynchronous: Asynchronous = "off",
+        remote: RemoteRun | None = None,
     ) -> None:
-        self.run_folder = run_folder
+        self.run_folder, self.remote = run_folder, remote
         self.save_total_limit, self.recent_limit = save_total_limit, recent_limit
         self.asynchronous = asynchronous
         self._background, self._copies = Background(), HostCopies()
@@ -120,6 +130,8 @@ class CheckpointStore:
         """
         self.run_folder.mkdir(parents=True, exist_ok=True)
         self._remove_leftovers()
+        if self.remote is not None:
+            self.remote.begin(resumed_step)
         stale = [one.path for one in list_checkpoints(self.run_folder) if resumed_step is None or one.step > resumed_step]
         if resumed_step is None:
             stale += [self.run_folder / name for name in _OF_ONE_RUN if (self.run_folder / name).exists()]
@@ -177,6 +189,11 @@ class CheckpointStore:
         self._settle()
         written, self._written = self._written, []
         return written
+
+    def finish_uploads(self) -> None:
+        """Until the copy at `remote` is whole. Raises CheckpointError where it cannot be made so."""
+        if self.remote is not None:
+            self.remote.finish()
 
     def _settle(self) -> None:
         self._captured = None
@@ -247,6 +264,8 @@ class CheckpointStore:
         if ranks.is_main:
             with contextlib.suppress(OSError):  # the save has succeeded; what cannot be removed now waits for the next one
                 self._rotate(place)
+            if self.remote is not None:
+                self.remote.upload_later(name)
         return place
 
     def _begin_folder(self, taken: Capture, place: Path, temporary: Path, needed: int) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_trainer.config import TrainingConfig
@@ -14,16 +15,15 @@ if TYPE_CHECKING:
     from llm_trainer.training.trainer import Trainer
 
 
-def store_for(training: TrainingConfig) -> CheckpointStore:
-    """The store that the settings ask for."""
-    from pathlib import Path
+def store_for(training: TrainingConfig, *, is_main: bool = True) -> CheckpointStore:
+    """The store that the settings ask for; the main rank's has the copy at `remote_dir`."""
+    folder, limits = Path(training.output_dir), (training.save_total_limit, training.recent_save_limit)
+    remote = None
+    if training.remote_dir is not None and is_main:
+        from llm_trainer.training.remote import RemoteRun
 
-    return CheckpointStore(
-        Path(training.output_dir),
-        training.save_total_limit,
-        recent_limit=training.recent_save_limit,
-        asynchronous=training.asynchronous_saves,
-    )
+        remote = RemoteRun(training.remote_dir, folder, *limits)
+    return CheckpointStore(folder, limits[0], recent_limit=limits[1], asynchronous=training.asynchronous_saves, remote=remote)
 
 
 class Saving:
@@ -59,6 +59,13 @@ class Saving:
             if path.name not in (BEST_MODEL, FINAL_MODEL):
                 for callback in self._trainer.callbacks:
                     callback.on_checkpoint(self._trainer, path)
+        for line in self._store.remote.news() if self._store.remote is not None else []:
+            self._trainer.say(line)
+
+    def finish(self) -> None:
+        """At the run's end: tell of what was saved, and wait until its copy elsewhere is whole. Raises CheckpointError where it is not."""
+        self.tell()
+        self._trainer.ranks.main_does(self._store.finish_uploads)
 
     def leave(self) -> None:
         """The run ends, perhaps by an error: let a save that is going on end too, and say what failed."""

@@ -37,6 +37,7 @@ from llm_trainer.training.objectives import Objective
 from llm_trainer.training.precision import PrecisionName, resolve_device
 from llm_trainer.training.preemption import StopSignals
 from llm_trainer.training.ranks import Ranks
+from llm_trainer.training.remote import fetch_resumed, use_local_folders
 from llm_trainer.training.resume import data_identity, read_resumption, resume_folder
 from llm_trainer.training.saving import Saving, store_for
 from llm_trainer.training.schedules import resolve_length, resolve_schedule
@@ -75,13 +76,14 @@ class Trainer:
         ranks: Ranks | None = None,
     ) -> None:
         training = config.training
+        use_local_folders(training)
         self.config, self.training = config, training
         self.train_tokens, self.validation_tokens, self.tokenizer = train, validation, tokenizer
         self.ranks = ranks or Ranks()
         self.console = (console or Console(stderr=True)) if self.ranks.is_main else Console(quiet=True)
         self.run_dir = Path(training.output_dir)
         self.cache_dir = cache_dir
-        self.store = store or store_for(training)
+        self.store = store or store_for(training, is_main=self.ranks.is_main)
         self.device = resolve_device(training.device)
         self.context = model.config.max_position_embeddings
         self.batches = resolve_batches(training, self.ranks.count)
@@ -166,6 +168,8 @@ class Trainer:
     # Before the first step.
 
     def _prepare(self) -> None:
+        if self.training.remote_dir is not None or self.training.resume_from is not None:
+            self.ranks.main_first(lambda: fetch_resumed(self.training, self.say))
         if self.training.resume_from is not None:
             self._resume(self.training.resume_from)
         self._open_run_folder()
@@ -357,7 +361,7 @@ class Trainer:
             self.store.save_final(self.snapshot())
         elif ended_by in ("preempted", "time"):
             self.saving.save(emergency=True)
-        self.saving.tell()
+        self.saving.finish()
         return TrainingResult(
             ended_by=ended_by,
             step=self.state.step,
