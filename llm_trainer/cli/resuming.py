@@ -45,9 +45,8 @@ def resumed_config(loaded: LoadedRun, source: Path, console: Console) -> RunConf
     ):
         config.data.data_dir = None
     config.training.resume_from = str(source)
-    if loaded.config.training.is_said("output_dir") and not loaded.config.training.is_said("remote_dir"):
-        if config.training.output_dir != base.training.output_dir:
-            config.training.remote_dir = None  # another run; the copy is the first one's
+    if config.training.output_dir != base.training.output_dir and not loaded.config.training.is_said("remote_dir"):
+        config.training.remote_dir = None  # another run; the copy is the first one's
     if not loaded.config.training.is_said("output_dir"):
         config.training.output_dir = str(source.parent)
     return config
