@@ -60,9 +60,6 @@ class Outcomes:
         self._unread: list[StepOutcome] = []
         self.last: StepOutcome | None = None
 
-    def __len__(self) -> int:
-        return len(self._unread)
-
     def add(self, outcome: StepOutcome) -> None:
         """One step more, not looked at yet."""
         self._unread.append(outcome)

@@ -48,7 +48,7 @@ from llm_trainer.training.step import Outcomes, SampleRange, StepOutcome
 from llm_trainer.training.throughput import Meter
 from llm_trainer.training.validation import ValidationResult
 
-_READ_AT_LEAST_EVERY = 10  # steps between two looks at what the device found, where a look makes the host wait
+_LOOK_EVERY = 10  # steps between two looks at what the device found, where a look makes the host wait
 
 
 class Trainer:
@@ -102,6 +102,7 @@ class Trainer:
         self.state = TrainingState(schedule=resolve_schedule(training, self.length), total_steps=self.length.steps)
         self.stop_training = False
         self.saving = Saving(self)
+        self._look_every = 1 if self.device.type == "cpu" else _LOOK_EVERY
         self._outcomes = Outcomes(training, self.say)
         self._last_validation: ValidationResult | None = None
         self._stored_scaler: dict[str, float | int] = {}
@@ -162,7 +163,7 @@ class Trainer:
         )
 
     def _show_validation(self, batches: int) -> None:
-        if self._progress is not None and batches % _READ_AT_LEAST_EVERY == 0:
+        if self._progress is not None and batches % _LOOK_EVERY == 0:
             self._progress.note(f"validating: {batches:,} batches")
 
     # Before the first step.
@@ -243,13 +244,12 @@ class Trainer:
 
     def _loop(self, signals: StopSignals) -> str:
         while self.state.step < self.length.steps and not self.stop_training:
-            if not self.state.spikes.is_spike(self.training):  # a resumed run may stand where it has to go back
+            if not self._has_spiked:  # a resumed run may stand where it has to go back
                 self._train_step()
                 self._edge_of_step()
             minutes = self.training.max_minutes
             is_over = minutes is not None and time.monotonic() - self._started >= 60 * minutes
-            is_spike = self.state.spikes.is_spike(self.training)
-            here = [signals.received or 0, is_over, self.stop_training, is_spike, self.saving.progress()]
+            here = [signals.received or 0, is_over, self.stop_training, self._has_spiked, self.saving.progress()]
             received, over, stop, spiked, saves = self.ranks.largest(here)
             self.stop_training = bool(stop)
             if saves in (Progress.WRITTEN, Progress.FAILED):
@@ -276,8 +276,17 @@ class Trainer:
         self.state.tokens += self.sequences_per_step * self.context
         self.meter.add(self.sequences_per_step * self.context)
         self._outcomes.add(StepOutcome(self.state.step, samples, tokens, factor, *result))
-        if self.device.type == "cpu" or len(self._outcomes) >= _READ_AT_LEAST_EVERY:
+        if self._is_look_due:
             self._outcomes.read(self.state)
+
+    @property
+    def _is_look_due(self) -> bool:
+        """A function of the step alone: looks at other times (before a save) must not change when the run goes back at a spike."""
+        return self.state.step % self._look_every == 0 or self.state.step >= self.length.steps
+
+    @property
+    def _has_spiked(self) -> bool:
+        return self._is_look_due and self.state.spikes.is_spike(self.training)
 
     @property
     def rate_factor(self) -> float:

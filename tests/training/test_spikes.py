@@ -169,6 +169,18 @@ def test_interrupted_before_in_and_after_the_spike_the_run_ends_as_the_uninterru
     assert compare_checkpoints(tmp_path / "straight/final_model", tmp_path / "cut/final_model") == []
 
 
+@pytest.mark.parametrize("stop", [14, 15, 16])
+def test_where_losses_are_looked_at_now_and_then_a_save_between_two_looks_changes_nothing(tmp_path: Path, stop: int) -> None:
+    """As on a GPU, where a look makes the host wait; saving looks too."""
+    for name, callbacks in (("straight", []), ("cut", [StopAt(stop)]), ("cut", [])):
+        resume = {"resume_from": "auto"} if name == "cut" else {}
+        trainer, said = spiking(tmp_path / name, 13, 14, *callbacks, logging_steps=100, save_interval=4, **resume)
+        trainer._look_every = 4
+        trainer.train()
+    assert any("loss spike" in line and "back at step 8 " in line for line in said)
+    assert compare_checkpoints(tmp_path / "straight/final_model", tmp_path / "cut/final_model") == []
+
+
 def test_the_rate_is_cut_at_each_rollback_where_that_is_asked_for(tmp_path: Path) -> None:
     rates = Rates()
     trainer, _ = spiking(tmp_path, 13, 14, rates, spike_rate_factor=0.5, lr_scheduler="constant")
