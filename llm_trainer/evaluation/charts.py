@@ -35,7 +35,8 @@ class Series:
 class Chart:
     """A titled chart, drawn for `width` pixels (its text is that of the page then).
 
-    `clip_top` cuts the axis at this quantile of all values, so that a steep start does not flatten the rest.
+    `clip_top` cuts the axis at this quantile of all values, so that a steep start does not flatten the rest. `marks` are steps with what
+    happened there: upright lines whose text shows under the pointer.
     """
 
     title: str
@@ -44,6 +45,7 @@ class Chart:
     series: Sequence[Series] = field(default_factory=tuple)
     clip_top: float = 1.0
     from_zero: bool = False
+    marks: Sequence[tuple[float, str]] = ()
 
 
 def thin(points: Points, limit: int = MAX_POINTS) -> Points:
@@ -103,7 +105,11 @@ def draw(chart: Chart) -> str:
     xs = [x for _, points in lines for x, _ in points]
     plot = _Plot(chart.width, (min(xs), max(max(xs), min(xs) + 1)), _range([y for _, points in lines for _, y in points], chart))
     name = f"plot-{zlib.crc32(chart.title.encode())}"
-    shapes = [*_axes(plot), *(shape for series, points in lines for shape in _line(series, [plot.place(*point) for point in points], name))]
+    shapes = [
+        *_axes(plot),
+        *_marks(plot, chart.marks),
+        *(shape for series, points in lines for shape in _line(series, [plot.place(*point) for point in points], name)),
+    ]
     inside = f'x="{LEFT}" y="{TOP - 4}" width="{plot.right_edge - LEFT + 4}" height="{HEIGHT - TOP - BOTTOM + 4}"'
     clip = f'<clipPath id="{name}"><rect {inside}/></clipPath>'
     legend = "".join(
@@ -161,6 +167,15 @@ def _axes(plot: _Plot) -> Iterator[str]:
         x = plot.place(value, plot.up[0])[0]
         yield f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{short(value)}</text>'
     yield f'<text class="tick" x="{plot.right_edge}" y="{HEIGHT - 3}" text-anchor="end">step</text>'
+
+
+def _marks(plot: _Plot, marks: Sequence[tuple[float, str]]) -> Iterator[str]:
+    """An upright line at each step that something happened at."""
+    for step, text in marks:
+        if plot.across[0] <= step <= plot.across[1]:
+            x = plot.place(step, plot.up[0])[0]
+            line = f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
+            yield f'<g><title>{escape(text)}</title>{line}<circle class="mark" cx="{x:.1f}" cy="{TOP}" r="4"/></g>'
 
 
 def _line(series: Series, placed: Points, name: str) -> list[str]:

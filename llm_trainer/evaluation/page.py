@@ -35,6 +35,7 @@ svg { width: 100%; height: auto; display: block; } .grid { stroke: var(--rule); 
 .line { fill: none; stroke-width: 1.8; stroke-linejoin: round; } .line.faint { opacity: .28; stroke-width: 1; }
 .c1 { stroke: var(--c1); } .c2 { stroke: var(--c2); } .c3 { stroke: var(--c3); } .c4 { stroke: var(--c4); }
 .dot { stroke-width: 1.5; fill: var(--card); } .cursor { stroke: var(--soft); stroke-dasharray: 3 3; }
+.mark { stroke: var(--soft); fill: var(--soft); stroke-dasharray: 1 3; }
 .key { color: var(--soft); font-size: 13px; }
 .key::before { content: ""; display: inline-block; width: 14px; height: 3px; border-radius: 2px; margin-right: 6px;
   vertical-align: middle; background: var(--c1); } .key.c2::before { background: var(--c2); } .key.c3::before { background: var(--c3); }

@@ -7,8 +7,10 @@ the run folder holds (`metrics.jsonl`, `run.json`, `report.json`), and so can be
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from html import escape
 from pathlib import Path
@@ -16,7 +18,7 @@ from pathlib import Path
 from llm_trainer.config import RunConfig
 from llm_trainer.config.errors import CheckpointError
 from llm_trainer.config.fields import Section
-from llm_trainer.config.run_folder import METRICS_FILE, RUN_FILE, list_checkpoints, read_json
+from llm_trainer.config.run_folder import METRICS_FILE, OPERATIONS_FILE, RUN_FILE, list_checkpoints, read_json
 from llm_trainer.evaluation.charts import Chart, Points, Series, draw, short, smooth
 from llm_trainer.evaluation.facts import RunFacts, Sample, load_facts
 from llm_trainer.evaluation.page import figures, page, table
@@ -38,19 +40,26 @@ def write_report(run_folder: Path, output: Path | None = None) -> Path:
     target = output or run_folder / REPORT_FILE
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.tmp")
-    temporary.write_text(render(run_folder.resolve().name, lines, load_facts(run_folder), saved_settings(run_folder)), encoding="utf-8")
+    temporary.write_text(
+        render(run_folder.resolve().name, lines, load_facts(run_folder), saved_settings(run_folder), operations(run_folder)),
+        encoding="utf-8",
+    )
     temporary.replace(target)
     return target
 
 
-def render(name: str, lines: list[MetricLine], facts: RunFacts, settings: Mapping[str, object]) -> str:
-    """The whole page for a run called `name`; all text from outside is escaped."""
+def render(
+    name: str, lines: list[MetricLine], facts: RunFacts, settings: Mapping[str, object], fired: Sequence[Mapping[str, object]] = ()
+) -> str:
+    """The whole page for a run called `name`; all text from outside is escaped. `fired` are the lines of operations.jsonl."""
+    marks = [(float(str(one["step"])), f"step {one['step']}: {one['operation']} {one['value']} ({one['why']})") for one in fired]
     sections = [
         f"<h1>{escape(name)}</h1>",
         f'<p class="sub">{escape(_subtitle(lines, facts))}</p>',
         figures(headline(lines, facts)),
-        f'<div class="charts">{"".join(draw(chart) for chart in charts(lines))}</div>',
+        f'<div class="charts">{"".join(draw(replace(chart, marks=marks)) for chart in charts(lines))}</div>',
         '<p class="note">The bold line of the training loss is the mean around each step; point at a chart to read it.</p>',
+        *_operations(fired),
         *_samples(facts.samples),
         "<h2>Model, data, machine</h2>",
         f'<div class="tables">{"".join(_facts_tables(facts))}</div>',
@@ -59,6 +68,25 @@ def render(name: str, lines: list[MetricLine], facts: RunFacts, settings: Mappin
         f'<div class="tables">{"".join(_settings_tables(settings))}</div>',
     ]
     return page(f"{name} · training report", "\n".join(sections))
+
+
+def operations(run_folder: Path) -> list[Mapping[str, object]]:
+    """What a scaling schedule did to the run, from operations.jsonl; a line cut by a kill is left out."""
+    path = run_folder / OPERATIONS_FILE
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def _operations(fired: Sequence[Mapping[str, object]]) -> Iterator[str]:
+    if not fired:
+        return
+    yield "<h2>Operations</h2>"
+    yield '<p class="note">Dotted upright lines in the curves above.</p>'
+    names = ("step", "operation", "value", "why", "loss_before", "loss_after", "parameters_after", "seconds")
+    rows = [
+        (f"{one['entry']}", ", ".join(f"{name} {_plain(one[name])}" for name in names if one.get(name) is not None), False) for one in fired
+    ]
+    yield table(rows)
 
 
 def charts(lines: list[MetricLine]) -> list[Chart]:

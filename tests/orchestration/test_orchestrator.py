@@ -13,6 +13,7 @@ from tiny_run import tiny_trainer
 
 from llm_trainer.config import UsageError
 from llm_trainer.config.schedules import Operation
+from llm_trainer.evaluation.report import write_report
 from llm_trainer.orchestration.orchestrator import Orchestrator, reason
 from llm_trainer.training.callbacks import Callback
 from llm_trainer.training.metrics import read_metrics
@@ -211,3 +212,10 @@ def test_a_corrupt_newest_checkpoint_falls_back_to_one_of_another_shape(tmp_path
             path.write_bytes(path.read_bytes()[:-8])
     trained(tmp_path / "cut", schedule, **settings, resume_from=str(tmp_path / "cut"))
     assert compare_checkpoints(tmp_path / "straight/final_model", tmp_path / "cut/final_model") == []
+
+
+def test_the_report_marks_the_operations_on_its_curves(tmp_path: Path) -> None:
+    trained(tmp_path, [after(3, "widen_mlp", 96, reevaluate=True), after(2, "change_lr", 0.5)])
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert page.count("<title>step 3: widen_mlp 96") == 4  # loss, rate, throughput, norm
+    assert "<h2>Operations</h2>" in page

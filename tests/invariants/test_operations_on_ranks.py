@@ -1,0 +1,113 @@
+"""A schedule with every operation in it: the same losses on one rank, on two replicas, on two shards, compiled, and after a resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm_trainer.training.metrics import read_metrics
+
+RUNNER = Path(__file__).with_name("operations_run.py")
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 21
+COMMON: dict[str, object] = {"max_steps": STEPS, "batch_size": 16, "micro_batch_size": 4, "gradient_accumulation_steps": None}
+COMMON |= {"eval_interval": 7, "learning_rate": 3e-3, "save_interval": 8, "save_total_limit": None}
+TOLERANCE = {"adamw": 2e-6, "muon": 1e-2}  # Muon's iteration is in bf16
+
+Run = dict[str, Any]
+
+
+def entry(name: str, value: object = None, **more: object) -> Run:
+    return {"name": name, "value": value, "max_wait_iters": 1, **more}
+
+
+SCHEDULE = [
+    entry("stack_layers", [0, 1, 0, 1]),
+    entry("stack_layers", [0, 1, 2, 3, 3], mode="identity"),
+    entry("widen_mlp", 80),
+    entry("freeze_layer", ["attn.0-1", "wte"]),
+    entry("widen_model", [32, 4]),
+    entry("prune_heads", ["attn.1", 0.25]),
+    entry("prune_mlp", ["mlp.*", 0.2]),
+    entry("set_layer_lora_rank", ["attn.0", 2]),
+    entry("set_layer_lora_rank", ["attn.0", 4]),
+    entry("merge_lora_weights"),
+    entry("unfreeze_layer", ["attn.0-1", "wte"]),
+    entry("set_layer_lora_rank", ["attn.0", 0]),
+    entry("resize_vocabulary", 40),
+    entry("change_batch_size", 0.5, reevaluate=True),
+    entry("change_grad_accum", 0.5),
+    entry("change_lr", 0.5),
+    entry("reset_lr_schedule"),
+]
+
+
+def a_run(name: str, **settings: object) -> Run:
+    return {"name": name, "model": {"dropout": 0.0}, "settings": COMMON | settings, "schedule": SCHEDULE}
+
+
+def on_ranks(count: int, folder: Path, runs: list[Run]) -> None:
+    """Train the runs under torchrun."""
+    (folder / "runs.json").write_text(json.dumps(runs), encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", str(RUNNER), str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def series(run: Path, name: str = "loss") -> list[float]:
+    return [line[name] for line in read_metrics(run) if name in line]
+
+
+def largest_difference(one: list[float], other: list[float]) -> float:
+    assert len(one) == len(other) > 0
+    return max(abs(a - b) / abs(a) for a, b in zip(one, other, strict=True))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs on one rank and on two, started once each."""
+    base = tmp_path_factory.mktemp("operations")
+    on_ranks(1, base, [a_run(f"plain-{optimizer}", optimizer=optimizer) for optimizer in TOLERANCE])
+    two = [a_run(f"ddp-{optimizer}", optimizer=optimizer) for optimizer in TOLERANCE]
+    two += [a_run(f"fsdp-{optimizer}", optimizer=optimizer, fsdp=2) for optimizer in TOLERANCE]
+    start = str(base / "plain-adamw/checkpoint-8")
+    two += [a_run("resumed-ddp", resume_from=start), a_run("resumed-fsdp", fsdp=2, resume_from=start)]
+    on_ranks(2, base, two)
+    return base
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("optimizer", TOLERANCE)
+def test_every_operation_is_the_same_on_two_ranks(folder: Path, kind: str, optimizer: str) -> None:
+    plain, run = folder / f"plain-{optimizer}", folder / f"{kind}-{optimizer}"
+    assert len(series(plain)) == STEPS
+    assert largest_difference(series(plain), series(run)) <= TOLERANCE[optimizer]
+    assert largest_difference(series(plain, "val_loss"), series(run, "val_loss")) <= TOLERANCE[optimizer]
+    told = [[json.loads(line) for line in (one / "operations.jsonl").read_text(encoding="utf-8").splitlines()] for one in (plain, run)]
+    assert [line["operation"] for line in told[1]] == [one["name"] for one in SCHEDULE]
+    assert [line["parameters_after"] for line in told[0]] == [line["parameters_after"] for line in told[1]]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_run_goes_on_in_the_middle_of_its_schedule_on_another_number_of_ranks(folder: Path, kind: str) -> None:
+    assert largest_difference(series(folder / "plain-adamw")[8:], series(folder / f"resumed-{kind}")) <= TOLERANCE["adamw"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", TOLERANCE)
+def test_every_operation_is_the_same_compiled(folder: Path, optimizer: str) -> None:
+    on_ranks(1, folder, [a_run(f"compiled-{optimizer}", optimizer=optimizer, compile="on")])
+    assert largest_difference(series(folder / f"plain-{optimizer}"), series(folder / f"compiled-{optimizer}")) <= 5 * TOLERANCE[optimizer]
+
+
+@pytest.mark.slow
+def test_a_sharded_run_goes_on_on_one_rank(folder: Path) -> None:
+    on_ranks(1, folder, [a_run("resumed-on-1", resume_from=str(folder / "fsdp-adamw/checkpoint-8"))])
+    assert largest_difference(series(folder / "fsdp-adamw")[8:], series(folder / "resumed-on-1")) <= TOLERANCE["adamw"]
