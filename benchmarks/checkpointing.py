@@ -3,9 +3,10 @@
 The real trainer on made-up tokens. Steps come in stretches of equal length, whose kinds alternate: no save, a save that the run waits for,
 a save in the background, and nanoGPT's way (`torch.save` of both state dicts, neither synced to the disk nor hashed), each at the stretch's
 first edge. Time lost is a stretch's time less that of the one without; so what the background takes from the steps after it counts too,
-and a stretch is long enough for it to end. The first save in the background takes the memory for its copies and is told by itself.
+and a stretch is long enough for it to end. A step is 8,192 tokens, which is little for such a model; the smaller a step, the more of them a
+save takes where processor and cores are the run's own. The first save in the background takes the memory for its copies and is told by itself.
 
-    python benchmarks/checkpointing.py [--rounds 3] [--stretch 6] [--sequences 8] [--folder DIR] [--quick]
+    python benchmarks/checkpointing.py [--rounds 2] [--stretch 2] [--sequences 32] [--folder DIR] [--quick]
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ WANTED = 1.0
 def main() -> int:
     """Measure, print, write; 1 where a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--stretch", type=int, default=6, help="steps of a stretch")
-    parser.add_argument("--sequences", type=int, default=8, help=f"of {CONTEXT} tokens a step")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--stretch", type=int, default=2, help="steps of a stretch")
+    parser.add_argument("--sequences", type=int, default=32, help=f"of {CONTEXT} tokens a step; micro-batches of up to 8")
     parser.add_argument("--folder", type=Path, help="where to write; none: a temporary folder")
     parser.add_argument("--quick", action="store_true", help="8 M parameters, one round")
     options = parser.parse_args()
