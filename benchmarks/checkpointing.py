@@ -3,8 +3,11 @@
 The real trainer on made-up tokens. Steps come in stretches of equal length, whose kinds alternate: no save, a save that the run waits for,
 a save in the background, and nanoGPT's way (`torch.save` of both state dicts, neither synced to the disk nor hashed), each at the stretch's
 first edge. Time lost is a stretch's time less that of the one without; so what the background takes from the steps after it counts too,
-and a stretch is long enough for it to end. A step is 8,192 tokens, which is little for such a model; the smaller a step, the more of them a
-save takes where processor and cores are the run's own. The first save in the background takes the memory for its copies and is told by itself.
+and a stretch is long enough for it to end. The first save in the background takes the memory for its copies and is told by itself. A step
+is 8,192 tokens, which is little for such a model.
+
+Where training has all cores (the default here), a save in the background takes their time all the same: the smaller the step, the more
+steps it is. With `OMP_NUM_THREADS=1` on two cores it has one of its own.
 
     python benchmarks/checkpointing.py [--rounds 2] [--stretch 2] [--sequences 32] [--folder DIR] [--quick]
 """

@@ -142,7 +142,7 @@ class TrainingConfig(Section):
     recent_save_limit: int = setting(1, "keep the newest so many of the recent ones", unit="checkpoints", gt=0)
     asynchronous_saves: Literal["auto", "on", "off"] = setting(
         "auto",
-        "write checkpoints in the background, from copies in the host's memory; auto: from 64 MB of state, where the copies fit",
+        "write checkpoints in the background, from copies in host memory; auto: from 64 MB, where training leaves a core and the memory",
         aliases=("async_save", "async_checkpointing"),
     )
     logging_steps: int = setting(10, "report this often", unit="steps", aliases=("log_interval",), gt=0)

@@ -6,18 +6,12 @@ leaving then.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import queue
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 from llm_trainer.config import CheckpointError, LLMTrainerError
-
-# The run's own threads come first: where they wait for one another, this one has the core.
-_NICENESS = 15
 
 Task = Callable[[], Path]
 
@@ -78,9 +72,6 @@ class Background:
         return done
 
     def _run(self) -> None:
-        if sys.platform == "linux":  # where a thread has a priority of its own
-            with contextlib.suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         while True:
             task = self._tasks.get()
             result: Path | None = None

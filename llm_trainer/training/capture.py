@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -173,6 +174,16 @@ def capture(snapshot: Snapshot, step: int, copies: HostCopies | None = None) -> 
 def described_anew(taken: Capture, snapshot: Snapshot, step: int) -> Capture:
     """The same tensors with what a snapshot says now. A collective call."""
     return replace(taken, texts=_texts(snapshot, step, taken.layout))
+
+
+def has_spare_core(snapshot: Snapshot) -> bool:
+    """Whether a thread that writes takes no time from those that train: on an accelerator, or where these leave a core free.
+
+    Where they do not, a save in the background loses a run as much time as one that it waits for (4.6 s against 4.0 to 5.4 for 98 M
+    parameters on two cores), and the copies would be for nothing.
+    """
+    on_processor = next(snapshot.model.parameters()).device.type == "cpu"
+    return not on_processor or (os.cpu_count() or 1) > torch.get_num_threads() * snapshot.ranks.count
 
 
 def host_memory_left() -> int:

@@ -63,6 +63,7 @@ from llm_trainer.training.capture import (
     Snapshot,
     capture,
     described_anew,
+    has_spare_core,
     host_memory_left,
     run_text,
     versions,
@@ -101,7 +102,8 @@ class CheckpointStore:
 
     `save_total_limit` is how many of the newest are kept (None: all), `recent_limit` how many of those that are saved as recent ones;
     best_model and final_model are never removed. `asynchronous`: whether `save`, `save_recent` and `save_best` return once there are
-    copies in the host's memory, and write in the background; auto: where the state is large enough to be worth it and the copies fit.
+    copies in the host's memory, and write in the background; auto: where that saves time (a
+    large state, a processor that has time for it) and the copies fit.
     `remote`: where every checkpoint is uploaded once it is whole.
     """
 
@@ -235,7 +237,7 @@ class CheckpointStore:
         if self.asynchronous != "auto":
             return self.asynchronous == "on"
         size = snapshot.nbytes
-        no_room = not self._copies.are_made and size > host_memory_left() // 2
+        no_room = not has_spare_core(snapshot) or (not self._copies.are_made and size > host_memory_left() // 2)
         largest, lacking = snapshot.ranks.largest([size, no_room])
         return largest >= BACKGROUND_FROM_BYTES and not lacking
 

@@ -210,21 +210,25 @@ def test_random_numbers_of_ones_own_go_on_after_a_resume(tmp_path: Path, how: st
     assert resumed.drawn == {step: straight.drawn[step] for step in range(7, 11)}
 
 
-def test_small_states_are_saved_at_once_and_large_ones_in_the_background(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def is_at_once(large_from: int, memory_left: int) -> bool:
+def test_by_default_a_save_is_in_the_background_where_it_is_large_and_there_are_memory_and_a_core_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def is_at_once(large_from: int, memory_left: int, cores: int) -> bool:
         monkeypatch.setattr("llm_trainer.training.checkpoints.BACKGROUND_FROM_BYTES", large_from)
         monkeypatch.setattr("llm_trainer.training.checkpoints.host_memory_left", lambda: memory_left)
-        store = CheckpointStore(tmp_path / f"{large_from}-{memory_left}", asynchronous="auto")
+        monkeypatch.setattr(os, "cpu_count", lambda: cores)
+        store = CheckpointStore(tmp_path / f"{large_from}-{memory_left}-{cores}", asynchronous="auto")
         place = store.save(snapshot(tmp_path), 1)
         written = place.exists()
         store.wait()
         return written
 
-    go = held_back(monkeypatch)
+    go, busy = held_back(monkeypatch), torch.get_num_threads()
     threading.Timer(0.3, go.set).start()
-    assert not is_at_once(large_from=1000, memory_left=10**9)
-    assert is_at_once(large_from=10**9, memory_left=10**9)
-    assert is_at_once(large_from=1000, memory_left=10_000)
+    assert not is_at_once(large_from=1000, memory_left=10**9, cores=busy + 1)
+    assert is_at_once(large_from=10**9, memory_left=10**9, cores=busy + 1)
+    assert is_at_once(large_from=1000, memory_left=10_000, cores=busy + 1)
+    assert is_at_once(large_from=1000, memory_left=10**9, cores=busy)
 
 
 def test_the_state_that_is_written_is_not_the_one_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
