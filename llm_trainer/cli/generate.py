@@ -51,6 +51,8 @@ def generate(door: Door, argv: Sequence[str]) -> int:
 
     inference = config.inference
     model, _ = load_model(source, inference.device, inference.precision, inference.compile, inference.adapter)
+    if inference.domain is not None:
+        model.model.use_domain(inference.domain)
     print_samples(model, prompt, config.generation)
     return 0
 

@@ -6,7 +6,7 @@ before the first step, instead of a wrong index in the middle of the run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from llm_trainer.config import DataConfig, DataError, ModelConfig, UsageError
@@ -30,6 +30,7 @@ LORA = (
     "lora_train_base",
     "lora",
 )
+BOTTLENECKS = ("use_adapter_modules", "use_domain_adaptation", "adapter_size", "adapter_domains")
 
 
 def shape_for(model: ModelConfig, prepared: PreparedData, origins: Mapping[str, str]) -> ModelConfig:
@@ -46,6 +47,7 @@ def shape_for(model: ModelConfig, prepared: PreparedData, origins: Mapping[str, 
         )
     if prepared.metadata.max_length is not None and not _is_said(model, "max_position_embeddings", origins):
         settled.max_position_embeddings = prepared.metadata.max_length
+    settled.adapter_domains = _domains(model, corpora_of(prepared))
     return settled
 
 
@@ -61,17 +63,18 @@ def new_model(shape: ModelConfig, seed: int) -> Transformer:
     return model
 
 
-def pretrained_model(source: str, said: ModelConfig) -> Transformer:
+def pretrained_model(source: str, said: ModelConfig, corpora: Sequence[str] = ()) -> Transformer:
     """The model of a folder, a checkpoint or a hub name, with the dropout, context and adapters that were said.
 
-    Raises UsageError where another shape was said than the weights have, CheckpointError where there are no weights.
+    `corpora` are those of the data's mixture, which domain adapters are named after where nothing else was said. Raises UsageError where
+    another shape was said than the weights have, CheckpointError where there are no weights.
     """
     from llm_trainer.inference.loading import find_model, load_transformer
 
     loaded = load_transformer(find_model(source))
     shape = _with_changes(source, loaded.config, said)
     model = loaded if shape.model_dump() == loaded.config.model_dump() else _reshaped(loaded, shape)
-    return _with_said_adapters(model, said)
+    return _with_said_adapters(_with_said_bottlenecks(model, said, corpora), said)
 
 
 def is_pretrained(init_from: str) -> bool:
@@ -109,7 +112,7 @@ def refuse_other_tokens(source: str, tokenizer: Tokenizer | None) -> None:
 
 def _with_changes(source: str, shape: ModelConfig, said: ModelConfig) -> ModelConfig:
     changed = shape.model_copy()
-    for name in sorted(said.model_fields_set - {"model_type", *LORA}):
+    for name in sorted(said.model_fields_set - {"model_type", *LORA, *BOTTLENECKS}):
         wanted, present = getattr(said, name), getattr(shape, name)
         shorter = name == "max_position_embeddings" and wanted < present
         if name in CHANGEABLE or shorter:
@@ -117,6 +120,35 @@ def _with_changes(source: str, shape: ModelConfig, said: ModelConfig) -> ModelCo
         elif wanted != present:
             raise UsageError(f"{name}={wanted!r} was said, but {source} has {present!r}; leave it out, or train from scratch")
     return changed
+
+
+def corpora_of(prepared: PreparedData) -> list[str]:
+    """Names of the corpora of a mixture; none for other data."""
+    from llm_trainer.data.sampling.mixture import TokenMixture
+
+    return list(prepared.train.names) if isinstance(prepared.train, TokenMixture) else []
+
+
+def _domains(said: ModelConfig, corpora: Sequence[str]) -> list[str]:
+    """The domains that get adapters: those that were said, else the corpora of a mixture."""
+    return list(said.adapter_domains or corpora) if said.use_domain_adaptation else []
+
+
+def _with_said_bottlenecks(model: Transformer, said: ModelConfig, corpora: Sequence[str]) -> Transformer:
+    """The same weights in a model that has the bottleneck adapters that were said; those that it has already stay."""
+    from llm_trainer.model.lora import is_adapter_parameter
+    from llm_trainer.model.transformer import Transformer
+
+    present = model.config
+    is_new = not (present.use_adapter_modules or present.use_domain_adaptation)
+    if not is_new or not (said.use_adapter_modules or said.use_domain_adaptation):
+        return model
+    wanted = {name: getattr(said, name) for name in BOTTLENECKS} | {"adapter_domains": _domains(said, corpora)}
+    renewed = Transformer(present.model_copy(update=wanted)).train(model.training)
+    left = renewed.load_state_dict(model.state_dict(), strict=False)
+    assert not left.unexpected_keys, "a model with adapters has all that it has without"
+    assert all(map(is_adapter_parameter, left.missing_keys)), "the adapters are all that is new"
+    return renewed
 
 
 def _with_said_adapters(model: Transformer, said: ModelConfig) -> Transformer:

@@ -69,7 +69,15 @@ def assemble(loaded: LoadedRun, console: Console, fallbacks: Sequence[str] = ())
     """Open the data, build or load the model, and write into the settings what was resolved on the way."""
     from llm_trainer.cli.resuming import resume_source, resumed_config
     from llm_trainer.cli.run_data import find_data, refuse_idle, use_domains
-    from llm_trainer.cli.run_model import is_pretrained, new_model, pretrained_model, refuse_other_tokens, shape_for, use_tokenizer_of
+    from llm_trainer.cli.run_model import (
+        corpora_of,
+        is_pretrained,
+        new_model,
+        pretrained_model,
+        refuse_other_tokens,
+        shape_for,
+        use_tokenizer_of,
+    )
     from llm_trainer.data.prepared import require_vocabulary
 
     refuse_idle(loaded)
@@ -83,7 +91,7 @@ def assemble(loaded: LoadedRun, console: Console, fallbacks: Sequence[str] = ())
     if source is not None:
         model = new_model(config.model, config.training.seed)  # the checkpoint's weights replace these
     elif is_pretrained(config.training.init_from):
-        model = pretrained_model(config.training.init_from, config.model)
+        model = pretrained_model(config.training.init_from, config.model, corpora_of(data.prepared))
         refuse_other_tokens(config.training.init_from, data.prepared.tokenizer)
     else:
         model = new_model(shape_for(config.model, data.prepared, loaded.origins), config.training.seed)

@@ -21,6 +21,9 @@ def part_sizes(config: ModelConfig) -> dict[str, int]:
     for layer in range(config.num_hidden_layers):
         own = config.of_block(layer)
         sizes |= {f"ln_1.{layer}": norm, f"attn.{layer}": _attention_size(own), f"ln_2.{layer}": norm, f"mlp.{layer}": _mlp_size(own)}
+        adapter = 2 * config.hidden_size * config.adapter_size
+        sizes |= {f"adapter.{layer}": adapter} if config.use_adapter_modules else {}
+        sizes |= {f"domain_adapter.{layer}": adapter * len(config.domain_names)} if config.use_domain_adaptation else {}
     if config.pre_norm:
         sizes["ln_f"] = norm
     sizes["lm_head"] = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
@@ -32,13 +35,14 @@ def part_sizes(config: ModelConfig) -> dict[str, int]:
 
 def _adaptable(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """Inputs and outputs of each matrix that can have low-rank adapters; a tied head has its embedding's."""
-    hidden, width = config.hidden_size, config.mlp_width
-    queries, keys = config.num_attention_heads * config.head_width, config.kv_heads * config.head_width
+    hidden = config.hidden_size
     found = {"wte": (hidden, config.vocab_size)}
     for layer in range(config.num_hidden_layers):
+        own = config.of_block(layer)
+        width, queries, keys = own.mlp_width, own.num_attention_heads * own.head_width, own.kv_heads * own.head_width
         found |= {f"attn.{layer}.q_proj": (hidden, queries), f"attn.{layer}.k_proj": (hidden, keys)}
         found |= {f"attn.{layer}.v_proj": (hidden, keys), f"attn.{layer}.o_proj": (queries, hidden)}
-        found |= {f"mlp.{layer}.gate_proj": (hidden, width)} if config.activation == "swiglu" else {}
+        found |= {f"mlp.{layer}.gate_proj": (hidden, width)} if own.activation == "swiglu" else {}
         found |= {f"mlp.{layer}.up_proj": (hidden, width), f"mlp.{layer}.down_proj": (width, hidden)}
     return found if config.tie_word_embeddings else {**found, "lm_head": (hidden, config.vocab_size)}
 

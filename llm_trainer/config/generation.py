@@ -32,4 +32,5 @@ class InferenceConfig(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "type of the weights", aliases=("dtype",))
     compile: Literal["auto", "on", "off"] = setting("auto", "torch.compile of the decoding step")
     adapter: str | None = setting(None, "adapters to answer with: a name in the model, or a PEFT folder; none: the model's own; base: none")
+    domain: str | None = setting(None, "whose domain adapter answers, by its name; none: no domain's")
     prompt: str | None = setting(None, "text to go on from; FILE:path reads it from a file", aliases=("start",))

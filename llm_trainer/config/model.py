@@ -154,8 +154,10 @@ class ModelConfig(Section):
     kv_head_counts: list[int] = setting(
         list, "key-value heads of each block where they differ, each with its share of query heads; none: num_key_value_heads", unit="heads"
     )
-    use_adapter_modules: bool = setting(False, "adapter modules in each block", owed=True)
-    use_domain_adaptation: bool = setting(False, "an adapter a domain", owed=True)
+    use_adapter_modules: bool = setting(False, "a bottleneck adapter behind each block")
+    use_domain_adaptation: bool = setting(False, "a bottleneck adapter for each domain behind each block, chosen by the document's domain")
+    adapter_size: int = setting(64, "inner width of bottleneck adapters", unit="features", aliases=("bottleneck_size",), gt=0)
+    adapter_domains: list[str] = setting(list, "names of the domains with adapters; none: those of the data, or one called general")
 
     @classmethod
     def translate(cls, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -221,7 +223,12 @@ class ModelConfig(Section):
     @property
     def has_adapters(self) -> bool:
         """Whether the model has parameters that are adapters'."""
-        return bool(self.with_lora_table().lora)
+        return bool(self.with_lora_table().lora) or self.use_adapter_modules or self.use_domain_adaptation
+
+    @property
+    def domain_names(self) -> list[str]:
+        """Domains with adapters of their own, after the default."""
+        return (self.adapter_domains or ["general"]) if self.use_domain_adaptation else []
 
     def of_block(self, number: int) -> ModelConfig:
         """The shape as one block has it: itself, unless blocks differ."""

@@ -182,4 +182,5 @@ def _matrix_vector_shape(weight: Tensor, vector: Tensor) -> Tensor:
 def is_fusible(model: Transformer) -> bool:
     """Whether every part is the plain one that `FusedStep` knows: no adapter, no quantised or wrapped layer, weights in the open."""
     plain = all(isinstance(block, Block) and type(block.attn) is Attention and type(block.mlp) is MLP for block in model.blocks)
+    plain = plain and not (model.config.use_adapter_modules or model.config.use_domain_adaptation)
     return plain and all(type(module) is Linear for name, module in model.named_modules() if name.endswith(("_proj", "lm_head")))

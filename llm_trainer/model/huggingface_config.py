@@ -88,6 +88,8 @@ def family_of(config: ModelConfig) -> str | None:
     shape = resolved(config)
     if not shape.pre_norm or shape.logit_soft_cap is not None or shape.mlp_widths or shape.kv_head_counts:
         return None
+    if shape.use_adapter_modules or shape.use_domain_adaptation:
+        return None
     biases = (shape.qkv_bias, shape.attention_bias, shape.mlp_bias)
     even = shape.head_width * shape.num_attention_heads == shape.hidden_size
     if shape.positions == "learned":

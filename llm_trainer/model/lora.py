@@ -275,7 +275,7 @@ def add_adapters(model: nn.Module, name: str, table: LoraConfig) -> None:
 
 def is_adapter_parameter(name: str) -> bool:
     """Whether a parameter of this name belongs to an adapter."""
-    return ".lora." in f".{name}" or ".adapter." in f".{name}"
+    return any(piece in ("lora", "adapter", "domain_adapter") for piece in name.split("."))
 
 
 def train_adapters_only(model: nn.Module) -> None:

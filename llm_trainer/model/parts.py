@@ -17,6 +17,8 @@ from llm_trainer.config.errors import UsageError
 from llm_trainer.model.transformer import Transformer
 
 BLOCK_PARTS = ("ln_1", "attn", "ln_2", "mlp")
+# Behind them, where the model has them.
+ADAPTER_PARTS = ("adapter", "domain_adapter")
 
 
 def named_parts(model: nn.Module) -> dict[str, nn.Module]:
@@ -27,6 +29,7 @@ def named_parts(model: nn.Module) -> dict[str, nn.Module]:
         parts["wpe"] = plain.wpe
     for number, block in enumerate(plain.blocks):
         parts |= {f"{kind}.{number}": getattr(block, kind) for kind in BLOCK_PARTS}
+        parts |= {f"{kind}.{number}": part for kind in ADAPTER_PARTS if (part := getattr(block, kind, None)) is not None}
     if not isinstance(plain.ln_f, nn.Identity):
         parts["ln_f"] = plain.ln_f
     parts["lm_head"] = plain.lm_head

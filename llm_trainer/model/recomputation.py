@@ -31,13 +31,16 @@ KEPT: dict[str, frozenset[Any]] = {
 }
 
 
-def recomputed(block: nn.Module, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None, keep: Sequence[str] = ()) -> Tensor:
-    """The block's output, (B, T, C), with its inner activations computed again in the backward pass, but for what `keep` names."""
+def recomputed(block: nn.Module, x: Tensor, *inputs: object, keep: Sequence[str] = ()) -> Tensor:
+    """The block's output (B, T, C) for `x` and what else it takes.
+
+    Its inner activations are computed again in the backward pass, but for what `keep` names.
+    """
     if not keep:
-        whole: Tensor = checkpoint(block, x, rotary, mask, use_reentrant=False)
+        whole: Tensor = checkpoint(block, x, *inputs, use_reentrant=False)
         return whole
     contexts = _contexts(frozenset().union(*(KEPT[name] for name in keep)))
-    chosen: Tensor = checkpoint(block, x, rotary, mask, use_reentrant=False, context_fn=contexts)
+    chosen: Tensor = checkpoint(block, x, *inputs, use_reentrant=False, context_fn=contexts)
     return chosen
 
 

@@ -22,6 +22,7 @@ from llm_trainer.config.errors import UsageError
 from llm_trainer.config.model import ModelConfig
 from llm_trainer.model.activations import ACTIVATIONS
 from llm_trainer.model.attention import attend
+from llm_trainer.model.bottleneck import Bottleneck, Choice
 from llm_trainer.model.cache import KVCache, LayerCache, Place
 from llm_trainer.model.norms import RMSNorm
 from llm_trainer.model.positions import Rotary, cache_mask, positions_in_documents, rotate, sequence_mask
@@ -173,6 +174,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
         self.pre_norm = config.pre_norm
+        width, inner = config.hidden_size, config.adapter_size
+        self.adapter = Bottleneck(1, width, inner) if config.use_adapter_modules else None
+        self.domain_adapter = Bottleneck(len(config.domain_names), width, inner) if config.use_domain_adaptation else None
 
     def forward(
         self,
@@ -181,6 +185,7 @@ class Block(nn.Module):
         mask: Tensor | None = None,
         cache: LayerCache | None = None,
         place: Place | None = None,
+        domains: Choice = None,
     ) -> Tensor:
         """x (B, T, C) → (B, T, C)."""
         if self.pre_norm:
@@ -189,7 +194,9 @@ class Block(nn.Module):
         else:
             x = self.ln_1(x + self.dropout(self.attn(x, rotary, mask, cache, place)))
             x = self.ln_2(x + self.dropout(self.mlp(x)))
-        return x
+        if self.adapter is not None:
+            x = self.adapter(x, 0)
+        return x if self.domain_adapter is None else self.domain_adapter(x, domains)
 
 
 class Transformer(nn.Module):
@@ -210,6 +217,7 @@ class Transformer(nn.Module):
         # The last sum of a post-norm stack is normalised already.
         self.ln_f = make_norm(config) if config.pre_norm else nn.Identity()
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.domain: int | None = 0 if len(config.domain_names) == 1 else None
         self.tie_weights()
         if device.type != "meta":
             self.initialize(generator)
@@ -248,9 +256,10 @@ class Transformer(nn.Module):
         document_ids: Tensor | None = None,
         positions: Tensor | None = None,
         cache: KVCache | None = None,
+        domains: Tensor | None = None,
     ) -> Tensor:
         """input_ids (B, T) → logits (B, T, V)."""
-        return self.logits(self.hidden_states(input_ids, document_ids=document_ids, positions=positions, cache=cache))
+        return self.logits(self.hidden_states(input_ids, document_ids=document_ids, positions=positions, cache=cache, domains=domains))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (…, C) → logits (…, V), squashed where `logit_soft_cap` says so (Gemma 2, arXiv:2408.00118)."""
@@ -265,12 +274,14 @@ class Transformer(nn.Module):
         document_ids: Tensor | None = None,
         positions: Tensor | None = None,
         cache: KVCache | None = None,
+        domains: Tensor | None = None,
     ) -> Tensor:
         """input_ids (B, T) → what the head reads, (B, T, C).
 
         document_ids (B, T): packed documents neither see each other nor count on from each other's positions.
         positions (B, T): where each token stands; without a cache this moves position embeddings only, with one also the slots.
         cache: keys and values of earlier tokens; these ones are added (see KVCache).
+        domains (B,): whose adapter each row takes, by its number (see `domain_rows`); none: what `use_domain` said.
         Raises UsageError where the sequence is longer than the context or the cache.
         """
         count = input_ids.size(1)
@@ -292,23 +303,49 @@ class Transformer(nn.Module):
             mask = sequence_mask(count, window, document_ids, x.device, dtype)
         else:
             mask = cache_mask(start, stop, place.positions, window, x.device, dtype)
-        x = self._through_blocks(self.dropout(x), rotary, mask, cache, place)
+        x = self._through_blocks(self.dropout(x), rotary, mask, cache, place, self.domain if domains is None else domains)
         if cache is not None and positions is None:
             cache.length = stop
         hidden: Tensor = self.ln_f(x)
         return hidden
 
     def _through_blocks(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None, place: Place | None
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+        cache: KVCache | None,
+        place: Place | None,
+        domains: Choice,
     ) -> Tensor:
         if cache is not None:
             for block, layer in zip(self.blocks, cache.layers, strict=True):
-                x = block(x, rotary, mask, layer, place)
+                x = block(x, rotary, mask, layer, place, domains)
             return x
         every = self.config.checkpoint_every if self.config.gradient_checkpointing and self.training and torch.is_grad_enabled() else 0
+        inputs = (rotary, mask) if domains is None else (rotary, mask, None, None, domains)
         for number, block in enumerate(self.blocks):
-            x = recomputed(block, x, rotary, mask, self.config.checkpoint_keep) if every and number % every == 0 else block(x, rotary, mask)
+            x = recomputed(block, x, *inputs, keep=self.config.checkpoint_keep) if every and number % every == 0 else block(x, *inputs)
         return x
+
+    def domain_rows(self, names: Sequence[str] | None) -> Tensor | None:
+        """The number of each row's domain, (B,); None where the model tells no domains apart or the rows have no names.
+
+        Raises UsageError for a domain that has no adapter.
+        """
+        if names is None or not self.config.use_domain_adaptation:
+            return None
+        return torch.tensor([self._domain_number(name) for name in names], device=self.wte.weight.device)
+
+    def use_domain(self, name: str | None) -> None:
+        """Whose adapter rows take of which no domain is given; None: none. Raises UsageError for a domain that has no adapter."""
+        self.domain = None if name is None else self._domain_number(name)
+
+    def _domain_number(self, name: str) -> int:
+        known = self.config.domain_names
+        if name not in known:
+            raise UsageError(f"the model has no adapter for the domain {name!r}; those that it has: {', '.join(known) or 'none'}")
+        return known.index(name)
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator | None = None) -> None:
@@ -319,7 +356,12 @@ class Transformer(nn.Module):
         """
         deviation = self.config.initializer_range
         outputs = 0.0 if self.config.zero_init_outputs else deviation / math.sqrt(2 * self.config.num_hidden_layers)
+        for name, module in self.named_modules():
+            if isinstance(module, Bottleneck):
+                module.restart(name, deviation)
         for name, parameter in self.named_parameters():  # a tied matrix comes once, as wte
+            if "adapter." in name:
+                continue
             if parameter.dim() < 2:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
                 continue

@@ -40,7 +40,8 @@ class NextToken:
 
     def __call__(self, model: Transformer, batch: Batch) -> LossSum:
         """Labels are already shifted; -100 is not supervised."""
-        hidden = model.hidden_states(batch.input_ids, document_ids=batch.document_ids)  # (B, T, C)
+        domains = model.domain_rows(batch.sources)
+        hidden = model.hidden_states(batch.input_ids, document_ids=batch.document_ids, domains=domains)  # (B, T, C)
         total = linear_cross_entropy_sum(
             hidden.flatten(0, 1),
             model.lm_head.effective_weight(),

@@ -279,11 +279,11 @@ def test_what_was_said_goes_over_the_settings_of_a_resumed_run() -> None:
 
 
 def test_owed_features_are_refused_together_and_only_by_who_reads_them(tmp_path: Path) -> None:
-    path = write(tmp_path, "a.json", {"training": {"use_knowledge_distillation": True}, "model": {"use_adapter_modules": True}})
+    path = write(tmp_path, "a.json", {"training": {"use_knowledge_distillation": True}})
     loaded = train(f"--config={path}", "--use_adaptive_reasoning")
     with pytest.raises(UsageError) as caught:
         refuse_owed(loaded.config)
-    assert all(name in str(caught.value) for name in ("use_knowledge_distillation", "use_adapter_modules", "use_adaptive_reasoning"))
+    assert all(name in str(caught.value) for name in ("use_knowledge_distillation", "use_adaptive_reasoning"))
     generated = load_run(GENERATE, [f"--config={path}"])
     refuse_owed(generated.config, GENERATE.names(), generated.own)
     refuse_owed(train().config)

@@ -123,3 +123,13 @@ def test_noise_is_on_the_training_text_alone_and_resumes_to_the_bit(tmp_path: Pa
     run(tmp_path / "cut", tokens(), data, tokenizer=tokenizer, callbacks=[StopAt(4)])
     run(tmp_path / "cut", tokens(), data, tokenizer=tokenizer, resume_from=str(tmp_path / "cut"))
     assert compare_checkpoints(tmp_path / "straight" / "final_model", tmp_path / "cut" / "final_model") == []
+
+
+def test_each_domain_of_a_mixture_trains_its_own_adapter(tmp_path: Path) -> None:
+    shape = {"use_domain_adaptation": True, "adapter_domains": ["a", "b"], "adapter_size": 4}
+    config = tiny_config(tmp_path, shape, max_steps=4)
+    model = tiny_model(config.model)
+    stages = [MixtureStage(weights={"a": 0, "b": 1})]
+    Trainer(model, config, mixture(stages), tokens(65, seed=1), console=Console(quiet=True)).train()
+    trained = [bool(one.any()) for one in model.blocks[0].domain_adapter.up]
+    assert trained == [False, True]
