@@ -77,6 +77,14 @@ def pretrained_model(source: str, said: ModelConfig, corpora: Sequence[str] = ()
     return _with_said_adapters(_with_said_bottlenecks(model, said, corpora), said)
 
 
+def transferred(model: Transformer, source: str, parts: Sequence[str]) -> list[str]:
+    """Take what fits of another model's weights; returns what to tell of it."""
+    from llm_trainer.inference.loading import find_model
+    from llm_trainer.model.partial import load_partially
+
+    return load_partially(model, find_model(source), parts).lines()
+
+
 def is_pretrained(init_from: str) -> bool:
     """Whether a run starts from somebody's weights."""
     return init_from not in ("scratch", "resume")
@@ -126,7 +134,7 @@ def corpora_of(prepared: PreparedData) -> list[str]:
     """Names of the corpora of a mixture; none for other data."""
     from llm_trainer.data.sampling.mixture import TokenMixture
 
-    return list(prepared.train.names) if isinstance(prepared.train, TokenMixture) else []
+    return list(prepared.train.members) if isinstance(prepared.train, TokenMixture) else []
 
 
 def _domains(said: ModelConfig, corpora: Sequence[str]) -> list[str]:

@@ -76,6 +76,7 @@ def assemble(loaded: LoadedRun, console: Console, fallbacks: Sequence[str] = ())
         pretrained_model,
         refuse_other_tokens,
         shape_for,
+        transferred,
         use_tokenizer_of,
     )
     from llm_trainer.data.prepared import require_vocabulary
@@ -95,6 +96,9 @@ def assemble(loaded: LoadedRun, console: Console, fallbacks: Sequence[str] = ())
         refuse_other_tokens(config.training.init_from, data.prepared.tokenizer)
     else:
         model = new_model(shape_for(config.model, data.prepared, loaded.origins), config.training.seed)
+    if config.training.transfer_from is not None and source is None:
+        for line in transferred(model, config.training.transfer_from, config.training.transfer_parts):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
     config.model = model.config
     require_vocabulary(data.prepared.train, model.config.vocab_size)
     return Assembled(config, model, data)

@@ -163,6 +163,10 @@ class TrainingConfig(Section):
         "scratch, resume, or the name or folder of a pretrained model (gpt2, gpt2-xl, …)",
         aliases=("model_path", "pretrained_model"),
     )
+    transfer_from: str | None = setting(
+        None, "a pretrained model of which what fits is taken into this run's own shape, with a report", aliases=("partial_init_from",)
+    )
+    transfer_parts: list[str] = setting(lambda: ["*"], "with transfer_from: the parts that are taken (names, ranges, globs)")
     resume_from: str | None = setting(
         None,
         "continue this checkpoint or run folder; auto: the newest in output_dir, if any",
