@@ -227,7 +227,7 @@ def merge_lora(model: nn.Module, names: Sequence[str] | None = None, *, restart:
             _fold(module, name)
     for target, module, name in _each(plain, chosen):
         if restart:
-            _low_rank(module, name).restart(f"{name}.{_drawn_as(plain, target)}")
+            _low_rank(module, name).restart(f"{name}.{'wte' if _is_second_of_tied(plain, target) else target.name}")
     if not restart:
         for name in chosen:
             remove_adapters(plain, name)
@@ -364,10 +364,6 @@ def _low_rank(module: Adapted, name: str) -> LowRank:
 
 def _is_second_of_tied(model: Transformer, target: Target) -> bool:
     return target.name == "lm_head" and model.config.tie_word_embeddings
-
-
-def _drawn_as(model: Transformer, target: Target) -> str:
-    return "wte" if _is_second_of_tied(model, target) else target.name
 
 
 def _is_within(target: str, parts: Sequence[str]) -> bool:
