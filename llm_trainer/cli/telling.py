@@ -24,7 +24,7 @@ def tell_start(trainer: Trainer, folder: Path, console: Console) -> None:
     """The run as it was resolved: model, data, length, batch, device, where it is written."""
     length, batches, config = trainer.length, trainer.batches, trainer.model.config
     validation, plan = trainer.validation_tokens, trainer.ranks.plan
-    on_ranks = f"{plan.ranks} ranks × " if plan.ranks > 1 else ""
+    on_ranks = f"{plan.data_ranks} ranks × " if plan.data_ranks > 1 else ""
     rows = {
         "model": f"{short(_parameters(trainer))} parameters: {config.model_type} shape, "
         f"{config.num_hidden_layers} layers × {config.hidden_size}, "
@@ -36,7 +36,7 @@ def tell_start(trainer: Trainer, folder: Path, console: Console) -> None:
         "step": f"{batches.micro_batch_size} sequences × {batches.gradient_accumulation_steps} micro-batches × "
         f"{on_ranks}{trainer.context} tokens",
         "device": f"{trainer.device}, precision {trainer.training.precision}, compile {trainer.training.compile}",
-        **({"plan": f"data_parallel {plan.data_parallel} × fsdp {plan.fsdp} = {plan.ranks} ranks"} if plan.ranks > 1 else {}),
+        **({"plan": f"{plan} = {plan.ranks} ranks"} if plan.ranks > 1 else {}),
         "run folder": str(trainer.run_dir),
     }
     tell(rows, console)

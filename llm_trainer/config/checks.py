@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from llm_trainer.config.batches import resolve_batches
 from llm_trainer.config.errors import UsageError
-from llm_trainer.config.parallel import resolve_plan
+from llm_trainer.config.parallel import check_plan
 from llm_trainer.config.run import RunConfig
 
 
@@ -49,8 +48,7 @@ def _check_ranks(config: RunConfig, said: _Places, world_size: int) -> None:
         raise UsageError(
             f"{said['training.distributed_backend']} is nccl, which needs GPUs, but {said['training.device']} is cpu; use gloo or auto"
         )
-    resolve_plan(training, world_size)
-    resolve_batches(training, world_size)
+    check_plan(training, config.model, world_size)
 
 
 def _check_length(config: RunConfig, said: _Places) -> None:

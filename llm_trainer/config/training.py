@@ -182,6 +182,12 @@ class TrainingConfig(Section):
     fsdp: int = setting(
         1, "ranks that share one replica's weights, gradients and optimizer state (FSDP)", unit="ranks", aliases=("fsdp_size",), gt=0
     )
+    tensor_parallel: int = setting(
+        1, "ranks that share each block's matrices by columns and rows", unit="ranks", aliases=("tensor_parallel_size", "tp_size"), gt=0
+    )
+    pipeline_parallel: int = setting(
+        1, "stages of layers, each on ranks of its own", unit="stages", aliases=("pipeline_parallel_size", "pp_size"), gt=0
+    )
     rank_timeout_seconds: float = setting(8.0, "a rank that has not been heard of for so long ends the run", unit="seconds", ge=2)
     distributed_backend: Literal["auto", "nccl", "gloo"] = setting("auto", "communication library", aliases=("backend",))
     use_deepspeed: bool = setting(False, "train through DeepSpeed", owed=True)

@@ -48,7 +48,7 @@ def restructure(trainer: Trainer, change: Callable[[Form], Form]) -> None:
 
 def change_batches(trainer: Trainer, plan: BatchPlan) -> None:
     """Go on with other batches. A run whose length is in epochs or tokens ends after as many samples as before, in other steps."""
-    state, before, after = trainer.state, trainer.sequences_per_step, plan.sequences_per_step(trainer.ranks.count)
+    state, before, after = trainer.state, trainer.sequences_per_step, plan.sequences_per_step(trainer.ranks.data_count)
     state.changes = replace(state.changes, micro_batch_size=plan.micro_batch_size, sequences_per_step=after)
     if after != before and trainer.length.steps != trainer.training.max_steps:
         total = state.step + math.ceil((trainer.length.steps - state.step) * before / after)
@@ -73,7 +73,7 @@ def take_batches(trainer: Trainer) -> None:
     """Let the trainer's batches be what the settings say and the state's changes lay over them. Raises UsageError where ranks do not divide
     them.
     """
-    changes, ranks, before, length = trainer.state.changes, trainer.ranks.count, trainer.sequences_per_step, trainer.length
+    changes, ranks, before, length = trainer.state.changes, trainer.ranks.data_count, trainer.sequences_per_step, trainer.length
     if changes.sequences_per_step is None or changes.micro_batch_size is None:
         trainer.batches = resolve_batches(trainer.training, ranks)
     else:

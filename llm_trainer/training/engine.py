@@ -25,7 +25,7 @@ from llm_trainer.training.compilation import CompileMode, compile_model, uncompi
 from llm_trainer.training.forms import give_state, taken_apart
 from llm_trainer.training.objectives import NextToken, Objective, TrainingStep
 from llm_trainer.training.optimizers import build_optimizers, peak_rates, set_rates
-from llm_trainer.training.parallel import replicate, shard
+from llm_trainer.training.parallel import replicate, shard, sum_shared
 from llm_trainer.training.precision import Precision, PrecisionName
 from llm_trainer.training.ranks import Ranks
 from llm_trainer.training.step import forward_backward, update
@@ -64,7 +64,7 @@ class Engine:
         """Make `model` the one in training: cut, with optimizers. `resting` are frozen parameters whose state the optimizers hold."""
         self.model = model.to(self.device)
         self._whole_step = TrainingStep(self.model, objective)
-        shard(self._whole_step, self.ranks)
+        self._shared = shard(self._whole_step, self.ranks)
         self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         frozen = [parameter for name, parameter in self.model.named_parameters() if name in set(resting)]
         for parameter in frozen:
@@ -91,7 +91,7 @@ class Engine:
         if self.compile_mode != "off":
             undo_compile(self.model)
             torch.compiler.reset()  # compiled code holds on to the modules that it was made for
-        del self.model, self._whole_step, self.optimizers, self._parameters
+        del self.model, self._whole_step, self.optimizers, self._parameters, self._shared
         gc.collect()  # modules and their wrappers point at each other
         self._take(build(form), objective, resting=form.frozen & set(form.state))
         give_state(self.model, self.optimizers, form.state)
@@ -146,6 +146,7 @@ class Engine:
         """
         set_rates(self.optimizers, self._peaks, rate_factor)
         loss = forward_backward(self._step_module, batches, tokens, self.precision, seed=self.dropout_seed, index=index, ranks=self.ranks)
+        sum_shared(self._shared)
         norm, skipped = update(self.optimizers, self._parameters, loss, tokens, self.precision, self.training.max_grad_norm)
         return StepResult(loss, norm, skipped)
 

@@ -17,6 +17,7 @@ from llm_trainer.config import TrainingConfig, UsageError
 from llm_trainer.model.lora import is_adapter_parameter
 from llm_trainer.model.parts import unwrapped
 from llm_trainer.training.muon import BatchedMuon, undecorated
+from llm_trainer.training.parallel import mesh_of
 from llm_trainer.training.trainable import rate_factor_of, rate_factors
 
 Named = list[tuple[str, nn.Parameter]]
@@ -62,11 +63,11 @@ def _differ_in_rate(training: TrainingConfig) -> bool:
 
 
 def _groups(named: Named, factors: Mapping[str, float], rate: float) -> list[dict[str, Any]]:
-    """One group for each factor, in the order in which they come."""
-    by_factor: dict[float, list[nn.Parameter]] = {}
+    """One group for each factor and each set of ranks that parameters are cut over, in the order in which they come."""
+    groups: dict[tuple[float, object], list[nn.Parameter]] = {}
     for name, parameter in named:
-        by_factor.setdefault(rate_factor_of(name, factors), []).append(parameter)
-    return [{"params": parameters, "lr": rate * factor} for factor, parameters in by_factor.items()]
+        groups.setdefault((rate_factor_of(name, factors), mesh_of(parameter)), []).append(parameter)
+    return [{"params": parameters, "lr": rate * factor} for (factor, _), parameters in groups.items()]
 
 
 def _adamw(named: Named, training: TrainingConfig, factors: Mapping[str, float]) -> AdamW:

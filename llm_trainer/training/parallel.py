@@ -1,7 +1,8 @@
 """The parallel plan, applied to a model in one place and one visible order; the model itself knows nothing of it.
 
-Replicas alone are DistributedDataParallel, shards are FSDP2's `fully_shard` (Zhao et al. 2023, arXiv:2304.11277) by block, and both
-together a mesh of replicas × shards. Compilation replaces functions inside the blocks (compilation.py), so it lies within either
+Matrices are cut first (matrices.py), then come recomputation (a setting of the model), compilation, and the wrapper: replicas alone are
+DistributedDataParallel, shards are FSDP2's `fully_shard` (Zhao et al. 2023, arXiv:2304.11277) by block, and both together a mesh of
+replicas × shards. Compilation replaces functions inside the blocks (compilation.py), so it lies within either
 wrapper, whichever comes first. Gradients are summed over ranks, not averaged: the step has divided by the tokens of all ranks already,
 and a mean over ranks with unequal numbers of tokens would be another loss.
 """
@@ -15,29 +16,53 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from llm_trainer.config.parallel import ParallelPlan, check_shape
 from llm_trainer.model.huggingface import load_weights
+from llm_trainer.training.matrices import cut_matrices, gradients_in_parts, sum_over
 from llm_trainer.training.objectives import TrainingStep
 from llm_trainer.training.ranks import Ranks
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from torch.distributed import GradBucket  # type: ignore[attr-defined]  # public, and not in the stubs
+    from torch.distributed import GradBucket, ProcessGroup  # type: ignore[attr-defined]  # public, and not in the stubs
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
 
-def shard(step: TrainingStep, ranks: Ranks) -> None:
-    """Cut the model's weights over the ranks where the plan says so; optimizers are made after this, over what each rank holds."""
+class Shared(NamedTuple):
+    """A parameter that several ranks hold whole, each of which finds a part of its gradient: to be summed over `group`."""
+
+    parameter: nn.Parameter
+    group: ProcessGroup
+
+
+def shard(step: TrainingStep, ranks: Ranks) -> list[Shared]:
+    """Cut the model's weights over the ranks where the plan says so; optimizers are made after this, over what each rank holds.
+
+    Returns the parameters whose gradients are to be summed over a group before the update.
+    """
     plan = ranks.plan
-    if plan.fsdp == 1:
-        return
-    from torch.distributed.device_mesh import init_device_mesh
+    check_shape(plan, step.model.config)
+    if plan.tensor_parallel > 1:
+        cut_matrices(step.model, ranks.mesh(_kind(step))["tensor"])
+    if _is_fully_sharded(plan):
+        _shard_fully(step, ranks.mesh(_kind(step))["replicate", "shard"] if plan.data_parallel > 1 else ranks.mesh(_kind(step))["shard"])
+    if plan.tensor_parallel == 1:
+        return []
+    group = ranks.mesh(_kind(step)).get_group("tensor")
+    return [Shared(parameter, group) for _, parameter in gradients_in_parts(step.model)]
+
+
+def _is_fully_sharded(plan: ParallelPlan) -> bool:
+    """Replicas of a model whose matrices are cut are FSDP's too, with shards of one rank: DistributedDataParallel takes whole models."""
+    return plan.fsdp > 1 or (plan.data_parallel > 1 and plan.tensor_parallel > 1)
+
+
+def _shard_fully(step: TrainingStep, mesh: DeviceMesh) -> None:
     from torch.distributed.fsdp import fully_shard
 
-    kind = next(step.model.parameters()).device.type
-    shape, names = ((plan.data_parallel, plan.fsdp), ("replicate", "shard")) if plan.data_parallel > 1 else ((plan.fsdp,), ("shard",))
-    mesh = init_device_mesh(kind, shape, mesh_dim_names=names)
     for module in (*step.model.blocks, step):  # what is in no block (embeddings, last norm, head) belongs to the whole
         fully_shard(module, mesh=mesh)
         sharded = cast("FSDPModule", module)
@@ -45,9 +70,20 @@ def shard(step: TrainingStep, ranks: Ranks) -> None:
         sharded.set_force_sum_reduction_for_comms(True)
 
 
+def _kind(step: TrainingStep) -> str:
+    return next(step.model.parameters()).device.type
+
+
+def sum_shared(shared: Sequence[Shared]) -> None:
+    """Sum the gradients of shared parameters over their groups: once a step, after the last backward pass. A collective call."""
+    for parameter, group in shared:
+        if parameter.grad is not None:
+            sum_over(group, parameter.grad)
+
+
 def replicate(step: TrainingStep, ranks: Ranks) -> nn.Module:
     """The module to train: `step`, in DistributedDataParallel where there are whole replicas on several ranks."""
-    if ranks.count == 1 or ranks.plan.fsdp > 1:
+    if ranks.plan.data_parallel == 1 or _is_fully_sharded(ranks.plan):
         return step
     from torch.nn.parallel import DistributedDataParallel
 
@@ -91,6 +127,11 @@ def free_gathered(module: nn.Module) -> None:
 def whole(tensor: Tensor) -> Tensor:
     """A tensor's whole value: gathered over the ranks (a collective call) where each holds a shard, else itself."""
     return cast("DTensor", tensor).full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def mesh_of(tensor: Tensor) -> DeviceMesh | None:
+    """The ranks over which a tensor is cut; None where it is whole."""
+    return getattr(tensor, "device_mesh", None)
 
 
 def placed_like(full: Tensor, held: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from llm_trainer.config.parallel import ParallelPlan, resolve_plan
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store  # type: ignore[attr-defined]  # public, and not in the stubs
+    from torch.distributed.device_mesh import DeviceMesh
 
 Result = TypeVar("Result")
 _BEAT_SECONDS = 0.5
@@ -49,6 +50,21 @@ class Ranks:
     plan: ParallelPlan = field(default_factory=ParallelPlan)
     group: ProcessGroup | None = None  # none: that of all ranks
 
+    _meshes: dict[tuple[ParallelPlan, str], DeviceMesh] = field(default_factory=dict, compare=False, repr=False)
+
+    def mesh(self, kind: str) -> DeviceMesh:
+        """The ranks of the plan by dimension, on devices of this kind ("cpu", "cuda"): stages outermost, tensor groups innermost.
+
+        Made once, as its groups are. A collective call.
+        """
+        if (self.plan, kind) not in self._meshes:
+            from torch.distributed.device_mesh import init_device_mesh
+
+            plan = self.plan
+            sizes = {"replicate": plan.data_parallel, "shard": plan.fsdp, "tensor": plan.tensor_parallel}
+            self._meshes[plan, kind] = init_device_mesh(kind, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+        return self._meshes[self.plan, kind]
+
     def apart(self) -> Ranks:
         """The same ranks with a line of their own, on which they may talk in a thread while training goes on. A collective call."""
         if self.count == 1:
@@ -62,22 +78,33 @@ class Ranks:
         """Whether this rank writes and talks."""
         return self.rank == 0
 
+    @property
+    def data_rank(self) -> int:
+        """Which samples are this rank's: it shares them with the other ranks of its tensor group and pipeline."""
+        return self.plan.data_rank(self.rank)
+
+    @property
+    def data_count(self) -> int:
+        """Groups of ranks with samples of their own."""
+        return self.plan.data_ranks
+
     def add(self, values: Sequence[float]) -> list[float]:
-        """Sums over ranks, in double precision, alike on all."""
+        """Sums over the groups of ranks with samples of their own, in double precision, alike on all; one rank of each is heard."""
         if self.count == 1:
             return list(values)
         import torch.distributed as dist
 
-        summed = torch.tensor(values, dtype=torch.float64)
+        said = torch.tensor(values, dtype=torch.float64)
+        summed = said if self.plan.speaks(self.rank) else torch.zeros_like(said)
         dist.all_reduce(summed, group=self.group)
         return [float(value) for value in summed]
 
     def add_tensor(self, value: Tensor) -> Tensor:
-        """The sum over ranks of a tensor, where it lies."""
+        """The sum of a tensor over the same groups, where it lies."""
         if self.count > 1:
             import torch.distributed as dist
 
-            value = value.clone()
+            value = value.clone() if self.plan.speaks(self.rank) else torch.zeros_like(value)
             dist.all_reduce(value, group=self.group)
         return value
 

@@ -20,7 +20,9 @@ def count_sources(totals: dict[str, int], batches: Sequence[Batch], ranks: Ranks
     for batch in batches:
         for source, tokens in zip(batch.sources or (), (batch.labels != IGNORED).sum(dim=1).tolist(), strict=True):
             counted[source] = counted.get(source, 0) + tokens
-    for of_rank in [counted] if ranks.count == 1 else map(json.loads, ranks.texts(json.dumps(counted))):
+    for of_rank in (
+        [counted] if ranks.count == 1 else map(json.loads, ranks.texts(json.dumps(counted if ranks.plan.speaks(ranks.rank) else {})))
+    ):
         for source, tokens in of_rank.items():
             totals[source] = totals.get(source, 0) + tokens
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from llm_trainer.config import LLMTrainerError, TrainingConfig
 from llm_trainer.data.sampling.samplers import Batch
 from llm_trainer.training.objectives import seed_dropout
-from llm_trainer.training.parallel import gradients_stay_here, whole
+from llm_trainer.training.parallel import gradients_stay_here, mesh_of, whole
 from llm_trainer.training.precision import Precision
 from llm_trainer.training.ranks import Ranks
 from llm_trainer.training.state import TrainingState
@@ -104,7 +104,7 @@ def forward_backward(
     mean = torch.zeros((), device=device)
     for number, batch in enumerate(batches):
         if seed is not None:
-            seed_dropout(seed, index, number, ranks.rank, device)
+            seed_dropout(seed, index, number, ranks.data_rank, device)
         with nullcontext() if number == len(batches) - 1 else gradients_stay_here(step):
             with precision.autocast():
                 total = step(batch.to(device)).total / max(tokens, 1)
@@ -115,10 +115,18 @@ def forward_backward(
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """Scale gradients down to a joint 2-norm of `max_norm` (0: leave them); returns the norm before."""
-    held = [parameter for parameter in parameters if parameter.grad is not None]
-    norm = whole(torch.nn.utils.get_total_norm([parameter.grad for parameter in held if parameter.grad is not None]))
+    alike: dict[object, list[Tensor]] = {}  # tensors on one mesh, or on none, can be taken together
+    for parameter in parameters:
+        if parameter.grad is not None:
+            alike.setdefault(mesh_of(parameter), []).append(parameter)
+    norms = [
+        whole(torch.nn.utils.get_total_norm([parameter.grad for parameter in held if parameter.grad is not None]))
+        for held in alike.values()
+    ]
+    norm = norms[0] if len(norms) == 1 else torch.nn.utils.get_total_norm(norms)
     if max_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_(held, max_norm, norm)
+        for held in alike.values():
+            torch.nn.utils.clip_grads_with_norm_(held, max_norm, norm)
     return norm
 
 

@@ -86,8 +86,8 @@ class Trainer:
         self.store = store or store_for(training, is_main=self.ranks.is_main)
         self.device = resolve_device(training.device)
         self.context = model.config.max_position_embeddings
-        self.batches = resolve_batches(training, self.ranks.count)
-        self.sequences_per_step = self.batches.sequences_per_step(self.ranks.count)
+        self.batches = resolve_batches(training, self.ranks.data_count)
+        self.sequences_per_step = self.batches.sequences_per_step(self.ranks.data_count)
         of_step = self.sequences_per_step
         self.sampler = training_sampler(
             train, self.context, training.seed, config.data, tokenizer, sequences_per_step=of_step, console=self.console
@@ -236,7 +236,7 @@ class Trainer:
         first, size = self.state.samples, self.batches.micro_batch_size
 
         def load(number: int) -> Batch:
-            return self.sampler.batch(first + (number * self.ranks.count + self.ranks.rank) * size, size)
+            return self.sampler.batch(first + (number * self.ranks.data_count + self.ranks.data_rank) * size, size)
 
         return Prefetcher(load, 0, self.training.num_workers)
 

@@ -71,7 +71,7 @@ def validate(
     was_training = model.training
     model.eval()
     total, count = 0.0, 0
-    batches = validation_batches(tokens, context, batch_size, limit=limit, packing=packing, rank=ranks.rank, ranks=ranks.count)
+    batches = validation_batches(tokens, context, batch_size, limit=limit, packing=packing, rank=ranks.data_rank, ranks=ranks.data_count)
     try:
         with torch.no_grad():
             for index, batch in enumerate(batches):

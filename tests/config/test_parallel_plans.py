@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from llm_trainer.config import TrainingConfig, UsageError
-from llm_trainer.config.parallel import ParallelPlan, resolve_plan
+from llm_trainer.config import ModelConfig, TrainingConfig, UsageError
+from llm_trainer.config.parallel import ParallelPlan, check_shape, resolve_plan
 
 
 @pytest.mark.parametrize(
@@ -16,6 +16,8 @@ from llm_trainer.config.parallel import ParallelPlan, resolve_plan
         ({"fsdp": 2}, 4, ParallelPlan(2, 2)),
         ({"fsdp": 4}, 4, ParallelPlan(1, 4)),
         ({"data_parallel": 2, "fsdp": 4}, 8, ParallelPlan(2, 4)),
+        ({"tensor_parallel": 2}, 4, ParallelPlan(2, 1, 2)),
+        ({"tensor_parallel": 2, "pipeline_parallel": 2, "fsdp": 2}, 16, ParallelPlan(2, 2, 2, 2)),
     ],
 )
 def test_replicas_are_what_shards_leave(said: dict[str, int], ranks: int, plan: ParallelPlan) -> None:
@@ -29,9 +31,38 @@ def test_replicas_are_what_shards_leave(said: dict[str, int], ranks: int, plan: 
         ({"fsdp": 3}, 4, "fsdp 3 does not fit: 4 processes were started"),
         ({"fsdp": 2}, 1, "fsdp 2 does not fit: 1 process was started"),
         ({"data_parallel": 3, "fsdp": 2}, 4, "data_parallel 3 × fsdp 2 = 6, but 4 processes were started"),
+        (
+            {"tensor_parallel": 2, "pipeline_parallel": 3},
+            8,
+            "tensor_parallel 2 × pipeline_parallel 3 = 6 does not fit: 8 proc",
+        ),
         ({"data_parallel": 2}, 1, "data_parallel 2 × fsdp 1 = 2, but 1 process was started"),
     ],
 )
 def test_a_product_that_does_not_fit_is_named(said: dict[str, int], ranks: int, words: str) -> None:
     with pytest.raises(UsageError, match=words.replace("(", "\\(")):
         resolve_plan(TrainingConfig(**said), ranks)
+
+
+@pytest.mark.parametrize("plan", [ParallelPlan(2, 2, 2, 2), ParallelPlan(1, 2, 1, 3), ParallelPlan(3, 1, 4)])
+def test_each_group_of_ranks_with_its_own_samples_is_heard_once(plan: ParallelPlan) -> None:
+    speakers = [rank for rank in range(plan.ranks) if plan.speaks(rank)]
+    assert sorted(plan.data_rank(rank) for rank in speakers) == list(range(plan.data_ranks))
+    for group in range(plan.data_ranks):
+        members = [rank for rank in range(plan.ranks) if plan.data_rank(rank) == group]
+        assert len(members) == plan.tensor_parallel * plan.pipeline_parallel
+        assert {plan.stage(rank) for rank in members} == set(range(plan.pipeline_parallel))
+
+
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        (ParallelPlan(tensor_parallel=4), "tensor_parallel 4 does not divide num_key_value_heads 2"),
+        (ParallelPlan(tensor_parallel=3), "tensor_parallel 3 does not divide num_attention_heads 4"),
+        (ParallelPlan(pipeline_parallel=3), "pipeline_parallel 3 is more stages than the model has layers"),
+    ],
+)
+def test_a_model_that_cannot_be_cut_so_is_refused_by_what_does_not_divide(plan: ParallelPlan, words: str) -> None:
+    model = ModelConfig(hidden_size=16, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2)
+    with pytest.raises(UsageError, match=words):
+        check_shape(plan, model)

@@ -50,13 +50,19 @@ def differences(one: list[float], other: list[float]) -> list[float]:
     return [abs(a - b) / abs(a) for a, b in zip(one, other, strict=True)]
 
 
+LLAMA = {"model_type": "llama", "num_heads": 4, "num_key_value_heads": 2, "qk_norm": True}
 RUNS = {
     "ddp": a_run("ddp"),
     "ddp-one-pass": a_run("ddp-one-pass", micro_batch_size=8),
     "fsdp": a_run("fsdp", fsdp=2),
     "fsdp-one-pass": a_run("fsdp-one-pass", fsdp=2, micro_batch_size=8),
     "fsdp-tied": a_run("fsdp-tied", {"tie_word_embeddings": True}, fsdp=2),
+    "tensor": a_run("tensor", tensor_parallel=2),
+    "tensor-one-pass": a_run("tensor-one-pass", tensor_parallel=2, micro_batch_size=16),
+    "tensor-tied": a_run("tensor-tied", {"tie_word_embeddings": True}, tensor_parallel=2),
+    "tensor-llama": a_run("tensor-llama", LLAMA, tensor_parallel=2),
 }
+PLANS: dict[str, dict[str, object]] = {"ddp": {}, "fsdp": {"fsdp": 2}, "tensor": {"tensor_parallel": 2}}
 MUON = {"optimizer": "muon"}
 POISON = {"poisoned_step": 5}
 
@@ -70,28 +76,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         a_run("plain-poisoned") | POISON,
         a_run("plain-tied", {"tie_word_embeddings": True}),
         a_run("plain-muon", **MUON),
+        a_run("plain-llama", LLAMA),
     ]
     on_ranks(1, base, straight)
-    two = [
-        *RUNS.values(),
-        a_run("ddp-poisoned") | POISON,
-        a_run("fsdp-poisoned", fsdp=2) | POISON,
-        a_run("ddp-muon", **MUON),
-        a_run("fsdp-muon", fsdp=2, **MUON),
-        a_run("ddp-background", asynchronous_saves="on"),
-        a_run("fsdp-background", fsdp=2, asynchronous_saves="on"),
-    ]
-    two += [
-        a_run(f"resumed-on-2-{kind}", fsdp=fsdp, resume_from=str(base / "plain/checkpoint-12")) for kind, fsdp in (("ddp", 1), ("fsdp", 2))
-    ]
+    two = list(RUNS.values())
+    for kind, plan in PLANS.items():
+        two += [
+            a_run(f"{kind}-poisoned", **plan) | POISON,
+            a_run(f"{kind}-muon", **plan, **MUON),
+            a_run(f"{kind}-background", asynchronous_saves="on", **plan),
+        ]
+    two += [a_run(f"resumed-on-2-{kind}", resume_from=str(base / "plain/checkpoint-12"), **PLANS[kind]) for kind in PLANS]
     on_ranks(2, base, two)
-    on_ranks(1, base, [a_run(f"resumed-on-1-{kind}", resume_from=str(base / kind / "checkpoint-12")) for kind in ("ddp", "fsdp")])
+    on_ranks(1, base, [a_run(f"resumed-on-1-{kind}", resume_from=str(base / kind / "checkpoint-12")) for kind in PLANS])
     return base
+
+
+def alone(name: str) -> str:
+    """The same run on one rank."""
+    return next((f"plain-{shape}" for shape in ("tied", "llama") if name.endswith(shape)), "plain")
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_two_ranks_have_the_loss_of_one(folder: Path, name: str) -> None:
-    plain = folder / ("plain-tied" if name.endswith("tied") else "plain")
+    plain = folder / alone(name)
     off = differences(series(plain), series(folder / name))
     assert len(off) == STEPS
     assert max(off) <= TOLERANCE
@@ -101,18 +109,18 @@ def test_two_ranks_have_the_loss_of_one(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_validation_is_equal_on_two_ranks(folder: Path, name: str) -> None:
-    plain = folder / ("plain-tied" if name.endswith("tied") else "plain")
+    plain = folder / alone(name)
     assert max(differences(series(plain, "val_loss"), series(folder / name, "val_loss"))) <= TOLERANCE
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", PLANS)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_checkpoint_goes_on_on_another_number_of_ranks(folder: Path, kind: str, ranks: int) -> None:
     resumed = series(folder / f"resumed-on-{ranks}-{kind}")
     assert max(differences(series(folder / "plain")[12:], resumed)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", PLANS)
 def test_muon_on_two_ranks_stays_near_one(folder: Path, kind: str) -> None:
     """Its iteration is in bf16, which turns a last bit of a gradient into a thousandth of a direction."""
     assert max(differences(series(folder / "plain-muon"), series(folder / f"{kind}-muon"))) <= 5e-3
@@ -143,7 +151,7 @@ def test_each_rank_saves_its_shards_and_together_they_are_the_model_folder_of_on
     assert all(found[name].shape == moments[name].shape and torch.allclose(found[name], moments[name], atol=1e-5) for name in found)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", PLANS)
 def test_a_save_in_the_background_is_the_save_that_the_run_waits_for(folder: Path, kind: str) -> None:
     for name in ("checkpoint-12", "best_model", "final_model"):
         assert compare_checkpoints(folder / kind / name, folder / f"{kind}-background" / name) == []
@@ -162,7 +170,7 @@ def test_torchs_own_reader_takes_the_pieces_that_ranks_wrote(folder: Path) -> No
     assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", PLANS)
 def test_a_step_that_is_not_finite_on_one_rank_is_left_out_by_all(folder: Path, kind: str) -> None:
     poisoned, plain = series(folder / f"{kind}-poisoned"), series(folder / "plain")
     assert max(differences(series(folder / "plain-poisoned"), poisoned)) <= TOLERANCE
@@ -178,11 +186,19 @@ def test_restarted_after_a_death_the_run_is_as_if_nothing_had_been(folder: Path)
 
 @pytest.mark.slow
 def test_four_ranks_have_the_loss_of_one(folder: Path) -> None:
-    """Replicas of shards, and both kinds of checkpoint from two ranks going on on four."""
-    runs = [a_run("mixed", fsdp=2, data_parallel=2)]
-    runs += [a_run(f"resumed-on-4-{kind}", fsdp=4, resume_from=str(folder / kind / "checkpoint-12")) for kind in ("ddp", "fsdp")]
+    """Replicas of shards, either of cut matrices, and each kind of checkpoint from two ranks going on on four."""
+    mixed = {
+        "mixed": {"fsdp": 2, "data_parallel": 2},
+        "tensor-fsdp": {"tensor_parallel": 2, "fsdp": 2},
+        "tensor-ddp": {"tensor_parallel": 2},
+    }
+    runs = [a_run(name, **plan) for name, plan in mixed.items()]
+    runs += [a_run(f"resumed-on-4-{kind}", fsdp=4, resume_from=str(folder / kind / "checkpoint-12")) for kind in PLANS]
+    runs += [a_run("resumed-mixed", tensor_parallel=2, fsdp=2, resume_from=str(folder / "fsdp/checkpoint-12"))]
     on_ranks(4, folder, runs)
     plain = series(folder / "plain")
-    assert max(differences(plain, series(folder / "mixed"))) <= TOLERANCE
-    for kind in ("ddp", "fsdp"):
+    for name in mixed:
+        assert max(differences(plain, series(folder / name))) <= TOLERANCE
+    assert max(differences(plain[12:], series(folder / "resumed-mixed"))) <= TOLERANCE
+    for kind in PLANS:
         assert max(differences(plain[12:], series(folder / f"resumed-on-4-{kind}"))) <= TOLERANCE
