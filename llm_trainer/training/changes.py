@@ -43,7 +43,7 @@ def restructure(trainer: Trainer, change: Callable[[Form], Form]) -> None:
     state = trainer.state
     state.changes = replace(state.changes, frozen=sorted(frozen), resting=resting)
     state.spikes = SpikeState(rollbacks=state.spikes.rollbacks)  # losses of another model are no measure
-    trainer.meter = trainer.new_meter()
+    trainer.meter.flops_per_token = trainer.count_arithmetic()
 
 
 def change_batches(trainer: Trainer, plan: BatchPlan) -> None:

@@ -180,16 +180,15 @@ class Trainer:
         self.engine.start(choice.precision, choice.compile, self._stored_scaler)
         self._micro_batches = self._open_batches()
         self._shares = AchievedShares(self.state.source_tokens)
-        self.meter = self.new_meter()
+        self.meter = Meter(self.count_arithmetic(), self.device, self.engine.precision.computing_dtype)
         self.metrics_tracker = self._open_metrics(self.state.step if self._resumed_from else None)
         if self._resumed_from is not None:
             restore_generators(self._resumed_from, self.ranks)
         self._started = time.monotonic()
 
-    def new_meter(self) -> Meter:
-        """Counts the throughput of the model as it is now."""
-        flops = estimate_flops(self.model.config, self.context)
-        return Meter(flops / self.ranks.count, self.device, self.engine.precision.computing_dtype)
+    def count_arithmetic(self) -> float:
+        """FLOPs of a token on one rank, as the model is now."""
+        return estimate_flops(self.model.config, self.context) / self.ranks.count
 
     def _open_metrics(self, resumed_step: int | None) -> MetricsTracker:
         told_in = self.run_dir if self.ranks.is_main else None
