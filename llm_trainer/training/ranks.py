@@ -250,7 +250,7 @@ class Watch:
         """Stop watching; `left`: and say that this rank went as it should."""
         self._stopped.set()
         if self._thread is not threading.current_thread():
-            self._thread.join(2 * _BEAT_SECONDS)
+            self._thread.join(self._silence)  # a thread that is inside the store when the interpreter ends takes the process with it
         if left:
             self._set("beat", "left")
 
