@@ -304,7 +304,7 @@ class Watch:
         while not self._stopped.wait(_BEAT_SECONDS):
             waits = waits + 1 if known == self._rounds else 0
             known = self._rounds
-            if waits * _BEAT_SECONDS > self._silence:
+            if waits * _BEAT_SECONDS >= self._silence:
                 self._end(f"the launcher of rank {self._ranks.rank} cannot be reached: no answer for {self._silence:g} s. {_RESUME}")
 
     def _listen(self) -> None:
