@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from llm_trainer.config.batches import divisions, micro_batch_bounds, resolve_batches
 from llm_trainer.config.errors import UsageError
-from llm_trainer.config.parallel import check_plan
+from llm_trainer.config.parallel import check_plan, resolve_plan
 from llm_trainer.config.run import RunConfig
 
 
@@ -49,6 +50,8 @@ def _check_ranks(config: RunConfig, said: _Places, world_size: int) -> None:
             f"{said['training.distributed_backend']} is nccl, which needs GPUs, but {said['training.device']} is cpu; use gloo or auto"
         )
     check_plan(training, config.model, world_size)
+    if (bounds := micro_batch_bounds(config)) is not None:
+        divisions(resolve_batches(training, resolve_plan(training, world_size).data_ranks), bounds)
 
 
 def _check_length(config: RunConfig, said: _Places) -> None:

@@ -32,7 +32,7 @@ class EfficiencyConfig(Section):
     use_quantization: bool = setting(False, "quantise the trained model", owed=True)
     quantization_bits: Literal[4, 8] = setting(8, "bits a weight")
     use_kv_cache: bool = setting(True, "keep keys and values while generating", owed=True)
-    use_adaptive_batch_size: bool = setting(False, "find the largest micro-batch that fits", owed=True)
+    use_adaptive_batch_size: bool = setting(False, "find the largest micro-batch that fits, as micro_batch_size auto does")
     min_batch_size: int = setting(1, "smallest micro-batch it may choose", unit="sequences", gt=0)
     max_batch_size: int | None = setting(None, "largest micro-batch it may choose", unit="sequences", gt=0)
 

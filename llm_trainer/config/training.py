@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from llm_trainer.config.durations import Duration, DurationField
 from llm_trainer.config.errors import UsageError
@@ -20,7 +22,9 @@ class TrainingConfig(Section):
     batch_size: int | None = setting(
         None, "sequences a micro-batch on one rank; with micro_batch_size given, the whole step's over all ranks", unit="sequences", gt=0
     )
-    micro_batch_size: int | None = setting(None, "sequences that one rank sends through the model at once", unit="sequences", gt=0)
+    micro_batch_size: Annotated[int, Field(gt=0)] | Literal["auto"] | None = setting(
+        None, "sequences that one rank sends through the model at once; auto: as many as fit, the step stays the same", unit="sequences"
+    )
     gradient_accumulation_steps: int | None = setting(
         None, "micro-batches a step on each rank", unit="micro-batches", aliases=("grad_accum", "accumulation_steps"), gt=0
     )
@@ -108,6 +112,15 @@ class TrainingConfig(Section):
         "auto", "cross-entropy with all logits at once, or in chunks that never hold them all", aliases=("cross_entropy",)
     )
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
+
+    # Memory; see `llm_trainer.training.micro_batches` and `watching`.
+    memory_limit_gb: float | None = setting(
+        None, "memory that one rank may hold; none: what is free on its GPU, or its part of what is free on the machine", unit="GB", gt=0
+    )
+    memory_target: float = setting(0.9, "share of it that micro_batch_size auto fills at most", gt=0, le=1)
+    memory_warning: float = setting(0.85, "warn when so large a share of the memory is used", gt=0)
+    memory_emergency: float = setting(0.95, "save an emergency checkpoint when so large a share of the memory is used", gt=0)
+    watch_seconds: float = setting(10.0, "look at memory this often between reports; 0: only with them", unit="seconds", ge=0)
 
     # Validation, saving, reporting.
     eval_interval: DurationField = setting(

@@ -23,15 +23,19 @@ from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.autotune import Choice, Probe, choose
 from llm_trainer.training.compilation import CompileMode, compile_model, uncompiled, undo_compile
 from llm_trainer.training.forms import give_state, taken_apart
+from llm_trainer.training.memory import OutOfMemory, is_out_of_memory
 from llm_trainer.training.objectives import NextToken, Objective, TrainingStep
 from llm_trainer.training.optimizers import build_optimizers, peak_rates, set_rates
-from llm_trainer.training.parallel import replicate, shard, sum_shared
+from llm_trainer.training.parallel import is_sharded, replicate, shard, sum_shared
 from llm_trainer.training.precision import Precision, PrecisionName
 from llm_trainer.training.ranks import Ranks
-from llm_trainer.training.step import forward_backward, update
+from llm_trainer.training.step import Sending, forward_backward, send_gradients, update
+from llm_trainer.training.timings import Timings
 from llm_trainer.training.trainable import prepare_trainable
 from llm_trainer.training.tuning import agreed_choice
 from llm_trainer.training.validation import ValidationResult, validate
+
+_UNPROVEN_STEPS = 2  # the second has the optimizers' state beside it
 
 
 class StepResult(NamedTuple):
@@ -53,8 +57,10 @@ class Engine:
     ) -> None:
         self.training, self.ranks, self.device = training, ranks, device
         prepare_trainable(model, training)
+        self.timings = Timings(device)
         self._take(model, objective or NextToken(training.loss))
         self.compile_mode: CompileMode = "off"
+        self._unproven_steps = _UNPROVEN_STEPS
         self._is_started = False
         self.frozen_at_first = frozen_names(model)
         # Until precision is settled; enough to validate.
@@ -134,6 +140,7 @@ class Engine:
     def start(self, precision: PrecisionName, compile_mode: CompileMode, scaler: dict[str, float | int] | None = None) -> None:
         """Make ready for steps in this precision; `compile_mode` is how the model was compiled, `scaler` fp16's stored state."""
         self._is_started = True
+        self.expect_other_memory()
         self._step_module = replicate(self._whole_step, self.ranks)
         self.precision = Precision(precision, self.device)
         self.precision.load_state_dict(scaler or {})
@@ -142,13 +149,64 @@ class Engine:
     def step(self, batches: Sequence[Batch], tokens: int, *, rate_factor: float, index: int) -> StepResult:
         """One update from this rank's micro-batches; `tokens` are the supervised ones of all ranks, `index` the updates done before.
 
-        Peak rates are multiplied by `rate_factor`. Nothing here waits for the device. A collective call.
+        Peak rates are multiplied by `rate_factor`. Nothing here waits for the device. A collective call. Raises OutOfMemory where a
+        rank's memory did not do for it; nothing has changed then.
         """
         set_rates(self.optimizers, self._peaks, rate_factor)
-        loss = forward_backward(self._step_module, batches, tokens, self.precision, seed=self.dropout_seed, index=index, ranks=self.ranks)
+        loss = self._within_memory(batches, tokens, index)
         sum_shared(self._shared)
-        norm, skipped = update(self.optimizers, self._parameters, loss, tokens, self.precision, self.training.max_grad_norm)
+        with self.timings.of("optimizer"):
+            norm, skipped = update(self.optimizers, self._parameters, loss, tokens, self.precision, self.training.max_grad_norm)
+        self.timings.step_done()
         return StepResult(loss, norm, skipped)
+
+    def expect_other_memory(self) -> None:
+        """The next steps need more or less memory than those before: see that ranks can agree where it does not do."""
+        self._unproven_steps = _UNPROVEN_STEPS
+
+    def trial(self, batch: Batch) -> None:
+        """A forward and backward pass of this rank alone, whose gradients are thrown away. Raises OutOfMemory."""
+        try:
+            with self.precision.autocast():
+                total = self._whole_step(batch.to(self.device)).total
+            total.backward()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise OutOfMemory(f"out of memory with {len(batch)} sequences") from None  # a traceback would hold on to tensors
+        finally:
+            self.model.zero_grad(set_to_none=True)
+
+    def _within_memory(self, batches: Sequence[Batch], tokens: int, index: int) -> Tensor:
+        """Gradients and mean loss of a step. Raises OutOfMemory, on all ranks alike where that can be.
+
+        Whole replicas speak to each other only in the last micro-batch's backward pass. A rank that has no memory before that takes part
+        in it with a pass of one token, and then all hear of it. In the first steps, which need what later ones need, nothing is sent
+        before every rank is through, so they can agree wherever it was. Shards speak to each other all the time: there the run ends.
+        """
+        has_replicas = 1 < self.ranks.count == self.ranks.plan.data_parallel and not is_sharded(self.model)
+        sending = Sending(waits=has_replicas and self._unproven_steps > 0)
+        self._unproven_steps = max(0, self._unproven_steps - 1)
+        problem, loss = "", torch.zeros((), device=self.device)
+        try:
+            loss = forward_backward(
+                self._step_module, batches, tokens, self.precision,
+                seed=self.dropout_seed, index=index, ranks=self.ranks, timings=self.timings, sending=sending,
+            )  # fmt: skip
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            problem = f"out of memory with {len(batches[0])} sequences at once"  # the error itself would hold on to tensors
+        if problem and self.ranks.count > 1 and (sending.began or not has_replicas):
+            raise OutOfMemory(f"rank {self.ranks.rank}: {problem}", is_agreed=False)
+        if problem:
+            self.model.zero_grad(set_to_none=True)
+        if has_replicas and (problem or sending.waits):
+            send_gradients(self._step_module, batches[0], self.precision)
+        if self.ranks.largest([bool(problem)])[0]:
+            self.model.zero_grad(set_to_none=True)
+            raise OutOfMemory(problem or f"another rank was out of memory with {len(batches[0])} sequences at once")
+        return self.ranks.add_tensor(loss)
 
     def validate(
         self,

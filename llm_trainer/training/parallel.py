@@ -87,7 +87,7 @@ def replicate(step: TrainingStep, ranks: Ranks) -> nn.Module:
         return step
     from torch.nn.parallel import DistributedDataParallel
 
-    wrapped = DistributedDataParallel(step)
+    wrapped = DistributedDataParallel(step, broadcast_buffers=False)  # they are constants, and a forward pass sends nothing so
     wrapped.register_comm_hook(None, lambda _, bucket: _sum_bucket(bucket))  # no names of types, which DDP would compare
     return wrapped
 

@@ -45,7 +45,8 @@ class Saving:
         """Save now; one that is neither is a lasting checkpoint. An emergency's is there on return, the others perhaps later."""
         trainer, start = self._trainer, time.perf_counter()
         save = self._store.save_emergency if emergency else self._store.save_recent if recent else self._store.save
-        save(trainer.snapshot(), trainer.state.step)
+        with trainer.engine.timings.of("saving"):
+            save(trainer.snapshot(), trainer.state.step)
         self._last = time.monotonic()
         trainer.meter.leave_out(time.perf_counter() - start)
 

@@ -22,6 +22,7 @@ from llm_trainer.training.parallel import gradients_stay_here, mesh_of, whole
 from llm_trainer.training.precision import Precision
 from llm_trainer.training.ranks import Ranks
 from llm_trainer.training.state import TrainingState
+from llm_trainer.training.timings import Timings
 
 
 class TrainingDiverged(LLMTrainerError):
@@ -50,6 +51,16 @@ class StepOutcome:
     loss: Tensor
     gradient_norm: Tensor
     skipped: Tensor
+
+
+@dataclass
+class Sending:
+    """What a rank sends to others in a step: where it `waits`, gradients stay its own until `send_gradients`; `began` is set when the pass
+    starts in which they are sent.
+    """
+
+    waits: bool = False
+    began: bool = False
 
 
 class Outcomes:
@@ -94,23 +105,40 @@ def forward_backward(
     seed: int | None,
     index: int,
     ranks: Ranks | None = None,
+    timings: Timings | None = None,
+    sending: Sending | None = None,
 ) -> Tensor:
     """Add the gradient of Σ loss / `tokens` over the micro-batches of all ranks to the parameters; returns that mean loss (detached).
 
     `tokens` are the supervised tokens of the whole step, on all ranks. `seed` (None: leave the generator alone) and the step's `index`
-    fix dropout.
+    fix dropout. With `sending` the returned loss is this rank's part; what was sent is noted there.
     """
-    device, ranks = precision.device, ranks or Ranks()
+    device, ranks, timings = precision.device, ranks or Ranks(), timings or Timings(precision.device)
+    alone, sending = sending is None, sending or Sending()
     mean = torch.zeros((), device=device)
     for number, batch in enumerate(batches):
         if seed is not None:
             seed_dropout(seed, index, number, ranks.data_rank, device)
-        with nullcontext() if number == len(batches) - 1 else gradients_stay_here(step):
-            with precision.autocast():
+        sends = number == len(batches) - 1 and not sending.waits
+        with nullcontext() if sends else gradients_stay_here(step):
+            with timings.of("forward"), precision.autocast():
                 total = step(batch.to(device)).total / max(tokens, 1)
             mean += total.detach()
-            (total if precision.scaler is None else precision.scaler.scale(total)).backward()
-    return ranks.add_tensor(mean)
+            sending.began = sends
+            with timings.of("backward"):
+                (total if precision.scaler is None else precision.scaler.scale(total)).backward()
+    return ranks.add_tensor(mean) if alone else mean
+
+
+def send_gradients(step: nn.Module, batch: Batch, precision: Precision) -> None:
+    """Sum gradients that were kept apart over the ranks, in the very order of an ordinary step: by a pass whose own gradient is zero, of
+    one token of `batch`.
+    """
+    documents = None if batch.document_ids is None else batch.document_ids[:1, :1]
+    token = Batch(batch.input_ids[:1, :1], batch.labels[:1, :1], documents, 1)
+    with precision.autocast():
+        nothing = step(token.to(precision.device)).total * 0.0
+    nothing.backward()
 
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:

@@ -18,23 +18,23 @@ from typing import cast
 from rich.console import Console
 
 from llm_trainer.config import RunConfig, UsageError
-from llm_trainer.config.batches import resolve_batches
+from llm_trainer.config.batches import micro_batch_bounds, resolve_batches
 from llm_trainer.config.run_folder import BEST_MODEL, JSON
 from llm_trainer.data.sampling.packing import Packing
-from llm_trainer.data.sampling.samplers import Batch, Prefetcher, training_sampler
+from llm_trainer.data.sampling.samplers import training_sampler
 from llm_trainer.data.shards import TokenDataset
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
 from llm_trainer.model.flops import estimate_flops
 from llm_trainer.model.transformer import Transformer
-from llm_trainer.training.autotune import Choice
 from llm_trainer.training.callbacks import Callback, EarlyStopping
 from llm_trainer.training.changes import take_batches, take_shape
 from llm_trainer.training.checkpoints import CheckpointStore, Progress, Snapshot, read_state, restore, restore_generators, write_run_file
 from llm_trainer.training.console import ProgressReporter
 from llm_trainer.training.engine import build_engine
 from llm_trainer.training.metrics import MetricsTracker
+from llm_trainer.training.micro_batches import open_batches, settle_micro_batch, step_within_memory
 from llm_trainer.training.objectives import Objective
-from llm_trainer.training.precision import PrecisionName, resolve_device
+from llm_trainer.training.precision import resolve_device
 from llm_trainer.training.preemption import StopSignals
 from llm_trainer.training.ranks import Ranks
 from llm_trainer.training.remote import fetch_resumed, use_local_folders
@@ -46,7 +46,9 @@ from llm_trainer.training.spikes import rate_after_rollbacks, roll_back
 from llm_trainer.training.state import TrainingResult, TrainingState
 from llm_trainer.training.step import Outcomes, SampleRange, StepOutcome
 from llm_trainer.training.throughput import Meter
+from llm_trainer.training.tuning import tuned
 from llm_trainer.training.validation import ValidationResult
+from llm_trainer.training.watching import Watcher
 
 _LOOK_EVERY = 10  # steps between two looks at what the device found, where a look makes the host wait
 
@@ -87,6 +89,7 @@ class Trainer:
         self.device = resolve_device(training.device)
         self.context = model.config.max_position_embeddings
         self.batches = resolve_batches(training, self.ranks.data_count)
+        self.micro_batch_bounds = micro_batch_bounds(config)
         self.sequences_per_step = self.batches.sequences_per_step(self.ranks.data_count)
         of_step = self.sequences_per_step
         self.sampler = training_sampler(
@@ -103,6 +106,7 @@ class Trainer:
         self.stop_training = False
         self.saving = Saving(self)
         self._look_every = 1 if self.device.type == "cpu" else _LOOK_EVERY
+        self.watcher = Watcher(training, self.device, self.say)
         self._outcomes = Outcomes(training, self.say)
         self._last_validation: ValidationResult | None = None
         self._stored_scaler: dict[str, float | int] = {}
@@ -175,10 +179,11 @@ class Trainer:
             self._resume(self.training.resume_from)
         self._open_run_folder()
         self.model.train()
-        choice = self._tune()
+        settle_micro_batch(self)
+        choice = tuned(self)
         self.state.precision, self.state.compile = choice.precision, choice.compile
         self.engine.start(choice.precision, choice.compile, self._stored_scaler)
-        self._micro_batches = self._open_batches()
+        self._micro_batches = open_batches(self)
         self._shares = AchievedShares(self.state.source_tokens)
         self.meter = Meter(self.count_arithmetic(), self.device, self.engine.precision.computing_dtype)
         self.metrics_tracker = self._open_metrics(self.state.step if self._resumed_from else None)
@@ -217,39 +222,18 @@ class Trainer:
             if resumed_step is not None and (Path(moved) / BEST_MODEL).exists():
                 self.state.best_validation_loss = None  # the best of this line of the run is gone
 
-    def _tune(self) -> Choice:
-        """Precision and compilation: as said, as before a resume, or as the main rank's machine does it fastest."""
-        if self.training.eval_only:
-            return Choice(cast(PrecisionName, self.state.precision or self.engine.precision.name), "off")
-        steps_left = max(0, self.length.steps - self.state.step)
-        return self.engine.tune(
-            lambda: self.sampler.batch(self.state.samples, self.batches.micro_batch_size),
-            steps_left * self.batches.gradient_accumulation_steps,
-            precision=self.state.precision,
-            compiled=self.state.compile,
-            cache_dir=self.cache_dir,
-            say=self.say,
-        )
-
-    def _open_batches(self) -> Prefetcher[Batch]:
-        first, size = self.state.samples, self.batches.micro_batch_size
-
-        def load(number: int) -> Batch:
-            return self.sampler.batch(first + (number * self.ranks.data_count + self.ranks.data_rank) * size, size)
-
-        return Prefetcher(load, 0, self.training.num_workers)
-
     # A step.
 
     def _loop(self, signals: StopSignals) -> str:
         while self.state.step < self.length.steps and not self.stop_training:
             if not self._has_spiked:  # a resumed run may stand where it has to go back
-                self._train_step()
+                if not self._train_step():
+                    continue
                 self._edge_of_step()
             minutes = self.training.max_minutes
             is_over = minutes is not None and time.monotonic() - self._started >= 60 * minutes
-            here = [signals.received or 0, is_over, self.stop_training, self._has_spiked, self.saving.progress()]
-            received, over, stop, spiked, saves = self.ranks.largest(here)
+            at_edge = [self.stop_training, self._has_spiked, self.saving.progress(), self.watcher.wants_emergency()]
+            received, over, stop, spiked, saves, short = self.ranks.largest([signals.received or 0, is_over, *at_edge])
             self.stop_training = bool(stop)
             if saves in (Progress.WRITTEN, Progress.FAILED):
                 self.saving.tell()
@@ -258,17 +242,23 @@ class Trainer:
                 return "preempted"
             if over:
                 return "time"
+            if short:
+                self.watcher.rescue(self.saving)
             if spiked and not stop:
                 self.saving.tell()
                 roll_back(self)
         return "stopped" if self.stop_training else "finished"
 
-    def _train_step(self) -> None:
-        batches = [next(self._micro_batches) for _ in range(self.batches.gradient_accumulation_steps)]
+    def _train_step(self) -> bool:
+        """An update; False where memory did not do for it, and it is to be tried again."""
+        with self.engine.timings.of("data"):
+            batches = [next(self._micro_batches) for _ in range(self.batches.gradient_accumulation_steps)]
         tokens = int(self.ranks.add([sum(int(batch.num_supervised) for batch in batches)])[0])
-        count_sources(self.state.source_tokens, batches, self.ranks)
         factor = self.rate_factor
-        result = self.engine.step(batches, tokens, rate_factor=factor, index=self.state.step)
+        result = step_within_memory(self, batches, tokens, factor)
+        if result is None:
+            return False
+        count_sources(self.state.source_tokens, batches, self.ranks)
         samples = SampleRange(self.state.samples, self.sequences_per_step)
         self.state.step += 1
         self.state.samples += self.sequences_per_step
@@ -277,6 +267,7 @@ class Trainer:
         self._outcomes.add(StepOutcome(self.state.step, samples, tokens, factor, *result))
         if self._is_look_due:
             self._outcomes.read(self.state)
+        return True
 
     @property
     def _is_look_due(self) -> bool:
@@ -326,6 +317,8 @@ class Trainer:
             "tokens": float(self.state.tokens),
             **self.meter.read(),
             **self._shares.read(),
+            **self.engine.timings.read(),
+            **self.watcher.metrics(),
         }
         self.metrics_tracker.update(metrics, self.state.step)
         if self._progress is not None:
@@ -335,7 +328,8 @@ class Trainer:
         """Evaluate, tell everybody, and save the model where it is the best so far. A collective call, at a step's edge."""
         start = time.perf_counter()
         self._outcomes.read(self.state)
-        result = self._last_validation = self.evaluate()
+        with self.engine.timings.of("evaluation"):
+            result = self._last_validation = self.evaluate()
         self.metrics_tracker.update(result.metrics, self.state.step)
         self.state.last_validation_loss = result.loss
         self.say(f"step {self.state.step}  " + "  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items()))
@@ -426,8 +420,9 @@ class Trainer:
     def restart_batches(self) -> None:
         """Take the next batches from where `state.samples` stands now."""
         self._micro_batches.close()
-        self._micro_batches = self._open_batches()
+        self._micro_batches = open_batches(self)
         self._shares = AchievedShares(self.state.source_tokens)
+        self.engine.expect_other_memory()
 
     def _give_callbacks(self, states: Mapping[str, dict[str, JSON]]) -> None:
         for callback in self.callbacks:

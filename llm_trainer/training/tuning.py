@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -16,6 +16,25 @@ from llm_trainer.training.compilation import CompileMode, compile_model
 from llm_trainer.training.parallel import is_sharded
 from llm_trainer.training.precision import PrecisionName
 from llm_trainer.training.ranks import Ranks
+
+if TYPE_CHECKING:
+    from llm_trainer.training.trainer import Trainer
+
+
+def tuned(trainer: Trainer) -> Choice:
+    """Precision and compilation of a run: as said, as before a resume, or as the main rank's machine does it fastest."""
+    state, batches = trainer.state, trainer.batches
+    if trainer.training.eval_only:
+        return Choice(cast(PrecisionName, state.precision or trainer.engine.precision.name), "off")
+    steps_left = max(0, trainer.length.steps - state.step)
+    return trainer.engine.tune(
+        lambda: trainer.sampler.batch(state.samples, batches.micro_batch_size),
+        steps_left * batches.gradient_accumulation_steps,
+        precision=state.precision,
+        compiled=state.compile,
+        cache_dir=trainer.cache_dir,
+        say=trainer.say,
+    )
 
 
 def agreed_choice(

@@ -1,0 +1,198 @@
+"""How much goes through the model at once: found by trying, and made smaller where memory ran out.
+
+A step is the same whatever it is divided into: the samples of a step follow from its place in the run, and each micro-batch's loss is
+divided by the tokens of the whole step. So the division may change between two steps, or between two tries of one.
+
+The largest that fits is found on a GPU by real forward and backward passes of the run's own batches, and where trying is not possible
+(on a CPU the system would end the process instead of refusing; shards need all ranks in each pass) by the estimate of `footprint.py`
+within the memory that this rank may hold. All ranks take the smallest of what each found.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from llm_trainer.config.batches import BatchPlan, MicroBatchBounds, divisions
+from llm_trainer.config.run_folder import TEMPORARY_PREFIX
+from llm_trainer.data.sampling.samplers import Batch, Prefetcher
+from llm_trainer.training.changes import take_batches
+from llm_trainer.training.footprint import step_memory
+from llm_trainer.training.memory import OutOfMemory
+from llm_trainer.training.parallel import is_sharded
+
+if TYPE_CHECKING:
+    from llm_trainer.training.engine import StepResult
+    from llm_trainer.training.trainer import Trainer
+
+MEMORY_NOTE = "memory.json"
+
+
+def open_batches(trainer: Trainer) -> Prefetcher[Batch]:
+    """This rank's micro-batches from where the run stands."""
+    first, size, ranks = trainer.state.samples, trainer.batches.micro_batch_size, trainer.ranks
+
+    def load(number: int) -> Batch:
+        return trainer.sampler.batch(first + (number * ranks.data_count + ranks.data_rank) * size, size)
+
+    return Prefetcher(load, 0, trainer.training.num_workers)
+
+
+def step_within_memory(trainer: Trainer, batches: Sequence[Batch], tokens: int, rate_factor: float) -> StepResult | None:
+    """The engine's step; None where memory did not do for it and it is to be tried again with other micro-batches. Raises OutOfMemory."""
+    try:
+        return trainer.engine.step(batches, tokens, rate_factor=rate_factor, index=trainer.state.step)
+    except OutOfMemory as error:
+        retry_with_less(trainer, error)
+        return None
+
+
+def settle_micro_batch(trainer: Trainer) -> None:
+    """Before the first step: find what fits where the settings ask for that, unless a resumed run knows. A collective call."""
+    bounds, known, noted = trainer.micro_batch_bounds, trainer.state.changes.micro_batch_size, _noted(trainer)
+    if noted is not None:
+        _divide(trainer, noted)
+    elif bounds is not None and known is None and not trainer.training.eval_only:
+        chosen = _largest_that_fits(trainer, bounds, trainer.training.memory_target)
+        _divide(trainer, chosen.micro_batch_size)
+        trainer.say(f"micro_batch_size {chosen.micro_batch_size}: the largest that fits; {chosen.gradient_accumulation_steps} a step")
+
+
+def largest_micro_batch(trainer: Trainer, *, share: float | None = None, most: int | None = None) -> BatchPlan:
+    """The largest micro-batch, of `most` sequences or fewer, that fits in `share` of the memory (default: `memory_target`), and how many of
+    it make the same step. For all ranks, between two steps; nothing is changed.
+
+    Raises UsageError where no micro-batch within the bounds divides a rank's part of the step, OutOfMemory where the smallest does not fit.
+    """
+    bounds = trainer.micro_batch_bounds or MicroBatchBounds()
+    largest = min((one for one in (most, bounds.most) if one is not None), default=None)
+    return _largest_that_fits(trainer, MicroBatchBounds(bounds.least, largest), share or trainer.training.memory_target)
+
+
+def _divide(trainer: Trainer, size: int) -> None:
+    """Let the step be divided into micro-batches of `size`, in the state too, so that a resumed run does the same."""
+    trainer.state.changes = replace(trainer.state.changes, micro_batch_size=size, sequences_per_step=trainer.sequences_per_step)
+    take_batches(trainer)
+
+
+def retry_with_less(trainer: Trainer, error: OutOfMemory) -> None:
+    """After a step that ran out of memory on some rank and changed nothing: an emergency checkpoint, then a smaller micro-batch.
+
+    Raises `error` where the smallest was not small enough, and where the ranks could not agree; then a run that goes on from its newest
+    checkpoint, as torchrun's restarts do, takes the smaller one.
+    """
+    now = trainer.batches
+    if now.micro_batch_size == 1:
+        raise OutOfMemory(
+            f"{error}, and there is no smaller micro-batch; use gradient_checkpointing, fsdp, a shorter context or a smaller model"
+        )
+    smaller = divisions(now, MicroBatchBounds(1, now.micro_batch_size // 2))[0]
+    if not error.is_agreed:
+        _leave_note(trainer.run_dir, smaller)
+        raise OutOfMemory(
+            f"{error}; go on with --resume auto, which takes micro_batch_size {smaller.micro_batch_size} then", is_agreed=False
+        )
+    _free_cache(trainer.device)
+    if trainer.state.step:
+        trainer.saving.save(emergency=True)
+    trainer.say(
+        f"step {trainer.state.step + 1}: {error}; trying it again with micro_batch_size {smaller.micro_batch_size} × "
+        f"{smaller.gradient_accumulation_steps} micro-batches, the same step in all"
+    )
+    _divide(trainer, smaller.micro_batch_size)
+    trainer.restart_batches()
+    trainer.metrics_tracker.update({"micro_batch_size": smaller.micro_batch_size}, trainer.state.step)
+
+
+def _leave_note(run_folder: Path, smaller: BatchPlan) -> None:
+    """For the next attempt, where this rank's end is the run's."""
+    run_folder.mkdir(parents=True, exist_ok=True)
+    temporary = run_folder / f"{TEMPORARY_PREFIX}{MEMORY_NOTE}"
+    temporary.write_text(json.dumps({"micro_batch_size": smaller.micro_batch_size}), encoding="utf-8")
+    temporary.replace(run_folder / MEMORY_NOTE)
+
+
+def _noted(trainer: Trainer) -> int | None:
+    """What an attempt that ran out of memory left for this one; alike on all ranks."""
+    if trainer.training.resume_from is None:
+        return None
+    note = trainer.run_dir / MEMORY_NOTE
+    text = trainer.ranks.of_main(note.read_text(encoding="utf-8") if trainer.ranks.is_main and note.exists() else "")
+    if not text:
+        return None
+    found = json.loads(text).get("micro_batch_size")
+    return found if isinstance(found, int) and found < trainer.batches.micro_batch_size else None
+
+
+def _largest_that_fits(trainer: Trainer, bounds: MicroBatchBounds, share: float) -> BatchPlan:
+    choices = divisions(trainer.batches, bounds)
+    allowed = int(trainer.watcher.machine.allowance(trainer.ranks) * share)
+    can_try = trainer.device.type == "cuda" and not is_sharded(trainer.model)
+    needs = _tried(trainer) if can_try else _estimated(trainer)
+    low, high = 0, len(choices)  # choices from `high` on fit
+    while low < high:
+        middle = (low + high) // 2
+        if needs(choices[middle]) <= allowed:
+            high = middle
+        else:
+            low = middle + 1
+    place = trainer.ranks.largest([high])[0]
+    if place == len(choices):
+        raise OutOfMemory(
+            f"not even micro_batch_size {choices[-1].micro_batch_size} fits in {allowed / 1e9:.2f} GB, {share:.0%} of what is there; "
+            "use gradient_checkpointing, fsdp, a shorter context or a smaller model, or raise memory_limit_gb"
+        )
+    return choices[place]
+
+
+def _tried(trainer: Trainer) -> Callable[[BatchPlan], float]:
+    """Bytes at the peak of a real pass, with the optimizer's state where that is not there yet; infinite where memory runs out."""
+    missing = _optimizer_bytes_missing(trainer)
+
+    def needs(plan: BatchPlan) -> float:
+        _free_cache(trainer.device)
+        try:
+            trainer.engine.trial(trainer.sampler.batch(trainer.state.samples, plan.micro_batch_size))
+        except OutOfMemory:
+            return float("inf")
+        return torch.cuda.max_memory_allocated(trainer.device) + missing
+
+    return needs
+
+
+def _estimated(trainer: Trainer) -> Callable[[BatchPlan], float]:
+    """Bytes at the peak of a step: what is held now, what the optimizers will hold, and the step itself as `footprint.py` runs it."""
+    shards = trainer.ranks.plan.fsdp * trainer.ranks.plan.tensor_parallel
+    held = trainer.watcher.machine.held()
+
+    def needs(plan: BatchPlan) -> float:
+        step = step_memory(
+            trainer.model.config,
+            trainer.training,
+            sequences=plan.micro_batch_size,
+            micro_batches=plan.gradient_accumulation_steps,
+        )
+        return held + step.kept + _optimizer_bytes_missing(trainer, step.optimizer // shards) + step.peak()
+
+    return needs
+
+
+def _optimizer_bytes_missing(trainer: Trainer, all_of_it: int | None = None) -> int:
+    """What the optimizers have still to make (by default two averages a parameter)."""
+    parameters = [one for optimizer in trainer.engine.optimizers for group in optimizer.param_groups for one in group["params"]]
+    there = sum(bool(optimizer.state) for optimizer in trainer.engine.optimizers)
+    if there:
+        return 0
+    return 2 * sum(parameter.nbytes for parameter in parameters) if all_of_it is None else all_of_it
+
+
+def _free_cache(device: torch.device) -> None:
+    """Give what the allocator keeps back, and forget its highest point."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)

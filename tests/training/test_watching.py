@@ -1,0 +1,89 @@
+"""What the machine is doing is in the metrics; memory that grows short is told and answered with a checkpoint."""
+
+from __future__ import annotations
+
+import io
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from tiny_run import tiny_config, tiny_run, tiny_trainer
+
+from llm_trainer.config.run_folder import list_checkpoints
+from llm_trainer.training.machine import Machine
+from llm_trainer.training.metrics import read_metrics
+from llm_trainer.training.timings import Timings
+from llm_trainer.training.watching import Watcher
+
+CPU = torch.device("cpu")
+
+
+def emergencies(run: Path) -> list[str]:
+    return [one.path.name for one in list_checkpoints(run) if one.path.name.startswith("emergency")]
+
+
+def test_a_run_records_memory_load_and_where_its_time_goes(tmp_path: Path) -> None:
+    tiny_run(tmp_path, eval_interval=2)
+    lines = [line for line in read_metrics(tmp_path) if "loss" in line]
+    last = lines[-1]
+    assert 0.01 < last["system/rss_gb"] < 100
+    assert 0 < last["system/memory_share"] < 1
+    assert last["system/cpu_percent"] >= 0
+    for what in ("forward", "backward", "optimizer", "data"):
+        assert last[f"time/{what}"] > 0
+    assert any("time/evaluation" in line for line in lines)
+    assert any("time/saving" in line for line in lines)
+
+
+def test_a_process_over_its_limit_is_told_once_and_saves_once(tmp_path: Path) -> None:
+    shown = io.StringIO()
+    tiny_run(tmp_path, memory_limit_gb=0.01, save_interval=None, console=Console(file=shown, width=1000))
+    text = shown.getvalue()
+    assert text.count("memory is getting short: memory ") == 1
+    assert text.count("saving an emergency checkpoint") == 1
+    assert emergencies(tmp_path) == ["emergency-1"]
+
+
+def test_a_run_with_room_saves_nothing_for_an_emergency(tmp_path: Path) -> None:
+    tiny_run(tmp_path, memory_limit_gb=1000, save_interval=None)
+    assert not emergencies(tmp_path)
+
+
+def test_between_reports_memory_is_looked_at_when_it_is_time(tmp_path: Path) -> None:
+    training = tiny_config(tmp_path, memory_limit_gb=0.01, watch_seconds=0.01).training
+    watcher = Watcher(training, CPU, lambda line: None)
+    assert not watcher.wants_emergency()
+    time.sleep(0.02)
+    assert watcher.wants_emergency()
+    time.sleep(0.02)
+    assert not watcher.wants_emergency(), "it was answered"
+
+
+def test_resident_memory_follows_what_is_held() -> None:
+    machine = Machine(CPU)
+    before = machine.look().resident
+    held = torch.ones(25_000_000)
+    grown = machine.look().resident - before
+    assert grown == pytest.approx(held.nbytes, rel=0.1)
+
+
+def test_seconds_are_told_by_the_step_and_as_shares_of_the_whole() -> None:
+    timings = Timings(CPU)
+    for _ in range(2):
+        with timings.of("forward"):
+            time.sleep(0.02)
+        timings.step_done()
+    read = timings.read()
+    assert set(read) == {"time/forward"}
+    assert read["time/forward"] >= 0.02
+    assert timings.read() == {}
+    assert timings.describe() == "forward 100%"
+
+
+def test_a_run_ends_with_a_line_of_where_its_time_went(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path)
+    trainer.train()
+    assert "forward" in trainer.engine.timings.describe()
+    assert "optimizer" in trainer.engine.timings.describe()
