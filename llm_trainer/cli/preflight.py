@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from llm_trainer.cli.doors import DEBUG_MEMORY, PREFLIGHT, MemoryOptions, PreflightOptions
 from llm_trainer.cli.opening import new_console, open_door
 from llm_trainer.config import TrainingConfig, UsageError
-from llm_trainer.config.batches import resolve_batches
+from llm_trainer.config.batches import divisions, micro_batch_bounds, resolve_batches
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,11 +29,15 @@ def run(argv: list[str]) -> int:
 
     shape, training, own = loaded.config.model, loaded.config.training, loaded.own
     replicas = training.data_parallel or 1
-    batches = resolve_batches(training, replicas * training.fsdp)
-    plan = Plan(replicas, training.fsdp, own.tensor, batches.micro_batch_size, batches.gradient_accumulation_steps)
-    memory = rank_memory(shape, training, plan)
-    console = new_console()
+    batches, bounds = resolve_batches(training, replicas * training.fsdp), micro_batch_bounds(loaded.config)
     limit = int(own.memory_gb * GIGABYTE) if own.memory_gb is not None else _free_memory()
+    for division in [batches] if bounds is None else divisions(batches, bounds):  # the first that fits, or the last
+        sequences, times = division.micro_batch_size, division.gradient_accumulation_steps
+        plan = Plan(replicas, training.fsdp, own.tensor, sequences, times, training.offload_optimizer)
+        memory = rank_memory(shape, training, plan)
+        if memory.total <= limit * (1 - RESERVE):
+            break
+    console = new_console()
     console.print(f"{parameter_count(shape):,} parameters, {_in_words(plan)}, context {shape.max_position_embeddings}\n", markup=False)
     _print_parts(console, memory)
     if plan.ranks > 1:
@@ -84,6 +88,8 @@ def _print_parts(console: Console, memory: RankMemory) -> None:
     width = max(map(len, rows))
     for name, size in rows.items():
         console.print(f"  {name:<{width}}  {_mb(size):>14}", markup=False)
+    if memory.on_host:
+        console.print(f"in the host's memory: optimizer {_mb(memory.on_host)}")
     console.print(
         f"beside that: KV cache of a sequence {_mb(memory.cache_a_sequence)}, a checkpoint on disk {_mb(memory.checkpoint)}, "
         f"the host's copies for saves in the background {_mb(memory.copies)}"

@@ -64,6 +64,8 @@ def tell_end(trainer: Trainer, result: TrainingResult, console: Console) -> None
         rows["validation"] = in_words(result.validation.metrics)
     if result.best_validation_loss is not None:
         rows["best"] = f"validation loss {result.best_validation_loss:.4f}"
+    if where := trainer.engine.timings.describe():
+        rows["time"] = where
     if folder is not None:
         rows["model in"] = str(folder)
     page = _write_page(trainer) if result.ended_by != "evaluated" else None

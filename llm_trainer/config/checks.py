@@ -49,6 +49,12 @@ def _check_ranks(config: RunConfig, said: _Places, world_size: int) -> None:
         raise UsageError(
             f"{said['training.distributed_backend']} is nccl, which needs GPUs, but {said['training.device']} is cpu; use gloo or auto"
         )
+    for name in ("fsdp", "tensor_parallel"):
+        if training.offload_optimizer and getattr(training, name) > 1:
+            raise UsageError(
+                f"{said['training.offload_optimizer']} is for whole replicas; {said[f'training.{name}']}, {getattr(training, name)}, "
+                "already divides the state; leave one of them out"
+            )
     check_plan(training, config.model, world_size)
     if (bounds := micro_batch_bounds(config)) is not None:
         divisions(resolve_batches(training, resolve_plan(training, world_size).data_ranks), bounds)

@@ -118,6 +118,9 @@ class TrainingConfig(Section):
         None, "memory that one rank may hold; none: what is free on its GPU, or its part of what is free on the machine", unit="GB", gt=0
     )
     memory_target: float = setting(0.9, "share of it that micro_batch_size auto fills at most", gt=0, le=1)
+    offload_optimizer: bool = setting(
+        False, "keep the optimizer's state in host memory between updates", aliases=("cpu_offload", "offload_optimizer_state")
+    )
     memory_warning: float = setting(0.85, "warn when so large a share of the memory is used", gt=0)
     memory_emergency: float = setting(0.95, "save an emergency checkpoint when so large a share of the memory is used", gt=0)
     watch_seconds: float = setting(10.0, "look at memory this often between reports; 0: only with them", unit="seconds", ge=0)

@@ -32,6 +32,7 @@ class Plan:
     tensor: int = 1
     sequences: int = 8
     micro_batches: int = 1
+    offload: bool = False  # the optimizer's state lies in host memory
 
     @property
     def ranks(self) -> int:
@@ -41,7 +42,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on one rank. `gradients` are those at the step's highest moment, `activations` all else at that moment."""
+    """Bytes on one rank. `gradients` are those at the step's highest moment, `activations` all else at that moment; `on_host` is
+    beside them, in the host's memory.
+    """
 
     weights: int
     optimizer: int
@@ -51,6 +54,7 @@ class RankMemory:
     gathered: int
     cache_a_sequence: int
     checkpoint: int
+    on_host: int = 0
 
     @property
     def total(self) -> int:
@@ -60,7 +64,7 @@ class RankMemory:
     @property
     def copies(self) -> int:
         """What a save in the background takes of the host's memory: this rank's weights and optimizer state once more."""
-        return self.weights + self.optimizer
+        return self.weights + self.optimizer + self.on_host
 
     def parts(self) -> dict[str, int]:
         """What `total` is made of, in words."""
@@ -110,13 +114,14 @@ def divided(own: ModelConfig, step: StepMemory, plan: Plan, cache: int, checkpoi
         gathered = step.weights
     return RankMemory(
         weights=step.weights // plan.shard,
-        optimizer=step.optimizer // plan.shard,
+        optimizer=0 if plan.offload else step.optimizer // plan.shard,
         gradients=int(gradients * share),
         activations=others,
         loss_buffers=step.kept,
         gathered=gathered,
         cache_a_sequence=cache,
         checkpoint=checkpoint,
+        on_host=step.optimizer // plan.shard if plan.offload else 0,
     )
 
 
@@ -194,7 +199,7 @@ def recommend(
     budget = int(limit * (1 - RESERVE))
     for tensor in (size for size in (1, 2, 4, 8) if size <= min(node, ranks) and ranks % size == 0 and _divides(shape, size)):
         own = rank_shape(shape, tensor)
-        if _at_least(own, training, ranks // tensor, precision) > budget:
+        if not plan.offload and _at_least(own, training, ranks // tensor, precision) > budget:
             continue  # without running anything
         for sequences in sorted({plan.sequences, max(1, plan.sequences // 2), max(1, plan.sequences // 4), 1}, reverse=True):
             times = plan.micro_batches * plan.sequences // sequences
@@ -206,7 +211,7 @@ def recommend(
                     micro_batches=times,
                     precision=precision,
                 )
-                for shard in _shards(ranks // tensor):
+                for shard in [1] if plan.offload else _shards(ranks // tensor):
                     trial = replace(
                         plan, replicate=ranks // tensor // shard, shard=shard, tensor=tensor, sequences=sequences, micro_batches=times
                     )

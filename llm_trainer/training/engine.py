@@ -156,7 +156,10 @@ class Engine:
         loss = self._within_memory(batches, tokens, index)
         sum_shared(self._shared)
         with self.timings.of("optimizer"):
-            norm, skipped = update(self.optimizers, self._parameters, loss, tokens, self.precision, self.training.max_grad_norm)
+            norm, skipped = update(
+                self.optimizers, self._parameters, loss, tokens, self.precision, self.training.max_grad_norm,
+                offload=self.training.offload_optimizer,
+            )  # fmt: skip
         self.timings.step_done()
         return StepResult(loss, norm, skipped)
 

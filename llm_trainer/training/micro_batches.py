@@ -185,8 +185,7 @@ def _estimated(trainer: Trainer) -> Callable[[BatchPlan], float]:
 def _optimizer_bytes_missing(trainer: Trainer, all_of_it: int | None = None) -> int:
     """What the optimizers have still to make (by default two averages a parameter)."""
     parameters = [one for optimizer in trainer.engine.optimizers for group in optimizer.param_groups for one in group["params"]]
-    there = sum(bool(optimizer.state) for optimizer in trainer.engine.optimizers)
-    if there:
+    if trainer.training.offload_optimizer or any(optimizer.state for optimizer in trainer.engine.optimizers):
         return 0
     return 2 * sum(parameter.nbytes for parameter in parameters) if all_of_it is None else all_of_it
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from llm_trainer.config import LLMTrainerError, TrainingConfig
 from llm_trainer.data.sampling.samplers import Batch
 from llm_trainer.training.objectives import seed_dropout
+from llm_trainer.training.offload import step_offloaded
 from llm_trainer.training.parallel import gradients_stay_here, mesh_of, whole
 from llm_trainer.training.precision import Precision
 from llm_trainer.training.ranks import Ranks
@@ -165,10 +166,13 @@ def update(
     tokens: int,
     precision: Precision,
     max_grad_norm: float,
+    *,
+    offload: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Clip and let the optimizers step, unless loss or gradient is not finite or no token was supervised; clears the gradients.
 
-    Returns the gradient's norm before clipping and whether the step was skipped (1) or taken (0).
+    With `offload` the optimizers' state is in host memory after it. Returns the gradient's norm before clipping and whether the step was
+    skipped (1) or taken (0).
     """
     if precision.scaler is not None:
         for optimizer in optimizers:
@@ -179,7 +183,10 @@ def update(
         skipped = torch.ones_like(skipped)
     for optimizer in optimizers:
         optimizer.found_inf = skipped  # type: ignore[attr-defined]
-        optimizer.step()
+        if offload:
+            step_offloaded(optimizer)
+        else:
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     if precision.scaler is not None:
         precision.scaler.update()

@@ -113,3 +113,20 @@ def test_the_plan_is_the_settings_own_though_one_process_runs(capsys: pytest.Cap
 def test_settings_of_recomputation_stand_where_the_manuals_put_them() -> None:
     config = RunConfig.model_validate({"training": {"gradient_checkpointing": True, "checkpoint_every": 2}})
     assert (config.model.gradient_checkpointing, config.model.checkpoint_every) == (True, 2)
+
+
+def test_an_optimizer_in_host_memory_is_not_counted_on_the_device() -> None:
+    training = TrainingConfig(precision="fp32")
+    here, offloaded = (rank_memory(_shape(), training, Plan(offload=offload)) for offload in (False, True))
+    assert offloaded.on_host == here.optimizer > 0
+    assert offloaded.total == here.total - here.optimizer
+
+
+def test_preflight_tells_the_micro_batch_that_auto_would_take(capsys: pytest.CaptureFixture[str]) -> None:
+    said = ["preflight", *(f"--{name}={value}" for name, value in SMALL.items()), "--micro_batch_size=auto", "--batch_size=16"]
+    micro = {}
+    for gigabytes in (0.02, 0.05, 1.0):
+        main([*said, f"--memory_gb={gigabytes}"])
+        words = capsys.readouterr().out
+        micro[gigabytes] = int(words.split(" sequences")[0].rsplit(" ", 1)[1])
+    assert 1 <= micro[0.02] < micro[0.05] <= micro[1.0] == 16
