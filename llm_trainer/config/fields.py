@@ -213,11 +213,16 @@ def switch_word(value: object) -> object:
     return value if known is None else "on" if known else "off"
 
 
+# How pydantic names the one of several kinds that it tried.
+_KINDS_IN_A_UNION = ("constrained-", "literal[")
+
+
 def validation_message(error: ValidationError, section: type[Section], *, label: str | None = None) -> str:
     """pydantic's complaints in a user's words: setting, value, what is allowed. `label` names a value judged without its field."""
     lines = []
     for detail in error.errors(include_url=False):
-        place = ".".join([*([label] if label else []), *(str(part) for part in detail["loc"])]) or section.__name__
+        parts = (str(part) for part in detail["loc"] if not str(part).startswith(_KINDS_IN_A_UNION))
+        place = ".".join([*([label] if label else []), *parts]) or section.__name__
         lines.append(f"{place}={detail['input']!r}: {_complaint(detail)}")
     return "\n".join(dict.fromkeys(lines))
 

@@ -98,3 +98,14 @@ def test_dotenv_fills_in_what_the_shell_does_not_set(tmp_path: Path, monkeypatch
     (tmp_path / ".env").write_text("WANDB_MODE=of\n", encoding="utf-8")
     with pytest.raises(UsageError, match="WANDB_MODE='of'"):
         apply_dotenv(tmp_path)
+
+
+def test_a_micro_batch_that_is_to_be_found_leaves_the_step_as_it_is_said() -> None:
+    assert resolve_batches(TrainingConfig(micro_batch_size="auto", batch_size=64), 4) == BatchPlan(16, 1)
+    assert resolve_batches(TrainingConfig(micro_batch_size="auto", gradient_accumulation_steps=2), 4) == BatchPlan(16, 1)
+    with pytest.raises(UsageError, match="auto settles the accumulation from batch_size 64, but gradient_accumulation_steps says 2"):
+        resolve_batches(TrainingConfig(micro_batch_size="auto", batch_size=64, gradient_accumulation_steps=2), 1)
+    with pytest.raises(UsageError, match="batch_size 10 does not divide by 4 ranks; take 8"):
+        resolve_batches(TrainingConfig(micro_batch_size="auto", batch_size=10), 4)
+    with pytest.raises(UsageError, match="micro_batch_size=0: must be greater than 0"):
+        TrainingConfig(micro_batch_size=0)

@@ -58,8 +58,8 @@ def train(folder: Path, run: dict[str, Any], ranks: Ranks) -> None:
     if "short" in run and ranks.rank == 1:
         trainer.engine.objective = Short(trainer, **run["short"])
     if "allowance" in run and ranks.rank == 1:
-        held = trainer.watcher.machine.held()
-        trainer.watcher.machine.allowance = lambda ranks: held + int(run["allowance"])  # type: ignore[method-assign]
+        machine, allowance = trainer.watcher.machine, trainer.watcher.machine.allowance  # the ranks of a machine ask each other there
+        machine.allowance = lambda ranks: 0 * allowance(ranks) + machine.held() + int(run["allowance"])  # type: ignore[method-assign]
     outcome: dict[str, object] = {}
     try:
         outcome["ended_by"] = trainer.train().ended_by
