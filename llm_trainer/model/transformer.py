@@ -293,9 +293,7 @@ class Transformer(nn.Module):
             raise UsageError(f"{stop} tokens are more than the model's context of {self.config.max_position_embeddings}")
         if document_ids is not None and positions is None and self.wpe is not None:
             positions = positions_in_documents(document_ids)  # rotary attention sees differences only and needs none
-        x = self.wte(input_ids)
-        if self.wpe is not None:
-            x = x + (self.wpe.weight[start:stop] if positions is None else self.wpe(positions))
+        x = self.embed(input_ids, start, stop, positions)
         dtype = computing_dtype(x)
         rotary = None if self.rotary is None else self.rotary(start, stop, positions, dtype)
         window = self.config.sliding_window
@@ -303,11 +301,19 @@ class Transformer(nn.Module):
             mask = sequence_mask(count, window, document_ids, x.device, dtype)
         else:
             mask = cache_mask(start, stop, place.positions, window, x.device, dtype)
-        x = self._through_blocks(self.dropout(x), rotary, mask, cache, place, self.domain if domains is None else domains)
+        x = self._through_blocks(x, rotary, mask, cache, place, self.domain if domains is None else domains)
         if cache is not None and positions is None:
             cache.length = stop
         hidden: Tensor = self.ln_f(x)
         return hidden
+
+    def embed(self, input_ids: Tensor, start: int, stop: int, positions: Tensor | None) -> Tensor:
+        """input_ids (B, T), which stand at `start` to `stop` or at `positions` (B, T) → what the first block reads, (B, T, C)."""
+        x = self.wte(input_ids)
+        if self.wpe is not None:
+            x = x + (self.wpe.weight[start:stop] if positions is None else self.wpe(positions))
+        embedded: Tensor = self.dropout(x)
+        return embedded
 
     def _through_blocks(
         self,

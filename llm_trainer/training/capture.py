@@ -26,7 +26,7 @@ from llm_trainer.config import RunConfig
 from llm_trainer.config.run_folder import JSON, OPTIMIZER_FOLDER, RANDOM_FILE, RUN_FILE, STATE_FILE
 from llm_trainer.model.huggingface import WeightLayout, description_files, named_weights, weight_layout, write_weights
 from llm_trainer.training.optimizer_state import TENSORS_FILE, optimizer_state, shard_file, write_pieces, write_tensors
-from llm_trainer.training.parallel import Piece, is_first_holder, is_sharded, piece_of, whole
+from llm_trainer.training.parallel import Piece, is_elsewhere, is_first_holder, is_sharded, piece_of, whole
 from llm_trainer.training.random_state import random_state
 from llm_trainer.training.ranks import Ranks
 
@@ -148,26 +148,52 @@ class Capture:
 
 def capture(snapshot: Snapshot, step: int, copies: HostCopies | None = None) -> Capture:
     """Take what this rank writes: into `copies`, or as it lies there, to be written before the next step. A collective call."""
-    ranks, is_cut = snapshot.ranks, is_sharded(snapshot.model)
+    ranks, holders = snapshot.ranks, _holders(snapshot)
+    is_cut = is_sharded(snapshot.model) or bool(holders)
     layout = weight_layout(snapshot.model, parts=ranks.count if is_cut else 1)
     files = [name for name, part in layout.part_of.items() if part == ranks.rank]
     wanted = {name for file in files for entry in layout.files[file] for name in entry.ours}
     weights: dict[str, Tensor] = {}
     for name, tensor in named_weights(snapshot.model).items():
         value = whole(tensor)
+        if holders:
+            value = ranks.tensor_of(holders[name], value)
         if name in wanted:
             weights[name] = copies.of(name, value) if copies else value.cpu() if is_cut else value
     tensors, _ = optimizer_state(snapshot.model, snapshot.optimizers)
     optimizer: dict[str, Piece] = {}
     for name, tensor in tensors.items():
         piece = piece_of(tensor)
-        if is_first_holder(tensor, ranks.rank) and piece.values.numel():
+        if _writes(name, tensor, ranks, holders) and piece.values.numel():
             optimizer[name] = piece._replace(values=copies.of(name, piece.values)) if copies else piece
     if copies:
         copies.finish()
     texts = _texts(snapshot, step, layout)
     return Capture(
         layout, files, weights, optimizer, is_cut, texts, snapshot.tokenizer if ranks.is_main else None, ranks, _version(snapshot)
+    )
+
+
+def _holders(snapshot: Snapshot) -> dict[str, int]:
+    """In a pipeline, the first rank that holds each parameter; empty elsewhere. A collective call."""
+    if snapshot.ranks.plan.pipeline_parallel == 1:
+        return {}
+    own = [name for name, parameter in named_weights(snapshot.model).items() if not is_elsewhere(parameter)]
+    holders: dict[str, int] = {}
+    for rank, names in enumerate(map(json.loads, snapshot.ranks.texts(json.dumps(own)))):
+        for name in names:
+            holders.setdefault(name, rank)
+    return holders
+
+
+def _writes(name: str, tensor: Tensor, ranks: Ranks, holders: Mapping[str, int]) -> bool:
+    """Whether this rank writes what it holds of a tensor of the optimizer."""
+    if not holders:
+        return is_first_holder(tensor, ranks.rank)
+    holder = holders[name.removeprefix("state.").rpartition(".")[0]]
+    is_cut = hasattr(tensor, "full_tensor")
+    return ranks.plan.stage(ranks.rank) == ranks.plan.stage(holder) and (
+        is_first_holder(tensor, ranks.rank) if is_cut else ranks.rank == holder
     )
 
 

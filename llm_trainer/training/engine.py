@@ -79,7 +79,7 @@ class Engine:
         for parameter in frozen:  # without a gradient an optimizer passes over it
             parameter.requires_grad_(False)
         self._peaks = peak_rates(self.optimizers)
-        self.dropout_seed = self.training.seed if _has_dropout(self.model) else None  # None: no need to seed at every micro-batch
+        self.dropout_seed = self.training.seed if has_dropout(self.model) else None  # None: no need to seed at every micro-batch
         self._step_module: torch.nn.Module = self._whole_step
 
     def form(self) -> Form:
@@ -141,10 +141,16 @@ class Engine:
         """Make ready for steps in this precision; `compile_mode` is how the model was compiled, `scaler` fp16's stored state."""
         self._is_started = True
         self.expect_other_memory()
-        self._step_module = replicate(self._whole_step, self.ranks)
+        self._make_ready()
         self.precision = Precision(precision, self.device)
         self.precision.load_state_dict(scaler or {})
         self.compile_mode = compile_mode
+
+    def _make_ready(self) -> None:
+        self._step_module = replicate(self._whole_step, self.ranks)
+
+    def _step_of_validation(self) -> torch.nn.Module:
+        return self._whole_step
 
     def step(self, batches: Sequence[Batch], tokens: int, *, rate_factor: float, index: int) -> StepResult:
         """One update from this rank's micro-batches; `tokens` are the supervised ones of all ranks, `index` the updates done before.
@@ -232,13 +238,17 @@ class Engine:
                 limit=limit,
                 packing=packing,
                 on_batch=on_batch,
-                step=self._whole_step,
+                step=self._step_of_validation(),
                 ranks=self.ranks,
             )
 
 
 def build_engine(model: Transformer, training: TrainingConfig, objective: Objective | None, ranks: Ranks, device: torch.device) -> Engine:
     """The engine that the plan asks for."""
+    if ranks.plan.pipeline_parallel > 1:
+        from llm_trainer.training.pipeline_engine import PipelineEngine
+
+        return PipelineEngine(model, training, objective, ranks, device)
     return Engine(model, training, objective, ranks, device)
 
 
@@ -247,7 +257,8 @@ def frozen_names(model: Transformer) -> frozenset[str]:
     return frozenset(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
 
 
-def _has_dropout(model: Transformer) -> bool:
+def has_dropout(model: Transformer) -> bool:
+    """Whether training draws random numbers."""
     drops = any(module.p for module in model.modules() if isinstance(module, torch.nn.Dropout))
     low_rank = any(table.dropout for table in model.config.lora.values())
     return bool(model.config.attention_dropout or model.config.dropout or drops or low_rank)

@@ -42,15 +42,19 @@ class NextToken:
         """Labels are already shifted; -100 is not supervised."""
         domains = model.domain_rows(batch.sources)
         hidden = model.hidden_states(batch.input_ids, document_ids=batch.document_ids, domains=domains)  # (B, T, C)
+        return self.of_hidden(model, hidden, batch.labels)
+
+    def of_hidden(self, model: Transformer, hidden: Tensor, labels: Tensor) -> LossSum:
+        """From what the head reads, (B, T, C), and labels (B, T)."""
         total = linear_cross_entropy_sum(
             hidden.flatten(0, 1),
             model.lm_head.effective_weight(),
-            batch.labels.flatten(),
+            labels.flatten(),
             mode=self.loss_mode,
             soft_cap=model.config.logit_soft_cap,
             workspace=self._workspace,
         )
-        return LossSum(total, (batch.labels != -100).sum())
+        return LossSum(total, (labels != -100).sum())
 
 
 class TrainingStep(nn.Module):

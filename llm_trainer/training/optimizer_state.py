@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from llm_trainer.config.errors import CheckpointError
 from llm_trainer.config.run_folder import JSON
 from llm_trainer.model.parts import plain_name
-from llm_trainer.training.parallel import Piece, assembled_like, piece_of, placed_like
+from llm_trainer.training.parallel import Piece, assembled_like, is_elsewhere, piece_of, placed_like
 
 Held = tuple[str, Tensor, torch.optim.Optimizer, dict[str, Any]]
 
@@ -72,12 +72,15 @@ def load_optimizer_state(folder: Path, scalars: Mapping[str, JSON], model: nn.Mo
     is another, or a piece is missing.
     """
     held = {name: (parameter, optimizer, group) for name, parameter, optimizer, group in _held(model, optimizers)}
+    elsewhere = {plain_name(name) for name, parameter in model.named_parameters() if is_elsewhere(parameter)} - held.keys()
     for _, optimizer, _ in held.values():
         optimizer.state.clear()
     with _reading(folder), contextlib.ExitStack() as files:
         stored = _stored_in(folder, files)
         for name in [*scalars, *stored]:
             parameter_name, _, key = name.removeprefix("state.").rpartition(".")
+            if parameter_name in elsewhere:
+                continue
             if parameter_name not in held:
                 raise CheckpointError(f"{folder} has optimizer state of {parameter_name!r}, which is not being trained now")
             parameter, optimizer, group = held[parameter_name]

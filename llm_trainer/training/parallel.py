@@ -9,7 +9,7 @@ and a mean over ranks with unequal numbers of tokens would be another loss.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -47,23 +47,25 @@ def shard(step: TrainingStep, ranks: Ranks) -> list[Shared]:
     check_shape(plan, step.model.config)
     if plan.tensor_parallel > 1:
         cut_matrices(step.model, ranks.mesh(_kind(step))["tensor"])
-    if _is_fully_sharded(plan):
-        _shard_fully(step, ranks.mesh(_kind(step))["replicate", "shard"] if plan.data_parallel > 1 else ranks.mesh(_kind(step))["shard"])
+    if is_fully_sharded(plan):
+        mesh = ranks.mesh(_kind(step))
+        shard_fully(step.model.blocks, step, mesh["replicate", "shard"] if plan.data_parallel > 1 else mesh["shard"])
     if plan.tensor_parallel == 1:
         return []
     group = ranks.mesh(_kind(step)).get_group("tensor")
     return [Shared(parameter, group) for _, parameter in gradients_in_parts(step.model)]
 
 
-def _is_fully_sharded(plan: ParallelPlan) -> bool:
+def is_fully_sharded(plan: ParallelPlan) -> bool:
     """Replicas of a model whose matrices are cut are FSDP's too, with shards of one rank: DistributedDataParallel takes whole models."""
-    return plan.fsdp > 1 or (plan.data_parallel > 1 and plan.tensor_parallel > 1)
+    return plan.fsdp > 1 or (plan.data_parallel > 1 and plan.tensor_parallel * plan.pipeline_parallel > 1)
 
 
-def _shard_fully(step: TrainingStep, mesh: DeviceMesh) -> None:
+def shard_fully(blocks: Iterable[nn.Module], root: nn.Module, mesh: DeviceMesh) -> None:
+    """FSDP over `mesh`, block by block; what of `root` is in no block (embeddings, last norm, head) belongs to the whole."""
     from torch.distributed.fsdp import fully_shard
 
-    for module in (*step.model.blocks, step):  # what is in no block (embeddings, last norm, head) belongs to the whole
+    for module in (*blocks, root):
         fully_shard(module, mesh=mesh)
         sharded = cast("FSDPModule", module)
         sharded.set_gradient_divide_factor(1.0)
@@ -83,7 +85,7 @@ def sum_shared(shared: Sequence[Shared]) -> None:
 
 def replicate(step: TrainingStep, ranks: Ranks) -> nn.Module:
     """The module to train: `step`, in DistributedDataParallel where there are whole replicas on several ranks."""
-    if ranks.plan.data_parallel == 1 or _is_fully_sharded(ranks.plan):
+    if ranks.plan.data_parallel == 1 or is_fully_sharded(ranks.plan):
         return step
     from torch.nn.parallel import DistributedDataParallel
 
@@ -127,6 +129,11 @@ def free_gathered(module: nn.Module) -> None:
 def whole(tensor: Tensor) -> Tensor:
     """A tensor's whole value: gathered over the ranks (a collective call) where each holds a shard, else itself."""
     return cast("DTensor", tensor).full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def is_elsewhere(parameter: Tensor) -> bool:
+    """Whether another stage of a pipeline holds this parameter."""
+    return parameter.device.type == "meta"
 
 
 def mesh_of(tensor: Tensor) -> DeviceMesh | None:
@@ -198,6 +205,8 @@ def load_model_weights(model: nn.Module, folder: Path) -> None:
     """`load_weights`, also into a model that is cut over ranks: each rank reads one tensor after another and keeps its part."""
 
     def keep_part(parameter: nn.Parameter, tensor: Tensor) -> None:
+        if is_elsewhere(parameter):
+            return
         parameter.copy_(placed_like(tensor.to(parameter.device), parameter))
 
     load_weights(model, folder, keep_part)

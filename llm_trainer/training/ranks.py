@@ -61,7 +61,12 @@ class Ranks:
             from torch.distributed.device_mesh import init_device_mesh
 
             plan = self.plan
-            sizes = {"replicate": plan.data_parallel, "shard": plan.fsdp, "tensor": plan.tensor_parallel}
+            sizes = {
+                "pipeline": plan.pipeline_parallel,
+                "replicate": plan.data_parallel,
+                "shard": plan.fsdp,
+                "tensor": plan.tensor_parallel,
+            }
             self._meshes[plan, kind] = init_device_mesh(kind, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
         return self._meshes[self.plan, kind]
 
@@ -135,6 +140,14 @@ class Ranks:
     def of_main(self, text: str) -> str:
         """The main rank's text."""
         return self.texts(text if self.is_main else "")[0]
+
+    def tensor_of(self, rank: int, value: Tensor) -> Tensor:
+        """A rank's tensor, on the CPU; the others give one of its shape and type, whatever is in it."""
+        import torch.distributed as dist
+
+        said = value.detach().cpu() if self.rank == rank else torch.empty(value.shape, dtype=value.dtype)
+        dist.broadcast(said, group=self.group, group_src=rank)
+        return said
 
     def wait(self) -> None:
         """Until all are here."""

@@ -25,6 +25,8 @@ from llm_trainer.training.ranks import Ranks
 from llm_trainer.training.state import TrainingState
 from llm_trainer.training.timings import Timings
 
+NormOf = Callable[[Callable[[Sequence[Tensor]], Tensor]], Tensor]
+
 
 class TrainingDiverged(LLMTrainerError):
     """Losses or gradients are not finite for too many steps in a row."""
@@ -142,21 +144,34 @@ def send_gradients(step: nn.Module, batch: Batch, precision: Precision) -> None:
     nothing.backward()
 
 
-def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scale gradients down to a joint 2-norm of `max_norm` (0: leave them); returns the norm before."""
-    alike: dict[object, list[Tensor]] = {}  # tensors on one mesh, or on none, can be taken together
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float, norm_of: NormOf | None = None) -> Tensor:
+    """Scale gradients down to a joint 2-norm of `max_norm` (0: leave them); returns the norm before. `norm_of`: see `update`."""
+    held = [parameter for parameter in parameters if parameter.grad is not None]
+    norm = gradient_norm(held) if norm_of is None else norm_of(gradient_norm)
+    if max_norm > 0:
+        for alike in _by_mesh(held):
+            torch.nn.utils.clip_grads_with_norm_(alike, max_norm, norm)
+    return norm
+
+
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """The joint 2-norm of the gradients of parameters, whole or cut over ranks in one way or several."""
+    norms = [whole(torch.nn.utils.get_total_norm([_gradient(one) for one in alike])) for alike in _by_mesh(parameters)]
+    return norms[0] if len(norms) == 1 else torch.nn.utils.get_total_norm(norms)
+
+
+def _by_mesh(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Those with a gradient, in groups that torch can take together: on the same ranks, or whole."""
+    alike: dict[object, list[Tensor]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
             alike.setdefault(mesh_of(parameter), []).append(parameter)
-    norms = [
-        whole(torch.nn.utils.get_total_norm([parameter.grad for parameter in held if parameter.grad is not None]))
-        for held in alike.values()
-    ]
-    norm = norms[0] if len(norms) == 1 else torch.nn.utils.get_total_norm(norms)
-    if max_norm > 0:
-        for held in alike.values():
-            torch.nn.utils.clip_grads_with_norm_(held, max_norm, norm)
-    return norm
+    return list(alike.values())
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 def update(
@@ -168,16 +183,18 @@ def update(
     max_grad_norm: float,
     *,
     offload: bool = False,
+    norm_of: NormOf | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Clip and let the optimizers step, unless loss or gradient is not finite or no token was supervised; clears the gradients.
 
-    With `offload` the optimizers' state is in host memory after it. Returns the gradient's norm before clipping and whether the step was
+    With `offload` the optimizers' state is in host memory after it. `norm_of` makes the norm of all gradients, where other ranks hold
+    other parameters, from the function that makes it of some. Returns the gradient's norm before clipping and whether the step was
     skipped (1) or taken (0).
     """
     if precision.scaler is not None:
         for optimizer in optimizers:
             precision.scaler.unscale_(optimizer)
-    norm = clip_gradients(parameters, max_grad_norm)
+    norm = clip_gradients(parameters, max_grad_norm, norm_of)
     skipped = torch.logical_not(torch.isfinite(norm) & torch.isfinite(loss)).float()
     if tokens == 0:
         skipped = torch.ones_like(skipped)

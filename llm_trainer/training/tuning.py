@@ -52,7 +52,7 @@ def agreed_choice(
     `precision` and `compiled` are what a checkpoint says, which holds.
     """
     if is_sharded(model):
-        return _unmeasured(model, precision or training.precision, compiled, training, device)
+        return unmeasured_choice(model, precision or training.precision, compiled, training, device)
     if ranks.count == 1:
         return measure()
     measured = ranks.main_does(measure)
@@ -62,7 +62,7 @@ def agreed_choice(
     return choice
 
 
-def _unmeasured(model: Transformer, said: str, compiled: str | None, training: TrainingConfig, device: torch.device) -> Choice:
+def unmeasured_choice(model: Transformer, said: str, compiled: str | None, training: TrainingConfig, device: torch.device) -> Choice:
     """For a model cut over ranks, which cannot be run on one of them: bf16 where a GPU has it, compiled where that was asked for."""
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     precision = ("bf16" if has_bf16 else "fp32") if said == "auto" else said

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from llm_trainer.config import DataError
 from llm_trainer.data.sampling.packing import Packing
@@ -57,7 +58,7 @@ def validate(
     limit: int | None = None,
     packing: Packing | None = None,
     on_batch: Callable[[int], None] | None = None,
-    step: TrainingStep | None = None,
+    step: nn.Module | None = None,
     ranks: Ranks | None = None,
 ) -> ValidationResult:
     """Mean loss of `model` over the rows of `tokens`, packed so (default: greedy), in evaluation mode and without gradients.

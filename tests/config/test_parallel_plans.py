@@ -66,3 +66,11 @@ def test_a_model_that_cannot_be_cut_so_is_refused_by_what_does_not_divide(plan: 
     model = ModelConfig(hidden_size=16, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2)
     with pytest.raises(UsageError, match=words):
         check_shape(plan, model)
+
+
+def test_stages_are_as_equal_as_can_be() -> None:
+    from llm_trainer.training.pipeline import stage_bounds
+
+    assert stage_bounds(4, 2) == [(0, 2), (2, 4)]
+    assert stage_bounds(5, 2) == [(0, 3), (3, 5)]
+    assert [last - first for first, last in stage_bounds(7, 4)] == [2, 2, 2, 1]

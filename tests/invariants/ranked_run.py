@@ -20,7 +20,6 @@ from rich.console import Console
 from tiny_run import tiny_config, tiny_model, tokens
 
 from llm_trainer.config.environment import launch_environment
-from llm_trainer.data.sampling.samplers import Batch
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.callbacks import Callback
 from llm_trainer.training.objectives import LossSum, NextToken
@@ -48,8 +47,8 @@ class Poisoned(NextToken):
         super().__init__()
         self.step, self.trainer = step, trainer
 
-    def __call__(self, model: Transformer, batch: Batch) -> LossSum:
-        loss = super().__call__(model, batch)
+    def of_hidden(self, model: Transformer, hidden: torch.Tensor, labels: torch.Tensor) -> LossSum:
+        loss = super().of_hidden(model, hidden, labels)
         is_now = torch.is_grad_enabled() and self.trainer.current_step == self.step
         return LossSum(loss.total * float("nan"), loss.tokens) if is_now else loss
 

@@ -50,7 +50,7 @@ def differences(one: list[float], other: list[float]) -> list[float]:
     return [abs(a - b) / abs(a) for a, b in zip(one, other, strict=True)]
 
 
-LLAMA = {"model_type": "llama", "num_heads": 4, "num_key_value_heads": 2, "qk_norm": True}
+LLAMA = {"model_type": "llama", "num_layers": 4, "num_heads": 4, "num_key_value_heads": 2, "qk_norm": True}
 RUNS = {
     "ddp": a_run("ddp"),
     "ddp-one-pass": a_run("ddp-one-pass", micro_batch_size=8),
@@ -61,8 +61,16 @@ RUNS = {
     "tensor-one-pass": a_run("tensor-one-pass", tensor_parallel=2, micro_batch_size=16),
     "tensor-tied": a_run("tensor-tied", {"tie_word_embeddings": True}, tensor_parallel=2),
     "tensor-llama": a_run("tensor-llama", LLAMA, tensor_parallel=2),
+    "pipeline": a_run("pipeline", pipeline_parallel=2),
+    "pipeline-tied": a_run("pipeline-tied", {"tie_word_embeddings": True}, pipeline_parallel=2, pipeline_schedule="gpipe"),
+    "interleaved-llama": a_run("interleaved-llama", LLAMA, pipeline_parallel=2, pipeline_schedule="interleaved"),
 }
-PLANS: dict[str, dict[str, object]] = {"ddp": {}, "fsdp": {"fsdp": 2}, "tensor": {"tensor_parallel": 2}}
+PLANS: dict[str, dict[str, object]] = {
+    "ddp": {},
+    "fsdp": {"fsdp": 2},
+    "tensor": {"tensor_parallel": 2},
+    "pipeline": {"pipeline_parallel": 2},
+}
 MUON = {"optimizer": "muon"}
 POISON = {"poisoned_step": 5}
 
@@ -186,7 +194,7 @@ def test_restarted_after_a_death_the_run_is_as_if_nothing_had_been(folder: Path)
 
 @pytest.mark.slow
 def test_four_ranks_have_the_loss_of_one(folder: Path) -> None:
-    """Replicas of shards, either of cut matrices, and each kind of checkpoint from two ranks going on on four."""
+    """Replicas of shards, either of cut matrices or of stages, and each kind of checkpoint from two ranks going on on four."""
     mixed = {
         "mixed": {"fsdp": 2, "data_parallel": 2},
         "tensor-fsdp": {"tensor_parallel": 2, "fsdp": 2},
