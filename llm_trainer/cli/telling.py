@@ -36,6 +36,7 @@ def tell_start(trainer: Trainer, folder: Path, console: Console) -> None:
         "step": f"{batches.micro_batch_size} sequences × {batches.gradient_accumulation_steps} micro-batches × "
         f"{on_ranks}{trainer.context} tokens",
         "device": f"{trainer.device}, precision {trainer.training.precision}, compile {trainer.training.compile}",
+        **({"DeepSpeed": f"ZeRO, stage {trainer.training.zero_stage}"} if trainer.training.use_deepspeed else {}),
         **({"plan": f"{plan} = {plan.ranks} ranks"} if plan.ranks > 1 else {}),
         "run folder": str(trainer.run_dir),
     }

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from llm_trainer.config.batches import divisions, micro_batch_bounds, resolve_batches
+from llm_trainer.config.deepspeed import read_deepspeed
 from llm_trainer.config.errors import UsageError
 from llm_trainer.config.parallel import check_plan, resolve_plan
 from llm_trainer.config.run import RunConfig
@@ -15,6 +16,7 @@ def check_run(config: RunConfig, origins: Mapping[str, str], sections: set[str],
     """Raises UsageError for settings that contradict each other or the launcher; only sections that the command reads are judged."""
     said = _Places(origins)
     if "training" in sections:
+        _check_deepspeed(config, said, world_size)
         _check_ranks(config, said, world_size)
         _check_length(config, said)
         _check_saving(config, said)
@@ -90,12 +92,17 @@ def _check_saving(config: RunConfig, said: _Places) -> None:
         raise UsageError(f"{said['training.horizon']} is {training.horizon}, which is for resuming; add --resume, or leave it out")
 
 
-def _check_named_files(config: RunConfig) -> None:
-    """A schedule and DeepSpeed's file are read whole before training, although what they ask for is not built yet."""
-    if config.training.use_deepspeed and config.training.deepspeed_config is not None:
-        from llm_trainer.config.deepspeed import read_deepspeed
+def _check_deepspeed(config: RunConfig, said: _Places, world_size: int) -> None:
+    training = config.training
+    if training.use_deepspeed and training.deepspeed_config is not None:
+        read_deepspeed(Path(training.deepspeed_config)).check_ranks(world_size)
+    for name in ("zero_stage", "deepspeed_config"):
+        if not training.use_deepspeed and training.is_said(name) and f"training.{name}" in said:
+            raise UsageError(f"{said[f'training.{name}']} has no effect, since use_deepspeed is off; add --use_deepspeed")
 
-        read_deepspeed(Path(config.training.deepspeed_config))
+
+def _check_named_files(config: RunConfig) -> None:
+    """A schedule is read whole before training, although what it asks for is not built yet."""
     if config.training.scaling_schedule_file is not None:
         from llm_trainer.config.schedules import read_schedule
 

@@ -1,17 +1,21 @@
 """DeepSpeed's own configuration file: what it may say here, and whether its batch arithmetic fits the number of ranks.
 
-Only the part that a run's settings have a counterpart for is admitted, since a backend file that contradicts the flags is how such runs go
-wrong unseen. Training through DeepSpeed is not built yet; a file that is named is still read and judged.
+A backend file that contradicts the flags is how such runs go wrong unseen. So DeepSpeed's configuration is always generated from a run's
+settings, and a user's file is one more source of these: it says what nobody said, agrees with what was said, or is refused. Beside that
+only sizes of buffers are admitted, which change no result.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 from llm_trainer.config.errors import UsageError
 from llm_trainer.config.fields import Section, setting
 from llm_trainer.config.files import read_mapping_or_list
+from llm_trainer.config.run import RunConfig
+from llm_trainer.config.training import TrainingConfig
 
 
 class DeepSpeedOptimizerParameters(Section):
@@ -40,7 +44,14 @@ class DeepSpeedPrecision(Section):
 class DeepSpeedZero(Section):
     """What is spread over the ranks."""
 
-    stage: Literal[0, 1, 2, 3] = setting(0, "1: optimizer state, 2: and gradients, 3: and weights")
+    stage: Literal[0, 1, 2, 3] | None = setting(None, "1: optimizer state, 2: and gradients, 3: and weights")
+    overlap_comm: bool | None = setting(None, "send while the backward pass goes on")
+    contiguous_gradients: bool | None = setting(None, "copy gradients together before they are sent")
+    reduce_bucket_size: int | None = setting(None, "gradients sent at once", unit="numbers", gt=0)
+    allgather_bucket_size: int | None = setting(None, "weights gathered at once", unit="numbers", gt=0)
+    stage3_prefetch_bucket_size: int | None = setting(None, "weights gathered ahead", unit="numbers", ge=0)
+    stage3_param_persistence_threshold: int | None = setting(None, "smaller tensors are kept whole", unit="numbers", ge=0)
+    stage3_max_live_parameters: int | None = setting(None, "weights that are whole at once", unit="numbers", ge=0)
 
 
 class DeepSpeedConfig(Section):
@@ -62,7 +73,8 @@ class DeepSpeedConfig(Section):
             return
         fitting = f"it fits {whole // (micro * steps)} ranks" if whole % (micro * steps) == 0 else "it fits no number of ranks"
         raise UsageError(
-            f"train_batch_size {whole} is not train_micro_batch_size_per_gpu {micro} × gradient_accumulation_steps {steps} × {ranks} ranks "
+            f"deepspeed_config: train_batch_size {whole} is not "
+            f"train_micro_batch_size_per_gpu {micro} × gradient_accumulation_steps {steps} × {ranks} ranks "
             f"= {micro * steps * ranks}; {fitting}"
         )
 
@@ -73,9 +85,70 @@ def read_deepspeed(path: Path) -> DeepSpeedConfig:
     if not isinstance(content, dict):
         raise UsageError(f"{path} is not a DeepSpeed configuration: it must be a mapping")
     try:
-        found = DeepSpeedConfig.model_validate(content)
+        found = DeepSpeedConfig.model_validate(_without_auto(content))
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
     if found.fp16.enabled and found.bf16.enabled:
         raise UsageError(f"{path}: fp16 and bf16 are both enabled; keep one")
+    if found.zero_optimization.stage == 0:
+        raise UsageError(f"{path}: zero_optimization.stage 0 is plain replicas; leave use_deepspeed out, or take stage 1, 2 or 3")
     return found
+
+
+def with_deepspeed_file(config: RunConfig) -> RunConfig:
+    """The settings with what DeepSpeed's file adds to them; the same ones where no file is named, or DeepSpeed is not used.
+
+    Raises UsageError for a file that says another value than the settings do, naming both.
+    """
+    training = config.training
+    if not training.use_deepspeed or training.deepspeed_config is None:
+        return config
+    path = Path(training.deepspeed_config)
+    file = _as_settings(read_deepspeed(path))
+    said = {name: getattr(training, name) for name in training.model_fields_set if getattr(training, name) is not None}
+    ours = {name: name for name in said}
+    if training.micro_batch_size is None and "batch_size" in said and file.keys() & {"micro_batch_size", "batch_size"}:
+        said["micro_batch_size"] = said.pop("batch_size")  # what batch_size alone means
+        ours["micro_batch_size"] = "batch_size"
+    for name, (there, value) in file.items():
+        if said.get(name, value) != value:
+            raise UsageError(f"{path}: {there} is {value}, but training.{ours[name]} is {said[name]}; leave one of them out")
+    settled = {**said, **{name: value for name, (_, value) in file.items()}}
+    if "batch_size" in settled and "micro_batch_size" not in settled:
+        raise UsageError(f"{path}: train_batch_size needs train_micro_batch_size_per_gpu beside it, or micro_batch_size in the settings")
+    return config.model_copy(update={"training": TrainingConfig(**settled)})
+
+
+def zero_settings(training: TrainingConfig) -> dict[str, object]:
+    """DeepSpeed's section `zero_optimization`: our stage, and sizes of buffers from the user's file."""
+    sizes: dict[str, object] = {}
+    if training.deepspeed_config is not None:
+        sizes = read_deepspeed(Path(training.deepspeed_config)).zero_optimization.model_dump(exclude_none=True)
+    return {**sizes, "stage": training.zero_stage}
+
+
+def _as_settings(file: DeepSpeedConfig) -> dict[str, tuple[str, object]]:
+    """What the file says, by our names: its own name and the value."""
+    adam = file.optimizer.params if file.optimizer is not None else DeepSpeedOptimizerParameters()
+    first, second = adam.betas or (None, None)
+    precision = "fp16" if file.fp16.enabled else "bf16" if file.bf16.enabled else None
+    said = {
+        "micro_batch_size": ("train_micro_batch_size_per_gpu", file.train_micro_batch_size_per_gpu),
+        "gradient_accumulation_steps": ("gradient_accumulation_steps", file.gradient_accumulation_steps),
+        "batch_size": ("train_batch_size", file.train_batch_size),
+        "max_grad_norm": ("gradient_clipping", file.gradient_clipping),
+        "optimizer": ("optimizer.type", None if file.optimizer is None else "adamw"),
+        "learning_rate": ("optimizer.params.lr", adam.lr),
+        "weight_decay": ("optimizer.params.weight_decay", adam.weight_decay),
+        "adam_beta1": ("optimizer.params.betas[0]", first),
+        "adam_beta2": ("optimizer.params.betas[1]", second),
+        "adam_epsilon": ("optimizer.params.eps", adam.eps),
+        "precision": (f"{precision}.enabled", precision),
+        "zero_stage": ("zero_optimization.stage", file.zero_optimization.stage),
+    }
+    return {name: (there, value) for name, (there, value) in said.items() if value is not None}
+
+
+def _without_auto(content: Mapping[str, object]) -> dict[str, object]:
+    """Without the values `auto`, by which such a file leaves a thing to the trainer."""
+    return {name: _without_auto(value) if isinstance(value, Mapping) else value for name, value in content.items() if value != "auto"}

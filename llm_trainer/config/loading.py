@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llm_trainer.config.checks import check_run
+from llm_trainer.config.deepspeed import with_deepspeed_file
 from llm_trainer.config.derived import derive
 from llm_trainer.config.environment import launch_environment
 from llm_trainer.config.errors import UsageError
@@ -97,7 +98,7 @@ def load_run(door: Door, argv: Sequence[str]) -> LoadedRun:
     values, defaults = _gather(door, line, notes)
     notes += derive(values, defaults)
     sections, own = _build(door, values, defaults)
-    config = RunConfig.model_validate(sections)
+    config = with_deepspeed_file(RunConfig.model_validate(sections))
     loaded = LoadedRun(config, own, _origins(values), line.explain, door, notes, [Path(name) for name in line.files])
     launch = launch_environment()
     ranks = (config.training.data_parallel or 1) * config.training.fsdp if door.is_a_plan else launch.world_size

@@ -14,7 +14,7 @@ from llm_trainer.config.run import RunConfig, section_types
 from llm_trainer.config.sources import Names
 
 # Settings that mean something only beside a switch.
-_BESIDE = {"training.teacher_model_path": "use_knowledge_distillation", "training.deepspeed_config": "use_deepspeed"}
+_BESIDE = {"training.teacher_model_path": "use_knowledge_distillation"}
 
 
 def owed_settings(config: RunConfig, reads: Names | None = None, own: Section | None = None) -> list[str]:

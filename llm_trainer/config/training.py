@@ -210,8 +210,11 @@ class TrainingConfig(Section):
     context_parallel: int = setting(1, "ranks that share each sequence", unit="ranks", aliases=("cp_size",), gt=0, owed=True)
     rank_timeout_seconds: float = setting(8.0, "a rank that has not been heard of for so long ends the run", unit="seconds", ge=2)
     distributed_backend: Literal["auto", "nccl", "gloo"] = setting("auto", "communication library", aliases=("backend",))
-    use_deepspeed: bool = setting(False, "train through DeepSpeed", owed=True)
-    deepspeed_config: str | None = setting(None, "DeepSpeed's own file", owed=True)
+    use_deepspeed: bool = setting(False, "train through DeepSpeed, an extra")
+    zero_stage: Literal[1, 2, 3] = setting(
+        2, "through DeepSpeed, what ranks keep in parts: 1 the optimizer's state, 2 gradients too, 3 weights too"
+    )
+    deepspeed_config: str | None = setting(None, "DeepSpeed's own file, which may say what no other source does")
 
     # Features with sections of their own.
     use_domain_specific_data: bool = setting(False, "train on the prepared domains, mixed by their weights")

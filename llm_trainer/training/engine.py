@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ from llm_trainer.training.tuning import agreed_choice
 from llm_trainer.training.validation import ValidationResult, validate
 
 _UNPROVEN_STEPS = 2  # the second has the optimizers' state beside it
+Result = TypeVar("Result")
 
 
 class StepResult(NamedTuple):
@@ -217,6 +218,14 @@ class Engine:
             raise OutOfMemory(problem or f"another rank was out of memory with {len(batches[0])} sequences at once")
         return self.ranks.add_tensor(loss)
 
+    def kept(self) -> tuple[Transformer, Sequence[torch.optim.Optimizer]]:
+        """What a checkpoint is made from: the model and its optimizers, whole or cut over the ranks. A collective call."""
+        return self.model, self.optimizers
+
+    def load(self, load: Callable[[Transformer, Sequence[torch.optim.Optimizer]], Result]) -> Result:
+        """Run `load` on the model and its optimizers, and train on with what it gave them. A collective call."""
+        return load(self.model, self.optimizers)
+
     def validate(
         self,
         tokens: TokenDataset,
@@ -244,11 +253,15 @@ class Engine:
 
 
 def build_engine(model: Transformer, training: TrainingConfig, objective: Objective | None, ranks: Ranks, device: torch.device) -> Engine:
-    """The engine that the plan asks for."""
+    """The engine that the settings ask for."""
     if ranks.plan.pipeline_parallel > 1:
         from llm_trainer.training.pipeline_engine import PipelineEngine
 
         return PipelineEngine(model, training, objective, ranks, device)
+    if training.use_deepspeed:
+        from llm_trainer.training.deepspeed_engine import DeepSpeedEngine
+
+        return DeepSpeedEngine(model, training, objective, ranks, device)
     return Engine(model, training, objective, ranks, device)
 
 

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from llm_trainer.config import RunConfig, UsageError
 from llm_trainer.config.batches import micro_batch_bounds, resolve_batches
+from llm_trainer.config.deepspeed import with_deepspeed_file
 from llm_trainer.config.run_folder import BEST_MODEL, JSON
 from llm_trainer.data.sampling.packing import Packing
 from llm_trainer.data.sampling.samplers import training_sampler
@@ -77,6 +78,7 @@ class Trainer:
         cache_dir: Path | None = None,
         ranks: Ranks | None = None,
     ) -> None:
+        config = with_deepspeed_file(config)
         training = config.training
         use_local_folders(training)
         self.config, self.training = config, training
@@ -351,7 +353,7 @@ class Trainer:
         callbacks = {type(callback).__name__: state for callback in self.callbacks if (state := callback.state_dict())}
         state = {**self.state.to_json(), "scaler": self.engine.precision.state_dict(), "callbacks": callbacks}
         state["data"] = data_identity(self.train_tokens, self.sampler)
-        return Snapshot(self.model, self.engine.optimizers, state, self.config, self.tokenizer, self.ranks)
+        return Snapshot(*self.engine.kept(), state, self.config, self.tokenizer, self.ranks)
 
     # The end.
 
@@ -385,7 +387,7 @@ class Trainer:
             resolved=self.state.schedule, length=self.length, sequences_per_step=self.sequences_per_step,
         )  # fmt: skip
         take_shape(self.engine, path, resumed.state.changes)
-        restore(path, self.model, self.engine.optimizers, verified=True)
+        self.engine.load(lambda model, optimizers: restore(path, model, optimizers, verified=True))
         for line in resumed.lines:
             self.say(line)
         self.state = resumed.state
@@ -402,7 +404,7 @@ class Trainer:
         """
         now, then = self.state, TrainingState.from_json(read_state(path))
         take_shape(self.engine, path, then.changes)
-        kept = restore(path, self.model, self.engine.optimizers, verified=True)
+        kept = self.engine.load(lambda model, optimizers: restore(path, model, optimizers, verified=True))
         if then.changes == now.changes:
             then = replace(then, schedule=now.schedule, total_steps=now.total_steps)
         self.state = replace(then, seconds=now.seconds)

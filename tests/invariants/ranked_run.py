@@ -1,7 +1,8 @@
 """What one rank of a test does: one tiny run after another, in a process started once, since imports are most of its time.
 
 Usage: torchrun … ranked_run.py FOLDER, where FOLDER/runs.json is a list of {name, settings, model}; each run goes to FOLDER/<name>.
-`poisoned_step`: the last rank's loss is not a number there; `dies_at`: the last rank kills itself there, at the launcher's first attempt.
+`poisoned_step`: the last rank's loss is not a number there, or `poison` times what it was, once; `dies_at`: the last rank kills itself
+there, at the launcher's first attempt.
 """
 
 from __future__ import annotations
@@ -34,23 +35,28 @@ def train(folder: Path, run: dict[str, Any], ranks: Ranks) -> None:
     trainer = Trainer(model, config, tokens(), tokens(65, seed=1), console=Console(quiet=True), ranks=ranks)
     is_last = ranks.rank == ranks.count - 1
     if is_last and "poisoned_step" in run:
-        trainer.engine.objective = Poisoned(int(str(run["poisoned_step"])), trainer)
+        trainer.engine.objective = Poisoned(int(str(run["poisoned_step"])), trainer, float(run.get("poison", "nan")))
     if is_last and "dies_at" in run and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
         trainer.callbacks.append(DiesAt(int(str(run["dies_at"]))))
     trainer.train()
 
 
 class Poisoned(NextToken):
-    """Not a number at one step."""
+    """Not a number, or far off, at one step."""
 
-    def __init__(self, step: int, trainer: Trainer) -> None:
+    def __init__(self, step: int, trainer: Trainer, factor: float) -> None:
         super().__init__()
-        self.step, self.trainer = step, trainer
+        self.step, self.trainer, self.factor = step, trainer, factor
+        self.seen_at, self.has_gone_back = -1, False
 
     def of_hidden(self, model: Transformer, hidden: torch.Tensor, labels: torch.Tensor) -> LossSum:
         loss = super().of_hidden(model, hidden, labels)
-        is_now = torch.is_grad_enabled() and self.trainer.current_step == self.step
-        return LossSum(loss.total * float("nan"), loss.tokens) if is_now else loss
+        if not torch.is_grad_enabled():
+            return loss
+        self.has_gone_back |= self.trainer.current_step < self.seen_at
+        self.seen_at = self.trainer.current_step
+        is_now = self.trainer.current_step == self.step and not self.has_gone_back
+        return LossSum(loss.total * self.factor, loss.tokens) if is_now else loss
 
 
 class DiesAt(Callback):
