@@ -28,13 +28,14 @@ from llm_trainer.config.deepspeed import zero_settings
 from llm_trainer.data.extras import require
 from llm_trainer.data.sampling.samplers import Batch
 from llm_trainer.model.huggingface import empty_model
+from llm_trainer.model.surgery.form import Form
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.autotune import Choice
 from llm_trainer.training.compilation import CompileMode
 from llm_trainer.training.engine import Engine, StepResult
 from llm_trainer.training.objectives import Objective, TrainingStep, seed_dropout
 from llm_trainer.training.optimizers import build_optimizers, set_rates
-from llm_trainer.training.precision import PrecisionName
+from llm_trainer.training.precision import Precision, PrecisionName
 from llm_trainer.training.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -78,7 +79,8 @@ class DeepSpeedEngine(Engine):
         """Hand model and optimizer, as read so far, over to DeepSpeed."""
         if precision == "fp16":
             raise UsageError(_NO_FP16)
-        super().start(precision, compile_mode)
+        self._is_started, self.compile_mode = True, compile_mode
+        self.precision = Precision(precision, self.device)
         before = {id(parameter): dict(self.optimizers[0].state.pop(parameter, {})) for parameter in self._parameters}
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         with _quiet():
@@ -102,11 +104,18 @@ class DeepSpeedEngine(Engine):
             self._zero.backward(total * self.ranks.count, scale_wrt_gas=False)
             self._zero.step()
         self._updates += 1
+        self.timings.step_done()
         norm = self._zero.get_global_grad_norm()
         skipped = is_empty if self._zero.was_step_applied() else torch.ones_like(is_empty)
         return StepResult(
             self.ranks.add_tensor(mean), torch.as_tensor(norm if norm is not None else float("nan"), device=self.device), skipped
         )
+
+    def rebuild(self, form: Form) -> None:
+        """As for Engine, until `start`. Raises UsageError after it."""
+        if self._zero is not None:
+            raise UsageError("use_deepspeed cannot train a model that is changed while it trains; leave it out (fsdp shares too)")
+        super().rebuild(form)
 
     def kept(self) -> tuple[Transformer, Sequence[torch.optim.Optimizer]]:
         """Whole copies on the main rank's CPU, gathered one tensor at a time; others get a shell. A collective call."""
@@ -206,10 +215,11 @@ def _refuse(training: TrainingConfig, device: torch.device) -> None:
         raise UsageError(
             f"use_deepspeed cuts matrices into flat parts, which optimizer {training.optimizer} cannot update; take optimizer adamw"
         )
-    if training.fsdp > 1:
-        raise UsageError(
-            f"fsdp {training.fsdp} and use_deepspeed are two ways to share one model's weights; keep one (zero_stage 3 shares as fsdp does)"
-        )
+    for name in ("fsdp", "tensor_parallel", "pipeline_parallel"):
+        if (size := getattr(training, name)) > 1:
+            raise UsageError(
+                f"{name} {size} and use_deepspeed are two ways to share one model; keep one (zero_stage 3 shares as fsdp does)"
+            )
     if training.compile == "on":
         raise UsageError("compile on and use_deepspeed do not go together here; leave compile out")
 

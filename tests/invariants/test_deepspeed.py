@@ -10,8 +10,10 @@ from safetensors.torch import load_file
 from test_ranks import POISON, STEPS, TOLERANCE, a_run, differences, on_ranks, series
 
 pytest.importorskip("deepspeed")
+pytestmark = pytest.mark.slow
 
 STAGES = (1, 2, 3)
+GOES_ON = (2, 3)  # stage 1 keeps its state as stage 2 does
 FILE = {
     "train_batch_size": 16,
     "train_micro_batch_size_per_gpu": 2,
@@ -33,8 +35,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs += [a_run(f"zero-{stage}-poisoned", zero_stage=stage, **zero) | POISON for stage in (1, 3)]
     runs += [a_run("zero-file", deepspeed_config=str(base / "whole.json"), **zero)]
     runs += [a_run("zero-bf16", precision="bf16", **zero), a_run("zero-spike", zero_stage=3, **RULE, **zero) | SPIKE]
-    runs += [a_run(f"plain-from-{stage}", resume_from=str(base / f"zero-{stage}/checkpoint-12")) for stage in STAGES]
-    runs += [a_run(f"zero-{stage}-on", zero_stage=stage, resume_from=str(base / "ddp/checkpoint-12"), **zero) for stage in STAGES]
+    runs += [a_run(f"plain-from-{stage}", resume_from=str(base / f"zero-{stage}/checkpoint-12")) for stage in GOES_ON]
+    runs += [a_run(f"zero-{stage}-on", zero_stage=stage, resume_from=str(base / "ddp/checkpoint-12"), **zero) for stage in GOES_ON]
     on_ranks(2, base, runs)
     on_ranks(1, base, [a_run("one", resume_from=str(base / "zero-2/checkpoint-12"), **zero)])
     return base
@@ -62,7 +64,7 @@ def test_its_checkpoint_holds_what_a_plain_one_holds(folder: Path, stage: int) -
             assert (value - theirs[key]).abs().max() <= 1e-5, key
 
 
-@pytest.mark.parametrize("name", [*(f"plain-from-{stage}" for stage in STAGES), *(f"zero-{stage}-on" for stage in STAGES), "one"])
+@pytest.mark.parametrize("name", [*(f"plain-from-{stage}" for stage in GOES_ON), *(f"zero-{stage}-on" for stage in GOES_ON), "one"])
 def test_a_run_goes_on_with_and_without_it(folder: Path, name: str) -> None:
     assert max(differences(series(folder / "ddp")[12:], series(folder / name))) <= TOLERANCE
 
