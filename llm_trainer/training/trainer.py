@@ -10,17 +10,15 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
 from rich.console import Console
 
 from llm_trainer.config import RunConfig, UsageError
 from llm_trainer.config.batches import micro_batch_bounds, resolve_batches
 from llm_trainer.config.deepspeed import with_deepspeed_file
-from llm_trainer.config.run_folder import BEST_MODEL, JSON
+from llm_trainer.config.run_folder import BEST_MODEL
 from llm_trainer.data.sampling.packing import Packing
 from llm_trainer.data.sampling.samplers import training_sampler
 from llm_trainer.data.shards import TokenDataset
@@ -28,8 +26,7 @@ from llm_trainer.data.tokenization.tokenizer import Tokenizer
 from llm_trainer.model.flops import estimate_flops
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.callbacks import Callback, EarlyStopping
-from llm_trainer.training.changes import take_batches, take_shape
-from llm_trainer.training.checkpoints import CheckpointStore, Progress, Snapshot, read_state, restore, restore_generators, write_run_file
+from llm_trainer.training.checkpoints import CheckpointStore, Progress, Snapshot, restore_generators, write_run_file
 from llm_trainer.training.console import ProgressReporter
 from llm_trainer.training.engine import build_engine
 from llm_trainer.training.metrics import MetricsTracker
@@ -39,11 +36,12 @@ from llm_trainer.training.precision import resolve_device
 from llm_trainer.training.preemption import StopSignals
 from llm_trainer.training.ranks import Ranks
 from llm_trainer.training.remote import fetch_resumed, use_local_folders
-from llm_trainer.training.resume import data_identity, read_resumption, resume_folder
+from llm_trainer.training.resume import data_identity, resume_folder
 from llm_trainer.training.saving import Saving, store_for
 from llm_trainer.training.schedules import resolve_length, resolve_schedule
 from llm_trainer.training.shares import AchievedShares, count_sources
 from llm_trainer.training.spikes import rate_after_rollbacks, roll_back
+from llm_trainer.training.standing import go_back, take_up
 from llm_trainer.training.state import TrainingResult, TrainingState
 from llm_trainer.training.step import Outcomes, SampleRange, StepOutcome
 from llm_trainer.training.throughput import Meter
@@ -379,41 +377,15 @@ class Trainer:
 
     def _resume(self, spec: str) -> None:
         path = resume_folder(spec, self.run_dir, self.say)
-        if path is None:
-            return
-        assert self.state.schedule is not None
-        resumed = read_resumption(
-            path, self.config, self.train_tokens, self.sampler,
-            resolved=self.state.schedule, length=self.length, sequences_per_step=self.sequences_per_step,
-        )  # fmt: skip
-        take_shape(self.engine, path, resumed.state.changes)
-        self.engine.load(lambda model, optimizers: restore(path, model, optimizers, verified=True))
-        for line in resumed.lines:
-            self.say(line)
-        self.state = resumed.state
-        self.length = replace(self.length, steps=resumed.steps)
-        take_batches(self)
-        self._stored_scaler = resumed.scaler
-        self._give_callbacks(resumed.callbacks)
-        self._resumed_from = path
+        if path is not None:
+            self._stored_scaler, self._resumed_from = take_up(self, path), path
 
     def return_to(self, path: Path) -> None:
         """Stand again where a verified checkpoint of this run was saved, in the same process; what was saved since is moved aside.
 
         The run's length and schedule stay what they are now. All ranks call this at a step's edge; `restart_batches` must follow.
         """
-        now, then = self.state, TrainingState.from_json(read_state(path))
-        take_shape(self.engine, path, then.changes)
-        kept = self.engine.load(lambda model, optimizers: restore(path, model, optimizers, verified=True))
-        if then.changes == now.changes:
-            then = replace(then, schedule=now.schedule, total_steps=now.total_steps)
-        self.state = replace(then, seconds=now.seconds)
-        self.length = replace(self.length, steps=self.state.total_steps or self.length.steps)
-        take_batches(self)
-        self.state.precision, self.state.compile = now.precision, now.compile
-        self.engine.precision.load_state_dict(cast("dict[str, float | int]", kept.get("scaler") or {}))
-        self._give_callbacks(cast("dict[str, dict[str, JSON]]", kept.get("callbacks") or {}))
-        restore_generators(path, self.ranks)
+        go_back(self, path)
         self._outcomes = Outcomes(self.training, self.say)
         self.metrics_tracker.close()
         self._set_aside(self.state.step)
@@ -425,11 +397,6 @@ class Trainer:
         self._micro_batches = open_batches(self)
         self._shares = AchievedShares(self.state.source_tokens)
         self.engine.expect_other_memory()
-
-    def _give_callbacks(self, states: Mapping[str, dict[str, JSON]]) -> None:
-        for callback in self.callbacks:
-            if type(callback).__name__ in states:
-                callback.load_state_dict(states[type(callback).__name__])
 
     def say(self, line: str) -> None:
         """One line for the person who watches, and for the log."""
