@@ -80,6 +80,8 @@ class Pipeline(nn.Module):
         self.objective = objective
         self.schedule, self.device, self.width = schedule, device, model.config.hidden_size
         self.count = stages_of(schedule, plan.pipeline_parallel)
+        if model.config.has_adapters:
+            raise UsageError("adapters do not go with a pipeline, where the ends of a model are on different ranks; use fsdp with them")
         layers = model.config.num_hidden_layers
         if layers < self.count:
             raise UsageError(

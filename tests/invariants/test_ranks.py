@@ -35,10 +35,15 @@ def on_ranks(count: int, folder: Path, runs: list[Run], *flags: str) -> None:
     """Train the runs under torchrun."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "runs.json").write_text(json.dumps(runs), encoding="utf-8")
+    done = launched(count, folder, *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def launched(count: int, folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    """What became of torchrun over the folder's list of runs."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", *flags, str(RUNNER), str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
 def series(run: Path, name: str = "loss") -> list[float]:
@@ -51,6 +56,7 @@ def differences(one: list[float], other: list[float]) -> list[float]:
 
 
 LLAMA = {"model_type": "llama", "num_layers": 4, "num_heads": 4, "num_key_value_heads": 2, "qk_norm": True}
+LORA = {"attn_lora_rank": 4, "embedding_lora_rank": 2}
 RUNS = {
     "ddp": a_run("ddp"),
     "ddp-one-pass": a_run("ddp-one-pass", micro_batch_size=8),
@@ -61,6 +67,8 @@ RUNS = {
     "tensor-one-pass": a_run("tensor-one-pass", tensor_parallel=2, micro_batch_size=16),
     "tensor-tied": a_run("tensor-tied", {"tie_word_embeddings": True}, tensor_parallel=2),
     "tensor-llama": a_run("tensor-llama", LLAMA, tensor_parallel=2),
+    "ddp-lora": a_run("ddp-lora", LORA),
+    "fsdp-lora": a_run("fsdp-lora", LORA, fsdp=2),
     "pipeline": a_run("pipeline", pipeline_parallel=2),
     "pipeline-tied": a_run("pipeline-tied", {"tie_word_embeddings": True}, pipeline_parallel=2, pipeline_schedule="gpipe"),
     "interleaved-llama": a_run("interleaved-llama", LLAMA, pipeline_parallel=2, pipeline_schedule="interleaved"),
@@ -85,6 +93,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         a_run("plain-tied", {"tie_word_embeddings": True}),
         a_run("plain-muon", **MUON),
         a_run("plain-llama", LLAMA),
+        a_run("plain-lora", LORA),
     ]
     on_ranks(1, base, straight)
     two = list(RUNS.values())
@@ -102,7 +111,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def alone(name: str) -> str:
     """The same run on one rank."""
-    return next((f"plain-{shape}" for shape in ("tied", "llama") if name.endswith(shape)), "plain")
+    return next((f"plain-{shape}" for shape in ("tied", "llama", "lora") if name.endswith(shape)), "plain")
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -210,3 +219,11 @@ def test_four_ranks_have_the_loss_of_one(folder: Path) -> None:
     assert max(differences(plain[12:], series(folder / "resumed-mixed"))) <= TOLERANCE
     for kind in PLANS:
         assert max(differences(plain[12:], series(folder / f"resumed-on-4-{kind}"))) <= TOLERANCE
+
+
+@pytest.mark.parametrize("plan", ["tensor", "pipeline"])
+def test_adapters_are_refused_where_a_model_is_cut_through(plan: str, tmp_path: Path) -> None:
+    (tmp_path / "runs.json").write_text(json.dumps([a_run("refused", LORA, **PLANS[plan])]), encoding="utf-8")
+    done = launched(2, tmp_path)
+    assert done.returncode != 0
+    assert "use fsdp with" in done.stderr
