@@ -38,7 +38,7 @@ class PipelineEngine(Engine):
         if is_fully_sharded(plan):
             for stage in self._pipeline.stages:
                 shard_fully(stage.window.blocks, stage, mesh["replicate", "shard"])  # type: ignore[union-attr,arg-type]
-        self._shared = self._shared_parameters(mesh)
+        self._shared = self._shared_parameters()
         own = [parameter for parameter in model.parameters() if parameter.requires_grad and not is_elsewhere(parameter)]
         others = [parameter for parameter in model.parameters() if parameter.requires_grad and is_elsewhere(parameter)]
         if not own:
@@ -58,7 +58,7 @@ class PipelineEngine(Engine):
     def _is_tied(self) -> bool:
         return self.model.config.tie_word_embeddings
 
-    def _shared_parameters(self, mesh: object) -> list[Shared]:
+    def _shared_parameters(self) -> list[Shared]:
         import torch.distributed as dist
 
         plan, rank = self.ranks.plan, self.ranks.rank
@@ -67,8 +67,9 @@ class PipelineEngine(Engine):
             group = self.ranks.mesh(self.device.type).get_group("tensor")
             shared += [Shared(one, group) for _, one in gradients_in_parts(self.model) if not is_elsewhere(one)]
         if self._is_tied:
-            for first in range(plan.ranks // plan.pipeline_parallel):
-                ends = [first, first + plan.ranks - plan.ranks // plan.pipeline_parallel]
+            of_stage = plan.ranks // plan.pipeline_parallel
+            for first in range(of_stage):
+                ends = [first, first + plan.ranks - of_stage]
                 group = dist.new_group(ends)  # every rank makes every group
                 if rank in ends:
                     shared.append(Shared(cast(nn.Parameter, self.model.wte.weight), group))
