@@ -83,18 +83,16 @@ class Trainer:
         self.train_tokens, self.validation_tokens, self.tokenizer = train, validation, tokenizer
         self.ranks = ranks or Ranks()
         self.console = (console or Console(stderr=True)) if self.ranks.is_main else Console(quiet=True)
-        self.run_dir = Path(training.output_dir)
-        self.cache_dir = cache_dir
+        self.run_dir, self.cache_dir = Path(training.output_dir), cache_dir
         self.store = store or store_for(training, is_main=self.ranks.is_main)
-        self.device = resolve_device(training.device)
-        self.context = model.config.max_position_embeddings
+        self.device, self.context = resolve_device(training.device), model.config.max_position_embeddings
         self.batches = resolve_batches(training, self.ranks.data_count)
         self.micro_batch_bounds = micro_batch_bounds(config)
         self.sequences_per_step = self.batches.sequences_per_step(self.ranks.data_count)
-        of_step = self.sequences_per_step
         self.sampler = training_sampler(
-            train, self.context, training.seed, config.data, tokenizer, sequences_per_step=of_step, console=self.console
-        )
+            train, self.context, training.seed, config.data, tokenizer,
+            sequences_per_step=self.sequences_per_step, console=self.console,
+        )  # fmt: skip
         self.length = resolve_length(
             training, samples_per_epoch=self.sampler.samples_per_epoch, sequences_per_step=self.sequences_per_step, context=self.context
         )
@@ -175,8 +173,9 @@ class Trainer:
     def _prepare(self) -> None:
         if self.training.remote_dir is not None or self.training.resume_from is not None:
             self.ranks.main_first(lambda: fetch_resumed(self.training, self.say))
-        if self.training.resume_from is not None:
-            self._resume(self.training.resume_from)
+        spec = self.training.resume_from
+        if spec is not None and (path := resume_folder(spec, self.run_dir, self.say)) is not None:
+            self._stored_scaler, self._resumed_from = take_up(self, path), path
         self._open_run_folder()
         self.model.train()
         settle_micro_batch(self)
@@ -374,11 +373,6 @@ class Trainer:
             best_validation_loss=self.state.best_validation_loss,
             exit_status=signals.exit_status if ended_by == "preempted" else 0,
         )
-
-    def _resume(self, spec: str) -> None:
-        path = resume_folder(spec, self.run_dir, self.say)
-        if path is not None:
-            self._stored_scaler, self._resumed_from = take_up(self, path), path
 
     def return_to(self, path: Path) -> None:
         """Stand again where a verified checkpoint of this run was saved, in the same process; what was saved since is moved aside.
