@@ -131,16 +131,12 @@ def _vocabulary(value: Any, layers: int) -> str | None:
 
 def _batch_fit(value: Any, layers: int) -> str | None:
     if isinstance(value, dict):
-        return (
-            None
-            if value and not set(value) - {"target_vram_percent", "max_batch_size"}
-            else "null, a factor, or {target_vram_percent, max_batch_size}"
-        )
-    return (
-        None
-        if value is None or (_number(value) and 0 < value <= 1)
-        else "null, a factor above 0 and up to 1, or {target_vram_percent, max_batch_size}"
-    )
+        percent, most = value.get("target_vram_percent", 100), value.get("max_batch_size", 1)
+        fits = value and not set(value) - {"target_vram_percent", "max_batch_size"} and _number(percent) and 0 < percent <= 100
+        fits = fits and _count(most, layers) is None
+        return None if fits else "{target_vram_percent, max_batch_size}: a percentage up to 100 and a number of sequences, or one of them"
+    fits = value is None or (_number(value) and 0 < value <= 1)
+    return None if fits else "null, a factor above 0 and up to 1, or {target_vram_percent, max_batch_size}"
 
 
 def _layer(value: Any, layers: int) -> str | None:

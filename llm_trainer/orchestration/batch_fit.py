@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from llm_trainer.config.errors import UsageError
 from llm_trainer.training.memory import OutOfMemory
 from llm_trainer.training.micro_batches import largest_micro_batch
 
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
 def fitted(trainer: Trainer, value: float | Mapping[str, float] | None) -> tuple[int, int]:
     """(sequences of a micro-batch, micro-batches): the largest pair with the same product whose step stays within memory, at least 1.
 
-    `value`: a share of memory, or `{target_vram_percent, max_batch_size}`; None: `memory_target` of it. All ranks agree.
+    `value`: a share of memory, or `{target_vram_percent, max_batch_size}`; None: `memory_target` of it. All ranks agree. Where no size
+    within the bounds divides the step, the division stays as it is: a run does not end for want of a faster one.
     """
     said = value if isinstance(value, Mapping) else {}
     percent, most = said.get("target_vram_percent"), said.get("max_batch_size")
@@ -25,4 +27,7 @@ def fitted(trainer: Trainer, value: float | Mapping[str, float] | None) -> tuple
     except OutOfMemory as error:  # the run goes on all the same: what is there may still do
         trainer.say(f"adjust_batch_size: {error}")
         return 1, trainer.batches.micro_batch_size * trainer.batches.gradient_accumulation_steps
+    except UsageError as error:
+        trainer.say(f"adjust_batch_size changes nothing: {error}")
+        return trainer.batches.micro_batch_size, trainer.batches.gradient_accumulation_steps
     return found.micro_batch_size, found.gradient_accumulation_steps

@@ -37,10 +37,11 @@ class ProgressReporter:
             self._task = self._bar.add_task("", total=total_steps, completed=first_step, numbers="")
             self._bar.start()
 
-    def advance(self, step: int) -> None:
-        """Step `step` is done: move the bar. Cheap enough for every step."""
+    def advance(self, step: int, total_steps: int) -> None:
+        """Step `step` is done, of so many as the run has by now: move the bar. Cheap enough for every step."""
+        self._total = total_steps
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=step)
+            self._bar.update(self._task, completed=step, total=total_steps)
 
     def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show numbers at a logging step: beside the bar, or as a line off a terminal."""

@@ -288,7 +288,7 @@ class Trainer:
     def _edge_of_step(self) -> None:
         step, is_last = self.state.step, self.state.step >= self.length.steps
         if self._progress is not None:
-            self._progress.advance(step)
+            self._progress.advance(step, self.length.steps)
         for callback in self.callbacks:
             callback.on_step_end(self, step)
         if step % self.training.logging_steps == 0 or is_last:

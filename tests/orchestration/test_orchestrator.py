@@ -127,6 +127,12 @@ def test_a_run_by_epochs_sees_as_many_samples_with_other_batches(tmp_path: Path)
     assert trainer.state.step == 4
 
 
+def test_the_end_that_is_shown_follows_the_batches(tmp_path: Path) -> None:
+    trained(tmp_path, [after(2, "change_batch_size", 2)], max_steps=None, num_epochs=1)
+    lines = (tmp_path / "logs" / "train.log").read_text(encoding="utf-8").splitlines()
+    assert [line.split()[3] for line in lines if " tok/s" in line] == ["1/5", "2/5", "3/4", "4/4"]
+
+
 def test_the_line_in_console_journal_and_tensorboard_says_what_and_why(tmp_path: Path) -> None:
     console = Console(width=400, file=(tmp_path / "console.txt").open("w", encoding="utf-8"))
     schedule = [Operation(name="widen_mlp", value=96, trigger_loss=NO_LOSS_YET, reevaluate=True, desc="wider")]

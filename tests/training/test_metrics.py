@@ -195,6 +195,15 @@ def test_on_a_terminal_there_is_a_bar_with_loss_rate_and_speed(tmp_path: Path) -
         assert shown in out.getvalue()
 
 
+def test_the_bar_ends_where_the_run_ends_by_now() -> None:
+    out = StringIO()
+    reporter = ProgressReporter(10, console=Console(file=out, width=200, force_terminal=True))
+    reporter.advance(5, 7)
+    reporter.line("something")  # draws the bar anew
+    reporter.close()
+    assert "5/7" in out.getvalue()
+
+
 def test_text_from_outside_stays_one_harmless_line(tmp_path: Path) -> None:
     hostile = "run\r\n2026-01-01 00:00:00 forged\x1b[2J\u2028x\x00"
     assert clean(hostile) == "run\\r\\n2026-01-01 00:00:00 forged\\x1b[2J\\u2028x\\x00"
