@@ -201,7 +201,7 @@ class EvaluateOptions(Section):
     )
 
 
-SCORING = ("inference.model", "inference.device", "inference.precision")
+SCORING = ("inference.model", "inference.device", "inference.precision", "inference.adapter")
 EVALUATE = Door(
     "llm-trainer evaluate",
     "Loss, perplexity and bits per byte of a model on a text.",
@@ -211,6 +211,26 @@ EVALUATE = Door(
 )
 EVALUATE_ENHANCED = Door("evaluate.py", "Benchmarks by domain, and the loss on a text.", SCORING, own=EvaluateOptions)
 EVALUATE_L1 = Door("scripts/evaluate.py", "Loss, perplexity and bits per byte of a model on a text.", SCORING, own=EvaluateOptions)
+
+
+class AdapterOptions(Section):
+    """What is written, and where."""
+
+    output: str = setting("adapter", "the folder in PEFT's form")
+    base: str | None = setting(
+        None, "what peft opens under the adapter, taken as said; none: what the run began from, if its weights lie there unchanged"
+    )
+    base_output: str | None = setting(None, "also write the model without adapters there, as the base")
+    merged_output: str | None = setting(None, "write the model with the adapter in its matrices there, and no adapter folder")
+
+
+ADAPTER = Door(
+    "llm-trainer adapter",
+    "A model's low-rank adapter as a folder of PEFT's, or merged.",
+    ("inference.model", "inference.adapter"),
+    own=AdapterOptions,
+    positional=("model", "output"),
+)
 
 
 class VerifyOptions(Section):

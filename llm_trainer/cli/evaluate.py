@@ -46,7 +46,7 @@ def evaluate(door: Door, argv: Sequence[str]) -> int:
     from llm_trainer.inference.loading import load_model
 
     console = new_console()
-    model, _ = load_model(inference.model, device=inference.device, precision=inference.precision)
+    model, _ = load_model(inference.model, device=inference.device, precision=inference.precision, adapter=inference.adapter)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("windows", total=None)
         result = evaluate_source(

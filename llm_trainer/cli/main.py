@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("train", "train a model"),
     "generate": ("generate", "let a model go on from a prompt"),
     "evaluate": ("evaluate", "loss, perplexity and bits per byte of a model on a text"),
+    "adapter": ("adapter", "a model's low-rank adapter as a folder of PEFT's, or merged into the model"),
     "presets": ("presets", "list the named shapes, with their true parameter counts"),
     "verify-resume": ("verify_resume", "replay the steps after a checkpoint and say whether resuming is exact"),
     "report": ("report", "write report.html of a run: curves, samples, settings, machine"),

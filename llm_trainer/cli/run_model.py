@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from llm_trainer.config import DataConfig, DataError, ModelConfig, UsageError
+from llm_trainer.config import DataConfig, DataError, ModelConfig, TrainingConfig, UsageError
 
 if TYPE_CHECKING:
     from llm_trainer.data.prepared import PreparedData
@@ -63,18 +63,23 @@ def new_model(shape: ModelConfig, seed: int) -> Transformer:
     return model
 
 
-def pretrained_model(source: str, said: ModelConfig, corpora: Sequence[str] = ()) -> Transformer:
+def pretrained_model(source: str, said: ModelConfig, corpora: Sequence[str] = (), adapter: str | None = None) -> Transformer:
     """The model of a folder, a checkpoint or a hub name, with the dropout, context and adapters that were said.
 
-    `corpora` are those of the data's mixture, which domain adapters are named after where nothing else was said. Raises UsageError where
-    another shape was said than the weights have, CheckpointError where there are no weights.
+    `corpora` are those of the data's mixture, which domain adapters are named after where nothing else was said; `adapter` is a folder
+    of PEFT's. Raises UsageError where another shape was said than the weights have, CheckpointError where there are no weights.
     """
     from llm_trainer.inference.loading import find_model, load_transformer
 
     loaded = load_transformer(find_model(source))
     shape = _with_changes(source, loaded.config, said)
     model = loaded if shape.model_dump() == loaded.config.model_dump() else _reshaped(loaded, shape)
-    return _with_said_adapters(_with_said_bottlenecks(model, said, corpora), said)
+    model = _with_said_bottlenecks(model, said, corpora)
+    if adapter is not None:
+        from llm_trainer.model.peft import load_adapter
+
+        load_adapter(model, adapter)
+    return _with_said_adapters(model, said)
 
 
 def transferred(model: Transformer, source: str, parts: Sequence[str]) -> list[str]:
@@ -83,6 +88,12 @@ def transferred(model: Transformer, source: str, parts: Sequence[str]) -> list[s
     from llm_trainer.model.partial import load_partially
 
     return load_partially(model, find_model(source), parts).lines()
+
+
+def refuse_adapter_over_nothing(training: TrainingConfig) -> None:
+    """Raises UsageError for an adapter that is to be trained on over no pretrained weights."""
+    if training.adapter_from is not None and training.init_from == "scratch":
+        raise UsageError(f"adapter_from={training.adapter_from} needs the weights that it was trained over; name them with --init_from")
 
 
 def is_pretrained(init_from: str) -> bool:

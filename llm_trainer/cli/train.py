@@ -74,6 +74,7 @@ def assemble(loaded: LoadedRun, console: Console, fallbacks: Sequence[str] = ())
         is_pretrained,
         new_model,
         pretrained_model,
+        refuse_adapter_over_nothing,
         refuse_other_tokens,
         shape_for,
         transferred,
@@ -82,6 +83,7 @@ def assemble(loaded: LoadedRun, console: Console, fallbacks: Sequence[str] = ())
     from llm_trainer.data.prepared import require_vocabulary
 
     refuse_idle(loaded)
+    refuse_adapter_over_nothing(loaded.config.training)
     source = resume_source(loaded.config.training)
     config = loaded.config if source is None else resumed_config(loaded, source, console)
     if is_pretrained(config.training.init_from) and source is None:
@@ -92,7 +94,7 @@ def assemble(loaded: LoadedRun, console: Console, fallbacks: Sequence[str] = ())
     if source is not None:
         model = new_model(config.model, config.training.seed)  # the checkpoint's weights replace these
     elif is_pretrained(config.training.init_from):
-        model = pretrained_model(config.training.init_from, config.model, corpora_of(data.prepared))
+        model = pretrained_model(config.training.init_from, config.model, corpora_of(data.prepared), config.training.adapter_from)
         refuse_other_tokens(config.training.init_from, data.prepared.tokenizer)
     else:
         model = new_model(shape_for(config.model, data.prepared, loaded.origins), config.training.seed)

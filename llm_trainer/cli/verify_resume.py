@@ -46,8 +46,10 @@ def builder(run_folder: Path) -> BuildTrainer:
         training.output_dir, training.report_to = str(folder), []
         training.resume_from = str(checkpoint) if checkpoint else None
         source = training.init_from
-        is_new = checkpoint is not None or source in ("scratch", "resume")
-        model = new_model(config.model, training.seed) if is_new else pretrained_model(source, config.model)
+        if checkpoint is not None or source in ("scratch", "resume"):
+            model = new_model(config.model, training.seed)
+        else:
+            model = pretrained_model(source, config.model, adapter=training.adapter_from)
         return Trainer(
             model, config, prepared.train, prepared.validation, tokenizer=prepared.tokenizer, callbacks=callbacks, console=console
         )

@@ -182,6 +182,9 @@ class TrainingConfig(Section):
     transfer_from: str | None = setting(
         None, "a pretrained model of which what fits is taken into this run's own shape, with a report", aliases=("partial_init_from",)
     )
+    adapter_from: str | None = setting(
+        None, "with pretrained weights in init_from: a folder of PEFT's whose low-rank adapter the run goes on training"
+    )
     transfer_parts: list[str] = setting(lambda: ["*"], "with transfer_from: the parts that are taken (names, ranges, globs)")
     resume_from: str | None = setting(
         None,
