@@ -51,7 +51,7 @@ def _check_ranks(config: RunConfig, said: _Places, world_size: int) -> None:
         raise UsageError(
             f"{said['training.distributed_backend']} is nccl, which needs GPUs, but {said['training.device']} is cpu; use gloo or auto"
         )
-    for name in ("fsdp", "tensor_parallel"):
+    for name in ("fsdp", "tensor_parallel", "context_parallel"):
         if training.offload_optimizer and getattr(training, name) > 1:
             raise UsageError(
                 f"{said['training.offload_optimizer']} is for whole replicas; {said[f'training.{name}']}, {getattr(training, name)}, "

@@ -13,36 +13,53 @@ from llm_trainer.config.training import TrainingConfig
 @dataclass(frozen=True)
 class ParallelPlan:
     """So many replicas of the model, each replica's state cut over `fsdp` ranks, which read samples of their own; each of these is a group
-    of ranks that see the same samples: `pipeline_parallel` stages of layers, whose matrices are cut over `tensor_parallel` ranks.
+    of ranks that see the same samples: `pipeline_parallel` stages of layers, whose matrices are cut over `tensor_parallel` ranks, or
+    `context_parallel` ranks that see a part of each sequence, and cut the replica's state further.
 
-    Ranks are numbered with the tensor group innermost (it talks most) and stages outermost.
+    Ranks are numbered with the tensor group innermost (it talks most), then those that share sequences, and stages outermost.
     """
 
     data_parallel: int = 1
     fsdp: int = 1
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
+    context_parallel: int = 1
 
     @property
     def ranks(self) -> int:
         """Processes that the plan takes."""
-        return self.data_ranks * self.tensor_parallel * self.pipeline_parallel
+        return self.data_ranks * self.context_parallel * self.tensor_parallel * self.pipeline_parallel
 
     @property
     def data_ranks(self) -> int:
         """Groups of ranks that read samples of their own."""
         return self.data_parallel * self.fsdp
 
+    @property
+    def shards(self) -> int:
+        """Ranks over which a replica's state (that of a stage, of a tensor group's part) is cut: ranks that share sequences hold no copies,
+        since it is for want of memory that sequences are shared.
+        """
+        return self.fsdp * self.context_parallel
+
     def data_rank(self, rank: int) -> int:
         """Which of these groups a rank belongs to."""
-        return rank // self.tensor_parallel % self.data_ranks
+        return self.token_rank(rank) // self.context_parallel
+
+    def token_rank(self, rank: int) -> int:
+        """Whose tokens a rank sees: a number for each part of a sequence of each group. A tensor group and its stages see the same."""
+        return rank // self.tensor_parallel % (self.data_ranks * self.context_parallel)
+
+    def context_rank(self, rank: int) -> int:
+        """Which part of its sequences a rank sees."""
+        return rank // self.tensor_parallel % self.context_parallel
 
     def stage(self, rank: int) -> int:
         """Which stage of the pipeline a rank runs."""
-        return rank // (self.tensor_parallel * self.data_ranks)
+        return rank // (self.tensor_parallel * self.context_parallel * self.data_ranks)
 
     def speaks(self, rank: int) -> bool:
-        """Whether a rank tells its group's sums: the first of its tensor group, in the last stage, which knows the loss."""
+        """Whether a rank tells sums over its tokens: the first of its tensor group, in the last stage, which knows the loss."""
         return rank % self.tensor_parallel == 0 and self.stage(rank) == self.pipeline_parallel - 1
 
     def __str__(self) -> str:
@@ -51,7 +68,7 @@ class ParallelPlan:
 
 
 def _others(plan: ParallelPlan | TrainingConfig) -> list[tuple[str, int]]:
-    return [("fsdp", plan.fsdp), ("tensor_parallel", plan.tensor_parallel), ("pipeline_parallel", plan.pipeline_parallel)]
+    return [(name, getattr(plan, name)) for name in ("fsdp", "tensor_parallel", "pipeline_parallel", "context_parallel")]
 
 
 def resolve_plan(training: TrainingConfig, ranks: int) -> ParallelPlan:
@@ -79,7 +96,7 @@ def resolve_plan(training: TrainingConfig, ranks: int) -> ParallelPlan:
 
 def check_shape(plan: ParallelPlan, model: ModelConfig) -> None:
     """Raises UsageError for a model that the plan cannot cut, naming what does not divide."""
-    tensor, stages = plan.tensor_parallel, plan.pipeline_parallel
+    tensor, stages, parts = plan.tensor_parallel, plan.pipeline_parallel, plan.context_parallel
     widths = {"num_attention_heads": model.num_attention_heads, "num_key_value_heads": model.kv_heads, "intermediate_size": model.mlp_width}
     for name, width in widths.items():
         if width % tensor:
@@ -89,6 +106,16 @@ def check_shape(plan: ParallelPlan, model: ModelConfig) -> None:
     if stages > model.num_hidden_layers:
         raise UsageError(
             f"pipeline_parallel {stages} is more stages than the model has layers ({model.num_hidden_layers}); take fewer stages"
+        )
+    if stages > 1 and parts > 1:
+        raise UsageError(
+            f"context_parallel {parts} and pipeline_parallel {stages} do not go together: stages do not hand on parts of sequences; "
+            "keep one, with fsdp or tensor_parallel"
+        )
+    if parts > 1 and model.max_position_embeddings % (2 * parts):
+        raise UsageError(
+            f"context_parallel {parts} takes two pieces of each sequence a rank, and {2 * parts} does not divide the context of "
+            f"{model.max_position_embeddings} tokens; take a context (max_position_embeddings) that it divides"
         )
 
 

@@ -210,7 +210,9 @@ class TrainingConfig(Section):
     pipeline_schedule: Literal["gpipe", "1f1b", "interleaved"] = setting(
         "1f1b", "order of micro-batches in a pipeline; interleaved: two stages on each rank"
     )
-    context_parallel: int = setting(1, "ranks that share each sequence", unit="ranks", aliases=("cp_size",), gt=0, owed=True)
+    context_parallel: int = setting(
+        1, "ranks that share each sequence, and its replica's state as fsdp does", unit="ranks", aliases=("cp_size",), gt=0
+    )
     rank_timeout_seconds: float = setting(8.0, "a rank that has not been heard of for so long ends the run", unit="seconds", ge=2)
     distributed_backend: Literal["auto", "nccl", "gloo"] = setting("auto", "communication library", aliases=("backend",))
     use_deepspeed: bool = setting(False, "train through DeepSpeed, an extra")

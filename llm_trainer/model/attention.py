@@ -8,12 +8,26 @@ tiles too small for the matrix units (AMX, AVX512-BF16) and takes ten times as l
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 SHORT = 512  # tokens
+
+
+class Share(Protocol):
+    """A part of each sequence, where the other tokens are elsewhere: what a model has to be told to work on its part alone.
+
+    All else in a model is done token by token.
+    """
+
+    def places(self, count: int, device: torch.device) -> tuple[int, Tensor]:
+        """How long sequences are of which `count` tokens are here, and where in them these stand, (count,) int64."""
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
+        """As the function `attend`, with a mask (or causally, without one) over all tokens of the sequences, in their order."""
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:

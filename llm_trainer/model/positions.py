@@ -84,20 +84,29 @@ def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -math.inf)
 
 
-def sequence_mask(count: int, window: int | None, document_ids: Tensor | None, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+def sequence_mask(
+    count: int,
+    window: int | None,
+    document_ids: Tensor | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    places: Tensor | None = None,
+) -> Tensor | None:
     """Mask of a whole sequence, broadcastable to (B, 1, T, T); None where plain causal attention is meant, which needs no mask.
 
     window: a token sees so many tokens, itself included, as Mistral counts (arXiv:2310.06825).
-    document_ids: (B, T); a token sees its own document only.
+    document_ids: (B, T); a token sees its own document only. places: (Q,), whose rows of the mask are wanted; none: all.
     """
     if document_ids is None and (window is None or count <= window):
         return None
-    query, key = torch.arange(count, device=device)[:, None], torch.arange(count, device=device)[None, :]
+    key = torch.arange(count, device=device)
+    query = (key if places is None else places)[:, None]
     visible = key <= query
     if window is not None:
         visible &= key > query - window
     if document_ids is not None:
-        visible = visible & (document_ids[:, None, :, None] == document_ids[:, None, None, :])
+        of_queries = document_ids if places is None else document_ids[:, places]
+        visible = visible & (of_queries[:, None, :, None] == document_ids[:, None, None, :])
     return additive_mask(visible, dtype)
 
 

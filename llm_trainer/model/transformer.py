@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from llm_trainer.config.errors import UsageError
 from llm_trainer.config.model import ModelConfig
 from llm_trainer.model.activations import ACTIVATIONS
-from llm_trainer.model.attention import attend
+from llm_trainer.model.attention import Share, attend
 from llm_trainer.model.bottleneck import Bottleneck, Choice
 from llm_trainer.model.cache import KVCache, LayerCache, Place
 from llm_trainer.model.norms import RMSNorm
@@ -109,6 +109,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(width, config.norm_epsilon) if config.qk_norm else None
         self.head_width = width
         self.dropout = _attention_dropout(config)
+        self.attend = attend
 
     def forward(
         self,
@@ -131,7 +132,7 @@ class Attention(nn.Module):
             keys, values = cache.write(k, v, place)  # (B, KV, S, D)
         else:
             keys, values = k.transpose(1, 2), v.transpose(1, 2)
-        y = attend(q.transpose(1, 2), keys, values, mask, self.dropout if self.training else 0.0)  # (B, H, T, D)
+        y = self.attend(q.transpose(1, 2), keys, values, mask, self.dropout if self.training else 0.0)  # (B, H, T, D)
         projected: Tensor = self.o_proj(y.transpose(1, 2).reshape(batch, count, -1))
         return projected
 
@@ -218,6 +219,7 @@ class Transformer(nn.Module):
         self.ln_f = make_norm(config) if config.pre_norm else nn.Identity()
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.domain: int | None = 0 if len(config.domain_names) == 1 else None
+        self.share: Share | None = None
         self.tie_weights()
         if device.type != "meta":
             self.initialize(generator)
@@ -230,6 +232,13 @@ class Transformer(nn.Module):
         """Let the head use the embedding's matrix, where the configuration says so."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.wte.weight
+
+    def take_share(self, share: Share) -> None:
+        """Expect this part of each sequence as input, and give it as output."""
+        self.share = share
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.attend = share.attend
 
     def freeze_layer(self, parts: str | Sequence[str]) -> list[str]:
         """Stop training parts by name, range or glob (`attn.2`, `mlp.0-3`, `ln_*`); returns all that are frozen by it (parts.py)."""
@@ -278,7 +287,8 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """input_ids (B, T) → what the head reads, (B, T, C).
 
-        document_ids (B, T): packed documents neither see each other nor count on from each other's positions.
+        document_ids (B, T): packed documents neither see each other nor count on from each other's positions. They are of whole
+        sequences also where the model has its share of each (see `take_share`).
         positions (B, T): where each token stands; without a cache this moves position embeddings only, with one also the slots.
         cache: keys and values of earlier tokens; these ones are added (see KVCache).
         domains (B,): whose adapter each row takes, by its number (see `domain_rows`); none: what `use_domain` said.
@@ -287,18 +297,26 @@ class Transformer(nn.Module):
         count = input_ids.size(1)
         if document_ids is not None and cache is not None:
             raise UsageError("packed documents and a cache do not go together; decode one document a row")
+        if self.share is not None and cache is not None:
+            raise UsageError("a model that has its share of each sequence cannot decode; use one that is whole")
         place = None if cache is None else cache.place(input_ids, positions, self.config.sliding_window)
         start, stop = (0, count) if place is None else (place.start, place.stop)
+        places = None
+        if self.share is not None:
+            stop, places = self.share.places(count, input_ids.device)
         if stop > self.config.max_position_embeddings:
             raise UsageError(f"{stop} tokens are more than the model's context of {self.config.max_position_embeddings}")
         if document_ids is not None and positions is None and self.wpe is not None:
             positions = positions_in_documents(document_ids)  # rotary attention sees differences only and needs none
+            positions = positions if places is None else positions[:, places]
+        elif places is not None and positions is None:
+            positions = places[None]
         x = self.embed(input_ids, start, stop, positions)
         dtype = computing_dtype(x)
         rotary = None if self.rotary is None else self.rotary(start, stop, positions, dtype)
         window = self.config.sliding_window
         if place is None:
-            mask = sequence_mask(count, window, document_ids, x.device, dtype)
+            mask = sequence_mask(stop, window, document_ids, x.device, dtype, places)
         else:
             mask = cache_mask(start, stop, place.positions, window, x.device, dtype)
         x = self._through_blocks(x, rotary, mask, cache, place, self.domain if domains is None else domains)

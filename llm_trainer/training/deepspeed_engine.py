@@ -215,7 +215,7 @@ def _refuse(training: TrainingConfig, device: torch.device) -> None:
         raise UsageError(
             f"use_deepspeed cuts matrices into flat parts, which optimizer {training.optimizer} cannot update; take optimizer adamw"
         )
-    for name in ("fsdp", "tensor_parallel", "pipeline_parallel"):
+    for name in ("fsdp", "tensor_parallel", "pipeline_parallel", "context_parallel"):
         if (size := getattr(training, name)) > 1:
             raise UsageError(
                 f"{name} {size} and use_deepspeed are two ways to share one model; keep one (zero_stage 3 shares as fsdp does)"

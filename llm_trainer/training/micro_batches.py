@@ -22,6 +22,7 @@ from llm_trainer.config.batches import BatchPlan, MicroBatchBounds, divisions
 from llm_trainer.config.run_folder import TEMPORARY_PREFIX
 from llm_trainer.data.sampling.samplers import Batch, Prefetcher
 from llm_trainer.training.changes import take_batches
+from llm_trainer.training.context import part_of
 from llm_trainer.training.footprint import step_memory
 from llm_trainer.training.memory import OutOfMemory
 from llm_trainer.training.parallel import is_sharded
@@ -38,7 +39,7 @@ def open_batches(trainer: Trainer) -> Prefetcher[Batch]:
     first, size, ranks = trainer.state.samples, trainer.batches.micro_batch_size, trainer.ranks
 
     def load(number: int) -> Batch:
-        return trainer.sampler.batch(first + (number * ranks.data_count + ranks.data_rank) * size, size)
+        return part_of(trainer.sampler.batch(first + (number * ranks.data_count + ranks.data_rank) * size, size), ranks)
 
     return Prefetcher(load, 0, trainer.training.num_workers)
 
@@ -167,7 +168,7 @@ def _tried(trainer: Trainer) -> Callable[[BatchPlan], float]:
 
 def _estimated(trainer: Trainer) -> Callable[[BatchPlan], float]:
     """Bytes at the peak of a step: what is held now, what the optimizers will hold, and the step itself as `footprint.py` runs it."""
-    shards = trainer.ranks.plan.fsdp * trainer.ranks.plan.tensor_parallel
+    shards = trainer.ranks.plan.shards * trainer.ranks.plan.tensor_parallel
     held = trainer.watcher.machine.held()
 
     def needs(plan: BatchPlan) -> float:

@@ -1,8 +1,8 @@
 """The parallel plan, applied to a model in one place and one visible order; the model itself knows nothing of it.
 
-Matrices are cut first (matrices.py), then come recomputation (a setting of the model), compilation, and the wrapper: replicas alone are
-DistributedDataParallel, shards are FSDP2's `fully_shard` (Zhao et al. 2023, arXiv:2304.11277) by block, and both together a mesh of
-replicas × shards. Compilation replaces functions inside the blocks (compilation.py), so it lies within either
+Matrices are cut first (matrices.py), then sequences (context.py), then come recomputation (a setting of the model), compilation, and the
+wrapper: replicas alone are DistributedDataParallel, shards are FSDP2's `fully_shard` (Zhao et al. 2023, arXiv:2304.11277) by block, and
+both together a mesh of replicas × shards. Compilation replaces functions inside the blocks (compilation.py), so it lies within either
 wrapper, whichever comes first. Gradients are summed over ranks, not averaged: the step has divided by the tokens of all ranks already,
 and a mean over ranks with unequal numbers of tokens would be another loss.
 """
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from llm_trainer.config.parallel import ParallelPlan, check_shape
 from llm_trainer.model.huggingface import load_weights
+from llm_trainer.training.context import ContextShare
 from llm_trainer.training.matrices import cut_matrices, gradients_in_parts, sum_over
 from llm_trainer.training.objectives import TrainingStep
 from llm_trainer.training.ranks import Ranks
@@ -47,6 +48,8 @@ def shard(step: TrainingStep, ranks: Ranks) -> list[Shared]:
     check_shape(plan, step.model.config)
     if plan.tensor_parallel > 1:
         cut_matrices(step.model, ranks.mesh(_kind(step))["tensor"])
+    if plan.context_parallel > 1:
+        step.model.take_share(ContextShare(ranks.context_mesh(_kind(step))))
     if is_fully_sharded(plan):
         mesh = ranks.mesh(_kind(step))
         shard_fully(step.model.blocks, step, mesh["replicate", "shard"] if plan.data_parallel > 1 else mesh["shard"])
@@ -58,7 +61,7 @@ def shard(step: TrainingStep, ranks: Ranks) -> list[Shared]:
 
 def is_fully_sharded(plan: ParallelPlan) -> bool:
     """Replicas of a model whose matrices are cut are FSDP's too, with shards of one rank: DistributedDataParallel takes whole models."""
-    return plan.fsdp > 1 or (plan.data_parallel > 1 and plan.tensor_parallel * plan.pipeline_parallel > 1)
+    return plan.shards > 1 or (plan.data_parallel > 1 and plan.tensor_parallel * plan.pipeline_parallel > 1)
 
 
 def shard_fully(blocks: Iterable[nn.Module], root: nn.Module, mesh: DeviceMesh) -> None:

@@ -50,25 +50,31 @@ class Ranks:
     plan: ParallelPlan = field(default_factory=ParallelPlan)
     group: ProcessGroup | None = None  # none: that of all ranks
 
-    _meshes: dict[tuple[ParallelPlan, str], DeviceMesh] = field(default_factory=dict, compare=False, repr=False)
+    _meshes: dict[tuple[str, tuple[tuple[str, int], ...]], DeviceMesh] = field(default_factory=dict, compare=False, repr=False)
 
     def mesh(self, kind: str) -> DeviceMesh:
         """The ranks of the plan by dimension, on devices of this kind ("cpu", "cuda"): stages outermost, tensor groups innermost.
 
         Made once, as its groups are. A collective call.
         """
-        if (self.plan, kind) not in self._meshes:
+        plan = self.plan
+        return self._mesh(
+            kind, pipeline=plan.pipeline_parallel, replicate=plan.data_parallel, shard=plan.shards, tensor=plan.tensor_parallel
+        )
+
+    def context_mesh(self, kind: str) -> DeviceMesh:
+        """The ranks that share this one's sequences: some of its shards, so they are a mesh of their own. A collective call."""
+        plan = self.plan
+        others = plan.ranks // (plan.context_parallel * plan.tensor_parallel)
+        return self._mesh(kind, others=others, context=plan.context_parallel, tensor=plan.tensor_parallel)["context"]
+
+    def _mesh(self, kind: str, **sizes: int) -> DeviceMesh:
+        key = (kind, tuple(sizes.items()))
+        if key not in self._meshes:
             from torch.distributed.device_mesh import init_device_mesh
 
-            plan = self.plan
-            sizes = {
-                "pipeline": plan.pipeline_parallel,
-                "replicate": plan.data_parallel,
-                "shard": plan.fsdp,
-                "tensor": plan.tensor_parallel,
-            }
-            self._meshes[plan, kind] = init_device_mesh(kind, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-        return self._meshes[self.plan, kind]
+            self._meshes[key] = init_device_mesh(kind, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+        return self._meshes[key]
 
     def apart(self) -> Ranks:
         """The same ranks with a line of their own, on which they may talk in a thread while training goes on. A collective call."""
@@ -85,8 +91,13 @@ class Ranks:
 
     @property
     def data_rank(self) -> int:
-        """Which samples are this rank's: it shares them with the other ranks of its tensor group and pipeline."""
+        """Which samples are this rank's: it shares them with the other ranks of its tensor group and pipeline, and of its sequences."""
         return self.plan.data_rank(self.rank)
+
+    @property
+    def token_rank(self) -> int:
+        """Which tokens are this rank's, of all samples: what dropout must differ by."""
+        return self.plan.token_rank(self.rank)
 
     @property
     def data_count(self) -> int:
@@ -94,7 +105,7 @@ class Ranks:
         return self.plan.data_ranks
 
     def add(self, values: Sequence[float]) -> list[float]:
-        """Sums over the groups of ranks with samples of their own, in double precision, alike on all; one rank of each is heard."""
+        """Sums over the groups of ranks with tokens of their own, in double precision, alike on all; one rank of each is heard."""
         if self.count == 1:
             return list(values)
         import torch.distributed as dist

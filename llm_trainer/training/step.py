@@ -121,7 +121,7 @@ def forward_backward(
     mean = torch.zeros((), device=device)
     for number, batch in enumerate(batches):
         if seed is not None:
-            seed_dropout(seed, index, number, ranks.data_rank, device)
+            seed_dropout(seed, index, number, ranks.token_rank, device)
         sends = number == len(batches) - 1 and not sending.waits
         with nullcontext() if sends else gradients_stay_here(step):
             with timings.of("forward"), precision.autocast():

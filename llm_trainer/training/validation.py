@@ -20,6 +20,7 @@ from llm_trainer.data.sampling.packing import Packing
 from llm_trainer.data.sampling.samplers import validation_batches
 from llm_trainer.data.shards import TokenDataset
 from llm_trainer.model.transformer import Transformer
+from llm_trainer.training.context import part_of
 from llm_trainer.training.objectives import NextToken, Objective, TrainingStep
 from llm_trainer.training.parallel import free_gathered
 from llm_trainer.training.ranks import Ranks
@@ -77,7 +78,7 @@ def validate(
         with torch.no_grad():
             for index, batch in enumerate(batches):
                 with autocast():
-                    loss = step(batch.to(device))
+                    loss = step(part_of(batch, ranks).to(device))
                 total += float(loss.total)
                 count += int(loss.tokens)
                 if on_batch is not None:

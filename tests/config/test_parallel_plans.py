@@ -18,6 +18,7 @@ from llm_trainer.config.parallel import ParallelPlan, check_shape, resolve_plan
         ({"data_parallel": 2, "fsdp": 4}, 8, ParallelPlan(2, 4)),
         ({"tensor_parallel": 2}, 4, ParallelPlan(2, 1, 2)),
         ({"tensor_parallel": 2, "pipeline_parallel": 2, "fsdp": 2}, 16, ParallelPlan(2, 2, 2, 2)),
+        ({"context_parallel": 4, "tensor_parallel": 2}, 16, ParallelPlan(2, 1, 2, 1, 4)),
     ],
 )
 def test_replicas_are_what_shards_leave(said: dict[str, int], ranks: int, plan: ParallelPlan) -> None:
@@ -37,6 +38,7 @@ def test_replicas_are_what_shards_leave(said: dict[str, int], ranks: int, plan: 
             "tensor_parallel 2 × pipeline_parallel 3 = 6 does not fit: 8 proc",
         ),
         ({"data_parallel": 2}, 1, "data_parallel 2 × fsdp 1 = 2, but 1 process was started"),
+        ({"fsdp": 2, "context_parallel": 3}, 8, "fsdp 2 × context_parallel 3 = 6 does not fit: 8 proc"),
     ],
 )
 def test_a_product_that_does_not_fit_is_named(said: dict[str, int], ranks: int, words: str) -> None:
@@ -60,12 +62,23 @@ def test_each_group_of_ranks_with_its_own_samples_is_heard_once(plan: ParallelPl
         (ParallelPlan(tensor_parallel=4), "tensor_parallel 4 does not divide num_key_value_heads 2"),
         (ParallelPlan(tensor_parallel=3), "tensor_parallel 3 does not divide num_attention_heads 4"),
         (ParallelPlan(pipeline_parallel=3), "pipeline_parallel 3 is more stages than the model has layers"),
+        (ParallelPlan(context_parallel=3), "context_parallel 3 .* 6 does not divide the context of 8 tokens"),
+        (ParallelPlan(pipeline_parallel=2, context_parallel=2), "context_parallel 2 and pipeline_parallel 2 do not go together"),
     ],
 )
 def test_a_model_that_cannot_be_cut_so_is_refused_by_what_does_not_divide(plan: ParallelPlan, words: str) -> None:
-    model = ModelConfig(hidden_size=16, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2)
+    model = ModelConfig(hidden_size=16, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2, max_position_embeddings=8)
     with pytest.raises(UsageError, match=words):
         check_shape(plan, model)
+
+
+def test_ranks_that_share_sequences_have_one_groups_samples_and_are_all_heard() -> None:
+    plan = ParallelPlan(data_parallel=2, tensor_parallel=2, context_parallel=3)
+    assert plan.ranks == 12
+    for group in range(2):
+        members = [rank for rank in range(plan.ranks) if plan.data_rank(rank) == group]
+        assert [plan.context_rank(rank) for rank in members if plan.speaks(rank)] == [0, 1, 2]
+        assert [plan.token_rank(rank) - 3 * group for rank in members] == [0, 0, 1, 1, 2, 2]
 
 
 def test_stages_are_as_equal_as_can_be() -> None:

@@ -1,6 +1,7 @@
 """What one rank of a test does: one tiny run after another, in a process started once, since imports are most of its time.
 
 Usage: torchrun … ranked_run.py FOLDER, where FOLDER/runs.json is a list of {name, settings, model}; each run goes to FOLDER/<name>.
+`document_every`: the data are documents of so many tokens.
 `poisoned_step`: the last rank's loss is not a number there, or `poison` times what it was, once; `dies_at`: the last rank kills itself
 there, at the launcher's first attempt.
 """
@@ -32,7 +33,9 @@ def train(folder: Path, run: dict[str, Any], ranks: Ranks) -> None:
     """One of the runs."""
     config = tiny_config(folder / str(run["name"]), run["model"], **run["settings"])
     model = tiny_model(config.model)
-    trainer = Trainer(model, config, tokens(), tokens(65, seed=1), console=Console(quiet=True), ranks=ranks)
+    every = run.get("document_every")
+    data = tokens(document_every=every), tokens(65, seed=1, document_every=every)
+    trainer = Trainer(model, config, *data, console=Console(quiet=True), ranks=ranks)
     is_last = ranks.rank == ranks.count - 1
     if is_last and "poisoned_step" in run:
         trainer.engine.objective = Poisoned(int(str(run["poisoned_step"])), trainer, float(run.get("poison", "nan")))

@@ -44,12 +44,16 @@ SETTINGS = {
 }
 
 
-def tokens(count: int = 40 * CONTEXT + 1, seed: int = 0, tokenizer_hash: str = "0" * 64) -> TokenDataset:
-    """Ids that repeat with noise, so that there is something to learn."""
+def tokens(count: int = 40 * CONTEXT + 1, seed: int = 0, tokenizer_hash: str = "0" * 64, document_every: int | None = None) -> TokenDataset:
+    """Ids that repeat with noise, so that there is something to learn; in documents of so many, or in one."""
     generator = np.random.default_rng(seed)
     ids = (np.arange(count) * 3 + generator.integers(0, 2, count)) % VOCABULARY
     return TokenDataset(
-        [ids.astype(np.uint16)], [np.array([0])], vocab_size=VOCABULARY, tokenizer_hash=tokenizer_hash, fingerprint=f"{seed}-{count}"
+        [ids.astype(np.uint16)],
+        [np.arange(0, count, document_every or count)],
+        vocab_size=VOCABULARY,
+        tokenizer_hash=tokenizer_hash,
+        fingerprint=f"{seed}-{count}",
     )
 
 
