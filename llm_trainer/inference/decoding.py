@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llm_trainer.inference.answers import GrowingAnswer
+from llm_trainer.inference.head import Head
 from llm_trainer.inference.sampling import Sampler
 from llm_trainer.inference.steps import DecodingStep
 from llm_trainer.model.cache import KVCache
@@ -22,19 +23,19 @@ from llm_trainer.model.transformer import Transformer
 
 @torch.inference_mode()
 def decode(
-    model: Transformer, answers: Sequence[GrowingAnswer], step: DecodingStep, vocab_size: int
+    model: Transformer, answers: Sequence[GrowingAnswer], step: DecodingStep, head: Head
 ) -> Iterator[list[tuple[GrowingAnswer, str]]]:
     """Grow `answers` to their ends; yields, for each step, the rows that took a token and the text that each of them gave out.
 
-    Ids from `vocab_size` on are never drawn: rows of the embedding beyond the tokenizer's vocabulary are padding.
+    Only tokens that `head` scores are drawn.
     """
     rows = [answer for answer in answers if answer.finish_reason is None]
     if not rows:
         return
-    cache, logits = _read(model, rows)
-    sampler = _sampler(model, rows, vocab_size)
+    cache, hidden = _read(model, rows)
+    sampler = _sampler(model, rows, head.vocab_size)
     while True:
-        drawn = sampler(logits[:, :vocab_size]).tolist()
+        drawn = sampler(*head(hidden, sampler.looks_at)).tolist()
         yield [(row, row.accept(token)) for row, token in zip(rows, drawn, strict=True)]
         going_on = [index for index, row in enumerate(rows) if row.finish_reason is None]
         if not going_on:
@@ -42,11 +43,11 @@ def decode(
         if len(going_on) < len(rows):
             rows = [rows[index] for index in going_on]
             cache = cache.select(going_on)
-            sampler = _sampler(model, rows, vocab_size)
+            sampler = _sampler(model, rows, head.vocab_size)
         if any([row.slide() for row in rows]):  # a list: each must be asked
-            cache, logits = _read(model, rows)
+            cache, hidden = _read(model, rows)
             continue
-        logits = step([row.last_id for row in rows], [row.length - 1 for row in rows], cache)
+        hidden = step([row.last_id for row in rows], [row.length - 1 for row in rows], cache)
 
 
 def _sampler(model: Transformer, rows: Sequence[GrowingAnswer], vocab_size: int) -> Sampler:
@@ -54,11 +55,11 @@ def _sampler(model: Transformer, rows: Sequence[GrowingAnswer], vocab_size: int)
 
 
 def _read(model: Transformer, rows: Sequence[GrowingAnswer]) -> tuple[KVCache, Tensor]:
-    """Fill a new cache with what each row has so far; logits (B, V) of the token that follows."""
+    """Fill a new cache with what each row has so far; hidden states (B, C) that the next tokens are drawn from."""
     weight = model.wte.weight
     lengths = [row.length for row in rows]
     padded = torch.tensor([row.seen_ids + [0] * (max(lengths) - row.length) for row in rows], device=weight.device)
     cache = KVCache(model.config, len(rows), max(row.longest for row in rows), weight.device, weight.dtype)
     hidden = model.hidden_states(padded, cache=cache)
     last = hidden[torch.arange(len(rows), device=weight.device), torch.tensor(lengths, device=weight.device) - 1]
-    return cache, model.logits(last)
+    return cache, last

@@ -11,6 +11,7 @@ from llm_trainer.data.tokenization.tokenizer import Tokenizer
 from llm_trainer.inference.answers import Answer, GrowingAnswer
 from llm_trainer.inference.decoding import decode
 from llm_trainer.inference.fused import FusedStep, is_fusible
+from llm_trainer.inference.head import Head
 from llm_trainer.inference.steps import DecodingStep, ModelStep
 from llm_trainer.model.transformer import Transformer
 
@@ -40,6 +41,7 @@ class LanguageModel:
         own_end = [] if tokenizer is None or tokenizer.eos_id is None else [tokenizer.eos_id]
         self.end_ids = frozenset(own_end if end_ids is None else end_ids)
         self._step = choose_step(self.model, compile)
+        self._head = Head(self.model, self.vocab_size)
 
     @overload
     def generate(self, prompt: str, settings: GenerationConfig | None = None, **changes: Any) -> str: ...
@@ -104,7 +106,7 @@ class LanguageModel:
         return GrowingAnswer(prompt, settings, self.context, sample=sample, end_ids=self.end_ids, token_bytes=token_bytes)
 
     def _decode(self, growing: Sequence[GrowingAnswer]) -> Iterator[list[tuple[GrowingAnswer, str]]]:
-        return decode(self.model, growing, self._step, self.vocab_size)
+        return decode(self.model, growing, self._step, self._head)
 
     def _require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

@@ -51,8 +51,23 @@ class Sampler:
         self.is_greedy = torch.tensor([each.temperature == 0 for each in settings], device=self.device)
         self.penalty, self.seen = self._repetition(vocab_size)
 
-    def __call__(self, logits: Tensor) -> Tensor:
-        """Logits (B, V) of any floating type → token ids (B,)."""
+    @property
+    def looks_at(self) -> int | None:
+        """How many of a row's largest logits decide what is drawn (and those that tie with the last of them); none: all."""
+        if self.seen is not None:
+            return None
+        counts = [1 if row.settings.temperature == 0 else row.settings.top_k for row in self.rows]
+        return max(filter(None, counts)) if all(counts) else None
+
+    def __call__(self, logits: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Logits (B, n) of any floating type of the tokens `ids` (n,), in ascending order (none: of all), → token ids (B,).
+
+        What is left out must be outside what the sampler `looks_at`; then the draw is the same as with all logits.
+        """
+        drawn = self._draw(logits)
+        return drawn if ids is None else ids[drawn]
+
+    def _draw(self, logits: Tensor) -> Tensor:
         if self.seen is not None:
             logits = penalize_repetition(logits.float(), self.seen, self.penalty)
         if self.greedy:

@@ -1,4 +1,4 @@
-"""One decoding step: a token for each row of the batch in, the logits of its successor out.
+"""One decoding step: a token for each row of the batch in, the hidden state that its successor is drawn from out (by `head.Head`).
 
 With one sequence a step is a matrix-vector product with every weight, so it takes as long as reading all weights once, plus what
 the many small operations around them cost. `ModelStep` runs the model as it is; `fused.FusedStep` computes the same in about half as many
@@ -21,7 +21,7 @@ class DecodingStep(Protocol):
     """What `decode` calls once a token."""
 
     def __call__(self, ids: Sequence[int], positions: Sequence[int], cache: KVCache) -> Tensor:
-        """Token and its position for each row (B) → logits (B, V); keys and values are added to the cache."""
+        """Token and its position for each row (B) → hidden states (B, C) after the last norm; keys and values are added to the cache."""
         ...
 
 
@@ -40,4 +40,4 @@ class ModelStep:
             hidden = self.model.hidden_states(inputs, cache=cache)
         else:
             hidden = self.model.hidden_states(inputs, positions=torch.tensor(positions, device=device)[:, None], cache=cache)
-        return self.model.logits(hidden[:, 0])
+        return hidden[:, 0]

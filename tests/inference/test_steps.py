@@ -3,7 +3,8 @@ import torch
 
 from llm_trainer.config.model import ModelConfig
 from llm_trainer.inference.engine import choose_step
-from llm_trainer.inference.fused import FusedStep, multiply_vector
+from llm_trainer.inference.fused import FusedStep
+from llm_trainer.inference.products import multiply_vector
 from llm_trainer.inference.steps import DecodingStep, ModelStep
 from llm_trainer.model.cache import KVCache
 from llm_trainer.model.transformer import Transformer
@@ -30,14 +31,14 @@ def make(shape: str, dtype: torch.dtype = torch.float32) -> Transformer:
 
 @torch.inference_mode()
 def run(model: Transformer, step: DecodingStep, starts: list[int], steps: int = 12) -> torch.Tensor:
-    """Logits of steps that follow random prompts, row i from position starts[i]."""
+    """Logits after steps that follow random prompts, row i from position starts[i]."""
     generator = torch.Generator().manual_seed(1)
     cache = KVCache(model.config, len(starts), 40, dtype=model.wte.weight.dtype)
     model.hidden_states(torch.randint(61, (len(starts), max(starts)), generator=generator), cache=cache)
     out = []
     for number in range(steps):
         ids = torch.randint(61, (len(starts),), generator=generator).tolist()
-        out.append(step(ids, [start + number for start in starts], cache))
+        out.append(model.logits(step(ids, [start + number for start in starts], cache)))
     return torch.stack(out)
 
 
