@@ -1,8 +1,8 @@
-"""What preflight says a step needs, against the peak that a step was measured to need, on six shapes small enough to run here.
+"""What preflight says a step needs, against the peak that a step was measured to need, on shapes small enough to run here.
 
 Each measurement is a fresh process that takes one step to have the optimizer's memory in place, resets the kernel's high-water mark, and
 takes another; the figure is that mark less what the process held before. glibc is told to map every block above 64 kB by itself, so
-that what is freed is gone. Linux only.
+that what is freed is gone. Linux only. Pipelines are two ranks under torchrun, of which the one that is furthest off counts.
 
     python benchmarks/preflight.py
 """
@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from common import Figure, Target, finish, run_command
@@ -35,6 +36,14 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], dict[str, Any], int, int]] = {
     "llama, bf16": (LLAMA, {"precision": "bf16"}, 4, 1),
     "llama, fp32, dense loss": ({**LLAMA, "vocab_size": 32000}, {"precision": "fp32", "loss": "dense"}, 2, 1),
 }
+STAGED = {**BASE, "hidden_size": 256, "vocab_size": 4096, "max_position_embeddings": 512}
+# schedule and what it runs → shape, training, sequences, micro-batches; on two ranks
+PIPELINES: dict[str, tuple[dict[str, Any], dict[str, Any], int, int]] = {
+    "gpipe, fp32, 8 micro-batches": (STAGED, {"precision": "fp32", "pipeline_schedule": "gpipe"}, 4, 8),
+    "1f1b, fp32, 8 micro-batches": (STAGED, {"precision": "fp32", "pipeline_schedule": "1f1b"}, 4, 8),
+    "interleaved, fp32, 8 micro-batches": (STAGED, {"precision": "fp32", "pipeline_schedule": "interleaved"}, 4, 8),
+    "1f1b, bf16, recomputed": ({**STAGED, "gradient_checkpointing": True, "vocab_size": 16384}, {"precision": "bf16"}, 8, 4),
+}
 
 
 def main() -> int:
@@ -52,7 +61,15 @@ def main() -> int:
         measured = json.loads(run_command([*command, "--measure", name]).output.splitlines()[-1])
         figures += [Figure(name, "measured", "MB", [round(measured)]), Figure(name, "estimated", "MB", [round(estimated)])]
         targets.append(Target(f"|estimated ÷ measured − 1|, {name}", abs(estimated / measured - 1), WITHIN, is_ceiling=True))
-    return finish("preflight", figures, {name: "measured" for name in CONFIGURATIONS}, " ".join(["python", *sys.argv]), targets)
+    for name in PIPELINES:
+        estimates, peaks = estimate_places(name), measure_places(name)
+        for place, (estimated, measured) in enumerate(zip(estimates, peaks, strict=True)):
+            work = f"{name}, rank {place}"
+            figures += [Figure(work, "measured", "MB", [round(measured)]), Figure(work, "estimated", "MB", [round(estimated)])]
+        off = max(abs(estimated / measured - 1) for estimated, measured in zip(estimates, peaks, strict=True))
+        targets.append(Target(f"|estimated ÷ measured − 1|, {name}", off, WITHIN, is_ceiling=True))
+    works = {figure.work: "measured" for figure in figures}
+    return finish("preflight", figures, works, " ".join(["python", *sys.argv]), targets)
 
 
 def estimate(name: str) -> float:
@@ -67,6 +84,32 @@ def estimate(name: str) -> float:
         ).peak()
         / MEGABYTE
     )
+
+
+def estimate_places(name: str) -> list[float]:
+    """Megabytes of a step on each rank of a pipeline above what it holds between steps."""
+    from llm_trainer.config import ModelConfig, TrainingConfig
+    from llm_trainer.training.stage_footprint import place_memories
+
+    shape, training, sequences, micro_batches = PIPELINES[name]
+    places = place_memories(
+        ModelConfig.model_validate(shape),
+        TrainingConfig.model_validate(training),
+        ranks=2,
+        sequences=sequences,
+        micro_batches=micro_batches,
+    )
+    return [max(map(sum, place.moments)) / MEGABYTE for place in places]
+
+
+def measure_places(name: str) -> list[float]:
+    """The same, of a step that two ranks take."""
+    shape, training, sequences, micro_batches = PIPELINES[name]
+    said = json.dumps([shape, {**training, "pipeline_parallel": 2}, sequences, micro_batches])
+    environment = ["env", "MALLOC_MMAP_THRESHOLD_=65536", "OMP_NUM_THREADS=1", f"PYTHONPATH={os.environ.get('PYTHONPATH', '')}"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    output = run_command([*environment, *launcher, Path(__file__).parent / "workers/pipeline_memory.py", said]).output
+    return [peak / MEGABYTE for peak in json.loads(output.splitlines()[-1])]
 
 
 def measure(name: str) -> float:

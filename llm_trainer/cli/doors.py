@@ -272,9 +272,8 @@ QUICKSTART = Door("llm-trainer quickstart", "From text to a talking model in min
 
 
 class PreflightOptions(Section):
-    """On what, and how it would be divided."""
+    """On what it would run."""
 
-    tensor: int = setting(1, "ranks that each matrix product is divided over", unit="ranks", aliases=("tensor_ranks",), gt=0)
     memory_gb: float | None = setting(
         None, "memory of one rank; none: this machine's free memory, of its GPU where there is one", unit="GB (1e9 bytes)", gt=0
     )

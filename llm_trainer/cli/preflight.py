@@ -25,7 +25,7 @@ def run(argv: list[str]) -> int:
         return 0
     assert isinstance(loaded.own, PreflightOptions)
     from llm_trainer.config.counting import parameter_count
-    from llm_trainer.diagnostics.preflight import RESERVE, Plan, rank_memory, recommend, traffic
+    from llm_trainer.diagnostics.preflight import RESERVE, Plan, rank_memories, recommend, traffic
 
     shape, training, own = loaded.config.model, loaded.config.training, loaded.own
     replicas = training.data_parallel or 1
@@ -33,15 +33,23 @@ def run(argv: list[str]) -> int:
     limit = int(own.memory_gb * GIGABYTE) if own.memory_gb is not None else _free_memory()
     for division in [batches] if bounds is None else divisions(batches, bounds):  # the first that fits, or the last
         sequences, times = division.micro_batch_size, division.gradient_accumulation_steps
-        plan = Plan(replicas, training.fsdp, own.tensor, sequences, times, training.offload_optimizer)
-        memory = rank_memory(shape, training, plan)
+        plan = Plan(
+            replicas, training.fsdp, training.tensor_parallel, sequences, times, training.offload_optimizer, training.pipeline_parallel
+        )
+        places = rank_memories(shape, training, plan)
+        memory = max(places, key=lambda place: place.total)
         if memory.total <= limit * (1 - RESERVE):
             break
     console = new_console()
     console.print(f"{parameter_count(shape):,} parameters, {_in_words(plan)}, context {shape.max_position_embeddings}\n", markup=False)
     _print_parts(console, memory)
+    if len(places) > 1:
+        each = ", ".join(_gb(place.total) for place in places)
+        console.print(
+            f"the ranks of the pipeline at their peaks ({training.pipeline_schedule}), of which the parts of the largest are above: {each}"
+        )
     if plan.ranks > 1:
-        console.print(f"each rank sends {_gb(traffic(shape, plan).total)} a step")
+        console.print(f"each rank sends {_gb(traffic(shape, plan, training.pipeline_schedule).total)} a step")
     fits = memory.total <= limit * (1 - RESERVE)
     console.print(
         f"\n{'It fits' if fits else 'It does not fit'}: {_gb(memory.total)} of {_gb(limit)}, {RESERVE:.0%} of which are left free"
@@ -97,8 +105,9 @@ def _print_parts(console: Console, memory: RankMemory) -> None:
 
 
 def _in_words(plan: Plan) -> str:
+    stages = f" × {plan.pipeline} ranks of a pipeline" if plan.pipeline > 1 else ""
     return (
-        f"{plan.replicate} replicas × {plan.shard} shards × {plan.tensor} tensor ranks, "
+        f"{plan.replicate} replicas × {plan.shard} shards × {plan.tensor} tensor ranks{stages}, "
         f"{plan.micro_batches} micro-batches of {plan.sequences} sequences"
     )
 

@@ -20,6 +20,7 @@ from llm_trainer.config.features import SWITCHES
 from llm_trainer.config.fields import Section, check_value
 from llm_trainer.config.files import read_settings
 from llm_trainer.config.flags import CommandLine, read_flags
+from llm_trainer.config.parallel import planned_ranks
 from llm_trainer.config.presets import preset
 from llm_trainer.config.run import RunConfig, path_aliases, section_types
 from llm_trainer.config.sources import OWN, Field, Names, Said, Value, settle
@@ -101,7 +102,7 @@ def load_run(door: Door, argv: Sequence[str]) -> LoadedRun:
     config = with_deepspeed_file(RunConfig.model_validate(sections))
     loaded = LoadedRun(config, own, _origins(values), line.explain, door, notes, [Path(name) for name in line.files])
     launch = launch_environment()
-    ranks = (config.training.data_parallel or 1) * config.training.fsdp if door.is_a_plan else launch.world_size
+    ranks = planned_ranks(config.training) if door.is_a_plan else launch.world_size
     check_run(config, loaded.origins, {entry.partition(".")[0] for entry in door.sections}, ranks)
     if launch.rank == 0:
         for note in notes:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from llm_trainer.config.batches import resolve_batches
 from llm_trainer.config.errors import UsageError
 from llm_trainer.config.model import ModelConfig
 from llm_trainer.config.training import TrainingConfig
+
+_STAGES_A_RANK = {"gpipe": 1, "1f1b": 1, "interleaved": 2}
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,11 @@ def _others(plan: ParallelPlan | TrainingConfig) -> list[tuple[str, int]]:
     return [(name, getattr(plan, name)) for name in ("fsdp", "tensor_parallel", "pipeline_parallel", "context_parallel")]
 
 
+def planned_ranks(training: TrainingConfig) -> int:
+    """The processes that the settings make where they say all of it; what is not said of data_parallel is 1."""
+    return math.prod(size for _, size in _others(training)) * (training.data_parallel or 1)
+
+
 def resolve_plan(training: TrainingConfig, ranks: int) -> ParallelPlan:
     """The plan for so many ranks; what is not said of data_parallel is what the others leave. Raises UsageError for a wrong product."""
     others = _others(training)
@@ -119,11 +127,34 @@ def check_shape(plan: ParallelPlan, model: ModelConfig) -> None:
         )
 
 
+def stages_of(schedule: str, ranks: int) -> int:
+    """How many stages a schedule makes of so many ranks."""
+    return _STAGES_A_RANK[schedule] * ranks
+
+
+def check_stages(ranks: int, schedule: str, layers: int, micro_batches: int) -> None:
+    """Raises UsageError where a pipeline's schedule cannot cut so many layers, or cannot run a step of so many micro-batches."""
+    stages = stages_of(schedule, ranks)
+    if ranks > 1 and layers < stages:
+        raise UsageError(
+            f"pipeline_schedule {schedule} makes {stages} stages of {ranks} ranks, but the model has {layers} layers; "
+            "take another schedule or fewer ranks"
+        )
+    rounds = max(1, micro_batches // ranks)
+    if ranks > 1 and schedule == "interleaved" and micro_batches % rounds:
+        raise UsageError(
+            f"pipeline_schedule interleaved sends a step's micro-batches in {rounds} equal rounds through {ranks} ranks, which "
+            f"{micro_batches} micro-batches do not make; take {micro_batches // ranks * ranks} or {-(-micro_batches // ranks) * ranks} "
+            "(batch_size, gradient_accumulation_steps), or pipeline_schedule 1f1b"
+        )
+
+
 def check_plan(training: TrainingConfig, model: ModelConfig, ranks: int) -> None:
     """Everything about the ranks that can be wrong before a model is there. Raises UsageError."""
     plan = resolve_plan(training, ranks)
-    resolve_batches(training, plan.data_ranks)
+    batches = resolve_batches(training, plan.data_ranks)
     check_shape(plan, model)
+    check_stages(plan.pipeline_parallel, training.pipeline_schedule, model.num_hidden_layers, batches.gradient_accumulation_steps)
 
 
 def _started(count: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -38,9 +39,14 @@ def measured_step(
         update(optimizers, parameters, loss, tokens, precision, training.max_grad_norm)
 
     run()
+    return peak_above(run, device)
+
+
+def peak_above(step: Callable[[], None], device: torch.device) -> int:
+    """Bytes that running `step` needs above what is held before it. Raises UsageError where the system does not tell."""
     before = _held(device)
     _forget_peak(device)
-    run()
+    step()
     return _peak(device) - before
 
 

@@ -7,17 +7,22 @@ A step's memory comes from `training/footprint.py`, which runs the step on tenso
 - shard: weights and optimizer are divided; the largest block is gathered whole, twice, while one is used and the next one arrives.
   Gradients are divided where a step is one micro-batch; with accumulation they are whole until the last one, which saves sending.
 - replicate: nothing is divided; DistributedDataParallel's buckets are a second copy of the gradients.
+- pipeline: each stage holds its layers, and the ends what belongs to them, and ranks need unlike amounts (`training/stage_footprint.py`).
+  Shards of a stage are gathered whole from the first micro-batch of a step to its last, and its gradients are whole until then.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from llm_trainer.config import TrainingConfig, UsageError
 from llm_trainer.config.counting import part_sizes
 from llm_trainer.config.model import ModelConfig
+from llm_trainer.config.parallel import check_stages, stages_of
 from llm_trainer.training.footprint import StepMemory, step_memory
 from llm_trainer.training.precision import PrecisionName
+from llm_trainer.training.stage_footprint import PlaceMemory, place_memories
 
 WEIGHT_BYTES = 4
 RESERVE = 0.1  # share of a device's memory left to the library's context, communication and fragments
@@ -25,7 +30,9 @@ RESERVE = 0.1  # share of a device's memory left to the library's context, commu
 
 @dataclass(frozen=True)
 class Plan:
-    """So many replicas × shards × tensor ranks; a rank sends `micro_batches` × `sequences` through the model in a step."""
+    """So many replicas × shards × tensor ranks × stages of a pipeline; a rank sends `micro_batches` × `sequences` through the model in a
+    step.
+    """
 
     replicate: int = 1
     shard: int = 1
@@ -33,11 +40,12 @@ class Plan:
     sequences: int = 8
     micro_batches: int = 1
     offload: bool = False  # the optimizer's state lies in host memory
+    pipeline: int = 1
 
     @property
     def ranks(self) -> int:
         """Processes that the plan takes."""
-        return self.replicate * self.shard * self.tensor
+        return self.replicate * self.shard * self.tensor * self.pipeline
 
 
 @dataclass(frozen=True)
@@ -55,11 +63,12 @@ class RankMemory:
     cache_a_sequence: int
     checkpoint: int
     on_host: int = 0
+    received: int = 0
 
     @property
     def total(self) -> int:
         """The peak of a training step."""
-        return self.weights + self.optimizer + self.gradients + self.activations + self.loss_buffers + self.gathered
+        return self.weights + self.optimizer + self.gradients + self.activations + self.loss_buffers + self.gathered + self.received
 
     @property
     def copies(self) -> int:
@@ -75,6 +84,7 @@ class RankMemory:
             "activations and temporaries": self.activations,
             "loss buffers (logits)": self.loss_buffers,
             "gathered blocks and buckets": self.gathered,
+            "buffers between stages": self.received,
         }
         return {name: size for name, size in named.items() if size or name == "gradients"}
 
@@ -97,20 +107,27 @@ def rank_shape(shape: ModelConfig, tensor: int) -> ModelConfig:
 
 
 def rank_memory(shape: ModelConfig, training: TrainingConfig, plan: Plan, precision: PrecisionName | None = None) -> RankMemory:
-    """Memory of one rank under `plan`. Raises UsageError for a plan that does not divide the shape."""
+    """Memory of one rank under `plan`, in a pipeline of the one that needs most. Raises UsageError where the plan does not divide."""
+    return max(rank_memories(shape, training, plan, precision), key=lambda memory: memory.total)
+
+
+def rank_memories(shape: ModelConfig, training: TrainingConfig, plan: Plan, precision: PrecisionName | None = None) -> list[RankMemory]:
+    """Memory of a rank of each of a pipeline's places, in their order; of one where there is no pipeline. Raises as `rank_memory`."""
     own = rank_shape(shape, plan.tensor)
-    step = step_memory(own, training, sequences=plan.sequences, micro_batches=plan.micro_batches, precision=precision)
-    return divided(own, step, plan, cache_a_sequence(own, precision or "bf16"), checkpoint_bytes(shape, training))
+    cache, checkpoint = cache_a_sequence(own, precision or "bf16"), checkpoint_bytes(shape, training)
+    check_stages(plan.pipeline, training.pipeline_schedule, shape.num_hidden_layers, plan.micro_batches)
+    return [divided(own, step, plan, cache, checkpoint) for step in _steps(own, training, plan, precision)]
 
 
-def divided(own: ModelConfig, step: StepMemory, plan: Plan, cache: int, checkpoint: int) -> RankMemory:
+def divided(own: ModelConfig, step: StepMemory | PlaceMemory, plan: Plan, cache: int, checkpoint: int) -> RankMemory:
     """A step's memory as the plan divides it."""
-    share = 1 / plan.shard if plan.micro_batches == 1 else 1.0
+    in_stages = isinstance(step, PlaceMemory)
+    share = 1 / plan.shard if plan.micro_batches == 1 and not in_stages else 1.0
     gradients, others = max(step.moments, key=lambda moment: share * moment[0] + moment[1])
     gathered = 0
     if plan.shard > 1:
-        gathered = 2 * WEIGHT_BYTES * largest_block(own)
-    elif plan.replicate > 1:
+        gathered = step.weights if in_stages else 2 * WEIGHT_BYTES * largest_block(own)
+    elif plan.replicate > 1 and not in_stages:
         gathered = step.weights
     return RankMemory(
         weights=step.weights // plan.shard,
@@ -122,6 +139,7 @@ def divided(own: ModelConfig, step: StepMemory, plan: Plan, cache: int, checkpoi
         cache_a_sequence=cache,
         checkpoint=checkpoint,
         on_host=step.optimizer // plan.shard if plan.offload else 0,
+        received=step.buffers if isinstance(step, PlaceMemory) else 0,
     )
 
 
@@ -154,23 +172,30 @@ class Traffic:
     gradients: int
     gathering: int
     tensor: int
+    pipeline: int = 0
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.gradients + self.gathering + self.tensor
+        return self.gradients + self.gathering + self.tensor + self.pipeline
 
 
-def traffic(shape: ModelConfig, plan: Plan) -> Traffic:
-    """What one rank sends: gradients in fp32 once a step, weights in fp32 twice a micro-batch where they are sharded, and four sums of
-    the residual stream in bf16 a layer and micro-batch where tensors are."""
-    held = WEIGHT_BYTES * sum(part_sizes(rank_shape(shape, plan.tensor)).values())
+def traffic(shape: ModelConfig, plan: Plan, schedule: str = "1f1b") -> Traffic:
+    """What one rank sends: gradients in fp32 once a step, weights in fp32 twice a micro-batch where they are sharded, four sums of
+    the residual stream in bf16 a layer and micro-batch where tensors are, the stream and its gradient in fp32 over each edge of a stage.
+
+    In a pipeline a stage of average size with neighbours on both sides is meant, whose shards are gathered once a step.
+    """
+    held = WEIGHT_BYTES * sum(part_sizes(rank_shape(shape, plan.tensor)).values()) // plan.pipeline
     part = held // plan.shard
     gradients = held * (plan.shard - 1) // plan.shard + 2 * part * (plan.replicate - 1) // plan.replicate
-    gathering = 2 * plan.micro_batches * held * (plan.shard - 1) // plan.shard
+    times = 2 * plan.micro_batches if plan.pipeline == 1 else 1
+    gathering = times * held * (plan.shard - 1) // plan.shard
     stream = 2 * plan.sequences * shape.max_position_embeddings * shape.hidden_size
-    sums = 4 * shape.num_hidden_layers * plan.micro_batches * 2 * stream * (plan.tensor - 1) // plan.tensor
-    return Traffic(gradients, gathering, sums)
+    layers = shape.num_hidden_layers // plan.pipeline
+    sums = 4 * layers * plan.micro_batches * 2 * stream * (plan.tensor - 1) // plan.tensor
+    edges = 2 * stages_of(schedule, 1) * plan.micro_batches * 2 * stream if plan.pipeline > 1 else 0
+    return Traffic(gradients, gathering, sums, edges)
 
 
 @dataclass(frozen=True)
@@ -194,31 +219,54 @@ def recommend(
 ) -> Advice | None:
     """The first that fits `limit` bytes a rank, in the order of what costs least; None where nothing does.
 
-    Replicas before shards before tensors (within a node), whole activations before recomputed ones, and micro-batches halved last.
+    Replicas before shards before tensors (within a node) before stages, whole activations before recomputed ones, and micro-batches halved
+    last. A step of the whole run stays what it is: n stages leave an n-th of the replicas and shards, each with n times the micro-batches.
     """
-    budget = int(limit * (1 - RESERVE))
-    for tensor in (size for size in (1, 2, 4, 8) if size <= min(node, ranks) and ranks % size == 0 and _divides(shape, size)):
-        own = rank_shape(shape, tensor)
-        if not plan.offload and _at_least(own, training, ranks // tensor, precision) > budget:
-            continue  # without running anything
-        for sequences in sorted({plan.sequences, max(1, plan.sequences // 2), max(1, plan.sequences // 4), 1}, reverse=True):
-            times = plan.micro_batches * plan.sequences // sequences
-            for recompute in (False, True):
-                step = step_memory(
-                    own.model_copy(update={"gradient_checkpointing": recompute}),
-                    training,
-                    sequences=sequences,
-                    micro_batches=times,
-                    precision=precision,
-                )
-                for shard in [1] if plan.offload else _shards(ranks // tensor):
-                    trial = replace(
-                        plan, replicate=ranks // tensor // shard, shard=shard, tensor=tensor, sequences=sequences, micro_batches=times
-                    )
-                    memory = divided(own, step, trial, cache_a_sequence(own, precision or "bf16"), checkpoint_bytes(shape, training))
-                    if memory.total <= budget:
-                        return Advice(trial, recompute, memory)
+    for stages in (size for size in (1, 2, 4, 8, 16) if ranks % size == 0 and _can_be_staged(shape, training, size, plan.micro_batches)):
+        for tensor in (size for size in (1, 2, 4, 8) if size <= min(node, ranks // stages) and ranks // stages % size == 0):
+            start = replace(plan, pipeline=stages, tensor=tensor, replicate=ranks // stages // tensor, shard=1)
+            start = replace(start, micro_batches=stages * plan.micro_batches)
+            if _divides(shape, tensor) and (found := _first_that_fits(shape, training, start, int(limit * (1 - RESERVE)), precision)):
+                return found
     return None
+
+
+def _can_be_staged(shape: ModelConfig, training: TrainingConfig, stages: int, micro_batches: int) -> bool:
+    try:
+        check_stages(stages, training.pipeline_schedule, shape.num_hidden_layers, stages * micro_batches)
+    except UsageError:
+        return False
+    return True
+
+
+def _first_that_fits(
+    shape: ModelConfig, training: TrainingConfig, start: Plan, budget: int, precision: PrecisionName | None
+) -> Advice | None:
+    """Of the ways to divide the replicas of `start` into shards, and its steps into micro-batches."""
+    own = rank_shape(shape, start.tensor)
+    if not start.offload and _at_least(own, training, start.replicate, precision) // start.pipeline > budget:
+        return None  # without running anything
+    cache, checkpoint = cache_a_sequence(own, precision or "bf16"), checkpoint_bytes(shape, training)
+    for sequences in sorted({start.sequences, max(1, start.sequences // 2), max(1, start.sequences // 4), 1}, reverse=True):
+        division = replace(start, sequences=sequences, micro_batches=start.micro_batches * start.sequences // sequences)
+        for recompute in (False, True):
+            steps = _steps(own.model_copy(update={"gradient_checkpointing": recompute}), training, division, precision)
+            for shard in [1] if start.offload else _shards(start.replicate):
+                trial = replace(division, replicate=start.replicate // shard, shard=shard)
+                memory = max((divided(own, step, trial, cache, checkpoint) for step in steps), key=lambda memory: memory.total)
+                if memory.total <= budget:
+                    return Advice(trial, recompute, memory)
+    return None
+
+
+def _steps(
+    own: ModelConfig, training: TrainingConfig, plan: Plan, precision: PrecisionName | None
+) -> Sequence[StepMemory] | Sequence[PlaceMemory]:
+    """A step's memory on a rank of each place of a pipeline, or on the only one."""
+    run = {"sequences": plan.sequences, "micro_batches": plan.micro_batches}
+    if plan.pipeline == 1:
+        return [step_memory(own, training, **run, precision=precision)]
+    return place_memories(own, training, ranks=plan.pipeline, **run, precision=precision)
 
 
 def _at_least(own: ModelConfig, training: TrainingConfig, shards: int, precision: PrecisionName | None) -> int:
@@ -229,7 +277,7 @@ def _at_least(own: ModelConfig, training: TrainingConfig, shards: int, precision
 
 
 def _divides(shape: ModelConfig, tensor: int) -> bool:
-    return shape.num_attention_heads % tensor == 0 and shape.mlp_width % tensor == 0
+    return shape.num_attention_heads % tensor == 0 and shape.kv_heads % tensor == 0 and shape.mlp_width % tensor == 0
 
 
 def _shards(ranks: int) -> list[int]:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from llm_trainer.config import ModelConfig, TrainingConfig
 from llm_trainer.config.counting import parameter_count
-from llm_trainer.diagnostics.preflight import Plan, recommend, traffic
+from llm_trainer.config.parallel import stages_of
+from llm_trainer.diagnostics.preflight import Plan, rank_memories, recommend, traffic
 
 LLAMA = {"model_type": "llama", "max_position_embeddings": 4096}
 # name → shape and the micro-batch that is tried first
@@ -28,6 +29,12 @@ SHAPES: dict[str, tuple[dict[str, object], int]] = {
 }
 RANKS = (1, 8, 64, 1024)
 LIMIT = 80 * 10**9
+# name, plan, whether activations are recomputed: what stages need under each schedule
+STAGED: tuple[tuple[str, Plan, bool], ...] = (
+    ("7 B", Plan(tensor=1, pipeline=8, sequences=1, micro_batches=16), True),
+    ("70 B", Plan(tensor=8, pipeline=8, sequences=1, micro_batches=16), True),
+    ("70 B", Plan(tensor=8, pipeline=8, sequences=1, micro_batches=16), False),
+)
 
 
 def rows() -> Iterator[str]:
@@ -50,6 +57,30 @@ def rows() -> Iterator[str]:
             yield f"{head} {ways} | {steps} | {'yes' if advice.recompute else 'no'} | {peak:.1f} GB | {sent:.2f} GB |"
 
 
+def stage_rows() -> Iterator[str]:
+    """One line a plan with stages and schedule."""
+    yield (
+        "| parameters | GPUs | tensor × pipeline | schedule | micro-batches × context | recomputed | peak, first – last rank | "
+        "a rank sends a step | idle |"
+    )
+    yield "|---|--:|---|---|---|---|--:|--:|--:|"
+    for name, plan, recompute in STAGED:
+        shape = ModelConfig.model_validate({**SHAPES[name][0], "gradient_checkpointing": recompute})
+        for schedule in ("gpipe", "1f1b", "interleaved"):
+            training = TrainingConfig.model_validate({"precision": "bf16", "pipeline_schedule": schedule})
+            peaks = [memory.total / 1e9 for memory in rank_memories(shape, training, plan)]
+            sent = traffic(shape, plan, schedule).total / 1e9
+            edges = plan.pipeline - 1
+            idle = edges / (edges + stages_of(schedule, 1) * plan.micro_batches)
+            yield (
+                f"| {name} | {plan.ranks} | {plan.tensor} × {plan.pipeline} | {schedule} | "
+                f"{plan.micro_batches} × {shape.max_position_embeddings} | {'yes' if recompute else 'no'} | "
+                f"{peaks[0]:.1f} – {peaks[-1]:.1f} GB | {sent:.2f} GB | {idle:.0%} |"
+            )
+
+
 if __name__ == "__main__":
-    for row in rows():
-        print(row, flush=True)
+    for table in (rows(), stage_rows()):
+        for row in table:
+            print(row, flush=True)
+        print()

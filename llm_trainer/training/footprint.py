@@ -6,12 +6,13 @@ autocast keeps) without a second description of it that could drift. A closed fo
 next change of a kernel. What a kernel uses inside itself is not seen.
 
 A deep stack is not run whole: blocks are alike, so two shallow stacks are, and the difference is carried on to the full depth.
+What a stage of a pipeline holds is found in the same way in `stage_footprint.py`.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -68,14 +69,23 @@ def step_memory(
 
     `precision` stands in for `auto` (default: bf16). From the third micro-batch on nothing is added, so two are run at most.
     """
-    name = precision or ("bf16" if training.precision == "auto" else training.precision)
-    run = (training, sequences, min(micro_batches, 2), name)
-    every = max(1, shape.checkpoint_every) if shape.gradient_checkpointing else 1
-    unit = every * -(-_SHALLOW // every)
+    run = (training, sequences, min(micro_batches, 2), counted_precision(training, precision))
+    unit = depth_unit(shape)
     if shape.num_hidden_layers <= 3 * unit:
         return _run_twice(shape, *run)
     low, high = (_run_twice(shape.model_copy(update={"num_hidden_layers": times * unit}), *run) for times in (2, 3))
     return _carried_on(low, high, (shape.num_hidden_layers - 3 * unit) / unit)
+
+
+def counted_precision(training: TrainingConfig, precision: PrecisionName | None) -> PrecisionName:
+    """What is counted with: `precision` where it is said, bf16 for `auto`."""
+    return precision or ("bf16" if training.precision == "auto" else training.precision)
+
+
+def depth_unit(shape: ModelConfig) -> int:
+    """Layers by which one shallow stack is deeper than another: whole turns of recomputation."""
+    every = max(1, shape.checkpoint_every) if shape.gradient_checkpointing else 1
+    return every * -(-_SHALLOW // every)
 
 
 def _carried_on(low: StepMemory, high: StepMemory, times: float) -> StepMemory:
@@ -91,7 +101,7 @@ def _carried_on(low: StepMemory, high: StepMemory, times: float) -> StepMemory:
     return StepMemory(on(low.weights, high.weights), on(low.optimizer, high.optimizer), on(low.kept, high.kept), tuple(moments))
 
 
-class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes of the tensors alive, gradients apart, and the highest moments."""
 
     def __init__(self) -> None:
@@ -112,6 +122,8 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _note(self, tensor: Tensor) -> None:
+        if tensor.device.type == "meta":  # what another stage of a pipeline holds
+            return
         storage = tensor.untyped_storage()
         if storage in self._known:
             return
@@ -142,13 +154,13 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _run_twice(shape: ModelConfig, training: TrainingConfig, sequences: int, micro_batches: int, name: PrecisionName) -> StepMemory:
     """The first step makes what the optimizers and the loss keep; the second is the one that is noted."""
-    with FakeTensorMode(allow_non_fake_inputs=True), _Ledger() as ledger:
+    with FakeTensorMode(allow_non_fake_inputs=True), Ledger() as ledger:
         model = Transformer(shape).train()
         optimizers = build_optimizers(model, training)
         step = TrainingStep(model, NextToken(training.loss))
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(ledger.is_gradient)  # type: ignore[no-untyped-call]
-        precision = Precision("fp32" if name == "fp32" else "bf16", torch.device("cpu"))  # fp16 has the same sizes
+        precision = precision_of(name)
         tokens = torch.zeros((sequences, shape.max_position_embeddings), dtype=torch.int64)
         batch = Batch(tokens, tokens, None, tokens.numel())
         _step(step, batch, micro_batches, precision, optimizers, training.max_grad_norm)
@@ -156,10 +168,20 @@ def _run_twice(shape: ModelConfig, training: TrainingConfig, sequences: int, mic
         ledger.moments.clear()
         _step(step, batch, micro_batches, precision, optimizers, training.max_grad_norm)
         weights = sum(parameter.nbytes for parameter in model.parameters())
-        state = (tensor for optimizer in optimizers for values in optimizer.state.values() for tensor in values.values())
-        held = sum(tensor.nbytes for tensor in state if isinstance(tensor, Tensor))
+        held = state_bytes(optimizers)
         moments = tuple((gradients, others - base) for gradients, others in ledger.moments.items())
         return StepMemory(weights, held, max(0, base - weights - held), moments)
+
+
+def precision_of(name: PrecisionName) -> Precision:
+    """Arithmetic with the sizes of this one: fp16 has those of bf16."""
+    return Precision("fp32" if name == "fp32" else "bf16", torch.device("cpu"))
+
+
+def state_bytes(optimizers: Iterable[torch.optim.Optimizer]) -> int:
+    """Bytes of the tensors that optimizers keep."""
+    state = (tensor for optimizer in optimizers for values in optimizer.state.values() for tensor in values.values())
+    return sum(tensor.nbytes for tensor in state if isinstance(tensor, Tensor))
 
 
 def _step(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_trainer.config import UsageError
+from llm_trainer.config.parallel import stages_of
 from llm_trainer.data.sampling.samplers import Batch
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.objectives import LossSum, NextToken, seed_dropout
@@ -25,26 +26,21 @@ from llm_trainer.training.ranks import Ranks
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_STAGES_A_RANK = {"gpipe": 1, "1f1b": 1, "interleaved": 2}
-
 
 def stage_bounds(layers: int, stages: int) -> list[tuple[int, int]]:
     """First and last + 1 block of each stage: as equal as can be, the earlier ones, which hold no head, longer."""
     return [(-(-layers * stage // stages), -(-layers * (stage + 1) // stages)) for stage in range(stages)]
 
 
-def stages_of(schedule: str, ranks: int) -> int:
-    """How many stages a schedule makes of so many ranks."""
-    return _STAGES_A_RANK[schedule] * ranks
-
-
 class Stage(nn.Module):
-    """One stage: ids or hidden states in, hidden states out. `model` is the whole one, of which it runs its own part."""
+    """One stage: ids or hidden states in, hidden states out. `model` is the whole one, of which it runs its own part: `blocks`, first and
+    last + 1 (default: those of its place).
+    """
 
-    def __init__(self, model: Transformer, number: int, count: int) -> None:
+    def __init__(self, model: Transformer, number: int, count: int, blocks: tuple[int, int] | None = None) -> None:
         super().__init__()
         self.number, self.is_first, self.is_last = number, number == 0, number == count - 1
-        first, last = stage_bounds(model.config.num_hidden_layers, count)[number]
+        first, last = blocks or stage_bounds(model.config.num_hidden_layers, count)[number]
         self.window = copy.copy(model)
         self.window._modules = dict(model._modules)
         self.window.blocks = nn.ModuleList(model.blocks[first:last])
@@ -82,12 +78,6 @@ class Pipeline(nn.Module):
         self.count = stages_of(schedule, plan.pipeline_parallel)
         if model.config.has_adapters:
             raise UsageError("adapters do not go with a pipeline, where the ends of a model are on different ranks; use fsdp with them")
-        layers = model.config.num_hidden_layers
-        if layers < self.count:
-            raise UsageError(
-                f"pipeline_schedule {schedule} makes {self.count} stages of {plan.pipeline_parallel} ranks, "
-                f"but the model has {layers} layers; take another schedule or fewer ranks"
-            )
         self.place = plan.stage(ranks.rank)
         self.size = plan.pipeline_parallel
         self.stages = nn.ModuleList(Stage(model, number, self.count) for number in range(self.place, self.count, self.size))

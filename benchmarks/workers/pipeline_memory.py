@@ -1,0 +1,46 @@
+"""Under torchrun: the peak that a step on a pipeline needs above what each rank held before it, in bytes, one JSON line a rank.
+
+Run as `torchrun … pipeline_memory.py JSON`: the shape, the training settings, sequences and micro-batches.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+
+from llm_trainer.config import ModelConfig, TrainingConfig
+from llm_trainer.config.environment import launch_environment
+from llm_trainer.data.sampling.batch import Batch
+from llm_trainer.diagnostics.measuring import peak_above
+from llm_trainer.model.transformer import Transformer
+from llm_trainer.training.engine import build_engine
+from llm_trainer.training.ranks import joined
+
+
+def main(said: str) -> None:
+    """Two steps on random tokens, the second one measured."""
+    torch.manual_seed(0)
+    shape, training, sequences, micro_batches = json.loads(said)
+    config, settings = ModelConfig.model_validate(shape), TrainingConfig.model_validate({**training, "device": "cpu"})
+    with joined(launch_environment(), settings) as ranks:
+        engine = build_engine(Transformer(config), settings, None, ranks, torch.device("cpu"))
+        engine.model.train()
+        engine.start(settings.precision, "off")
+        ids = torch.randint(config.vocab_size, (sequences, config.max_position_embeddings))
+        batches = [Batch(ids, ids, None, ids.numel())] * micro_batches
+
+        def step() -> None:
+            engine.step(batches, ids.numel() * micro_batches, rate_factor=1.0, index=0)
+
+        step()
+        ranks.wait()
+        peak = peak_above(step, torch.device("cpu"))
+        peaks = ranks.texts(str(peak))
+        if ranks.is_main:
+            print(json.dumps([int(one) for one in peaks]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
