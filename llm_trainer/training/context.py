@@ -11,6 +11,7 @@ much to do, since a piece attends to the pieces up to its own only.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -41,11 +42,24 @@ def part_of(batch: Batch, ranks: Ranks) -> Batch:
     return replace(batch, input_ids=batch.input_ids[:, places], labels=labels, num_supervised=int((labels != IGNORED).sum()))
 
 
-class ContextShare:
-    """A rank's part of sequences that are cut over the ranks of `mesh` (one dimension): the model's `Share`."""
+def share_over(mesh: DeviceMesh) -> ContextShare:
+    """This rank's part of sequences that are cut over the ranks of `mesh` (one dimension)."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-    def __init__(self, mesh: DeviceMesh) -> None:
-        self._mesh, self._rank, self._ranks = mesh, mesh.get_local_rank(), mesh.size()
+    def gather(own: Tensor) -> Tensor:
+        cut = DTensor.from_local(own, mesh, [Shard(0)], run_check=False)
+        return cut.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+
+    return ContextShare(mesh.get_local_rank(), mesh.size(), gather)
+
+
+class ContextShare:
+    """The part of each sequence that `rank` of `ranks` has: the model's `Share`. `gather` joins the tensors of all ranks along their first
+    dimension, and sums gradients back.
+    """
+
+    def __init__(self, rank: int, ranks: int, gather: Callable[[Tensor], Tensor]) -> None:
+        self._rank, self._ranks, self._gather = rank, ranks, gather
         self._masks: dict[tuple[int, int, torch.dtype], Tensor] = {}
 
     def places(self, count: int, device: torch.device) -> tuple[int, Tensor]:
@@ -69,12 +83,8 @@ class ContextShare:
 
     def _gathered(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (B, KV, T, D) of all ranks' tokens, in the sequence's order, up to the last that this rank's tokens see."""
-        from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-
         both = torch.stack((keys, values))
-        cut = DTensor.from_local(both, self._mesh, [Shard(0)], run_check=False)
-        whole = cut.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
-        of_ranks = whole.view(self._ranks, *both.shape).chunk(2, dim=-2)  # the first piece of each, and the second
+        of_ranks = self._gather(both).view(self._ranks, *both.shape).chunk(2, dim=-2)  # the first piece of each, and the second
         seen = 2 * self._ranks - self._rank
         in_order = [of_ranks[place][rank] for place, rank in self._holders()[:seen]]
         found = torch.cat(in_order, dim=-2)

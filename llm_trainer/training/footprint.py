@@ -26,6 +26,7 @@ from llm_trainer.config import TrainingConfig
 from llm_trainer.config.model import ModelConfig
 from llm_trainer.data.sampling.samplers import Batch
 from llm_trainer.model.transformer import Transformer
+from llm_trainer.training.context import ContextShare
 from llm_trainer.training.objectives import NextToken, TrainingStep
 from llm_trainer.training.optimizers import build_optimizers
 from llm_trainer.training.precision import Precision, PrecisionName
@@ -65,7 +66,8 @@ class StepMemory:
 def step_memory(
     shape: ModelConfig, training: TrainingConfig, *, sequences: int, micro_batches: int = 1, precision: PrecisionName | None = None
 ) -> StepMemory:
-    """What a step of `micro_batches` × `sequences` at the full context needs, uncompiled, with kernels as on a CPU.
+    """What a step of `micro_batches` × `sequences` at the full context needs, uncompiled, with kernels as on a CPU; where ranks share
+    sequences, what the rank needs that gathers most.
 
     `precision` stands in for `auto` (default: bf16). From the third micro-batch on nothing is added, so two are run at most.
     """
@@ -161,7 +163,10 @@ def _run_twice(shape: ModelConfig, training: TrainingConfig, sequences: int, mic
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(ledger.is_gradient)  # type: ignore[no-untyped-call]
         precision = precision_of(name)
-        tokens = torch.zeros((sequences, shape.max_position_embeddings), dtype=torch.int64)
+        parts = training.context_parallel
+        if parts > 1:  # the first rank gathers most
+            model.take_share(ContextShare(0, parts, lambda own: torch.cat([own] * parts)))
+        tokens = torch.zeros((sequences, shape.max_position_embeddings // parts), dtype=torch.int64)
         batch = Batch(tokens, tokens, None, tokens.numel())
         _step(step, batch, micro_batches, precision, optimizers, training.max_grad_norm)
         base = ledger.others

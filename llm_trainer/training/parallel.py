@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from llm_trainer.config.parallel import ParallelPlan, check_shape
 from llm_trainer.model.huggingface import load_weights
-from llm_trainer.training.context import ContextShare
+from llm_trainer.training.context import share_over
 from llm_trainer.training.matrices import cut_matrices, gradients_in_parts, sum_over
 from llm_trainer.training.objectives import TrainingStep
 from llm_trainer.training.ranks import Ranks
@@ -49,7 +49,7 @@ def shard(step: TrainingStep, ranks: Ranks) -> list[Shared]:
     if plan.tensor_parallel > 1:
         cut_matrices(step.model, ranks.mesh(_kind(step))["tensor"])
     if plan.context_parallel > 1:
-        step.model.take_share(ContextShare(ranks.context_mesh(_kind(step))))
+        step.model.take_share(share_over(ranks.context_mesh(_kind(step))))
     if is_fully_sharded(plan):
         mesh = ranks.mesh(_kind(step))
         shard_fully(step.model.blocks, step, mesh["replicate", "shard"] if plan.data_parallel > 1 else mesh["shard"])

@@ -8,7 +8,6 @@ import pytest
 from test_ranks import LLAMA, LORA, STEPS, TOLERANCE, a_run, differences, on_ranks, series
 
 from llm_trainer.config.run_folder import verify
-from llm_trainer.training.context import places_of
 
 CONTEXT = {"context_parallel": 2}
 PACKED = {"document_every": 5}
@@ -73,14 +72,6 @@ def test_ranks_that_share_sequences_hold_and_save_shards(folder: Path) -> None:
     sizes = [path.stat().st_size for path in sorted((saved / "optimizer").iterdir())]
     assert len(sizes) == 2
     assert max(sizes) < 1.2 * min(sizes)
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
-def test_each_token_is_one_ranks_and_all_attend_equally_much(ranks: int) -> None:
-    length = 2 * ranks * 5
-    places = [places_of(rank, ranks, length) for rank in range(ranks)]
-    assert sorted(int(place) for one in places for place in one) == list(range(length))
-    assert {int((one + 1).sum()) for one in places} == {length * (length + 1) // 2 // ranks}
 
 
 @pytest.mark.slow

@@ -100,6 +100,12 @@ def test_a_run_goes_on_in_the_middle_of_its_schedule_on_another_number_of_ranks(
 
 
 @pytest.mark.slow
+def test_every_operation_is_the_same_where_ranks_share_sequences(folder: Path) -> None:
+    on_ranks(2, folder, [a_run("context-adamw", context_parallel=2)])
+    test_every_operation_is_the_same_on_two_ranks(folder, "context", "adamw")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", TOLERANCE)
 def test_every_operation_is_the_same_compiled(folder: Path, optimizer: str) -> None:
     on_ranks(1, folder, [a_run(f"compiled-{optimizer}", optimizer=optimizer, compile="on")])
