@@ -34,8 +34,9 @@ def run(argv: list[str]) -> int:
     for division in [batches] if bounds is None else divisions(batches, bounds):  # the first that fits, or the last
         sequences, times = division.micro_batch_size, division.gradient_accumulation_steps
         plan = Plan(
-            replicas, training.fsdp, training.tensor_parallel, sequences, times, training.offload_optimizer, training.pipeline_parallel
-        )
+            replicas, training.fsdp, training.tensor_parallel, sequences, times, training.offload_optimizer, training.pipeline_parallel,
+            training.context_parallel,
+        )  # fmt: skip
         places = rank_memories(shape, training, plan)
         memory = max(places, key=lambda place: place.total)
         if memory.total <= limit * (1 - RESERVE):
@@ -106,6 +107,7 @@ def _print_parts(console: Console, memory: RankMemory) -> None:
 
 def _in_words(plan: Plan) -> str:
     stages = f" × {plan.pipeline} ranks of a pipeline" if plan.pipeline > 1 else ""
+    stages += f" × {plan.context} ranks that share each sequence" if plan.context > 1 else ""
     return (
         f"{plan.replicate} replicas × {plan.shard} shards × {plan.tensor} tensor ranks{stages}, "
         f"{plan.micro_batches} micro-batches of {plan.sequences} sequences"

@@ -9,6 +9,8 @@ A step's memory comes from `training/footprint.py`, which runs the step on tenso
 - replicate: nothing is divided; DistributedDataParallel's buckets are a second copy of the gradients.
 - pipeline: each stage holds its layers, and the ends what belongs to them, and ranks need unlike amounts (`training/stage_footprint.py`).
   Shards of a stage are gathered whole from the first micro-batch of a step to its last, and its gradients are whole until then.
+- context: a step is run on the part of each sequence that a rank has, with the keys and values that it gathers; the state is divided as
+  by shards.
 """
 
 from __future__ import annotations
@@ -19,19 +21,20 @@ from dataclasses import dataclass, replace
 from llm_trainer.config import TrainingConfig, UsageError
 from llm_trainer.config.counting import part_sizes
 from llm_trainer.config.model import ModelConfig
-from llm_trainer.config.parallel import check_stages, stages_of
+from llm_trainer.config.parallel import ParallelPlan, check_shape, check_stages, stages_of
 from llm_trainer.training.footprint import StepMemory, step_memory
 from llm_trainer.training.precision import PrecisionName
 from llm_trainer.training.stage_footprint import PlaceMemory, place_memories
 
 WEIGHT_BYTES = 4
+_STAGES = (1, 2, 4, 8, 16)  # pipelines that are tried
 RESERVE = 0.1  # share of a device's memory left to the library's context, communication and fragments
 
 
 @dataclass(frozen=True)
 class Plan:
-    """So many replicas × shards × tensor ranks × stages of a pipeline; a rank sends `micro_batches` × `sequences` through the model in a
-    step.
+    """So many replicas × shards × ranks that share each sequence × tensor ranks × stages of a pipeline; a rank sends `micro_batches` ×
+    `sequences`, or its part of each, through the model in a step.
     """
 
     replicate: int = 1
@@ -41,11 +44,17 @@ class Plan:
     micro_batches: int = 1
     offload: bool = False  # the optimizer's state lies in host memory
     pipeline: int = 1
+    context: int = 1
 
     @property
     def ranks(self) -> int:
         """Processes that the plan takes."""
-        return self.replicate * self.shard * self.tensor * self.pipeline
+        return self.replicate * self.shards * self.tensor * self.pipeline
+
+    @property
+    def shards(self) -> int:
+        """Ranks over which a replica's state is cut: those that share sequences too."""
+        return self.shard * self.context
 
 
 @dataclass(frozen=True)
@@ -116,29 +125,30 @@ def rank_memories(shape: ModelConfig, training: TrainingConfig, plan: Plan, prec
     own = rank_shape(shape, plan.tensor)
     cache, checkpoint = cache_a_sequence(own, precision or "bf16"), checkpoint_bytes(shape, training)
     check_stages(plan.pipeline, training.pipeline_schedule, shape.num_hidden_layers, plan.micro_batches)
+    check_shape(ParallelPlan(context_parallel=plan.context, pipeline_parallel=plan.pipeline), shape)
     return [divided(own, step, plan, cache, checkpoint) for step in _steps(own, training, plan, precision)]
 
 
 def divided(own: ModelConfig, step: StepMemory | PlaceMemory, plan: Plan, cache: int, checkpoint: int) -> RankMemory:
     """A step's memory as the plan divides it."""
     in_stages = isinstance(step, PlaceMemory)
-    share = 1 / plan.shard if plan.micro_batches == 1 and not in_stages else 1.0
+    share = 1 / plan.shards if plan.micro_batches == 1 and not in_stages else 1.0
     gradients, others = max(step.moments, key=lambda moment: share * moment[0] + moment[1])
     gathered = 0
-    if plan.shard > 1:
+    if plan.shards > 1:
         gathered = step.weights if in_stages else 2 * WEIGHT_BYTES * largest_block(own)
     elif plan.replicate > 1 and not in_stages:
         gathered = step.weights
     return RankMemory(
-        weights=step.weights // plan.shard,
-        optimizer=0 if plan.offload else step.optimizer // plan.shard,
+        weights=step.weights // plan.shards,
+        optimizer=0 if plan.offload else step.optimizer // plan.shards,
         gradients=int(gradients * share),
         activations=others,
         loss_buffers=step.kept,
         gathered=gathered,
         cache_a_sequence=cache,
         checkpoint=checkpoint,
-        on_host=step.optimizer // plan.shard if plan.offload else 0,
+        on_host=step.optimizer // plan.shards if plan.offload else 0,
         received=step.buffers if isinstance(step, PlaceMemory) else 0,
     )
 
@@ -173,29 +183,35 @@ class Traffic:
     gathering: int
     tensor: int
     pipeline: int = 0
+    context: int = 0
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.gradients + self.gathering + self.tensor + self.pipeline
+        return self.gradients + self.gathering + self.tensor + self.pipeline + self.context
 
 
 def traffic(shape: ModelConfig, plan: Plan, schedule: str = "1f1b") -> Traffic:
     """What one rank sends: gradients in fp32 once a step, weights in fp32 twice a micro-batch where they are sharded, four sums of
-    the residual stream in bf16 a layer and micro-batch where tensors are, the stream and its gradient in fp32 over each edge of a stage.
+    the residual stream in bf16 a layer and micro-batch where tensors are, the stream and its gradient in fp32 over each edge of a stage;
+    keys and values and their gradients in bf16 a layer and micro-batch where sequences are shared.
 
     In a pipeline a stage of average size with neighbours on both sides is meant, whose shards are gathered once a step.
     """
-    held = WEIGHT_BYTES * sum(part_sizes(rank_shape(shape, plan.tensor)).values()) // plan.pipeline
-    part = held // plan.shard
-    gradients = held * (plan.shard - 1) // plan.shard + 2 * part * (plan.replicate - 1) // plan.replicate
+    own = rank_shape(shape, plan.tensor)
+    held = WEIGHT_BYTES * sum(part_sizes(own).values()) // plan.pipeline
+    part = held // plan.shards
+    gradients = held * (plan.shards - 1) // plan.shards + 2 * part * (plan.replicate - 1) // plan.replicate
     times = 2 * plan.micro_batches if plan.pipeline == 1 else 1
-    gathering = times * held * (plan.shard - 1) // plan.shard
-    stream = 2 * plan.sequences * shape.max_position_embeddings * shape.hidden_size
+    gathering = times * held * (plan.shards - 1) // plan.shards
+    tokens = plan.sequences * shape.max_position_embeddings // plan.context
+    stream = 2 * tokens * shape.hidden_size
     layers = shape.num_hidden_layers // plan.pipeline
     sums = 4 * layers * plan.micro_batches * 2 * stream * (plan.tensor - 1) // plan.tensor
     edges = 2 * stages_of(schedule, 1) * plan.micro_batches * 2 * stream if plan.pipeline > 1 else 0
-    return Traffic(gradients, gathering, sums, edges)
+    keys_and_values = 2 * 2 * tokens * own.kv_heads * own.head_width
+    shared = 2 * layers * plan.micro_batches * keys_and_values * (plan.context - 1)
+    return Traffic(gradients, gathering, sums, edges, shared)
 
 
 @dataclass(frozen=True)
@@ -221,8 +237,12 @@ def recommend(
 
     Replicas before shards before tensors (within a node) before stages, whole activations before recomputed ones, and micro-batches halved
     last. A step of the whole run stays what it is: n stages leave an n-th of the replicas and shards, each with n times the micro-batches.
+    As many ranks share each sequence as `plan` says.
     """
-    for stages in (size for size in (1, 2, 4, 8, 16) if ranks % size == 0 and _can_be_staged(shape, training, size, plan.micro_batches)):
+    ranks //= plan.context
+    for stages in (size for size in _STAGES[: 1 if plan.context > 1 else None] if ranks % size == 0):
+        if not _can_be_staged(shape, training, stages, plan.micro_batches):
+            continue
         for tensor in (size for size in (1, 2, 4, 8) if size <= min(node, ranks // stages) and ranks // stages % size == 0):
             start = replace(plan, pipeline=stages, tensor=tensor, replicate=ranks // stages // tensor, shard=1)
             start = replace(start, micro_batches=stages * plan.micro_batches)
@@ -244,7 +264,7 @@ def _first_that_fits(
 ) -> Advice | None:
     """Of the ways to divide the replicas of `start` into shards, and its steps into micro-batches."""
     own = rank_shape(shape, start.tensor)
-    if not start.offload and _at_least(own, training, start.replicate, precision) // start.pipeline > budget:
+    if not start.offload and _at_least(own, training, start.replicate * start.context, precision) // start.pipeline > budget:
         return None  # without running anything
     cache, checkpoint = cache_a_sequence(own, precision or "bf16"), checkpoint_bytes(shape, training)
     for sequences in sorted({start.sequences, max(1, start.sequences // 2), max(1, start.sequences // 4), 1}, reverse=True):
@@ -264,6 +284,7 @@ def _steps(
 ) -> Sequence[StepMemory] | Sequence[PlaceMemory]:
     """A step's memory on a rank of each place of a pipeline, or on the only one."""
     run = {"sequences": plan.sequences, "micro_batches": plan.micro_batches}
+    training = training.model_copy(update={"context_parallel": plan.context})
     if plan.pipeline == 1:
         return [step_memory(own, training, **run, precision=precision)]
     return place_memories(own, training, ranks=plan.pipeline, **run, precision=precision)

@@ -83,6 +83,21 @@ def test_replicas_send_gradients_twice_around_and_one_rank_sends_nothing() -> No
     assert traffic(_shape(), Plan(shard=2)).total == held // 2 + held
 
 
+def test_ranks_that_share_sequences_divide_the_state_and_the_activations_and_send_keys_and_values() -> None:
+    training = TrainingConfig(precision="fp32")
+    alone, shared = rank_memory(_shape(), training, Plan(sequences=4)), rank_memory(_shape(), training, Plan(sequences=4, context=2))
+    assert shared.weights == alone.weights // 2
+    assert shared.optimizer == alone.optimizer // 2
+    assert alone.activations / 2 < shared.activations < alone.activations
+    own = 2 * 2 * 4 * 128 // 2 * _shape().kv_heads * _shape().head_width  # keys and values of its half, in bf16
+    assert traffic(_shape(), Plan(sequences=4, context=2)).context == 2 * _shape().num_hidden_layers * own
+    with pytest.raises(UsageError, match="6 does not divide the context of 128 tokens"):
+        rank_memory(_shape(), training, Plan(context=3))
+    advice = recommend(_shape(), training, 4, int(alone.total * 0.9), Plan(sequences=4, context=2))
+    assert advice is not None
+    assert (advice.plan.context, advice.plan.ranks) == (2, 4)
+
+
 def test_advice_fits_and_is_none_where_nothing_can() -> None:
     training = TrainingConfig(precision="fp32")
     start = Plan(sequences=8)
@@ -104,6 +119,8 @@ def test_the_command_says_whether_it_fits_and_what_would(capsys: pytest.CaptureF
 
 def test_the_plan_is_the_settings_own_though_one_process_runs(capsys: pytest.CaptureFixture[str]) -> None:
     said = [f"--{name}={value}" for name, value in SMALL.items()]
+    assert main(["preflight", *said, "--precision=fp32", "--memory_gb=4", "--context_parallel=2", "--batch_size=2"]) == 0
+    assert "1 replicas × 1 shards × 1 tensor ranks × 2 ranks that share each sequence" in capsys.readouterr().out
     assert main(["preflight", *said, "--precision=fp32", "--memory_gb=4", "--fsdp=4", "--data_parallel=2", "--batch_size=2"]) == 0
     told = capsys.readouterr().out
     assert "2 replicas × 4 shards × 1 tensor ranks" in told
