@@ -270,7 +270,8 @@ class TokenDataset:
     """The ids of one split as one stream, whatever files hold it.
 
     `num_bytes` is the size of the text in utf-8, None where it is unknown; `end_id` is the id that ends each document, None where there is
-    none; `fingerprint` changes with every change of the ids, their order, or the tokenizer.
+    none; `fingerprint` changes with every change of the ids, their order, or the tokenizer; `corpora` are those that the stream was joined
+    from, in order, with their tokens.
     """
 
     def __init__(
@@ -285,6 +286,7 @@ class TokenDataset:
         end_id: int | None = None,
         largest_id: int | None = None,
         source: str = "memory",
+        corpora: Sequence[tuple[str, int]] = (),
     ) -> None:
         self.id_arrays, self.start_arrays = list(ids), list(starts)
         self._first_token = np.cumsum([0, *map(len, ids)], dtype=np.int64)  # of each array in the stream
@@ -296,8 +298,15 @@ class TokenDataset:
         self.fingerprint = fingerprint
         self.end_id = end_id
         self.source = source
+        self.corpora = tuple(name for name, _ in corpora)
+        self._corpus_ends = np.cumsum([tokens for _, tokens in corpora], dtype=np.int64)
         self._known_largest = largest_id
         self.packed: dict[tuple[int, str, int], tuple[np.ndarray, np.ndarray]] = {}  # tables of rows by (context, strategy, stride)
+
+    def corpus_of(self, places: np.ndarray) -> np.ndarray:
+        """Which of `corpora` the token at each of these places of the stream is from, int64 of the same shape."""
+        found: np.ndarray = np.searchsorted(self._corpus_ends, places, side="right")
+        return found
 
     @classmethod
     def open(cls, folder: str | Path, split: str) -> TokenDataset:

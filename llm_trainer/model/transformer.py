@@ -22,7 +22,7 @@ from llm_trainer.config.errors import UsageError
 from llm_trainer.config.model import ModelConfig
 from llm_trainer.model.activations import ACTIVATIONS
 from llm_trainer.model.attention import Share, attend
-from llm_trainer.model.bottleneck import Bottleneck, Choice
+from llm_trainer.model.bottleneck import Bottleneck, Choice, chosen_domains
 from llm_trainer.model.cache import KVCache, LayerCache, Place
 from llm_trainer.model.norms import RMSNorm
 from llm_trainer.model.positions import Rotary, cache_mask, positions_in_documents, rotate, sequence_mask
@@ -291,7 +291,8 @@ class Transformer(nn.Module):
         sequences also where the model has its share of each (see `take_share`).
         positions (B, T): where each token stands; without a cache this moves position embeddings only, with one also the slots.
         cache: keys and values of earlier tokens; these ones are added (see KVCache).
-        domains (B,): whose adapter each row takes, by its number (see `domain_rows`); none: what `use_domain` said.
+        domains (B,) or (B, T): whose adapter each row, or each place, takes, by its number (see `domain_rows`); none: what `use_domain`
+        said.
         Raises UsageError where the sequence is longer than the context or the cache.
         """
         count = input_ids.size(1)
@@ -352,24 +353,15 @@ class Transformer(nn.Module):
             x = recomputed(block, x, *inputs, keep=self.config.checkpoint_keep) if every and number % every == 0 else block(x, *inputs)
         return x
 
-    def domain_rows(self, names: Sequence[str] | None) -> Tensor | None:
-        """The number of each row's domain, (B,); None where the model tells no domains apart or the rows have no names.
-
-        Raises UsageError for a domain that has no adapter.
-        """
+    def domain_rows(self, names: Sequence[str] | None, numbers: Tensor | None = None) -> Tensor | None:
+        """Whose adapter each row, (B,), or each place, (B, T), takes: `chosen_domains` of this model's; None where it tells none apart."""
         if names is None or not self.config.use_domain_adaptation:
             return None
-        return torch.tensor([self._domain_number(name) for name in names], device=self.wte.weight.device)
+        return chosen_domains(self.config.domain_names, names, numbers).to(self.wte.weight.device)
 
     def use_domain(self, name: str | None) -> None:
         """Whose adapter rows take of which no domain is given; None: none. Raises UsageError for a domain that has no adapter."""
-        self.domain = None if name is None else self._domain_number(name)
-
-    def _domain_number(self, name: str) -> int:
-        known = self.config.domain_names
-        if name not in known:
-            raise UsageError(f"the model has no adapter for the domain {name!r}; those that it has: {', '.join(known) or 'none'}")
-        return known.index(name)
+        self.domain = None if name is None else int(chosen_domains(self.config.domain_names, [name])[0])
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator | None = None) -> None:

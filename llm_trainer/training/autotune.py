@@ -89,12 +89,7 @@ class Probe:
         return rows if one * rows <= budget / 2 else max(1, min(rows, int(budget / 6 / one)))
 
     def _once(self, name: PrecisionName, rows: int) -> float:
-        batch = Batch(
-            self.batch.input_ids[:rows],
-            self.batch.labels[:rows],
-            None if self.batch.document_ids is None else self.batch.document_ids[:rows],
-            self.batch.num_supervised,
-        ).to(self.device)
+        batch = self.batch.first(rows).to(self.device)
         precision = Precision(name, self.device)
         _wait(self.device)
         start = time.perf_counter()

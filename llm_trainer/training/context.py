@@ -38,8 +38,11 @@ def part_of(batch: Batch, ranks: Ranks) -> Batch:
     if count == 1:
         return batch
     places = places_of(ranks.plan.context_rank(ranks.rank), count, batch.labels.size(1))
-    labels = batch.labels[:, places]
-    return replace(batch, input_ids=batch.input_ids[:, places], labels=labels, num_supervised=int((labels != IGNORED).sum()))
+    labels, sources = batch.labels[:, places], batch.sources
+    if sources is not None and sources.numbers.dim() == 2:
+        sources = replace(sources, numbers=sources.numbers[:, places])
+    supervised = int((labels != IGNORED).sum())
+    return replace(batch, input_ids=batch.input_ids[:, places], labels=labels, num_supervised=supervised, sources=sources)
 
 
 def share_over(mesh: DeviceMesh) -> ContextShare:

@@ -40,7 +40,7 @@ class NextToken:
 
     def __call__(self, model: Transformer, batch: Batch) -> LossSum:
         """Labels are already shifted; -100 is not supervised."""
-        domains = model.domain_rows(batch.sources)
+        domains = None if batch.sources is None else model.domain_rows(batch.sources.names, batch.sources.numbers)
         hidden = model.hidden_states(batch.input_ids, document_ids=batch.document_ids, domains=domains)  # (B, T, C)
         return self.of_hidden(model, hidden, batch.labels)
 

@@ -18,8 +18,12 @@ def count_sources(totals: dict[str, int], batches: Sequence[Batch], ranks: Ranks
         return
     counted: dict[str, int] = {}
     for batch in batches:
-        for source, tokens in zip(batch.sources or (), (batch.labels != IGNORED).sum(dim=1).tolist(), strict=True):
-            counted[source] = counted.get(source, 0) + tokens
+        if batch.sources is None:
+            continue
+        numbers = batch.sources.numbers.reshape(len(batch), -1).expand_as(batch.labels)[batch.labels != IGNORED]
+        for source, tokens in zip(batch.sources.names, numbers.bincount(minlength=len(batch.sources.names)).tolist(), strict=True):
+            if tokens:
+                counted[source] = counted.get(source, 0) + tokens
     for of_rank in (
         [counted] if ranks.count == 1 else map(json.loads, ranks.texts(json.dumps(counted if ranks.plan.speaks(ranks.rank) else {})))
     ):

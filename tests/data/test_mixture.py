@@ -94,7 +94,8 @@ def test_any_number_of_ranks_and_any_start_read_the_same_samples() -> None:
         for first, part in zip(order, parts, strict=True):
             assert torch.equal(part.input_ids, whole.input_ids[first : first + share])
             assert whole.sources is not None
-            assert part.sources == whole.sources[first : first + share]
+            assert part.sources is not None
+            assert part.sources.of_rows() == whole.sources.of_rows()[first : first + share]
 
 
 def test_a_sample_far_away_costs_no_more_than_a_near_one_and_agrees_with_counting() -> None:
@@ -116,7 +117,7 @@ def test_rows_are_those_of_the_corpora_and_say_where_they_are_from() -> None:
     sources, places = sampler.locate(np.arange(10, 60))
     for row, (source, place) in enumerate(zip(sources.tolist(), places.tolist(), strict=True)):
         name = f"c{source}"
-        assert batch.sources[row] == name
+        assert batch.sources.of_rows()[row] == name
         assert torch.equal(batch.input_ids[row], alone[name].batch(place, 1).input_ids[0])
         assert set((batch.input_ids[row] // 1000).tolist()) == {source}
     assert batch.num_supervised == int((batch.labels != IGNORED).sum())
@@ -142,10 +143,10 @@ def test_weights_are_shares_of_the_tokens_also_where_rows_are_padded(tmp_path: P
     batch = sampler.batch(0, 2 * sampler.samples_per_epoch)
     assert batch.sources is not None
     tokens = {name: 0 for name in parts}
-    for name, count in zip(batch.sources, (batch.labels != IGNORED).sum(dim=1).tolist(), strict=True):
+    for name, count in zip(batch.sources.of_rows(), (batch.labels != IGNORED).sum(dim=1).tolist(), strict=True):
         tokens[name] += count
     assert tokens["short"] / sum(tokens.values()) == pytest.approx(0.5, abs=0.01)
-    assert batch.sources.count("short") > 10 * batch.sources.count("long")
+    assert batch.sources.of_rows().count("short") > 10 * batch.sources.of_rows().count("long")
 
 
 def test_corpora_with_and_without_documents_to_mask_go_into_one_batch(tmp_path: Path) -> None:
@@ -161,7 +162,7 @@ def test_corpora_with_and_without_documents_to_mask_go_into_one_batch(tmp_path: 
     assert batch.sources is not None
     sampler = open_sampler(tokens, 8, 0)
     assert all(sampler.batch(number, 1).document_ids is not None for number in range(8))  # one form for every batch
-    for row, name in enumerate(batch.sources):
+    for row, name in enumerate(batch.sources.of_rows()):
         assert (int(batch.document_ids[row].max()) > 0) == (name == "many")
 
 

@@ -58,6 +58,45 @@ def test_each_row_takes_its_domains_adapter_alone_as_in_a_mixed_batch() -> None:
         assert (logits(model, IDS[row : row + 1])[0] - mixed[row]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("shape", [{}, {"model_type": "llama", "sliding_window": 3}])
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_documents_packed_in_a_row_have_the_logits_and_gradients_of_documents_alone(shape: dict[str, object], recomputes: bool) -> None:
+    lengths, names = [3, 4, 5], ["code", "law", "math"]
+    domains = model_of(**DOMAINS).config.domain_names
+    documents = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths)).expand(3, -1)
+    numbers = torch.tensor([[1, 0, 2], [0, 2, 2], [2, 1, 1]])  # which of `names` each row's documents are from
+    found = []
+    for is_packed in (True, False):
+        model = disturbed(model_of(**DOMAINS, gradient_checkpointing=recomputes, **shape)).train()
+        if is_packed:
+            places = numbers.repeat_interleave(torch.tensor(lengths), dim=1)
+            out = model(IDS, document_ids=documents, domains=model.domain_rows(names, places))
+        else:
+            rows = []
+            for row in range(3):
+                pieces = [
+                    model(piece[None], domains=model.domain_rows([names[number]]))
+                    for piece, number in zip(IDS[row].split(lengths), numbers[row].tolist(), strict=True)
+                ]
+                rows.append(torch.cat(pieces, 1))
+            out = torch.cat(rows)
+        out.square().sum().backward()
+        found.append((out.detach(), [parameter.grad for parameter in model.parameters()]))
+    assert len(domains) == 3
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
+def test_places_of_a_domain_without_an_adapter_take_none_and_rows_of_one_are_refused() -> None:
+    model = disturbed(model_of(**DOMAINS))
+    places = model.domain_rows(["poetry", "law"], torch.tensor([[0] * 12, [1] * 12, [0] * 12]))
+    with torch.no_grad():
+        mixed = model(IDS, domains=places)
+    torch.testing.assert_close(mixed[[0, 2]], logits(model)[[0, 2]])
+    torch.testing.assert_close(mixed[1], logits(model, names=["law"] * 3)[1], rtol=0, atol=1e-5)
+    with pytest.raises(UsageError, match="poetry"):
+        model.domain_rows(["poetry", "law"], torch.tensor([1, 0, 1]))
+
+
 def test_a_domains_rows_train_its_adapter_alone() -> None:
     model = disturbed(model_of(**DOMAINS))
     model(IDS, domains=model.domain_rows(["math", "code", "math"])).sum().backward()

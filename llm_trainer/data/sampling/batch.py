@@ -10,10 +10,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from llm_trainer.data.shards import TokenDataset
+
 IGNORED = -100  # the label of an id that is not supervised: PyTorch's own ignore_index
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Which corpora a batch is from: `numbers` int64 count in `names`, one a row, (B,), or where rows mix corpora one a place, (B, T)."""
+
+    names: tuple[str, ...]
+    numbers: Tensor
+
+    def of_rows(self) -> list[str]:
+        """The name of each row's corpus, where it is in one."""
+        return [self.names[number] for number in self.numbers.tolist()]
 
 
 @dataclass(frozen=True)
@@ -21,14 +36,14 @@ class Batch:
     """Rows for the model: `input_ids` and `labels` (B, T) int64, labels -100 where nothing is to be predicted.
 
     `document_ids` (B, T) int64 count the documents within each row from 0, or None where a row is one document.
-    `num_supervised` is the number of labels that are not -100. `sources` names each row's corpus in a mixture.
+    `num_supervised` is the number of labels that are not -100. `sources` says which corpora of a mixture they are from.
     """
 
     input_ids: Tensor
     labels: Tensor
     document_ids: Tensor | None
     num_supervised: int
-    sources: tuple[str, ...] | None = None
+    sources: Sources | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The same on `device`; to an accelerator through pinned memory, without waiting for the copy."""
@@ -41,6 +56,15 @@ class Batch:
 
         documents = None if self.document_ids is None else move(self.document_ids)
         return Batch(move(self.input_ids), move(self.labels), documents, self.num_supervised, self.sources)
+
+    def first(self, rows: int, places: int | None = None) -> Batch:
+        """The first rows, each up to `places`; `num_supervised` stays that of the whole."""
+        part = (slice(rows), slice(places))
+        documents = None if self.document_ids is None else self.document_ids[part]
+        sources = self.sources
+        if sources is not None:
+            sources = replace(sources, numbers=sources.numbers[part[: sources.numbers.ndim]])
+        return replace(self, input_ids=self.input_ids[part], labels=self.labels[part], document_ids=documents, sources=sources)
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -62,6 +86,11 @@ def joined(batches: Sequence[Batch], *, with_documents: bool) -> Batch:
         documents,
         sum(batch.num_supervised for batch in batches),
     )
+
+
+def sources_at(tokens: TokenDataset, places: np.ndarray) -> Sources | None:
+    """The corpora of the tokens at these places (B, T) of a stream; None for a stream of one."""
+    return Sources(tokens.corpora, torch.from_numpy(tokens.corpus_of(places))) if tokens.corpora else None
 
 
 def unsupervised(batch: Batch) -> Batch:

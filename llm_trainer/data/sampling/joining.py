@@ -29,6 +29,7 @@ class StreamFields(TypedDict):
     end_id: int | None
     largest_id: int | None
     source: str
+    corpora: list[tuple[str, int]]
 
 
 def joined_fields(parts: Mapping[str, TokenDataset], source: str) -> StreamFields:
@@ -53,4 +54,5 @@ def joined_fields(parts: Mapping[str, TokenDataset], source: str) -> StreamField
         end_id=first.end_id,
         largest_id=max(part.largest_id for part in parts.values()),
         source=source,
+        corpora=[(name, part.num_tokens) for name, part in parts.items()],
     )

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ import torch
 from llm_trainer.config.durations import Duration
 from llm_trainer.config.errors import UsageError
 from llm_trainer.config.mixture import MixtureStage, check_stages
-from llm_trainer.data.sampling.batch import Batch, Sampler, joined
+from llm_trainer.data.sampling.batch import Batch, Sampler, Sources, joined
 from llm_trainer.data.sampling.joining import joined_fields
 from llm_trainer.data.sampling.permutation import combine
 from llm_trainer.data.shards import TokenDataset
@@ -101,7 +102,7 @@ class MixtureSampler:
             parts.append(self._members[source].batch(int(places[chosen[0]]), len(chosen)))
             rows.append(chosen)
         whole = joined(parts, with_documents=self._masks).rows(torch.from_numpy(np.argsort(np.concatenate(rows))))
-        return Batch(whole.input_ids, whole.labels, whole.document_ids, whole.num_supervised, tuple(self.names[i] for i in sources))
+        return replace(whole, sources=Sources(tuple(self.names), torch.from_numpy(sources)))
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Which corpus each of these samples is from, and which of its samples it is; int64 of the same shape."""

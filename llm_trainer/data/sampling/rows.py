@@ -24,7 +24,7 @@ from rich.console import Console
 
 from llm_trainer.config.errors import DataError
 from llm_trainer.data.progress import ByteProgress
-from llm_trainer.data.sampling.batch import IGNORED, Batch
+from llm_trainer.data.sampling.batch import IGNORED, Batch, sources_at
 from llm_trainer.data.sampling.packing import PIECE, Packing, PieceFields, cut_documents, pack
 from llm_trainer.data.sampling.permutation import KeyedPermutation, combine
 from llm_trainer.data.shards import TokenDataset
@@ -52,14 +52,15 @@ class PackedRows:
     def rows(self, numbers: np.ndarray, rows: int | None = None) -> Batch:
         """The rows of these numbers, and rows without labels up to `rows`. Places that hold nothing are supervised nowhere."""
         shape = (len(numbers) if rows is None else rows, self._context)
-        inputs, documents = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+        inputs, documents, places = (np.zeros(shape, dtype=np.int64) for _ in range(3))
         labels = np.full(shape, IGNORED, dtype=np.int64)
         for row, number in enumerate(numbers.tolist()):
-            self._fill(number, inputs[row], labels[row], documents[row])
+            self._fill(number, inputs[row], labels[row], documents[row], places[row])
         found = torch.from_numpy(documents) if self._masked else None
-        return Batch(torch.from_numpy(inputs), torch.from_numpy(labels), found, int((labels != IGNORED).sum()))
+        supervised, sources = int((labels != IGNORED).sum()), sources_at(self._tokens, places)
+        return Batch(torch.from_numpy(inputs), torch.from_numpy(labels), found, supervised, sources)
 
-    def _fill(self, number: int, inputs: np.ndarray, labels: np.ndarray, documents: np.ndarray) -> None:
+    def _fill(self, number: int, inputs: np.ndarray, labels: np.ndarray, documents: np.ndarray, places: np.ndarray) -> None:
         begin = int(self._ends[number - 1]) if number else 0
         place = 0
         for document, (first, count, overlap, opens) in enumerate(self._pieces[begin : int(self._ends[number])].tolist()):
@@ -69,7 +70,7 @@ class PackedRows:
             self._tokens.read_into(first - (not opens), sequence[opens:])
             inputs[place : place + count], labels[place : place + count] = sequence[:-1], sequence[1:]
             labels[place : place + overlap] = IGNORED
-            documents[place : place + count] = document
+            documents[place : place + count], places[place : place + count] = document, np.arange(first, first + count)
             place += count
             documents[place:] = document + 1
 

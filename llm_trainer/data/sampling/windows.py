@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from llm_trainer.config.errors import DataError
-from llm_trainer.data.sampling.batch import IGNORED, Batch
+from llm_trainer.data.sampling.batch import IGNORED, Batch, sources_at
 from llm_trainer.data.sampling.packing import Packing, greedy_rows
 from llm_trainer.data.sampling.permutation import KeyedPermutation, combine
 from llm_trainer.data.shards import TokenDataset
@@ -127,7 +127,12 @@ class Windows:
         is_whole = (not self._masked or self._opens) and not self._stride
         supervised = int(lengths.sum()) if is_whole else int((labels != IGNORED).sum())
         inputs = torch.from_numpy(ids)[:, :-1].contiguous()
-        return Batch(inputs, torch.from_numpy(labels), None if documents is None else torch.from_numpy(documents), supervised)
+        found = None if documents is None else torch.from_numpy(documents)
+        # A place belongs to the text of its label where an end of text opens that.
+        begins = np.zeros(rows, dtype=np.int64)
+        begins[: len(starts)] = starts + self._opens
+        places = np.minimum(begins[:, None] + np.arange(self._context), self._tokens.num_tokens - 1)
+        return Batch(inputs, torch.from_numpy(labels), found, supervised, sources_at(self._tokens, places))
 
     @staticmethod
     def _leave_empty(row: int, length: int, labels: np.ndarray, documents: np.ndarray | None) -> None:
