@@ -105,12 +105,7 @@ def resolve_plan(training: TrainingConfig, ranks: int) -> ParallelPlan:
 def check_shape(plan: ParallelPlan, model: ModelConfig) -> None:
     """Raises UsageError for a model that the plan cannot cut, naming what does not divide."""
     tensor, stages, parts = plan.tensor_parallel, plan.pipeline_parallel, plan.context_parallel
-    widths = {"num_attention_heads": model.num_attention_heads, "num_key_value_heads": model.kv_heads, "intermediate_size": model.mlp_width}
-    for name, width in widths.items():
-        if width % tensor:
-            raise UsageError(
-                f"tensor_parallel {tensor} does not divide {name} {width}; take one that divides the heads, the key-value heads and the MLP"
-            )
+    _check_cut(tensor, model)
     if stages > model.num_hidden_layers:
         raise UsageError(
             f"pipeline_parallel {stages} is more stages than the model has layers ({model.num_hidden_layers}); take fewer stages"
@@ -147,6 +142,22 @@ def check_stages(ranks: int, schedule: str, layers: int, micro_batches: int) -> 
             f"{micro_batches} micro-batches do not make; take {micro_batches // ranks * ranks} or {-(-micro_batches // ranks) * ranks} "
             "(batch_size, gradient_accumulation_steps), or pipeline_schedule 1f1b"
         )
+
+
+def _check_cut(tensor: int, model: ModelConfig) -> None:
+    """Raises UsageError for blocks whose matrices so many ranks cannot cut."""
+    for block in map(model.of_block, range(model.num_hidden_layers)):
+        widths = {"num_attention_heads": block.num_attention_heads, "num_key_value_heads": block.kv_heads}
+        for name, width in {**widths, "intermediate_size": block.mlp_width}.items():
+            if width % tensor:
+                raise UsageError(
+                    f"tensor_parallel {tensor} does not divide {name} {width}; take one that divides the heads, the key-value heads "
+                    "and the MLP"
+                )
+    adapted = [target for table in model.with_lora_table().lora.values() for target, rank in table.ranks.items() if rank]
+    in_blocks = next((target for target in adapted if target.startswith(("attn.", "mlp."))), None)
+    if tensor > 1 and in_blocks is not None:
+        raise UsageError(f"tensor_parallel cannot cut {in_blocks}, which has a low-rank adapter; use fsdp with it")
 
 
 def check_plan(training: TrainingConfig, model: ModelConfig, ranks: int) -> None:

@@ -41,7 +41,7 @@ class Bottleneck(nn.Module):
 
     def _by_place(self, x: Tensor, choice: Tensor) -> Tensor:
         """x (B, T, C), choice (B, T), -1 for none → what each place's adapter adds, (B, T, C)."""
-        inner = F.gelu(F.linear(x, self.down.flatten(0, 1))).unflatten(-1, self.down.shape[:2])  # (B, T, count, inner)
+        inner = F.gelu(F.linear(x, self.down.flatten(0, 1))).view(*x.shape[:2], *self.down.shape[:2])  # (B, T, count, inner)
         own = (choice[..., None] == torch.arange(self.down.size(0), device=choice.device)).to(inner.dtype)
         return F.linear((inner * own[..., None]).flatten(-2), self.up.transpose(0, 1).flatten(1))
 

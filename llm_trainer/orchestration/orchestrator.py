@@ -106,7 +106,8 @@ class Orchestrator(Callback):
 def foreseen(schedule: Sequence[Operation], trainer: Trainer) -> list[Stage]:
     """What a run that has not begun will be like after each entry. Raises UsageError for a schedule that cannot be carried out."""
     engine, ids = trainer.engine, trainer.train_tokens.vocab_size
-    return simulate(schedule, engine.model.config, settings_of(trainer), ids_in_data=ids, frozen=engine.frozen_at_first)
+    now = settings_of(trainer)
+    return simulate(schedule, engine.model.config, now, ids_in_data=ids, frozen=engine.frozen_at_first, check=engine.check_change)
 
 
 def reason(operation: Operation, loss: float | None, waited: int) -> str | None:

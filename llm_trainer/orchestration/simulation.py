@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from llm_trainer.config.errors import UsageError
@@ -33,9 +33,16 @@ class Stage:
 
 
 def simulate(
-    schedule: Sequence[Operation], config: ModelConfig, settings: Settings, *, ids_in_data: int = 0, frozen: frozenset[str] = frozenset()
+    schedule: Sequence[Operation],
+    config: ModelConfig,
+    settings: Settings,
+    *,
+    ids_in_data: int = 0,
+    frozen: frozenset[str] = frozenset(),
+    check: Callable[[ModelConfig], None] = lambda shape: None,
 ) -> list[Stage]:
-    """The run after each entry, the beginning first. `ids_in_data` are how many ids the tokens use, `frozen` what is not trained at first.
+    """The run after each entry, the beginning first. `ids_in_data` are how many ids the tokens use, `frozen` what is not trained at first;
+    `check` raises UsageError for a shape that the model cannot be given, as where its ranks could not cut it.
 
     Raises UsageError that names the entry, and where an earlier one has made it impossible, that one too.
     """
@@ -45,6 +52,8 @@ def simulate(
         place = f"entry {number} of the schedule, {operation.name} {operation.value!r}"
         try:
             after = _after(form, operation, number, ids_in_data)
+            if after is not form:
+                check(after.config)
             settings = CHANGES[operation.name](settings, operation) if operation.name in CHANGES else settings
         except UsageError as error:
             because = f" (the model is as {shaped_by} left it)" if shaped_by else ""

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from llm_trainer.config import TrainingConfig, UsageError
 from llm_trainer.config.batches import resolve_batches
 from llm_trainer.config.deepspeed import zero_settings
+from llm_trainer.config.model import ModelConfig
 from llm_trainer.data.extras import require
 from llm_trainer.data.sampling.samplers import Batch
 from llm_trainer.model.huggingface import empty_model
@@ -111,10 +112,14 @@ class DeepSpeedEngine(Engine):
             self.ranks.add_tensor(mean), torch.as_tensor(norm if norm is not None else float("nan"), device=self.device), skipped
         )
 
+    def check_change(self, shape: ModelConfig) -> NoReturn:
+        """Not while DeepSpeed trains it: raises UsageError."""
+        raise UsageError("use_deepspeed cannot train a model that is changed while it trains; leave it out (fsdp shares too)")
+
     def rebuild(self, form: Form) -> None:
         """As for Engine, until `start`. Raises UsageError after it."""
         if self._zero is not None:
-            raise UsageError("use_deepspeed cannot train a model that is changed while it trains; leave it out (fsdp shares too)")
+            self.check_change(form.config)
         super().rebuild(form)
 
     def kept(self) -> tuple[Transformer, Sequence[torch.optim.Optimizer]]:

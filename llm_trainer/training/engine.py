@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from llm_trainer.config import TrainingConfig, UsageError
+from llm_trainer.config.model import ModelConfig
+from llm_trainer.config.parallel import check_shape
 from llm_trainer.data.sampling.packing import Packing
 from llm_trainer.data.sampling.samplers import Batch
 from llm_trainer.data.shards import TokenDataset
@@ -82,6 +84,10 @@ class Engine:
         self._peaks = peak_rates(self.optimizers)
         self.dropout_seed = self.training.seed if has_dropout(self.model) else None  # None: no need to seed at every micro-batch
         self._step_module: torch.nn.Module = self._whole_step
+
+    def check_change(self, shape: ModelConfig) -> None:
+        """Raises UsageError where an operation cannot make the model one of this shape, so that a schedule is refused before training."""
+        check_shape(self.ranks.plan, shape)
 
     def form(self) -> Form:
         """The model and its optimizers' state apart from wrappers: whole tensors, gathered where they are cut. A collective call."""

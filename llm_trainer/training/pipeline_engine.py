@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import cast
+from typing import NoReturn, cast
 
 from torch import Tensor, nn
 
 from llm_trainer.config import UsageError
+from llm_trainer.config.model import ModelConfig
 from llm_trainer.config.parallel import check_shape
 from llm_trainer.data.sampling.samplers import Batch
 from llm_trainer.model.surgery.form import Form
@@ -84,13 +85,17 @@ class PipelineEngine(Engine):
     def objective(self, objective: Objective) -> None:
         self._pipeline.objective = _next_token(objective)
 
-    def form(self) -> Form:
+    def check_change(self, shape: ModelConfig) -> NoReturn:
         """Not of a pipeline: raises UsageError."""
         raise UsageError("operations that change the model do not go with a pipeline; use fsdp or tensor_parallel with a schedule")
 
+    def form(self) -> Form:
+        """Not of a pipeline: raises UsageError."""
+        self.check_change(self.model.config)
+
     def rebuild(self, form: Form) -> None:
         """Not of a pipeline: raises UsageError."""
-        self.form()
+        self.check_change(form.config)
 
     def tune(
         self,

@@ -48,8 +48,16 @@ SCHEDULE = [
 ]
 
 
-def a_run(name: str, **settings: object) -> Run:
-    return {"name": name, "model": {"dropout": 0.0}, "settings": COMMON | settings, "schedule": SCHEDULE}
+# What two ranks of a tensor group can cut at every point: heads and units in pairs, adapters outside the blocks alone.
+EVEN_SCHEDULE = [
+    {**one, "value": ["attn.1", 0.5]} if one["name"] == "prune_heads" else {**one, "value": ["wte", one["value"][1]]}
+    if one["name"] == "set_layer_lora_rank" else one
+    for one in SCHEDULE
+]  # fmt: skip
+
+
+def a_run(name: str, schedule: list[Run] = SCHEDULE, **settings: object) -> Run:
+    return {"name": name, "model": {"dropout": 0.0}, "settings": COMMON | settings, "schedule": schedule}
 
 
 def on_ranks(count: int, folder: Path, runs: list[Run]) -> None:
@@ -74,19 +82,22 @@ def largest_difference(one: list[float], other: list[float]) -> float:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs on one rank and on two, started once each."""
     base = tmp_path_factory.mktemp("operations")
-    on_ranks(1, base, [a_run(f"plain-{optimizer}", optimizer=optimizer) for optimizer in TOLERANCE])
+    plain = [a_run(f"plain-{optimizer}", optimizer=optimizer) for optimizer in TOLERANCE]
+    plain += [a_run(f"plain-even-{optimizer}", EVEN_SCHEDULE, optimizer=optimizer) for optimizer in TOLERANCE]
+    on_ranks(1, base, plain)
     two = [a_run(f"ddp-{optimizer}", optimizer=optimizer) for optimizer in TOLERANCE]
     two += [a_run(f"fsdp-{optimizer}", optimizer=optimizer, fsdp=2) for optimizer in TOLERANCE]
+    two += [a_run(f"tensor-{optimizer}", EVEN_SCHEDULE, optimizer=optimizer, tensor_parallel=2) for optimizer in TOLERANCE]
     start = str(base / "plain-adamw/checkpoint-8")
     two += [a_run("resumed-fsdp", fsdp=2, resume_from=start)]
     on_ranks(2, base, two)
     return base
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "tensor"])
 @pytest.mark.parametrize("optimizer", TOLERANCE)
 def test_every_operation_is_the_same_on_two_ranks(folder: Path, kind: str, optimizer: str) -> None:
-    plain, run = folder / f"plain-{optimizer}", folder / f"{kind}-{optimizer}"
+    plain, run = folder / f"plain-{'even-' * (kind == 'tensor')}{optimizer}", folder / f"{kind}-{optimizer}"
     assert len(series(plain)) == STEPS
     assert largest_difference(series(plain), series(run)) <= TOLERANCE[optimizer]
     assert largest_difference(series(plain, "val_loss"), series(run, "val_loss")) <= TOLERANCE[optimizer]

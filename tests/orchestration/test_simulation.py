@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llm_trainer.config import ModelConfig, UsageError
+from llm_trainer.config.parallel import ParallelPlan, check_shape
 from llm_trainer.config.schedules import Operation
 from llm_trainer.orchestration.settings import Settings
 from llm_trainer.orchestration.simulation import simulate
@@ -50,6 +52,26 @@ def test_the_last_stage_is_what_the_run_will_be_like() -> None:
 def test_what_cannot_be_names_its_entry_and_the_one_before(schedule: list[Operation], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         simulate(schedule, SHAPE, SETTINGS, ids_in_data=90)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "said"),
+    [
+        (
+            [entry("widen_mlp", 96), entry("prune_heads", ["attn.1", 0.5])],
+            "entry 2.*2 does not divide num_attention_heads 1",
+        ),
+        ([entry("widen_mlp", 97)], "entry 1.*tensor_parallel 2 does not divide intermediate_size 97"),
+        ([entry("set_layer_lora_rank", ["mlp.0", 4])], "entry 1.*cannot cut mlp.0, which has a low-rank adapter; use fsdp"),
+        ([entry("set_attn_lora_rank", 4)], "entry 1.*cannot cut attn.0"),
+    ],
+)
+def test_a_shape_that_a_tensor_group_cannot_cut_is_refused_before_training(schedule: list[Operation], said: str) -> None:
+    even = [entry("widen_mlp", 96), entry("set_embedding_lora_rank", 4), entry("prune_mlp", ["mlp.0", 0.5])]
+    check = partial(check_shape, ParallelPlan(tensor_parallel=2))
+    assert len(simulate(even, SHAPE, SETTINGS, check=check)) == 4
+    with pytest.raises(UsageError, match=said):
+        simulate(schedule, SHAPE, SETTINGS, check=check)
 
 
 def test_nothing_is_allocated_for_a_large_model(tmp_path: Path) -> None:
