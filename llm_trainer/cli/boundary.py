@@ -35,7 +35,7 @@ CORE_PACKAGES = {
     "psutil": "psutil",
     "tensorboard": "tensorboard",
 }
-EXTRAS = {"datasets": "hub", "pyarrow": "formats", "wandb": "wandb"}
+EXTRAS = {"datasets": "hub", "pyarrow": "formats", "wandb": "wandb", "torchao": "quantize"}
 
 
 def guarded(run: Callable[[], int | None]) -> int:

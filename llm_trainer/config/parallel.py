@@ -166,6 +166,9 @@ def check_plan(training: TrainingConfig, model: ModelConfig, ranks: int) -> None
     batches = resolve_batches(training, plan.data_ranks)
     check_shape(plan, model)
     check_stages(plan.pipeline_parallel, training.pipeline_schedule, model.num_hidden_layers, batches.gradient_accumulation_steps)
+    if training.quantize_base != "off" and (ranks > 1 or training.use_deepspeed):
+        what = f"{ranks} ranks" if ranks > 1 else "use_deepspeed"
+        raise UsageError(f"quantize_base {training.quantize_base} does not go with {what}; train on one rank, or leave it off")
 
 
 def _started(count: int) -> str:

@@ -185,6 +185,9 @@ class TrainingConfig(Section):
     adapter_from: str | None = setting(
         None, "with pretrained weights in init_from: a folder of PEFT's whose low-rank adapter the run goes on training"
     )
+    quantize_base: Literal["off", "nf4"] = setting(
+        "off", "nf4: the frozen matrices of blocks under adapters in four bits (QLoRA, arXiv:2305.14314), an extra; on one rank"
+    )
     transfer_parts: list[str] = setting(lambda: ["*"], "with transfer_from: the parts that are taken (names, ranges, globs)")
     resume_from: str | None = setting(
         None,

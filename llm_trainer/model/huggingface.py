@@ -25,6 +25,7 @@ from llm_trainer.config.model import ModelConfig
 from llm_trainer.model.huggingface_config import OWN_SECTION, config_from_huggingface, config_to_huggingface, family_of
 from llm_trainer.model.huggingface_weights import IGNORED_ENDINGS, Entry, entries
 from llm_trainer.model.parts import unwrapped
+from llm_trainer.model.quantized import dequantized
 from llm_trainer.model.transformer import Transformer
 
 __all__ = [
@@ -85,8 +86,8 @@ class WeightLayout:
 
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights as the model holds them, a tied matrix once, without the wrappers of compilation."""
-    return {name: parameter.detach() for name, parameter in unwrapped(model).named_parameters()}
+    """The weights as the model holds them, a tied matrix once, without the wrappers of compilation; what is in four bits as floats."""
+    return {name: dequantized(parameter.detach()) for name, parameter in unwrapped(model).named_parameters()}
 
 
 def weight_layout(model: nn.Module, *, parts: int = 1, max_shard_bytes: int = MAX_SHARD_BYTES) -> WeightLayout:

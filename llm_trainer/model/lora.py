@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from llm_trainer.config.adapters import LoraConfig
 from llm_trainer.config.errors import UsageError
 from llm_trainer.model.parts import matching_parts, unwrapped
+from llm_trainer.model.quantized import product
 from llm_trainer.model.transformer import Embedding, Linear, Transformer
 
 DEFAULT_NAME = "default"
@@ -80,7 +81,7 @@ class LoraLinear(Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # torch's name
         """(…, in) → (…, out)."""
-        return self.adapted(input, F.linear(input, self.weight, self.bias))
+        return self.adapted(input, product(input, self.weight, self.bias))
 
     def adapted(self, x: Tensor, y: Tensor) -> Tensor:
         """`y` = x·Wᵀ + bias with what the adapters add."""

@@ -87,6 +87,8 @@ class Engine:
 
     def check_change(self, shape: ModelConfig) -> None:
         """Raises UsageError where an operation cannot make the model one of this shape, so that a schedule is refused before training."""
+        if self.training.quantize_base != "off":
+            raise UsageError("operations that change the model do not go with quantize_base, whose matrices are fixed; leave one out")
         check_shape(self.ranks.plan, shape)
 
     def form(self) -> Form:

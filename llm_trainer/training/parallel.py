@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from llm_trainer.config.parallel import ParallelPlan, check_shape
 from llm_trainer.model.huggingface import load_weights
+from llm_trainer.model.quantized import fill
 from llm_trainer.training.context import share_over
 from llm_trainer.training.matrices import cut_matrices, gradients_in_parts, sum_over
 from llm_trainer.training.objectives import TrainingStep
@@ -210,6 +211,6 @@ def load_model_weights(model: nn.Module, folder: Path) -> None:
     def keep_part(parameter: nn.Parameter, tensor: Tensor) -> None:
         if is_elsewhere(parameter):
             return
-        parameter.copy_(placed_like(tensor.to(parameter.device), parameter))
+        fill(parameter, placed_like(tensor.to(parameter.device), parameter))
 
     load_weights(model, folder, keep_part)

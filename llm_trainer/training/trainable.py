@@ -8,18 +8,22 @@ from collections.abc import Mapping
 from llm_trainer.config import TrainingConfig
 from llm_trainer.model.lora import train_adapters_only
 from llm_trainer.model.parts import matching_parts, part_names, part_of_parameter, set_trainable
+from llm_trainer.model.quantized import quantize_blocks
 from llm_trainer.model.transformer import Transformer
 
 
 def prepare_trainable(model: Transformer, training: TrainingConfig) -> None:
-    """Freeze what the settings say: the weights under adapters where `lora_train_base` is false, and `freeze_layers`.
+    """Freeze what the settings say: the weights under adapters where `lora_train_base` is false, and `freeze_layers`; and hold what is
+    frozen in fewer bits where `quantize_base` says so.
 
-    Raises UsageError for a part that the model does not have.
+    Raises UsageError for a part that the model does not have, and for a base that cannot be quantised.
     """
     if model.config.lora_train_base is False and model.config.has_adapters:
         train_adapters_only(model)
     if training.freeze_layers:
         set_trainable(model, training.freeze_layers, False)
+    if training.quantize_base != "off":
+        quantize_blocks(model)
 
 
 def rate_factors(model: Transformer, training: TrainingConfig) -> dict[str, float]:

@@ -1,0 +1,95 @@
+"""QLoRA runs: the base in four bits stays what it was, the run resumes to the bit, and its checkpoint is a plain model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from tiny_run import tiny_config, tiny_model, tokens
+
+from llm_trainer.config import UsageError
+from llm_trainer.config.parallel import check_plan
+from llm_trainer.config.schedules import Operation
+from llm_trainer.model.huggingface import load_pretrained
+from llm_trainer.model.lora import is_adapter_parameter, merge_lora
+from llm_trainer.model.quantized import dequantized, is_quantized
+from llm_trainer.orchestration.orchestrator import foreseen
+from llm_trainer.training.metrics import read_metrics
+from llm_trainer.training.replay import compare_checkpoints
+from llm_trainer.training.trainer import Trainer
+
+LORA = {"attn_lora_rank": 4, "mlp_lora_rank": 4, "lora_train_base": False}
+
+
+def a_trainer(folder: Path, **settings: object) -> Trainer:
+    config = tiny_config(folder, LORA, **{"quantize_base": "nf4", "learning_rate": 3e-2} | settings)
+    return Trainer(tiny_model(config.model), config, tokens(), tokens(65, seed=1), console=Console(quiet=True))
+
+
+def base_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    named = model.named_parameters()
+    return {name: dequantized(parameter.detach()).clone() for name, parameter in named if not is_adapter_parameter(name)}
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(folder) if "loss" in line]
+
+
+def test_adapters_learn_over_a_base_that_stays_to_the_bit(tmp_path: Path) -> None:
+    trainer = a_trainer(tmp_path / "nf4")
+    assert sum(map(is_quantized, trainer.model.parameters())) == 2 * 6
+    before = base_of(trainer.model)
+    trainer.train()
+    after = base_of(trainer.model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    a_trainer(tmp_path / "floats", quantize_base="off").train()
+    assert losses(tmp_path / "nf4")[-1] < losses(tmp_path / "nf4")[0]
+    assert losses(tmp_path / "nf4") == pytest.approx(losses(tmp_path / "floats"), rel=0.02)
+    assert losses(tmp_path / "nf4") != losses(tmp_path / "floats")
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_run_goes_on_to_the_bit(tmp_path: Path, step: int) -> None:
+    a_trainer(tmp_path / "straight", save_total_limit=None).train()
+    a_trainer(tmp_path / "resumed", resume_from=str(tmp_path / "straight" / f"checkpoint-{step}")).train()
+    assert compare_checkpoints(tmp_path / "straight/final_model", tmp_path / "resumed/final_model") == []
+
+
+def test_its_checkpoint_is_a_plain_model_with_its_logits_and_merges(tmp_path: Path) -> None:
+    trainer = a_trainer(tmp_path)
+    trainer.train()
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        wanted = trainer.model.eval()(ids)
+        plain = load_pretrained(tmp_path / "final_model")
+        assert not any(map(is_quantized, plain.parameters()))
+        assert torch.equal(plain(ids), wanted)
+        merge_lora(plain, restart=False)
+        torch.testing.assert_close(plain(ids), wanted, rtol=0, atol=1e-5)
+
+
+def test_it_trains_in_bf16(tmp_path: Path) -> None:
+    a_trainer(tmp_path, precision="bf16").train()
+    assert losses(tmp_path)[-1] < losses(tmp_path)[0]
+
+
+@pytest.mark.slow
+def test_it_trains_compiled(tmp_path: Path) -> None:
+    a_trainer(tmp_path / "compiled", compile="on").train()
+    a_trainer(tmp_path / "eager").train()
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=1e-4)
+
+
+def test_what_does_not_go_with_it_is_refused_before_training(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, LORA, quantize_base="nf4")
+    with pytest.raises(UsageError, match="quantize_base nf4 does not go with 2 ranks"):
+        check_plan(config.training, config.model, 2)
+    trained = tiny_config(tmp_path, LORA | {"lora_train_base": True}, quantize_base="nf4")
+    with pytest.raises(UsageError, match="quantize_base needs weights that are not trained"):
+        Trainer(tiny_model(trained.model), trained, tokens(), console=Console(quiet=True))
+    trainer = a_trainer(tmp_path)
+    with pytest.raises(UsageError, match=r"entry 1 .*do not go with quantize_base"):
+        foreseen([Operation(name="widen_mlp", value=96, max_wait_iters=1)], trainer)
+    assert len(foreseen([Operation(name="change_lr", value=0.5, max_wait_iters=1)], trainer)) == 2
