@@ -12,6 +12,7 @@ from tiny_run import VOCABULARY, tiny_config, tiny_model
 
 from llm_trainer.config import DataConfig, RunConfig
 from llm_trainer.config.mixture import MixtureStage
+from llm_trainer.config.parallel import ParallelPlan
 from llm_trainer.data.sampling.joining import joined
 from llm_trainer.data.sampling.mixture import TokenMixture
 from llm_trainer.data.sampling.packing import Packing
@@ -19,7 +20,9 @@ from llm_trainer.data.sampling.samplers import open_sampler, validation_batches
 from llm_trainer.data.shards import ShardWriter, TokenDataset
 from llm_trainer.model.lora import is_adapter_parameter
 from llm_trainer.model.transformer import Transformer
+from llm_trainer.training.context import part_of
 from llm_trainer.training.objectives import NextToken, TrainingStep
+from llm_trainer.training.ranks import Ranks
 from llm_trainer.training.trainer import Trainer
 from llm_trainer.training.validation import validate
 
@@ -79,6 +82,17 @@ def test_validation_over_all_corpora_is_that_of_each_with_its_own_adapter(corpor
     assert found.loss == pytest.approx(wanted, rel=1e-5)
     model.use_domain("code")
     assert validate(model, corpora["law"], CONTEXT, 4, packing=Packing("none")).loss != pytest.approx(alone["law"].loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_ranks_that_share_sequences_know_the_corpus_of_each_of_their_places(corpora: dict[str, TokenDataset], packing: str) -> None:
+    for rank in (0, 1):
+        ranks = Ranks(rank, 2, plan=ParallelPlan(context_parallel=2))
+        for batch in validation_batches(joined(corpora, "all"), CONTEXT, 4, packing=PACKINGS[packing]):
+            part = part_of(batch, ranks)
+            assert part.sources is not None
+            is_text = part.labels > 0
+            assert torch.equal(part.sources.numbers[is_text], (part.labels[is_text] - 1) % 3)
 
 
 def test_a_passs_gradients_are_those_of_documents_alone(corpora: dict[str, TokenDataset]) -> None:
