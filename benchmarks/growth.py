@@ -7,15 +7,15 @@ are the control: they tell whether growing was needed to reach the bar.
 
 All have the same order of data, optimizer and peak rate. The rate is flat and then falls in a line to zero: over the last 70 % of a run
 of one shape, from the growth on in a grown one. Rate and fall were sought for the from-scratch run; the grown run takes them as they are.
-docs/decisions.md has the tries, other shapes among them, and where growing does not pay. AdamW, the default optimizer, is
-judged; `--optimizers AdamW,Muon` puts the other beside it.
+docs/decisions.md has the tries, other shapes among them, and where growing does not pay. AdamW, the default optimizer, is judged;
+`--optimizers AdamW,Muon` puts the other beside it.
 
 Time to the bar is read from the run's own record: the first validation at or below it, counted from the first step; validations, of which
 each run makes 20, are in it. FLOPs are counted by the formula of `model/flops.py`, by the shape of each step. Where a seed does not come
 to the bar the table says so, and the target is missed.
 
-Fine-tuning beside: the built-in corpus, then Tiny Shakespeare's words with all weights or with LoRA of rank 8, each at the best of three
-rates: loss, seconds, and the peak that `benchmarks/lora.py` measures at 30.6 M parameters.
+Fine-tuning beside: the built-in corpus, then Tiny Shakespeare's words with all weights or with LoRA of rank 8, each at a rate
+sought for it: loss, seconds, and the peak that `benchmarks/lora.py` measures at 30.6 M parameters.
 
     python benchmarks/growth.py [--seeds 1,2,3] [--steps 800] [--optimizers AdamW] [--text FILE] [--quick]
 """
@@ -231,19 +231,20 @@ def fine_tuning(folder: Path, text: Path, seeds: Sequence[str], steps: int) -> t
     base, data = folder / "base", folder / "data-tokens"
     train(base, folder / "data-builtin", seeds[0], Plan(0, 5 * steps), OPTIMIZERS["AdamW"])
     run_command([PROGRAM, "prepare", "--input", text, "--output_dir", data, "--tokenizer_path", folder / "data-builtin"])
-    ways = {ALL_WEIGHTS: [], LORA: ["--attn_lora_rank=8", "--mlp_lora_rank=8", "--lora_train_base=false"]}
+    adapters = ["--attn_lora_rank=8", "--mlp_lora_rank=8", "--lora_train_base=false"]
+    ways = {ALL_WEIGHTS: ["--learning_rate=4e-3"], LORA: ["--learning_rate=1e-2", *adapters]}
     losses: dict[str, list[float]] = {name: [] for name in ways}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for seed in seeds:
         for number, (name, flags) in enumerate(ways.items()):
             run = folder / f"tuned-{number}-{seed}"
             command = [PROGRAM, "train", "--init_from", base, "--data_dir", data, "--output_dir", run, f"--seed={seed}", *flags, *RUN]
-            command += ["--learning_rate=1e-3", f"--max_steps={steps}", f"--eval_interval={steps}"]
+            command += [f"--max_steps={steps}", f"--eval_interval={steps}"]
             seconds[name].append(run_command(command).seconds)
             losses[name].append(_validations(run)[-1]["val_loss"])
     figures = [Figure("fine-tuning: last loss", name, "nats", rounds) for name, rounds in losses.items()]
     figures += [Figure("fine-tuning: whole process", name, "s", rounds) for name, rounds in seconds.items()]
-    peaks = {name: measured(8 if flags else 0, JUDGED)["memory"] for name, flags in ways.items()}
+    peaks = {name: measured(rank, JUDGED)["memory"] for name, rank in ((ALL_WEIGHTS, 0), (LORA, 8))}
     work = f"fine-tuning: peak of a step, 30.6 M, {JUDGED} tokens"
     figures += [Figure(work, name, "MB", [round(peak)]) for name, peak in peaks.items()]
     ratio = peaks[LORA] / peaks[ALL_WEIGHTS]
