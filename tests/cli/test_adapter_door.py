@@ -105,6 +105,20 @@ def test_where_the_base_was_trained_too_it_is_written_beside_or_nothing_is(there
     assert json.loads((there / "mine/adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"] == "base"
 
 
+def test_over_a_base_of_four_bits_it_is_written_merged_and_resumed(there: Path, fails: Callable[..., str]) -> None:
+    run = [*OVER_BASE, "--attn_lora_rank=2", "--quantize_base=nf4", "--output_dir=four", "--save_interval=2"]
+    assert main(run) == 0
+    assert "under the adapter is not that of checkpoints/final_model" in fails("adapter", "four", "mine", status=2)
+    assert main(["adapter", "four", "mine", "--base_output=base"]) == 0
+    assert main(["adapter", "four", "--merged_output=merged"]) == 0
+    wanted = logits(load_pretrained(there / "four" / "final_model"))
+    model = load_pretrained(there / "base")
+    load_adapter(model, there / "mine")
+    assert torch.equal(logits(model), wanted)
+    torch.testing.assert_close(logits(load_pretrained(there / "merged")), wanted, rtol=0, atol=1e-5)
+    assert main(["verify-resume", "four", "--steps=4"]) == 0
+
+
 def test_what_cannot_be_is_refused_before_anything_is_written(there: Path, fails: Callable[..., str]) -> None:
     assert "it has none" in fails("adapter", "checkpoints", "mine", status=2)
     assert "no adapter 'other'; those that it has: default" in fails("adapter", "tuned", "mine", "--adapter=other", status=2)

@@ -23,8 +23,8 @@ from llm_trainer.training.trainer import Trainer
 LORA = {"attn_lora_rank": 4, "mlp_lora_rank": 4, "lora_train_base": False}
 
 
-def a_trainer(folder: Path, **settings: object) -> Trainer:
-    config = tiny_config(folder, LORA, **{"quantize_base": "nf4", "learning_rate": 3e-2} | settings)
+def a_trainer(folder: Path, dropout: float = 0.1, **settings: object) -> Trainer:
+    config = tiny_config(folder, LORA | {"dropout": dropout}, **{"quantize_base": "nf4", "learning_rate": 3e-2} | settings)
     return Trainer(tiny_model(config.model), config, tokens(), tokens(65, seed=1), console=Console(quiet=True))
 
 
@@ -77,8 +77,10 @@ def test_it_trains_in_bf16(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_it_trains_compiled(tmp_path: Path) -> None:
-    a_trainer(tmp_path / "compiled", compile="on").train()
-    a_trainer(tmp_path / "eager").train()
+    compiled = a_trainer(tmp_path / "compiled", 0.0, compile="on")
+    compiled.train()
+    a_trainer(tmp_path / "eager", 0.0).train()  # compiled dropout draws other numbers
+    assert compiled.state.compile != "off"
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=1e-4)
 
 
