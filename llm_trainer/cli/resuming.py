@@ -8,29 +8,32 @@ from typing import TYPE_CHECKING
 
 from llm_trainer.config import RunConfig, TrainingConfig
 from llm_trainer.config.loading import LoadedRun
-from llm_trainer.config.run_folder import list_checkpoints, read_run_config, resolve_resume_folder
+from llm_trainer.config.run_folder import read_run_config
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from llm_trainer.training.ranks import Ranks
 
-def resume_source(training: TrainingConfig) -> Path | None:
-    """The verified checkpoint folder that the settings mean, None for a run that begins. Raises CheckpointError.
+
+def resume_source(training: TrainingConfig, ranks: Ranks) -> Path | None:
+    """The verified checkpoint folder that the settings mean, None for a run that begins. A collective call. Raises CheckpointError.
 
     `resume_from: auto` is the newest checkpoint of output_dir, if there is one; nanoGPT's `init_from: resume` demands one.
     """
     if training.remote_dir is not None or any("://" in str(said) for said in (training.output_dir, training.resume_from)):
         from llm_trainer.training.remote import fetch_resumed
 
-        fetch_resumed(training, lambda line: print(line, file=sys.stderr))
+        ranks.main_first(lambda: fetch_resumed(training, lambda line: print(line, file=sys.stderr)))
     spec = training.resume_from
     if spec is None and training.init_from == "resume":
         spec = training.output_dir
     if spec is None:
         return None
-    if spec != "auto":
-        return resolve_resume_folder(spec)
-    return resolve_resume_folder(training.output_dir) if list_checkpoints(Path(training.output_dir)) else None
+    from llm_trainer.training.resume import resume_folder
+    from llm_trainer.training.verifying import found_together
+
+    return found_together(ranks, lambda check: resume_folder(spec, Path(training.output_dir), check=check))
 
 
 def resumed_config(loaded: LoadedRun, source: Path, console: Console) -> RunConfig:

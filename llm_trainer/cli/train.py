@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_trainer.cli.doors import TRAIN, TRAIN_FRAMEWORK, TRAIN_FROM_FILE, TRAIN_ORCHESTRATOR
@@ -48,11 +49,15 @@ def train(door: Door, argv: Sequence[str], fallbacks: Sequence[str] = ()) -> int
     loaded = open_door(door, argv)
     if loaded is None:
         return 0
+    from llm_trainer.cli.resuming import resume_source
+    from llm_trainer.cli.run_data import refuse_idle
     from llm_trainer.training.ranks import joined
 
     with joined(launch_environment(), loaded.config.training) as ranks:
         console = new_console(is_quiet=not ranks.is_main)
-        parts = ranks.main_first(lambda: assemble(loaded, console, fallbacks))
+        refuse_idle(loaded)
+        source = resume_source(loaded.config.training, ranks)
+        parts = ranks.main_first(lambda: assemble(loaded, console, fallbacks, source))
         return run_training(parts, console, " ".join([door.name, *argv]), ranks)
 
 
@@ -63,12 +68,16 @@ class Assembled:
     config: RunConfig
     model: Transformer
     data: RunData
+    source: Path | None = None
 
 
-def assemble(loaded: LoadedRun, console: Console, fallbacks: Sequence[str] = ()) -> Assembled:
-    """Open the data, build or load the model, and write into the settings what was resolved on the way."""
-    from llm_trainer.cli.resuming import resume_source, resumed_config
-    from llm_trainer.cli.run_data import find_data, refuse_idle, use_domains
+def assemble(loaded: LoadedRun, console: Console, fallbacks: Sequence[str] = (), source: Path | None = None) -> Assembled:
+    """Open the data, build or load the model, and write into the settings what was resolved on the way.
+
+    `source`: the verified checkpoint that the run goes on from.
+    """
+    from llm_trainer.cli.resuming import resumed_config
+    from llm_trainer.cli.run_data import find_data, use_domains
     from llm_trainer.cli.run_model import (
         corpora_of,
         is_pretrained,
@@ -82,9 +91,7 @@ def assemble(loaded: LoadedRun, console: Console, fallbacks: Sequence[str] = ())
     )
     from llm_trainer.data.prepared import require_vocabulary
 
-    refuse_idle(loaded)
     refuse_adapter_over_nothing(loaded.config.training)
-    source = resume_source(loaded.config.training)
     config = loaded.config if source is None else resumed_config(loaded, source, console)
     if is_pretrained(config.training.init_from) and source is None:
         use_tokenizer_of(config.training.init_from, config.data)
@@ -103,7 +110,7 @@ def assemble(loaded: LoadedRun, console: Console, fallbacks: Sequence[str] = ())
             console.print(line, highlight=False, markup=False, soft_wrap=True)
     config.model = model.config
     require_vocabulary(data.prepared.train, model.config.vocab_size)
-    return Assembled(config, model, data)
+    return Assembled(config, model, data, source)
 
 
 def run_training(parts: Assembled, console: Console, command: str, ranks: Ranks) -> int:
@@ -125,6 +132,7 @@ def run_training(parts: Assembled, console: Console, command: str, ranks: Ranks)
         callbacks=[orchestrator] if orchestrator else [],
         cache_dir=use_compile_cache(),
         ranks=ranks,
+        verified=parts.source,
     )
     tell_start(trainer, parts.data.folder, console)
     if orchestrator is not None:

@@ -33,11 +33,14 @@ def run(argv: list[str]) -> int:
     loaded = open_door(TRAIN_ALL_IN_ONE, argv)
     if loaded is None:
         return 0
+    from llm_trainer.cli.resuming import resume_source
     from llm_trainer.training.ranks import joined
 
     with joined(launch_environment(), loaded.config.training) as ranks:
         console = new_console(is_quiet=not ranks.is_main)
-        parts = ranks.main_first(lambda: _assembled(loaded, console))
+        refuse_idle(loaded)
+        source = resume_source(loaded.config.training, ranks)
+        parts = ranks.main_first(lambda: _assembled(loaded, console, source))
         status = run_training(parts, console, " ".join(["train_aio.py", *argv]), ranks)
     final = Path(loaded.config.training.output_dir) / FINAL_MODEL
     if status == 0 and ranks.is_main and not loaded.config.training.is_said("output_dir") and final.is_dir():
@@ -46,16 +49,15 @@ def run(argv: list[str]) -> int:
     return status
 
 
-def _assembled(loaded: LoadedRun, console: Console) -> Assembled:
+def _assembled(loaded: LoadedRun, console: Console, source: Path | None) -> Assembled:
     """Data, prepared if need be, and the model."""
     training, data = loaded.config.training, loaded.config.data
     is_resumed = training.resume_from is not None
     if training.use_domain_specific_data and not is_resumed:
-        refuse_idle(loaded)
         training.domain_data_dir = str(domains_to_train_on(training.domain_data_dir, data, console))
     elif not is_resumed and not any(data.is_said(name) for name in ("data_dir", "dataset", "input", "dataset_name")):
         make_ready(data, console)
-    return assemble(loaded, console, (str(READY),))
+    return assemble(loaded, console, (str(READY),), source)
 
 
 def make_ready(data: DataConfig, console: Console) -> None:

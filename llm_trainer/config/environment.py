@@ -19,13 +19,17 @@ _WANDB_MODES = ("online", "offline", "disabled", "shared")
 
 @dataclass(frozen=True)
 class LaunchEnvironment:
-    """Which of how many processes this is; one process that nobody launched is rank 0 of 1. `attempt` counts torchrun's restarts."""
+    """Which of how many processes this is; one process that nobody launched is rank 0 of 1. `attempt` counts torchrun's restarts.
+
+    `local_rank` and `local_size`: which this is of the processes of its machine, and how many these are.
+    """
 
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
     launched: bool = False
     attempt: str = "0"
+    local_size: int = 1
 
 
 def launch_environment(variables: Mapping[str, str] | None = None) -> LaunchEnvironment:
@@ -34,15 +38,20 @@ def launch_environment(variables: Mapping[str, str] | None = None) -> LaunchEnvi
     if "WORLD_SIZE" not in environment or "RANK" not in environment:
         return LaunchEnvironment()
     numbers = {}
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        text = environment.get(name, "0")
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        text = environment.get(name, "1" if name == "LOCAL_WORLD_SIZE" else "0")
         if not text.strip().isdigit():
             raise UsageError(f"{name}={text!r} must be a whole number; torchrun sets it")
         numbers[name] = int(text)
     if not numbers["RANK"] < numbers["WORLD_SIZE"]:
         raise UsageError(f"RANK={numbers['RANK']} does not fit WORLD_SIZE={numbers['WORLD_SIZE']}; torchrun sets both")
     return LaunchEnvironment(
-        numbers["RANK"], numbers["LOCAL_RANK"], numbers["WORLD_SIZE"], True, environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+        numbers["RANK"],
+        numbers["LOCAL_RANK"],
+        numbers["WORLD_SIZE"],
+        True,
+        environment.get("TORCHELASTIC_RESTART_COUNT", "0"),
+        max(numbers["LOCAL_WORLD_SIZE"], numbers["LOCAL_RANK"] + 1),
     )
 
 

@@ -51,6 +51,7 @@ _STEP_SPELLING = re.compile(r"(?:checkpoint|ckpt|emergency|recent|step)(?:[-_]st
 _NAME_SPELLING = re.compile(r"(best|final)(?:[-_]model)?(?:\.(?:pt|pth|ckpt|safetensors))?")
 
 Report = Callable[[str], None]
+Verify = Callable[[Path], list[str]]  # what is wrong with a checkpoint folder
 FileEntry: TypeAlias = "Mapping[str, int | str]"
 JSON: TypeAlias = "str | int | float | bool | Sequence[JSON] | Mapping[str, JSON] | None"
 
@@ -92,13 +93,17 @@ def write_manifest(folder: Path, files: Mapping[str, FileEntry] | None = None) -
     return manifest
 
 
-def verify(folder: Path, *, contents: bool = True) -> list[str]:
-    """What is wrong with a checkpoint folder, a line each; empty when it is whole. `contents=False`: sizes only, nothing is read."""
+def verify(folder: Path, *, contents: bool = True, share: tuple[int, int] = (0, 1)) -> list[str]:
+    """What is wrong with a checkpoint folder, a line each; empty when it is whole. `contents=False`: sizes only, nothing is read.
+
+    `share` (number, of how many): of the files' contents only this part is read, for others to read the other parts.
+    """
     try:
         listed = _read_manifest(folder)
     except CheckpointError as error:
         return [str(error)]
-    problems = [problem for name, said in listed.items() for problem in _file_problems(folder / name, name, said, contents)]
+    read = _files_of(share, listed) if contents else set()
+    problems = [problem for name, said in listed.items() for problem in _file_problems(folder / name, name, said, name in read)]
     # Readers of weights take every *.safetensors they find, so one that nobody listed is not harmless.
     found = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.safetensors")))
     return problems + [f"{name} is not in the manifest" for name in found if name not in listed]
@@ -113,8 +118,8 @@ def list_checkpoints(run_folder: Path) -> list[FoundCheckpoint]:
     return sorted(found, key=lambda one: (-one.step, one.path.name.startswith(REPLACED_PREFIX), not _STEP_FOLDER.fullmatch(one.path.name)))
 
 
-def resolve_resume_folder(spec: str | Path, report: Report | None = None) -> Path:
-    """The checkpoint folder that `spec` means for resuming, verified byte by byte.
+def resolve_resume_folder(spec: str | Path, report: Report | None = None, check: Verify = verify) -> Path:
+    """The checkpoint folder that `spec` means for resuming, verified byte by byte (by `check`).
 
     A run folder means its newest checkpoint that verifies; each newer one that does not is named, with the reason, through
     `report` (stderr by default). A checkpoint folder, a file in one, or a spelling such as `checkpoint_step_50000.pt` means that
@@ -122,13 +127,13 @@ def resolve_resume_folder(spec: str | Path, report: Report | None = None) -> Pat
     """
     path = Path(spec)
     if path.is_dir() and not _is_model_folder(path):
-        return _newest_whole(path, report or _to_stderr, contents=True)
+        return _newest_whole(path, report or _to_stderr, check)
     folder = _named_folder(path)
     if folder.is_file():
         raise CheckpointError(f"{folder} holds weights only, which cannot be resumed; start from its weights with --init_from={folder}")
-    problems = verify(folder)
+    problems = check(folder)
     if problems:
-        raise CheckpointError(f"{folder} cannot be resumed: {_briefly(problems)}{_another(folder)}")
+        raise CheckpointError(f"{folder} cannot be resumed: {_briefly(problems)}{_another(folder, check)}")
     return folder
 
 
@@ -148,10 +153,10 @@ def resolve_model_folder(spec: str | Path, report: Report | None = None) -> Path
                 return folder
         if not preferred and not list_checkpoints(path) and (path / "ckpt.pt").is_file():
             return path / "ckpt.pt"
-        return _newest_whole(path, report or _to_stderr, contents=False)
+        return _newest_whole(path, report or _to_stderr, _sizes)
     folder = _named_folder(path)
     if folder.is_dir() and (folder / MANIFEST_FILE).exists() and (problems := verify(folder, contents=False)):
-        raise CheckpointError(f"{folder} is damaged: {_briefly(problems)}{_another(folder)}")
+        raise CheckpointError(f"{folder} is damaged: {_briefly(problems)}{_another(folder, verify)}")
     return folder
 
 
@@ -180,6 +185,21 @@ def read_json(path: Path) -> dict[str, JSON]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds {type(value).__name__}, not an object")
     return value
+
+
+def _files_of(share: tuple[int, int], listed: Mapping[str, Mapping[str, JSON]]) -> set[str]:
+    """The files of one share, of about as many bytes as the others."""
+
+    def size_of(name: str) -> int:
+        size = listed[name].get("size")
+        return size if isinstance(size, int) else 0
+
+    loads, own = [0] * share[1], set()
+    for name in sorted(listed, key=lambda name: (-size_of(name), name)):
+        least = loads.index(min(loads))
+        loads[least] += size_of(name)
+        own |= {name} if least == share[0] else set()
+    return own
 
 
 def _sha256(path: Path) -> str:
@@ -237,10 +257,10 @@ def _placed(run_folder: Path, name: str) -> Path | None:
     return next((folder for folder in (run_folder / name, run_folder / f"{REPLACED_PREFIX}{name}") if folder.is_dir()), None)
 
 
-def _newest_whole(run_folder: Path, report: Report, *, contents: bool) -> Path:
+def _newest_whole(run_folder: Path, report: Report, check: Verify) -> Path:
     found = list_checkpoints(run_folder)
     for one in found:
-        problems = verify(one.path, contents=contents)
+        problems = check(one.path)
         if not problems:
             return one.path
         report(f"passing over {one.path}: {_briefly(problems)}")
@@ -275,10 +295,14 @@ def _named_folder(path: Path) -> Path:
     return placed
 
 
-def _another(folder: Path) -> str:
+def _sizes(folder: Path) -> list[str]:
+    return verify(folder, contents=False)
+
+
+def _another(folder: Path, check: Verify) -> str:
     """Which checkpoint beside a damaged one is whole, as the end of a sentence."""
     for one in list_checkpoints(folder.parent):
-        if one.path != folder and not verify(one.path):
+        if one.path != folder and not check(one.path):
             return f"; {one.path} is whole"
     return "; no other checkpoint beside it is whole"
 

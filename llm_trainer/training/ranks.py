@@ -43,12 +43,16 @@ class RankLost(LLMTrainerError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `count`. All methods but the properties are called by every rank, in the same order."""
+    """This process among `count`, and among the `machine_ranks` of its machine. All methods but the properties are called by every rank,
+    in the same order.
+    """
 
     rank: int = 0
     count: int = 1
     plan: ParallelPlan = field(default_factory=ParallelPlan)
     group: ProcessGroup | None = None  # none: that of all ranks
+    machine_rank: int = 0
+    machine_ranks: int = 1
 
     _meshes: dict[tuple[str, tuple[tuple[str, int], ...]], DeviceMesh] = field(default_factory=dict, compare=False, repr=False)
 
@@ -217,7 +221,7 @@ def joined(launch: LaunchEnvironment, training: TrainingConfig) -> Iterator[Rank
     import torch.distributed as dist
 
     store = _join(launch, training)
-    ranks = Ranks(launch.rank, launch.world_size, plan)
+    ranks = Ranks(launch.rank, launch.world_size, plan, None, launch.local_rank, launch.local_size)
     watch = Watch(store, ranks, training.rank_timeout_seconds)
     try:
         yield ranks

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import cast
 
 from llm_trainer.config import CheckpointError, RunConfig, TrainingConfig, UsageError
-from llm_trainer.config.run_folder import JSON, Report, list_checkpoints, read_run_config, resolve_resume_folder
+from llm_trainer.config.run_folder import JSON, Report, Verify, list_checkpoints, read_run_config, resolve_resume_folder, verify
 from llm_trainer.data.sampling.samplers import Sampler
 from llm_trainer.data.shards import TokenDataset
 from llm_trainer.training.checkpoints import read_state
@@ -76,14 +76,14 @@ class Resumption:
     callbacks: dict[str, dict[str, JSON]]
 
 
-def resume_folder(spec: str, run_folder: Path, report: Report | None = None) -> Path | None:
-    """The checkpoint that `resume_from` means; None when it is `auto` and `run_folder` holds none yet.
+def resume_folder(spec: str, run_folder: Path, report: Report | None = None, check: Verify = verify) -> Path | None:
+    """The checkpoint that `resume_from` means, verified by `check`; None when it is `auto` and `run_folder` holds none yet.
 
     A run folder whose checkpoints are all damaged is an error, not a fresh start. Raises CheckpointError.
     """
     if spec != "auto":
-        return resolve_resume_folder(spec, report)
-    return resolve_resume_folder(run_folder, report) if list_checkpoints(run_folder) else None
+        return resolve_resume_folder(spec, report, check)
+    return resolve_resume_folder(run_folder, report, check) if list_checkpoints(run_folder) else None
 
 
 def compare_settings(old: RunConfig, new: RunConfig, checkpoint: Path) -> list[Change]:

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_trainer.config.run_folder import LOGS_FOLDER, METRICS_FILE, FoundCheckpoint, list_checkpoints, verify
+from llm_trainer.config.run_folder import LOGS_FOLDER, METRICS_FILE, FoundCheckpoint, Verify, list_checkpoints
 
 if TYPE_CHECKING:
     from llm_trainer.config import TrainingConfig
@@ -79,6 +79,7 @@ def roll_back(trainer: Trainer) -> None:
     Without a checkpoint from before the spike the run goes on, and says so. Raises TrainingDiverged when `max_rollbacks` are used up.
     """
     from llm_trainer.training.step import TrainingDiverged
+    from llm_trainer.training.verifying import found_together
 
     training, seen, now = trainer.training, trainer.state.spikes, trainer.state
     told = (
@@ -90,13 +91,13 @@ def roll_back(trainer: Trainer) -> None:
             f"{told}; the {training.max_rollbacks} rollbacks of max_rollbacks are used up. Lower learning_rate, raise warmup_steps or set "
             "spike_rate_factor below 1, and go on from a checkpoint before the spike with --resume"
         )
-    place = trainer.ranks.of_main(str(_checkpoint_before(trainer) or "") if trainer.ranks.is_main else "")
-    if not place:
+    place = found_together(trainer.ranks, lambda check: _checkpoint_before(trainer, check))
+    if place is None:
         trainer.say(f"{told}; there is no checkpoint from before it to go back to, so the run goes on")
         trainer.state.spikes = SpikeState(rollbacks=seen.rollbacks)
         return
     trainer.ranks.main_does(lambda: _keep_metrics(trainer.run_dir, seen.rollbacks + 1))
-    trainer.return_to(Path(place))
+    trainer.return_to(place)
     back = trainer.state
     back.samples, back.tokens, back.source_tokens = now.samples, now.tokens, now.source_tokens
     back.spikes = replace(back.spikes, rollbacks=seen.rollbacks + 1)
@@ -109,18 +110,18 @@ def roll_back(trainer: Trainer) -> None:
     trainer.metrics_tracker.update(numbers, back.step)
 
 
-def _checkpoint_before(trainer: Trainer) -> Path | None:
+def _checkpoint_before(trainer: Trainer, check: Verify) -> Path | None:
     """The newest whole checkpoint at least `spike_distance` steps before the spike, else the oldest that is before it at all."""
     first = trainer.state.spikes.first_outlier
     assert first is not None, "a spike has a first step"
     before = [one for one in list_checkpoints(trainer.run_dir) if one.step < first - 1]  # an update is judged by the loss after it
     far = [one for one in before if one.step <= first - trainer.training.spike_distance]
     near = [one for one in reversed(before) if one not in far]
-    return next((one.path for one in [*far, *near] if _is_whole(trainer, one)), None)
+    return next((one.path for one in [*far, *near] if _is_whole(trainer, one, check)), None)
 
 
-def _is_whole(trainer: Trainer, one: FoundCheckpoint) -> bool:
-    problems = verify(one.path)
+def _is_whole(trainer: Trainer, one: FoundCheckpoint, check: Verify) -> bool:
+    problems = check(one.path)
     if problems:
         trainer.say(f"passing over {one.path}: {problems[0]}")
     return not problems

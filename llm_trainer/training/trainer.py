@@ -36,7 +36,7 @@ from llm_trainer.training.precision import resolve_device
 from llm_trainer.training.preemption import StopSignals
 from llm_trainer.training.ranks import Ranks
 from llm_trainer.training.remote import fetch_resumed, use_local_folders
-from llm_trainer.training.resume import data_identity, resume_folder
+from llm_trainer.training.resume import data_identity
 from llm_trainer.training.saving import Saving, store_for
 from llm_trainer.training.schedules import resolve_length, resolve_schedule
 from llm_trainer.training.shares import AchievedShares, count_sources
@@ -47,6 +47,7 @@ from llm_trainer.training.step import Outcomes, SampleRange, StepOutcome
 from llm_trainer.training.throughput import Meter
 from llm_trainer.training.tuning import tuned
 from llm_trainer.training.validation import ValidationResult
+from llm_trainer.training.verifying import found_to_resume
 from llm_trainer.training.watching import Watcher
 
 _LOOK_EVERY = 10  # steps between two looks at what the device found, where a look makes the host wait
@@ -57,8 +58,8 @@ class Trainer:
 
     `objective`: what is minimised (default: next tokens); `callbacks` come after early stopping's, which the configuration switches on;
     `store`: where checkpoints go; `cache_dir`: where what was learned about compiling here is kept between runs; `ranks`: the processes
-    that train together, each with a Trainer of the same arguments, of which the main one writes and talks. Raises UsageError for
-    settings that do not fit together, DataError for data that cannot be trained on.
+    that train together, each with a Trainer of the same arguments, of which the main one writes and talks; `verified`: the checkpoint that
+    `resume_from` means, where it has been verified. Raises UsageError for settings that do not fit together, DataError for bad data.
     """
 
     def __init__(
@@ -75,11 +76,11 @@ class Trainer:
         console: Console | None = None,
         cache_dir: Path | None = None,
         ranks: Ranks | None = None,
+        verified: Path | None = None,
     ) -> None:
         config = with_deepspeed_file(config)
-        training = config.training
+        self.config, self.training = config, (training := config.training)
         use_local_folders(training)
-        self.config, self.training = config, training
         self.train_tokens, self.validation_tokens, self.tokenizer = train, validation, tokenizer
         self.ranks = ranks or Ranks()
         self.console = (console or Console(stderr=True)) if self.ranks.is_main else Console(quiet=True)
@@ -101,13 +102,13 @@ class Trainer:
         if training.early_stopping_patience is not None:
             self.callbacks.insert(0, EarlyStopping(training.early_stopping_patience, training.early_stopping_min_delta))
         self.state = TrainingState(schedule=resolve_schedule(training, self.length), total_steps=self.length.steps)
-        self.stop_training = False
-        self.saving = Saving(self)
+        self.stop_training, self.saving = False, Saving(self)
         self._look_every = 1 if self.device.type == "cpu" else _LOOK_EVERY
         self.watcher = Watcher(training, self.device, self.say)
         self._outcomes = Outcomes(training, self.say)
         self._last_validation: ValidationResult | None = None
         self._stored_scaler: dict[str, float | int] = {}
+        self._verified = verified
         self._resumed_from: Path | None = None
         self._progress: ProgressReporter | None = None
 
@@ -173,8 +174,7 @@ class Trainer:
     def _prepare(self) -> None:
         if self.training.remote_dir is not None or self.training.resume_from is not None:
             self.ranks.main_first(lambda: fetch_resumed(self.training, self.say))
-        spec = self.training.resume_from
-        if spec is not None and (path := resume_folder(spec, self.run_dir, self.say)) is not None:
+        if (path := self._verified or found_to_resume(self)) is not None:
             self._stored_scaler, self._resumed_from = take_up(self, path), path
         self._open_run_folder()
         self.model.train()

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from rich.console import Console
 from tiny_run import tiny_config, tiny_model, tokens
 
-from llm_trainer.config import LLMTrainerError, TrainingConfig
+from llm_trainer.config import LLMTrainerError, TrainingConfig, run_folder
 from llm_trainer.config.environment import launch_environment
 from llm_trainer.config.parallel import resolve_plan
 from llm_trainer.data.sampling.samplers import Batch
@@ -47,8 +47,8 @@ class Factor(NextToken):
         super().__init__()
         self.trainer, self.factor, self.steps = trainer, factor, steps
 
-    def __call__(self, model: Transformer, batch: Batch) -> LossSum:
-        loss = super().__call__(model, batch)
+    def of_hidden(self, model: Transformer, hidden: torch.Tensor, labels: torch.Tensor) -> LossSum:
+        loss = super().of_hidden(model, hidden, labels)
         step = self.trainer.state.samples // self.trainer.sequences_per_step + 1
         return LossSum(loss.total * self.factor, loss.tokens) if torch.is_grad_enabled() and step in self.steps else loss
 
@@ -111,14 +111,14 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def filler(run_folder: Path) -> Callable[[], None]:
+def filler(folder: Path) -> Callable[[], None]:
     """Where the run folder is a small disk of its own, what fills it up; elsewhere the system's refusal."""
 
     def fill() -> None:
-        free = shutil.disk_usage(run_folder).free
+        free = shutil.disk_usage(folder).free
         if free > SMALL_DISK:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        (run_folder / "ballast").write_bytes(bytes(max(0, free - LEFT_FREE)))
+        (folder / "ballast").write_bytes(bytes(max(0, free - LEFT_FREE)))
 
     return fill
 
@@ -139,6 +139,25 @@ def plant(run: dict[str, Any], trainer: Trainer, ranks: Ranks) -> None:
         trainer.callbacks.append(At(trainer, death["place"], death["step"], die))
 
 
+def garble(path: Path) -> None:
+    """Other contents of the same size."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def noted(read: list[str]) -> Callable[[Path], str]:
+    """What hashes a file of a checkpoint, and notes that it was read; not those that are just being saved."""
+    hashed = run_folder._sha256
+
+    def call(path: Path) -> str:
+        if not any(part.startswith(".tmp-") for part in path.parts):
+            read.append(path.as_posix())
+        return hashed(path)
+
+    return call
+
+
 def train(folder: Path, run: dict[str, Any], ranks: Ranks) -> None:
     """One of the runs."""
     config = tiny_config(folder / run["name"], {"dropout": 0.0}, **run["settings"])
@@ -147,7 +166,12 @@ def train(folder: Path, run: dict[str, Any], ranks: Ranks) -> None:
     console = Console(file=heard, width=1000)
     trainer = Trainer(tiny_model(config.model), config, tokens(), tokens(65, seed=1), console=console, ranks=ranks)
     outcome: dict[str, object] = {}
-    unharmed = os.fsync, dist.all_reduce
+    read: list[str] = []
+    if "garble" in run and ranks.is_main:
+        garble(Path(run["garble"]))
+    ranks.wait()
+    unharmed, hashed = (os.fsync, dist.all_reduce), run_folder._sha256
+    run_folder._sha256 = noted(read)
     plant(run, trainer, ranks)
     try:
         result = trainer.train()
@@ -156,6 +180,8 @@ def train(folder: Path, run: dict[str, Any], ranks: Ranks) -> None:
         outcome |= {"error": type(error).__name__, "message": str(error)}
     finally:
         os.fsync, dist.all_reduce = unharmed
+        run_folder._sha256 = hashed
+    outcome["read"] = read
     outcome["said"] = heard.getvalue().splitlines()
     (folder / f"{run.get('outcome', run['name'])}-outcome-{ranks.rank}.json").write_text(json.dumps(outcome), encoding="utf-8")
 
