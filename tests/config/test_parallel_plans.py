@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from llm_trainer.config import ModelConfig, TrainingConfig, UsageError
+from llm_trainer.config import ModelConfig, RunConfig, TrainingConfig, UsageError
+from llm_trainer.config.checks import check_run
 from llm_trainer.config.parallel import ParallelPlan, check_shape, resolve_plan
 
 
@@ -79,6 +80,13 @@ def test_ranks_that_share_sequences_have_one_groups_samples_and_are_all_heard() 
         members = [rank for rank in range(plan.ranks) if plan.data_rank(rank) == group]
         assert [plan.context_rank(rank) for rank in members if plan.speaks(rank)] == [0, 1, 2]
         assert [plan.token_rank(rank) - 3 * group for rank in members] == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("name", ["fsdp", "tensor_parallel", "context_parallel"])
+def test_an_offloaded_optimizer_is_refused_where_state_is_divided(name: str) -> None:
+    config = RunConfig(training={"offload_optimizer": True, name: 2})
+    with pytest.raises(UsageError, match=f"is for whole replicas; training.{name}"):
+        check_run(config, {}, {"training"}, 2)
 
 
 def test_stages_are_as_equal_as_can_be() -> None:
