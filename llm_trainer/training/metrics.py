@@ -169,7 +169,8 @@ class TensorBoard:
 class WeightsAndBiases:
     """A run on Weights & Biases; WANDB_MODE=offline keeps it on this machine.
 
-    A resumed run continues under the id that is kept in the run folder.
+    A resumed run continues under the id that is kept in the run folder. The run's step is a number among the others, and what charts are
+    drawn over: W&B's own must never go back, and drops what does, which a run that goes back at a loss spike would lose.
     """
 
     def __init__(self, run_folder: Path, config: RunConfig | None) -> None:
@@ -190,11 +191,13 @@ class WeightsAndBiases:
             resume="allow",
             config=config.model_dump(mode="json") if config else None,
         )
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
         id_file.write_text(f"{self._run.id}\n", encoding="utf-8")
 
     def write(self, metrics: Mapping[str, float], step: int, seconds: float) -> None:
         """Log the numbers at this step."""
-        self._run.log(dict(metrics), step=step)
+        self._run.log({**metrics, "step": step})
 
     def close(self) -> None:
         """Finish the run."""

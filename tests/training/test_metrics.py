@@ -158,6 +158,21 @@ def test_wandb_offline_gets_the_run_and_a_resume_goes_on_under_its_id(tmp_path: 
     assert any(b"shelf" in path.read_bytes() for run in runs for path in run.glob("*.wandb"))
 
 
+@pytest.mark.slow
+def test_wandb_keeps_steps_that_come_again_after_a_rollback(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    code = (
+        "import sys; from pathlib import Path; from llm_trainer.training.metrics import MetricsTracker\n"
+        "tracker = MetricsTracker(Path(sys.argv[1]), ['wandb'])\n"
+        "[tracker.update({'loss': loss}, step) for step, loss in ((1, 0.5), (2, 0.25), (3, 9.0625), (2, 0.1875), (3, 0.09375))]\n"
+        "tracker.close()"
+    )
+    environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=environment)
+    [kept] = [path.read_bytes() for path in (tmp_path / "wandb").glob("offline-run-*/*.wandb")]
+    assert [loss for loss in (b"0.5", b"0.25", b"9.0625", b"0.1875", b"0.09375") if loss not in kept] == []
+
+
 def test_a_subclass_can_log_its_own_numbers(tmp_path: Path) -> None:
     """As the manual writes it."""
 
