@@ -90,13 +90,22 @@ def named_weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: dequantized(parameter.detach()) for name, parameter in unwrapped(model).named_parameters()}
 
 
-def weight_layout(model: nn.Module, *, parts: int = 1, max_shard_bytes: int = MAX_SHARD_BYTES) -> WeightLayout:
-    """Files for the model's weights, in `parts` of about equal size, none above `max_shard_bytes` unless a tensor alone is."""
+def weight_layout(
+    model: nn.Module,
+    *,
+    parts: int = 1,
+    writers: Mapping[str, Sequence[int]] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> WeightLayout:
+    """Files for the model's weights, in `parts` of about equal size, none above `max_shard_bytes` unless a tensor alone is.
+
+    `writers`: by parameter, which parts may have it (the same for those that lie in one tensor of a file); none: any.
+    """
     parameters = named_weights(model)
     table = entries(parameters, family_of(unwrapped(model).config) or OWN_SECTION)
     shards = [
         (part, shard)
-        for part, of_part in enumerate(_in_parts(table, parameters, parts))
+        for part, of_part in _by_part(table, parameters, parts, writers)
         for shard in _into_shards(of_part, parameters, max_shard_bytes)
     ]
     names = (
@@ -127,6 +136,20 @@ def description_files(
 def write_weights(path: Path, shard: Sequence[Entry], parameters: Mapping[str, Tensor]) -> None:
     """One file of a layout; `parameters` hold at least what it wants, whole."""
     save_file({entry.theirs: entry.join(parameters).cpu() for entry in shard}, path, metadata={"format": "pt"})
+
+
+def _by_part(
+    table: Sequence[Entry], parameters: Mapping[str, Tensor], parts: int, writers: Mapping[str, Sequence[int]] | None
+) -> Iterator[tuple[int, list[Entry]]]:
+    """Each part and its tensors; a part comes once for each group of parts that share tensors among them."""
+    if writers is None:
+        yield from enumerate(_in_parts(table, parameters, parts))
+        return
+    groups: dict[tuple[int, ...], list[Entry]] = {}
+    for entry in table:
+        groups.setdefault(tuple(writers[entry.ours[0]]), []).append(entry)
+    for group, shared in groups.items():
+        yield from zip(group, _in_parts(shared, parameters, len(group)), strict=True)
 
 
 def _in_parts(table: Sequence[Entry], parameters: Mapping[str, Tensor], parts: int) -> list[list[Entry]]:

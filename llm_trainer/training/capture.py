@@ -2,8 +2,9 @@
 
 Where nothing is cut over ranks the main one writes all. Where ranks hold shards each writes its part: of the weights whole tensors,
 gathered one at a time (as much traffic as a forward pass), so that the folder is the same model folder that one process writes; of the
-optimizer the pieces that it holds, which costs no traffic at all. A save that is written later is made from copies in the host's
-memory, as large as this rank's part: weights and optimizer state, which is 12 bytes a parameter under AdamW.
+optimizer the pieces that it holds, which costs no traffic at all. In a pipeline each stage writes its own and sends nothing to others.
+A save that is written later is made from copies in the host's memory, as large as this rank's part: weights and optimizer state, which is
+12 bytes a parameter under AdamW.
 """
 
 from __future__ import annotations
@@ -150,14 +151,14 @@ def capture(snapshot: Snapshot, step: int, copies: HostCopies | None = None) -> 
     """Take what this rank writes: into `copies`, or as it lies there, to be written before the next step. A collective call."""
     ranks, holders = snapshot.ranks, _holders(snapshot)
     is_cut = is_sharded(snapshot.model) or bool(holders)
-    layout = weight_layout(snapshot.model, parts=ranks.count if is_cut else 1)
+    layout = weight_layout(snapshot.model, parts=ranks.count if is_cut else 1, writers=_stage_ranks(holders, ranks) if holders else None)
     files = [name for name, part in layout.part_of.items() if part == ranks.rank]
     wanted = {name for file in files for entry in layout.files[file] for name in entry.ours}
     weights: dict[str, Tensor] = {}
     for name, tensor in named_weights(snapshot.model).items():
+        if is_elsewhere(tensor):
+            continue
         value = whole(tensor)
-        if holders:
-            value = ranks.tensor_of(holders[name], value)
         if name in wanted:
             weights[name] = copies.of(name, value) if copies else value.cpu() if is_cut else value
     tensors, _ = optimizer_state(snapshot.model, snapshot.optimizers)
@@ -184,6 +185,12 @@ def _holders(snapshot: Snapshot) -> dict[str, int]:
         for name in names:
             holders.setdefault(name, rank)
     return holders
+
+
+def _stage_ranks(holders: Mapping[str, int], ranks: Ranks) -> dict[str, list[int]]:
+    """The ranks of the stage that each parameter is on, the first of its stages where it is on two."""
+    stage_of = ranks.plan.stage
+    return {name: [rank for rank in range(ranks.count) if stage_of(rank) == stage_of(holder)] for name, holder in holders.items()}
 
 
 def _writes(name: str, tensor: Tensor, ranks: Ranks, holders: Mapping[str, int]) -> bool:

@@ -69,8 +69,9 @@ def shard_fully(blocks: Iterable[nn.Module], root: nn.Module, mesh: DeviceMesh) 
     """FSDP over `mesh`, block by block; what of `root` is in no block (embeddings, last norm, head) belongs to the whole."""
     from torch.distributed.fsdp import fully_shard
 
+    elsewhere = {parameter for parameter in root.parameters() if is_elsewhere(parameter)}
     for module in (*blocks, root):
-        fully_shard(module, mesh=mesh)
+        fully_shard(module, mesh=mesh, ignored_params=elsewhere or None)
         sharded = cast("FSDPModule", module)
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)

@@ -156,14 +156,6 @@ class Ranks:
         """The main rank's text."""
         return self.texts(text if self.is_main else "")[0]
 
-    def tensor_of(self, rank: int, value: Tensor) -> Tensor:
-        """A rank's tensor, on the CPU; the others give one of its shape and type, whatever is in it."""
-        import torch.distributed as dist
-
-        said = value.detach().cpu() if self.rank == rank else torch.empty(value.shape, dtype=value.dtype)
-        dist.broadcast(said, group=self.group, group_src=rank)
-        return said
-
     def wait(self) -> None:
         """Until all are here."""
         self.largest([0])

@@ -168,6 +168,21 @@ def test_each_rank_saves_its_shards_and_together_they_are_the_model_folder_of_on
     assert all(found[name].shape == moments[name].shape and torch.allclose(found[name], moments[name], atol=1e-5) for name in found)
 
 
+@pytest.mark.parametrize("name", ["pipeline", "pipeline-tied"])
+def test_each_stage_saves_its_own_weights(folder: Path, name: str) -> None:
+    from safetensors import safe_open
+
+    held = []
+    for file in sorted((folder / name / "checkpoint-12").glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            held.append({tensor.removeprefix("transformer.") for tensor in tensors.keys()})  # noqa: SIM118 - not a dict
+    first, last = held
+    assert {tensor.split(".")[1] for tensor in first if tensor.startswith("h.")} == {"0"}
+    assert {tensor.split(".")[1] for tensor in last if tensor.startswith("h.")} == {"1"}
+    assert {tensor.split(".")[0] for tensor in first} == {"wte", "wpe", "h"}
+    assert {tensor.split(".")[0] for tensor in last} - {"lm_head"} == {"ln_f", "h"}
+
+
 @pytest.mark.parametrize("kind", PLANS)
 def test_a_save_in_the_background_is_the_save_that_the_run_waits_for(folder: Path, kind: str) -> None:
     for name in ("checkpoint-12", "best_model", "final_model"):
@@ -208,16 +223,18 @@ def test_four_ranks_have_the_loss_of_one(folder: Path) -> None:
         "mixed": {"fsdp": 2, "data_parallel": 2},
         "tensor-fsdp": {"tensor_parallel": 2, "fsdp": 2},
         "tensor-ddp": {"tensor_parallel": 2},
+        "pipeline-fsdp": {"pipeline_parallel": 2, "fsdp": 2},
     }
     runs = [a_run(name, **plan) for name, plan in mixed.items()]
     runs += [a_run(f"resumed-on-4-{kind}", fsdp=4, resume_from=str(folder / kind / "checkpoint-12")) for kind in PLANS]
+    runs += [a_run("resumed-on-4-pipeline-fsdp", fsdp=4, resume_from=str(folder / "pipeline-fsdp/checkpoint-12"))]
     runs += [a_run("resumed-mixed", tensor_parallel=2, fsdp=2, resume_from=str(folder / "fsdp/checkpoint-12"))]
     on_ranks(4, folder, runs)
     plain = series(folder / "plain")
     for name in mixed:
         assert max(differences(plain, series(folder / name))) <= TOLERANCE
     assert max(differences(plain[12:], series(folder / "resumed-mixed"))) <= TOLERANCE
-    for kind in PLANS:
+    for kind in [*PLANS, "pipeline-fsdp"]:
         assert max(differences(plain[12:], series(folder / f"resumed-on-4-{kind}"))) <= TOLERANCE
 
 
