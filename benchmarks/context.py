@@ -4,7 +4,8 @@ A network of Llama's kind (4 layers, 256 wide, 8 heads on 2 for keys and values,
 tokens.
 Each measurement is a fresh `torchrun`. Memory is the first rank's highest point above what the process held before it had the model (a tiny
 one was trained first, so that all libraries are there), beside it what `llm-trainer preflight` expects. That knows no blocks that glibc
-keeps after they are freed, a fifth here: with MALLOC_MMAP_THRESHOLD_=65536, as benchmarks/preflight.py measures, they agree within 8 %. Linux only.
+keeps after they are freed, a fifth here: with MALLOC_MMAP_THRESHOLD_=65536, as benchmarks/preflight.py measures, they agree within
+8 %. Linux only.
 
     python benchmarks/context.py [--rounds 3] [--steps 3] [--tokens 4096] [--quick]
 """
