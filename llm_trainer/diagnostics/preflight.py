@@ -25,6 +25,7 @@ from llm_trainer.config.parallel import ParallelPlan, check_shape, check_stages,
 from llm_trainer.training.footprint import StepMemory, step_memory
 from llm_trainer.training.precision import PrecisionName
 from llm_trainer.training.stage_footprint import PlaceMemory, place_memories
+from llm_trainer.training.trainable import trained_sizes
 
 WEIGHT_BYTES = 4
 _STAGES = (1, 2, 4, 8, 16)  # pipelines that are tried
@@ -167,12 +168,12 @@ def cache_a_sequence(shape: ModelConfig, precision: PrecisionName) -> int:
 
 
 def checkpoint_bytes(shape: ModelConfig, training: TrainingConfig) -> int:
-    """Bytes of one checkpoint on disk, over all ranks: weights and the optimizer's averages in fp32."""
-    sizes = part_sizes(shape)
+    """Bytes of one checkpoint on disk, over all ranks: weights, and the optimizer's averages of those that are trained, in fp32."""
+    trained = trained_sizes(shape, training)
     matrices = 0
     if training.optimizer == "muon":  # one average for a block's matrices; the biases among these have two, which is too little to count
-        matrices = sum(size for name, size in sizes.items() if name.startswith(("attn.", "mlp.")))
-    return WEIGHT_BYTES * (3 * sum(sizes.values()) - matrices)
+        matrices = sum(size for name, size in trained.items() if name.startswith(("attn.", "mlp.")))
+    return WEIGHT_BYTES * (sum(part_sizes(shape).values()) + 2 * sum(trained.values()) - matrices)
 
 
 @dataclass(frozen=True)

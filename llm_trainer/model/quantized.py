@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -49,6 +50,27 @@ def quantize_blocks(model: Transformer) -> None:
 
     Raises UsageError for a matrix that is to be trained or is not made of blocks of 64, and where torchao is missing.
     """
+    for part, name, linear, title in _base_matrices(model):
+        if linear.weight.requires_grad:
+            raise UsageError(
+                f"quantize_base needs weights that are not trained, and {title} is; train adapters over pretrained "
+                "weights (--init_from gpt2 --attn_lora_rank 8), without lora_train_base"
+            )
+        if linear.weight.numel() % BLOCK:
+            raise UsageError(f"quantize_base takes blocks of {BLOCK} weights, and {title} has {linear.weight.numel()}; leave it off")
+        linear.weight = nn.Parameter(quantized(linear.weight.detach()), requires_grad=False)
+        if type(linear) is Linear:
+            setattr(part, name, QuantizedLinear(linear))
+
+
+def bytes_saved(model: Transformer) -> int:
+    """How much less the model would hold with its base in four bits: half a byte a weight instead of its own, and the scales."""
+    sizes = [(linear.weight.numel(), linear.weight.element_size()) for _, _, linear, _ in _base_matrices(model)]
+    return sum(count * size - count // 2 - count // BLOCK for count, size in sizes)
+
+
+def _base_matrices(model: Transformer) -> Iterator[tuple[nn.Module, str, Linear, str]]:
+    """Each matrix of attention and MLP: the module that holds it, its name there, itself, and what to call it."""
     from llm_trainer.model.lora import PROJECTIONS
 
     for number, block in enumerate(model.blocks):
@@ -56,19 +78,8 @@ def quantize_blocks(model: Transformer) -> None:
             part = block.get_submodule(kind)
             for name in names:
                 linear = getattr(part, name, None)
-                if linear is None:
-                    continue
-                if linear.weight.requires_grad:
-                    raise UsageError(
-                        f"quantize_base needs weights that are not trained, and {kind}.{number}.{name} is; train adapters over pretrained "
-                        "weights (--init_from gpt2 --attn_lora_rank 8), without lora_train_base"
-                    )
-                if linear.weight.numel() % BLOCK:
-                    size = linear.weight.numel()
-                    raise UsageError(f"quantize_base takes blocks of {BLOCK} weights, and {kind}.{number}.{name} has {size}; leave it off")
-                linear.weight = nn.Parameter(quantized(linear.weight.detach()), requires_grad=False)
-                if type(linear) is Linear:
-                    setattr(part, name, QuantizedLinear(linear))
+                if linear is not None:
+                    yield part, name, linear, f"{kind}.{number}.{name}"
 
 
 def quantized(weight: Tensor) -> NF4Tensor:

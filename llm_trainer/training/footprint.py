@@ -25,12 +25,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llm_trainer.config import TrainingConfig
 from llm_trainer.config.model import ModelConfig
 from llm_trainer.data.sampling.samplers import Batch
+from llm_trainer.model.quantized import bytes_saved
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.context import ContextShare
 from llm_trainer.training.objectives import NextToken, TrainingStep
 from llm_trainer.training.optimizers import build_optimizers
 from llm_trainer.training.precision import Precision, PrecisionName
 from llm_trainer.training.step import clip_gradients
+from llm_trainer.training.trainable import freeze
 
 _SHALLOW = 2  # layers that the step between two stacks has at least
 
@@ -73,7 +75,7 @@ def step_memory(
     """
     run = (training, sequences, min(micro_batches, 2), counted_precision(training, precision))
     unit = depth_unit(shape)
-    if shape.num_hidden_layers <= 3 * unit:
+    if shape.num_hidden_layers <= 3 * unit or training.freeze_layers:  # frozen blocks are not like the others
         return _run_twice(shape, *run)
     low, high = (_run_twice(shape.model_copy(update={"num_hidden_layers": times * unit}), *run) for times in (2, 3))
     return _carried_on(low, high, (shape.num_hidden_layers - 3 * unit) / unit)
@@ -158,9 +160,10 @@ def _run_twice(shape: ModelConfig, training: TrainingConfig, sequences: int, mic
     """The first step makes what the optimizers and the loss keep; the second is the one that is noted."""
     with FakeTensorMode(allow_non_fake_inputs=True), Ledger() as ledger:
         model = Transformer(shape).train()
+        freeze(model, training)
         optimizers = build_optimizers(model, training)
         step = TrainingStep(model, NextToken(training.loss))
-        for parameter in model.parameters():
+        for parameter in filter(lambda one: one.requires_grad, model.parameters()):
             parameter.register_post_accumulate_grad_hook(ledger.is_gradient)  # type: ignore[no-untyped-call]
         precision = precision_of(name)
         parts = training.context_parallel
@@ -175,7 +178,8 @@ def _run_twice(shape: ModelConfig, training: TrainingConfig, sequences: int, mic
         weights = sum(parameter.nbytes for parameter in model.parameters())
         held = state_bytes(optimizers)
         moments = tuple((gradients, others - base) for gradients, others in ledger.moments.items())
-        return StepMemory(weights, held, max(0, base - weights - held), moments)
+        in_bits = bytes_saved(model) if training.quantize_base != "off" else 0  # a base in four bits is counted, not run
+        return StepMemory(weights - in_bits, held, max(0, base - weights - held), moments)
 
 
 def precision_of(name: PrecisionName) -> Precision:

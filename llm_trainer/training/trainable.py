@@ -5,9 +5,13 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping
 
+import torch
+
 from llm_trainer.config import TrainingConfig
+from llm_trainer.config.counting import part_sizes
+from llm_trainer.config.model import ModelConfig
 from llm_trainer.model.lora import train_adapters_only
-from llm_trainer.model.parts import matching_parts, part_names, part_of_parameter, set_trainable
+from llm_trainer.model.parts import matching_parts, part_names, part_of_parameter, set_trainable, trainable_counts
 from llm_trainer.model.quantized import quantize_blocks
 from llm_trainer.model.transformer import Transformer
 
@@ -18,12 +22,27 @@ def prepare_trainable(model: Transformer, training: TrainingConfig) -> None:
 
     Raises UsageError for a part that the model does not have, and for a base that cannot be quantised.
     """
+    freeze(model, training)
+    if training.quantize_base != "off":
+        quantize_blocks(model)
+
+
+def freeze(model: Transformer, training: TrainingConfig) -> None:
+    """The part of `prepare_trainable` that takes no weights."""
     if model.config.lora_train_base is False and model.config.has_adapters:
         train_adapters_only(model)
     if training.freeze_layers:
         set_trainable(model, training.freeze_layers, False)
-    if training.quantize_base != "off":
-        quantize_blocks(model)
+
+
+def trained_sizes(shape: ModelConfig, training: TrainingConfig) -> dict[str, int]:
+    """Trained parameters of each part, of a model that is only described."""
+    if not training.freeze_layers and (shape.lora_train_base or not shape.has_adapters):
+        return part_sizes(shape)
+    with torch.device("meta"):
+        model = Transformer(shape)
+    freeze(model, training)
+    return {part: count.trainable for part, count in trainable_counts(model).items()}
 
 
 def rate_factors(model: Transformer, training: TrainingConfig) -> dict[str, float]:

@@ -9,9 +9,11 @@ from llm_trainer.config import ModelConfig, RunConfig, TrainingConfig, UsageErro
 from llm_trainer.config.counting import parameter_count
 from llm_trainer.diagnostics.preflight import Plan, checkpoint_bytes, rank_memory, rank_shape, recommend, traffic
 from llm_trainer.model.cache import KVCache
+from llm_trainer.model.quantized import is_quantized
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.footprint import step_memory
 from llm_trainer.training.optimizers import build_optimizers
+from llm_trainer.training.trainable import prepare_trainable
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 512, "max_position_embeddings": 128}
 
@@ -147,3 +149,37 @@ def test_preflight_tells_the_micro_batch_that_auto_would_take(capsys: pytest.Cap
         words = capsys.readouterr().out
         micro[gigabytes] = int(words.split(" sequences")[0].rsplit(" ", 1)[1])
     assert 1 <= micro[0.02] < micro[0.05] <= micro[1.0] == 16
+
+
+@pytest.mark.parametrize(
+    ("shape", "training"),
+    [
+        ({"attn_lora_rank": 4, "mlp_lora_rank": 4, "lora_train_base": False}, {}),
+        ({"num_hidden_layers": 8, "attn_lora_rank": 4, "lora_train_base": False}, {}),  # carried on from shallow stacks
+        ({"num_hidden_layers": 8}, {"freeze_layers": ["wte", "attn.0-5", "mlp.3"]}),
+    ],
+)
+def test_what_is_frozen_has_neither_gradients_nor_averages(shape: dict[str, object], training: dict[str, object]) -> None:
+    settings = TrainingConfig.model_validate({"precision": "fp32", **training})
+    estimate = step_memory(_shape(**shape), settings, sequences=1)
+    model = Transformer(_shape(**shape))
+    prepare_trainable(model, settings)
+    trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    whole = sum(parameter.nbytes for parameter in model.parameters())
+    assert estimate.weights == whole
+    assert 2 * trained <= estimate.optimizer < 2 * trained + 1024, "two averages, and counts of steps"
+    assert max(gradients for gradients, _ in estimate.moments) <= trained
+    assert checkpoint_bytes(_shape(**shape), settings) == whole + 2 * trained
+
+
+def test_a_base_in_four_bits_is_counted_as_it_is_held() -> None:
+    pytest.importorskip("torchao")
+    shape = _shape(hidden_size=128, attn_lora_rank=4, mlp_lora_rank=4, lora_train_base=False)
+    training = TrainingConfig.model_validate({"precision": "fp32", "quantize_base": "nf4"})
+    model = Transformer(shape)
+    prepare_trainable(model, training)
+    held = 0
+    for parameter in model.parameters():
+        inner = parameter.__tensor_flatten__()[0] if is_quantized(parameter) else []
+        held += sum(getattr(parameter, name).nbytes for name in inner) or parameter.nbytes
+    assert step_memory(shape, training, sequences=1).weights == pytest.approx(held, rel=0.03)
