@@ -73,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = arguments[0].replace("_", "-")
     if command not in COMMANDS:
         return _unknown(arguments[0])
-    return guarded(lambda: _load(COMMANDS[command][0], "run")(arguments[1:]))
+    status = guarded(lambda: _load(COMMANDS[command][0], "run")(arguments[1:]))
+    return _ended(status) if argv is None else status
 
 
 def script(name: str, argv: Sequence[str] | None = None) -> int:
@@ -84,7 +85,16 @@ def script(name: str, argv: Sequence[str] | None = None) -> int:
         print(f"{name}: {OWED_SCRIPTS[name]} is not built yet; `llm-trainer --help` lists what is", file=sys.stderr)
         return 2
     module, function = SCRIPTS[name]
-    return guarded(lambda: _load(module, function)(arguments))
+    status = guarded(lambda: _load(module, function)(arguments))
+    return _ended(status) if argv is None else status
+
+
+def _ended(status: int) -> int:
+    """The process's status, at its very end: a rank of several leaves here."""
+    ranks = sys.modules.get("llm_trainer.training.ranks")
+    if ranks is not None and os.environ.get("WORLD_SIZE", "1") != "1":
+        ranks.end_process(status)
+    return status
 
 
 def overview() -> str:

@@ -9,6 +9,7 @@ One process that nobody launched is `Ranks()`: it imports nothing of torch.distr
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import sys
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -229,6 +230,19 @@ def joined(launch: LaunchEnvironment, training: TrainingConfig) -> Iterator[Rank
         dist.destroy_process_group()
     finally:
         watch.stop()
+
+
+def end_process(status: int) -> NoReturn:
+    """Leave with this status, for good, where this process was one of several; what is to be done at an exit is done.
+
+    DistributedDataParallel keeps gloo's threads for as long as the process lives. One of them may be late in letting go of a tensor, for
+    which it needs the interpreter; where the interpreter is ending just then, the process aborts ("terminate called without an active
+    exception", pytorch#179291). So it does not end: the operating system takes it all.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _join(launch: LaunchEnvironment, training: TrainingConfig) -> Store:

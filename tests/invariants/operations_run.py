@@ -21,7 +21,7 @@ from llm_trainer.config.environment import launch_environment
 from llm_trainer.config.parallel import resolve_plan
 from llm_trainer.config.schedules import Operation
 from llm_trainer.orchestration.orchestrator import Orchestrator
-from llm_trainer.training.ranks import Ranks, joined
+from llm_trainer.training.ranks import Ranks, end_process, joined
 from llm_trainer.training.trainer import Trainer
 
 
@@ -47,3 +47,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    end_process(0)

@@ -25,7 +25,7 @@ from llm_trainer.config.environment import launch_environment
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.callbacks import Callback
 from llm_trainer.training.objectives import LossSum, NextToken
-from llm_trainer.training.ranks import Ranks, joined
+from llm_trainer.training.ranks import Ranks, end_process, joined
 from llm_trainer.training.trainer import Trainer
 
 
@@ -89,3 +89,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    end_process(0)

@@ -24,7 +24,7 @@ from llm_trainer.data.sampling.samplers import Batch
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.memory import OutOfMemory
 from llm_trainer.training.objectives import LossSum, NextToken
-from llm_trainer.training.ranks import Ranks, joined
+from llm_trainer.training.ranks import Ranks, end_process, joined
 from llm_trainer.training.trainer import Trainer
 
 
@@ -81,3 +81,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    end_process(0)
