@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llm_trainer.config import ModelConfig, UsageError
+from llm_trainer.model.lora import is_adapter_parameter
 from llm_trainer.model.surgery.depth import stack_layers
 from llm_trainer.model.surgery.form import Form, build, form_of
+from llm_trainer.model.surgery.pruning import prune_heads, prune_mlp
 from llm_trainer.model.surgery.vocabulary import read_remapping, resize_vocabulary
 from llm_trainer.model.surgery.width import widen_mlp, widen_model
 from llm_trainer.model.transformer import Transformer
@@ -114,6 +117,55 @@ def test_a_wider_model_can_be_widened_and_stacked_again(config: ModelConfig) -> 
     assert float((logits(after) - logits(before)).abs().max()) <= 1e-10
 
 
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "bottlenecks": {"use_adapter_modules": True, "adapter_size": 3},
+    "domains": {"use_domain_adaptation": True, "adapter_size": 3},
+    "bottlenecks after the last norm": {"use_adapter_modules": True, "use_domain_adaptation": True, "adapter_size": 3, "pre_norm": False},
+    "low rank": {"attn_lora_rank": 2, "mlp_lora_rank": 3, "embedding_lora_rank": 2, "tie_word_embeddings": False},
+}
+ADAPTED_SHAPE: dict[str, Any] = {
+    "vocab_size": 19,
+    "hidden_size": 8,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 16,
+}
+
+
+@pytest.mark.parametrize("adapters", ADAPTERS)
+@pytest.mark.parametrize("change", PRESERVING)
+def test_growth_keeps_the_function_of_trained_adapters(change: str, adapters: str) -> None:
+    config = ModelConfig(**ADAPTED_SHAPE | ADAPTERS[adapters])
+    config.pre_norm |= change == "identity copies"
+    before = form_of(trained(config, torch.float64))
+    after = PRESERVING[change](before)
+    assert float((logits(after)[..., :19] - logits(before)).abs().max()) <= 1e-10
+
+
+@pytest.mark.parametrize("adapters", ["low rank", "bottlenecks", "domains"])
+def test_adapters_of_silent_copies_learn_over_a_frozen_base(adapters: str) -> None:
+    before = form_of(trained(ModelConfig(**ADAPTED_SHAPE | ADAPTERS[adapters]), torch.float64))
+    frozen = frozenset(name for name in before.weights if not is_adapter_parameter(name))
+    model = build(identity_copies(replace(before, frozen=frozen)))
+    optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=0.1)
+    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for _ in range(2):  # the second step is the first in which what stands before an output has a gradient
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(IDS).flatten(0, 1), IDS.roll(-1).flatten()).backward()
+        optimizer.step()
+    copies = {name: one for name, one in model.named_parameters() if name.startswith(("blocks.2.", "blocks.3.")) and one.requires_grad}
+    assert copies
+    assert [name for name, parameter in copies.items() if torch.equal(parameter, start[name])] == []
+
+
+def test_pruning_goes_with_bottleneck_adapters() -> None:
+    form = form_of(trained(ModelConfig(**ADAPTED_SHAPE | ADAPTERS["domains"] | ADAPTERS["bottlenecks"])))
+    smaller = prune_heads(prune_mlp(form, "mlp.0", 0.5), "attn.1", 0.5)
+    assert bool(torch.isfinite(logits(smaller)).all())
+    name = "blocks.0.domain_adapter.down"
+    assert torch.equal(smaller.weights[name], form.weights[name])
+
+
 def test_heads_may_grow_by_another_factor_than_the_stream() -> None:
     config = ModelConfig(vocab_size=19, hidden_size=8, head_dim=4, num_attention_heads=2, num_hidden_layers=2, max_position_embeddings=16)
     before = form_of(trained(config, torch.float64))
@@ -134,6 +186,16 @@ def gradients(form: Form) -> dict[str, Tensor]:
 @given(config=shapes())
 def test_averages_of_gradients_become_those_of_the_grown_model(change: Callable[[Form], Form], config: ModelConfig) -> None:
     """If the averages were the gradients themselves, they would be the grown model's gradients; their squares' likewise."""
+    assert_averages_follow(change, config)
+
+
+@pytest.mark.parametrize("adapters", ADAPTERS)
+@pytest.mark.parametrize("change", [half_more_units(noise=0), multiple(2, noise=0)], ids=["wider MLP", "twice as wide"])
+def test_averages_of_adapters_gradients_do_too(change: Callable[[Form], Form], adapters: str) -> None:
+    assert_averages_follow(change, ModelConfig(**ADAPTED_SHAPE | ADAPTERS[adapters]))
+
+
+def assert_averages_follow(change: Callable[[Form], Form], config: ModelConfig) -> None:
     before = form_of(trained(config, torch.float64))
     found = gradients(before)
     state = {name: {"exp_avg": g, "exp_avg_sq": g * g, "momentum_buffer": g, "step": torch.tensor(7.0)} for name, g in found.items()}

@@ -21,7 +21,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llm_trainer.config.errors import UsageError
 from llm_trainer.config.model import ModelConfig
 from llm_trainer.model.surgery.form import Form
 
@@ -43,6 +42,8 @@ _IN_BLOCK: dict[str, tuple[Axis, ...]] = {
     "mlp.down_proj.weight": (_WRITES_HIDDEN, ("mlp", True)),
     "mlp.down_proj.bias": (_WRITES_HIDDEN,),
     **{f"{norm}.{name}": (_WRITES_HIDDEN,) for norm in ("ln_1", "ln_2") for name in ("weight", "bias")},
+    **{f"{adapter}.down": (None, None, _READS_HIDDEN) for adapter in ("adapter", "domain_adapter")},
+    **{f"{adapter}.up": (None, _WRITES_HIDDEN, None) for adapter in ("adapter", "domain_adapter")},
 }
 _OUTSIDE: dict[str, tuple[Axis, ...]] = {
     "wte.weight": (("vocabulary", False), _WRITES_HIDDEN),
@@ -101,20 +102,23 @@ def _block_of(name: str) -> int | None:
 def _axes(name: str, config: ModelConfig) -> tuple[Axis, ...]:
     """The axes of a parameter; the factors b (out, rank) and a (rank, in) of a low-rank adapter have one each of their matrix.
 
-    Under tied embeddings the matrix writes copies, so what the head reads is divided in the norm before it.
+    Under tied embeddings the matrix writes copies, so what the head reads is divided in the last norm; what comes after that, as
+    bottlenecks do where norms come after the sums, reads what is divided and writes it divided.
     """
     matrix, adapter, factor = name.partition(".lora.")
     if adapter:
         out, into = _axes(f"{matrix}.weight", config)
         return (out, None) if factor.endswith(".b") else (None, into)
-    if ".adapter" in name:
-        raise UsageError(f"a model with adapter modules ({name}) cannot change its widths; remove them first")
-    if name.startswith("blocks."):
-        axes = _IN_BLOCK[name.split(".", 2)[2]]
-        is_last_norm = not config.pre_norm and name.startswith(f"blocks.{config.num_hidden_layers - 1}.ln_2.")
-    else:
-        axes, is_last_norm = _OUTSIDE[name], name.startswith("ln_f.")
-    return (_READS_HIDDEN,) if is_last_norm and config.tie_word_embeddings else axes
+    axes = _IN_BLOCK[name.split(".", 2)[2]] if name.startswith("blocks.") else _OUTSIDE[name]
+    if config.tie_word_embeddings and name.startswith(_from_last_norm(config)):
+        return tuple(axis and (axis[0], not axis[1]) for axis in axes)
+    return axes
+
+
+def _from_last_norm(config: ModelConfig) -> tuple[str, ...]:
+    if config.pre_norm:
+        return ("ln_f.",)
+    return tuple(f"blocks.{config.num_hidden_layers - 1}.{part}." for part in ("ln_2", "adapter", "domain_adapter"))
 
 
 def _sewing(axis: Axis, block: int | None, changes: Changes) -> Sewing | None:

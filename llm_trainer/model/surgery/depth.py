@@ -2,11 +2,13 @@
 
 Growing by stacking copies of trained blocks: Gong et al. 2019 (StackBERT), Du et al. 2024 (G_stack, arXiv:2405.15319). With identity
 copies, whose output projections are zero, the function is kept: the second of two equal blocks adds nothing until it has learned to
-(as in LLaMA Pro, Wu et al. 2024, arXiv:2401.02415).
+(as in LLaMA Pro, Wu et al. 2024, arXiv:2401.02415). Of adapters there only the second factor is zero, as in new ones: two factors of
+zero would have no gradient, ever.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -17,7 +19,8 @@ from llm_trainer.config.errors import UsageError
 from llm_trainer.config.model import ModelConfig
 from llm_trainer.model.surgery.form import Form
 
-_OUTPUTS = ("attn.o_proj.", "mlp.down_proj.")
+_OUTPUT = re.compile(r"(attn\.o_proj|mlp\.down_proj)\.(weight|bias|lora\..+\.b)|(domain_)?adapter\.up")
+"""What writes into the residual stream in a block, by its name there; of two factors the second."""
 
 
 def stacked_config(config: ModelConfig, sources: Sequence[int], *, identity: bool = False) -> ModelConfig:
@@ -40,7 +43,7 @@ def stacked_config(config: ModelConfig, sources: Sequence[int], *, identity: boo
 def stack_layers(form: Form, sources: Sequence[int], *, identity: bool = False) -> Form:
     """Blocks `sources` of the form, in that order, as its new blocks; copies copy optimizer state. Raises as `stacked_config`.
 
-    `identity`: output projections of every later copy are zero, so that the function stays as it was (pre-norm only).
+    `identity`: what every later copy writes is zero, of adapters too, so that the function stays as it was (pre-norm only).
     """
     config = stacked_config(form.config, sources, identity=identity)
     weights = {name: weight for name, weight in form.weights.items() if not name.startswith("blocks.")}
@@ -53,7 +56,7 @@ def stack_layers(form: Form, sources: Sequence[int], *, identity: bool = False) 
                 continue
             inner = name.split(".", 2)[2]
             new, is_copy = f"blocks.{place}.{inner}", source in seen
-            weights[new] = _copy(weight, is_copy, zero=identity and is_copy and inner.startswith(_OUTPUTS))
+            weights[new] = _copy(weight, is_copy, zero=identity and is_copy and bool(_OUTPUT.fullmatch(inner)))
             frozen |= {new} if name in form.frozen else set()
             if name in form.state:
                 state[new] = {key: _copy(value, is_copy) for key, value in form.state[name].items()}
