@@ -6,116 +6,28 @@ model with something beside it. Embedding and head have the same two factors ove
 adapters too, so that merging keeps both functions.
 
 `model.config.lora` says which adapters there are and every function here keeps it true: the shape of a checkpoint is its config.json.
-New factors A are drawn from a seed that is the adapter's name, so that all ranks draw the same ones; new columns of B are zero, so that
-the function does not change.
+New factors A are drawn from a seed that is the adapter's name and a number, so that all ranks draw the same ones; new columns of B are
+zero, so that the function does not change. Adapters that begin again after a merge should have another number: they are to read other
+directions than before (ReLoRA: Lialin et al. 2023, arXiv:2307.05695).
 """
 
 from __future__ import annotations
 
-import math
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm_trainer.config.adapters import LoraConfig
 from llm_trainer.config.errors import UsageError
+from llm_trainer.model.low_rank import Adapted, LoraEmbedding, LoraLinear, LowRank, low_rank_of
 from llm_trainer.model.parts import matching_parts, unwrapped
-from llm_trainer.model.quantized import product
 from llm_trainer.model.transformer import Embedding, Linear, Transformer
 
 DEFAULT_NAME = "default"
 MATRICES = ("wte", "lm_head")
 PROJECTIONS = {"attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
-
-
-class LowRank(nn.Module):
-    """The factors of one adapter of one matrix: `a` (rank, in) and `b` (out, rank)."""
-
-    def __init__(self, weight: Tensor, rank: int, scale: float, dropout: float = 0.0) -> None:
-        super().__init__()
-        outputs, inputs = weight.shape
-        self.a = nn.Parameter(weight.new_empty(rank, inputs))
-        self.b = nn.Parameter(weight.new_zeros(outputs, rank))
-        self.scale, self.dropout = scale, dropout
-
-    @property
-    def rank(self) -> int:
-        """Columns of `b`."""
-        return self.b.size(1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (…, in) → (…, out)."""
-        if self.dropout and self.training:
-            x = F.dropout(x, self.dropout)
-        return F.linear(F.linear(x, self.a), self.b) * self.scale
-
-    def delta(self) -> Tensor:
-        """What it adds to the matrix, (out, in)."""
-        return (self.b @ self.a) * self.scale
-
-    @torch.no_grad()
-    def restart(self, seed: str, first: int = 0) -> None:
-        """Draw rows of `a` from `first` on as `nn.Linear` draws its weights, and let the same columns of `b` be zero."""
-        if self.a.is_meta:
-            return
-        bound = 1.0 / math.sqrt(self.a.size(1))
-        drawn = torch.empty(self.rank - first, self.a.size(1), device="cpu", dtype=torch.float32)
-        self.a[first:] = drawn.uniform_(-bound, bound, generator=torch.Generator().manual_seed(zlib.crc32(seed.encode()))).to(self.a)
-        self.b[:, first:] = 0.0
-
-
-class LoraLinear(Linear):
-    """A linear map with adapters; `used` names those that count."""
-
-    def __init__(self, base: nn.Linear) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.weight, self.bias = base.weight, base.bias
-        self.lora = nn.ModuleDict()
-        self.used: list[str] = []
-        self.training = base.training
-
-    def forward(self, input: Tensor) -> Tensor:  # torch's name
-        """(…, in) → (…, out)."""
-        return self.adapted(input, product(input, self.weight, self.bias))
-
-    def adapted(self, x: Tensor, y: Tensor) -> Tensor:
-        """`y` = x·Wᵀ + bias with what the adapters add."""
-        for name in self.used:
-            y = y + self.lora[name](x)
-        return y
-
-    def effective_weight(self) -> Tensor:
-        """The matrix and what the adapters in use add to it."""
-        return sum((_low_rank(self, name).delta() for name in self.used), self.weight)
-
-
-class LoraEmbedding(Embedding):
-    """An embedding with adapters; `used` names those that count."""
-
-    def __init__(self, base: nn.Embedding) -> None:
-        nn.Module.__init__(self)
-        self.num_embeddings, self.embedding_dim, self.padding_idx = base.num_embeddings, base.embedding_dim, base.padding_idx
-        self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
-        self.weight = base.weight
-        self.lora = nn.ModuleDict()
-        self.used: list[str] = []
-        self.training = base.training
-
-    def forward(self, input: Tensor) -> Tensor:  # torch's name
-        """Ids (…) → (…, C)."""
-        y = F.embedding(input, self.weight)
-        for name in self.used:
-            low = _low_rank(self, name)
-            y = y + (F.embedding(input, low.b) @ low.a) * low.scale
-        return y
-
-
-Adapted = LoraLinear | LoraEmbedding
 
 
 @dataclass(frozen=True)
@@ -189,11 +101,13 @@ def check_table(model: nn.Module, name: str, table: LoraConfig) -> None:
             raise UsageError(f"LoRA rank {rank} of {wanted}: a rank is 0 or more")
 
 
-def set_lora_rank(model: nn.Module, parts: str | Sequence[str], rank: int, *, name: str = DEFAULT_NAME) -> list[str]:
+def set_lora_rank(model: nn.Module, parts: str | Sequence[str], rank: int, *, name: str = DEFAULT_NAME, seed: int = 0) -> list[str]:
     """Give parts (names, ranges, globs of attn.N, mlp.N, wte, lm_head) adapters of this rank; returns the parts.
 
     A larger rank keeps the product to rounding, 0 merges and removes, a smaller one keeps what the singular values say matters most.
-    New adapters are trained; whether their matrices are is left as it is. Raises UsageError for parts that take no adapters.
+    What is new is drawn from `seed`. New adapters are trained; whether their matrices are is left as it is.
+
+    Raises UsageError for parts that take no adapters.
     """
     plain = unwrapped(model)
     chosen = matching_parts(plain, parts)
@@ -211,14 +125,17 @@ def set_lora_rank(model: nn.Module, parts: str | Sequence[str], rank: int, *, na
     changed = table.model_copy(update={"ranks": ranks | dict.fromkeys(recorded, rank)})
     for target in targets(plain):
         if _is_within(target.name, chosen):
-            _resize(plain, target, name, changed)
+            _resize(plain, target, name, changed, seed)
     _record(plain, name, changed)
     use_adapters(plain, [each for each in in_use if each in plain.config.lora])
     return chosen
 
 
-def merge_lora(model: nn.Module, names: Sequence[str] | None = None, *, restart: bool = True) -> None:
-    """Fold adapters (none: those in use) into the matrices; `restart`: leave them in place at zero, else remove them."""
+def merge_lora(model: nn.Module, names: Sequence[str] | None = None, *, restart: bool = True, seed: int = 0) -> list[str]:
+    """Fold adapters (none: those in use) into the matrices; `restart`: let them begin again, drawn from `seed`, else remove them.
+
+    Returns which they were.
+    """
     plain = unwrapped(model)
     chosen = adapters_in_use(plain) if names is None else list(names)
     for name in chosen:
@@ -228,10 +145,11 @@ def merge_lora(model: nn.Module, names: Sequence[str] | None = None, *, restart:
             _fold(module, name)
     for target, module, name in _each(plain, chosen):
         if restart:
-            _low_rank(module, name).restart(f"{name}.{'wte' if _is_second_of_tied(plain, target) else target.name}")
+            low_rank_of(module, name).restart(f"{name}.{'wte' if _is_second_of_tied(plain, target) else target.name}", seed)
     if not restart:
         for name in chosen:
             remove_adapters(plain, name)
+    return chosen
 
 
 def remove_adapters(model: nn.Module, name: str) -> None:
@@ -279,6 +197,12 @@ def is_adapter_parameter(name: str) -> bool:
     return any(piece in ("lora", "adapter", "domain_adapter") for piece in name.split("."))
 
 
+def lora_set_of(name: str) -> str | None:
+    """The set whose low-rank adapter a parameter of this name belongs to; None: none's."""
+    _, low_rank, rest = name.partition(".lora.")
+    return rest.partition(".")[0] if low_rank else None
+
+
 def train_adapters_only(model: nn.Module) -> None:
     """Freeze every parameter that is not an adapter's."""
     for name, parameter in unwrapped(model).named_parameters():
@@ -286,12 +210,12 @@ def train_adapters_only(model: nn.Module) -> None:
             parameter.requires_grad_(False)
 
 
-def _resize(model: Transformer, target: Target, name: str, table: LoraConfig) -> None:
+def _resize(model: Transformer, target: Target, name: str, table: LoraConfig, seed: int = 0) -> None:
     """Bring one matrix's adapter of a set to the rank that `table` says, keeping what it computes as far as the rank allows."""
     named = "wte" if _is_second_of_tied(model, target) else target.name
     rank = table.rank_of(named)
     module = target.module
-    held = _low_rank(module, name) if isinstance(module, (LoraLinear, LoraEmbedding)) and name in module.lora else None
+    held = low_rank_of(module, name) if isinstance(module, (LoraLinear, LoraEmbedding)) and name in module.lora else None
     if held is None and rank == 0:
         return
     if held is not None and rank == 0:
@@ -305,20 +229,21 @@ def _resize(model: Transformer, target: Target, name: str, table: LoraConfig) ->
         adapted.lora[name] = model.wte.lora[name]
     else:
         dropout = 0.0 if named in MATRICES else table.dropout
-        adapted.lora[name] = _resized(held, adapted.weight, rank, table.scale_of(named), dropout, f"{name}.{named}")
+        fresh = LowRank(adapted.weight.detach(), rank, table.scale_of(named), dropout)
+        adapted.lora[name] = _resized(held, fresh, f"{name}.{named}", seed)
     adapted.lora.train(adapted.training)
 
 
 @torch.no_grad()
-def _resized(held: LowRank | None, weight: Tensor, rank: int, scale: float, dropout: float, seed: str) -> LowRank:
-    fresh = LowRank(weight.detach(), rank, scale, dropout)
+def _resized(held: LowRank | None, fresh: LowRank, named: str, seed: int) -> LowRank:
+    """`fresh`, drawn, with what `held` computes as far as its rank allows."""
     if held is None:
-        fresh.restart(seed)
+        fresh.restart(named, seed)
         return fresh
-    a, b = _factors(held, min(rank, held.rank))
+    a, b = _factors(held, min(fresh.rank, held.rank))
     fresh.a[: a.size(0)] = a
-    fresh.b[:, : a.size(0)] = b * (held.scale / scale)
-    fresh.restart(seed, a.size(0))
+    fresh.b[:, : a.size(0)] = b * (held.scale / fresh.scale)
+    fresh.restart(named, seed, a.size(0))
     fresh.a.requires_grad_(held.a.requires_grad)
     fresh.b.requires_grad_(held.b.requires_grad)
     return fresh
@@ -337,7 +262,7 @@ def _factors(held: LowRank, rank: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _fold(module: Adapted, name: str) -> None:
-    low = _low_rank(module, name)
+    low = low_rank_of(module, name)
     module.weight += ((low.b.double() @ low.a.double()) * low.scale).to(module.weight.dtype)
 
 
@@ -355,12 +280,6 @@ def _each(model: Transformer, names: Sequence[str]) -> Iterator[tuple[Target, Ad
         module = target.module
         if isinstance(module, (LoraLinear, LoraEmbedding)):
             yield from ((target, module, name) for name in names if name in module.lora)
-
-
-def _low_rank(module: Adapted, name: str) -> LowRank:
-    found = module.lora[name]
-    assert isinstance(found, LowRank)
-    return found
 
 
 def _is_second_of_tied(model: Transformer, target: Target) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llm_trainer.config.errors import UsageError
 from llm_trainer.config.schedules import Operation
-from llm_trainer.model.lora import merge_lora, set_lora_rank
+from llm_trainer.model.lora import lora_set_of, merge_lora, set_lora_rank
 from llm_trainer.model.parts import set_trainable
 from llm_trainer.model.surgery.depth import stack_layers
 from llm_trainer.model.surgery.form import Form, State, build, form_of
@@ -96,12 +96,21 @@ def _fitted(state: State, weight: Tensor) -> dict[str, Tensor]:
 
 
 def _lora_on(parts: Callable[[Form], list[str]]) -> Change:
-    return lambda form, operation, generator: _with_lora(form, lambda model: set_lora_rank(model, parts(form), int(operation.value)))
+    return lambda form, operation, generator: _with_lora(
+        form, lambda model: set_lora_rank(model, parts(form), int(operation.value), seed=generator.initial_seed())
+    )
 
 
 def _lora_on_one(form: Form, operation: Operation, generator: torch.Generator) -> Form:
     part, rank = operation.value
-    return _with_lora(form, lambda model: set_lora_rank(model, part, int(rank)))
+    return _with_lora(form, lambda model: set_lora_rank(model, part, int(rank), seed=generator.initial_seed()))
+
+
+def _merge(form: Form, operation: Operation, generator: torch.Generator) -> Form:
+    """Adapters that are merged begin again elsewhere, so that averages of their gradients say nothing any more."""
+    merged: list[str] = []
+    made = _with_lora(form, lambda model: merged.extend(merge_lora(model, seed=generator.initial_seed())))
+    return replace(made, state={name: kept for name, kept in made.state.items() if lora_set_of(name) not in merged})
 
 
 CHANGES: Mapping[str, Change] = {
@@ -118,6 +127,6 @@ CHANGES: Mapping[str, Change] = {
     "set_layer_lora_rank": _lora_on_one,
     "set_attn_lora_rank": _lora_on(lambda form: [f"attn.{layer}" for layer in range(form.config.num_hidden_layers)]),
     "set_embedding_lora_rank": _lora_on(lambda form: ["wte"]),
-    "merge_lora_weights": lambda form, operation, generator: _with_lora(form, merge_lora),
+    "merge_lora_weights": _merge,
 }
 """Operation → form after it."""

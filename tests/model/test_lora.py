@@ -108,6 +108,31 @@ def test_a_smaller_rank_keeps_the_largest_singular_values() -> None:
     torch.testing.assert_close(model.blocks[0].attn.q_proj.lora["default"].delta().detach(), best, rtol=0, atol=1e-12)
 
 
+def test_a_rank_that_grows_reads_new_directions() -> None:
+    model = model_of()
+    for rank in (2, 4, 8):
+        set_lora_rank(model, "attn.0", rank)
+        assert int(torch.linalg.matrix_rank(factor_a(model))) == rank
+
+
+def test_adapters_that_begin_again_read_the_directions_of_their_seed() -> None:
+    model = model_of(attn_lora_rank=4)
+    first = factor_a(model)
+    for seed in (1, 2):
+        merge_lora(model, seed=seed)
+    second = factor_a(model)
+    assert int(torch.linalg.matrix_rank(torch.cat([first, second]))) == 8
+    merge_lora(model, seed=2)
+    assert torch.equal(factor_a(model), second)
+    set_lora_rank(model, "attn.0", 0)
+    set_lora_rank(model, "attn.0", 4, seed=3)
+    assert int(torch.linalg.matrix_rank(torch.cat([second, factor_a(model)]))) == 8
+
+
+def factor_a(model: Transformer) -> Tensor:
+    return model.blocks[0].attn.q_proj.lora["default"].a.detach().clone()
+
+
 def test_rslora_and_alpha_set_the_strength() -> None:
     def strength(**settings: object) -> float:
         return float(model_of(attn_lora_rank=16, **settings).blocks[0].attn.q_proj.lora["default"].scale)

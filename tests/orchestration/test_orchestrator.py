@@ -207,6 +207,26 @@ def test_a_frozen_part_stays_as_it_is_while_the_rest_moves(tmp_path: Path) -> No
     assert not torch.equal(watch.seen[7][0], watch.seen[8][0])
 
 
+def test_each_merge_begins_adapters_anew_with_other_directions_and_no_averages(tmp_path: Path) -> None:
+    class Watch(Callback):
+        def __init__(self) -> None:
+            self.a: list[torch.Tensor] = []
+            self.state: list[set[str]] = []
+
+        def between_steps(self, trainer: Trainer, step: int, validation: object) -> None:
+            form = trainer.engine.form()
+            self.a.append(form.weights["blocks.0.attn.q_proj.lora.default.a"].clone())
+            self.state.append(set(form.state))
+
+    watch, adapters = Watch(), {"attn_lora_rank": 2}
+    trained(tmp_path, [after(2, "merge_lora_weights"), after(2, "merge_lora_weights")], watch, model=adapters, max_steps=6)
+    starts = [watch.a[0], watch.a[2], watch.a[4]]
+    assert int(torch.linalg.matrix_rank(torch.cat(starts))) == 6
+    assert not any(".lora." in name for name in watch.state[2] | watch.state[4])
+    assert any(".lora." in name for name in watch.state[1] & watch.state[3])
+    assert "blocks.0.attn.q_proj.weight" in watch.state[2]
+
+
 def test_a_corrupt_newest_checkpoint_falls_back_to_one_of_another_shape(tmp_path: Path) -> None:
     schedule = [after(4, "stack_layers", [0, 0, 1, 1])]
     settings: dict[str, Any] = {"save_interval": 1, "save_total_limit": None}
