@@ -38,8 +38,7 @@ def restructure(trainer: Trainer, change: Callable[[Form], Form]) -> None:
     engine = trainer.engine
     engine.rebuild(change(engine.form()))
     frozen = frozen_names(engine.model)
-    held = {id(one) for optimizer in engine.optimizers for group in optimizer.param_groups for one in group["params"]}
-    resting = sorted(name for name, parameter in engine.model.named_parameters() if name in frozen and id(parameter) in held)
+    resting = sorted(frozen & _held_names(engine))
     state = trainer.state
     state.changes = replace(state.changes, frozen=sorted(frozen), resting=resting)
     state.spikes = SpikeState(rollbacks=state.spikes.rollbacks)  # losses of another model are no measure
@@ -89,11 +88,17 @@ def take_shape(engine: Engine, checkpoint: Path, changes: RunChanges) -> None:
     now, then = resolved(engine.model.config), resolved(read_config(checkpoint))
     grown = {name: getattr(then, name) for name in _GROWN if getattr(then, name) != getattr(now, name)}
     frozen = frozenset(engine.frozen_at_first if changes.frozen is None else changes.frozen)
-    if not grown and frozen == frozen_names(engine.model):
+    if not grown and frozen == frozen_names(engine.model) and _held_names(engine).issuperset(changes.resting):
         return
     shape = engine.model.config.model_copy(update=_as_one(grown, then))
     form = form_of(empty_model(shape))
     engine.rebuild(replace(form, state={name: {} for name in changes.resting}, frozen=frozen))
+
+
+def _held_names(engine: Engine) -> frozenset[str]:
+    """Parameters that the optimizers hold: those that are trained, and those whose state rests."""
+    held = {id(one) for optimizer in engine.optimizers for group in optimizer.param_groups for one in group["params"]}
+    return frozenset(name for name, parameter in engine.model.named_parameters() if id(parameter) in held)
 
 
 def _as_one(grown: dict[str, object], then: ModelConfig) -> dict[str, object]:

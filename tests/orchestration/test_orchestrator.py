@@ -174,6 +174,26 @@ def test_interrupted_anywhere_the_run_ends_where_the_uninterrupted_one_ends(tmp_
         assert compare_checkpoints(tmp_path / "straight/final_model", resumed / "final_model") == [], step
 
 
+@pytest.mark.parametrize(
+    ("thaw", "freeze"),
+    [
+        (after(2, "unfreeze_layer", "wte"), after(2, "freeze_layer", "wte")),
+        (after(2, "set_embedding_finetune_mode", True), after(2, "set_embedding_finetune_mode", False)),
+    ],
+    ids=lambda operation: operation.name,
+)
+def test_what_was_frozen_at_first_and_is_frozen_again_keeps_its_resting_state_over_a_resume(
+    tmp_path: Path, thaw: Operation, freeze: Operation
+) -> None:
+    schedule = [thaw, freeze, after(3, "unfreeze_layer", "wte")]
+    settings: dict[str, Any] = {"freeze_layers": ["wte"], "save_interval": 1, "save_total_limit": None}
+    trained(tmp_path / "straight", schedule, **settings)
+    for step in (5, 7):
+        resumed = tmp_path / f"from-{step}"
+        trained(resumed, schedule, **settings, resume_from=str(tmp_path / "straight" / f"checkpoint-{step}"))
+        assert compare_checkpoints(tmp_path / "straight/final_model", resumed / "final_model") == [], step
+
+
 def test_a_run_stopped_and_resumed_in_its_own_folder_tells_each_operation_once(tmp_path: Path) -> None:
     trained(tmp_path, GROWTH, StopAt(5))
     trained(tmp_path, GROWTH, resume_from=str(tmp_path))
