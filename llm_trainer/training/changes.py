@@ -20,7 +20,6 @@ from llm_trainer.model.huggingface_config import resolved
 from llm_trainer.model.surgery.form import Form, form_of
 from llm_trainer.training.engine import Engine, frozen_names
 from llm_trainer.training.schedules import ScheduleState
-from llm_trainer.training.spikes import SpikeState
 from llm_trainer.training.state import RunChanges
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ def restructure(trainer: Trainer, change: Callable[[Form], Form]) -> None:
     resting = sorted(frozen & _held_names(engine))
     state = trainer.state
     state.changes = replace(state.changes, frozen=sorted(frozen), resting=resting)
-    state.spikes = SpikeState(rollbacks=state.spikes.rollbacks)  # losses of another model are no measure
+    state.spikes = state.spikes.afresh()  # losses of another model are no measure
     trainer.meter.flops_per_token = trainer.count_arithmetic()
 
 

@@ -190,7 +190,8 @@ def plan_resume(
     """Where a resumed run ends and how its rates go on.
 
     `resolved` and `length` are what the settings of now give a new run. A length in epochs or tokens counts the samples that were
-    consumed, at whatever batch size. Raises UsageError when the end moves and nothing says what the decay does.
+    consumed, at whatever batch size, but for those that a rollback has left out. Raises UsageError when the end moves and nothing says what
+    the decay does.
     """
     assert stored.schedule is not None, "a checkpoint's state holds its schedule"
     assert stored.total_steps is not None, "a checkpoint's state holds its length"
@@ -220,13 +221,14 @@ def _new_run(checkpoint: Path) -> str:
 
 
 def _steps_until_end(length: Length, stored: TrainingState, training: TrainingConfig, said: int, now: int) -> int:
-    """The last step. A length in steps is itself; one in epochs or tokens ends when as many samples have been consumed.
+    """The last step. A length in steps is itself; one in epochs or tokens ends when as many samples have been consumed; what a rollback
+    left out does not count, as it did not when the run went back.
 
     `said` and `now`: sequences a step, as `length` was resolved with, and as they are from here on.
     """
     if length.steps == training.max_steps:
         return length.steps
-    left = length.steps * said - stored.samples
+    left = length.steps * said - (stored.samples - stored.spikes.left_out)
     return stored.step + max(0, math.ceil(left / now))
 
 

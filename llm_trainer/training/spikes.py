@@ -32,19 +32,24 @@ if TYPE_CHECKING:
 
 @dataclass
 class SpikeState:
-    """What the rule has seen: the `losses` of its window (nats a token), the `outliers` in a row and the step of the first, and how often
-    the run went back.
+    """What the rule has seen: the `losses` of its window (nats a token), the `outliers` in a row and the step of the first, how often
+    the run went back, and how many samples were left out by that.
     """
 
     losses: list[float] = field(default_factory=list)
     outliers: int = 0
     first_outlier: int | None = None
     rollbacks: int = 0
+    left_out: int = 0
 
     @classmethod
     def from_json(cls, stored: Mapping[str, object]) -> SpikeState:
         """Read a checkpoint's; raises TypeError for names that are none of these."""
         return cls(**stored)  # type: ignore[arg-type]
+
+    def afresh(self) -> SpikeState:
+        """An empty window, in the same run."""
+        return SpikeState(rollbacks=self.rollbacks, left_out=self.left_out)
 
     def see(self, step: int, loss: float, training: TrainingConfig) -> None:
         """Judge the loss of a step; nothing is kept where `max_rollbacks` is 0."""
@@ -94,13 +99,14 @@ def roll_back(trainer: Trainer) -> None:
     place = found_together(trainer.ranks, lambda check: _checkpoint_before(trainer, check))
     if place is None:
         trainer.say(f"{told}; there is no checkpoint from before it to go back to, so the run goes on")
-        trainer.state.spikes = SpikeState(rollbacks=seen.rollbacks)
+        trainer.state.spikes = seen.afresh()
         return
     trainer.ranks.main_does(lambda: _keep_metrics(trainer.run_dir, seen.rollbacks + 1))
     trainer.return_to(place)
     back = trainer.state
+    left_out = back.spikes.left_out + now.samples - back.samples
     back.samples, back.tokens, back.source_tokens = now.samples, now.tokens, now.source_tokens
-    back.spikes = replace(back.spikes, rollbacks=seen.rollbacks + 1)
+    back.spikes = replace(back.spikes, rollbacks=seen.rollbacks + 1, left_out=left_out)
     trainer.restart_batches()
     trainer.say(
         f"{told}; back at step {back.step} ({place}), with samples up to {now.samples - 1} left out and the learning rate × "

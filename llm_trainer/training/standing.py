@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
+from llm_trainer.config import RunConfig
+from llm_trainer.config.batches import resolve_batches
 from llm_trainer.config.run_folder import JSON
 from llm_trainer.training.changes import take_batches, take_shape
-from llm_trainer.training.checkpoints import read_state, restore, restore_generators
-from llm_trainer.training.resume import read_resumption
-from llm_trainer.training.state import TrainingState
+from llm_trainer.training.checkpoints import restore, restore_generators
+from llm_trainer.training.resume import Resumption, read_resumption
+from llm_trainer.training.schedules import resolve_length, resolve_schedule
 
 if TYPE_CHECKING:
     from llm_trainer.training.trainer import Trainer
@@ -24,11 +26,7 @@ def take_up(trainer: Trainer, path: Path) -> Scaler:
 
     Raises UsageError and CheckpointError as `read_resumption` does. A collective call.
     """
-    assert trainer.state.schedule is not None
-    resumed = read_resumption(
-        path, trainer.config, trainer.train_tokens, trainer.sampler,
-        resolved=trainer.state.schedule, length=trainer.length, sequences_per_step=trainer.sequences_per_step,
-    )  # fmt: skip
+    resumed = _read(trainer, path, trainer.config)
     take_shape(trainer.engine, path, resumed.state.changes)
     trainer.engine.load(lambda model, optimizers: restore(path, model, optimizers, verified=True))
     for line in resumed.lines:
@@ -41,18 +39,36 @@ def take_up(trainer: Trainer, path: Path) -> Scaler:
 
 
 def go_back(trainer: Trainer, path: Path) -> None:
-    """Stand where a verified checkpoint of this very run was saved; its length and schedule stay what they are. A collective call."""
-    now, then = trainer.state, TrainingState.from_json(read_state(path))
-    take_shape(trainer.engine, path, then.changes)
-    kept = trainer.engine.load(lambda model, optimizers: restore(path, model, optimizers, verified=True))
-    if then.changes == now.changes:
-        then = replace(then, schedule=now.schedule, total_steps=now.total_steps)
-    trainer.state = replace(then, seconds=now.seconds, precision=now.precision, compile=now.compile)
-    trainer.length = replace(trainer.length, steps=trainer.state.total_steps or trainer.length.steps)
+    """Stand where a verified checkpoint of this very run was saved, as if resumed there with the settings of now: operations since then
+    are undone, and what a person has said since then (a later end, say) holds. A collective call.
+    """
+    now, horizon = trainer.state, trainer.training.horizon
+    if horizon is None:  # of a resume before this one, by what became of it
+        assert now.schedule is not None
+        horizon = "extend" if now.schedule.decay_steps == now.total_steps else "keep"
+    training = trainer.training.model_copy(update={"horizon": horizon})
+    resumed = _read(trainer, path, trainer.config.model_copy(update={"training": training}))
+    take_shape(trainer.engine, path, resumed.state.changes)
+    trainer.engine.load(lambda model, optimizers: restore(path, model, optimizers, verified=True))
+    trainer.state = replace(resumed.state, seconds=now.seconds, precision=now.precision, compile=now.compile)
+    trainer.length = replace(trainer.length, steps=resumed.steps)
     take_batches(trainer)
-    trainer.engine.precision.load_state_dict(cast("Scaler", kept.get("scaler") or {}))
-    _give_callbacks(trainer, cast("dict[str, dict[str, JSON]]", kept.get("callbacks") or {}))
+    trainer.engine.precision.load_state_dict(resumed.scaler)
+    _give_callbacks(trainer, resumed.callbacks)
     restore_generators(path, trainer.ranks)
+
+
+def _read(trainer: Trainer, path: Path, config: RunConfig) -> Resumption:
+    """What the checkpoint gives to a run of these settings, whatever operations have made of the trainer's own since."""
+    training, ranks = config.training, trainer.ranks.data_count
+    sequences = resolve_batches(training, ranks).sequences_per_step(ranks)
+    length = resolve_length(
+        training, samples_per_epoch=trainer.sampler.samples_per_epoch, sequences_per_step=sequences, context=trainer.context
+    )
+    return read_resumption(
+        path, config, trainer.train_tokens, trainer.sampler,
+        resolved=resolve_schedule(training, length), length=length, sequences_per_step=sequences,
+    )  # fmt: skip
 
 
 def _give_callbacks(trainer: Trainer, states: Mapping[str, dict[str, JSON]]) -> None:

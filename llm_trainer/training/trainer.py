@@ -377,7 +377,7 @@ class Trainer:
     def return_to(self, path: Path) -> None:
         """Stand again where a verified checkpoint of this run was saved, in the same process; what was saved since is moved aside.
 
-        The run's length and schedule stay what they are now. All ranks call this at a step's edge; `restart_batches` must follow.
+        Its end and rates are those that a resume there would have now. All ranks call this at a step's edge; `restart_batches` must follow.
         """
         go_back(self, path)
         self._outcomes = Outcomes(self.training, self.say)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_spikes import spiking
+from test_spikes import Rates, spiking
 
 from llm_trainer.config.schedules import Operation
 from llm_trainer.orchestration.orchestrator import Orchestrator
@@ -54,3 +54,42 @@ def test_interrupted_around_it_the_run_ends_as_the_uninterrupted_one(tmp_path: P
     growing(tmp_path / "cut", StopAt(stop))[0].train()
     growing(tmp_path / "cut", resume_from="auto")[0].train()
     assert compare_checkpoints(tmp_path / "straight/final_model", tmp_path / "cut/final_model") == []
+
+
+def test_a_warm_up_that_an_operation_had_doubled_is_doubled_once(tmp_path: Path) -> None:
+    longer = Operation(name="change_warmup_iters", value=2, max_wait_iters=5)
+    trainer, said = spiking(tmp_path, 13, 14, Orchestrator([longer]), spike_distance=10, warmup_steps=4)
+    trainer.train()
+    assert any("back at step 3 " in line for line in said), said
+    assert trainer.state.schedule is not None
+    assert trainer.state.schedule.warmup_steps == 8
+
+
+def extended(folder: Path, fired: Operation, *callbacks: Callback, **settings: object) -> tuple[Trainer, list[str]]:
+    """A run of 12 steps that is resumed to go on to 24, changed at step 13, and taken back by a spike at step 19 to where it was resumed."""
+    ends = {"max_steps": 24} if "num_epochs" not in settings else {}
+    schedule = [fired]
+    spiking(folder, 100, 100, Orchestrator(schedule), max_steps=12)[0].train()
+    more = {"resume_from": str(folder), "horizon": "extend", "spike_distance": 7} | ends | settings
+    return spiking(folder, 19, 20, *callbacks, Orchestrator(schedule), **more)
+
+
+@pytest.mark.parametrize("name", ["stack_layers", "set_eval_interval"])
+def test_a_rollback_to_before_the_end_was_moved_keeps_the_new_end_and_its_rates(tmp_path: Path, name: str) -> None:
+    rates = Rates()
+    operation = Operation(name=name, value=[0, 0, 1, 1] if name == "stack_layers" else 50, max_wait_iters=13)
+    trainer, said = extended(tmp_path, operation, rates)
+    assert trainer.train().step == 24
+    assert any("loss spike at step 19" in line and "back at step 12 " in line for line in said), said
+    first, second = dict(rates.seen[:8]), dict(rates.seen[8:])
+    assert list(first) == list(range(13, 21))
+    assert list(second) == list(range(13, 25))
+    assert all(second[step] == rate for step, rate in first.items())
+
+
+def test_a_rollback_to_before_other_batches_keeps_an_end_in_epochs_that_was_moved(tmp_path: Path) -> None:
+    """4.8 epochs are 192 samples: 24 steps of 8."""
+    halved = Operation(name="set_grad_accum", value=1, max_wait_iters=13)
+    trainer, said = extended(tmp_path, halved, max_steps=None, num_epochs=4.8, spike_distance=12)
+    assert trainer.train().step == 13 + 2 * 11
+    assert any("loss spike at step" in line and "back at step 12 " in line for line in said), said

@@ -227,3 +227,12 @@ def test_one_bad_batch_is_no_spike(tmp_path: Path) -> None:
 def test_a_garbled_state_of_the_rule_is_refused() -> None:
     with pytest.raises(CheckpointError, match="does not fit"):
         TrainingState.from_json({"spikes": {"surprise": 1}})
+
+
+def test_an_end_in_epochs_is_where_it_was_after_a_rollback_whether_interrupted_or_not(tmp_path: Path) -> None:
+    length = {"max_steps": None, "num_epochs": 5}
+    assert spiking(tmp_path / "straight", **length)[0].train().step == 25
+    spiking(tmp_path / "cut", 13, 14, StopAt(12), **length)[0].train()
+    spiking(tmp_path / "cut", 13, 14, StopAt(18), resume_from="auto", **length)[0].train()
+    spiking(tmp_path / "cut", resume_from="auto", **length)[0].train()
+    assert compare_checkpoints(tmp_path / "straight/final_model", tmp_path / "cut/final_model") == []
