@@ -66,7 +66,7 @@ def test_a_warm_up_that_an_operation_had_doubled_is_doubled_once(tmp_path: Path)
 
 
 def extended(folder: Path, fired: Operation, *callbacks: Callback, **settings: object) -> tuple[Trainer, list[str]]:
-    """A run of 12 steps that is resumed to go on to 24, changed at step 13, and taken back by a spike at step 19 to where it was resumed."""
+    """A run of 12 steps that goes on to 24, is changed at step 13, and goes back at a spike (step 19) to where it was resumed."""
     ends = {"max_steps": 24} if "num_epochs" not in settings else {}
     schedule = [fired]
     spiking(folder, 100, 100, Orchestrator(schedule), max_steps=12)[0].train()
