@@ -2,8 +2,8 @@
 
 A step's memory comes from `training/footprint.py`, which runs the step on tensors without contents. A plan then divides it:
 
-- tensor: each of t ranks holds the shape with 1/t of the heads, of the MLP's inner width and of the vocabulary, which is a shape like any
-  other; the residual stream is whole on each.
+- tensor: each of t ranks holds the shape with 1/t of the heads and of the MLP's inner width, which is a shape like any other; the residual
+  stream, the norms, the embeddings and the head are whole on each.
 - shard: weights and optimizer are divided; the largest block is gathered whole, twice, while one is used and the next one arrives.
   Gradients are divided where a step is one micro-batch; with accumulation they are whole until the last one, which saves sending.
 - replicate: nothing is divided; DistributedDataParallel's buckets are a second copy of the gradients.
@@ -111,7 +111,6 @@ def rank_shape(shape: ModelConfig, tensor: int) -> ModelConfig:
             "num_attention_heads": shape.num_attention_heads // tensor,
             "num_key_value_heads": max(1, shape.kv_heads // tensor),
             "intermediate_size": shape.mlp_width // tensor,
-            "vocab_size": -(-shape.vocab_size // tensor),
         }
     )
 

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from llm_trainer.cli.main import main
 from llm_trainer.config import ModelConfig, RunConfig, TrainingConfig, UsageError
@@ -12,6 +18,7 @@ from llm_trainer.model.cache import KVCache
 from llm_trainer.model.quantized import is_quantized
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.footprint import step_memory
+from llm_trainer.training.matrices import cut_matrices
 from llm_trainer.training.optimizers import build_optimizers
 from llm_trainer.training.trainable import prepare_trainable
 
@@ -70,6 +77,23 @@ def test_a_plan_divides_what_it_says_it_divides() -> None:
     assert (split.num_attention_heads, split.kv_heads, split.mlp_width, split.head_width) == (2, 1, 128, 16)
     with pytest.raises(UsageError, match="tensor_parallel 3 does not divide num_attention_heads 4"):
         rank_shape(_shape(), 3)
+
+
+@pytest.fixture
+def pretended_ranks() -> Iterator[DeviceMesh]:
+    """Two ranks of which only this one runs: nothing is sent, so nothing may depend on what the other one has."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield init_device_mesh("cpu", (2,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("changes", [{"model_type": "llama", "tie_word_embeddings": False}, {"model_type": "gpt2"}])
+def test_a_tensor_rank_is_counted_as_training_cuts_it(changes: dict[str, object], pretended_ranks: DeviceMesh) -> None:
+    model = Transformer(_shape(**changes))
+    cut_matrices(model, pretended_ranks)
+    held = sum((one.to_local() if isinstance(one, DTensor) else one).nbytes for one in model.parameters())
+    estimate = rank_memory(_shape(**changes), TrainingConfig(precision="fp32"), Plan(tensor=2, sequences=1))
+    assert estimate.weights == held
 
 
 def test_cache_and_checkpoint_are_as_large_as_the_real_ones() -> None:
