@@ -22,6 +22,8 @@ from llm_trainer.config import TrainingConfig, UsageError
 from llm_trainer.config.counting import part_sizes
 from llm_trainer.config.model import ModelConfig
 from llm_trainer.config.parallel import ParallelPlan, check_shape, check_stages, stages_of
+from llm_trainer.model.huggingface import empty_model
+from llm_trainer.model.quantized import bytes_saved
 from llm_trainer.training.footprint import StepMemory, step_memory
 from llm_trainer.training.precision import PrecisionName
 from llm_trainer.training.stage_footprint import PlaceMemory, place_memories
@@ -291,10 +293,12 @@ def _steps(
 
 
 def _at_least(own: ModelConfig, training: TrainingConfig, shards: int, precision: PrecisionName | None) -> int:
-    """What a rank cannot do without: its share of weights and optimizer, and the narrow copies that autocast makes of matrices."""
+    """What a rank cannot do without: its share of weights and optimizer, and the narrow copies that autocast makes of trained matrices."""
     held = checkpoint_bytes(own, training)
-    narrow = 0 if (precision or training.precision) == "fp32" else held // (WEIGHT_BYTES * 3) * 2
-    return held // shards + narrow
+    if training.quantize_base != "off":  # a checkpoint holds the floats
+        held -= bytes_saved(empty_model(own, "meta"))
+    narrow = sum(2 * size for part, size in trained_sizes(own, training).items() if part.startswith(("attn.", "mlp.")))
+    return held // shards + (0 if (precision or training.precision) == "fp32" else narrow)
 
 
 def _divides(shape: ModelConfig, tensor: int) -> bool:

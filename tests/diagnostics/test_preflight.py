@@ -13,7 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from llm_trainer.cli.main import main
 from llm_trainer.config import ModelConfig, RunConfig, TrainingConfig, UsageError
 from llm_trainer.config.counting import parameter_count
-from llm_trainer.diagnostics.preflight import Plan, checkpoint_bytes, rank_memory, rank_shape, recommend, traffic
+from llm_trainer.diagnostics.preflight import RESERVE, Plan, checkpoint_bytes, rank_memory, rank_shape, recommend, traffic
 from llm_trainer.model.cache import KVCache
 from llm_trainer.model.quantized import is_quantized
 from llm_trainer.model.transformer import Transformer
@@ -133,6 +133,19 @@ def test_advice_fits_and_is_none_where_nothing_can() -> None:
     assert advice.memory.total <= needed * 0.8
     assert advice.plan.sequences * advice.plan.micro_batches == 8
     assert recommend(_shape(), training, 1, 1000, start) is None
+
+
+def test_a_base_in_four_bits_is_advised_what_fits_though_its_floats_would_not() -> None:
+    shape = _shape(hidden_size=512, vocab_size=64, max_position_embeddings=16, attn_lora_rank=2, lora_train_base=False)
+    training = TrainingConfig.model_validate({"precision": "fp32", "quantize_base": "nf4"})
+    most, least = (rank_memory(shape, training, Plan(sequences=size)).total for size in (16, 1))
+    limit = int(least * 1.2 / (1 - RESERVE))
+    assert limit < most
+    assert limit < 4 * parameter_count(shape)
+    advice = recommend(shape, training, 1, limit, Plan(sequences=16))
+    assert advice is not None
+    assert advice.memory.total <= limit
+    assert advice.plan.sequences * advice.plan.micro_batches == 16
 
 
 def test_the_command_says_whether_it_fits_and_what_would(capsys: pytest.CaptureFixture[str]) -> None:
