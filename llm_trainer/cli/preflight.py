@@ -24,10 +24,13 @@ def run(argv: list[str]) -> int:
     if loaded is None:
         return 0
     assert isinstance(loaded.own, PreflightOptions)
+    from llm_trainer.cli.run_model import is_pretrained, pretrained_shape
     from llm_trainer.config.counting import parameter_count
     from llm_trainer.diagnostics.preflight import RESERVE, Plan, rank_memories, recommend, traffic
 
     shape, training, own = loaded.config.model, loaded.config.training, loaded.own
+    if is_pretrained(training.init_from):
+        shape = pretrained_shape(training.init_from, shape, training.adapter_from)
     replicas = training.data_parallel or 1
     batches, bounds = resolve_batches(training, replicas * training.fsdp), micro_batch_bounds(loaded.config)
     limit = int(own.memory_gb * GIGABYTE) if own.memory_gb is not None else _free_memory()

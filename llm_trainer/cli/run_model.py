@@ -74,12 +74,19 @@ def pretrained_model(source: str, said: ModelConfig, corpora: Sequence[str] = ()
     loaded = load_transformer(find_model(source))
     shape = _with_changes(source, loaded.config, said)
     model = loaded if shape.model_dump() == loaded.config.model_dump() else _reshaped(loaded, shape)
-    model = _with_said_bottlenecks(model, said, corpora)
-    if adapter is not None:
-        from llm_trainer.model.peft import load_adapter
+    return _with_adapters(model, said, corpora, adapter)
 
-        load_adapter(model, adapter)
-    return _with_said_adapters(model, said)
+
+def pretrained_shape(source: str, said: ModelConfig, adapter: str | None = None) -> ModelConfig:
+    """The configuration of what `pretrained_model` gives, without its weights. Raises as that."""
+    import torch
+
+    from llm_trainer.inference.loading import find_description
+    from llm_trainer.model.huggingface import empty_model
+
+    described = empty_model(_with_changes(source, find_description(source), said), "meta")
+    with torch.device("meta"):
+        return _with_adapters(described, said, (), adapter).config
 
 
 def transferred(model: Transformer, source: str, parts: Sequence[str]) -> list[str]:
@@ -151,6 +158,16 @@ def corpora_of(prepared: PreparedData) -> list[str]:
 def _domains(said: ModelConfig, corpora: Sequence[str]) -> list[str]:
     """The domains that get adapters: those that were said, else the corpora of a mixture."""
     return list(said.adapter_domains or corpora) if said.use_domain_adaptation else []
+
+
+def _with_adapters(model: Transformer, said: ModelConfig, corpora: Sequence[str], adapter: str | None) -> Transformer:
+    """The model with all adapters that it shall have: those that were said, and those in a folder of PEFT's."""
+    model = _with_said_bottlenecks(model, said, corpora)
+    if adapter is not None:
+        from llm_trainer.model.peft import load_adapter
+
+        load_adapter(model, adapter)
+    return _with_said_adapters(model, said)
 
 
 def _with_said_bottlenecks(model: Transformer, said: ModelConfig, corpora: Sequence[str]) -> Transformer:

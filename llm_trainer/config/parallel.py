@@ -129,12 +129,22 @@ def stages_of(schedule: str, ranks: int) -> int:
 
 def check_stages(ranks: int, schedule: str, layers: int, micro_batches: int) -> None:
     """Raises UsageError where a pipeline's schedule cannot cut so many layers, or cannot run a step of so many micro-batches."""
+    check_depth(ranks, schedule, layers)
+    check_rounds(ranks, schedule, micro_batches)
+
+
+def check_depth(ranks: int, schedule: str, layers: int) -> None:
+    """Raises UsageError where a pipeline's schedule cannot cut so many layers."""
     stages = stages_of(schedule, ranks)
     if ranks > 1 and layers < stages:
         raise UsageError(
             f"pipeline_schedule {schedule} makes {stages} stages of {ranks} ranks, but the model has {layers} layers; "
             "take another schedule or fewer ranks"
         )
+
+
+def check_rounds(ranks: int, schedule: str, micro_batches: int) -> None:
+    """Raises UsageError where a pipeline's schedule cannot run a step of so many micro-batches."""
     rounds = max(1, micro_batches // ranks)
     if ranks > 1 and schedule == "interleaved" and micro_batches % rounds:
         raise UsageError(
@@ -161,11 +171,16 @@ def _check_cut(tensor: int, model: ModelConfig) -> None:
 
 
 def check_plan(training: TrainingConfig, model: ModelConfig, ranks: int) -> None:
-    """Everything about the ranks that can be wrong before a model is there. Raises UsageError."""
+    """Everything about the ranks that can be wrong before a model is there. Raises UsageError.
+
+    A shape that comes with weights is not known here; the engine judges it as soon as it is.
+    """
     plan = resolve_plan(training, ranks)
     batches = resolve_batches(training, plan.data_ranks)
-    check_shape(plan, model)
-    check_stages(plan.pipeline_parallel, training.pipeline_schedule, model.num_hidden_layers, batches.gradient_accumulation_steps)
+    if training.init_from == "scratch" and training.resume_from is None:
+        check_shape(plan, model)
+        check_depth(plan.pipeline_parallel, training.pipeline_schedule, model.num_hidden_layers)
+    check_rounds(plan.pipeline_parallel, training.pipeline_schedule, batches.gradient_accumulation_steps)
     if training.quantize_base != "off" and (ranks > 1 or training.use_deepspeed):
         what = f"{ranks} ranks" if ranks > 1 else "use_deepspeed"
         raise UsageError(f"quantize_base {training.quantize_base} does not go with {what}; train on one rank, or leave it off")

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 
 from llm_trainer.config.errors import CheckpointError, DataError, UsageError
+from llm_trainer.config.model import ModelConfig
 from llm_trainer.config.run_folder import resolve_model_folder
 from llm_trainer.data.nanogpt import META_FILE, read_vocabulary
 from llm_trainer.data.tokenization.tokenizer import TOKENIZER_FILE, Tokenizer
 from llm_trainer.inference.engine import LanguageModel
-from llm_trainer.model.huggingface import SHORT_NAMES, fetch_from_hub, load_pretrained
+from llm_trainer.model.huggingface import MODEL_FILES, SHORT_NAMES, fetch_from_hub, load_pretrained, read_config
 from llm_trainer.model.transformer import Transformer
 
 __all__ = ["LanguageModel", "find_model", "load_model", "load_tokenizer", "load_transformer", "resolve_device", "resolve_dtype"]
@@ -80,15 +81,21 @@ def _merge_adapters(model: Transformer, adapter: str | None) -> None:
         remove_adapters(model, name)
 
 
-def find_model(spec: str) -> Path:
-    """The folder (or nanoGPT's file) that `spec` means; a name that is not here is looked for on the hub."""
+def find_description(spec: str) -> ModelConfig:
+    """The configuration of the model that `spec` means; of one on the hub no more than that is fetched. Raises as `find_model`."""
+    source = find_model(spec, files=("config.json",))
+    return load_transformer(source).config if source.suffix in PICKLES else read_config(source)
+
+
+def find_model(spec: str, *, files: Sequence[str] = MODEL_FILES) -> Path:
+    """The folder (or nanoGPT's file) that `spec` means; a name that is not here is looked for on the hub, for these files."""
     path = Path(spec)
     hub_name = SHORT_NAMES.get(spec, spec)
     looks_like_hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", hub_name) is not None and path.suffix not in (*PICKLES, ".safetensors")
     if not path.exists() and looks_like_hub and not path.parent.is_dir():
-        return fetch_from_hub(hub_name)
+        return fetch_from_hub(hub_name, files)
     if not path.exists() and spec in SHORT_NAMES:
-        return fetch_from_hub(hub_name)
+        return fetch_from_hub(hub_name, files)
     return resolve_model_folder(spec)
 
 

@@ -40,6 +40,7 @@ __all__ = [
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+MODEL_FILES = ("*.json", "*.safetensors", "merges.txt", "vocab.txt", "tokenizer.model")
 MAX_SHARD_BYTES = 5_000_000_000
 SHORT_NAMES = {
     **{name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")},
@@ -358,17 +359,16 @@ def _folder_of(source: str | Path) -> Path:
     return fetch_from_hub(name)
 
 
-def fetch_from_hub(name: str) -> Path:
-    """The local snapshot of a hub repository's configuration, safetensors and tokenizer files; nothing else is downloaded.
+def fetch_from_hub(name: str, files: Sequence[str] = MODEL_FILES) -> Path:
+    """The local snapshot of these `files` of a hub repository (configuration, safetensors, tokenizer); nothing else is downloaded.
 
     huggingface_hub shows progress, resumes, checks hashes and keeps the files for the next time.
     """
     from huggingface_hub import snapshot_download  # slow to import
     from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]  # HTTPError is its client's, whose name changed
 
-    patterns = ["*.json", "*.safetensors", "merges.txt", "vocab.txt", "tokenizer.model"]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        return Path(snapshot_download(name, allow_patterns=list(files), ignore_patterns=["*/*"]))
     except (OSError, HTTPError, HFValidationError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(

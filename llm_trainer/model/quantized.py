@@ -50,7 +50,16 @@ def quantize_blocks(model: Transformer) -> None:
 
     Raises UsageError for a matrix that is to be trained or is not made of blocks of 64, and where torchao is missing.
     """
-    for part, name, linear, title in _base_matrices(model):
+    check_base(model)
+    for part, name, linear, _ in _base_matrices(model):
+        linear.weight = nn.Parameter(quantized(linear.weight.detach()), requires_grad=False)
+        if type(linear) is Linear:
+            setattr(part, name, QuantizedLinear(linear))
+
+
+def check_base(model: Transformer) -> None:
+    """Raises UsageError for a matrix of attention or MLP that is to be trained or is not made of blocks of 64."""
+    for _, _, linear, title in _base_matrices(model):
         if linear.weight.requires_grad:
             raise UsageError(
                 f"quantize_base needs weights that are not trained, and {title} is; train adapters over pretrained "
@@ -58,9 +67,6 @@ def quantize_blocks(model: Transformer) -> None:
             )
         if linear.weight.numel() % BLOCK:
             raise UsageError(f"quantize_base takes blocks of {BLOCK} weights, and {title} has {linear.weight.numel()}; leave it off")
-        linear.weight = nn.Parameter(quantized(linear.weight.detach()), requires_grad=False)
-        if type(linear) is Linear:
-            setattr(part, name, QuantizedLinear(linear))
 
 
 def bytes_saved(model: Transformer) -> int:

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llm_trainer.config import TrainingConfig
 from llm_trainer.config.model import ModelConfig
 from llm_trainer.data.sampling.samplers import Batch
-from llm_trainer.model.quantized import bytes_saved
+from llm_trainer.model.quantized import bytes_saved, check_base
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.context import ContextShare
 from llm_trainer.training.objectives import NextToken, TrainingStep
@@ -71,7 +71,8 @@ def step_memory(
     """What a step of `micro_batches` × `sequences` at the full context needs, uncompiled, with kernels as on a CPU; where ranks share
     sequences, what the rank needs that gathers most.
 
-    `precision` stands in for `auto` (default: bf16). From the third micro-batch on nothing is added, so two are run at most.
+    `precision` stands in for `auto` (default: bf16). From the third micro-batch on nothing is added, so two are run at most. Raises
+    UsageError for a base that cannot be quantised where the settings ask for that.
     """
     run = (training, sequences, min(micro_batches, 2), counted_precision(training, precision))
     unit = depth_unit(shape)
@@ -161,6 +162,8 @@ def _run_twice(shape: ModelConfig, training: TrainingConfig, sequences: int, mic
     with FakeTensorMode(allow_non_fake_inputs=True), Ledger() as ledger:
         model = Transformer(shape).train()
         freeze(model, training)
+        if training.quantize_base != "off":
+            check_base(model)
         optimizers = build_optimizers(model, training)
         step = TrainingStep(model, NextToken(training.loss))
         for parameter in filter(lambda one: one.requires_grad, model.parameters()):

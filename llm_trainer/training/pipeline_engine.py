@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from llm_trainer.config import UsageError
 from llm_trainer.config.model import ModelConfig
-from llm_trainer.config.parallel import check_shape
+from llm_trainer.config.parallel import check_depth, check_shape
 from llm_trainer.data.sampling.samplers import Batch
 from llm_trainer.model.surgery.form import Form
 from llm_trainer.model.transformer import Transformer
@@ -31,6 +31,7 @@ class PipelineEngine(Engine):
     def _take(self, model: Transformer, objective: Objective, resting: Iterable[str] = ()) -> None:
         plan, kind = self.ranks.plan, self.device.type
         check_shape(plan, model.config)
+        check_depth(plan.pipeline_parallel, self.training.pipeline_schedule, model.config.num_hidden_layers)
         self.model = model.to(self.device)
         mesh = self.ranks.mesh(kind)
         if plan.tensor_parallel > 1:

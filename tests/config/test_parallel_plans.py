@@ -89,6 +89,15 @@ def test_an_offloaded_optimizer_is_refused_where_state_is_divided(name: str) -> 
         check_run(config, {}, {"training"}, 2)
 
 
+@pytest.mark.parametrize("unknown", ["init_from", "resume_from"])
+@pytest.mark.parametrize("said", [{"tensor_parallel": 8}, {"pipeline_parallel": 16, "batch_size": 1}, {"context_parallel": 3}])
+def test_a_shape_that_comes_with_the_weights_is_not_judged_before_they_are_there(unknown: str, said: dict[str, int]) -> None:
+    ranks = next(iter(said.values()))
+    check_run(RunConfig(training={**said, unknown: "somewhere"}), {}, {"training"}, ranks)
+    with pytest.raises(UsageError):
+        check_run(RunConfig(training=said), {}, {"training"}, ranks)
+
+
 def test_stages_are_as_equal_as_can_be() -> None:
     from llm_trainer.training.pipeline import stage_bounds
 

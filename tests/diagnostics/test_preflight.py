@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -11,10 +13,12 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from llm_trainer.cli.main import main
+from llm_trainer.cli.run_model import pretrained_model
 from llm_trainer.config import ModelConfig, RunConfig, TrainingConfig, UsageError
 from llm_trainer.config.counting import parameter_count
 from llm_trainer.diagnostics.preflight import RESERVE, Plan, checkpoint_bytes, rank_memory, rank_shape, recommend, traffic
 from llm_trainer.model.cache import KVCache
+from llm_trainer.model.huggingface import save_pretrained
 from llm_trainer.model.quantized import is_quantized
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.footprint import step_memory
@@ -135,6 +139,12 @@ def test_advice_fits_and_is_none_where_nothing_can() -> None:
     assert recommend(_shape(), training, 1, 1000, start) is None
 
 
+def test_a_base_in_four_bits_that_is_trained_is_refused_as_training_refuses_it() -> None:
+    training = TrainingConfig.model_validate({"precision": "fp32", "quantize_base": "nf4"})
+    with pytest.raises(UsageError, match="quantize_base needs weights that are not trained"):
+        rank_memory(_shape(attn_lora_rank=2), training, Plan(sequences=1))
+
+
 def test_a_base_in_four_bits_is_advised_what_fits_though_its_floats_would_not() -> None:
     shape = _shape(hidden_size=512, vocab_size=64, max_position_embeddings=16, attn_lora_rank=2, lora_train_base=False)
     training = TrainingConfig.model_validate({"precision": "fp32", "quantize_base": "nf4"})
@@ -164,6 +174,24 @@ def test_the_plan_is_the_settings_own_though_one_process_runs(capsys: pytest.Cap
     told = capsys.readouterr().out
     assert "2 replicas × 4 shards × 1 tensor ranks" in told
     assert "each rank sends" in told
+
+
+def test_adapters_over_a_model_that_is_there_are_counted_in_its_shape_and_without_its_gradients(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_pretrained(Transformer(_shape(num_hidden_layers=3)), tmp_path)
+    said = {"attn_lora_rank": 4, "dropout": 0.1, "max_position_embeddings": 64, "use_adapter_modules": True}
+    flags = [f"--{name}={value}" for name, value in said.items()]
+    assert main(["preflight", f"--init_from={tmp_path}", *flags, "--precision=fp32", "--batch_size=2", "--memory_gb=4"]) == 0
+    told = capsys.readouterr().out
+    trained = pretrained_model(str(tmp_path), ModelConfig.model_validate(said))
+    prepare_trainable(trained, TrainingConfig())
+    assert f"{sum(one.numel() for one in trained.parameters()):,} parameters" in told
+    averages = 8 * sum(one.numel() for one in trained.parameters() if one.requires_grad)
+    counted = float(re.search(r"optimizer +([\d.]+) MB", told)[1])  # type: ignore[index]
+    assert counted == pytest.approx(averages / 1e6, abs=0.06)
+    assert main(["preflight", f"--init_from={tmp_path}", "--vocab_size=32"]) == 2
+    assert "vocab_size=32 was said, but" in capsys.readouterr().err
 
 
 def test_settings_of_recomputation_stand_where_the_manuals_put_them() -> None:
