@@ -41,13 +41,14 @@ def run(argv: list[str]) -> int:
 
 
 def chosen_adapter(model: Transformer, said: str | None) -> str:
-    """The set that is meant: by its name, read from a folder of PEFT's, or the only one. Raises UsageError where it is none."""
-    from llm_trainer.model.lora import DEFAULT_NAME
+    """The set that is meant: by its name, read from a folder of PEFT's, or the only one that counts. Raises UsageError where it is none."""
+    from llm_trainer.model.lora import adapters_in_use
     from llm_trainer.model.peft import is_adapter_folder, load_adapter
 
     known = list(model.config.lora)
-    if said is None and (DEFAULT_NAME in known or len(known) == 1):
-        return DEFAULT_NAME if DEFAULT_NAME in known else known[0]
+    meant = adapters_in_use(model) or known
+    if said is None and len(meant) == 1:
+        return meant[0]
     if said is not None and said not in known and is_adapter_folder(said):
         load_adapter(model, said, "folder")
         return "folder"

@@ -29,6 +29,7 @@ LORA = (
     "use_rslora",
     "lora_train_base",
     "lora",
+    "lora_in_use",
 )
 BOTTLENECKS = ("use_adapter_modules", "use_domain_adaptation", "adapter_size", "adapter_domains")
 
@@ -189,15 +190,17 @@ def _with_said_bottlenecks(model: Transformer, said: ModelConfig, corpora: Seque
 
 def _with_said_adapters(model: Transformer, said: ModelConfig) -> Transformer:
     """The model with the low-rank adapters that were said, over weights that stay as they are unless `lora_train_base` says otherwise."""
-    from llm_trainer.model.lora import add_adapters
+    from llm_trainer.model.lora import add_adapters, use_adapters
 
-    for name in LORA[:-1]:
+    for name in LORA[:-2]:
         if said.is_said(name):
             setattr(model.config, name, getattr(said, name))
     wanted = model.config.model_copy(update={"lora": {**model.config.lora, **said.lora}}).with_lora_table().lora
     for name, table in wanted.items():
         if name not in model.config.lora:
             add_adapters(model, name, table)
+    if said.lora_in_use is not None:
+        use_adapters(model, said.lora_in_use)
     if model.config.has_adapters and model.config.lora_train_base is None:
         model.config.lora_train_base = False
     return model

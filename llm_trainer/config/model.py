@@ -148,6 +148,7 @@ class ModelConfig(Section):
         None, "train the weights under LoRA too; none: from scratch yes, over pretrained ones no", paths=("training.lora_train_base",)
     )
     lora: dict[str, LoraConfig] = setting(dict, "sets of LoRA adapters by name; filled from the ranks above")
+    lora_in_use: list[str] | None = setting(None, "names of the LoRA sets that count; none: `default`, or else the first")
 
     # After pruning blocks may be unequal.
     mlp_widths: list[int] = setting(list, "inner width of each block's MLP where they differ; none: intermediate_size", unit="features")
@@ -219,6 +220,13 @@ class ModelConfig(Section):
         if self.tie_word_embeddings:
             tables = {name: table.with_tied_head() for name, table in tables.items()}
         return self if tables == self.lora else self.model_copy(update={"lora": tables})
+
+    @property
+    def counting_lora(self) -> list[str]:
+        """Names of the sets of LoRA adapters that count, after the default."""
+        if self.lora_in_use is not None or not self.lora:
+            return list(self.lora_in_use or [])
+        return ["default" if "default" in self.lora else next(iter(self.lora))]
 
     @property
     def has_adapters(self) -> bool:

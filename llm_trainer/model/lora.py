@@ -5,7 +5,8 @@ matrix stays the module's own `weight` under its own name, so files, optimizers 
 model with something beside it. Embedding and head have the same two factors over (V, C); where they share their matrix they share its
 adapters too, so that merging keeps both functions.
 
-`model.config.lora` says which adapters there are and every function here keeps it true: the shape of a checkpoint is its config.json.
+`model.config.lora` says which adapters there are, `lora_in_use` which of them count, and every function here keeps both true: the shape
+of a checkpoint is its config.json, and whoever builds the model again builds the same function.
 New factors A are drawn from a seed that is the adapter's name and a number, so that all ranks draw the same ones; new columns of B are
 zero, so that the function does not change. Adapters that begin again after a merge should have another number: they are to read other
 directions than before (ReLoRA: Lialin et al. 2023, arXiv:2307.05695).
@@ -81,12 +82,12 @@ def targets(model: nn.Module) -> list[Target]:
 
 
 def attach_all(model: Transformer) -> None:
-    """Give a new model the adapters that its configuration names; `default`, or else the first set, is in use."""
+    """Give a new model the adapters that its configuration names, with those in use that it says. Raises UsageError for what cannot be."""
     for name, table in model.config.lora.items():
         check_table(model, name, table)
         for target in targets(model):
             _resize(model, target, name, table)
-    use_adapters(model, [DEFAULT_NAME if DEFAULT_NAME in model.config.lora else next(iter(model.config.lora))])
+    _count(model, model.config.counting_lora)
 
 
 def check_table(model: nn.Module, name: str, table: LoraConfig) -> None:
@@ -156,27 +157,24 @@ def remove_adapters(model: nn.Module, name: str) -> None:
     """Take a set away without merging it."""
     plain = unwrapped(model)
     _require(plain, name)
+    left = [other for other in adapters_in_use(plain) if other != name]
     for target in targets(plain):
         _drop(target, name)
     plain.config.lora = {other: table for other, table in plain.config.lora.items() if other != name}
     _forget_single_ranks(plain, name)
+    use_adapters(plain, left)
 
 
 def use_adapters(model: nn.Module, names: Sequence[str]) -> None:
     """Let these sets, and no others, count. Raises UsageError for one that the model does not have."""
-    plain = unwrapped(model)
-    for name in names:
-        _require(plain, name)
-    for target in targets(plain):
-        module = target.module
-        if isinstance(module, (LoraLinear, LoraEmbedding)):
-            module.used = [name for name in names if name in module.lora]
+    plain, names = unwrapped(model), list(dict.fromkeys(names))
+    _count(plain, names)
+    plain.config.lora_in_use = names if plain.config.lora else None  # sets that come to a model without any count again
 
 
 def adapters_in_use(model: nn.Module) -> list[str]:
     """Names of the sets that count now."""
-    used = [name for target in targets(model) for name in getattr(target.module, "used", ())]
-    return list(dict.fromkeys(used))
+    return unwrapped(model).config.counting_lora
 
 
 def add_adapters(model: nn.Module, name: str, table: LoraConfig) -> None:
@@ -208,6 +206,25 @@ def train_adapters_only(model: nn.Module) -> None:
     for name, parameter in unwrapped(model).named_parameters():
         if not is_adapter_parameter(name):
             parameter.requires_grad_(False)
+
+
+def freeze_resting_adapters(model: nn.Module) -> None:
+    """Freeze the sets that do not count: no gradient reaches them, and ranks would wait for one."""
+    plain = unwrapped(model)
+    resting = set(plain.config.lora) - set(adapters_in_use(plain))
+    for name, parameter in plain.named_parameters():
+        if lora_set_of(name) in resting:
+            parameter.requires_grad_(False)
+
+
+def _count(model: Transformer, names: Sequence[str]) -> None:
+    """Let the modules add what these sets say. Raises UsageError for one that the model does not have."""
+    for name in names:
+        _require(model, name)
+    for target in targets(model):
+        module = target.module
+        if isinstance(module, (LoraLinear, LoraEmbedding)):
+            module.used = [name for name in names if name in module.lora]
 
 
 def _resize(model: Transformer, target: Target, name: str, table: LoraConfig, seed: int = 0) -> None:

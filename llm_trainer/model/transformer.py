@@ -223,7 +223,7 @@ class Transformer(nn.Module):
         self.tie_weights()
         if device.type != "meta":
             self.initialize(generator)
-        if config.lora:
+        if config.lora or config.lora_in_use:
             from llm_trainer.model.lora import attach_all  # it builds on this module
 
             attach_all(self)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llm_trainer.config.errors import UsageError
 from llm_trainer.config.schedules import Operation
-from llm_trainer.model.lora import lora_set_of, merge_lora, set_lora_rank
+from llm_trainer.model.lora import freeze_resting_adapters, lora_set_of, merge_lora, set_lora_rank
 from llm_trainer.model.parts import set_trainable
 from llm_trainer.model.surgery.depth import stack_layers
 from llm_trainer.model.surgery.form import Form, State, build, form_of
@@ -60,6 +60,7 @@ def _freeze(form: Form, parts: str | list[str], is_trainable: bool) -> Form:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in form.frozen)
     set_trainable(model, parts, is_trainable)
+    freeze_resting_adapters(model)
     frozen = frozenset(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
     if len(frozen) == len(form.weights):
         raise UsageError("nothing would be left to train: every part is frozen")

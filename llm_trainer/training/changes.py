@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # What operations may change of a shape.
 _GROWN = (
     "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "vocab_size",
-    "mlp_widths", "kv_head_counts", "lora", "attn_lora_rank", "mlp_lora_rank", "embedding_lora_rank", "head_lora_rank",
+    "mlp_widths", "kv_head_counts", "lora", "lora_in_use", "attn_lora_rank", "mlp_lora_rank", "embedding_lora_rank", "head_lora_rank",
 )  # fmt: skip
 
 

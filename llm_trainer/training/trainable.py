@@ -10,15 +10,15 @@ import torch
 from llm_trainer.config import TrainingConfig
 from llm_trainer.config.counting import part_sizes
 from llm_trainer.config.model import ModelConfig
-from llm_trainer.model.lora import train_adapters_only
+from llm_trainer.model.lora import freeze_resting_adapters, train_adapters_only
 from llm_trainer.model.parts import matching_parts, part_names, part_of_parameter, set_trainable, trainable_counts
 from llm_trainer.model.quantized import quantize_blocks
 from llm_trainer.model.transformer import Transformer
 
 
 def prepare_trainable(model: Transformer, training: TrainingConfig) -> None:
-    """Freeze what the settings say: the weights under adapters where `lora_train_base` is false, and `freeze_layers`; and hold what is
-    frozen in fewer bits where `quantize_base` says so.
+    """Freeze what the settings say: the weights under adapters where `lora_train_base` is false, adapters that do not count, and
+    `freeze_layers`; and hold what is frozen in fewer bits where `quantize_base` says so.
 
     Raises UsageError for a part that the model does not have, and for a base that cannot be quantised.
     """
@@ -31,13 +31,16 @@ def freeze(model: Transformer, training: TrainingConfig) -> None:
     """The part of `prepare_trainable` that takes no weights."""
     if model.config.lora_train_base is False and model.config.has_adapters:
         train_adapters_only(model)
+    freeze_resting_adapters(model)
     if training.freeze_layers:
         set_trainable(model, training.freeze_layers, False)
 
 
 def trained_sizes(shape: ModelConfig, training: TrainingConfig) -> dict[str, int]:
     """Trained parameters of each part, of a model that is only described."""
-    if not training.freeze_layers and (shape.lora_train_base or not shape.has_adapters):
+    tables = shape.with_lora_table()
+    is_all = set(tables.lora) == set(tables.counting_lora) and (shape.lora_train_base or not shape.has_adapters)
+    if is_all and not training.freeze_layers:
         return part_sizes(shape)
     with torch.device("meta"):
         model = Transformer(shape)

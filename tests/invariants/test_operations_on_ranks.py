@@ -56,6 +56,11 @@ EVEN_SCHEDULE = [
 ]  # fmt: skip
 
 
+# A set that is there from the start, one that does not count, and one that comes on the way.
+SETS = {"lora": {"mine": {"ranks": {"attn.0": 2}}, "spare": {"ranks": {"mlp.0": 2}}}, "lora_in_use": ["mine"]}
+SETS_SCHEDULE = [entry("set_layer_lora_rank", ["attn.1", 2])]
+
+
 def a_run(name: str, schedule: list[Run] = SCHEDULE, **settings: object) -> Run:
     return {"name": name, "model": {"dropout": 0.0}, "settings": COMMON | settings, "schedule": schedule}
 
@@ -84,12 +89,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("operations")
     plain = [a_run(f"plain-{optimizer}", optimizer=optimizer) for optimizer in TOLERANCE]
     plain += [a_run(f"plain-even-{optimizer}", EVEN_SCHEDULE, optimizer=optimizer) for optimizer in TOLERANCE]
+    sets = {"schedule": SETS_SCHEDULE, "model": {"dropout": 0.0, **SETS}, "settings": COMMON | {"max_steps": 5}}
+    plain += [sets | {"name": "plain-sets"}]
     on_ranks(1, base, plain)
     two = [a_run(f"ddp-{optimizer}", optimizer=optimizer) for optimizer in TOLERANCE]
     two += [a_run(f"fsdp-{optimizer}", optimizer=optimizer, fsdp=2) for optimizer in TOLERANCE]
     two += [a_run(f"tensor-{optimizer}", EVEN_SCHEDULE, optimizer=optimizer, tensor_parallel=2) for optimizer in TOLERANCE]
     start = str(base / "plain-adamw/checkpoint-8")
-    two += [a_run("resumed-fsdp", fsdp=2, resume_from=start)]
+    two += [a_run("resumed-fsdp", fsdp=2, resume_from=start), sets | {"name": "ddp-sets"}]
     on_ranks(2, base, two)
     return base
 
@@ -108,6 +115,11 @@ def test_every_operation_is_the_same_on_two_ranks(folder: Path, kind: str, optim
 
 def test_a_run_goes_on_in_the_middle_of_its_schedule_on_another_number_of_ranks(folder: Path) -> None:
     assert largest_difference(series(folder / "plain-adamw")[8:], series(folder / "resumed-fsdp")) <= TOLERANCE["adamw"]
+
+
+def test_sets_of_adapters_of_which_some_count_are_trained_alike_on_two_ranks(folder: Path) -> None:
+    assert len(series(folder / "ddp-sets")) == 5
+    assert largest_difference(series(folder / "plain-sets"), series(folder / "ddp-sets")) <= TOLERANCE["adamw"]
 
 
 @pytest.mark.slow

@@ -13,7 +13,15 @@ from llm_trainer.config import UsageError
 from llm_trainer.config.adapters import LoraConfig
 from llm_trainer.config.counting import part_sizes
 from llm_trainer.model.huggingface import load_pretrained, save_pretrained
-from llm_trainer.model.lora import adapters_in_use, add_adapters, is_adapter_parameter, merge_lora, set_lora_rank, use_adapters
+from llm_trainer.model.lora import (
+    adapters_in_use,
+    add_adapters,
+    is_adapter_parameter,
+    merge_lora,
+    remove_adapters,
+    set_lora_rank,
+    use_adapters,
+)
 from llm_trainer.model.parts import parameter_counts
 from llm_trainer.model.transformer import Linear, Transformer
 
@@ -166,6 +174,28 @@ def test_several_sets_by_name_count_when_they_are_told_to() -> None:
     assert len({float(result.sum()) for result in [*results, both]}) == 4
     with pytest.raises(UsageError, match="poetry, law"):
         use_adapters(model, ["prose"])
+
+
+def test_which_sets_count_is_part_of_the_shape(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    model = model_of(torch.float32)
+    for name in ("poetry", "law", "prose"):
+        add_adapters(model, name, LoraConfig(ranks={"attn.0": 2}))
+    disturbed(model)
+    for names in (["poetry", "law", "prose"], ["prose", "law"], []):
+        use_adapters(model, names)
+        save_pretrained(model, tmp_path / "-".join(["model", *names]))
+        read = load_pretrained(tmp_path / "-".join(["model", *names]))
+        assert adapters_in_use(read) == names
+        assert torch.equal(logits(read), logits(model))
+    use_adapters(model, ["law", "prose"])
+    remove_adapters(model, "law")
+    assert adapters_in_use(Transformer(model.config)) == adapters_in_use(model) == ["prose"]
+    for name in ("prose", "poetry"):
+        remove_adapters(model, name)
+    model.set_layer_lora_rank("mlp.0", 2)
+    assert adapters_in_use(model) == ["default"]
+    with pytest.raises(UsageError, match="no adapter 'prose'"):
+        model_of(lora_in_use=["prose"])
 
 
 def test_a_tied_embedding_and_head_share_their_adapter() -> None:

@@ -11,10 +11,12 @@ from tiny_run import SHAPE, tiny_config, tiny_model, tokens
 from torch import Tensor
 
 from llm_trainer.config import ModelConfig, TrainingConfig, UsageError
+from llm_trainer.config.counting import parameter_count
 from llm_trainer.inference.loading import load_transformer
 from llm_trainer.model.lora import is_adapter_parameter, merge_lora
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.optimizers import build_optimizers
+from llm_trainer.training.trainable import prepare_trainable, trained_sizes
 from llm_trainer.training.trainer import Trainer
 
 LORA = {"attn_lora_rank": 2, "mlp_lora_rank": 2, "lora_train_base": False, "lora_dropout": 0.1}
@@ -56,6 +58,16 @@ def test_only_adapters_learn_over_a_frozen_base_and_they_lower_the_loss(tmp_path
     trainer.train()
     assert all(torch.equal(value, before[name]) != is_adapter_parameter(name) for name, value in weights(model).items())
     assert trainer.evaluate().loss < first - 0.02
+
+
+def test_sets_that_do_not_count_are_not_trained() -> None:
+    sets = {"one": {"ranks": {"attn.0": 2}}, "other": {"ranks": {"attn.0": 2, "wte": 3}}}
+    shape = ModelConfig(**SHAPE, lora=sets, lora_in_use=["other"], lora_train_base=True)
+    model = tiny_model(shape)
+    prepare_trainable(model, TrainingConfig())
+    assert {name.split(".lora.")[1].split(".")[0] for name, one in model.named_parameters() if not one.requires_grad} == {"one"}
+    trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
+    assert sum(trained_sizes(shape, TrainingConfig()).values()) == trained < parameter_count(shape)
 
 
 def test_a_resumed_adapter_run_is_the_uninterrupted_one_to_the_bit(tmp_path: Path) -> None:
