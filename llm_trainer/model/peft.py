@@ -37,7 +37,11 @@ _FIXED: dict[str, tuple[object, ...]] = {
     "peft_type": ("LORA",), "bias": ("none", None), "use_dora": (False, None), "use_qalora": (False, None), "lora_bias": (False, None),
     "modules_to_save": (None, []), "trainable_token_indices": (None, []), "layer_replication": (None, []), "use_bdlora": (False, None),
     "alora_invocation_tokens": (None, []), "target_parameters": (None, []), "arrow_config": (None,), "megatron_config": (None,),
+    "kasa_config": (None,), "monteclora_config": (None,),
 }  # fmt: skip
+# How peft can begin adapters without taking their product from the weights under them. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA do that,
+# and peft does it again to the base that an adapter is put on; the folder holds only what lies over that other base.
+_KEEPING_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 @dataclass(frozen=True)
@@ -217,6 +221,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
     for word, computed in _FIXED.items():
         if word in config and config[word] not in computed:
             raise CheckpointError(f"{path} has {word} = {config[word]!r}; only {computed[0]!r} is computed here")
+    beginning = config.get("init_lora_weights")
+    if (beginning.lower() if isinstance(beginning, str) else beginning) not in _KEEPING_BASE:
+        raise CheckpointError(
+            f"{path} has init_lora_weights = {beginning!r}, which changes the weights under the adapter, and they are not in the folder; "
+            "take the model that peft merges it into (merge_and_unload), or save it with path_initial_model_for_weight_conversion"
+        )
     return config
 
 

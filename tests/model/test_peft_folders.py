@@ -97,6 +97,31 @@ def test_we_compute_what_peft_does_from_its_folder(shape: dict[str, object], tar
     torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("beginning", ["gaussian", "eva", "orthogonal", "mica", "pissa", "pissa_niter_4", "olora"])
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_an_adapter_that_began_by_changing_its_base_is_refused_and_any_other_is_computed(beginning: str, tmp_path: Path) -> None:
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    save_pretrained(Transformer(small_config(model_type="llama"), torch.Generator().manual_seed(0)), tmp_path / "base")
+    torch.manual_seed(0)
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=beginning)
+    trained = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), settings)
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            if ".lora_" in name:
+                parameter.add_(0.1)
+    trained.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    ours = load_pretrained(tmp_path / "base")
+    if beginning.startswith(("pissa", "olora")):
+        with pytest.raises(CheckpointError, match=f"init_lora_weights = '{beginning}', which changes the weights under the adapter"):
+            load_adapter(ours, tmp_path / "adapter")
+        return
+    load_adapter(ours, tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter").eval()
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-5)
+
+
 def test_what_does_not_fit_is_refused_with_its_reason(tmp_path: Path) -> None:
     model = adapted()
     save_adapter(model, tmp_path)
