@@ -83,6 +83,7 @@ def roll_back(trainer: Trainer) -> None:
 
     Without a checkpoint from before the spike the run goes on, and says so. Raises TrainingDiverged when `max_rollbacks` are used up.
     """
+    from llm_trainer.training.standing import end_edge
     from llm_trainer.training.step import TrainingDiverged
     from llm_trainer.training.verifying import found_together
 
@@ -114,6 +115,7 @@ def roll_back(trainer: Trainer) -> None:
     )
     numbers = {"rollback": back.spikes.rollbacks, "rollback_from_step": now.step, "spike_threshold": seen.threshold(training)}
     trainer.metrics_tracker.update(numbers, back.step)
+    end_edge(trainer)
 
 
 def _checkpoint_before(trainer: Trainer, check: Verify) -> Path | None:

@@ -14,6 +14,7 @@ from llm_trainer.training.changes import take_batches, take_shape
 from llm_trainer.training.checkpoints import restore, restore_generators
 from llm_trainer.training.resume import Resumption, read_resumption
 from llm_trainer.training.schedules import resolve_length, resolve_schedule
+from llm_trainer.training.validation import ValidationResult
 
 if TYPE_CHECKING:
     from llm_trainer.training.trainer import Trainer
@@ -56,6 +57,15 @@ def go_back(trainer: Trainer, path: Path) -> None:
     trainer.engine.precision.load_state_dict(resumed.scaler)
     _give_callbacks(trainer, resumed.callbacks)
     restore_generators(path, trainer.ranks)
+
+
+def end_edge(trainer: Trainer) -> None:
+    """Do what was still to come between two steps, where a checkpoint is from the middle of that (the best model). A collective call."""
+    state = trainer.state
+    if state.before_operations:
+        state.before_operations = False
+        last = state.last_validation_loss
+        trainer.between_steps(None if last is None else ValidationResult.of_loss(last))
 
 
 def _read(trainer: Trainer, path: Path, config: RunConfig) -> Resumption:

@@ -41,7 +41,7 @@ from llm_trainer.training.saving import Saving, store_for
 from llm_trainer.training.schedules import resolve_length, resolve_schedule
 from llm_trainer.training.shares import AchievedShares, count_sources
 from llm_trainer.training.spikes import rate_after_rollbacks, roll_back
-from llm_trainer.training.standing import go_back, take_up
+from llm_trainer.training.standing import end_edge, go_back, take_up
 from llm_trainer.training.state import TrainingResult, TrainingState
 from llm_trainer.training.step import Outcomes, SampleRange, StepOutcome
 from llm_trainer.training.throughput import Meter
@@ -141,17 +141,16 @@ class Trainer:
                     self._progress = None
 
     def _begin_run(self) -> None:
-        """What comes before a new run's first step, and what a checkpoint from the middle of a step's edge (the best model) has left."""
-        first, last = self.state.step == 0 and not self.state.before_operations, self.state.last_validation_loss
+        """What comes before a new run's first step, and what a checkpoint has left to do."""
+        first = self.state.step == 0 and not self.state.before_operations
         wanted = self.training.eval_at_start or (
             self.validation_tokens is not None and any(one.validates_at_start for one in self.callbacks)
         )
         validation = self.validate() if self.training.eval_only or (first and wanted) else None
-        if self.state.before_operations and last is not None:
-            validation = ValidationResult.of_loss(last)
-        if not self.training.eval_only and (first or self.state.before_operations):
-            self.state.before_operations = False
-            self._between_steps(validation)
+        if not self.training.eval_only:
+            if first:
+                self.between_steps(validation)
+            end_edge(self)
 
     def evaluate(self) -> ValidationResult:
         """Loss over the validation split (or `eval_iters` batches of it) as the model is now. Raises UsageError without one."""
@@ -299,10 +298,11 @@ class Trainer:
         is_validation_due = step % interval == 0 or is_last
         validation = self.validate() if is_validation_due and self.validation_tokens is not None else None
         if not is_last:
-            self._between_steps(validation)
+            self.between_steps(validation)
             self.saving.save_if_due(wanted=is_validation_due and self.training.always_save_checkpoint)
 
-    def _between_steps(self, validation: ValidationResult | None) -> None:
+    def between_steps(self, validation: ValidationResult | None) -> None:
+        """Let the callbacks do what they do there, operations among them; `validation` is this step's, if there was one."""
         for callback in self.callbacks:
             callback.between_steps(self, self.state.step, validation)
 

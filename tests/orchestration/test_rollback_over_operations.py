@@ -93,3 +93,16 @@ def test_a_rollback_to_before_other_batches_keeps_an_end_in_epochs_that_was_move
     trainer, said = extended(tmp_path, halved, max_steps=None, num_epochs=4.8, spike_distance=12)
     assert trainer.train().step == 13 + 2 * 11
     assert any("loss spike at step" in line and "back at step 12 " in line for line in said), said
+
+
+def test_what_was_still_to_come_at_the_best_model_comes_when_the_run_goes_back_there(tmp_path: Path) -> None:
+    """The best model is saved in the validation at step 8, before the entry that its loss triggers is judged."""
+    depths = Depths()
+    operation = Operation(name="stack_layers", value=[0, 0, 1, 1], trigger_loss=1e9, max_wait_iters=None)
+    waits = Operation(name="set_eval_interval", value=8, max_wait_iters=1)
+    settings = {"save_interval": 100, "eval_interval": 8, "spike_distance": 4, "max_steps": 16}
+    trainer, said = spiking(tmp_path, 14, 15, depths, Orchestrator([waits, operation]), **settings)
+    trainer.train()
+    assert any("back at step 8 " in line and "best_model" in line for line in said), said
+    assert [layers for step, layers in depths.seen if step == 9] == [4, 4]
+    assert not trainer.state.before_operations
