@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llm_trainer.config.errors import UsageError
 from llm_trainer.config.schedules import Operation
-from llm_trainer.model.lora import freeze_resting_adapters, lora_set_of, merge_lora, set_lora_rank
+from llm_trainer.model.lora import freeze_resting_adapters, lora_set_of, merge_lora, set_lora_rank, train_adapters_only
 from llm_trainer.model.parts import set_trainable
 from llm_trainer.model.surgery.depth import stack_layers
 from llm_trainer.model.surgery.form import Form, State, build, form_of
@@ -26,8 +26,11 @@ Change = Callable[[Form, Operation, torch.Generator], Form]
 
 
 def changed(form: Form, operation: Operation, seed: int) -> Form:
-    """The form after an operation; random choices follow from `seed`. Raises UsageError where it cannot be."""
-    return CHANGES[operation.name](form, operation, torch.Generator().manual_seed(seed))
+    """The form after an operation; random choices follow from `seed`. Raises UsageError where it cannot be, or could not be trained."""
+    after = CHANGES[operation.name](form, operation, torch.Generator().manual_seed(seed))
+    if after.frozen >= after.weights.keys():
+        raise UsageError("nothing would be left to train: every part is frozen; let some go before (unfreeze_layer)")
+    return after
 
 
 def _stack(form: Form, operation: Operation, generator: torch.Generator) -> Form:
@@ -62,16 +65,19 @@ def _freeze(form: Form, parts: str | list[str], is_trainable: bool) -> Form:
     set_trainable(model, parts, is_trainable)
     freeze_resting_adapters(model)
     frozen = frozenset(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
-    if len(frozen) == len(form.weights):
-        raise UsageError("nothing would be left to train: every part is frozen")
     return replace(form, frozen=frozen)
 
 
 def _with_lora(form: Form, change: Callable[[Transformer], object]) -> Form:
-    """The form after a change of its adapters, which is made on a model of copies."""
+    """The form after a change of its adapters, which is made on a model of copies.
+
+    The first adapters of a model freeze what is under them where `lora_train_base` is false, as they do where a run begins with them.
+    """
     config = form.config.model_copy(deep=True)
     model = build(replace(form, config=config, weights={name: weight.clone() for name, weight in form.weights.items()}))
     change(model)
+    if config.lora_train_base is False and model.config.has_adapters and not form.config.has_adapters:
+        train_adapters_only(model)
     made = form_of(model)
     state = {name: _fitted(kept, made.weights[name]) for name, kept in form.state.items() if name in made.weights}
     return replace(made, state={name: kept for name, kept in state.items() if kept})

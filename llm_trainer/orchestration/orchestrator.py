@@ -105,6 +105,8 @@ class Orchestrator(Callback):
 
 def foreseen(schedule: Sequence[Operation], trainer: Trainer) -> list[Stage]:
     """What a run that has not begun will be like after each entry. Raises UsageError for a schedule that cannot be carried out."""
+    if trainer.validation_tokens is None:
+        _require_no_loss(schedule)
     engine, ids = trainer.engine, trainer.train_tokens.vocab_size
     now = settings_of(trainer)
     return simulate(schedule, engine.model.config, now, ids_in_data=ids, frozen=engine.frozen_at_first, check=engine.check_change)
@@ -117,6 +119,18 @@ def reason(operation: Operation, loss: float | None, waited: int) -> str | None:
     if operation.max_wait_iters is not None and waited >= operation.max_wait_iters:
         return f"after {waited} steps" if operation.max_wait_iters else "at once"
     return None
+
+
+def _require_no_loss(schedule: Sequence[Operation]) -> None:
+    """Raises UsageError for an entry that asks for a validation loss."""
+    for number, operation in enumerate(schedule, 1):
+        waits_for = operation.trigger_loss is not None and operation.max_wait_iters != 0  # 0: at once, whatever the loss
+        if operation.reevaluate or waits_for:
+            asks = "reevaluate" if operation.reevaluate else f"trigger_loss {operation.trigger_loss:g}"
+            raise UsageError(
+                f"entry {number} of the schedule, {operation.name} {operation.value!r}, has {asks}, and there is no validation split; "
+                f"prepare the data with val_ratio above 0, or leave it out{'' if operation.reevaluate else ' and give max_wait_iters'}"
+            )
 
 
 def _carry_out(trainer: Trainer, operation: Operation, seed: int) -> None:

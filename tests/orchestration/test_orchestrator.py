@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from tiny_run import tiny_trainer
 from llm_trainer.config import UsageError
 from llm_trainer.config.schedules import Operation
 from llm_trainer.evaluation.report import write_report
-from llm_trainer.orchestration.orchestrator import Orchestrator, reason
+from llm_trainer.model.lora import is_adapter_parameter
+from llm_trainer.orchestration.orchestrator import Orchestrator, foreseen, reason
 from llm_trainer.training.callbacks import Callback
 from llm_trainer.training.metrics import read_metrics
 from llm_trainer.training.replay import StopAt, compare_checkpoints
@@ -198,6 +200,39 @@ def test_a_run_stopped_and_resumed_in_its_own_folder_tells_each_operation_once(t
     trained(tmp_path, GROWTH, StopAt(5))
     trained(tmp_path, GROWTH, resume_from=str(tmp_path))
     assert [line["entry"] for line in journal(tmp_path)] == list(range(1, len(GROWTH) + 1))
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"max_wait_iters": 1, "reevaluate": True}, "entry 2.*reevaluate.*no validation split"),
+        ({"trigger_loss": 2.0}, "entry 2.*trigger_loss 2.*no validation split"),
+        ({"trigger_loss": float("inf")}, "entry 2.*trigger_loss inf.*no validation split"),
+        ({"trigger_loss": 2.0, "max_wait_iters": 500}, "entry 2.*trigger_loss 2.*no validation split"),
+        ({"trigger_loss": float("inf"), "max_wait_iters": 0}, None),
+        ({"max_wait_iters": 3}, None),
+    ],
+)
+def test_an_entry_that_needs_a_loss_is_refused_without_a_validation_split(tmp_path: Path, entry: dict[str, Any], said: str | None) -> None:
+    trainer = tiny_trainer(tmp_path)
+    schedule = [after(1, "change_lr", 0.5), Operation(name="change_lr", value=0.5, **entry)]
+    assert len(foreseen(schedule, trainer)) == 3
+    trainer.validation_tokens = None
+    with pytest.raises(UsageError, match=said) if said else contextlib.nullcontext():
+        foreseen(schedule, trainer)
+
+
+@pytest.mark.parametrize("comes", ["set_attn_lora_rank", "set_embedding_lora_rank"])
+def test_the_base_rests_when_adapters_come_that_are_to_be_trained_alone(tmp_path: Path, comes: str) -> None:
+    schedule = [after(2, comes, 2), after(2, "unfreeze_layer", "mlp.1"), after(1, "set_layer_lora_rank", ["mlp.0", 2])]
+    settings: dict[str, Any] = {"model": {"lora_train_base": False, "tie_word_embeddings": False}, "save_interval": 1}
+    trainer = trained(tmp_path / "straight", schedule, **settings, save_total_limit=None)
+    learning = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert all(is_adapter_parameter(name) or name.startswith("blocks.1.mlp.") for name in learning)
+    assert any(is_adapter_parameter(name) for name in learning)
+    assert any(name.startswith("blocks.1.mlp.up_proj.weight") for name in learning), "what was let go stays so when more adapters come"
+    trained(tmp_path / "resumed", schedule, **settings, resume_from=str(tmp_path / "straight/checkpoint-3"))
+    assert compare_checkpoints(tmp_path / "straight/final_model", tmp_path / "resumed/final_model") == []
 
 
 def test_what_has_fired_may_not_change_in_the_schedule_and_what_comes_may(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ import pytest
 from llm_trainer.config import ModelConfig, UsageError
 from llm_trainer.config.parallel import ParallelPlan, check_shape
 from llm_trainer.config.schedules import Operation
+from llm_trainer.model.huggingface import empty_model
+from llm_trainer.model.surgery.form import form_of
 from llm_trainer.orchestration.settings import Settings
 from llm_trainer.orchestration.simulation import simulate
 
@@ -52,6 +54,18 @@ def test_the_last_stage_is_what_the_run_will_be_like() -> None:
 def test_what_cannot_be_names_its_entry_and_the_one_before(schedule: list[Operation], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         simulate(schedule, SHAPE, SETTINGS, ids_in_data=90)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [[entry("set_attn_lora_rank", 0)], [entry("set_layer_lora_rank", ["attn.0", 0]), entry("set_layer_lora_rank", ["attn.1", 0])]],
+)
+def test_the_last_adapters_over_a_frozen_base_stay(schedule: list[Operation]) -> None:
+    shape = SHAPE.model_copy(update={"attn_lora_rank": 2, "lora_train_base": False})
+    frozen = frozenset(form_of(empty_model(SHAPE, "meta")).weights)
+    with pytest.raises(UsageError, match=f"entry {len(schedule)}.*every part is frozen.*unfreeze_layer"):
+        simulate(schedule, shape, SETTINGS, frozen=frozen)
+    simulate([entry("unfreeze_layer", "mlp.*"), *schedule], shape, SETTINGS, frozen=frozen)
 
 
 @pytest.mark.parametrize(
