@@ -59,6 +59,11 @@ def _check_ranks(config: RunConfig, said: _Places, world_size: int) -> None:
             )
     check_plan(training, config.model, world_size)
     if (bounds := micro_batch_bounds(config)) is not None:
+        if training.pipeline_parallel > 1:
+            raise UsageError(
+                "micro-batches that are to be found (micro_batch_size auto, use_adaptive_batch_size) do not go with pipeline_parallel, "
+                "whose stages cannot be tried alone; give micro_batch_size a number"
+            )
         divisions(resolve_batches(training, resolve_plan(training, world_size).data_ranks), bounds)
 
 

@@ -108,8 +108,15 @@ def foreseen(schedule: Sequence[Operation], trainer: Trainer) -> list[Stage]:
     if trainer.validation_tokens is None:
         _require_no_loss(schedule)
     engine, ids = trainer.engine, trainer.train_tokens.vocab_size
-    now = settings_of(trainer)
-    return simulate(schedule, engine.model.config, now, ids_in_data=ids, frozen=engine.frozen_at_first, check=engine.check_change)
+    return simulate(
+        schedule,
+        engine.model.config,
+        settings_of(trainer),
+        ids_in_data=ids,
+        frozen=engine.frozen_at_first,
+        check=engine.check_change,
+        check_batches=engine.check_batches,
+    )
 
 
 def reason(operation: Operation, loss: float | None, waited: int) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from llm_trainer.config.batches import BatchPlan
 from llm_trainer.config.errors import UsageError
 from llm_trainer.config.model import ModelConfig
 from llm_trainer.config.schedules import Operation
@@ -40,9 +41,11 @@ def simulate(
     ids_in_data: int = 0,
     frozen: frozenset[str] = frozenset(),
     check: Callable[[ModelConfig], None] = lambda shape: None,
+    check_batches: Callable[[BatchPlan], None] = lambda plan: None,
 ) -> list[Stage]:
     """The run after each entry, the beginning first. `ids_in_data` are how many ids the tokens use, `frozen` what is not trained at first;
-    `check` raises UsageError for a shape that the model cannot be given, as where its ranks could not cut it.
+    `check` raises UsageError for a shape that the model cannot be given, as where its ranks could not cut it, and
+    `check_batches` for a step that cannot be divided so.
 
     Raises UsageError that names the entry, and where an earlier one has made it impossible, that one too.
     """
@@ -54,7 +57,9 @@ def simulate(
             after = _after(form, operation, number, ids_in_data)
             if after is not form:
                 check(after.config)
-            settings = CHANGES[operation.name](settings, operation) if operation.name in CHANGES else settings
+            if operation.name in CHANGES:
+                settings = CHANGES[operation.name](settings, operation)
+                check_batches(BatchPlan(settings.micro_batch_size, settings.gradient_accumulation_steps))
         except UsageError as error:
             because = f" (the model is as {shaped_by} left it)" if shaped_by else ""
             raise UsageError(f"{place}: {error}{because}") from None

@@ -69,13 +69,14 @@ def change_rates(trainer: Trainer, *, learning_rate: float, warmup_steps: int, r
 
 def take_batches(trainer: Trainer) -> None:
     """Let the trainer's batches be what the settings say and the state's changes lay over them. Raises UsageError where ranks do not divide
-    them.
+    them, or the engine cannot run a step divided so.
     """
     changes, ranks, before, length = trainer.state.changes, trainer.ranks.data_count, trainer.sequences_per_step, trainer.length
     if changes.sequences_per_step is None or changes.micro_batch_size is None:
         trainer.batches = resolve_batches(trainer.training, ranks)
     else:
         trainer.batches = _divided(changes.sequences_per_step, changes.micro_batch_size, ranks)
+    trainer.engine.check_batches(trainer.batches)
     after = trainer.sequences_per_step = trainer.batches.sequences_per_step(ranks)
     if after != before:
         tokens = length.tokens_per_step * after // before

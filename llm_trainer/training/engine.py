@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from llm_trainer.config import TrainingConfig, UsageError
+from llm_trainer.config.batches import BatchPlan
 from llm_trainer.config.model import ModelConfig
 from llm_trainer.config.parallel import check_shape
 from llm_trainer.data.sampling.packing import Packing
@@ -90,6 +91,12 @@ class Engine:
         if self.training.quantize_base != "off":
             raise UsageError("operations that change the model do not go with quantize_base, whose matrices are fixed; leave one out")
         check_shape(self.ranks.plan, shape)
+
+    def check_batches(self, plan: BatchPlan) -> None:
+        """Raises UsageError where a step cannot be divided so: not here."""
+
+    def check_search(self) -> None:
+        """Raises UsageError where a micro-batch that fits cannot be looked for: not here."""
 
     def form(self) -> Form:
         """The model and its optimizers' state apart from wrappers: whole tensors, gathered where they are cut. A collective call."""

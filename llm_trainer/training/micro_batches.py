@@ -62,13 +62,15 @@ def settle_micro_batch(trainer: Trainer) -> None:
         chosen = _largest_that_fits(trainer, bounds, trainer.training.memory_target)
         _divide(trainer, chosen.micro_batch_size)
         trainer.say(f"micro_batch_size {chosen.micro_batch_size}: the largest that fits; {chosen.gradient_accumulation_steps} a step")
+    trainer.engine.check_batches(trainer.batches)
 
 
 def largest_micro_batch(trainer: Trainer, *, share: float | None = None, most: int | None = None) -> BatchPlan:
     """The largest micro-batch, of `most` sequences or fewer, that fits in `share` of the memory (default: `memory_target`), and how many of
     it make the same step. For all ranks, between two steps; nothing is changed.
 
-    Raises UsageError where no micro-batch within the bounds divides a rank's part of the step, OutOfMemory where the smallest does not fit.
+    Raises UsageError where no micro-batch within the bounds divides a rank's part of the step, and in a pipeline, OutOfMemory where the
+    smallest does not fit.
     """
     bounds = trainer.micro_batch_bounds or MicroBatchBounds()
     largest = min((one for one in (most, bounds.most) if one is not None), default=None)
@@ -131,6 +133,7 @@ def _noted(trainer: Trainer) -> int | None:
 
 
 def _largest_that_fits(trainer: Trainer, bounds: MicroBatchBounds, share: float) -> BatchPlan:
+    trainer.engine.check_search()
     choices = divisions(trainer.batches, bounds)
     allowed = int(trainer.watcher.machine.allowance(trainer.ranks) * share)
     can_try = trainer.device.type == "cuda" and not is_sharded(trainer.model)

@@ -1,0 +1,73 @@
+"""What a pipeline's schedule cannot run is refused by name: in the settings, in a schedule of operations, and where a run changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from rich.console import Console
+from tiny_run import tiny_config, tiny_model, tokens
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from llm_trainer.config import RunConfig, UsageError
+from llm_trainer.config.batches import BatchPlan
+from llm_trainer.config.checks import check_run
+from llm_trainer.config.parallel import ParallelPlan
+from llm_trainer.config.schedules import Operation
+from llm_trainer.orchestration.batch_fit import fitted
+from llm_trainer.orchestration.orchestrator import foreseen
+from llm_trainer.training.changes import change_batches
+from llm_trainer.training.micro_batches import largest_micro_batch
+from llm_trainer.training.ranks import Ranks
+from llm_trainer.training.trainer import Trainer
+
+
+@pytest.fixture
+def trainer(tmp_path: Path) -> Iterator[Trainer]:
+    """The first of two ranks with two stages each, the other of which is pretended: no step is run here."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    config = tiny_config(tmp_path, {"num_layers": 4}, pipeline_parallel=2, pipeline_schedule="interleaved")
+    ranks = Ranks(0, 2, ParallelPlan(pipeline_parallel=2))
+    yield Trainer(tiny_model(config.model), config, tokens(), console=Console(quiet=True), ranks=ranks)
+    dist.destroy_process_group()
+
+
+def entry(name: str, value: float) -> Operation:
+    return Operation(name=name, value=value, max_wait_iters=1)
+
+
+@pytest.mark.parametrize("operations", [[entry("set_grad_accum", 5)], [entry("set_batch_size", 3), entry("change_grad_accum", 2.5)]])
+def test_an_entry_after_which_the_stages_cannot_share_a_step_is_refused_before_training(
+    trainer: Trainer, operations: list[Operation]
+) -> None:
+    with pytest.raises(UsageError, match=rf"entry {len(operations)} .*5 micro-batches do not make; take 4 or 6"):
+        foreseen(operations, trainer)
+    assert len(foreseen([entry("set_grad_accum", 6), entry("change_grad_accum", 0.5), entry("set_batch_size", 5)], trainer)) == 4
+
+
+def test_batches_that_a_checkpoint_or_an_operation_brings_are_judged_when_they_are_taken(trainer: Trainer) -> None:
+    with pytest.raises(UsageError, match="5 micro-batches do not make; take 4 or 6"):
+        change_batches(trainer, BatchPlan(1, 5))
+
+
+def test_a_micro_batch_is_not_sought_where_a_stage_alone_would_answer(trainer: Trainer) -> None:
+    with pytest.raises(UsageError, match="auto does not go with pipeline_parallel"):
+        largest_micro_batch(trainer)
+    assert fitted(trainer, None) == (4, 2)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"training": {"micro_batch_size": "auto"}},
+        {"training": {"use_computational_efficiency": True}, "computational_efficiency": {"use_adaptive_batch_size": True}},
+    ],
+)
+def test_micro_batches_that_are_to_be_found_do_not_go_with_stages(said: dict[str, dict[str, object]]) -> None:
+    config = RunConfig.model_validate(said)
+    check_run(config, {}, {"training"}, 1)
+    config.training.pipeline_parallel = 2
+    with pytest.raises(UsageError, match="do not go with pipeline_parallel"):
+        check_run(config, {}, {"training"}, 2)
