@@ -170,6 +170,19 @@ def _check_cut(tensor: int, model: ModelConfig) -> None:
         raise UsageError(f"tensor_parallel cannot cut {in_blocks}, which has a low-rank adapter; use fsdp with it")
 
 
+def check_precision(plan: ParallelPlan, precision: str) -> None:
+    """Raises UsageError for an arithmetic in which ranks of this plan cannot train.
+
+    fp16's scaler looks at the gradients of one rank, of one kind: stages hold others each, and a tensor group whole ones beside parts.
+    """
+    for name in ("tensor_parallel", "pipeline_parallel"):
+        if precision == "fp16" and getattr(plan, name) > 1:
+            raise UsageError(
+                f"precision fp16 does not go with {name} {getattr(plan, name)}, whose ranks would have to scale gradients alike; use bf16 "
+                "(or fp32), or fsdp with fp16"
+            )
+
+
 def check_plan(training: TrainingConfig, model: ModelConfig, ranks: int) -> None:
     """Everything about the ranks that can be wrong before a model is there. Raises UsageError.
 
@@ -177,6 +190,7 @@ def check_plan(training: TrainingConfig, model: ModelConfig, ranks: int) -> None
     """
     plan = resolve_plan(training, ranks)
     batches = resolve_batches(training, plan.data_ranks)
+    check_precision(plan, training.precision)
     if training.init_from == "scratch" and training.resume_from is None:
         check_shape(plan, model)
         check_depth(plan.pipeline_parallel, training.pipeline_schedule, model.num_hidden_layers)

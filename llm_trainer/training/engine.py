@@ -17,7 +17,7 @@ from torch import Tensor
 from llm_trainer.config import TrainingConfig, UsageError
 from llm_trainer.config.batches import BatchPlan
 from llm_trainer.config.model import ModelConfig
-from llm_trainer.config.parallel import check_shape
+from llm_trainer.config.parallel import check_precision, check_shape
 from llm_trainer.data.sampling.packing import Packing
 from llm_trainer.data.sampling.samplers import Batch
 from llm_trainer.data.shards import TokenDataset
@@ -154,7 +154,11 @@ class Engine:
         return agreed_choice(self.model, self.training, self.ranks, self.device, measure, precision=precision, compiled=compiled)
 
     def start(self, precision: PrecisionName, compile_mode: CompileMode, scaler: dict[str, float | int] | None = None) -> None:
-        """Make ready for steps in this precision; `compile_mode` is how the model was compiled, `scaler` fp16's stored state."""
+        """Make ready for steps in this precision; `compile_mode` is how the model was compiled, `scaler` fp16's stored state.
+
+        Raises UsageError for a precision in which this plan's ranks cannot train.
+        """
+        check_precision(self.ranks.plan, precision)
         self._is_started = True
         self.expect_other_memory()
         self._make_ready()

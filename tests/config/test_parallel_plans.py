@@ -89,6 +89,13 @@ def test_an_offloaded_optimizer_is_refused_where_state_is_divided(name: str) -> 
         check_run(config, {}, {"training"}, 2)
 
 
+@pytest.mark.parametrize("name", ["tensor_parallel", "pipeline_parallel"])
+def test_fp16_is_refused_where_ranks_hold_unlike_parts_of_a_layer_or_of_the_layers(name: str) -> None:
+    check_run(RunConfig(training={"precision": "fp16", "fsdp": 2}), {}, {"training"}, 2)
+    with pytest.raises(UsageError, match=f"precision fp16 does not go with {name} 2.*bf16"):
+        check_run(RunConfig(training={"precision": "fp16", name: 2}), {}, {"training"}, 2)
+
+
 @pytest.mark.parametrize("unknown", ["init_from", "resume_from"])
 @pytest.mark.parametrize("said", [{"tensor_parallel": 8}, {"pipeline_parallel": 16, "batch_size": 1}, {"context_parallel": 3}])
 def test_a_shape_that_comes_with_the_weights_is_not_judged_before_they_are_there(unknown: str, said: dict[str, int]) -> None:

@@ -58,6 +58,11 @@ def test_a_micro_batch_is_not_sought_where_a_stage_alone_would_answer(trainer: T
     assert fitted(trainer, None) == (4, 2)
 
 
+def test_fp16_that_a_checkpoint_brings_is_refused_before_the_first_step(trainer: Trainer) -> None:
+    with pytest.raises(UsageError, match="precision fp16 does not go with pipeline_parallel 2"):
+        trainer.engine.start("fp16", "off")
+
+
 @pytest.mark.parametrize(
     "said",
     [
