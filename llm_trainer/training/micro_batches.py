@@ -19,13 +19,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from llm_trainer.config.batches import BatchPlan, MicroBatchBounds, divisions
-from llm_trainer.config.run_folder import TEMPORARY_PREFIX
+from llm_trainer.config.run_folder import JSON, TEMPORARY_PREFIX, read_json
+from llm_trainer.config.training import TrainingConfig
 from llm_trainer.data.sampling.samplers import Batch, Prefetcher
 from llm_trainer.training.changes import take_batches
 from llm_trainer.training.context import part_of
 from llm_trainer.training.footprint import step_memory
 from llm_trainer.training.memory import OutOfMemory
 from llm_trainer.training.parallel import is_sharded
+from llm_trainer.training.standing import goes_on_here
 
 if TYPE_CHECKING:
     from llm_trainer.training.engine import StepResult
@@ -55,10 +57,17 @@ def step_within_memory(trainer: Trainer, batches: Sequence[Batch], tokens: int, 
 
 def settle_micro_batch(trainer: Trainer) -> None:
     """Before the first step: find what fits where the settings ask for that, unless a resumed run knows. A collective call."""
+    if trainer.training.eval_only:
+        return
     bounds, known, noted = trainer.micro_batch_bounds, trainer.state.changes.micro_batch_size, _noted(trainer)
     if noted is not None:
+        was = trainer.batches.micro_batch_size
         _divide(trainer, noted)
-    elif bounds is not None and known is None and not trainer.training.eval_only:
+        trainer.say(
+            f"micro_batch_size {noted}: memory ran out with {was} before, as {MEMORY_NOTE} said, which is removed now; "
+            "micro_batch_size or batch_size said otherwise than then count more"
+        )
+    elif bounds is not None and known is None:
         chosen = _largest_that_fits(trainer, bounds, trainer.training.memory_target)
         _divide(trainer, chosen.micro_batch_size)
         trainer.say(f"micro_batch_size {chosen.micro_batch_size}: the largest that fits; {chosen.gradient_accumulation_steps} a step")
@@ -96,7 +105,7 @@ def retry_with_less(trainer: Trainer, error: OutOfMemory) -> None:
         )
     smaller = divisions(now, MicroBatchBounds(1, now.micro_batch_size // 2))[0]
     if not error.is_agreed:
-        _leave_note(trainer.run_dir, smaller)
+        _leave_note(trainer, smaller)
         raise OutOfMemory(
             f"{error}; go on with --resume auto, which takes micro_batch_size {smaller.micro_batch_size} then", is_agreed=False
         )
@@ -112,24 +121,45 @@ def retry_with_less(trainer: Trainer, error: OutOfMemory) -> None:
     trainer.metrics_tracker.update({"micro_batch_size": smaller.micro_batch_size}, trainer.state.step)
 
 
-def _leave_note(run_folder: Path, smaller: BatchPlan) -> None:
+def _leave_note(trainer: Trainer, smaller: BatchPlan) -> None:
     """For the next attempt, where this rank's end is the run's."""
-    run_folder.mkdir(parents=True, exist_ok=True)
-    temporary = run_folder / f"{TEMPORARY_PREFIX}{MEMORY_NOTE}"
-    temporary.write_text(json.dumps({"micro_batch_size": smaller.micro_batch_size}), encoding="utf-8")
-    temporary.replace(run_folder / MEMORY_NOTE)
+    trainer.run_dir.mkdir(parents=True, exist_ok=True)
+    temporary = trainer.run_dir / f"{TEMPORARY_PREFIX}{MEMORY_NOTE}-{trainer.ranks.rank}"  # several may run out at once
+    note = {"micro_batch_size": smaller.micro_batch_size, "said": _said(trainer.training)}
+    temporary.write_text(json.dumps(note), encoding="utf-8")
+    temporary.replace(trainer.run_dir / MEMORY_NOTE)
 
 
 def _noted(trainer: Trainer) -> int | None:
-    """What an attempt that ran out of memory left for this one; alike on all ranks."""
-    if trainer.training.resume_from is None:
+    """What an attempt that ran out of memory left for this one, which takes the note away: from here on the run's state says it.
+
+    None where the run does not go on from that attempt, and where batches have been said otherwise since. Raises CheckpointError for a
+    note that is none. A collective call.
+    """
+    found: dict[str, JSON] = json.loads(trainer.ranks.of_main(json.dumps(trainer.ranks.main_does(lambda: _taken_note(trainer.run_dir)))))
+    begins_again = trainer.resumed_from is None and trainer.training.resume_from is not None  # before there was a checkpoint
+    if not found or not (goes_on_here(trainer) or begins_again):
         return None
-    note = trainer.run_dir / MEMORY_NOTE
-    text = trainer.ranks.of_main(note.read_text(encoding="utf-8") if trainer.ranks.is_main and note.exists() else "")
-    if not text:
+    size = found.get("micro_batch_size")
+    if found.get("said") != _said(trainer.training):
+        trainer.say(f"{MEMORY_NOTE} with micro_batch_size {size} does not count: other batches were said since; it is removed")
         return None
-    found = json.loads(text).get("micro_batch_size")
-    return found if isinstance(found, int) and found < trainer.batches.micro_batch_size else None
+    return size if isinstance(size, int) and size < trainer.batches.micro_batch_size else None
+
+
+def _taken_note(run_folder: Path) -> dict[str, JSON]:
+    """What the note says; empty without one."""
+    note = run_folder / MEMORY_NOTE
+    if not note.exists():
+        return {}
+    found = read_json(note)
+    note.unlink()
+    return found
+
+
+def _said(training: TrainingConfig) -> dict[str, JSON]:
+    """What the settings say of batches."""
+    return {name: getattr(training, name) for name in ("batch_size", "micro_batch_size", "gradient_accumulation_steps")}
 
 
 def _largest_that_fits(trainer: Trainer, bounds: MicroBatchBounds, share: float) -> BatchPlan:

@@ -59,6 +59,11 @@ def go_back(trainer: Trainer, path: Path) -> None:
     restore_generators(path, trainer.ranks)
 
 
+def goes_on_here(trainer: Trainer) -> bool:
+    """Whether the checkpoint that the run goes on from is of its own run folder."""
+    return trainer.resumed_from is not None and trainer.resumed_from.parent.resolve() == trainer.run_dir.resolve()
+
+
 def end_edge(trainer: Trainer) -> None:
     """Do what was still to come between two steps, where a checkpoint is from the middle of that (the best model). A collective call."""
     state = trainer.state

@@ -41,7 +41,7 @@ from llm_trainer.training.saving import Saving, store_for
 from llm_trainer.training.schedules import resolve_length, resolve_schedule
 from llm_trainer.training.shares import AchievedShares, count_sources
 from llm_trainer.training.spikes import rate_after_rollbacks, roll_back
-from llm_trainer.training.standing import end_edge, go_back, take_up
+from llm_trainer.training.standing import end_edge, go_back, goes_on_here, take_up
 from llm_trainer.training.state import TrainingResult, TrainingState
 from llm_trainer.training.step import Outcomes, SampleRange, StepOutcome
 from llm_trainer.training.throughput import Meter
@@ -109,7 +109,7 @@ class Trainer:
         self._last_validation: ValidationResult | None = None
         self._stored_scaler: dict[str, float | int] = {}
         self._verified = verified
-        self._resumed_from: Path | None = None
+        self.resumed_from: Path | None = None
         self._progress: ProgressReporter | None = None
 
     @property
@@ -174,7 +174,7 @@ class Trainer:
         if self.training.remote_dir is not None or self.training.resume_from is not None:
             self.ranks.main_first(lambda: fetch_resumed(self.training, self.say))
         if (path := self._verified or found_to_resume(self)) is not None:
-            self._stored_scaler, self._resumed_from = take_up(self, path), path
+            self._stored_scaler, self.resumed_from = take_up(self, path), path
         self._open_run_folder()
         self.model.train()
         settle_micro_batch(self)
@@ -184,9 +184,9 @@ class Trainer:
         self._micro_batches = open_batches(self)
         self._shares = AchievedShares(self.state.source_tokens)
         self.meter = Meter(self.count_arithmetic(), self.device, self.engine.precision.computing_dtype)
-        self.metrics_tracker = self._open_metrics(self.state.step if self._resumed_from else None)
-        if self._resumed_from is not None:
-            restore_generators(self._resumed_from, self.ranks)
+        self.metrics_tracker = self._open_metrics(self.state.step if self.resumed_from else None)
+        if self.resumed_from is not None:
+            restore_generators(self.resumed_from, self.ranks)
         self._started = time.monotonic()
 
     def count_arithmetic(self) -> float:
@@ -201,8 +201,7 @@ class Trainer:
         """Move aside what another run left there, record the settings, start telling."""
         self.ranks.wait()  # all have read what they resume from
         if not self.training.eval_only:
-            continues_here = self._resumed_from is not None and self._resumed_from.parent.resolve() == self.run_dir.resolve()
-            self._set_aside(self.state.step if continues_here else None)
+            self._set_aside(self.state.step if goes_on_here(self) else None)
         log_folder = self.run_dir if self.training.file_logging and self.ranks.is_main else None
         self._progress = ProgressReporter(self.length.steps, first_step=self.state.step, console=self.console, log_folder=log_folder)
 

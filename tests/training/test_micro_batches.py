@@ -112,6 +112,62 @@ def test_a_resumed_run_keeps_the_smaller_micro_batch(tmp_path: Path) -> None:
     assert resumed.batches == BatchPlan(2, 4)
 
 
+class EndsTheRun(NextToken):
+    """From a step on memory runs out in a place where ranks cannot agree to try again."""
+
+    def __init__(self, trainer: Trainer, from_step: int) -> None:
+        super().__init__()
+        self.trainer, self.from_step = trainer, from_step
+
+    def __call__(self, model: Transformer, batch: Batch) -> LossSum:
+        if self.trainer.state.step >= self.from_step and torch.is_grad_enabled():
+            raise OutOfMemory("out of memory", is_agreed=False)
+        return super().__call__(model, batch)
+
+
+def ended_by_memory(folder: Path, from_step: int = 4) -> Path:
+    """A run of micro-batches of 8 that has left its note for the next attempt."""
+    trainer, _ = short(folder, 8)
+    trainer.engine.objective = EndsTheRun(trainer, from_step)
+    with pytest.raises(OutOfMemory, match="go on with --resume auto, which takes micro_batch_size 4 then"):
+        trainer.train()
+    return folder
+
+
+@pytest.mark.parametrize("from_step", [0, 4], ids=["before a checkpoint", "after one"])
+def test_the_next_attempt_takes_what_is_noted_says_so_and_keeps_it_in_its_checkpoints_only(tmp_path: Path, from_step: int) -> None:
+    ended_by_memory(tmp_path, from_step)
+    resumed, said = short(tmp_path, 8, 0, StopAt(6), resume_from="auto")
+    resumed.train()
+    assert resumed.batches == BatchPlan(4, 2)
+    assert any("micro_batch_size 4" in line and "memory ran out" in line for line in said), said
+    assert not (tmp_path / "memory.json").exists()
+    again, said = short(tmp_path, 8, 0, StopAt(8), resume_from="auto")
+    again.train()
+    assert again.batches == BatchPlan(4, 2)
+    assert not any("memory ran out" in line for line in said)
+
+
+def test_batches_that_are_said_anew_count_more_than_the_note(tmp_path: Path) -> None:
+    ended_by_memory(tmp_path)
+    resumed, said = short(tmp_path, 16, resume_from="auto", micro_batch_size=8)
+    resumed.train()
+    assert resumed.batches == BatchPlan(8, 1)
+    assert any("memory.json" in line and "other batches were said" in line for line in said), said
+    assert not (tmp_path / "memory.json").exists()
+
+
+def test_a_run_that_does_not_go_on_from_there_leaves_the_note_aside(tmp_path: Path) -> None:
+    ended_by_memory(tmp_path / "a")
+    ended_by_memory(tmp_path / "b")
+    new, _ = short(tmp_path / "a", 8)
+    new.train()
+    other, _ = short(tmp_path / "b", 8, resume_from=str(tmp_path / "a" / "checkpoint-6"))
+    other.train()
+    assert new.batches == other.batches == BatchPlan(8, 1)
+    assert not list(tmp_path.glob("?/memory.json"))
+
+
 def test_other_errors_are_not_taken_for_a_lack_of_memory(tmp_path: Path) -> None:
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert is_out_of_memory(MemoryError())

@@ -53,7 +53,7 @@ def test_auto_starts_anew_in_an_empty_folder_and_goes_on_in_one_with_checkpoints
     second = tiny_trainer(tmp_path, resume_from="auto")
     assert first.step == 4
     assert second.train().step == 10
-    assert second._resumed_from == tmp_path / "final_model"
+    assert second.resumed_from == tmp_path / "final_model"
 
 
 def test_auto_with_only_damaged_checkpoints_is_an_error_and_not_a_fresh_start(tmp_path: Path) -> None:
