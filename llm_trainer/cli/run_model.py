@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from llm_trainer.config import DataConfig, DataError, ModelConfig, TrainingConfig, UsageError
+from llm_trainer.config.adapters import LoraConfig
 
 if TYPE_CHECKING:
     from llm_trainer.data.prepared import PreparedData
@@ -104,6 +105,19 @@ def refuse_adapter_over_nothing(training: TrainingConfig) -> None:
         raise UsageError(f"adapter_from={training.adapter_from} needs the weights that it was trained over; name them with --init_from")
 
 
+def refuse_untold_domains(model: ModelConfig, training: TrainingConfig, corpora: Sequence[str]) -> None:
+    """Raises UsageError for adapters of several domains that are to be trained on data that tells none apart: no row would take one."""
+    from llm_trainer.training.trainable import trained_sizes
+
+    if len(model.domain_names) < 2 or corpora or training.eval_only:
+        return
+    if any(trained and part.startswith("domain_adapter.") for part, trained in trained_sizes(model, training).items()):
+        raise UsageError(
+            f"the model has adapters for {', '.join(model.domain_names)}, but the data is no mixture, so nothing says whose a text is; "
+            "train on a mixture of corpora with these names (mixture.json), or let them be with --freeze_layers 'domain_adapter.*'"
+        )
+
+
 def is_pretrained(init_from: str) -> bool:
     """Whether a run starts from somebody's weights."""
     return init_from not in ("scratch", "resume")
@@ -172,15 +186,24 @@ def _with_adapters(model: Transformer, said: ModelConfig, corpora: Sequence[str]
 
 
 def _with_said_bottlenecks(model: Transformer, said: ModelConfig, corpora: Sequence[str]) -> Transformer:
-    """The same weights in a model that has the bottleneck adapters that were said; those that it has already stay."""
+    """The same weights in a model that has the bottleneck adapters that were said beside its own, which stay.
+
+    Raises UsageError where its own are others than was said.
+    """
     from llm_trainer.model.lora import is_adapter_parameter
     from llm_trainer.model.transformer import Transformer
 
     present = model.config
-    is_new = not (present.use_adapter_modules or present.use_domain_adaptation)
-    if not is_new or not (said.use_adapter_modules or said.use_domain_adaptation):
+    kinds = {name: getattr(present, name) or getattr(said, name) for name in ("use_adapter_modules", "use_domain_adaptation")}
+    own: dict[str, object] = {name: True for name in kinds if getattr(present, name)}
+    own |= {"adapter_size": present.adapter_size} if own else {}
+    own |= {"adapter_domains": present.domain_names} if present.use_domain_adaptation else {}
+    for name, value in own.items():
+        if said.is_said(name) and getattr(said, name) not in ([], value):
+            raise _other_adapter(name, getattr(said, name), f"the bottleneck adapters of the weights have {value!r}", "")
+    if all(getattr(present, name) == value for name, value in kinds.items()):
         return model
-    wanted = {name: getattr(said, name) for name in BOTTLENECKS} | {"adapter_domains": _domains(said, corpora)}
+    wanted = {"adapter_size": said.adapter_size, "adapter_domains": _domains(said, corpora)} | kinds | own
     renewed = Transformer(present.model_copy(update=wanted)).train(model.training)
     left = renewed.load_state_dict(model.state_dict(), strict=False)
     assert not left.unexpected_keys, "a model with adapters has all that it has without"
@@ -189,9 +212,13 @@ def _with_said_bottlenecks(model: Transformer, said: ModelConfig, corpora: Seque
 
 
 def _with_said_adapters(model: Transformer, said: ModelConfig) -> Transformer:
-    """The model with the low-rank adapters that were said, over weights that stay as they are unless `lora_train_base` says otherwise."""
+    """The model with the low-rank adapters that were said, over weights that stay as they are unless `lora_train_base` says otherwise.
+
+    Raises UsageError where a set that it has is another than was said.
+    """
     from llm_trainer.model.lora import add_adapters, use_adapters
 
+    _refuse_other_lora(model, said)
     for name in LORA[:-2]:
         if said.is_said(name):
             setattr(model.config, name, getattr(said, name))
@@ -204,6 +231,43 @@ def _with_said_adapters(model: Transformer, said: ModelConfig) -> Transformer:
     if model.config.has_adapters and model.config.lora_train_base is None:
         model.config.lora_train_base = False
     return model
+
+
+def _refuse_other_lora(model: Transformer, said: ModelConfig) -> None:
+    """Raises UsageError where a set of low-rank adapters that is there is another than was said."""
+    for name, present in model.config.lora.items():
+        way_out = ", or give a new set another name (model.lora)"
+        found = _lora_values(model, present)
+        if name in said.lora:
+            wanted = _lora_values(model, said.lora[name].with_tied_head() if model.config.tie_word_embeddings else said.lora[name])
+            if wanted != found:
+                raise _other_adapter(f"model.lora.{name}", said.lora[name].ranks, f"the weights' adapter {name!r} is another", way_out)
+        elif name == "default":  # which the single settings describe
+            shared = said.embedding_lora_rank or said.head_lora_rank
+            tied = dict.fromkeys(("embedding_lora_rank", "head_lora_rank"), shared) if model.config.tie_word_embeddings else {}
+            for setting, values in found.items():
+                value = tied.get(setting, getattr(said, setting))
+                if said.is_said(setting) and value is not None and set(values) != {value}:
+                    there = ", ".join(f"{one:g}" for one in dict.fromkeys(values))
+                    raise _other_adapter(setting, value, f"the adapter {name!r} that is there has {there or 'none'}", way_out)
+
+
+def _lora_values(model: Transformer, table: LoraConfig) -> dict[str, list[float]]:
+    """What a set of low-rank adapters is, under the names of the settings for it; of each matrix in order."""
+    from llm_trainer.model.lora import targets
+
+    shared = "wte" if model.config.tie_word_embeddings else "lm_head"
+    names = [shared if target.name == "lm_head" else target.name for target in targets(model)]
+    kinds = {"attn_lora_rank": "attn", "mlp_lora_rank": "mlp", "embedding_lora_rank": "wte", "head_lora_rank": shared}
+    ranks: dict[str, list[float]] = {
+        setting: [table.rank_of(name) for name in names if name.partition(".")[0] == kind] for setting, kind in kinds.items()
+    }
+    strengths = [round(table.strength_of(name), 6) for name in names if table.rank_of(name)]
+    return {**ranks, "lora_alpha": strengths, "lora_dropout": [table.dropout], "use_rslora": [table.use_rslora]}
+
+
+def _other_adapter(name: str, value: object, there: str, way_out: str) -> UsageError:
+    return UsageError(f"{name}={value!r} was said, but {there}; leave it out{way_out}")
 
 
 def _reshaped(model: Transformer, shape: ModelConfig) -> Transformer:

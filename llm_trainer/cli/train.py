@@ -85,6 +85,7 @@ def assemble(loaded: LoadedRun, console: Console, fallbacks: Sequence[str] = (),
         pretrained_model,
         refuse_adapter_over_nothing,
         refuse_other_tokens,
+        refuse_untold_domains,
         shape_for,
         transferred,
         use_tokenizer_of,
@@ -109,6 +110,7 @@ def assemble(loaded: LoadedRun, console: Console, fallbacks: Sequence[str] = (),
         for line in transferred(model, config.training.transfer_from, config.training.transfer_parts):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
     config.model = model.config
+    refuse_untold_domains(config.model, config.training, corpora_of(data.prepared))
     require_vocabulary(data.prepared.train, model.config.vocab_size)
     return Assembled(config, model, data, source)
 

@@ -29,11 +29,14 @@ class LoraConfig(Section):
 
     def scale_of(self, target: str) -> float:
         """What the product of this target's adapter is multiplied by."""
-        part = ".".join(target.split(".")[:2])
         rank = self.rank_of(target)
+        return self.strength_of(target) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def strength_of(self, target: str) -> float:
+        """Alpha of this target, after the default."""
+        part = ".".join(target.split(".")[:2])
         alpha = self.alphas.get(target, self.alphas.get(part, self.alpha))
-        strength = 2.0 * rank if alpha is None else alpha
-        return strength / (math.sqrt(rank) if self.use_rslora else rank)
+        return 2.0 * self.rank_of(target) if alpha is None else alpha
 
     def with_tied_head(self) -> LoraConfig:
         """The same for a model whose head is its embedding's matrix: one adapter for both, under `wte`."""
