@@ -16,6 +16,7 @@ from llm_trainer.training.objectives import NextToken, TrainingStep
 from llm_trainer.training.optimizers import build_optimizers
 from llm_trainer.training.precision import Precision
 from llm_trainer.training.step import forward_backward, update
+from llm_trainer.training.trainable import prepare_trainable
 
 
 def measured_step(
@@ -23,10 +24,11 @@ def measured_step(
 ) -> int:
     """Bytes that the second of two steps on random tokens needed above what was held before it; `model` (of this shape) is changed by it.
 
-    Raises UsageError where the system does not tell.
+    What the settings freeze is not trained. Raises UsageError where the system does not tell, and as `prepare_trainable`.
     """
     device = torch.device("cuda" if training.device.startswith("cuda") else "cpu")
     model = (Transformer(shape) if model is None else model).to(device).train()
+    prepare_trainable(model, training)
     step, optimizers = TrainingStep(model, NextToken(training.loss)), build_optimizers(model, training)
     precision = Precision("bf16" if training.precision == "auto" else training.precision, device)
     ids = torch.randint(shape.vocab_size, (sequences, shape.max_position_embeddings))

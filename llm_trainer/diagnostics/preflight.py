@@ -26,7 +26,7 @@ from llm_trainer.model.huggingface import empty_model
 from llm_trainer.model.quantized import bytes_saved
 from llm_trainer.training.footprint import StepMemory, step_memory
 from llm_trainer.training.precision import PrecisionName
-from llm_trainer.training.stage_footprint import PlaceMemory, place_memories
+from llm_trainer.training.stage_footprint import PlaceMemory, check_trained, place_memories
 from llm_trainer.training.trainable import trained_sizes
 
 WEIGHT_BYTES = 4
@@ -256,6 +256,7 @@ def recommend(
 def _can_be_staged(shape: ModelConfig, training: TrainingConfig, stages: int, micro_batches: int) -> bool:
     try:
         check_stages(stages, training.pipeline_schedule, shape.num_hidden_layers, stages * micro_batches)
+        check_trained(shape, training, stages)
     except UsageError:
         return False
     return True

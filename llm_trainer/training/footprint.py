@@ -74,7 +74,7 @@ def step_memory(
     `precision` stands in for `auto` (default: bf16). From the third micro-batch on nothing is added, so two are run at most. Raises
     UsageError for a base that cannot be quantised where the settings ask for that.
     """
-    run = (training, sequences, min(micro_batches, 2), counted_precision(training, precision))
+    run = (alike_in_rate(training), sequences, min(micro_batches, 2), counted_precision(training, precision))
     unit = depth_unit(shape)
     if shape.num_hidden_layers <= 3 * unit or training.freeze_layers:  # frozen blocks are not like the others
         return _run_twice(shape, *run)
@@ -85,6 +85,11 @@ def step_memory(
 def counted_precision(training: TrainingConfig, precision: PrecisionName | None) -> PrecisionName:
     """What is counted with: `precision` where it is said, bf16 for `auto`."""
     return precision or ("bf16" if training.precision == "auto" else training.precision)
+
+
+def alike_in_rate(training: TrainingConfig) -> TrainingConfig:
+    """Settings without rates by part: they need no memory, and name parts that a shallow stack does not have."""
+    return training.model_copy(update={"learning_rate_factors": {}, "layer_rate_decay": 1.0})
 
 
 def depth_unit(shape: ModelConfig) -> int:

@@ -26,6 +26,8 @@ from llm_trainer.training.ranks import Ranks
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+NOTHING_TRAINED = "a stage of the pipeline has nothing to train: all of its parameters are frozen; use fewer stages"
+
 
 def stage_bounds(layers: int, stages: int) -> list[tuple[int, int]]:
     """First and last + 1 block of each stage: as equal as can be, the earlier ones, which hold no head, longer."""

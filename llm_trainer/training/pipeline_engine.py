@@ -21,7 +21,7 @@ from llm_trainer.training.matrices import cut_matrices, gradients_in_parts
 from llm_trainer.training.objectives import NextToken, Objective
 from llm_trainer.training.optimizers import build_optimizers, peak_rates, set_rates
 from llm_trainer.training.parallel import Shared, is_elsewhere, is_fully_sharded, shard_fully, sum_shared
-from llm_trainer.training.pipeline import Pipeline
+from llm_trainer.training.pipeline import NOTHING_TRAINED, Pipeline
 from llm_trainer.training.step import update
 from llm_trainer.training.tuning import unmeasured_choice
 
@@ -45,7 +45,7 @@ class PipelineEngine(Engine):
         own = [parameter for parameter in model.parameters() if parameter.requires_grad and not is_elsewhere(parameter)]
         others = [parameter for parameter in model.parameters() if parameter.requires_grad and is_elsewhere(parameter)]
         if not own:
-            raise UsageError("a stage of the pipeline has nothing to train: all of its parameters are frozen; use fewer stages")
+            raise UsageError(NOTHING_TRAINED)
         for parameter in others:
             parameter.requires_grad_(False)
         self.optimizers = build_optimizers(model, self.training)

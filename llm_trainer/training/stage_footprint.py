@@ -18,17 +18,18 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from llm_trainer.config import TrainingConfig
+from llm_trainer.config import TrainingConfig, UsageError
 from llm_trainer.config.model import ModelConfig
 from llm_trainer.config.parallel import stages_of
 from llm_trainer.model.transformer import Transformer
-from llm_trainer.training.footprint import Ledger, counted_precision, depth_unit, precision_of, state_bytes
+from llm_trainer.training.footprint import Ledger, alike_in_rate, counted_precision, depth_unit, precision_of, state_bytes
 from llm_trainer.training.objectives import NextToken
 from llm_trainer.training.optimizers import build_optimizers
 from llm_trainer.training.parallel import is_elsewhere
-from llm_trainer.training.pipeline import Stage, leave_to_others, stage_bounds
+from llm_trainer.training.pipeline import NOTHING_TRAINED, Stage, leave_to_others, stage_bounds
 from llm_trainer.training.precision import Precision, PrecisionName
 from llm_trainer.training.step import clip_gradients
+from llm_trainer.training.trainable import freeze, trained_sizes
 
 Moments = tuple[tuple[int, int], ...]  # bytes of gradients, and the most of all else beside them
 
@@ -53,7 +54,7 @@ class StageMemory:
     @property
     def gradients(self) -> int:
         """All of them."""
-        return max(gradients for gradients, _ in self.later)
+        return max((gradients for gradients, _ in self.later), default=0)
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,20 @@ def place_memories(
     micro_batches: int,
     precision: PrecisionName | None = None,
 ) -> list[PlaceMemory]:
-    """What each rank of a pipeline of `ranks` needs for a step, in their order; otherwise as `footprint.step_memory`."""
+    """What each rank of a pipeline of `ranks` needs for a step, in their order; otherwise as `footprint.step_memory`.
+
+    Raises UsageError where a rank would train nothing.
+    """
+    check_trained(shape, training, ranks)
+    training = alike_in_rate(training)
     schedule, name = training.pipeline_schedule, counted_precision(training, precision)
     count = stages_of(schedule, ranks)
     bounds = stage_bounds(shape.num_hidden_layers, count)
     known: dict[tuple[bool, bool, int], StageMemory] = {}
 
     def stage(number: int) -> StageMemory:
+        if training.freeze_layers:  # frozen blocks are not like the others
+            return _run_stage(_Part(shape, number, count, bounds[number]), training, sequences, name)
         kind = (number == 0, number == count - 1, bounds[number][1] - bounds[number][0])
         if kind not in known:
             known[kind] = _stage_memory(shape, training, kind, sequences, name)
@@ -109,6 +117,23 @@ def place_memories(
             )
         )
     return places
+
+
+def check_trained(shape: ModelConfig, training: TrainingConfig, ranks: int) -> None:
+    """Raises UsageError for a pipeline of which a rank would train nothing."""
+    if not training.freeze_layers:
+        return
+    count = stages_of(training.pipeline_schedule, ranks)
+    bounds = stage_bounds(shape.num_hidden_layers, count)
+    trains = set()
+    for part in (part for part, size in trained_sizes(shape, training).items() if size):
+        name, _, layer = part.partition(".")
+        stages = [number for number, (first, last) in enumerate(bounds) if layer and first <= int(layer) < last]
+        stages += [0] if name in ("wte", "wpe") else []
+        stages += [count - 1] if name in ("ln_f", "lm_head") or (name == "wte" and shape.tie_word_embeddings) else []
+        trains |= {number % ranks for number in stages}
+    if len(trains) < ranks:
+        raise UsageError(NOTHING_TRAINED)
 
 
 def schedule_order(schedule: str, ranks: int, place: int, micro_batches: int) -> list[tuple[str, int]]:
@@ -165,8 +190,8 @@ def _stage_memory(
     is_first, is_last, layers = kind
     unit = depth_unit(shape)
     if layers <= 3 * unit:
-        return _run_stage(shape, training, kind, sequences, name)
-    low, high = (_run_stage(shape, training, (is_first, is_last, times * unit), sequences, name) for times in (2, 3))
+        return _run_stage(_like(shape, kind), training, sequences, name)
+    low, high = (_run_stage(_like(shape, (is_first, is_last, times * unit)), training, sequences, name) for times in (2, 3))
     times = (layers - 3 * unit) / unit
 
     def on(first: int, second: int) -> int:
@@ -191,21 +216,38 @@ def _stage_memory(
     )
 
 
-def _run_stage(
-    shape: ModelConfig, training: TrainingConfig, kind: tuple[bool, bool, int], sequences: int, name: PrecisionName
-) -> StageMemory:
-    """A stage of these few layers, two steps of two micro-batches; the second step is noted."""
+@dataclass(frozen=True)
+class _Part:
+    """A stage of a model of this shape: the `number`-th of `count`, with these blocks, first and last + 1."""
+
+    shape: ModelConfig
+    number: int
+    count: int
+    blocks: tuple[int, int]
+
+
+def _like(shape: ModelConfig, kind: tuple[bool, bool, int]) -> _Part:
+    """A stage of this kind, of a model that has no blocks beside it."""
     is_first, is_last, layers = kind
+    alone = shape.model_copy(update={"num_hidden_layers": layers})
+    return _Part(alone, 0 if is_first else 1, (1 if is_last else 2) + (not is_first), (0, layers))
+
+
+def _run_stage(part: _Part, training: TrainingConfig, sequences: int, name: PrecisionName) -> StageMemory:
+    """A stage, two steps of two micro-batches; the second step is noted."""
+    shape = part.shape
     with FakeTensorMode(allow_non_fake_inputs=True), Ledger() as ledger:
-        model = Transformer(shape.model_copy(update={"num_hidden_layers": layers})).train()
-        stage = Stage(model, 0 if is_first else 1, (1 if is_last else 2) + (not is_first), (0, layers))
+        model = Transformer(shape).train()
+        freeze(model, training)
+        stage = Stage(model, part.number, part.count, part.blocks)
         leave_to_others(model, [stage])
         for parameter in model.parameters():
             if is_elsewhere(parameter):
                 parameter.requires_grad_(False)
-            else:
+            elif parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(ledger.is_gradient)  # type: ignore[no-untyped-call]
-        optimizers = build_optimizers(model, training)
+        is_trained = any(parameter.requires_grad for parameter in model.parameters())
+        optimizers = build_optimizers(model, training) if is_trained else []
         objective, precision = NextToken(training.loss), precision_of(name)
         ids = torch.zeros((sequences, shape.max_position_embeddings), dtype=torch.int64)
         sent = torch.zeros((*ids.shape, shape.hidden_size))  # by the neighbours: hidden states or their gradients
@@ -253,7 +295,8 @@ class _Passes:
         self.waiting = ledger.others - self.base
         self.forward = max(others for _, others in self._noted())
         ledger.moments.clear()
-        cast(Tensor, out).backward(None if stage.is_last else self._sent)  # type: ignore[no-untyped-call]
+        if cast(Tensor, out).requires_grad:
+            cast(Tensor, out).backward(None if stage.is_last else self._sent)  # type: ignore[no-untyped-call]
         return self._noted()
 
     def _noted(self) -> Moments:

@@ -16,6 +16,7 @@ from llm_trainer.cli.main import main
 from llm_trainer.cli.run_model import pretrained_model
 from llm_trainer.config import ModelConfig, RunConfig, TrainingConfig, UsageError
 from llm_trainer.config.counting import parameter_count
+from llm_trainer.diagnostics.measuring import measured_step
 from llm_trainer.diagnostics.preflight import RESERVE, Plan, checkpoint_bytes, rank_memory, rank_shape, recommend, traffic
 from llm_trainer.model.cache import KVCache
 from llm_trainer.model.huggingface import save_pretrained
@@ -235,6 +236,21 @@ def test_what_is_frozen_has_neither_gradients_nor_averages(shape: dict[str, obje
     assert 2 * trained <= estimate.optimizer < 2 * trained + 1024, "two averages, and counts of steps"
     assert max(gradients for gradients, _ in estimate.moments) <= trained
     assert checkpoint_bytes(_shape(**shape), settings) == whole + 2 * trained
+
+
+def test_a_measured_step_trains_what_training_would() -> None:
+    shape = _shape(attn_lora_rank=4, lora_train_base=False)
+    model = Transformer(shape)
+    before = model.blocks[0].attn.q_proj.weight.detach().clone()
+    training = TrainingConfig.model_validate({"precision": "fp32", "device": "cpu"})
+    measured_step(shape, training, 1, model=model)
+    assert model.blocks[0].attn.q_proj.weight.equal(before)
+
+
+def test_rates_by_part_are_no_matter_of_the_estimate() -> None:
+    rates = TrainingConfig.model_validate({"precision": "fp32", "learning_rate_factors": {"attn.11": 0.1}, "layer_rate_decay": 0.9})
+    shape = _shape(num_hidden_layers=12)
+    assert step_memory(shape, rates, sequences=1) == step_memory(shape, TrainingConfig(precision="fp32"), sequences=1)
 
 
 def test_a_base_in_four_bits_is_counted_as_it_is_held() -> None:

@@ -7,7 +7,7 @@ from torch.distributed.pipelining.schedules import ScheduleInterleaved1F1B
 
 from llm_trainer.cli.main import main
 from llm_trainer.config import ModelConfig, TrainingConfig, UsageError
-from llm_trainer.config.counting import parameter_count
+from llm_trainer.config.counting import parameter_count, part_sizes
 from llm_trainer.diagnostics.preflight import Plan, rank_memories, recommend, traffic
 from llm_trainer.training.footprint import step_memory
 from llm_trainer.training.stage_footprint import PlaceMemory, place_memories, schedule_order
@@ -79,12 +79,34 @@ def test_every_micro_batch_goes_through_a_stage_once_in_each_direction(schedule:
 
 
 def test_a_deep_stage_is_carried_on_from_shallow_ones_as_if_it_were_run() -> None:
-    from llm_trainer.training.stage_footprint import _run_stage, _stage_memory
+    from llm_trainer.training.stage_footprint import _like, _run_stage, _stage_memory
 
     for ends in ((True, False), (False, True)):
-        carried, run = (way(shape_of(), settings(), (*ends, 9), 2, "fp32") for way in (_stage_memory, _run_stage))
+        carried = _stage_memory(shape_of(), settings(), (*ends, 9), 2, "fp32")
+        run = _run_stage(_like(shape_of(), (*ends, 9)), settings(), 2, "fp32")
         assert (carried.weights, carried.optimizer, carried.waiting) == (run.weights, run.optimizer, run.waiting)
         assert max(map(sum, carried.later)) == pytest.approx(max(map(sum, run.later)), rel=0.02)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved"])
+def test_what_is_frozen_is_counted_on_the_stage_that_holds_it(schedule: str) -> None:
+    shape, frozen = shape_of(num_hidden_layers=8), ["attn.1", "mlp.6"]
+    run = {"ranks": 2, "sequences": 2, "micro_batches": 2}
+    plain = place_memories(shape, settings(schedule), **run)
+    some = place_memories(shape, settings(schedule, freeze_layers=frozen), **run)
+    sizes = part_sizes(shape)
+    for one, other, part in zip(plain, some, frozen, strict=True):
+        assert other.weights == one.weights
+        assert 8 * sizes[part] <= one.optimizer - other.optimizer <= 8 * sizes[part] + 64, "two averages, and counts of steps"
+
+
+def test_stages_of_which_one_would_train_nothing_are_refused_and_not_advised() -> None:
+    frozen = settings(freeze_layers=["w?e", "attn.0-1", "mlp.0-1", "ln_1.0-1", "ln_2.0-1"])
+    untied = shape_of(tie_word_embeddings=False, num_attention_heads=1, num_key_value_heads=1, head_dim=64)
+    with pytest.raises(UsageError, match="a stage of the pipeline has nothing to train"):
+        rank_memories(untied, frozen, Plan(sequences=1, micro_batches=2, pipeline=2))
+    needed = rank_memories(untied.model_copy(update={"gradient_checkpointing": True}), frozen, Plan(sequences=1, offload=True), "fp32")
+    assert recommend(untied, frozen, 2, int(needed[0].total * 0.95 / 0.9), Plan(sequences=1, offload=True), precision="fp32") is None
 
 
 def test_shards_of_a_stage_divide_what_is_kept_and_are_gathered_whole() -> None:
