@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llm_trainer.config.errors import UsageError
 from llm_trainer.config.schedules import Operation
-from llm_trainer.model.lora import freeze_resting_adapters, lora_set_of, merge_lora, set_lora_rank, train_adapters_only
+from llm_trainer.model.lora import DEFAULT_NAME, freeze_resting_adapters, lora_set_of, merge_lora, set_lora_rank, train_adapters_only
 from llm_trainer.model.parts import set_trainable
 from llm_trainer.model.surgery.depth import stack_layers
 from llm_trainer.model.surgery.form import Form, State, build, form_of
@@ -103,14 +103,22 @@ def _fitted(state: State, weight: Tensor) -> dict[str, Tensor]:
 
 
 def _lora_on(parts: Callable[[Form], list[str]]) -> Change:
-    return lambda form, operation, generator: _with_lora(
-        form, lambda model: set_lora_rank(model, parts(form), int(operation.value), seed=generator.initial_seed())
-    )
+    return lambda form, operation, generator: _with_rank(form, parts(form), int(operation.value), generator)
 
 
 def _lora_on_one(form: Form, operation: Operation, generator: torch.Generator) -> Form:
     part, rank = operation.value
-    return _with_lora(form, lambda model: set_lora_rank(model, part, int(rank), seed=generator.initial_seed()))
+    return _with_rank(form, part, int(rank), generator)
+
+
+def _with_rank(form: Form, parts: str | list[str], rank: int, generator: torch.Generator) -> Form:
+    """Other ranks of the set `default`. Raises UsageError where it is there and does not count: nothing would be learned of it."""
+    if DEFAULT_NAME in form.config.lora and DEFAULT_NAME not in form.config.counting_lora:
+        counting = ", ".join(form.config.counting_lora) or "none"
+        raise UsageError(
+            f"the adapter {DEFAULT_NAME!r}, whose ranks operations set, does not count; those that do: {counting} (lora_in_use)"
+        )
+    return _with_lora(form, lambda model: set_lora_rank(model, parts, rank, seed=generator.initial_seed()))
 
 
 def _merge(form: Form, operation: Operation, generator: torch.Generator) -> Form:

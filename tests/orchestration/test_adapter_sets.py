@@ -17,6 +17,8 @@ from llm_trainer.inference.loading import load_transformer
 from llm_trainer.model.huggingface import save_pretrained
 from llm_trainer.model.lora import adapters_in_use, is_adapter_parameter, use_adapters
 from llm_trainer.orchestration.orchestrator import Orchestrator
+from llm_trainer.orchestration.settings import Settings
+from llm_trainer.orchestration.simulation import simulate
 from llm_trainer.training.replay import StopAt, compare_checkpoints
 
 MINE = {"lora": {"mine": {"ranks": {"attn.0": 4, "mlp.1": 2}}, "spare": {"ranks": {"mlp.0": 2}}}, "lora_in_use": ["mine"]}
@@ -39,6 +41,13 @@ def test_an_operation_that_brings_a_set_lets_the_others_count_on_and_a_resume_fi
     before = dict(early.named_parameters())
     learned = {name for name, one in late.named_parameters() if ".lora." in name and not torch.equal(one, before[name])}
     assert {name.split(".lora.")[1].split(".")[0] for name in learned} == {"mine", "default"}
+
+
+def test_an_operation_on_a_set_that_does_not_count_is_refused_before_training() -> None:
+    sets = {name: {"ranks": {"attn.0": 2}} for name in ("default", "mine")}
+    shape = ModelConfig(vocab_size=100, hidden_size=16, num_layers=2, num_heads=2, lora=sets, lora_in_use=["mine"])
+    with pytest.raises(UsageError, match=r"entry 1.*'default', whose ranks operations set, does not count; those that do: mine"):
+        simulate(SCHEDULE, shape, Settings(1e-3, 8, 2, 10, None, 100))
 
 
 def test_a_set_beside_that_of_a_checkpoint_still_counts_in_the_next_one(tmp_path: Path) -> None:
