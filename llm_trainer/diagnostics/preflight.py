@@ -63,7 +63,7 @@ class Plan:
 @dataclass(frozen=True)
 class RankMemory:
     """Bytes on one rank. `gradients` are those at the step's highest moment, `activations` all else at that moment; `on_host` is
-    beside them, in the host's memory.
+    beside them, in the host's memory; `in_bits` how much more the weights were as floats, as which they are saved.
     """
 
     weights: int
@@ -76,6 +76,7 @@ class RankMemory:
     checkpoint: int
     on_host: int = 0
     received: int = 0
+    in_bits: int = 0
 
     @property
     def total(self) -> int:
@@ -84,8 +85,8 @@ class RankMemory:
 
     @property
     def copies(self) -> int:
-        """What a save in the background takes of the host's memory: this rank's weights and optimizer state once more."""
-        return self.weights + self.optimizer + self.on_host
+        """What a save in the background takes of the host's memory: this rank's weights, as floats, and optimizer state once more."""
+        return self.weights + self.in_bits + self.optimizer + self.on_host
 
     def parts(self) -> dict[str, int]:
         """What `total` is made of, in words."""
@@ -152,6 +153,7 @@ def divided(own: ModelConfig, step: StepMemory | PlaceMemory, plan: Plan, cache:
         checkpoint=checkpoint,
         on_host=step.optimizer // plan.shards if plan.offload else 0,
         received=step.buffers if isinstance(step, PlaceMemory) else 0,
+        in_bits=0 if isinstance(step, PlaceMemory) else step.in_bits,
     )
 
 

@@ -87,8 +87,8 @@ class WeightLayout:
 
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights as the model holds them, a tied matrix once, without the wrappers of compilation; what is in four bits as floats."""
-    return {name: dequantized(parameter.detach()) for name, parameter in unwrapped(model).named_parameters()}
+    """The weights as the model holds them, a tied matrix once, without the wrappers of compilation; what is in four bits as that."""
+    return {name: parameter.detach() for name, parameter in unwrapped(model).named_parameters()}
 
 
 def weight_layout(
@@ -135,8 +135,14 @@ def description_files(
 
 
 def write_weights(path: Path, shard: Sequence[Entry], parameters: Mapping[str, Tensor]) -> None:
-    """One file of a layout; `parameters` hold at least what it wants, whole."""
-    save_file({entry.theirs: entry.join(parameters).cpu() for entry in shard}, path, metadata={"format": "pt"})
+    """One file of a layout; `parameters` hold at least what it wants, whole. What is in four bits is written as floats, and is made such
+    one tensor at a time: the device need not hold them all.
+    """
+
+    def joined(entry: Entry) -> Tensor:
+        return entry.join({name: dequantized(parameters[name]) for name in entry.ours}).cpu()
+
+    save_file({entry.theirs: joined(entry) for entry in shard}, path, metadata={"format": "pt"})
 
 
 def _by_part(

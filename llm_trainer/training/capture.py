@@ -4,7 +4,7 @@ Where nothing is cut over ranks the main one writes all. Where ranks hold shards
 gathered one at a time (as much traffic as a forward pass), so that the folder is the same model folder that one process writes; of the
 optimizer the pieces that it holds, which costs no traffic at all. In a pipeline each stage writes its own and sends nothing to others.
 A save that is written later is made from copies in the host's memory, as large as this rank's part: weights and optimizer state, which is
-12 bytes a parameter under AdamW.
+12 bytes a parameter under AdamW. A base in four bits is copied as the floats that are written, a matrix at a time.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from llm_trainer.config import RunConfig
 from llm_trainer.config.run_folder import JSON, OPTIMIZER_FOLDER, RANDOM_FILE, RUN_FILE, STATE_FILE
 from llm_trainer.model.huggingface import WeightLayout, description_files, named_weights, weight_layout, write_weights
+from llm_trainer.model.quantized import dequantized
 from llm_trainer.training.optimizer_state import TENSORS_FILE, optimizer_state, shard_file, write_pieces, write_tensors
 from llm_trainer.training.parallel import Piece, is_elsewhere, is_first_holder, is_sharded, piece_of, whole
 from llm_trainer.training.random_state import random_state
@@ -160,7 +161,7 @@ def capture(snapshot: Snapshot, step: int, copies: HostCopies | None = None) -> 
             continue
         value = whole(tensor)
         if name in wanted:
-            weights[name] = copies.of(name, value) if copies else value.cpu() if is_cut else value
+            weights[name] = copies.of(name, dequantized(value)) if copies else value.cpu() if is_cut else value
     tensors, _ = optimizer_state(snapshot.model, snapshot.optimizers)
     optimizer: dict[str, Piece] = {}
     for name, tensor in tensors.items():

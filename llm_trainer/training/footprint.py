@@ -42,13 +42,14 @@ class StepMemory:
     """Bytes of one step on one rank that holds the whole shape.
 
     `weights`, `optimizer` and `kept` (the loss's buffers) are there between steps; `moments` are the highest points inside a step: bytes of
-    gradients held, and of everything else beside them (activations, temporaries).
+    gradients held, and of everything else beside them (activations, temporaries). `in_bits` is how much more the weights were as floats.
     """
 
     weights: int
     optimizer: int
     kept: int
     moments: tuple[tuple[int, int], ...]
+    in_bits: int = 0
 
     @property
     def between_steps(self) -> int:
@@ -108,7 +109,8 @@ def _carried_on(low: StepMemory, high: StepMemory, times: float) -> StepMemory:
     for share in (1.0, 0.0):
         first, second = (max(one.moments, key=lambda moment: share * moment[0] + moment[1]) for one in (low, high))
         moments.append((on(first[0], second[0]), on(first[1], second[1])))
-    return StepMemory(on(low.weights, high.weights), on(low.optimizer, high.optimizer), on(low.kept, high.kept), tuple(moments))
+    held = (on(low.weights, high.weights), on(low.optimizer, high.optimizer), on(low.kept, high.kept))
+    return StepMemory(*held, tuple(moments), on(low.in_bits, high.in_bits))
 
 
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -187,7 +189,7 @@ def _run_twice(shape: ModelConfig, training: TrainingConfig, sequences: int, mic
         held = state_bytes(optimizers)
         moments = tuple((gradients, others - base) for gradients, others in ledger.moments.items())
         in_bits = bytes_saved(model) if training.quantize_base != "off" else 0  # a base in four bits is counted, not run
-        return StepMemory(weights - in_bits, held, max(0, base - weights - held), moments)
+        return StepMemory(weights - in_bits, held, max(0, base - weights - held), moments, in_bits)
 
 
 def precision_of(name: PrecisionName) -> Precision:

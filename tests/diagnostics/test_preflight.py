@@ -264,3 +264,5 @@ def test_a_base_in_four_bits_is_counted_as_it_is_held() -> None:
         inner = parameter.__tensor_flatten__()[0] if is_quantized(parameter) else []
         held += sum(getattr(parameter, name).nbytes for name in inner) or parameter.nbytes
     assert step_memory(shape, training, sequences=1).weights == pytest.approx(held, rel=0.03)
+    memory = rank_memory(shape, training, Plan(sequences=1))
+    assert memory.copies == 4 * parameter_count(shape) + memory.optimizer, "a save writes floats"

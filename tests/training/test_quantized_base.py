@@ -16,6 +16,8 @@ from llm_trainer.model.huggingface import load_pretrained
 from llm_trainer.model.lora import is_adapter_parameter, merge_lora
 from llm_trainer.model.quantized import dequantized, is_quantized
 from llm_trainer.orchestration.orchestrator import foreseen
+from llm_trainer.training.capture import HostCopies, Snapshot, capture
+from llm_trainer.training.footprint import Ledger
 from llm_trainer.training.metrics import read_metrics
 from llm_trainer.training.replay import compare_checkpoints
 from llm_trainer.training.trainer import Trainer
@@ -68,6 +70,33 @@ def test_its_checkpoint_is_a_plain_model_with_its_logits_and_merges(tmp_path: Pa
         assert torch.equal(plain(ids), wanted)
         merge_lora(plain, restart=False)
         torch.testing.assert_close(plain(ids), wanted, rtol=0, atol=1e-5)
+
+
+class FloatsAlive(Ledger):
+    """Bytes of plain tensors made within: those in bits have a storage in name only."""
+
+    def _note(self, tensor: torch.Tensor) -> None:
+        if not is_quantized(tensor):
+            super()._note(tensor)
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_save_makes_one_matrix_of_the_base_whole_at_a_time(tmp_path: Path, in_background: bool) -> None:
+    pytest.importorskip("torchao")
+    config = tiny_config(tmp_path, LORA | {"hidden_size": 64, "num_layers": 12}, quantize_base="nf4")
+    trainer = Trainer(tiny_model(config.model), config, tokens(), console=Console(quiet=True))
+    model, copies = trainer.model, HostCopies() if in_background else None
+    snapshot = Snapshot(model, [], {"step": 1}, config, None)
+    with FloatsAlive() as alive:
+        taken = capture(snapshot, 1, copies)
+    floats = sum(parameter.nbytes for parameter in model.parameters())
+    in_copies = floats if in_background else 0
+    assert max(alive.moments.values(), default=0) < in_copies + floats / 3
+    (tmp_path / "written").mkdir()
+    taken.write(tmp_path / "written")
+    (tmp_path / "written/config.json").write_text(taken.texts["config.json"], encoding="utf-8")
+    written = dict(load_pretrained(tmp_path / "written").named_parameters())
+    assert all(torch.equal(written[name], dequantized(parameter)) for name, parameter in model.named_parameters())
 
 
 def test_it_trains_in_bf16(tmp_path: Path) -> None:
