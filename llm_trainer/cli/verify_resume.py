@@ -33,7 +33,8 @@ def run(argv: list[str]) -> int:
 def builder(run_folder: Path) -> BuildTrainer:
     """What makes trainers with a run's own settings, from one of its checkpoints or its beginning, writing elsewhere."""
     from llm_trainer.cli.run_data import find_data
-    from llm_trainer.cli.run_model import new_model, pretrained_model
+    from llm_trainer.cli.run_model import new_model, pretrained_model, transferred
+    from llm_trainer.cli.schedule import orchestrator_for
     from llm_trainer.training.trainer import Trainer
 
     saved = read_run_config(resolve_resume_folder(run_folder))
@@ -50,8 +51,12 @@ def builder(run_folder: Path) -> BuildTrainer:
             model = new_model(config.model, training.seed)
         else:
             model = pretrained_model(source, config.model, adapter=training.adapter_from)
+        if checkpoint is None and training.transfer_from is not None:
+            transferred(model, training.transfer_from, training.transfer_parts)
+        orchestrator = orchestrator_for(training)
+        own = [orchestrator] if orchestrator else []
         return Trainer(
-            model, config, prepared.train, prepared.validation, tokenizer=prepared.tokenizer, callbacks=callbacks, console=console
+            model, config, prepared.train, prepared.validation, tokenizer=prepared.tokenizer, callbacks=[*own, *callbacks], console=console
         )
 
     return build

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -189,6 +190,17 @@ def test_verify_resume_of_a_run_that_kept_only_its_end_replays_from_the_beginnin
     report = verify_resume(tmp_path, 4, _builder(save_interval=None, eval_interval=100))
     assert report.exact, str(report)
     assert (report.first_step, report.last_step) == (0, 4)
+
+
+@pytest.mark.parametrize(("eval_interval", "first", "last"), [(4, 0, 10), (8, 8, 10)])
+def test_verify_resume_starts_at_the_best_model_and_compares_with_none(tmp_path: Path, eval_interval: int, first: int, last: int) -> None:
+    """The best model is saved in a validation's middle; here that of step 10, and that of step 8 beside the end."""
+    settings = {"save_interval": None, "eval_interval": eval_interval}
+    tiny_run(tmp_path, callbacks=[StopAt(9)] if first else [], **settings)
+    shutil.rmtree(tmp_path / "final_model")
+    report = verify_resume(tmp_path, last - first, _builder(**settings))
+    assert report.exact, str(report)
+    assert (report.first_step, report.last_step, len(report.comparisons)) == (first, last, 1)
 
 
 def test_verify_resume_names_what_differs(tmp_path: Path) -> None:
