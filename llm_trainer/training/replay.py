@@ -119,8 +119,8 @@ def compare_checkpoints(first: Path, second: Path) -> list[str]:
 def _stretch(run: Path, steps: int) -> tuple[FoundCheckpoint | None, FoundCheckpoint | None]:
     """Where the replay starts, and the run's own later checkpoint to compare with: the newest such pair at most `steps` apart.
 
-    The best model is from a validation's middle, before what comes between two steps: a replay can start there, but not be compared with it.
-    Without such a pair the start is the newest checkpoint with as many steps before the run's end, or the run's beginning.
+    The best model is from a validation's middle, before what comes between two steps: a replay can start there, but not be compared with
+    it. Without such a pair the start is the newest checkpoint with as many steps before the run's end, or the run's beginning.
     """
     whole = [one for one in list_checkpoints(run) if not verify(one.path)]
     if not whole:
