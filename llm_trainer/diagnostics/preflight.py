@@ -272,7 +272,8 @@ def _first_that_fits(
     if not start.offload and _at_least(own, training, start.replicate * start.context, precision) // start.pipeline > budget:
         return None  # without running anything
     cache, checkpoint = cache_a_sequence(own, precision or "bf16"), checkpoint_bytes(shape, training)
-    for sequences in sorted({start.sequences, max(1, start.sequences // 2), max(1, start.sequences // 4), 1}, reverse=True):
+    sizes = {size for size in (start.sequences, start.sequences // 2, start.sequences // 4, 1) if size and start.sequences % size == 0}
+    for sequences in sorted(sizes, reverse=True):
         division = replace(start, sequences=sequences, micro_batches=start.micro_batches * start.sequences // sequences)
         for recompute in (False, True):
             steps = _steps(own.model_copy(update={"gradient_checkpointing": recompute}), training, division, precision)

@@ -129,14 +129,15 @@ def test_ranks_that_share_sequences_divide_the_state_and_the_activations_and_sen
     assert (advice.plan.context, advice.plan.ranks) == (2, 4)
 
 
-def test_advice_fits_and_is_none_where_nothing_can() -> None:
+@pytest.mark.parametrize(("sequences", "share"), [(8, 0.8), (9, 0.42)])
+def test_advice_fits_keeps_the_step_and_is_none_where_nothing_can(sequences: int, share: float) -> None:
     training = TrainingConfig(precision="fp32")
-    start = Plan(sequences=8)
+    start = Plan(sequences=sequences)
     needed = rank_memory(_shape(), training, start).total
-    advice = recommend(_shape(), training, 1, int(needed * 0.8), start)
+    advice = recommend(_shape(), training, 1, int(needed * share), start)
     assert advice is not None
-    assert advice.memory.total <= needed * 0.8
-    assert advice.plan.sequences * advice.plan.micro_batches == 8
+    assert advice.memory.total <= needed * share
+    assert advice.plan.sequences * advice.plan.micro_batches == sequences
     assert recommend(_shape(), training, 1, 1000, start) is None
 
 
