@@ -44,7 +44,7 @@ def builder(run_folder: Path) -> BuildTrainer:
     def build(checkpoint: Path | None, folder: Path, callbacks: Sequence[Callback]) -> Trainer:
         config = saved.model_copy(deep=True)
         training = config.training
-        training.output_dir, training.report_to = str(folder), []
+        training.output_dir, training.remote_dir, training.report_to = str(folder), None, []  # the replay is nobody's but its own
         training.resume_from = str(checkpoint) if checkpoint else None
         source = training.init_from
         if checkpoint is not None or source in ("scratch", "resume"):

@@ -46,3 +46,16 @@ def test_a_run_with_transferred_weights_is_exact_from_its_beginning(place: Path,
     said = verified(capsys)
     assert "steps 0 to 3: exact" in said
     assert "against checkpoint-3" in said
+
+
+def test_the_copy_of_a_run_at_an_address_is_left_as_it_is(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def there() -> dict[str, bytes]:
+        copy = place / "bucket"
+        return {path.relative_to(copy).as_posix(): path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+
+    settings = ["--save_interval=4", "--eval_interval=4", "--output_dir=run", f"--remote_dir=file://{place}/bucket"]
+    assert main(["train", *RUN, *settings]) == 0
+    before = there()
+    assert {"checkpoint-4/manifest.json", "best_model/manifest.json", "final_model/manifest.json"} <= before.keys()
+    assert "exact" in verified(capsys, 8)
+    assert there() == before
