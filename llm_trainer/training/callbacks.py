@@ -66,6 +66,15 @@ class EarlyStopping(Callback):
         self.best_loss: float | None = None
         self.validations_without_gain = 0
 
+    def on_train_start(self, trainer: Trainer) -> None:
+        """A run that had stopped is not taken further by a resume, unless that says a larger patience (or none)."""
+        if self.validations_without_gain >= self.patience:
+            trainer.say(
+                f"{self.validations_without_gain} validations without a better loss had ended this run: it stays at step "
+                f"{trainer.current_step}; a larger early_stopping_patience, or none, goes on"
+            )
+            trainer.stop_training = True
+
     def on_validation(self, trainer: Trainer, result: ValidationResult) -> None:
         """Count, and ask the trainer to stop when patience is used up."""
         if math.isfinite(result.loss) and (self.best_loss is None or result.loss < self.best_loss - self.min_delta):

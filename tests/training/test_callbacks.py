@@ -102,6 +102,18 @@ def test_early_stopping_remembers_its_best_across_a_resume(tmp_path: Path) -> No
     assert compare_checkpoints(tmp_path / "cut" / "final_model", tmp_path / "straight" / "final_model") == []
 
 
+@pytest.mark.parametrize(("patience", "step"), [(2, 3), (4, 5), (None, 10)])
+def test_a_run_that_early_stopping_ended_goes_on_with_a_larger_patience_only(tmp_path: Path, patience: int | None, step: int) -> None:
+    """The step that stops the run writes its checkpoint too."""
+    settings = {"learning_rate": 0.0, "eval_interval": 1, "save_interval": 1}
+    assert tiny_run(tmp_path, early_stopping_patience=2, **settings).step == 3
+    (tmp_path / "final_model").rename(tmp_path / "moved_away")
+    resumed = tiny_run(tmp_path, resume_from=str(tmp_path), early_stopping_patience=patience, **settings)
+    assert (resumed.ended_by, resumed.step) == ("stopped" if patience else "finished", step)
+    if patience == 2:
+        assert compare_checkpoints(tmp_path / "final_model", tmp_path / "moved_away") == []
+
+
 def test_a_loss_that_is_not_a_number_is_never_the_best_model(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, eval_interval=1, max_steps=3)
     real, losses = trainer.evaluate, iter([2.0, math.nan, 3.0])
