@@ -12,7 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from llm_trainer.config import CheckpointError
-from llm_trainer.config.run_folder import REPLACED_PREFIX, TEMPORARY_PREFIX
+from llm_trainer.config.run_folder import REPLACED_PREFIX, TEMPORARY_PREFIX, verify
 
 
 def sync_file(path: Path) -> None:
@@ -39,6 +39,20 @@ def take_place(temporary: Path, place: Path) -> None:
         sync_file(place.parent)
     finally:
         discard(replaced)
+
+
+def copy_checkpoint(source: Path, place: Path) -> None:
+    """Copy a checkpoint folder to a name that is free; it is whole there or not there. Raises CheckpointError where it cannot be."""
+    temporary = place.with_name(f"{TEMPORARY_PREFIX}{place.name}")
+    needed = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
+    with removed_on_failure(temporary), told_as_checkpoint_error(place, needed):
+        require_space(place, needed)
+        shutil.copytree(source, temporary)
+        for path in temporary.rglob("*"):
+            sync_file(path)
+        if problems := verify(temporary):
+            raise CheckpointError(f"{source} could not be copied to {place}: {'; '.join(problems[:3])}")
+        take_place(temporary, place)
 
 
 def discard(folder: Path) -> None:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from llm_trainer.config import RunConfig
 from llm_trainer.config.batches import resolve_batches
-from llm_trainer.config.run_folder import JSON
+from llm_trainer.config.run_folder import BEST_MODEL, JSON, verify
 from llm_trainer.training.changes import take_batches, take_shape
-from llm_trainer.training.checkpoints import restore, restore_generators
+from llm_trainer.training.checkpoints import read_state, restore, restore_generators
+from llm_trainer.training.disk import copy_checkpoint
 from llm_trainer.training.resume import Resumption, read_resumption
 from llm_trainer.training.schedules import resolve_length, resolve_schedule
 from llm_trainer.training.validation import ValidationResult
@@ -62,6 +63,45 @@ def go_back(trainer: Trainer, path: Path) -> None:
 def goes_on_here(trainer: Trainer) -> bool:
     """Whether the checkpoint that the run goes on from is of its own run folder."""
     return trainer.resumed_from is not None and trainer.resumed_from.parent.resolve() == trainer.run_dir.resolve()
+
+
+def settle_best(trainer: Trainer, moved: str, *, begins: bool) -> None:
+    """Once the run folder is this run's: the lowest loss so far is one whose model is there, or is yet to be found. A collective call.
+
+    `moved`: where what the run does not go on from lies now, if there was any; `begins`: whether the run begins in this folder. Where it
+    goes on from another folder's checkpoint, that folder's best model comes along.
+    """
+    state, ranks = trainer.state, trainer.ranks
+    if begins and state.best_validation_loss is not None:
+        brought = ranks.of_main(ranks.main_does(lambda: _bring_best(trainer)) or "")
+        if not brought:
+            state.best_validation_loss = None
+    elif moved and (Path(moved) / BEST_MODEL).exists():
+        state.best_validation_loss = None  # the best of this line of the run is gone
+
+
+def best_beside(checkpoint: Path) -> Path | None:
+    """The whole best model in a checkpoint's run folder, where it is the best of the steps up to this checkpoint."""
+    best = checkpoint.parent / BEST_MODEL
+    if not best.is_dir() or verify(best):
+        return None
+    known, found = read_state(checkpoint), read_state(best)
+    step, steps = found.get("step"), known.get("step")
+    is_before = isinstance(step, int) and isinstance(steps, int) and step <= steps
+    return best if is_before and found.get("best_validation_loss") == known.get("best_validation_loss") else None
+
+
+def _bring_best(trainer: Trainer) -> str:
+    """The best model's new place, or nothing where the run that the checkpoint is of has none that counts."""
+    best = best_beside(trainer.resumed_from) if trainer.resumed_from is not None else None
+    if best is None:
+        return ""
+    place = trainer.run_dir / BEST_MODEL
+    trainer.say(f"copying {best}, the best model so far, to {place}")
+    copy_checkpoint(best, place)
+    if trainer.store.remote is not None:
+        trainer.store.remote.upload_later(BEST_MODEL)
+    return str(place)
 
 
 def end_edge(trainer: Trainer) -> None:

@@ -18,7 +18,6 @@ from rich.console import Console
 from llm_trainer.config import RunConfig, UsageError
 from llm_trainer.config.batches import micro_batch_bounds, resolve_batches
 from llm_trainer.config.deepspeed import with_deepspeed_file
-from llm_trainer.config.run_folder import BEST_MODEL
 from llm_trainer.data.sampling.packing import Packing
 from llm_trainer.data.sampling.samplers import training_sampler
 from llm_trainer.data.shards import TokenDataset
@@ -41,7 +40,7 @@ from llm_trainer.training.saving import Saving, store_for
 from llm_trainer.training.schedules import resolve_length, resolve_schedule
 from llm_trainer.training.shares import AchievedShares, count_sources
 from llm_trainer.training.spikes import rate_after_rollbacks, roll_back
-from llm_trainer.training.standing import end_edge, go_back, goes_on_here, take_up
+from llm_trainer.training.standing import end_edge, go_back, goes_on_here, settle_best, take_up
 from llm_trainer.training.state import TrainingResult, TrainingState
 from llm_trainer.training.step import Outcomes, SampleRange, StepOutcome
 from llm_trainer.training.throughput import Meter
@@ -216,8 +215,7 @@ class Trainer:
         moved = self.ranks.of_main(str(self.ranks.main_does(begin) or ""))
         if moved:
             self.say(f"{self.run_dir} held checkpoints or records that this run does not go on from; they are in {moved} now")
-            if resumed_step is not None and (Path(moved) / BEST_MODEL).exists():
-                self.state.best_validation_loss = None  # the best of this line of the run is gone
+        settle_best(self, moved, begins=resumed_step is None)
 
     # A step.
 

@@ -9,13 +9,15 @@ import pytest
 from tiny_run import tiny_config, tiny_run, tiny_trainer, tokens
 
 from llm_trainer.config import CheckpointError, UsageError
-from llm_trainer.config.run_folder import list_checkpoints
+from llm_trainer.config.run_folder import list_checkpoints, verify
 from llm_trainer.training.callbacks import Callback
+from llm_trainer.training.checkpoints import read_state
 from llm_trainer.training.replay import StopAt, compare_checkpoints, verify_resume
 from llm_trainer.training.resume import compare_settings, plan_resume
 from llm_trainer.training.schedules import Length, Schedule, ScheduleState
 from llm_trainer.training.state import TrainingState
 from llm_trainer.training.trainer import Trainer
+from llm_trainer.training.validation import ValidationResult
 
 
 class Spy(Callback):
@@ -225,3 +227,40 @@ def test_verify_resume_needs_a_whole_checkpoint_and_two_steps(tmp_path: Path) ->
         verify_resume(tmp_path, 1, _builder())
     with pytest.raises(CheckpointError, match="no whole checkpoint"):
         verify_resume(tmp_path, 4, _builder())
+
+
+def test_a_resume_into_another_folder_brings_the_best_model_along(tmp_path: Path) -> None:
+    """The loss that nothing beats was reached before the resumed step: it is told at the end, and its model is there."""
+    _best_at(tmp_path / "old", 4)
+    resumed = tiny_run(tmp_path / "new", resume_from=str(tmp_path / "old" / "checkpoint-6"), learning_rate=0.0)
+    assert resumed.best_validation_loss == 0.5
+    assert verify(tmp_path / "new" / "best_model") == []
+    assert compare_checkpoints(tmp_path / "new" / "best_model", tmp_path / "old" / "best_model") == []
+
+
+@pytest.mark.parametrize("case", ["later", "damaged", "gone"])
+def test_a_resume_into_another_folder_without_the_best_model_finds_its_own(tmp_path: Path, case: str) -> None:
+    _best_at(tmp_path / "old", 4, *([8] if case == "later" else []))
+    if case == "damaged":
+        (tmp_path / "old" / "best_model" / "config.json").write_text("{}", encoding="utf-8")
+    if case == "gone":
+        shutil.rmtree(tmp_path / "old" / "best_model")
+    resumed = tiny_run(tmp_path / "new", resume_from=str(tmp_path / "old" / "checkpoint-6"))
+    assert resumed.validation is not None
+    assert 0.5 < (resumed.best_validation_loss or 0) <= resumed.validation.loss
+    assert read_state(tmp_path / "new" / "best_model")["best_validation_loss"] == resumed.best_validation_loss
+    assert read_state(tmp_path / "new" / "best_model")["step"] in (8, 10)
+
+
+def _best_at(folder: Path, *steps: int) -> None:
+    """A run whose best validations are at these steps, with losses that no other reaches."""
+    trainer = tiny_trainer(folder)
+    real = trainer.evaluate
+
+    def evaluate() -> ValidationResult:
+        result = real()
+        step = trainer.current_step
+        return ValidationResult(0.5 - 0.1 * steps.index(step), result.tokens, 1.0) if step in steps else result
+
+    trainer.evaluate = evaluate  # type: ignore[method-assign]
+    trainer.train()
