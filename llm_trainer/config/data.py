@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
-from llm_trainer.config.fields import Section, setting
+from llm_trainer.config.fields import LARGEST_SEED, Section, setting
 from llm_trainer.config.mixture import MixtureStage
 
 Filter: TypeAlias = Literal["length", "symbols", "repetition", "gopher_repetition", "gopher_quality", "c4", "fineweb"]
@@ -81,7 +81,7 @@ class DataConfig(Section):
     train_ratio: float | None = setting(None, "share of documents for training; none: what the other two leave", ge=0, le=1)
     val_ratio: float = setting(0.05, "share for validation", aliases=("validation_ratio",), ge=0, le=1)
     test_ratio: float = setting(0.0, "share for testing", ge=0, le=1)
-    seed: int = setting(42, "of the split", ge=0)
+    seed: int = setting(42, "of the split", ge=0, le=LARGEST_SEED)
     num_workers: int = setting(
         1, "processes that read, clean and tokenise at once", unit="workers", aliases=("preprocessing_num_workers", "num_proc"), ge=1
     )

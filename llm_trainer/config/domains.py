@@ -14,7 +14,7 @@ from pydantic import model_validator
 
 from llm_trainer.config.domain_loaders import DIFFICULTIES, DOMAINS, DomainLoader, read_loader_file, read_rows, shipped_loaders
 from llm_trainer.config.errors import UsageError
-from llm_trainer.config.fields import Section, setting, unknown_name
+from llm_trainer.config.fields import LARGEST_SEED, Section, setting, unknown_name
 from llm_trainer.config.files import read_mapping_or_list
 
 
@@ -57,7 +57,7 @@ class DomainBridge(Section):
     tokenizer_vocab_size: int = setting(32000, "ids of a tokenizer that is trained, at most", unit="tokens", gt=256)
     num_workers: int = setting(1, "workers that tokenise at once", unit="workers", ge=1)
     skip_unavailable: bool = setting(False, "go on without the data sets that cannot be had")
-    seed: int = setting(42, "of the split and of what is drawn", ge=0)
+    seed: int = setting(42, "of the split and of what is drawn", ge=0, le=LARGEST_SEED)
     output_dir: str = setting("data/domain_specific", "where the domains go")
 
     @model_validator(mode="after")

@@ -23,6 +23,8 @@ from pydantic_core import ErrorDetails
 
 from llm_trainer.config.errors import UsageError
 
+LARGEST_SEED = 2**63 - 1  # what PyTorch's generators take
+
 
 @dataclass(frozen=True)
 class Setting:

@@ -17,6 +17,7 @@ from collections.abc import Hashable, Mapping
 from pathlib import Path
 
 import yaml
+from yaml.constructor import ConstructorError
 
 from llm_trainer.config.errors import UsageError
 from llm_trainer.config.run import section_types
@@ -47,6 +48,8 @@ def read_mapping_or_list(path: Path) -> object:
         raise UsageError(f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
     except yaml.YAMLError as error:
         raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:  # a whole number of more digits than Python reads
+        raise UsageError(f"{path}: not {path.suffix.lstrip('.').upper()}: {error}") from None
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
 
@@ -116,17 +119,35 @@ def _without_twins(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return found
 
 
+_MERGE = "tag:yaml.org,2002:merge"  # <<: *base
+
+
 class _Loader(yaml.SafeLoader):
     """YAML as people expect it: 5e-4 is a number (PyYAML follows YAML 1.1, where it is text), and a key said twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
-        found: dict[Hashable, object] = {}
+        said: dict[Hashable, object] = {}
         for key_node, value_node in node.value:
+            if key_node.tag == _MERGE:  # what is merged may be said again
+                continue
+            line = f"line {key_node.start_mark.line + 1}"
             key, value = self.construct_object(key_node, deep=True), self.construct_object(value_node, deep=True)
-            if key in found and found[key] != value:
-                raise UsageError(f"line {key_node.start_mark.line + 1}: {key} is said twice, {found[key]!r} and {value!r}; keep one")
-            found[key] = value
-        return found
+            if not isinstance(key, Hashable):
+                raise UsageError(f"{line}: {key!r} cannot be a name; put a text with braces or brackets in quotes")
+            if key in said and said[key] != value:
+                raise UsageError(f"{line}: {key} is said twice, {said[key]!r} and {value!r}; keep one")
+            said[key] = value
+        self.flatten_mapping(node)
+        return super().construct_mapping(node, deep=True)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> object:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, KeyError, AttributeError) as error:  # PyYAML lets through what its scalars' own readers raise
+            if not isinstance(node, yaml.ScalarNode):
+                raise
+            problem = f"{node.value!r} is no {node.tag.rpartition(':')[2]}, as which YAML reads it; put a text in quotes"
+            raise ConstructorError(None, None, problem, node.start_mark) from error
 
 
 _Loader.add_implicit_resolver(

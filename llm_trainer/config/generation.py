@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from llm_trainer.config.fields import Section, setting
+from llm_trainer.config.fields import LARGEST_SEED, Section, setting
 
 
 class GenerationConfig(Section):
@@ -17,7 +17,7 @@ class GenerationConfig(Section):
     min_p: float | None = setting(None, "only tokens at least this likely relative to the likeliest", ge=0, le=1)
     repetition_penalty: float = setting(1.0, "tokens seen before are made less likely by this factor (Keskar 2019, arXiv:1909.05858)", gt=0)
     stop: list[str] = setting(list, "texts that end the answer; they are left out", aliases=("stop_strings",), splits=False)
-    seed: int | None = setting(None, "of the draw; the same seed gives the same text whatever else is in the batch", ge=0)
+    seed: int | None = setting(None, "of the draw; the same seed gives the same text whatever else is in the batch", ge=0, le=LARGEST_SEED)
     num_samples: int = setting(1, "answers a prompt", aliases=("n",), gt=0)
     ignore_eos: bool = setting(False, "go on past the end of text")
     slide: bool = setting(False, "where the context is full, forget its first half and go on; false: the answer ends there")

@@ -165,7 +165,7 @@ class ModelConfig(Section):
         """Common spellings of activations."""
         settled = dict(values)
         for name in ("activation", "hidden_act", "activation_function"):
-            if name in settled:
+            if isinstance(settled.get(name), str):
                 settled[name] = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu_squared": "relu2"}.get(
                     settled[name], settled[name]
                 )

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from llm_trainer.config.durations import Duration, DurationField
 from llm_trainer.config.errors import UsageError
-from llm_trainer.config.fields import Section, as_boolean, setting, split_list, switch_word
+from llm_trainer.config.fields import LARGEST_SEED, Section, as_boolean, setting, split_list, switch_word
 from llm_trainer.config.precision import PRECISION_SWITCHES, translate_precision
 
 SCHEDULE_NAMES = ("lr_scheduler", "lr_schedule", "scheduler", "lr_scheduler_type")
@@ -195,7 +195,7 @@ class TrainingConfig(Section):
         aliases=("resume", "resume_from_checkpoint", "checkpoint"),
         bare="auto",
     )
-    seed: int = setting(1337, "of weights, dropout and data order", ge=0)
+    seed: int = setting(1337, "of weights, dropout and data order", ge=0, le=LARGEST_SEED)
     num_workers: int = setting(1, "threads that prepare batches ahead; 0: none", unit="threads", aliases=("dataloader_num_workers",), ge=0)
 
     # Many machines; checked against the launcher's.
@@ -264,8 +264,10 @@ def _translate_wandb(values: dict[str, Any]) -> None:
     if "wandb_log" not in values:
         return
     logs = as_boolean("wandb_log", values.pop("wandb_log"))
-    said = values.get("report_to", ["tensorboard"])
-    reporters = split_list(said) if isinstance(said, str) else list(said)
-    if "report_to" in values and not logs and "wandb" in reporters:
+    said = values.get("report_to")
+    reporters = ["tensorboard"] if said is None else split_list(said) if isinstance(said, str) else said
+    if not isinstance(reporters, (list, tuple)) or not all(isinstance(name, str) for name in reporters):
+        return  # the field says what is wrong with it
+    if said is not None and not logs and "wandb" in reporters:
         raise UsageError(f"wandb_log=False and report_to={said!r} contradict each other; keep one")
     values["report_to"] = [*dict.fromkeys([*reporters, *(["wandb"] if logs else [])])]

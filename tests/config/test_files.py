@@ -55,6 +55,12 @@ def test_every_name_of_nanogpts_train_script_has_a_home(tmp_path: Path) -> None:
         ("a.yaml", "training:\n  seed: 1\n  seed: 2\n", "line 3: seed is said twice"),
         ("a.yaml", "- name: change_lr\n", "pass it as --scaling_schedule_file"),
         ("a.yaml", "just words", "holds str, not settings"),
+        ("a.yaml", "learning_rate: {{ lr }}", "line 1: .* cannot be a name; put a text with braces or brackets in quotes"),
+        ("a.yaml", "? [a]\n: 1", "line 1: .* cannot be a name"),
+        ("a.yaml", "x:\n  run_name: 2024-02-30", "'2024-02-30' is no timestamp.* in quotes.*line 2"),
+        ("a.yaml", "seed: !!int five", "'five' is no int"),
+        ("a.yaml", "a: &a {x: 1}\nb: {<<: *a, y: 1, y: 2}", "line 2: y is said twice"),
+        ("a.json", '{"seed": ' + "9" * 5000 + "}", "not JSON: .*digits"),
         ("a.toml", "", "read from .json, .yaml, .yml and .py"),
         ("a.py", "1 / 0", "ZeroDivisionError"),
         ("a.py", "raise SystemExit(3)", "left with status 3"),
@@ -106,6 +112,12 @@ def test_yaml_numbers_are_what_people_write(tmp_path: Path, text: str, value: ob
     assert content == {"x": value}
     assert isinstance(content, dict)
     assert type(content["x"]) is type(value)
+
+
+def test_a_yaml_mapping_may_begin_with_another_and_say_some_of_it_otherwise(tmp_path: Path) -> None:
+    text = "one: &one {x: 1, y: 2}\ntwo: &two {<<: *one, y: 3}\nthree: {z: 4, <<: [*two, *one]}\n"
+    content = read_mapping_or_list(write(tmp_path, "m.yaml", text))
+    assert content == {"one": {"x": 1, "y": 2}, "two": {"x": 1, "y": 3}, "three": {"x": 1, "y": 3, "z": 4}}
 
 
 SHIPPED = [

@@ -14,6 +14,7 @@ from llm_trainer.config.explain import explain
 from llm_trainer.config.fields import Section, setting
 from llm_trainer.config.loading import Door, LoadedRun, load_run
 from llm_trainer.config.owed import refuse_owed
+from llm_trainer.config.run import section_types
 from llm_trainer.config.sources import Names, Said, settle
 
 SECTIONS = ("model", "training", "data", "knowledge_distillation", "computational_efficiency", "adaptive_reasoning")
@@ -268,6 +269,34 @@ def test_a_family_that_was_said_takes_its_whole_shape() -> None:
     assert load_run(door, []).config.model.activation == "gelu"
     llama = load_run(door, ["--model_type=llama"]).config.model
     assert (llama.activation, llama.bias) == ("swiglu", False)
+
+
+ODD_VALUES = (None, 5, -1, float("inf"), "x", "", True, [], [1], [[1]], ["a", {}], {}, {"a": [1]}, 2**70, -(2**70))
+
+
+@pytest.mark.parametrize("section", section_types())
+def test_no_value_of_any_setting_is_more_than_refused(section: str) -> None:
+    kind = section_types()[section]
+    for name in kind.names():
+        for value in ODD_VALUES:
+            for beside in ({}, {"wandb_log": True}) if name == "report_to" else ({},):
+                try:
+                    kind(**{name: value}, **beside)
+                except UsageError:
+                    continue
+
+
+def test_weights_and_biases_is_added_where_nothing_else_was_said() -> None:
+    for report_to in ({}, {"report_to": None}):
+        assert section_types()["training"](wandb_log=True, **report_to).report_to == ["tensorboard", "wandb"]
+
+
+@pytest.mark.parametrize("section", ["training", "data", "generation"])
+def test_a_seed_is_no_larger_than_a_generator_takes(section: str) -> None:
+    kind = section_types()[section]
+    assert kind(seed=2**63 - 1).seed == 2**63 - 1
+    with pytest.raises(UsageError, match=r"seed=.*less than or equal to 9223372036854775807"):
+        kind(seed=2**63)
 
 
 def test_what_was_said_goes_over_the_settings_of_a_resumed_run() -> None:
