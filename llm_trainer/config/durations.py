@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, PlainSerializer
+from pydantic import AfterValidator, BeforeValidator, PlainSerializer
 
 Unit = Literal["steps", "epochs", "tokens"]
 
@@ -60,4 +60,11 @@ def _plain(duration: Duration) -> int | str:
     return int(text) if text.isdigit() else text
 
 
+def _above_zero(duration: Duration) -> Duration:
+    if duration.value <= 0:
+        raise ValueError("must be above 0; for never, say none where the setting takes it, or more than the run is long")
+    return duration
+
+
 DurationField = Annotated[Duration, BeforeValidator(Duration.parse), PlainSerializer(_plain, return_type=int | str)]
+IntervalField = Annotated[DurationField, AfterValidator(_above_zero)]

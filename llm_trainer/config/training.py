@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from llm_trainer.config.durations import Duration, DurationField
+from llm_trainer.config.durations import Duration, DurationField, IntervalField
 from llm_trainer.config.errors import UsageError
 from llm_trainer.config.fields import LARGEST_SEED, Section, as_boolean, setting, split_list, switch_word
 from llm_trainer.config.precision import PRECISION_SWITCHES, translate_precision
@@ -126,7 +126,7 @@ class TrainingConfig(Section):
     watch_seconds: float = setting(10.0, "look at memory this often between reports; 0: only with them", unit="seconds", ge=0)
 
     # Validation, saving, reporting.
-    eval_interval: DurationField = setting(
+    eval_interval: IntervalField = setting(
         lambda: Duration(1000), "validate this often", unit="steps, epochs or tokens", aliases=("eval_steps",)
     )
     eval_iters: int | None = setting(
@@ -138,7 +138,7 @@ class TrainingConfig(Section):
         None, "stop after so many validations without a better loss", unit="validations", aliases=("patience",), gt=0
     )
     early_stopping_min_delta: float = setting(0.0, "what counts as better", unit="nats", ge=0)
-    save_interval: DurationField | None = setting(
+    save_interval: IntervalField | None = setting(
         lambda: Duration(1000),
         "save a checkpoint this often; none: only at the end",
         unit="steps, epochs or tokens",
@@ -149,7 +149,7 @@ class TrainingConfig(Section):
     save_total_limit: int | None = setting(
         3, "keep the newest so many checkpoints (the best model and the last one are always kept)", unit="checkpoints", gt=0
     )
-    recent_save_interval: DurationField | None = setting(
+    recent_save_interval: IntervalField | None = setting(
         None,
         "also save this often, as recent-<step>, which the next of its kind replaces; none: no such saves",
         unit="steps, epochs or tokens",

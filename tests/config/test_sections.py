@@ -120,6 +120,14 @@ def test_durations_are_read_in_their_units(said: object, meant: Duration) -> Non
     assert Duration.parse(str(meant)) == meant
 
 
+@pytest.mark.parametrize("name", ["eval_interval", "save_interval", "recent_save_interval"])
+@pytest.mark.parametrize("said", [0, "0", "0 epochs", "0.0 tokens"])
+def test_an_interval_of_nothing_is_refused_with_what_means_never(name: str, said: object) -> None:
+    with pytest.raises(UsageError, match=rf"{name}.*above 0.*none"):
+        TrainingConfig(**{name: said})
+    assert TrainingConfig(warmup_steps=said).warmup_steps is not None
+
+
 def test_run_config_survives_json() -> None:
     config = RunConfig(
         model={"model_type": "llama", "n_layer": 3, "rope_scaling": {"type": "llama3", "factor": 8}},
