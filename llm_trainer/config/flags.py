@@ -8,6 +8,7 @@ also costs 0.13 s of import.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Sequence
@@ -160,6 +161,8 @@ def typed_value(kind: type[Section], spelled: str, text: str) -> object:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     if _NUMBER.fullmatch(text) and not {word for word in kinds_of(kind, name) if isinstance(word, str)}:
+        with contextlib.suppress(ValueError):
+            return int(text)  # not through a float, which has 16 digits
         number = float(text.replace("_", ""))
         return int(number) if number.is_integer() and abs(number) < 2**53 else number
     return text

@@ -6,6 +6,9 @@ from typing import Literal
 
 from llm_trainer.config.fields import LARGEST_SEED, Section, setting
 
+# Logits divided by much less are no numbers in single precision; at this temperature all the weight is on one token already.
+GREEDY_BELOW = 1e-6
+
 
 class GenerationConfig(Section):
     """One draw of text. Temperature 0 is greedy."""
@@ -22,6 +25,11 @@ class GenerationConfig(Section):
     ignore_eos: bool = setting(False, "go on past the end of text")
     slide: bool = setting(False, "where the context is full, forget its first half and go on; false: the answer ends there")
     stream: bool = setting(True, "print as it is drawn")
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
+        return self.temperature < GREEDY_BELOW
 
 
 class InferenceConfig(Section):

@@ -63,7 +63,7 @@ class TrainingConfig(Section):
         None, "on a resume that moves the run's end: stretch the decay to it, warm up again from here, or keep the old decay"
     )
 
-    learning_rate_factors: dict[str, float] = setting(
+    learning_rate_factors: dict[str, Annotated[float, Field(ge=0)]] = setting(
         dict, "part, range or glob (attn.0-3, mlp.*, wte) → what its learning rate is multiplied by", aliases=("lr_factors",)
     )
     layer_rate_decay: float = setting(

@@ -1,9 +1,9 @@
 """From logits to the next token, for a batch whose rows each have settings and a seed of their own.
 
 The order is that of the field (transformers' logits processors): repetition penalty, temperature, top-k, top-p, min-p, draw.
-Temperature 0 is an exact argmax. A draw inverts the cumulative distribution, in the order of token ids, at one uniform number from the
-row's own generator: what a row draws depends on its logits and its seed alone, never on its neighbours, on the batch's size or on
-the device. Drawing one number a row instead of noise for each logit (`torch.multinomial`, Gumbel) is also cheaper.
+Temperature 0 (and one too low to divide by) is an exact argmax. A draw inverts the cumulative distribution, in the order of token ids, at
+one uniform number from the row's own generator: what a row draws depends on its logits and its seed alone, never on its neighbours, on the
+batch's size or on the device. Drawing one number a row instead of noise for each logit (`torch.multinomial`, Gumbel) is also cheaper.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ class Sampler:
         self.rows = list(rows)
         self.device = torch.device(device)
         settings = [row.settings for row in rows]
-        self.greedy = all(each.temperature == 0 for each in settings)
-        self.any_greedy = any(each.temperature == 0 for each in settings)
+        self.greedy = all(each.is_greedy for each in settings)
+        self.any_greedy = any(each.is_greedy for each in settings)
         # Rows that are greedy get temperature 1 here and are overwritten by the argmax below.
-        self.temperature = self._column([each.temperature or 1.0 for each in settings])
+        self.temperature = self._column([1.0 if each.is_greedy else each.temperature for each in settings])
         self.top_k = [min(each.top_k or vocab_size, vocab_size) for each in settings]
         self.top_p = self._column([1.0 if each.top_p is None else each.top_p for each in settings])
         self.min_p = self._column([each.min_p or 0.0 for each in settings])
         self.limits_top_k = any(k < vocab_size for k in self.top_k)
         self.limits_top_p = any(each.top_p is not None and each.top_p < 1 for each in settings)
         self.limits_min_p = any(each.min_p for each in settings)
-        self.is_greedy = torch.tensor([each.temperature == 0 for each in settings], device=self.device)
+        self.is_greedy = torch.tensor([each.is_greedy for each in settings], device=self.device)
         self.penalty, self.seen = self._repetition(vocab_size)
 
     @property
@@ -56,7 +56,7 @@ class Sampler:
         """How many of a row's largest logits decide what is drawn (and those that tie with the last of them); none: all."""
         if self.seen is not None:
             return None
-        counts = [1 if row.settings.temperature == 0 else row.settings.top_k for row in self.rows]
+        counts = [1 if row.settings.is_greedy else row.settings.top_k for row in self.rows]
         return max(filter(None, counts)) if all(counts) else None
 
     def __call__(self, logits: Tensor, ids: Tensor | None = None) -> Tensor:

@@ -29,6 +29,8 @@ def resolve_device(said: str) -> torch.device:
         device = torch.device(said)
     except RuntimeError as error:
         raise UsageError(f"device {said!r} is not one; choose auto, cpu, cuda, cuda:N or mps") from error
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UsageError(f"device {said!r} is none that this trains on; choose auto, cpu, cuda, cuda:N or mps")
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         there = torch.cuda.device_count()
         raise UsageError(f"device {said!r}: this machine has {there} CUDA devices that PyTorch can use; choose another, or auto")

@@ -371,3 +371,8 @@ def test_a_default_warm_up_longer_than_a_run_in_epochs_becomes_a_tenth() -> None
     said = train("--num_epochs=1", "--warmup_steps=2000").config.training
     with pytest.raises(UsageError, match="longer than the run of 100 steps"):
         resolve_schedule(said, length)
+
+
+@pytest.mark.parametrize(("text", "seed"), [("1234567890123456789", 1234567890123456789), ("1_000", 1000), ("1e3", 1000), ("007", 7)])
+def test_whole_numbers_of_flags_keep_all_their_digits(text: str, seed: int) -> None:
+    assert train(f"--seed={text}").config.training.seed == seed

@@ -128,6 +128,13 @@ def test_an_interval_of_nothing_is_refused_with_what_means_never(name: str, said
     assert TrainingConfig(warmup_steps=said).warmup_steps is not None
 
 
+@pytest.mark.parametrize("factor", [-2, -1e-9, float("nan"), float("inf")])
+def test_a_rate_factor_that_would_train_uphill_is_refused(factor: float) -> None:
+    with pytest.raises(UsageError, match="learning_rate_factors"):
+        TrainingConfig(learning_rate_factors={"attn.0": factor})
+    assert TrainingConfig(learning_rate_factors={"attn.0": 0}).learning_rate_factors == {"attn.0": 0}
+
+
 def test_run_config_survives_json() -> None:
     config = RunConfig(
         model={"model_type": "llama", "n_layer": 3, "rope_scaling": {"type": "llama3", "factor": 8}},

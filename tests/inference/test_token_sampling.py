@@ -88,6 +88,16 @@ def test_greedy_is_the_first_argmax() -> None:
     assert sampler(GenerationConfig(temperature=0), vocab=4)(scores).tolist() == [1]
 
 
+@pytest.mark.parametrize("temperature", [1e-40, 1e-30, 1e-7, 1e-6])
+@pytest.mark.parametrize("top_p", [None, 0.9])
+def test_a_temperature_that_numbers_cannot_be_divided_by_is_greedy(temperature: float, top_p: float | None) -> None:
+    logits = torch.tensor([[0.0, -8e4, 9e4, 8.9e4], [1.0, 0.0, -1.0, 2.0]])
+    cold = SamplingRow(GenerationConfig(temperature=temperature, top_p=top_p, seed=1))
+    assert Sampler([cold, cold], 4)(logits).tolist() == [2, 3]
+    warm = SamplingRow(GenerationConfig(temperature=1.0, top_k=1, seed=1))
+    assert Sampler([cold, warm], 4)(logits).tolist() == [2, 3]
+
+
 def test_top_k_1_is_greedy_at_any_temperature() -> None:
     assert torch.equal(sampler(*[GenerationConfig(temperature=5.0, top_k=1)] * 8)(logits(8)), logits(8).argmax(-1))
 

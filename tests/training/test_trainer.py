@@ -131,3 +131,12 @@ def test_data_shorter_than_a_window_is_refused_before_anything_is_written(tmp_pa
     with pytest.raises(DataError, match="fewer than one window"):
         tiny_trainer(tmp_path / "run", data=tokens(5))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("device", ["meta", "xpu", "cuda:99", "no such"])
+def test_a_device_that_cannot_train_is_refused_before_anything_is_moved(tmp_path: Path, device: str) -> None:
+    tiny_run(tmp_path, max_steps=2)
+    there = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(UsageError, match=f"device '{device}'"):
+        tiny_run(tmp_path, device=device)
+    assert sorted(path.name for path in tmp_path.iterdir()) == there
