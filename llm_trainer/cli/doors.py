@@ -15,7 +15,11 @@ from llm_trainer.config.loading import Door
 TRAINING_SECTIONS = ("model", "training", "data", "knowledge_distillation", "computational_efficiency", "adaptive_reasoning")
 
 TRAIN = Door(
-    "llm-trainer train", "Train a model on prepared data, or on a text that is prepared first.", TRAINING_SECTIONS, positional_config=True
+    "llm-trainer train",
+    "Train a model on prepared data, or on a text that is prepared first.",
+    TRAINING_SECTIONS,
+    positional_config=True,
+    may_resume=True,
 )
 
 TRAIN_FRAMEWORK = Door(
@@ -28,6 +32,7 @@ TRAIN_FRAMEWORK = Door(
         "training.max_steps": 100_000,
         "training.learning_rate": 3e-4,
     },
+    may_resume=True,
 )
 
 TRAIN_FROM_FILE = Door(
@@ -43,6 +48,7 @@ TRAIN_FROM_FILE = Door(
         "training.save_interval": 1000,
         "training.logging_steps": 100,
     },
+    may_resume=True,
 )
 
 TRAIN_ALL_IN_ONE = Door(
@@ -64,6 +70,7 @@ TRAIN_ALL_IN_ONE = Door(
         "training.num_workers": 4,
         "training.output_dir": "models/all_in_one",
     },
+    may_resume=True,
 )
 
 TRAIN_ORCHESTRATOR = Door(
@@ -91,6 +98,7 @@ TRAIN_ORCHESTRATOR = Door(
         "training.wandb_run_name": "gpt2",
     },
     positional_config=True,
+    may_resume=True,
 )
 
 # Settings of data that say what is trained on, not how it is prepared.

@@ -94,6 +94,8 @@ def assemble(loaded: LoadedRun, console: Console, fallbacks: Sequence[str] = (),
 
     refuse_adapter_over_nothing(loaded.config.training)
     config = loaded.config if source is None else resumed_config(loaded, source, console)
+    if loaded.is_resuming:
+        loaded.check(None if source is None else config)
     if is_pretrained(config.training.init_from) and source is None:
         use_tokenizer_of(config.training.init_from, config.data)
     use_domains(config.training, config.data)

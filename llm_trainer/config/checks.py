@@ -12,9 +12,26 @@ from llm_trainer.config.parallel import check_plan, resolve_plan
 from llm_trainer.config.run import RunConfig
 
 
-def check_run(config: RunConfig, origins: Mapping[str, str], sections: set[str], world_size: int) -> None:
-    """Raises UsageError for settings that contradict each other or the launcher; only sections that the command reads are judged."""
+def check_start(config: RunConfig, origins: Mapping[str, str], sections: set[str], world_size: int) -> None:
+    """Raises UsageError for settings that contradict each other or the launcher, whatever run they go on with.
+
+    Here as in `check_whole` only sections that the command reads are judged.
+    """
     said = _Places(origins)
+    if "training" in sections:
+        _check_launch(config, said, world_size)
+    if "data" in sections:
+        _check_shares(config, said)
+    if "adaptive_reasoning" in sections:
+        _check_reasoning(config, said)
+
+
+def check_whole(config: RunConfig, origins: Mapping[str, str], sections: set[str], world_size: int, unsaid: str = "default") -> None:
+    """Raises UsageError for settings that contradict each other once they are complete, with those of a run that goes on under them.
+
+    `unsaid`: where a value comes from that `origins` does not have.
+    """
+    said = _Places(origins, unsaid)
     if "training" in sections:
         _check_deepspeed(config, said, world_size)
         _check_ranks(config, said, world_size)
@@ -23,23 +40,20 @@ def check_run(config: RunConfig, origins: Mapping[str, str], sections: set[str],
         _check_named_files(config)
     if "model" in sections and "data" in sections:
         _check_data_fits(config, said)
-    if "data" in sections:
-        _check_shares(config, said)
-    if "adaptive_reasoning" in sections:
-        _check_reasoning(config, said)
 
 
 class _Places(dict[str, str]):
     """Dotted name → `name (where it was said)`."""
 
-    def __init__(self, origins: Mapping[str, str]) -> None:
+    def __init__(self, origins: Mapping[str, str], unsaid: str = "default") -> None:
         super().__init__({name: f"{name} ({origin})" for name, origin in origins.items()})
+        self._unsaid = unsaid
 
     def __missing__(self, name: str) -> str:
-        return f"{name} (default)"
+        return f"{name} ({self._unsaid})"
 
 
-def _check_ranks(config: RunConfig, said: _Places, world_size: int) -> None:
+def _check_launch(config: RunConfig, said: _Places, world_size: int) -> None:
     training = config.training
     if training.world_size is not None and training.world_size != world_size:
         raise UsageError(
@@ -51,6 +65,10 @@ def _check_ranks(config: RunConfig, said: _Places, world_size: int) -> None:
         raise UsageError(
             f"{said['training.distributed_backend']} is nccl, which needs GPUs, but {said['training.device']} is cpu; use gloo or auto"
         )
+
+
+def _check_ranks(config: RunConfig, said: _Places, world_size: int) -> None:
+    training = config.training
     for name in ("fsdp", "tensor_parallel", "context_parallel"):
         if training.offload_optimizer and getattr(training, name) > 1:
             raise UsageError(
@@ -70,7 +88,8 @@ def _check_ranks(config: RunConfig, said: _Places, world_size: int) -> None:
 def _check_length(config: RunConfig, said: _Places) -> None:
     training = config.training
     warmup = training.warmup_steps
-    if warmup is None:
+    is_settled = training.resume_from is not None and not {"training.warmup_steps", "training.lr_decay_steps"} & said.keys()
+    if warmup is None or is_settled:  # a run that goes on may end early
         return
     ends = {"steps": training.max_steps, "epochs": training.num_epochs, "tokens": training.max_tokens}
     end = ends[warmup.unit]
@@ -117,12 +136,12 @@ def _check_named_files(config: RunConfig) -> None:
 
 def _check_data_fits(config: RunConfig, said: _Places) -> None:
     model, data = config.model, config.data
-    if data.max_length is not None and data.max_length > model.max_position_embeddings:
+    if "data.max_length" in said and data.max_length is not None and data.max_length > model.max_position_embeddings:
         raise UsageError(
             f"{said['data.max_length']} is {data.max_length}, longer than the model's context: "
             f"{said['model.max_position_embeddings']} is {model.max_position_embeddings}"
         )
-    if data.is_said("vocab_size") and data.vocab_size > model.vocab_size:
+    if "data.vocab_size" in said and data.is_said("vocab_size") and data.vocab_size > model.vocab_size:
         raise UsageError(
             f"{said['data.vocab_size']} is {data.vocab_size}, more ids than the model has rows: "
             f"{said['model.vocab_size']} is {model.vocab_size}"

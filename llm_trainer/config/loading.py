@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llm_trainer.config.checks import check_run
+from llm_trainer.config.checks import check_start, check_whole
 from llm_trainer.config.deepspeed import with_deepspeed_file
 from llm_trainer.config.derived import derive
 from llm_trainer.config.environment import launch_environment
@@ -36,7 +36,7 @@ class Door:
     order in which flat flags look for their home; own: its own flags, which come first; defaults: dotted canonical name → value, above the
     classes' defaults; positional_config: arguments without a flag are settings files; positional: names of settings that
     arguments without a flag fill in order (`("run",)` for `llm-trainer report RUN`); is_a_plan: the settings are judged for as many
-    ranks as they speak of, not for the processes that run.
+    ranks as they speak of, not for the processes that run; may_resume: it goes on with a run, whose own settings lie under what is said.
     """
 
     name: str
@@ -47,6 +47,11 @@ class Door:
     positional_config: bool = False
     positional: tuple[str, ...] = ()
     is_a_plan: bool = False
+    may_resume: bool = False
+
+    def read_sections(self) -> set[str]:
+        """The sections of which this command reads something."""
+        return {entry.partition(".")[0] for entry in self.sections}
 
     def names(self) -> Names:
         """What this command's flags mean."""
@@ -64,6 +69,19 @@ class LoadedRun:
     door: Door
     notes: list[str] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
+    ranks: int = 1
+    is_resuming: bool = False
+
+    def check(self, base: RunConfig | None = None) -> None:
+        """Raises UsageError for settings that contradict each other.
+
+        `base`: the settings of a run that goes on, with what was said here over them.
+        """
+        config = self.config if base is None else base
+        said = self.said()
+        origins = self.origins if base is None else {name: origin for name, origin in self.origins.items() if name in said}
+        config.model.check_shape()
+        check_whole(config, origins, self.door.read_sections(), self.ranks, "default" if base is None else "of the run")
 
     def said(self) -> dict[str, object]:
         """Dotted name → value of everything that files, a preset or flags said, defaults aside."""
@@ -84,7 +102,8 @@ class LoadedRun:
 def load_run(door: Door, argv: Sequence[str]) -> LoadedRun:
     """Settings of one command from its arguments.
 
-    Raises UsageError for anything unknown, contradictory, out of bounds or not read by this command. `--help` prints and leaves with 0.
+    Raises UsageError for anything unknown, contradictory, out of bounds or not read by this command. What was said to a run that goes on
+    is judged by `LoadedRun.check` once the run's own settings lie under it. `--help` prints and leaves with 0.
     Notes are printed to stderr, on the first rank only.
     """
     names = door.names()
@@ -98,12 +117,17 @@ def load_run(door: Door, argv: Sequence[str]) -> LoadedRun:
     notes: list[str] = []
     values, defaults = _gather(door, line, notes)
     notes += derive(values, defaults)
-    sections, own = _build(door, values, defaults)
-    config = with_deepspeed_file(RunConfig.model_validate(sections))
-    loaded = LoadedRun(config, own, _origins(values), line.explain, door, notes, [Path(name) for name in line.files])
+    is_resuming = door.may_resume and _goes_on(values)
+    sections, own = _build(door, values, defaults, is_resuming)
+    whole = RunConfig.model_construct(None, **sections) if is_resuming else RunConfig.model_validate(sections)
+    config = with_deepspeed_file(whole)
     launch = launch_environment()
     ranks = planned_ranks(config.training) if door.is_a_plan else launch.world_size
-    check_run(config, loaded.origins, {entry.partition(".")[0] for entry in door.sections}, ranks)
+    files = [Path(name) for name in line.files]
+    loaded = LoadedRun(config, own, _origins(values), line.explain, door, notes, files, ranks, is_resuming)
+    check_start(config, loaded.origins, door.read_sections(), ranks)
+    if not is_resuming:
+        loaded.check()
     if launch.rank == 0:
         for note in notes:
             print(note, file=sys.stderr)
@@ -207,7 +231,12 @@ def _model_file(paths: Sequence[Path], files: Sequence[list[Said]], names: Names
     return []
 
 
-def _build(door: Door, values: Mapping[Field, Value], defaults: set[Field]) -> tuple[dict[str, Section], Section | None]:
+def _goes_on(values: Mapping[Field, Value]) -> bool:
+    resumed, start = values.get(("training", "resume_from")), values.get(("training", "init_from"))
+    return (resumed is not None and resumed.value is not None) or (start is not None and start.value == "resume")
+
+
+def _build(door: Door, values: Mapping[Field, Value], defaults: set[Field], is_resuming: bool) -> tuple[dict[str, Section], Section | None]:
     """Validated sections; a value that does not fit its field is reported with the place it came from."""
     kinds: dict[str, type[Section]] = {**section_types(), **({OWN: door.own} if door.own else {})}
     built: dict[str, Section] = {}
@@ -218,7 +247,8 @@ def _build(door: Door, values: Mapping[Field, Value], defaults: set[Field]) -> t
                 label = f"{section}.{name}" if section else name
                 checked[name] = check_value(kind, name, value.value, f"{value.origin}: {label}")
         try:
-            built[section] = kind(**checked)
+            in_part = is_resuming and section == "model"  # a shape that fits only with the rest of the run's
+            built[section] = kind.model_construct(None, **checked) if in_part else kind(**checked)
         except UsageError as error:
             origins = ", ".join(
                 dict.fromkeys(value.origin for (home, name), value in values.items() if home == section and name in str(error))

@@ -151,6 +151,32 @@ def test_changing_the_shape_on_a_resume_is_refused(place: Path, fails: Fails) ->
     assert "hidden_size" in fails("train", "--resume=checkpoints/checkpoint-4", "--hidden_size=64", status=2)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--min_learning_rate=0.001"], "training.learning_rate (of the run) is 0.0003"),
+        (["--hidden_size=42"], "hidden_size 42 does not divide into 4 heads"),
+        (["--warmup_steps=7"], "it ends after 6 steps"),
+    ],
+)
+def test_a_contradiction_with_the_run_that_goes_on_is_named(place: Path, fails: Fails, arguments: list[str], named: str) -> None:
+    assert named in fails("train", "--resume=checkpoints/checkpoint-4", *arguments, status=2)
+
+
+def test_a_resume_that_finds_no_run_is_judged_as_a_run_that_begins(place: Path, fails: Fails) -> None:
+    said = fails("train", "--data_dir=data/prepared/text", "--output_dir=new", "--resume", "--hidden_size=33", "--num_heads=4", status=2)
+    assert "33" in said
+    assert not (place / "new").exists()
+
+
+def test_what_is_said_on_a_resume_is_judged_with_the_runs_own_settings(place: Path) -> None:
+    arguments = ["--data_dir=data/prepared/text", "--hidden_size=32", "--num_layers=1", "--num_heads=2", "--learning_rate=0.01"]
+    rest = ["--max_length=32", "--batch_size=4", "--max_steps=2", "--compile=off", "--output_dir=fast", "--report_to=none"]
+    assert main(["train", *arguments, *rest]) == 0
+    onward = ["--min_learning_rate=0.001", "--hidden_size=32", "--max_steps=3", "--horizon=extend"]
+    assert main(["train", "--resume=fast", *onward]) == 0
+
+
 def test_a_prompt_with_characters_that_a_character_tokenizer_lacks(place: Path, fails: Fails) -> None:
     shape = ["--hidden_size=32", "--num_layers=1", "--num_heads=4", "--max_length=16", "--max_steps=2", "--batch_size=2", "--compile=off"]
     assert main(["train", "--input=text.txt", "--tokenizer_type=char", "--data.output_dir=chars", *shape, "--output_dir=characters"]) == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llm_trainer.config import ModelConfig, RunConfig, TrainingConfig, UsageError
-from llm_trainer.config.checks import check_run
+from llm_trainer.config.checks import check_whole
 from llm_trainer.config.parallel import ParallelPlan, check_shape, resolve_plan
 
 
@@ -86,23 +86,23 @@ def test_ranks_that_share_sequences_have_one_groups_samples_and_are_all_heard() 
 def test_an_offloaded_optimizer_is_refused_where_state_is_divided(name: str) -> None:
     config = RunConfig(training={"offload_optimizer": True, name: 2})
     with pytest.raises(UsageError, match=f"is for whole replicas; training.{name}"):
-        check_run(config, {}, {"training"}, 2)
+        check_whole(config, {}, {"training"}, 2)
 
 
 @pytest.mark.parametrize("name", ["tensor_parallel", "pipeline_parallel"])
 def test_fp16_is_refused_where_ranks_hold_unlike_parts_of_a_layer_or_of_the_layers(name: str) -> None:
-    check_run(RunConfig(training={"precision": "fp16", "fsdp": 2}), {}, {"training"}, 2)
+    check_whole(RunConfig(training={"precision": "fp16", "fsdp": 2}), {}, {"training"}, 2)
     with pytest.raises(UsageError, match=f"precision fp16 does not go with {name} 2.*bf16"):
-        check_run(RunConfig(training={"precision": "fp16", name: 2}), {}, {"training"}, 2)
+        check_whole(RunConfig(training={"precision": "fp16", name: 2}), {}, {"training"}, 2)
 
 
 @pytest.mark.parametrize("unknown", ["init_from", "resume_from"])
 @pytest.mark.parametrize("said", [{"tensor_parallel": 8}, {"pipeline_parallel": 16, "batch_size": 1}, {"context_parallel": 3}])
 def test_a_shape_that_comes_with_the_weights_is_not_judged_before_they_are_there(unknown: str, said: dict[str, int]) -> None:
     ranks = next(iter(said.values()))
-    check_run(RunConfig(training={**said, unknown: "somewhere"}), {}, {"training"}, ranks)
+    check_whole(RunConfig(training={**said, unknown: "somewhere"}), {}, {"training"}, ranks)
     with pytest.raises(UsageError):
-        check_run(RunConfig(training=said), {}, {"training"}, ranks)
+        check_whole(RunConfig(training=said), {}, {"training"}, ranks)
 
 
 def test_stages_are_as_equal_as_can_be() -> None:

@@ -13,7 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from llm_trainer.config import RunConfig, UsageError
 from llm_trainer.config.batches import BatchPlan
-from llm_trainer.config.checks import check_run
+from llm_trainer.config.checks import check_whole
 from llm_trainer.config.parallel import ParallelPlan
 from llm_trainer.config.schedules import Operation
 from llm_trainer.orchestration.batch_fit import fitted
@@ -72,7 +72,7 @@ def test_fp16_that_a_checkpoint_brings_is_refused_before_the_first_step(trainer:
 )
 def test_micro_batches_that_are_to_be_found_do_not_go_with_stages(said: dict[str, dict[str, object]]) -> None:
     config = RunConfig.model_validate(said)
-    check_run(config, {}, {"training"}, 1)
+    check_whole(config, {}, {"training"}, 1)
     config.training.pipeline_parallel = 2
     with pytest.raises(UsageError, match="do not go with pipeline_parallel"):
-        check_run(config, {}, {"training"}, 2)
+        check_whole(config, {}, {"training"}, 2)
