@@ -41,8 +41,11 @@ def take_place(temporary: Path, place: Path) -> None:
         discard(replaced)
 
 
-def copy_checkpoint(source: Path, place: Path) -> None:
-    """Copy a checkpoint folder to a name that is free; it is whole there or not there. Raises CheckpointError where it cannot be."""
+def copy_checkpoint(source: Path, place: Path) -> list[str]:
+    """Copy a checkpoint folder to a name that is free, where the copy is whole; returns what is wrong with it otherwise, a line each.
+
+    Raises CheckpointError for what the disk refuses.
+    """
     temporary = place.with_name(f"{TEMPORARY_PREFIX}{place.name}")
     needed = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
     with removed_on_failure(temporary), told_as_checkpoint_error(place, needed):
@@ -51,8 +54,10 @@ def copy_checkpoint(source: Path, place: Path) -> None:
         for path in temporary.rglob("*"):
             sync_file(path)
         if problems := verify(temporary):
-            raise CheckpointError(f"{source} could not be copied to {place}: {'; '.join(problems[:3])}")
-        take_place(temporary, place)
+            remove(temporary)
+        else:
+            take_place(temporary, place)
+    return problems
 
 
 def discard(folder: Path) -> None:

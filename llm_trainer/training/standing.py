@@ -80,10 +80,13 @@ def settle_best(trainer: Trainer, moved: str, *, begins: bool) -> None:
         state.best_validation_loss = None  # the best of this line of the run is gone
 
 
-def best_beside(checkpoint: Path) -> Path | None:
-    """The whole best model in a checkpoint's run folder, where it is the best of the steps up to this checkpoint."""
+def best_beside(checkpoint: Path, *, contents: bool = True) -> Path | None:
+    """The whole best model in a checkpoint's run folder, where it is the best of the steps up to this checkpoint.
+
+    `contents=False`: by its files' sizes, nothing is read.
+    """
     best = checkpoint.parent / BEST_MODEL
-    if not best.is_dir() or verify(best):
+    if not best.is_dir() or verify(best, contents=contents):
         return None
     known, found = read_state(checkpoint), read_state(best)
     step, steps = found.get("step"), known.get("step")
@@ -93,12 +96,14 @@ def best_beside(checkpoint: Path) -> Path | None:
 
 def _bring_best(trainer: Trainer) -> str:
     """The best model's new place, or nothing where the run that the checkpoint is of has none that counts."""
-    best = best_beside(trainer.resumed_from) if trainer.resumed_from is not None else None
+    best = best_beside(trainer.resumed_from, contents=False) if trainer.resumed_from is not None else None
     if best is None:
         return ""
     place = trainer.run_dir / BEST_MODEL
     trainer.say(f"copying {best}, the best model so far, to {place}")
-    copy_checkpoint(best, place)
+    if problems := copy_checkpoint(best, place):  # judged by the copy, so that its files are read once
+        trainer.say(f"passing over {best}: {'; '.join(problems[:3])}")
+        return ""
     if trainer.store.remote is not None:
         trainer.store.remote.upload_later(BEST_MODEL)
     return str(place)
