@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llm_trainer.cli.boundary import guarded
-from llm_trainer.cli.process_settings import before_imports
+from llm_trainer.cli.process_settings import before_imports, replace_what_streams_lack
 
 # Command → its module and what it does. Each module has `run(argv) -> int | None`.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -61,6 +61,7 @@ OWED_SCRIPTS: dict[str, str] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `llm-trainer` with these arguments (default: the process's) and return its exit status."""
+    replace_what_streams_lack()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(overview())
@@ -80,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def script(name: str, argv: Sequence[str] | None = None) -> int:
     """Run one of the manuals' scripts, named relative to the repository's root, and return its exit status."""
     _leave_search_path()
+    replace_what_streams_lack()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if name in OWED_SCRIPTS:
         print(f"{name}: {OWED_SCRIPTS[name]} is not built yet; `llm-trainer --help` lists what is", file=sys.stderr)
