@@ -43,7 +43,10 @@ class Duration:
         match = _PATTERN.fullmatch(str(said))
         if match is None or match[3] not in _UNITS:
             raise ValueError(f"{said!r} is not a duration; write 500, '2 epochs' or '10M tokens'")
-        return cls(float(match[1].replace("_", "")) * _SCALES[match[2]], _UNITS[match[3]])
+        value = float(match[1].replace("_", "")) * _SCALES[match[2]]
+        if not math.isfinite(value):
+            raise ValueError(f"{said!r} is not a finite length; give one that a run can reach")
+        return cls(value, _UNITS[match[3]])
 
     def steps(self, *, steps_per_epoch: float, tokens_per_step: float) -> int:
         """The same length in whole steps, rounded up."""
@@ -51,7 +54,7 @@ class Duration:
         return math.ceil(self.value * rate - 1e-9)
 
     def __str__(self) -> str:
-        number = f"{int(self.value)}" if self.value == int(self.value) else f"{self.value:g}"
+        number = f"{int(self.value)}" if self.value == int(self.value) else repr(self.value)  # saved so: every digit counts
         return number if self.unit == "steps" else f"{number} {self.unit}"
 
 

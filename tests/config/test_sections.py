@@ -120,6 +120,18 @@ def test_durations_are_read_in_their_units(said: object, meant: Duration) -> Non
     assert Duration.parse(str(meant)) == meant
 
 
+@pytest.mark.parametrize("said", ["0.013937282 epochs", "1234567.5 tokens", "1e-07 epochs", "123456789012 tokens", 7, "2.5"])
+def test_a_saved_duration_keeps_every_digit(said: object) -> None:
+    saved = TrainingConfig(eval_interval=said).model_dump(mode="json")["eval_interval"]
+    assert TrainingConfig(eval_interval=saved).eval_interval == Duration.parse(said)
+
+
+@pytest.mark.parametrize("said", ["1e999 tokens", "1e300T tokens", float("inf"), float("nan")])
+def test_a_duration_without_end_is_refused(said: object) -> None:
+    with pytest.raises(UsageError, match=r"warmup_steps.*is not a"):
+        TrainingConfig(warmup_steps=said)
+
+
 @pytest.mark.parametrize("name", ["eval_interval", "save_interval", "recent_save_interval"])
 @pytest.mark.parametrize("said", [0, "0", "0 epochs", "0.0 tokens"])
 def test_an_interval_of_nothing_is_refused_with_what_means_never(name: str, said: object) -> None:
