@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from pydoc_data.topics import topics
 
+import hypothesis
 import pytest
 
 # Before torch reads it: tests run side by side, one thread each; and sums are in one order in a test and in the processes that it starts,
@@ -15,6 +16,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from llm_trainer.config import DataConfig
 from llm_trainer.data.preparation.pipeline import prepare
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
+
+hypothesis.settings.register_profile("no times", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("no times")
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -220,7 +220,7 @@ def test_contradictory_switches_are_refused() -> None:
         TrainingConfig(wandb_log=False, report_to=["wandb"])
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.dictionaries(
         st.sampled_from(sorted(DataConfig.names())),

@@ -170,7 +170,17 @@ def test_what_is_no_archive_is_said_to_be_none(tmp_path: Path) -> None:
             extract(tmp_path / name, tmp_path / "out")
 
 
-@settings(max_examples=150, deadline=None)
+def test_a_zip_whose_members_would_begin_before_it_is_damaged(tmp_path: Path) -> None:
+    raw = bytearray(zip_of(("a.txt", b"text" * 500)))
+    directory = raw.rindex(b"PK\x05\x06") + 16  # where the end record tells the directory's place
+    raw[directory : directory + 4] = (int.from_bytes(raw[directory : directory + 4], "little") + 1).to_bytes(4, "little")
+    (tmp_path / "x.zip").write_bytes(raw)
+    with pytest.raises(DataError, match="is damaged"):
+        extract(tmp_path / "x.zip", tmp_path / "out")
+    assert left(tmp_path) == ["x.zip"]
+
+
+@settings(max_examples=150)
 @given(kind=st.sampled_from(["zip", *PACKERS]), data=st.data())
 def test_a_garbled_archive_is_an_error_or_is_unpacked_inside(
     tmp_path_factory: pytest.TempPathFactory, kind: str, data: st.DataObject

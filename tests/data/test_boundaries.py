@@ -29,7 +29,7 @@ def cut(pattern: str, texts: list[str]) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("pattern", RULES, ids=["ours", "llama3", "qwen2", "gpt2"])
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(texts=st.one_of(TEXTS, ANY_ASCII))
 def test_words_begin_where_the_regular_expression_cuts(pattern: str, texts: list[str]) -> None:
     words = Words(pattern)

@@ -110,7 +110,7 @@ def test_each_kind_of_boilerplate_goes_wherever_it_stands(line: str) -> None:
     assert Normalization().text(f"He said: {line}") == f"He said: {line}"
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(line_texts)
 def test_cleaning_twice_is_cleaning_once(text: str) -> None:
     for form in ("nfc", "nfkc", "none"):
@@ -118,7 +118,7 @@ def test_cleaning_twice_is_cleaning_once(text: str) -> None:
         assert Normalization(form).text(once) == once  # type: ignore[arg-type]
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(line_texts, st.lists(st.integers(0, 400), max_size=6))
 def test_a_text_in_pieces_is_normalised_like_the_whole(text: str, cuts: list[int]) -> None:
     places = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
@@ -147,7 +147,7 @@ def test_without_a_wish_nothing_happens() -> None:
     assert list(cleaning.apply(iter(readings))) == readings
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.lists(st.one_of(st.lists(odd_texts, min_size=1, max_size=4), st.none()), max_size=6))
 def test_documents_out_are_documents_in_whatever_they_hold(corpus: list[list[str] | None]) -> None:
     readings: list[Reading] = []

@@ -157,7 +157,7 @@ keys_of_documents = st.integers(1, 4).flatmap(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(keys_of_documents, st.booleans(), st.sampled_from([1, 300, 2000, 2**28]))
 def test_groups_are_the_connected_components_in_however_little_memory(rows: list[list[int]], is_whole: bool, sort_bytes: int) -> None:
     keys = np.array(rows, np.uint64) * np.uint64(0x9E3779B97F4A7C15)
@@ -192,7 +192,7 @@ def test_neither_the_order_of_files_nor_of_documents_changes_who_is_with_whom(tm
     assert len(set(labels.tolist())) == 30
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(keys_of_documents, st.randoms(use_true_random=False), st.sampled_from([1, 300, 2**28]))
 def test_leaks_are_held_out_documents_with_a_key_of_another_split(rows: list[list[int]], chance: random.Random, sort_bytes: int) -> None:
     keys = np.array(rows, np.uint64) * np.uint64(0x9E3779B97F4A7C15)

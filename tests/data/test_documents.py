@@ -101,7 +101,7 @@ def test_what_cannot_be_used_is_rejected_with_a_reason(tmp_path: Path, name: str
     assert name in rejected[0].where
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(lines=st.lists(st.binary(max_size=30).map(lambda raw: raw.replace(b"\n", b"")), min_size=1, max_size=20), block=st.integers(1, 40))
 def test_lines_in_are_lines_kept_and_rejected(tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], block: int) -> None:
     file = tmp_path_factory.mktemp("lines") / "a.txt"
@@ -113,7 +113,7 @@ def test_lines_in_are_lines_kept_and_rejected(tmp_path_factory: pytest.TempPathF
     assert len(texts) + len(rejected) == len(lines)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\ufeff"), min_size=1),
     block=st.integers(1, 9),
@@ -130,7 +130,7 @@ def test_a_long_text_in_pieces_is_the_text(tmp_path_factory: pytest.TempPathFact
     assert len(texts) + len(rejected) == 1
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(raw=st.binary(min_size=1, max_size=60), block=st.integers(1, 9))
 def test_a_long_file_is_judged_like_a_short_one(tmp_path_factory: pytest.TempPathFactory, raw: bytes, block: int) -> None:
     file = tmp_path_factory.mktemp("judged") / "a.txt"

@@ -62,7 +62,7 @@ def kind(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> Tokenizer:
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     text=st.text(alphabet=st.one_of(st.sampled_from("aAbt'sSlL  \n\r\t01.,é日🙂"), st.characters(exclude_categories=["Cs"])), max_size=80)
 )
@@ -77,7 +77,7 @@ def test_the_whole_language_reference_agrees(kind: Tokenizer) -> None:
         assert fast(kind, text) == slow(kind, text)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     texts=st.lists(st.text(alphabet=st.one_of(st.sampled_from("abc'sS  \n1.,é’日"), st.characters(exclude_categories=["Cs"])), max_size=30))
 )

@@ -40,7 +40,7 @@ def weights(*values: float, until: str | None = None) -> MixtureStage:
     return MixtureStage(weights={f"c{index}": value for index, value in enumerate(values)}, until=until)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     values=st.lists(st.floats(0.001, 1000), min_size=1, max_size=6),
     seed=st.integers(0, 2**32),
@@ -65,7 +65,7 @@ def test_a_whole_period_has_exactly_the_counts_and_draws_would_not() -> None:
         assert np.abs(np.bincount(sources) / PERIOD - [0.5, 0.3, 0.2]).max() <= 1 / PERIOD
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 2**32), ends=st.lists(st.integers(1, 5000), min_size=0, max_size=3, unique=True), size=st.integers(1, 8000))
 def test_each_corpus_is_read_in_its_own_order_without_a_gap_through_all_stages(seed: int, ends: list[int], size: int) -> None:
     shares = [(1, 2, 3), (5, 0, 1), (0, 1, 0), (1, 1, 1)]

@@ -32,7 +32,7 @@ def blocks(lengths: list[int], size: int = 7) -> list[tuple[np.ndarray, np.ndarr
     return [(starts[i : i + size], np.array(lengths[i : i + size])) for i in range(0, len(lengths), size)]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(lengths=LENGTHS, context=st.integers(1, 20), data=st.data(), has_end=st.booleans(), strategy=st.sampled_from(["first_fit", "none"]))
 def test_every_token_is_a_label_in_exactly_one_piece(
     lengths: list[int], context: int, data: st.DataObject, has_end: bool, strategy: packing_module.Strategy
@@ -82,7 +82,7 @@ def test_the_number_of_open_rows_is_bounded_and_the_fullest_is_closed_first() ->
     assert len(list(rows)) == OPEN_ROWS
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(lengths=LENGTHS, context=st.integers(1, 20), strategy=st.sampled_from(STRATEGIES), data=st.data())
 def test_places_are_labels_overlaps_and_padding(
     lengths: list[int], context: int, strategy: packing_module.Strategy, data: st.DataObject

@@ -100,7 +100,7 @@ def test_many_documents_are_split_by_their_own_hash(tmp_path: Path) -> None:
         assert kept <= all_of_them[name]  # half of the documents, in another order: each stays in its split
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     texts=st.lists(st.text("aé日🙂", min_size=1, max_size=9), min_size=1, max_size=6),
     shares=st.sampled_from([(0.9, 0.1, 0.0), (0.5, 0.25, 0.25), (1.0, 0.0, 0.0), (0.8, 0.0, 0.2), (0.01, 0.99, 0.0)]),

@@ -129,7 +129,7 @@ def test_a_damaged_row_group_costs_that_row_group(tmp_path: Path) -> None:
     assert kept == texts[:100] + texts[200:]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 @pytest.mark.parametrize("kind", ["parquet", "arrow", "stream"])
 def test_garbled_tables_never_stop_the_reading(tmp_path_factory: pytest.TempPathFactory, kind: str, data: st.DataObject) -> None:
@@ -156,7 +156,7 @@ def test_garbled_tables_never_stop_the_reading(tmp_path_factory: pytest.TempPath
 FIELD = st.lists(st.sampled_from([*'ab ,;"\n\t|ä', "\r\n"]), max_size=6).map("".join)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(rows=st.lists(st.tuples(FIELD, FIELD), max_size=8), delimiter=st.sampled_from(",;\t|"), end=st.sampled_from(["\n", "\r\n"]))
 @example(rows=[("", "")], delimiter=",", end="\n")
 def test_csv_reads_what_the_standard_library_wrote(
@@ -214,7 +214,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     records=st.lists(
         st.fixed_dictionaries({"text": st.text('ab"\\[]{},ä\n', min_size=1, max_size=12)}, optional={"more": JSON}), max_size=6
@@ -259,7 +259,7 @@ def test_a_json_file_may_hold_a_record_a_line(tmp_path: Path) -> None:
 NAMES = ["a.txt", "a.md", "a.jsonl", "a.json", "a.csv", "a.txt.gz", "a.jsonl.zst", "a.csv.bz2", "a.parquet", "a.arrow"]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(raw=st.binary(max_size=80), block=st.integers(1, 30), name=st.sampled_from(NAMES))
 def test_no_bytes_stop_the_reading_of_what_follows(tmp_path_factory: pytest.TempPathFactory, raw: bytes, block: int, name: str) -> None:
     folder = tmp_path_factory.mktemp("hostile")

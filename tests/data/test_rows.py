@@ -68,7 +68,7 @@ def test_without_packing_each_document_has_rows_of_its_own_and_overlaps_are_lear
     assert batch.labels.tolist() == [[2, *[IGNORED] * 3], [4, 5, 6, 7], [IGNORED, 8, 9, 10], [IGNORED, 11, IGNORED, IGNORED]]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lengths=st.lists(st.integers(1, 30), min_size=2, max_size=20),
     context=st.integers(2, 12),

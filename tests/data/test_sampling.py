@@ -34,7 +34,7 @@ def documents(folder: Path, lengths: list[int], *, end: int | None, shard_tokens
     return TokenDataset.open(folder, "train")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(size=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
 def test_the_permutation_is_a_bijection(size: int, key: int) -> None:
     assert sorted(KeyedPermutation(size, key)(np.arange(size)).tolist()) == list(range(size))
@@ -81,7 +81,7 @@ def test_an_epoch_shows_every_window_once_and_no_id_twice_as_a_label(context: in
         assert torch.equal(batch.labels, batch.input_ids + 1)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(first=st.integers(0, 400), cuts=st.lists(st.integers(1, 30), min_size=1, max_size=5), seed=st.integers(0, 2**32))
 def test_any_slicing_gives_the_same_samples(first: int, cuts: list[int], seed: int) -> None:
     sampler, fresh = WindowSampler(stream(1000), 8, seed), WindowSampler(stream(1000), 8, seed)
@@ -141,7 +141,7 @@ def test_without_an_end_of_text_nothing_is_predicted_across_documents(tmp_path: 
     assert (unmasked.labels != IGNORED).all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     lengths=st.lists(st.integers(1, 30), min_size=2, max_size=20),
     context=st.integers(1, 12),

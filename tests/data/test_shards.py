@@ -24,7 +24,7 @@ def write(folder: Path, documents: list[list[int]], *, vocab: int = 300, end: in
     return TokenDataset.open(folder, "train")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     documents=st.lists(st.lists(st.integers(1, 299), min_size=1, max_size=20), min_size=1, max_size=12),
     shard_tokens=st.sampled_from([1, 7, 30, 10_000]),
@@ -46,7 +46,7 @@ def test_any_slice_of_several_shards_reads_as_one_stream(
     assert tokens.document_starts_in(first, count).tolist() == [s - first for s in starts if first <= s < first + count]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     documents=st.lists(st.lists(st.integers(1, 299), max_size=9), max_size=12),
     shard_tokens=st.sampled_from([1, 7, 30, 10_000]),

@@ -55,7 +55,7 @@ def in_pieces(text: str, cuts: list[int], words: int) -> list[int]:
     return np.concatenate([*found, *long.end()]).tolist()
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.lists(texts, min_size=1, max_size=6), st.integers(1, 6))
 @example(["", "a b c d e", "!!!", "\u65e5\u672c\u8a9e\u306e\u30c6"], 5)
 def test_hashes_are_equal_where_the_runs_of_words_are(corpus: list[str], words: int) -> None:
@@ -66,7 +66,7 @@ def test_hashes_are_equal_where_the_runs_of_words_are(corpus: list[str], words: 
     assert len(pairs) == len({run for run, _ in pairs}) == len({one for _, one in pairs})
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(texts, st.lists(st.integers(0, 40), max_size=4), st.integers(1, 6))
 def test_a_text_in_pieces_has_the_hashes_of_the_whole(text: str, cuts: list[int], words: int) -> None:
     assert in_pieces(text, cuts, words) == shingle_hashes([text], words)[0].tolist()

@@ -68,7 +68,7 @@ def test_one_large_file_is_shared_by_several_units(tmp_path: Path, name: str) ->
     assert sum(unit.size for unit in units) == pytest.approx((tmp_path / name).stat().st_size, rel=0.01)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     raw=st.lists(st.sampled_from([b"a", b"\n", b"\r", b"\xff", b"\xef\xbb\xbf", b"\0", b" "]), max_size=30).map(b"".join),
     size=st.integers(1, 12),

@@ -42,7 +42,7 @@ def test_bpe_has_the_ids_and_merges_of_plain_training(tiny_texts: list[str]) -> 
     assert all(ours.encode(text) == plain.encode(text).ids for text in texts)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     texts=st.lists(st.text(st.sampled_from("aaabbbc \n.1é"), max_size=120), min_size=1, max_size=10).filter(any),
     vocab_size=st.sampled_from([260, 280, 400]),

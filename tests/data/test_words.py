@@ -45,7 +45,7 @@ def test_awkward_texts_are_cut_as_the_library_cuts_them(pattern: str) -> None:
 
 
 @every_pattern
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     text=st.text(
         alphabet=st.one_of(st.sampled_from("aAbt'sSlLmdrRveE  \n\r\t01./_#é日🙂"), st.characters(exclude_categories=["Cs"])), max_size=60

@@ -23,7 +23,7 @@ def whole(text: str, stops: list[str]) -> str:
     return text
 
 
-@hypothesis_settings(max_examples=400, deadline=None)
+@hypothesis_settings(max_examples=400)
 @given(
     text=st.text(ALPHABET, max_size=30),
     stops=st.lists(st.text(ALPHABET, min_size=1, max_size=5), max_size=3),
@@ -36,7 +36,7 @@ def test_streamed_pieces_joined_are_the_text_cut_at_the_first_stop(text: str, st
     assert stream.stopped == (whole(text, stops) != text)
 
 
-@hypothesis_settings(max_examples=200, deadline=None)
+@hypothesis_settings(max_examples=200)
 @given(data=st.binary(max_size=40), cuts=st.lists(st.integers(0, 40), max_size=12))
 def test_invalid_bytes_stream_as_they_decode(data: bytes, cuts: list[int]) -> None:
     stream = TextStream()

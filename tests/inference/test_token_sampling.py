@@ -102,7 +102,7 @@ def test_top_k_1_is_greedy_at_any_temperature() -> None:
     assert torch.equal(sampler(*[GenerationConfig(temperature=5.0, top_k=1)] * 8)(logits(8)), logits(8).argmax(-1))
 
 
-@hypothesis_settings(max_examples=60, deadline=None)
+@hypothesis_settings(max_examples=60)
 @given(seed=st.integers(0, 10_000), top_p=st.floats(0.01, 0.999), probe=st.integers(1, 40))
 def test_top_p_keeps_the_fewest_tokens_that_reach_it(seed: int, top_p: float, probe: int) -> None:
     scores = logits(1, seed).double()
@@ -114,7 +114,7 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it(seed: int, top_p: float, pr
     assert probabilities[kept].sum() - probabilities[kept].min() < top_p + 1e-9
 
 
-@hypothesis_settings(max_examples=40, deadline=None)
+@hypothesis_settings(max_examples=40)
 @given(seed=st.integers(0, 10_000), top_k=st.lists(st.integers(1, VOCAB + 5), min_size=3, max_size=3))
 def test_top_k_keeps_k_by_row(seed: int, top_k: list[int]) -> None:
     scores = logits(3, seed)

@@ -106,7 +106,7 @@ def test_we_compute_the_logits_of_transformers_from_its_folder(name, tmp_path):
     torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-5, rtol=1e-5)
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=12, derandomize=True)
 @given(
     heads=st.integers(1, 4),
     groups=st.integers(1, 3),

@@ -95,7 +95,7 @@ PRESERVING: dict[str, Callable[[Form], Form]] = {
 
 @pytest.mark.parametrize("change", PRESERVING)
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(config=shapes())
 def test_growth_keeps_the_function(change: str, dtype: torch.dtype, config: ModelConfig) -> None:
     if change == "identity copies":
@@ -108,7 +108,7 @@ def test_growth_keeps_the_function(change: str, dtype: torch.dtype, config: Mode
     assert float(difference) <= TOLERANCE[dtype]
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(config=shapes())
 def test_a_wider_model_can_be_widened_and_stacked_again(config: ModelConfig) -> None:
     config.pre_norm = True
@@ -182,7 +182,7 @@ def gradients(form: Form) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("change", [half_more_units(noise=0), multiple(2, noise=0)], ids=["wider MLP", "twice as wide"])
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(config=shapes())
 def test_averages_of_gradients_become_those_of_the_grown_model(change: Callable[[Form], Form], config: ModelConfig) -> None:
     """If the averages were the gradients themselves, they would be the grown model's gradients; their squares' likewise."""

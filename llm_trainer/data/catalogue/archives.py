@@ -7,6 +7,7 @@ and member, for `..`, absolute names, links, devices and pipes, names twice, enc
 
 from __future__ import annotations
 
+import errno
 import io
 import shutil
 import stat
@@ -68,8 +69,8 @@ def extract(archive: Path, target: Path, limits: Limits = Limits()) -> Path:
     except _Refused as refused:
         raise DataError(f"{archive.name} is refused: {refused}; nothing of it was kept") from None
     except _DAMAGE as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # the disk, not the archive
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise  # the disk, not the archive (of which EINVAL tells that it names a place before its beginning)
         raise DataError(f"{archive.name} is damaged: {error or type(error).__name__}; nothing of it was kept") from None
     finally:
         shutil.rmtree(workplace, ignore_errors=True)
