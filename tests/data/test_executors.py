@@ -153,7 +153,7 @@ def test_workers_end_with_a_killed_command_and_the_next_one_goes_on(texts: Path,
 
 def test_ctrl_c_ends_all_of_it(texts: Path, tmp_path: Path) -> None:
     process = start(texts, tmp_path / "out", workers=2)
-    wait_until(lambda: (tmp_path / "out" / ".stages" / "read").exists())
+    wait_until(lambda: len(psutil.Process(process.pid).children()) > 2)  # both, and the one that counts resources: long before the end
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
     assert process.wait(30) != 0
