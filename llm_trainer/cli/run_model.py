@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from llm_trainer.config import DataConfig, DataError, ModelConfig, TrainingConfig, UsageError
-from llm_trainer.config.adapters import LoraConfig
+from llm_trainer.config.adapters import DEFAULT_NAME, LoraConfig
 
 if TYPE_CHECKING:
     from llm_trainer.data.prepared import PreparedData
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 # What may be said beside pretrained weights; everything else is the weights' own shape.
 CHANGEABLE = ("dropout", "attention_dropout", "embedding_dropout", "gradient_checkpointing", "checkpoint_every", "checkpoint_keep")
 
-LORA = (
+# Low-rank adapters: the settings beside a table, and with the tables themselves.
+SINGLE_LORA = (
     "attn_lora_rank",
     "mlp_lora_rank",
     "embedding_lora_rank",
@@ -29,9 +30,8 @@ LORA = (
     "lora_dropout",
     "use_rslora",
     "lora_train_base",
-    "lora",
-    "lora_in_use",
 )
+LORA = (*SINGLE_LORA, "lora", "lora_in_use")
 BOTTLENECKS = ("use_adapter_modules", "use_domain_adaptation", "adapter_size", "adapter_domains")
 
 
@@ -219,7 +219,7 @@ def _with_said_adapters(model: Transformer, said: ModelConfig) -> Transformer:
     from llm_trainer.model.lora import add_adapters, use_adapters
 
     _refuse_other_lora(model, said)
-    for name in LORA[:-2]:
+    for name in SINGLE_LORA:
         if said.is_said(name):
             setattr(model.config, name, getattr(said, name))
     wanted = model.config.model_copy(update={"lora": {**model.config.lora, **said.lora}}).with_lora_table().lora
@@ -242,7 +242,7 @@ def _refuse_other_lora(model: Transformer, said: ModelConfig) -> None:
             wanted = _lora_values(model, said.lora[name].with_tied_head() if model.config.tie_word_embeddings else said.lora[name])
             if wanted != found:
                 raise _other_adapter(f"model.lora.{name}", said.lora[name].ranks, f"the weights' adapter {name!r} is another", way_out)
-        elif name == "default":  # which the single settings describe
+        elif name == DEFAULT_NAME:  # which the single settings describe
             shared = said.embedding_lora_rank or said.head_lora_rank
             tied = dict.fromkeys(("embedding_lora_rank", "head_lora_rank"), shared) if model.config.tie_word_embeddings else {}
             for setting, values in found.items():

@@ -10,6 +10,8 @@ import math
 
 from llm_trainer.config.fields import Section, setting
 
+DEFAULT_NAME = "default"  # of the set that the single settings describe
+
 
 class LoraConfig(Section):
     """One set of low-rank adapters (Hu et al. 2021, arXiv:2106.09685)."""

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from llm_trainer.config.adapters import LoraConfig
+from llm_trainer.config.adapters import DEFAULT_NAME, LoraConfig
 from llm_trainer.config.errors import UsageError
 from llm_trainer.config.fields import Section, setting
 
@@ -216,7 +216,7 @@ class ModelConfig(Section):
         tables = dict(self.lora)
         if ranks:
             table = LoraConfig(ranks=ranks, alpha=self.lora_alpha, dropout=self.lora_dropout, use_rslora=self.use_rslora)
-            tables.setdefault("default", table)
+            tables.setdefault(DEFAULT_NAME, table)
         if self.tie_word_embeddings:
             tables = {name: table.with_tied_head() for name, table in tables.items()}
         return self if tables == self.lora else self.model_copy(update={"lora": tables})
@@ -226,7 +226,7 @@ class ModelConfig(Section):
         """Names of the sets of LoRA adapters that count, after the default."""
         if self.lora_in_use is not None or not self.lora:
             return list(self.lora_in_use or [])
-        return ["default" if "default" in self.lora else next(iter(self.lora))]
+        return [DEFAULT_NAME if DEFAULT_NAME in self.lora else next(iter(self.lora))]
 
     @property
     def has_adapters(self) -> bool:

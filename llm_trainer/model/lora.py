@@ -20,13 +20,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llm_trainer.config.adapters import LoraConfig
+from llm_trainer.config.adapters import DEFAULT_NAME, LoraConfig
 from llm_trainer.config.errors import UsageError
 from llm_trainer.model.low_rank import Adapted, LoraEmbedding, LoraLinear, LowRank, low_rank_of
 from llm_trainer.model.parts import matching_parts, unwrapped
 from llm_trainer.model.transformer import Embedding, Linear, Transformer
 
-DEFAULT_NAME = "default"
 MATRICES = ("wte", "lm_head")
 PROJECTIONS = {"attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
 

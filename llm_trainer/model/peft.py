@@ -20,11 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from llm_trainer.config.adapters import LoraConfig
+from llm_trainer.config.adapters import DEFAULT_NAME, LoraConfig
 from llm_trainer.config.errors import CheckpointError, UsageError
 from llm_trainer.model.huggingface_config import family_of
 from llm_trainer.model.huggingface_weights import entries
-from llm_trainer.model.lora import DEFAULT_NAME, add_adapters, targets
+from llm_trainer.model.lora import add_adapters, targets
 from llm_trainer.model.low_rank import LoraEmbedding, LoraLinear, LowRank
 from llm_trainer.model.parts import plain_name, unwrapped
 from llm_trainer.model.transformer import Transformer

@@ -11,9 +11,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from llm_trainer.config.adapters import DEFAULT_NAME
 from llm_trainer.config.errors import UsageError
 from llm_trainer.config.schedules import Operation
-from llm_trainer.model.lora import DEFAULT_NAME, freeze_resting_adapters, lora_set_of, merge_lora, set_lora_rank, train_adapters_only
+from llm_trainer.model.lora import freeze_resting_adapters, lora_set_of, merge_lora, set_lora_rank, train_adapters_only
 from llm_trainer.model.parts import set_trainable
 from llm_trainer.model.surgery.depth import stack_layers
 from llm_trainer.model.surgery.form import Form, State, build, form_of

@@ -17,7 +17,7 @@ from torch import Tensor
 from llm_trainer.config import TrainingConfig, UsageError
 from llm_trainer.config.batches import BatchPlan
 from llm_trainer.config.model import ModelConfig
-from llm_trainer.config.parallel import check_precision, check_shape
+from llm_trainer.config.parallel import check_precision, check_rounds, check_shape
 from llm_trainer.data.sampling.packing import Packing
 from llm_trainer.data.sampling.samplers import Batch
 from llm_trainer.data.shards import TokenDataset
@@ -93,7 +93,8 @@ class Engine:
         check_shape(self.ranks.plan, shape)
 
     def check_batches(self, plan: BatchPlan) -> None:
-        """Raises UsageError where a step cannot be divided so: not here."""
+        """Raises UsageError where this plan's ranks cannot run a step divided so."""
+        check_rounds(self.ranks.plan.pipeline_parallel, self.training.pipeline_schedule, plan.gradient_accumulation_steps)
 
     def check_search(self) -> None:
         """Raises UsageError where a micro-batch that fits cannot be looked for: not here."""

@@ -9,9 +9,8 @@ from typing import NoReturn, cast
 from torch import Tensor, nn
 
 from llm_trainer.config import UsageError
-from llm_trainer.config.batches import BatchPlan
 from llm_trainer.config.model import ModelConfig
-from llm_trainer.config.parallel import check_depth, check_rounds, check_shape
+from llm_trainer.config.parallel import check_depth, check_shape
 from llm_trainer.data.sampling.samplers import Batch
 from llm_trainer.model.surgery.form import Form
 from llm_trainer.model.transformer import Transformer
@@ -91,10 +90,6 @@ class PipelineEngine(Engine):
         """Not of a pipeline: raises UsageError."""
         raise UsageError("operations that change the model do not go with a pipeline; use fsdp or tensor_parallel with a schedule")
 
-    def check_batches(self, plan: BatchPlan) -> None:
-        """Raises UsageError where the schedule cannot run a step of so many micro-batches."""
-        check_rounds(self.ranks.plan.pipeline_parallel, self.training.pipeline_schedule, plan.gradient_accumulation_steps)
-
     def check_search(self) -> NoReturn:
         """Not of a pipeline: raises UsageError."""
         raise UsageError("micro_batch_size auto does not go with pipeline_parallel, whose stages cannot be tried alone; give a number")
@@ -119,10 +114,6 @@ class PipelineEngine(Engine):
     ) -> Choice:
         """As was said: a stage alone cannot be measured."""
         return unmeasured_choice(self.model, precision or self.training.precision, compiled, self.training, self.device)
-
-    def trial(self, batch: Batch) -> NoReturn:
-        """Not of a pipeline: raises UsageError."""
-        self.check_search()
 
     def _make_ready(self) -> None:
         pass
