@@ -85,7 +85,7 @@ def measure(contestant: str, file: Path) -> dict[str, float | str]:
     """Train once: seconds, megabytes before and at most, a hash of what was learned."""
     words = 0
     if contestant == OURS:
-        from llm_trainer.data.tokenization import training as vocabulary_training
+        from llm_trainer.data.tokenization import vocab_training as vocabulary_training
         from llm_trainer.data.tokenization.tokenizer import Tokenizer
 
         counts = vocabulary_training.count_words
@@ -97,8 +97,8 @@ def measure(contestant: str, file: Path) -> dict[str, float | str]:
         from tokenizers import AddedToken, models, pre_tokenizers, trainers
         from tokenizers import Tokenizer as Backend
 
-        from llm_trainer.data.tokenization.vocabularies import END_OF_TEXT, byte_level_words
-        from llm_trainer.data.tokenization.words import PATTERN
+        from llm_trainer.data.tokenization.fast.pretokenizer import PATTERN
+        from llm_trainer.data.tokenization.tokenizer_json import END_OF_TEXT, byte_level_words
 
         before, begun = _peak(), time.perf_counter()
         backend = Backend(models.BPE())

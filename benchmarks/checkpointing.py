@@ -28,7 +28,7 @@ from common import Figure, Target, finish, say_load
 from rich.console import Console
 
 from llm_trainer.config import ModelConfig, RunConfig
-from llm_trainer.data.shards import TokenDataset
+from llm_trainer.data.token_shards import TokenDataset
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.callbacks import Callback
 from llm_trainer.training.trainer import Trainer

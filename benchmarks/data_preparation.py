@@ -4,7 +4,7 @@ The text is the standard library's, the language reference's and Shakespeare's (
 `--megabytes`, as JSON lines. The tokenizer is a byte-level BPE of 32,000 ids learned from it, the same for all. Each
 contestant is a fresh process with two workers:
 
-* `llm-trainer`: `llm_trainer.data.preparation.pipeline.prepare`, from the JSON lines to shards, metadata and summary, everything included.
+* `llm-trainer`: `llm_trainer.data.pipeline.pipeline.prepare`, from the JSON lines to shards, metadata and summary, everything included.
 * `datasets.map`: batched, two processes, `tokenizers`' `encode_batch_fast`, then the ids into one memory map.
 * `nanoGPT's way`: `datasets.map` a document at a time, two processes, tiktoken with the same vocabulary, then the same memory map.
 
@@ -152,7 +152,7 @@ def measure(contestant: str, texts: Path, place: Path) -> dict[str, float]:
 
 def _ours(texts: Path, tokenizer: Path, place: Path) -> dict[str, float]:
     from llm_trainer.config.data import DataConfig
-    from llm_trainer.data.preparation.pipeline import prepare
+    from llm_trainer.data.pipeline.pipeline import prepare
 
     config = DataConfig(input=str(texts), tokenizer_path=str(tokenizer), val_ratio=0.0, num_workers=WORKERS)
     begun = time.perf_counter()
@@ -179,8 +179,8 @@ def _map(texts: Path, tokenizer: Path, place: Path) -> dict[str, float]:
 def _nanogpt(texts: Path, tokenizer: Path, place: Path) -> dict[str, float]:
     import tiktoken
 
+    from llm_trainer.data.tokenization.fast.pretokenizer import PATTERN
     from llm_trainer.data.tokenization.tokenizer import Tokenizer
-    from llm_trainer.data.tokenization.words import PATTERN
 
     ours = Tokenizer.load(tokenizer)
     ranks = {ours.token_bytes(i): i for i in range(ours.vocab_size) if i != ours.eos_id}

@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 from common import Figure, Target, alternate, finish, run_command, say_load
 
-from llm_trainer.data.deduplication.groups import near_duplicate_groups
+from llm_trainer.data.deduplication.clusters import near_duplicate_groups
 from llm_trainer.data.deduplication.minhash import BandWriter, MinHasher
 
 SIMILARITIES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)

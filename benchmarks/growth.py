@@ -213,7 +213,7 @@ def _validations(run: Path) -> list[Mapping[str, float]]:
 
 def _vocabulary(data: Path) -> int:
     """Ids of a prepared folder."""
-    from llm_trainer.data.prepared import open_prepared
+    from llm_trainer.data.prepared_dataset import open_prepared
 
     return open_prepared(data).train.vocab_size
 

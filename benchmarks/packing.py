@@ -23,7 +23,7 @@ from common import Figure, alternate, finish, run_command, say_load
 from llm_trainer.data.sampling import packing as packing_module
 from llm_trainer.data.sampling.packing import Packing
 from llm_trainer.data.sampling.samplers import open_sampler
-from llm_trainer.data.shards import TokenDataset
+from llm_trainer.data.token_shards import TokenDataset
 
 CONTEXT, BATCH = 1024, 8
 CONTESTANTS = ("greedy", "first_fit", "first_fit, 16", "first_fit, 4096", "none")

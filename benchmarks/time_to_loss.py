@@ -139,7 +139,7 @@ def loss_over_all_windows(model_folder: Path, data: Path) -> tuple[float, int]:
 def _held_out_tokens(data: Path) -> torch.Tensor:
     import torch
 
-    from llm_trainer.data.prepared import open_prepared
+    from llm_trainer.data.prepared_dataset import open_prepared
 
     validation = open_prepared(data).validation
     assert validation is not None

@@ -14,7 +14,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from llm_trainer.config import DataConfig
-from llm_trainer.data.preparation.pipeline import prepare
+from llm_trainer.data.pipeline.pipeline import prepare
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
 
 hypothesis.settings.register_profile("no times", deadline=None)  # a busy machine is no failure

@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from llm_trainer.data.reading.builtin import BuiltinSource
-from llm_trainer.data.reading.documents import Piece
+from llm_trainer.data.sources.base import Piece
+from llm_trainer.data.sources.builtin_corpus import BuiltinSource
 
 SHAKESPEARE = Path(__file__).resolve().parents[3] / "shared" / "data" / "shakespeare.txt"
 _SPEECHES = 40  # of Shakespeare's, to a document of about 6 kB

@@ -15,7 +15,7 @@ from llm_trainer.cli.boundary import guarded  # noqa: E402
 
 
 def main() -> int:
-    from llm_trainer.data.catalogue.classic import run
+    from llm_trainer.data.catalog.nanogpt_datasets import run
 
     return run("shakespeare_char", HERE, sys.argv[1:])
 

@@ -74,7 +74,7 @@ def _prepare(bridge: DomainBridge, builtin: bool) -> int:
     if not bridge.loaders and not builtin:
         raise UsageError(f"no loaders are named: give --config FILE ({BRIDGE_FILE} is one), or --builtin for domains without a network")
     from llm_trainer.cli.opening import new_console
-    from llm_trainer.data.domains.preparing import prepare_builtin_domains, prepare_domains
+    from llm_trainer.data.domains.pipeline import prepare_builtin_domains, prepare_domains
 
     apply_dotenv()
     console = new_console()
@@ -106,8 +106,8 @@ def described(name: str, row: DomainLoader) -> str:
 
 def domains_to_train_on(said: str | None, data: DataConfig, console: Console) -> Path:
     """The prepared domains, or the built-in ones, made now if they are not there either: that is said."""
-    from llm_trainer.data.domains.preparing import prepare_builtin_domains
-    from llm_trainer.data.mixture_folder import MIXTURE_FILE
+    from llm_trainer.data.domains.pipeline import prepare_builtin_domains
+    from llm_trainer.data.mixture_dataset import MIXTURE_FILE
 
     wanted = Path(said or DOMAINS_FOLDER)
     if (wanted / MIXTURE_FILE).is_file():

@@ -13,8 +13,8 @@ from llm_trainer.config.loading import Door
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from llm_trainer.data.catalogue.collecting import Collected
-    from llm_trainer.data.catalogue.known import CataloguedSet
+    from llm_trainer.data.catalog.fetch_dataset import Collected
+    from llm_trainer.data.catalog.registry import CataloguedSet
 
 
 class DownloadOptions(Section):
@@ -46,7 +46,7 @@ def run(argv: list[str]) -> int:
         return 0
     options = loaded.own
     assert isinstance(options, DownloadOptions)
-    from llm_trainer.data.catalogue.known import chosen
+    from llm_trainer.data.catalog.registry import chosen
 
     rows = chosen(options.datasets)
     if options.show_list:
@@ -63,8 +63,8 @@ def described(name: str, row: CataloguedSet) -> str:
 
 
 def _fetch(rows: dict[str, CataloguedSet], options: DownloadOptions, console: Console) -> None:
-    from llm_trainer.data.catalogue.collecting import collect
-    from llm_trainer.data.catalogue.downloads import NoConnectionError
+    from llm_trainer.data.catalog.fetch_dataset import collect
+    from llm_trainer.data.catalog.http_download import NoConnectionError
 
     output = Path(options.output_dir)
     failed: list[str] = []

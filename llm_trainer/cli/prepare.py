@@ -30,8 +30,8 @@ def prepare_door(door: Door, argv: Sequence[str], *, with_texts: bool = False) -
     loaded = open_door(door, argv)
     if loaded is None:
         return 0
-    from llm_trainer.data.preparation.pipeline import prepare
-    from llm_trainer.data.reading.split_folder import split_texts
+    from llm_trainer.data.pipeline.pipeline import prepare
+    from llm_trainer.data.sources.presplit_source import split_texts
 
     data = loaded.config.data
     if data.dataset_name is not None and not data.is_said("input"):

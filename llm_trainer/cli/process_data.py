@@ -54,10 +54,10 @@ def refuse_idle_flags(loaded: LoadedRun, folder: Path) -> None:
 def shard(loaded: LoadedRun, output: Path, console: Console) -> None:
     """Shards of the splits in `data.input`, in `output`: those that are there already, else made from train, val and test texts."""
     from llm_trainer.cli.split_texts import publish_shards
-    from llm_trainer.data.mixture_folder import MIXTURE_FILE
-    from llm_trainer.data.preparation.pipeline import prepare
-    from llm_trainer.data.prepared import open_prepared
-    from llm_trainer.data.reading.split_folder import SplitSource
+    from llm_trainer.data.mixture_dataset import MIXTURE_FILE
+    from llm_trainer.data.pipeline.pipeline import prepare
+    from llm_trainer.data.prepared_dataset import open_prepared
+    from llm_trainer.data.sources.presplit_source import SplitSource
 
     data = loaded.config.data
     folder = input_folder(data)
@@ -111,7 +111,7 @@ def input_folder(data: DataConfig) -> Path:
 def is_prepared(folder: Path) -> bool:
     """Whether this is a prepared folder, or a mixture of such folders."""
     from llm_trainer.data.metadata import METADATA_FILE
-    from llm_trainer.data.mixture_folder import MIXTURE_FILE
+    from llm_trainer.data.mixture_dataset import MIXTURE_FILE
 
     return (folder / METADATA_FILE).is_file() or (folder / MIXTURE_FILE).is_file()
 
@@ -119,8 +119,8 @@ def is_prepared(folder: Path) -> bool:
 def held_out_texts(folder: Path) -> Iterator[str]:
     """The documents of the test split, else of validation, from shards or from texts; raises UsageError where there are none."""
     from llm_trainer.cli.split_texts import documents
-    from llm_trainer.data.prepared import open_prepared
-    from llm_trainer.data.reading.split_folder import SplitSource
+    from llm_trainer.data.prepared_dataset import open_prepared
+    from llm_trainer.data.sources.presplit_source import SplitSource
 
     if is_prepared(folder):
         prepared = open_prepared(folder)

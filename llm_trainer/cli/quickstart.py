@@ -59,8 +59,8 @@ def run(argv: list[str]) -> int:
 def gather(own: QuickstartOptions, console: Console) -> RunData:
     """Prepare the user's text, or the built-in corpus, into the run folder's `data`."""
     from llm_trainer.cli.run_data import RunData
-    from llm_trainer.data.preparation.pipeline import prepare
-    from llm_trainer.data.prepared import open_prepared
+    from llm_trainer.data.pipeline.pipeline import prepare
+    from llm_trainer.data.prepared_dataset import open_prepared
 
     settings = DataConfig(
         input=own.text or "builtin",

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from llm_trainer.config.loading import LoadedRun
-    from llm_trainer.data.prepared import PreparedData
+    from llm_trainer.data.prepared_dataset import PreparedData
 
 DOMAINS_FOLDER = "data/domain_specific"
 WAYS_OUT = (
@@ -57,7 +57,7 @@ def find_data(data: DataConfig, console: Console, fallbacks: Sequence[str] = ())
     How it was packed and mixed holds, but for what `data` says; `data` then says all of it. Raises UsageError where nothing is named
     and DataError where what is named cannot be used.
     """
-    from llm_trainer.data.mixture_folder import reweighed
+    from llm_trainer.data.mixture_dataset import reweighed
 
     found = _find(data, console, fallbacks)
     found.prepared.packing.adopt_into(data)
@@ -65,7 +65,7 @@ def find_data(data: DataConfig, console: Console, fallbacks: Sequence[str] = ())
 
 
 def _find(data: DataConfig, console: Console, fallbacks: Sequence[str]) -> RunData:
-    from llm_trainer.data.prepared import open_prepared
+    from llm_trainer.data.prepared_dataset import open_prepared
 
     if data.data_dir is not None:
         return RunData(Path(data.data_dir), open_prepared(data.data_dir))
@@ -105,14 +105,14 @@ def prepared_folder(data: DataConfig) -> Path:
 
 def prepare_into(data: DataConfig, folder: Path, console: Console) -> None:
     """Prepare what `data` names into `folder`; what lies there already from the same input and settings is kept."""
-    from llm_trainer.data.preparation.pipeline import prepare
+    from llm_trainer.data.pipeline.pipeline import prepare
 
     prepare(data, folder, console=console)
 
 
 def _classic(dataset: str) -> RunData:
     """nanoGPT's `dataset`: the folder data/<dataset>, which its prepare.py fills."""
-    from llm_trainer.data.prepared import open_prepared
+    from llm_trainer.data.prepared_dataset import open_prepared
 
     folder = Path("data") / dataset
     if (folder / "train.bin").exists() or (folder / "metadata.json").exists():

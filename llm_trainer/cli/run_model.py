@@ -13,7 +13,7 @@ from llm_trainer.config import DataConfig, DataError, ModelConfig, TrainingConfi
 from llm_trainer.config.adapters import DEFAULT_NAME, LoraConfig
 
 if TYPE_CHECKING:
-    from llm_trainer.data.prepared import PreparedData
+    from llm_trainer.data.prepared_dataset import PreparedData
     from llm_trainer.data.tokenization.tokenizer import Tokenizer
     from llm_trainer.model.transformer import Transformer
 

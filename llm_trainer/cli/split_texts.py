@@ -8,8 +8,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from llm_trainer.data.mixture_folder import MIXTURE_FILE, MixtureFile, write_mixture
-from llm_trainer.data.shards import TokenDataset
+from llm_trainer.data.mixture_dataset import MIXTURE_FILE, MixtureFile, write_mixture
+from llm_trainer.data.token_shards import TokenDataset
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
 
 

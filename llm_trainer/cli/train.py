@@ -90,7 +90,7 @@ def assemble(loaded: LoadedRun, console: Console, fallbacks: Sequence[str] = (),
         transferred,
         use_tokenizer_of,
     )
-    from llm_trainer.data.prepared import require_vocabulary
+    from llm_trainer.data.prepared_dataset import require_vocabulary
 
     refuse_adapter_over_nothing(loaded.config.training)
     config = loaded.config if source is None else resumed_config(loaded, source, console)

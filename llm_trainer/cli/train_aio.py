@@ -63,7 +63,7 @@ def _assembled(loaded: LoadedRun, console: Console, source: Path | None) -> Asse
 def make_ready(data: DataConfig, console: Console) -> None:
     """See to it that data/ready holds shards: from data/processed, else from the built-in corpus."""
     from llm_trainer.cli.split_texts import publish_shards
-    from llm_trainer.data.preparation.pipeline import prepare
+    from llm_trainer.data.pipeline.pipeline import prepare
 
     if (READY / "metadata.json").is_file():
         return

@@ -17,7 +17,7 @@ import torch
 from llm_trainer.config.errors import CheckpointError, DataError, UsageError
 from llm_trainer.config.model import ModelConfig
 from llm_trainer.config.run_folder import resolve_model_folder
-from llm_trainer.data.nanogpt import META_FILE, read_vocabulary
+from llm_trainer.data.nanogpt_format import META_FILE, read_vocabulary
 from llm_trainer.data.tokenization.tokenizer import TOKENIZER_FILE, Tokenizer
 from llm_trainer.inference.engine import LanguageModel
 from llm_trainer.model.huggingface import MODEL_FILES, SHORT_NAMES, fetch_from_hub, load_pretrained, read_config

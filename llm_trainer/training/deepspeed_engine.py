@@ -26,7 +26,7 @@ from llm_trainer.config import TrainingConfig, UsageError
 from llm_trainer.config.batches import resolve_batches
 from llm_trainer.config.deepspeed import zero_settings
 from llm_trainer.config.model import ModelConfig
-from llm_trainer.data.extras import require
+from llm_trainer.data.optional_deps import require
 from llm_trainer.data.sampling.samplers import Batch
 from llm_trainer.model.huggingface import empty_model
 from llm_trainer.model.surgery.form import Form

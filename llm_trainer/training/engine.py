@@ -20,7 +20,7 @@ from llm_trainer.config.model import ModelConfig
 from llm_trainer.config.parallel import check_precision, check_rounds, check_shape
 from llm_trainer.data.sampling.packing import Packing
 from llm_trainer.data.sampling.samplers import Batch
-from llm_trainer.data.shards import TokenDataset
+from llm_trainer.data.token_shards import TokenDataset
 from llm_trainer.model.surgery.form import Form, build
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.autotune import Choice, Probe, choose

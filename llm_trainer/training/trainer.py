@@ -20,7 +20,7 @@ from llm_trainer.config.batches import micro_batch_bounds, resolve_batches
 from llm_trainer.config.deepspeed import with_deepspeed_file
 from llm_trainer.data.sampling.packing import Packing
 from llm_trainer.data.sampling.samplers import training_sampler
-from llm_trainer.data.shards import TokenDataset
+from llm_trainer.data.token_shards import TokenDataset
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
 from llm_trainer.model.flops import estimate_flops
 from llm_trainer.model.transformer import Transformer

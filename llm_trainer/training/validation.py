@@ -18,7 +18,7 @@ from torch import nn
 from llm_trainer.config import DataError
 from llm_trainer.data.sampling.packing import Packing
 from llm_trainer.data.sampling.samplers import validation_batches
-from llm_trainer.data.shards import TokenDataset
+from llm_trainer.data.token_shards import TokenDataset
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.context import part_of
 from llm_trainer.training.objectives import NextToken, Objective, TrainingStep

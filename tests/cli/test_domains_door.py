@@ -10,7 +10,7 @@ import pytest
 
 from llm_trainer.cli.main import main, script
 from llm_trainer.config.domain_loaders import shipped_loaders
-from llm_trainer.data.prepared import open_prepared
+from llm_trainer.data.prepared_dataset import open_prepared
 from llm_trainer.data.sampling.mixture import TokenMixture
 
 RUN = ["--hidden_size=32", "--num_layers=2", "--num_heads=4", "--max_seq_len=32", "--vocab_size=300"]

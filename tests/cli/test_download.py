@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from llm_trainer.cli.main import script
-from llm_trainer.data.catalogue import downloads
-from llm_trainer.data.catalogue.known import CATALOGUE
+from llm_trainer.data.catalog import http_download as downloads
+from llm_trainer.data.catalog.registry import CATALOGUE
 
 SCRIPT = "scripts/download_datasets.py"
 
@@ -43,7 +43,7 @@ def test_without_a_network_the_first_set_is_named_and_how_to_bring_it(
     def unreachable(*_: object, **__: object) -> None:
         raise downloads.NoConnectionError("https://example.org could not be fetched (no network)")
 
-    monkeypatch.setattr("llm_trainer.data.catalogue.collecting.fetch", unreachable)
+    monkeypatch.setattr("llm_trainer.data.catalog.fetch_dataset.fetch", unreachable)
     assert script(SCRIPT, ["--save-format", "parquet", "--output-dir", str(tmp_path / "raw")]) == 1
     told = capsys.readouterr().err
     assert told.startswith("error: the data set 'tiny_shakespeare' could not be fetched")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llm_trainer.cli.main import main, script
 from llm_trainer.cli.split_texts import documents, publish_shards
-from llm_trainer.data.prepared import open_prepared
+from llm_trainer.data.prepared_dataset import open_prepared
 
 
 def test_a_sample_a_line_is_split_without_loss(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]

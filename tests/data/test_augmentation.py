@@ -11,7 +11,7 @@ from llm_trainer.config.errors import UsageError
 from llm_trainer.data.sampling.augmentation import Augmentation, AugmentedSampler, augmented
 from llm_trainer.data.sampling.packing import STRATEGIES, Packing, Strategy
 from llm_trainer.data.sampling.samplers import IGNORED, Batch, open_sampler
-from llm_trainer.data.shards import TokenDataset
+from llm_trainer.data.token_shards import TokenDataset
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
 
 CONTEXT = 64
@@ -19,7 +19,7 @@ CONTEXT = 64
 
 @pytest.fixture(scope="module")
 def stream(tiny_texts: list[str], tiny_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> TokenDataset:
-    from llm_trainer.data.shards import ShardWriter
+    from llm_trainer.data.token_shards import ShardWriter
 
     folder = tmp_path_factory.mktemp("noise")
     facts = {"vocab_size": tiny_tokenizer.vocab_size, "tokenizer_hash": tiny_tokenizer.hash}

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_trainer.data.tokenization.boundaries import RULES, SEPARATOR, word_starts
-from llm_trainer.data.tokenization.words import Words
+from llm_trainer.data.tokenization.fast.ascii_pretokenizer import RULES, SEPARATOR, word_starts
+from llm_trainer.data.tokenization.fast.pretokenizer import Words
 
 SOME_OF_EACH_CLASS = "aAst'' \n\r\t\x0b\x1c12.,_lLreVE"
 TEXTS = st.lists(st.text(alphabet=st.sampled_from(SOME_OF_EACH_CLASS), max_size=16), min_size=1, max_size=40)

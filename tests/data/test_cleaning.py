@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from llm_trainer.config.data import DataConfig
 from llm_trainer.data.cleaning.cleaner import NOTHING_LEFT, Cleaning
 from llm_trainer.data.cleaning.normalization import Normalization
-from llm_trainer.data.reading import documents
-from llm_trainer.data.reading.documents import Piece, Reading, Rejected
+from llm_trainer.data.sources import base as documents
+from llm_trainer.data.sources.base import Piece, Reading, Rejected
 
 ODD = "\r\n\t \x00\x07\x0b\x0c\x1c\x1f\x7f\x85\xa0\xad\u0301\u200b\u200d\u2028\u202e\u3000\ufeffe\u00e9aA\U0001f468\u1100\u1161\ufb01.|"
 odd_texts = st.one_of(st.text(st.sampled_from(ODD), max_size=60), st.text(max_size=60))

@@ -19,14 +19,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from llm_trainer.config.errors import DataError, UsageError
-from llm_trainer.data.catalogue import downloads, saving
-from llm_trainer.data.catalogue import known as catalogue
-from llm_trainer.data.catalogue.collecting import SOURCE_FILE, collect
-from llm_trainer.data.catalogue.downloads import NoConnectionError, RemoteFile
-from llm_trainer.data.catalogue.known import CATALOGUE, CataloguedSet, by_hand, chosen, remote_files
-from llm_trainer.data.reading import storage
-from llm_trainer.data.reading.documents import Piece, Rejected
-from llm_trainer.data.reading.files import KINDS, FileSource
+from llm_trainer.data.catalog import http_download as downloads
+from llm_trainer.data.catalog import registry as catalogue
+from llm_trainer.data.catalog import writers as saving
+from llm_trainer.data.catalog.fetch_dataset import SOURCE_FILE, collect
+from llm_trainer.data.catalog.http_download import NoConnectionError, RemoteFile
+from llm_trainer.data.catalog.registry import CATALOGUE, CataloguedSet, by_hand, chosen, remote_files
+from llm_trainer.data.sources import file_io as storage
+from llm_trainer.data.sources.base import Piece, Rejected
+from llm_trainer.data.sources.file_source import KINDS, FileSource
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TEXTS = ["the first", "the second\nwith a break", "das dritte, ä"]

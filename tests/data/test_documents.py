@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_trainer.config.errors import DataError
-from llm_trainer.data.reading import documents, storage
-from llm_trainer.data.reading.builtin import BuiltinSource
-from llm_trainer.data.reading.documents import Piece, Rejected
-from llm_trainer.data.reading.files import FileSource
+from llm_trainer.data.sources import base as documents
+from llm_trainer.data.sources import file_io as storage
+from llm_trainer.data.sources.base import Piece, Rejected
+from llm_trainer.data.sources.builtin_corpus import BuiltinSource
+from llm_trainer.data.sources.file_source import FileSource
 
 
 def read(path: Path, **options: object) -> tuple[list[str], list[Rejected]]:
@@ -166,7 +167,7 @@ def test_a_gigabyte_without_a_line_end_is_judged_in_little_memory(tmp_path: Path
         opened.write(b"a" * 5_000_000)
         opened.truncate(2**30)
     program = (
-        "import resource, sys; from pathlib import Path; from llm_trainer.data.reading.files import FileSource\n"
+        "import resource, sys; from pathlib import Path; from llm_trainer.data.sources.file_source import FileSource\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + 400 * 2**20,) * 2)\n"
         "for lines in (True, False): print([r.reason for r in FileSource(Path(sys.argv[1]), one_document_a_line=lines).pieces()])"

@@ -16,7 +16,7 @@ from llm_trainer.config.domain_loaders import DomainLoader, parse_part, read_loa
 from llm_trainer.config.domains import DomainBridge, LoaderOptions
 from llm_trainer.data.domains.loaders import Example, Reading, hub_address, read_loader
 from llm_trainer.data.domains.templates import TextMaker, Unfit, as_text
-from llm_trainer.data.reading.records import SUFFIXES, Record, local_records
+from llm_trainer.data.sources.record_reader import SUFFIXES, Record, local_records
 
 
 def read(

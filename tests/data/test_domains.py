@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from llm_trainer.config import DataError, UsageError
 from llm_trainer.config.domains import DomainBridge
-from llm_trainer.data.domains.gathered import Gathered, write_splits
 from llm_trainer.data.domains.loaders import Example
-from llm_trainer.data.domains.preparing import DOMAINS_FILE, VOCABULARY_FILE, prepare_builtin_domains, prepare_domains
-from llm_trainer.data.domains.terms import Term, WordCounts, log_likelihood_ratio, new_tokens, terms
-from llm_trainer.data.mixture_folder import MIXTURE_FILE
-from llm_trainer.data.prepared import open_prepared
+from llm_trainer.data.domains.pipeline import DOMAINS_FILE, VOCABULARY_FILE, prepare_builtin_domains, prepare_domains
+from llm_trainer.data.domains.text_store import Gathered, write_splits
+from llm_trainer.data.domains.vocabulary import Term, WordCounts, log_likelihood_ratio, new_tokens, terms
+from llm_trainer.data.mixture_dataset import MIXTURE_FILE
+from llm_trainer.data.prepared_dataset import open_prepared
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
 
 GENERAL = "The cat sat on the mat and the dog looked at it for a while before it went out into the garden again."
@@ -274,7 +274,7 @@ def test_a_run_that_is_stopped_midway_leaves_no_mixture(local: Path, monkeypatch
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("llm_trainer.data.domains.preparing.write_mixture", stop)
+    monkeypatch.setattr("llm_trainer.data.domains.pipeline.write_mixture", stop)
     with pytest.raises(KeyboardInterrupt):
         prepare_domains(bridge(local))
     assert not (local.parent / "domains" / MIXTURE_FILE).exists()

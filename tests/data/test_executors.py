@@ -18,19 +18,19 @@ import pytest
 
 from llm_trainer.config import DataConfig
 from llm_trainer.config.errors import DataError
-from llm_trainer.data.preparation import executors
-from llm_trainer.data.preparation.executors import Processes
-from llm_trainer.data.preparation.pipeline import prepare
-from llm_trainer.data.reading.files import FileSource
+from llm_trainer.data.pipeline import executors
+from llm_trainer.data.pipeline.executors import Processes
+from llm_trainer.data.pipeline.pipeline import prepare
+from llm_trainer.data.sources.file_source import FileSource
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
 
 PROGRAM = """
 import sys
 from pathlib import Path
 from llm_trainer.config import DataConfig
-from llm_trainer.data.preparation import executors
-from llm_trainer.data.reading.files import FileSource
-from llm_trainer.data.preparation.pipeline import prepare
+from llm_trainer.data.pipeline import executors
+from llm_trainer.data.sources.file_source import FileSource
+from llm_trainer.data.pipeline.pipeline import prepare
 
 if __name__ == "__main__":
     texts, output, workers = sys.argv[1:]

@@ -11,7 +11,7 @@ from fractions import Fraction
 
 import pytest
 
-from llm_trainer.data.domains.exercises import Exercise, exercise, exercises, kinds, listed, money
+from llm_trainer.data.domains.synthetic.exercises import Exercise, exercise, exercises, kinds, listed, money
 
 MADE = ("math", "science", "logic", "reasoning")
 MONTHS = ["January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December"]

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from llm_trainer.data.reading.builtin import language_reference
-from llm_trainer.data.tokenization import fast_encoding, word_table
+from llm_trainer.data.sources.builtin_corpus import language_reference
+from llm_trainer.data.tokenization.fast import bulk_encoder as fast_encoding
+from llm_trainer.data.tokenization.fast import word_cache as word_table
+from llm_trainer.data.tokenization.fast.pretokenizer import LLAMA3_PATTERN, O200K_PATTERN, QWEN2_PATTERN
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
-from llm_trainer.data.tokenization.vocabularies import byte_level_words
-from llm_trainer.data.tokenization.words import LLAMA3_PATTERN, O200K_PATTERN, QWEN2_PATTERN
+from llm_trainer.data.tokenization.tokenizer_json import byte_level_words
 
 TEXTS = [text for _, text in language_reference()][:30]
 

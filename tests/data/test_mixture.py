@@ -16,7 +16,7 @@ from llm_trainer.config.mixture import MixtureStage
 from llm_trainer.data.sampling.mixture import PERIOD, MixtureSampler, TokenMixture
 from llm_trainer.data.sampling.packing import Packing
 from llm_trainer.data.sampling.samplers import IGNORED, Sampler, open_sampler
-from llm_trainer.data.shards import ShardWriter, TokenDataset
+from llm_trainer.data.token_shards import ShardWriter, TokenDataset
 
 VOCABULARY = 3000
 

@@ -19,13 +19,15 @@ from hypothesis import strategies as st
 from llm_trainer.config import DataConfig
 from llm_trainer.config.errors import DataError, UsageError
 from llm_trainer.data.metadata import Metadata
-from llm_trainer.data.preparation import encoding, pipeline, staging
-from llm_trainer.data.preparation.pipeline import prepare
-from llm_trainer.data.preparation.splits import Shares, parts_of, plan_contiguous
-from llm_trainer.data.prepared import open_prepared, require_vocabulary
-from llm_trainer.data.reading import documents
-from llm_trainer.data.reading.documents import Piece
-from llm_trainer.data.shards import ShardWriter, TokenDataset
+from llm_trainer.data.pipeline import atomic_output as staging
+from llm_trainer.data.pipeline import pipeline
+from llm_trainer.data.pipeline import tokenize as encoding
+from llm_trainer.data.pipeline.pipeline import prepare
+from llm_trainer.data.pipeline.splits import Shares, parts_of, plan_contiguous
+from llm_trainer.data.prepared_dataset import open_prepared, require_vocabulary
+from llm_trainer.data.sources import base as documents
+from llm_trainer.data.sources.base import Piece
+from llm_trainer.data.token_shards import ShardWriter, TokenDataset
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
 
 
@@ -271,7 +273,7 @@ def test_a_failure_while_moving_into_place_does_not_pass_for_a_result(texts: Pat
 @pytest.mark.slow
 def test_killed_at_any_moment_it_leaves_a_whole_result_or_none(texts: Path, tmp_path: Path) -> None:
     program = (
-        "import sys; from llm_trainer.config import DataConfig; from llm_trainer.data.preparation.pipeline import prepare\n"
+        "import sys; from llm_trainer.config import DataConfig; from llm_trainer.data.pipeline.pipeline import prepare\n"
         "print('ready', flush=True)\n"
         "for size in range(300, 400): prepare(DataConfig(input=sys.argv[1], vocab_size=size), sys.argv[2])"
     )

@@ -12,8 +12,8 @@ PROGRAM = """
 import hashlib, resource, sys
 from dataclasses import dataclass
 from llm_trainer.config import DataConfig
-from llm_trainer.data.reading.documents import Piece
-from llm_trainer.data.preparation.pipeline import prepare
+from llm_trainer.data.sources.base import Piece
+from llm_trainer.data.pipeline.pipeline import prepare
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
 
 @dataclass(frozen=True)

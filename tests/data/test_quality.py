@@ -9,9 +9,9 @@ import pytest
 
 from llm_trainer.config.data import DataConfig
 from llm_trainer.config.errors import UsageError
-from llm_trainer.data.cleaning import quality
+from llm_trainer.data.cleaning import datatrove_filters as quality
 from llm_trainer.data.cleaning.cleaner import Cleaning
-from llm_trainer.data.reading.documents import Piece, Rejected
+from llm_trainer.data.sources.base import Piece, Rejected
 
 PAGE = " ".join(
     f"The {name} of the house had been to the sea and to the hills, and {verb} that nothing there was as quiet as these rooms."

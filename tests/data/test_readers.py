@@ -22,9 +22,9 @@ from backports import zstd
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llm_trainer.data.reading import storage
-from llm_trainer.data.reading.documents import Piece, Rejected
-from llm_trainer.data.reading.files import FileSource
+from llm_trainer.data.sources import file_io as storage
+from llm_trainer.data.sources.base import Piece, Rejected
+from llm_trainer.data.sources.file_source import FileSource
 
 COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".zst": zstd.compress}
 
@@ -230,7 +230,7 @@ def test_a_long_list_of_json_is_read_element_by_element(
     file.write_text(json.dumps(records, indent=indent, ensure_ascii=plain), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(storage, "BLOCK", block)
-        patch.setattr("llm_trainer.data.reading.json_files._HEAD", block)
+        patch.setattr("llm_trainer.data.sources.json_files._HEAD", block)
         texts, rejected = read(file)
     if file.read_bytes()[:block].strip():  # with a smaller head than the first character the file would be taken for one value
         assert texts == [record["text"] for record in records if not str(record["text"]).isspace()]
@@ -326,7 +326,7 @@ def test_a_gigabyte_in_one_record_is_set_aside_in_little_memory(tmp_path: Path, 
             opened.write(head)
             opened.truncate(2**30)
     program = (
-        "import resource, sys; from pathlib import Path; from llm_trainer.data.reading.files import FileSource\n"
+        "import resource, sys; from pathlib import Path; from llm_trainer.data.sources.file_source import FileSource\n"
         "list(FileSource(Path(sys.argv[2]), one_document_a_line=True).pieces())  # the libraries are loaded\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + 500 * 2**20,) * 2)\n"

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from llm_trainer.config import DataConfig, ModelConfig
 from llm_trainer.config.errors import DataError, UsageError
-from llm_trainer.data.preparation.pipeline import prepare
-from llm_trainer.data.prepared import open_prepared
-from llm_trainer.data.sampling import rows as rows_module
+from llm_trainer.data.pipeline.pipeline import prepare
+from llm_trainer.data.prepared_dataset import open_prepared
+from llm_trainer.data.sampling import packed_rows as rows_module
+from llm_trainer.data.sampling.packed_rows import INDEX_FOLDER, PackedRows, RowSampler
 from llm_trainer.data.sampling.packing import STRATEGIES, Packing, Strategy, measure_packing
-from llm_trainer.data.sampling.rows import INDEX_FOLDER, PackedRows, RowSampler
 from llm_trainer.data.sampling.samplers import IGNORED, Batch, open_sampler, validation_batches, validation_row_count
-from llm_trainer.data.shards import ShardWriter, TokenDataset
+from llm_trainer.data.token_shards import ShardWriter, TokenDataset
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.objectives import NextToken
 from llm_trainer.training.validation import validate

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_trainer.config.errors import DataError
-from llm_trainer.data.prepared import open_prepared
+from llm_trainer.data.prepared_dataset import open_prepared
 from llm_trainer.data.sampling.packing import Packing
 from llm_trainer.data.sampling.permutation import KeyedPermutation, combine
 from llm_trainer.data.sampling.samplers import IGNORED, Batch, WindowSampler, validation_batches
-from llm_trainer.data.shards import ShardWriter, TokenDataset
+from llm_trainer.data.token_shards import ShardWriter, TokenDataset
 
 
 def stream(size: int) -> TokenDataset:

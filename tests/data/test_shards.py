@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_trainer.config.errors import DataError
-from llm_trainer.data.shards import HEADER_BYTES, ShardWriter, TokenDataset
+from llm_trainer.data.token_shards import HEADER_BYTES, ShardWriter, TokenDataset
 
 HASH = hashlib.sha256(b"tokenizer").hexdigest()
 

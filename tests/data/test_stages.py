@@ -16,15 +16,15 @@ import pytest
 
 from llm_trainer.config import DataConfig
 from llm_trainer.config.errors import DataError
-from llm_trainer.data.preparation import stages
-from llm_trainer.data.preparation.pipeline import prepare
-from llm_trainer.data.preparation.splits import places
-from llm_trainer.data.preparation.summary import PreparedSummary
-from llm_trainer.data.preparation.tables import TABLE_FILE
-from llm_trainer.data.prepared import open_prepared
-from llm_trainer.data.reading.documents import Piece, Reading, Unit
-from llm_trainer.data.reading.files import FileSource
-from llm_trainer.data.shards import TokenDataset
+from llm_trainer.data.pipeline import stage_cache as stages
+from llm_trainer.data.pipeline.document_index import TABLE_FILE
+from llm_trainer.data.pipeline.pipeline import prepare
+from llm_trainer.data.pipeline.splits import places
+from llm_trainer.data.pipeline.summary import PreparedSummary
+from llm_trainer.data.prepared_dataset import open_prepared
+from llm_trainer.data.sources.base import Piece, Reading, Unit
+from llm_trainer.data.sources.file_source import FileSource
+from llm_trainer.data.token_shards import TokenDataset
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
 
 LINES_A_FILE = 60

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llm_trainer.data.sampling.windows import WindowSampler
-from llm_trainer.data.shards import TokenDataset
+from llm_trainer.data.sampling.window_sampler import WindowSampler
+from llm_trainer.data.token_shards import TokenDataset
 
 SHARDS, SHARD_TOKENS, CONTEXT = 1000, 10**10 + 7, 4096
 

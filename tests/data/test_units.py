@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_trainer.data.reading import storage
-from llm_trainer.data.reading.builtin import BuiltinSource
-from llm_trainer.data.reading.documents import Piece, Reading, Rejected, Source, Unit, UnitOfSplit
-from llm_trainer.data.reading.files import FileSource
-from llm_trainer.data.reading.hub import HubSource
+from llm_trainer.data.sources import file_io as storage
+from llm_trainer.data.sources.base import Piece, Reading, Rejected, Source, Unit, UnitOfSplit
+from llm_trainer.data.sources.builtin_corpus import BuiltinSource
+from llm_trainer.data.sources.file_source import FileSource
+from llm_trainer.data.sources.hub_source import HubSource
 
 TEXTS = [f"document {number} " + "word " * (number % 7) for number in range(60)]
 
@@ -176,7 +176,7 @@ def hub_folder(folder: Path) -> str:
 def test_a_data_set_of_the_hub_comes_in_units_downloaded_or_streamed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streams: bool
 ) -> None:
-    monkeypatch.setattr("llm_trainer.data.reading.hub._UNIT_BYTES", 300)
+    monkeypatch.setattr("llm_trainer.data.sources.hub_source._UNIT_BYTES", 300)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     source = HubSource(hub_folder(tmp_path / "corpus"), None, "train", "validation", "text", streams=streams)
     readings = check_units(source)

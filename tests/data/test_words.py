@@ -10,8 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 
-from llm_trainer.data.tokenization import words as words_module
-from llm_trainer.data.tokenization.words import BERT_WORDS, GPT2_PATTERN, LLAMA3_PATTERN, O200K_PATTERN, PATTERN, QWEN2_PATTERN, Words
+from llm_trainer.data.tokenization.fast import pretokenizer as words_module
+from llm_trainer.data.tokenization.fast.pretokenizer import (
+    BERT_WORDS,
+    GPT2_PATTERN,
+    LLAMA3_PATTERN,
+    O200K_PATTERN,
+    PATTERN,
+    QWEN2_PATTERN,
+    Words,
+)
 
 PATTERNS = [GPT2_PATTERN, PATTERN, LLAMA3_PATTERN, QWEN2_PATTERN, O200K_PATTERN, BERT_WORDS]
 NAMES = ["gpt2", "ours", "llama3", "qwen2", "o200k", "bert"]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from llm_trainer.config.errors import DataError, UsageError
 from llm_trainer.config.model import ModelConfig
-from llm_trainer.data.shards import TokenDataset
+from llm_trainer.data.token_shards import TokenDataset
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
 from llm_trainer.evaluation.perplexity import evaluate_source, evaluate_text, read_text, score, windows_over
 from llm_trainer.inference.engine import LanguageModel

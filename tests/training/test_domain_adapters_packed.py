@@ -13,11 +13,11 @@ from tiny_run import VOCABULARY, tiny_config, tiny_model
 from llm_trainer.config import DataConfig, RunConfig
 from llm_trainer.config.mixture import MixtureStage
 from llm_trainer.config.parallel import ParallelPlan
-from llm_trainer.data.sampling.joining import joined
+from llm_trainer.data.sampling.concat import joined
 from llm_trainer.data.sampling.mixture import TokenMixture
 from llm_trainer.data.sampling.packing import Packing
 from llm_trainer.data.sampling.samplers import open_sampler, validation_batches
-from llm_trainer.data.shards import ShardWriter, TokenDataset
+from llm_trainer.data.token_shards import ShardWriter, TokenDataset
 from llm_trainer.model.lora import is_adapter_parameter
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.context import part_of

@@ -12,7 +12,7 @@ from tiny_run import CONTEXT, VOCABULARY, tiny_config, tiny_model, tokens
 from llm_trainer.config import CheckpointError, DataConfig, RunConfig
 from llm_trainer.config.mixture import MixtureStage
 from llm_trainer.data.sampling.mixture import TokenMixture
-from llm_trainer.data.shards import ShardWriter, TokenDataset
+from llm_trainer.data.token_shards import ShardWriter, TokenDataset
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
 from llm_trainer.training.metrics import read_metrics
 from llm_trainer.training.replay import StopAt, compare_checkpoints

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from tiny_run import CONTEXT, SHAPE, VOCABULARY, tiny_model, tiny_trainer, tokens
 
 from llm_trainer.config import DataError, ModelConfig
-from llm_trainer.data.shards import TokenDataset
+from llm_trainer.data.token_shards import TokenDataset
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.objectives import LossSum
 from llm_trainer.training.validation import validate

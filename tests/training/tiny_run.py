@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from llm_trainer.config import ModelConfig, RunConfig
-from llm_trainer.data.shards import TokenDataset
+from llm_trainer.data.token_shards import TokenDataset
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.callbacks import Callback
 from llm_trainer.training.state import TrainingResult

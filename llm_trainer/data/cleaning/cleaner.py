@@ -20,7 +20,7 @@ from llm_trainer.config.data import DataConfig
 from llm_trainer.data.cleaning import filters
 from llm_trainer.data.cleaning.filters import Filter
 from llm_trainer.data.cleaning.normalization import Normalization
-from llm_trainer.data.reading.documents import Piece, Reading, Rejected, in_pieces
+from llm_trainer.data.sources.base import Piece, Reading, Rejected, in_pieces
 
 _VERSION = 1  # part of the key: raise it when the same text would be cleaned otherwise
 NOTHING_LEFT = "nothing left after cleaning"
@@ -41,7 +41,7 @@ class Cleaning:
         """
         chosen = [filters.build(name, config) for name in config.filters]
         if config.languages:
-            from llm_trainer.data.cleaning.languages import LanguageFilter
+            from llm_trainer.data.cleaning.language_filter import LanguageFilter
 
             chosen.append(LanguageFilter.of(config))
         return cls(Normalization.of(config) if config.clean else None, tuple(chosen))

@@ -150,6 +150,6 @@ def build(name: str, config: DataConfig) -> Filter:
         return SymbolFilter(config.max_symbol_share)
     if name == "repetition":
         return RepetitionFilter(config.max_repeated_share)
-    from llm_trainer.data.cleaning.quality import DatatroveFilter
+    from llm_trainer.data.cleaning.datatrove_filters import DatatroveFilter
 
     return DatatroveFilter.named(name)

@@ -23,7 +23,7 @@ from pydantic import JsonValue
 
 from llm_trainer.config.data import DataConfig
 from llm_trainer.data.deduplication.shingles import BLOCK_BYTES, Hashes, LongText, mix, shingle_hashes
-from llm_trainer.data.extras import require
+from llm_trainer.data.optional_deps import require
 
 Signatures: TypeAlias = NDArray[np.uint32]
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from llm_trainer.config.domain_loaders import DOMAINS
-from llm_trainer.data.domains.exercises import exercises
 from llm_trainer.data.domains.loaders import Example
-from llm_trainer.data.reading.builtin import language_reference, library_files, read_library
+from llm_trainer.data.domains.synthetic.exercises import exercises
+from llm_trainer.data.sources.builtin_corpus import language_reference, library_files, read_library
 
 EXERCISES = 3000  # of each domain: half a megabyte to a megabyte of text
 NAME = "builtin"

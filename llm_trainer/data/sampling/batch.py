@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm_trainer.data.shards import TokenDataset
+from llm_trainer.data.token_shards import TokenDataset
 
 IGNORED = -100  # the label of an id that is not supervised: PyTorch's own ignore_index
 

@@ -25,9 +25,9 @@ from llm_trainer.config.durations import Duration
 from llm_trainer.config.errors import UsageError
 from llm_trainer.config.mixture import MixtureStage, check_stages
 from llm_trainer.data.sampling.batch import Batch, Sampler, Sources, joined
-from llm_trainer.data.sampling.joining import joined_fields
+from llm_trainer.data.sampling.concat import joined_fields
 from llm_trainer.data.sampling.permutation import combine
-from llm_trainer.data.shards import TokenDataset
+from llm_trainer.data.token_shards import TokenDataset
 
 PERIOD = 2**16
 

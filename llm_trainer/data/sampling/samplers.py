@@ -16,11 +16,11 @@ from llm_trainer.config.errors import DataError
 from llm_trainer.data.sampling.augmentation import Augmentation, augmented
 from llm_trainer.data.sampling.batch import IGNORED, Batch, Sampler, unsupervised
 from llm_trainer.data.sampling.mixture import MixtureSampler, TokenMixture
+from llm_trainer.data.sampling.packed_rows import PackedRows, RowSampler
 from llm_trainer.data.sampling.packing import Packing
 from llm_trainer.data.sampling.prefetch import Prefetcher
-from llm_trainer.data.sampling.rows import PackedRows, RowSampler
-from llm_trainer.data.sampling.windows import Windows, WindowSampler, require_window
-from llm_trainer.data.shards import TokenDataset
+from llm_trainer.data.sampling.window_sampler import Windows, WindowSampler, require_window
+from llm_trainer.data.token_shards import TokenDataset
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
 
 __all__ = [

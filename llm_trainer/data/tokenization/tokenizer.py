@@ -23,9 +23,10 @@ import numpy as np
 import tokenizers
 
 from llm_trainer.config.errors import DataError, UsageError
-from llm_trainer.data.tokenization import tiktoken_encodings, vocabularies
-from llm_trainer.data.tokenization import training as vocabulary_training
-from llm_trainer.data.tokenization.fast_encoding import FastEncoder, fast_encoder
+from llm_trainer.data.tokenization import tiktoken_import as tiktoken_encodings
+from llm_trainer.data.tokenization import tokenizer_json as vocabularies
+from llm_trainer.data.tokenization import vocab_training as vocabulary_training
+from llm_trainer.data.tokenization.fast.bulk_encoder import FastEncoder, fast_encoder
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
