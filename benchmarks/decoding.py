@@ -23,7 +23,7 @@ from llm_trainer.config.generation import GenerationConfig
 from llm_trainer.config.model import ModelConfig
 from llm_trainer.inference.engine import LanguageModel
 from llm_trainer.inference.loading import DTYPES
-from llm_trainer.model.huggingface import load_pretrained, save_pretrained
+from llm_trainer.model.hf.checkpoint import load_pretrained, save_pretrained
 from llm_trainer.model.transformer import Transformer
 
 PROMPT_TOKENS = 32

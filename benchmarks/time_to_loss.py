@@ -121,8 +121,8 @@ def loss_over_all_windows(model_folder: Path, data: Path) -> tuple[float, int]:
     """Mean loss of the saved model over every non-overlapping window of the held-out part, in fp32 by plain code; and its parameters."""
     import torch
 
-    from llm_trainer.model.huggingface import load_pretrained
-    from llm_trainer.model.nanogpt import load_nanogpt
+    from llm_trainer.model.hf.checkpoint import load_pretrained
+    from llm_trainer.model.interop.nanogpt_import import load_nanogpt
 
     model = load_nanogpt(model_folder) if model_folder.suffix == ".pt" else load_pretrained(model_folder)
     tokens = _held_out_tokens(data)

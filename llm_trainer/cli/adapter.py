@@ -42,8 +42,8 @@ def run(argv: list[str]) -> int:
 
 def chosen_adapter(model: Transformer, said: str | None) -> str:
     """The set that is meant: by its name, read from a folder of PEFT's, or the only one that counts. Raises UsageError where it is none."""
-    from llm_trainer.model.lora import adapters_in_use
-    from llm_trainer.model.peft import is_adapter_folder, load_adapter
+    from llm_trainer.model.adapters.lora import adapters_in_use
+    from llm_trainer.model.interop.peft_format import is_adapter_folder, load_adapter
 
     known = list(model.config.lora)
     meant = adapters_in_use(model) or known
@@ -60,7 +60,7 @@ def chosen_adapter(model: Transformer, said: str | None) -> str:
 
 
 def _write_merged(model: Transformer, name: str, source: Path, folder: Path) -> None:
-    from llm_trainer.model.lora import merge_lora
+    from llm_trainer.model.adapters.lora import merge_lora
 
     merge_lora(model, [name], restart=False)
     _write_plain(model, source, folder)
@@ -68,7 +68,7 @@ def _write_merged(model: Transformer, name: str, source: Path, folder: Path) -> 
 
 
 def _write_adapter(model: Transformer, name: str, source: Path, own: AdapterOptions) -> None:
-    from llm_trainer.model.peft import save_adapter
+    from llm_trainer.model.interop.peft_format import save_adapter
 
     base = own.base or own.base_output or _base_of(model, source)
     save_adapter(model, own.output, name, base=base)
@@ -81,8 +81,8 @@ def _write_adapter(model: Transformer, name: str, source: Path, own: AdapterOpti
 def _write_plain(model: Transformer, source: Path, folder: Path) -> None:
     """The model without (further) adapters, with its tokenizer where there is one."""
     from llm_trainer.data.tokenization.tokenizer import TOKENIZER_FILE, Tokenizer
-    from llm_trainer.model.huggingface import save_pretrained
-    from llm_trainer.model.lora import remove_adapters
+    from llm_trainer.model.adapters.lora import remove_adapters
+    from llm_trainer.model.hf.checkpoint import save_pretrained
 
     for name in list(model.config.lora):
         remove_adapters(model, name)
@@ -122,7 +122,7 @@ def _differs(model: Transformer, base: str) -> str | None:
 
 def _refuse_filled(folder: str | None) -> None:
     """Raises UsageError for a folder with files in it, unless they are an adapter of before."""
-    from llm_trainer.model.peft import is_adapter_folder
+    from llm_trainer.model.interop.peft_format import is_adapter_folder
 
     if folder is not None and Path(folder).is_dir() and any(Path(folder).iterdir()) and not is_adapter_folder(folder):
         raise UsageError(f"{folder} holds files already; give a new folder")

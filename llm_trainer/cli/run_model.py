@@ -84,7 +84,7 @@ def pretrained_shape(source: str, said: ModelConfig, adapter: str | None = None)
     import torch
 
     from llm_trainer.inference.loading import find_description
-    from llm_trainer.model.huggingface import empty_model
+    from llm_trainer.model.hf.checkpoint import empty_model
 
     described = empty_model(_with_changes(source, find_description(source), said), "meta")
     with torch.device("meta"):
@@ -94,7 +94,7 @@ def pretrained_shape(source: str, said: ModelConfig, adapter: str | None = None)
 def transferred(model: Transformer, source: str, parts: Sequence[str]) -> list[str]:
     """Take what fits of another model's weights; returns what to tell of it."""
     from llm_trainer.inference.loading import find_model
-    from llm_trainer.model.partial import load_partially
+    from llm_trainer.model.interop.partial_load import load_partially
 
     return load_partially(model, find_model(source), parts).lines()
 
@@ -179,7 +179,7 @@ def _with_adapters(model: Transformer, said: ModelConfig, corpora: Sequence[str]
     """The model with all adapters that it shall have: those that were said, and those in a folder of PEFT's."""
     model = _with_said_bottlenecks(model, said, corpora)
     if adapter is not None:
-        from llm_trainer.model.peft import load_adapter
+        from llm_trainer.model.interop.peft_format import load_adapter
 
         load_adapter(model, adapter)
     return _with_said_adapters(model, said)
@@ -190,7 +190,7 @@ def _with_said_bottlenecks(model: Transformer, said: ModelConfig, corpora: Seque
 
     Raises UsageError where its own are others than was said.
     """
-    from llm_trainer.model.lora import is_adapter_parameter
+    from llm_trainer.model.adapters.lora import is_adapter_parameter
     from llm_trainer.model.transformer import Transformer
 
     present = model.config
@@ -216,7 +216,7 @@ def _with_said_adapters(model: Transformer, said: ModelConfig) -> Transformer:
 
     Raises UsageError where a set that it has is another than was said.
     """
-    from llm_trainer.model.lora import add_adapters, use_adapters
+    from llm_trainer.model.adapters.lora import add_adapters, use_adapters
 
     _refuse_other_lora(model, said)
     for name in SINGLE_LORA:
@@ -254,7 +254,7 @@ def _refuse_other_lora(model: Transformer, said: ModelConfig) -> None:
 
 def _lora_values(model: Transformer, table: LoraConfig) -> dict[str, list[float]]:
     """What a set of low-rank adapters is, under the names of the settings for it; of each matrix in order."""
-    from llm_trainer.model.lora import targets
+    from llm_trainer.model.adapters.lora import targets
 
     shared = "wte" if model.config.tie_word_embeddings else "lm_head"
     names = [shared if target.name == "lm_head" else target.name for target in targets(model)]
@@ -272,7 +272,7 @@ def _other_adapter(name: str, value: object, there: str, way_out: str) -> UsageE
 
 def _reshaped(model: Transformer, shape: ModelConfig) -> Transformer:
     """The same weights under another dropout or a shorter context (learned positions past it are cut off)."""
-    from llm_trainer.model.huggingface import empty_model
+    from llm_trainer.model.hf.checkpoint import empty_model
 
     weights = model.state_dict()
     if "wpe.weight" in weights:

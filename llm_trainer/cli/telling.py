@@ -97,7 +97,7 @@ def in_words(metrics: Mapping[str, float]) -> str:
 
 def record_facts(trainer: Trainer, data: RunData, result: TrainingResult, command: str, samples: list[Sample] | None = None) -> None:
     """Leave in the run folder what its report shows beside the metrics."""
-    from llm_trainer.model.parts import parameter_counts
+    from llm_trainer.model.module_names import parameter_counts
 
     metadata = data.prepared.metadata
     config = trainer.model.config

@@ -12,7 +12,7 @@ def _said(*choices: bool | None) -> bool:
 def part_sizes(config: ModelConfig) -> dict[str, int]:
     """Parameters of each part, in the model's order and under its names (`wte`, `wpe`, `ln_1.0`, `attn.0`, …, `ln_f`, `lm_head`).
 
-    A head that shares the embedding's matrix counts 0. Without torch; `llm_trainer.model.parts.parameter_counts` counts a real model.
+    A head that shares the embedding's matrix counts 0. Without torch; `llm_trainer.model.module_names.parameter_counts` counts a real model.
     """
     sizes = {"wte": config.vocab_size * config.hidden_size}
     if config.positions == "learned":

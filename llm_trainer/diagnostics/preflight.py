@@ -22,8 +22,8 @@ from llm_trainer.config import TrainingConfig, UsageError
 from llm_trainer.config.counting import part_sizes
 from llm_trainer.config.model import ModelConfig
 from llm_trainer.config.parallel import ParallelPlan, check_shape, check_stages, stages_of
-from llm_trainer.model.huggingface import empty_model
-from llm_trainer.model.quantized import bytes_saved
+from llm_trainer.model.adapters.nf4 import bytes_saved
+from llm_trainer.model.hf.checkpoint import empty_model
 from llm_trainer.training.footprint import StepMemory, step_memory
 from llm_trainer.training.precision import PrecisionName
 from llm_trainer.training.stage_footprint import PlaceMemory, check_trained, place_memories

@@ -17,7 +17,7 @@ from llm_trainer.inference.answers import GrowingAnswer
 from llm_trainer.inference.head import Head
 from llm_trainer.inference.sampling import Sampler
 from llm_trainer.inference.steps import DecodingStep
-from llm_trainer.model.cache import KVCache
+from llm_trainer.model.kv_cache import KVCache
 from llm_trainer.model.transformer import Transformer
 
 

@@ -20,7 +20,7 @@ from llm_trainer.config.run_folder import resolve_model_folder
 from llm_trainer.data.nanogpt_format import META_FILE, read_vocabulary
 from llm_trainer.data.tokenization.tokenizer import TOKENIZER_FILE, Tokenizer
 from llm_trainer.inference.engine import LanguageModel
-from llm_trainer.model.huggingface import MODEL_FILES, SHORT_NAMES, fetch_from_hub, load_pretrained, read_config
+from llm_trainer.model.hf.checkpoint import MODEL_FILES, SHORT_NAMES, fetch_from_hub, load_pretrained, read_config
 from llm_trainer.model.transformer import Transformer
 
 __all__ = ["LanguageModel", "find_model", "load_model", "load_tokenizer", "load_transformer", "resolve_device", "resolve_dtype"]
@@ -53,7 +53,7 @@ def load_model(
 def load_transformer(source: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Transformer:
     """The network in a folder that `find_model` found, or in nanoGPT's file."""
     if source.suffix in PICKLES:
-        from llm_trainer.model.nanogpt import load_nanogpt
+        from llm_trainer.model.interop.nanogpt_import import load_nanogpt
 
         return load_nanogpt(source).to(device=device, dtype=dtype).eval()
     return load_pretrained(source, device, dtype)
@@ -63,8 +63,8 @@ def _merge_adapters(model: Transformer, adapter: str | None) -> None:
     """Leave a plain model that computes what the chosen adapters do; raises UsageError for some that the model does not have."""
     if adapter is None and not model.config.lora:
         return
-    from llm_trainer.model.lora import adapters_in_use, merge_lora, remove_adapters
-    from llm_trainer.model.peft import is_adapter_folder, load_adapter
+    from llm_trainer.model.adapters.lora import adapters_in_use, merge_lora, remove_adapters
+    from llm_trainer.model.interop.peft_format import is_adapter_folder, load_adapter
 
     if adapter is None:
         chosen = adapters_in_use(model)
@@ -106,7 +106,7 @@ def load_tokenizer(source: Path) -> Tokenizer:
     """
     if source.is_dir():
         return Tokenizer.load(source)
-    from llm_trainer.model.nanogpt import dataset_of
+    from llm_trainer.model.interop.nanogpt_import import dataset_of
 
     places = [source.parent]
     if dataset := dataset_of(source):

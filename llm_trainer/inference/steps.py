@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from llm_trainer.model.cache import KVCache
+from llm_trainer.model.kv_cache import KVCache
 from llm_trainer.model.transformer import Transformer
 
 

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from llm_trainer.config.errors import UsageError
 from llm_trainer.config.model import ModelConfig
+from llm_trainer.model.activation_checkpointing import recomputed
 from llm_trainer.model.activations import ACTIVATIONS
+from llm_trainer.model.adapters.bottleneck_adapter import Bottleneck, Choice, chosen_domains
 from llm_trainer.model.attention import Share, attend
-from llm_trainer.model.bottleneck import Bottleneck, Choice, chosen_domains
-from llm_trainer.model.cache import KVCache, LayerCache, Place
+from llm_trainer.model.kv_cache import KVCache, LayerCache, Place
 from llm_trainer.model.norms import RMSNorm
-from llm_trainer.model.positions import Rotary, cache_mask, positions_in_documents, rotate, sequence_mask
-from llm_trainer.model.recomputation import recomputed
+from llm_trainer.model.positional import Rotary, cache_mask, positions_in_documents, rotate, sequence_mask
 
 
 def _either(first: bool | None, *others: bool) -> bool:
@@ -224,7 +224,7 @@ class Transformer(nn.Module):
         if device.type != "meta":
             self.initialize(generator)
         if config.lora or config.lora_in_use:
-            from llm_trainer.model.lora import attach_all  # it builds on this module
+            from llm_trainer.model.adapters.lora import attach_all  # it builds on this module
 
             attach_all(self)
 
@@ -242,19 +242,19 @@ class Transformer(nn.Module):
 
     def freeze_layer(self, parts: str | Sequence[str]) -> list[str]:
         """Stop training parts by name, range or glob (`attn.2`, `mlp.0-3`, `ln_*`); returns all that are frozen by it (parts.py)."""
-        from llm_trainer.model.parts import set_trainable  # it builds on this module
+        from llm_trainer.model.module_names import set_trainable  # it builds on this module
 
         return set_trainable(self, parts, False)
 
     def unfreeze_layer(self, parts: str | Sequence[str]) -> list[str]:
         """Train parts again."""
-        from llm_trainer.model.parts import set_trainable
+        from llm_trainer.model.module_names import set_trainable
 
         return set_trainable(self, parts, True)
 
     def set_layer_lora_rank(self, parts: str | Sequence[str], rank: int) -> list[str]:
         """Give attn.N, mlp.N, wte or lm_head low-rank adapters of this rank, 0: merge and remove them (lora.py)."""
-        from llm_trainer.model.lora import set_lora_rank
+        from llm_trainer.model.adapters.lora import set_lora_rank
 
         return set_lora_rank(self, parts, rank)
 

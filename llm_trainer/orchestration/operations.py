@@ -14,10 +14,10 @@ from torch import Tensor
 from llm_trainer.config.adapters import DEFAULT_NAME
 from llm_trainer.config.errors import UsageError
 from llm_trainer.config.schedules import Operation
-from llm_trainer.model.lora import freeze_resting_adapters, lora_set_of, merge_lora, set_lora_rank, train_adapters_only
-from llm_trainer.model.parts import set_trainable
+from llm_trainer.model.adapters.lora import freeze_resting_adapters, lora_set_of, merge_lora, set_lora_rank, train_adapters_only
+from llm_trainer.model.module_names import set_trainable
 from llm_trainer.model.surgery.depth import stack_layers
-from llm_trainer.model.surgery.form import Form, State, build, form_of
+from llm_trainer.model.surgery.model_state import Form, State, build, form_of
 from llm_trainer.model.surgery.pruning import prune_heads, prune_mlp
 from llm_trainer.model.surgery.vocabulary import read_remapping, resize_vocabulary
 from llm_trainer.model.surgery.width import widen_mlp, widen_model

@@ -9,8 +9,8 @@ from llm_trainer.config.batches import BatchPlan
 from llm_trainer.config.errors import UsageError
 from llm_trainer.config.model import ModelConfig
 from llm_trainer.config.schedules import Operation
-from llm_trainer.model.huggingface import empty_model
-from llm_trainer.model.surgery.form import Form, form_of
+from llm_trainer.model.hf.checkpoint import empty_model
+from llm_trainer.model.surgery.model_state import Form, form_of
 from llm_trainer.orchestration import operations
 from llm_trainer.orchestration.settings import CHANGES, Settings
 

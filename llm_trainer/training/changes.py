@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 from llm_trainer.config import UsageError
 from llm_trainer.config.batches import BatchPlan, resolve_batches
 from llm_trainer.config.model import ModelConfig
-from llm_trainer.model.huggingface import empty_model, read_config
-from llm_trainer.model.huggingface_config import resolved
-from llm_trainer.model.surgery.form import Form, form_of
+from llm_trainer.model.hf.checkpoint import empty_model, read_config
+from llm_trainer.model.hf.config import resolved
+from llm_trainer.model.surgery.model_state import Form, form_of
 from llm_trainer.training.engine import Engine, frozen_names
 from llm_trainer.training.schedules import ScheduleState
 from llm_trainer.training.state import RunChanges

@@ -28,8 +28,8 @@ from llm_trainer.config.deepspeed import zero_settings
 from llm_trainer.config.model import ModelConfig
 from llm_trainer.data.optional_deps import require
 from llm_trainer.data.sampling.samplers import Batch
-from llm_trainer.model.huggingface import empty_model
-from llm_trainer.model.surgery.form import Form
+from llm_trainer.model.hf.checkpoint import empty_model
+from llm_trainer.model.surgery.model_state import Form
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.autotune import Choice
 from llm_trainer.training.compilation import CompileMode

@@ -21,7 +21,7 @@ from llm_trainer.config.parallel import check_precision, check_rounds, check_sha
 from llm_trainer.data.sampling.packing import Packing
 from llm_trainer.data.sampling.samplers import Batch
 from llm_trainer.data.token_shards import TokenDataset
-from llm_trainer.model.surgery.form import Form, build
+from llm_trainer.model.surgery.model_state import Form, build
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.autotune import Choice, Probe, choose
 from llm_trainer.training.compilation import CompileMode, compile_model, uncompiled, undo_compile

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llm_trainer.config import TrainingConfig
 from llm_trainer.config.model import ModelConfig
 from llm_trainer.data.sampling.samplers import Batch
-from llm_trainer.model.quantized import bytes_saved, check_base
+from llm_trainer.model.adapters.nf4 import bytes_saved, check_base
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.context import ContextShare
 from llm_trainer.training.objectives import NextToken, TrainingStep

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm_trainer.model.parts import plain_name
-from llm_trainer.model.surgery.form import Form, State, form_of
+from llm_trainer.model.module_names import plain_name
+from llm_trainer.model.surgery.model_state import Form, State, form_of
 from llm_trainer.training.parallel import placed_like, whole
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from llm_trainer.config.errors import CheckpointError
 from llm_trainer.config.run_folder import JSON
-from llm_trainer.model.parts import plain_name
+from llm_trainer.model.module_names import plain_name
 from llm_trainer.training.parallel import Piece, assembled_like, is_elsewhere, piece_of, placed_like
 
 Held = tuple[str, Tensor, torch.optim.Optimizer, dict[str, Any]]

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from llm_trainer.config import TrainingConfig, UsageError
-from llm_trainer.model.lora import is_adapter_parameter
-from llm_trainer.model.parts import unwrapped
+from llm_trainer.model.adapters.lora import is_adapter_parameter
+from llm_trainer.model.module_names import unwrapped
 from llm_trainer.training.muon import BatchedMuon, undecorated
 from llm_trainer.training.parallel import mesh_of
 from llm_trainer.training.trainable import rate_factor_of, rate_factors

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from llm_trainer.config.parallel import ParallelPlan, check_shape
-from llm_trainer.model.huggingface import load_weights
-from llm_trainer.model.quantized import fill
+from llm_trainer.model.adapters.nf4 import fill
+from llm_trainer.model.hf.checkpoint import load_weights
 from llm_trainer.training.context import share_over
 from llm_trainer.training.matrices import cut_matrices, gradients_in_parts, sum_over
 from llm_trainer.training.objectives import TrainingStep

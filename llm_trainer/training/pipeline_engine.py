@@ -12,7 +12,7 @@ from llm_trainer.config import UsageError
 from llm_trainer.config.model import ModelConfig
 from llm_trainer.config.parallel import check_depth, check_shape
 from llm_trainer.data.sampling.samplers import Batch
-from llm_trainer.model.surgery.form import Form
+from llm_trainer.model.surgery.model_state import Form
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.autotune import Choice
 from llm_trainer.training.engine import Engine, StepResult, has_dropout

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from llm_trainer.cli.main import main
 from llm_trainer.inference.loading import load_model
-from llm_trainer.model.huggingface import load_pretrained
-from llm_trainer.model.lora import adapters_in_use
-from llm_trainer.model.peft import load_adapter
+from llm_trainer.model.adapters.lora import adapters_in_use
+from llm_trainer.model.hf.checkpoint import load_pretrained
+from llm_trainer.model.interop.peft_format import load_adapter
 
 IDS = torch.randint(60, (2, 12), generator=torch.Generator().manual_seed(3))
 TRAIN = ["train", "--data_dir=data/prepared/text", "--batch_size=4", "--max_steps=4", "--compile=off", "--learning_rate=0.02"]

@@ -13,9 +13,9 @@ from torch import Tensor
 from llm_trainer.cli.main import main
 from llm_trainer.cli.run_model import pretrained_model, pretrained_shape
 from llm_trainer.config import ModelConfig, UsageError
-from llm_trainer.model.huggingface import save_pretrained
-from llm_trainer.model.lora import is_adapter_parameter
-from llm_trainer.model.peft import save_adapter
+from llm_trainer.model.adapters.lora import is_adapter_parameter
+from llm_trainer.model.hf.checkpoint import save_pretrained
+from llm_trainer.model.interop.peft_format import save_adapter
 from llm_trainer.model.transformer import Transformer
 
 SMALL = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 48}

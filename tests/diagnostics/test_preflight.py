@@ -18,9 +18,9 @@ from llm_trainer.config import ModelConfig, RunConfig, TrainingConfig, UsageErro
 from llm_trainer.config.counting import parameter_count
 from llm_trainer.diagnostics.measuring import measured_step
 from llm_trainer.diagnostics.preflight import RESERVE, Plan, checkpoint_bytes, rank_memory, rank_shape, recommend, traffic
-from llm_trainer.model.cache import KVCache
-from llm_trainer.model.huggingface import save_pretrained
-from llm_trainer.model.quantized import is_quantized
+from llm_trainer.model.adapters.nf4 import is_quantized
+from llm_trainer.model.hf.checkpoint import save_pretrained
+from llm_trainer.model.kv_cache import KVCache
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.footprint import step_memory
 from llm_trainer.training.matrices import cut_matrices

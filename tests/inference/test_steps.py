@@ -6,7 +6,7 @@ from llm_trainer.inference.engine import choose_step
 from llm_trainer.inference.fused import FusedStep
 from llm_trainer.inference.products import multiply_vector
 from llm_trainer.inference.steps import DecodingStep, ModelStep
-from llm_trainer.model.cache import KVCache
+from llm_trainer.model.kv_cache import KVCache
 from llm_trainer.model.transformer import Transformer
 
 SHAPES: dict[str, dict[str, object]] = {

@@ -150,7 +150,7 @@ def test_replicas_save_the_files_that_one_rank_saves(folder: Path) -> None:
 
 
 def test_each_rank_saves_its_shards_and_together_they_are_the_model_folder_of_one(folder: Path) -> None:
-    from llm_trainer.model.huggingface import load_pretrained
+    from llm_trainer.model.hf.checkpoint import load_pretrained
     from llm_trainer.training.optimizer_state import read_tensors
 
     mine, theirs = folder / "fsdp/checkpoint-12", folder / "plain/checkpoint-12"

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from llm_trainer.model.attention import attend, attend_by_products
-from llm_trainer.model.positions import sequence_mask
+from llm_trainer.model.positional import sequence_mask
 
 
 def _inputs(kv_heads: int, dtype: torch.dtype) -> list[torch.Tensor]:

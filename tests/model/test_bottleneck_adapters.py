@@ -12,10 +12,10 @@ from torch import Tensor
 from llm_trainer.config import UsageError
 from llm_trainer.config.counting import part_sizes
 from llm_trainer.inference.fused import is_fusible
-from llm_trainer.model.cache import KVCache
-from llm_trainer.model.huggingface import load_pretrained, save_pretrained
-from llm_trainer.model.lora import is_adapter_parameter
-from llm_trainer.model.parts import parameter_counts
+from llm_trainer.model.adapters.lora import is_adapter_parameter
+from llm_trainer.model.hf.checkpoint import load_pretrained, save_pretrained
+from llm_trainer.model.kv_cache import KVCache
+from llm_trainer.model.module_names import parameter_counts
 from llm_trainer.model.transformer import Transformer
 
 IDS = torch.randint(61, (3, 12), generator=torch.Generator().manual_seed(3))

@@ -6,7 +6,7 @@ import pytest
 from model_shapes import small_config
 
 from llm_trainer.config import UsageError
-from llm_trainer.model.parts import frozen_parts, matching_parts, trainable_counts
+from llm_trainer.model.module_names import frozen_parts, matching_parts, trainable_counts
 from llm_trainer.model.transformer import Transformer
 
 

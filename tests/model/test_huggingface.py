@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from model_shapes import SHAPES, small_config
 
 from llm_trainer.config import CheckpointError, ModelConfig
-from llm_trainer.model.huggingface import (
+from llm_trainer.model.hf.checkpoint import (
     config_from_huggingface,
     config_to_huggingface,
     load_pretrained,
     load_weights,
     save_pretrained,
 )
-from llm_trainer.model.huggingface_config import family_of, resolved
+from llm_trainer.model.hf.config import family_of, resolved
 from llm_trainer.model.transformer import Transformer
 
 WITH_COUNTERPART = {

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from llm_trainer.config import UsageError
 from llm_trainer.config.adapters import LoraConfig
 from llm_trainer.config.counting import part_sizes
-from llm_trainer.model.huggingface import load_pretrained, save_pretrained
-from llm_trainer.model.lora import (
+from llm_trainer.model.adapters.lora import (
     adapters_in_use,
     add_adapters,
     is_adapter_parameter,
@@ -22,7 +21,8 @@ from llm_trainer.model.lora import (
     set_lora_rank,
     use_adapters,
 )
-from llm_trainer.model.parts import parameter_counts
+from llm_trainer.model.hf.checkpoint import load_pretrained, save_pretrained
+from llm_trainer.model.module_names import parameter_counts
 from llm_trainer.model.transformer import Linear, Transformer
 
 IDS = torch.randint(61, (2, 12), generator=torch.Generator().manual_seed(3))

@@ -9,7 +9,7 @@ from model_shapes import small_config
 from torch import nn
 
 from llm_trainer.config import CheckpointError
-from llm_trainer.model.nanogpt import load_nanogpt
+from llm_trainer.model.interop.nanogpt_import import load_nanogpt
 
 ARGUMENTS = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 48, "vocab_size": 61, "dropout": 0.0}
 

@@ -9,8 +9,8 @@ import torch
 from model_shapes import small_config
 
 from llm_trainer.config import CheckpointError, UsageError
-from llm_trainer.model.huggingface import load_pretrained, save_pretrained
-from llm_trainer.model.partial import load_partially
+from llm_trainer.model.hf.checkpoint import load_pretrained, save_pretrained
+from llm_trainer.model.interop.partial_load import load_partially
 from llm_trainer.model.transformer import Transformer
 
 

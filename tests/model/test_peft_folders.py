@@ -11,9 +11,9 @@ from model_shapes import small_config
 from torch import Tensor
 
 from llm_trainer.config import CheckpointError, UsageError
-from llm_trainer.model.huggingface import load_pretrained, save_pretrained
-from llm_trainer.model.lora import is_adapter_parameter, remove_adapters
-from llm_trainer.model.peft import load_adapter, save_adapter
+from llm_trainer.model.adapters.lora import is_adapter_parameter, remove_adapters
+from llm_trainer.model.hf.checkpoint import load_pretrained, save_pretrained
+from llm_trainer.model.interop.peft_format import load_adapter, save_adapter
 from llm_trainer.model.transformer import Transformer
 
 IDS = torch.randint(61, (2, 12), generator=torch.Generator().manual_seed(3))

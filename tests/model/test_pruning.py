@@ -10,10 +10,10 @@ from model_shapes import small_config
 
 from llm_trainer.config import UsageError
 from llm_trainer.config.counting import parameter_count
-from llm_trainer.model.cache import KVCache
-from llm_trainer.model.huggingface import load_pretrained, save_pretrained
+from llm_trainer.model.hf.checkpoint import load_pretrained, save_pretrained
+from llm_trainer.model.kv_cache import KVCache
 from llm_trainer.model.surgery.depth import stack_layers
-from llm_trainer.model.surgery.form import Form, build, form_of
+from llm_trainer.model.surgery.model_state import Form, build, form_of
 from llm_trainer.model.surgery.pruning import prune_heads, prune_mlp
 from llm_trainer.model.surgery.width import widen_mlp
 from llm_trainer.model.transformer import Transformer

@@ -11,9 +11,9 @@ from model_shapes import small_config
 from torch import Tensor
 
 from llm_trainer.config import UsageError
-from llm_trainer.model.huggingface import load_pretrained, save_pretrained
-from llm_trainer.model.lora import train_adapters_only
-from llm_trainer.model.quantized import dequantized, fill, is_quantized, quantize_blocks, quantized
+from llm_trainer.model.adapters.lora import train_adapters_only
+from llm_trainer.model.adapters.nf4 import dequantized, fill, is_quantized, quantize_blocks, quantized
+from llm_trainer.model.hf.checkpoint import load_pretrained, save_pretrained
 from llm_trainer.model.transformer import Transformer
 
 IDS = torch.randint(61, (2, 12), generator=torch.Generator().manual_seed(3))

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llm_trainer.config import ModelConfig, UsageError
-from llm_trainer.model.lora import is_adapter_parameter
+from llm_trainer.model.adapters.lora import is_adapter_parameter
 from llm_trainer.model.surgery.depth import stack_layers
-from llm_trainer.model.surgery.form import Form, build, form_of
+from llm_trainer.model.surgery.model_state import Form, build, form_of
 from llm_trainer.model.surgery.pruning import prune_heads, prune_mlp
 from llm_trainer.model.surgery.vocabulary import read_remapping, resize_vocabulary
 from llm_trainer.model.surgery.width import widen_mlp, widen_model

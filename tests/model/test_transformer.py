@@ -8,8 +8,8 @@ from model_shapes import SHAPES, small_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llm_trainer.config import ModelConfig, UsageError
-from llm_trainer.model.cache import KVCache
-from llm_trainer.model.positions import positions_in_documents
+from llm_trainer.model.kv_cache import KVCache
+from llm_trainer.model.positional import positions_in_documents
 from llm_trainer.model.transformer import Transformer
 
 ROWS, LENGTH = 3, 20

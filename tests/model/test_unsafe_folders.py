@@ -10,7 +10,7 @@ from model_shapes import SHAPES, small_config
 from safetensors.torch import load_file, save_file
 
 from llm_trainer.config import CheckpointError
-from llm_trainer.model.huggingface import config_from_huggingface, load_pretrained, save_pretrained
+from llm_trainer.model.hf.checkpoint import config_from_huggingface, load_pretrained, save_pretrained
 from llm_trainer.model.transformer import Transformer
 
 

@@ -14,8 +14,8 @@ from llm_trainer.cli.run_model import pretrained_model
 from llm_trainer.config import ModelConfig, UsageError
 from llm_trainer.config.schedules import Operation
 from llm_trainer.inference.loading import load_transformer
-from llm_trainer.model.huggingface import save_pretrained
-from llm_trainer.model.lora import adapters_in_use, is_adapter_parameter, use_adapters
+from llm_trainer.model.adapters.lora import adapters_in_use, is_adapter_parameter, use_adapters
+from llm_trainer.model.hf.checkpoint import save_pretrained
 from llm_trainer.orchestration.orchestrator import Orchestrator
 from llm_trainer.orchestration.settings import Settings
 from llm_trainer.orchestration.simulation import simulate

@@ -15,7 +15,7 @@ from tiny_run import tiny_trainer
 from llm_trainer.config import UsageError
 from llm_trainer.config.schedules import Operation
 from llm_trainer.evaluation.report import write_report
-from llm_trainer.model.lora import is_adapter_parameter
+from llm_trainer.model.adapters.lora import is_adapter_parameter
 from llm_trainer.orchestration.orchestrator import Orchestrator, foreseen, reason
 from llm_trainer.training.callbacks import Callback
 from llm_trainer.training.metrics import read_metrics

@@ -11,8 +11,8 @@ import pytest
 from llm_trainer.config import ModelConfig, UsageError
 from llm_trainer.config.parallel import ParallelPlan, check_shape
 from llm_trainer.config.schedules import Operation
-from llm_trainer.model.huggingface import empty_model
-from llm_trainer.model.surgery.form import form_of
+from llm_trainer.model.hf.checkpoint import empty_model
+from llm_trainer.model.surgery.model_state import form_of
 from llm_trainer.orchestration.settings import Settings
 from llm_trainer.orchestration.simulation import simulate
 

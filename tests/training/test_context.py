@@ -8,7 +8,7 @@ from torch import Tensor
 
 from llm_trainer.config import ModelConfig, TrainingConfig
 from llm_trainer.model.attention import attend
-from llm_trainer.model.positions import sequence_mask
+from llm_trainer.model.positional import sequence_mask
 from llm_trainer.training.context import ContextShare, places_of
 from llm_trainer.training.footprint import step_memory
 

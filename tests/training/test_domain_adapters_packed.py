@@ -18,7 +18,7 @@ from llm_trainer.data.sampling.mixture import TokenMixture
 from llm_trainer.data.sampling.packing import Packing
 from llm_trainer.data.sampling.samplers import open_sampler, validation_batches
 from llm_trainer.data.token_shards import ShardWriter, TokenDataset
-from llm_trainer.model.lora import is_adapter_parameter
+from llm_trainer.model.adapters.lora import is_adapter_parameter
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.context import part_of
 from llm_trainer.training.objectives import NextToken, TrainingStep

@@ -12,9 +12,9 @@ from tiny_run import tiny_config, tiny_model, tokens
 from llm_trainer.config import UsageError
 from llm_trainer.config.parallel import check_plan
 from llm_trainer.config.schedules import Operation
-from llm_trainer.model.huggingface import load_pretrained
-from llm_trainer.model.lora import is_adapter_parameter, merge_lora
-from llm_trainer.model.quantized import dequantized, is_quantized
+from llm_trainer.model.adapters.lora import is_adapter_parameter, merge_lora
+from llm_trainer.model.adapters.nf4 import dequantized, is_quantized
+from llm_trainer.model.hf.checkpoint import load_pretrained
 from llm_trainer.orchestration.orchestrator import foreseen
 from llm_trainer.training.capture import HostCopies, Snapshot, capture
 from llm_trainer.training.footprint import Ledger

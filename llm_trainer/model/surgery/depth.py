@@ -17,7 +17,7 @@ from torch import Tensor
 from llm_trainer.config.adapters import LoraConfig
 from llm_trainer.config.errors import UsageError
 from llm_trainer.config.model import ModelConfig
-from llm_trainer.model.surgery.form import Form
+from llm_trainer.model.surgery.model_state import Form
 
 _OUTPUT = re.compile(r"(attn\.o_proj|mlp\.down_proj)\.(weight|bias|lora\..+\.b)|(domain_)?adapter\.up")
 """What writes into the residual stream in a block, by its name there; of two factors the second."""

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from llm_trainer.config.errors import UsageError
 from llm_trainer.config.model import ModelConfig
-from llm_trainer.model.parts import matching_parts
-from llm_trainer.model.surgery.axes import sew
-from llm_trainer.model.surgery.form import Form
+from llm_trainer.model.module_names import matching_parts
+from llm_trainer.model.surgery.model_state import Form
+from llm_trainer.model.surgery.width_map import sew
 from llm_trainer.model.transformer import Transformer
 
 

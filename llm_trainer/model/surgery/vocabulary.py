@@ -14,8 +14,8 @@ import torch
 
 from llm_trainer.config.errors import UsageError
 from llm_trainer.config.model import ModelConfig
-from llm_trainer.model.surgery.axes import MEAN, sew
-from llm_trainer.model.surgery.form import Form
+from llm_trainer.model.surgery.model_state import Form
+from llm_trainer.model.surgery.width_map import MEAN, sew
 
 
 def read_remapping(path: Path | str) -> dict[int, int]:

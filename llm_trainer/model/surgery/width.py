@@ -6,8 +6,8 @@ import torch
 
 from llm_trainer.config.errors import UsageError
 from llm_trainer.config.model import ModelConfig
-from llm_trainer.model.surgery.axes import Changes, sew, spread
-from llm_trainer.model.surgery.form import Form
+from llm_trainer.model.surgery.model_state import Form
+from llm_trainer.model.surgery.width_map import Changes, sew, spread
 
 SPLIT = 0.5
 """How much readers of copies differ, in standard deviations of their matrix; their sum does not."""

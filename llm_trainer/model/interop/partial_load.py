@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from llm_trainer.config.errors import CheckpointError
-from llm_trainer.model.huggingface import load_pretrained
-from llm_trainer.model.parts import matching_parts, part_of_parameter, unwrapped
+from llm_trainer.model.hf.checkpoint import load_pretrained
+from llm_trainer.model.module_names import matching_parts, part_of_parameter, unwrapped
 
 
 @dataclass(frozen=True)

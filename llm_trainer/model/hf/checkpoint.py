@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from llm_trainer.config.errors import CheckpointError
 from llm_trainer.config.model import ModelConfig
-from llm_trainer.model.huggingface_config import OWN_SECTION, config_from_huggingface, config_to_huggingface, family_of
-from llm_trainer.model.huggingface_weights import IGNORED_ENDINGS, Entry, entries
-from llm_trainer.model.parts import unwrapped
-from llm_trainer.model.quantized import dequantized
+from llm_trainer.model.adapters.nf4 import dequantized
+from llm_trainer.model.hf.config import OWN_SECTION, config_from_huggingface, config_to_huggingface, family_of
+from llm_trainer.model.hf.weight_map import IGNORED_ENDINGS, Entry, entries
+from llm_trainer.model.module_names import unwrapped
 from llm_trainer.model.transformer import Transformer
 
 __all__ = [

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from llm_trainer.config.adapters import DEFAULT_NAME, LoraConfig
 from llm_trainer.config.errors import CheckpointError, UsageError
-from llm_trainer.model.huggingface_config import family_of
-from llm_trainer.model.huggingface_weights import entries
-from llm_trainer.model.lora import add_adapters, targets
-from llm_trainer.model.low_rank import LoraEmbedding, LoraLinear, LowRank
-from llm_trainer.model.parts import plain_name, unwrapped
+from llm_trainer.model.adapters.lora import add_adapters, targets
+from llm_trainer.model.adapters.lora_layers import LoraEmbedding, LoraLinear, LowRank
+from llm_trainer.model.hf.config import family_of
+from llm_trainer.model.hf.weight_map import entries
+from llm_trainer.model.module_names import plain_name, unwrapped
 from llm_trainer.model.transformer import Transformer
 
 CONFIG_NAME = "adapter_config.json"

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from llm_trainer.config.adapters import DEFAULT_NAME, LoraConfig
 from llm_trainer.config.errors import UsageError
-from llm_trainer.model.low_rank import Adapted, LoraEmbedding, LoraLinear, LowRank, low_rank_of
-from llm_trainer.model.parts import matching_parts, unwrapped
+from llm_trainer.model.adapters.lora_layers import Adapted, LoraEmbedding, LoraLinear, LowRank, low_rank_of
+from llm_trainer.model.module_names import matching_parts, unwrapped
 from llm_trainer.model.transformer import Embedding, Linear, Transformer
 
 MATRICES = ("wte", "lm_head")

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from llm_trainer.config.model import ModelConfig
-from llm_trainer.model.surgery.form import Form
+from llm_trainer.model.surgery.model_state import Form
 
 MEAN = -1
 """In an index: no old entry, but the mean of all of them."""

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm_trainer.model.quantized import product
+from llm_trainer.model.adapters.nf4 import product
 from llm_trainer.model.transformer import Embedding, Linear
 
 

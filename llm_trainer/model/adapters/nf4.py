@@ -77,7 +77,7 @@ def bytes_saved(model: Transformer) -> int:
 
 def _base_matrices(model: Transformer) -> Iterator[tuple[nn.Module, str, Linear, str]]:
     """Each matrix of attention and MLP: the module that holds it, its name there, itself, and what to call it."""
-    from llm_trainer.model.lora import PROJECTIONS
+    from llm_trainer.model.adapters.lora import PROJECTIONS
 
     for number, block in enumerate(model.blocks):
         for kind, names in PROJECTIONS.items():

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from llm_trainer.config.errors import CheckpointError
 from llm_trainer.config.model import ModelConfig
-from llm_trainer.model.huggingface import empty_model
-from llm_trainer.model.huggingface_weights import Entry, entries
-from llm_trainer.model.parts import plain_name
+from llm_trainer.model.hf.checkpoint import empty_model
+from llm_trainer.model.hf.weight_map import Entry, entries
+from llm_trainer.model.module_names import plain_name
 from llm_trainer.model.transformer import Transformer
 
 _SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from llm_trainer.config.model import ModelConfig
-from llm_trainer.model.huggingface import empty_model
-from llm_trainer.model.parts import plain_name, unwrapped
+from llm_trainer.model.hf.checkpoint import empty_model
+from llm_trainer.model.module_names import plain_name, unwrapped
 from llm_trainer.model.transformer import Transformer
 
 State = Mapping[str, Tensor]
