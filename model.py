@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # a clone is used without being installed
 
 from llm_trainer.config import ModelConfig
-from llm_trainer.inference.loading import LanguageModel, load_model
+from llm_trainer.inference.load_model import LanguageModel, load_model
 from llm_trainer.model.transformer import Transformer
 
 __all__ = ["LanguageModel", "ModelConfig", "Transformer", "load_model"]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llm_trainer.config import DataConfig, GenerationConfig, ModelConfig, RunConfig, TrainingConfig
     from llm_trainer.data.tokenization.tokenizer import Tokenizer
-    from llm_trainer.inference.loading import LanguageModel, load_model
+    from llm_trainer.inference.load_model import LanguageModel, load_model
     from llm_trainer.model.transformer import Transformer
     from llm_trainer.training.callbacks import Callback, EarlyStopping
     from llm_trainer.training.trainer import Trainer
@@ -26,14 +26,14 @@ _HOMES = {
     "DataConfig": "llm_trainer.config",
     "EarlyStopping": "llm_trainer.training.callbacks",
     "GenerationConfig": "llm_trainer.config",
-    "LanguageModel": "llm_trainer.inference.loading",
+    "LanguageModel": "llm_trainer.inference.load_model",
     "ModelConfig": "llm_trainer.config",
     "RunConfig": "llm_trainer.config",
     "Tokenizer": "llm_trainer.data.tokenization.tokenizer",
     "Trainer": "llm_trainer.training.trainer",
     "TrainingConfig": "llm_trainer.config",
     "Transformer": "llm_trainer.model.transformer",
-    "load_model": "llm_trainer.inference.loading",
+    "load_model": "llm_trainer.inference.load_model",
 }
 
 __all__ = [

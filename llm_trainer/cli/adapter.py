@@ -28,7 +28,7 @@ def run(argv: list[str]) -> int:
         raise UsageError("no model is named: give --model with a run folder, a checkpoint or the name of a model on the hub")
     for folder in (own.merged_output, own.base_output, own.output if own.merged_output is None else None):
         _refuse_filled(folder)
-    from llm_trainer.inference.loading import find_model, load_transformer
+    from llm_trainer.inference.load_model import find_model, load_transformer
 
     source = find_model(inference.model)
     model = load_transformer(source)
@@ -112,7 +112,7 @@ def _differs(model: Transformer, base: str) -> str | None:
     """The first tensor that is another than the base's; None where all are the same."""
     import torch
 
-    from llm_trainer.inference.loading import find_model, load_transformer
+    from llm_trainer.inference.load_model import find_model, load_transformer
 
     theirs = dict(load_transformer(find_model(base)).named_parameters())
     held = {name: one for name, one in model.named_parameters() if ".lora." not in name}

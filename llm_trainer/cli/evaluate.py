@@ -43,7 +43,7 @@ def evaluate(door: Door, argv: Sequence[str]) -> int:
 
     from llm_trainer.cli.telling import in_words
     from llm_trainer.evaluation.perplexity import evaluate_source
-    from llm_trainer.inference.loading import load_model
+    from llm_trainer.inference.load_model import load_model
 
     console = new_console()
     model, _ = load_model(inference.model, device=inference.device, precision=inference.precision, adapter=inference.adapter)

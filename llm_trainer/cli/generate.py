@@ -47,7 +47,7 @@ def generate(door: Door, argv: Sequence[str]) -> int:
     config = loaded.config
     source = model_source(loaded)
     prompt = prompt_text(config.inference.prompt)
-    from llm_trainer.inference.loading import load_model
+    from llm_trainer.inference.load_model import load_model
 
     inference = config.inference
     model, _ = load_model(source, inference.device, inference.precision, inference.compile, inference.adapter)

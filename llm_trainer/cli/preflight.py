@@ -80,7 +80,7 @@ def debug_memory(argv: list[str]) -> int:
         raise UsageError("no model is named: give --model_path with a run folder, a checkpoint or the name of a model on the hub")
     from llm_trainer.diagnostics.measuring import measured_step
     from llm_trainer.diagnostics.preflight import Plan, rank_memory
-    from llm_trainer.inference.loading import find_model, load_transformer
+    from llm_trainer.inference.load_model import find_model, load_transformer
 
     model = load_transformer(find_model(own.model_path))
     shape = model.config

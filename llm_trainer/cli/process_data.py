@@ -82,7 +82,7 @@ def infer(data: DataConfig, own: ProcessOptions, output: Path, console: Console)
         raise UsageError("--mode inference needs a model: give --student_model_path with a run folder or a checkpoint")
     from llm_trainer.cli.telling import in_words
     from llm_trainer.evaluation.perplexity import evaluate_text
-    from llm_trainer.inference.loading import load_model
+    from llm_trainer.inference.load_model import load_model
 
     texts = list(held_out_texts(input_folder(data)))
     model, tokenizer = load_model(own.student_model_path)

@@ -158,7 +158,7 @@ def draw_samples(parts: Assembled, own: QuickstartOptions, console: Console) -> 
     from rich.text import Text
 
     from llm_trainer.evaluation.facts import Sample
-    from llm_trainer.inference.loading import load_model
+    from llm_trainer.inference.load_model import load_model
 
     run_folder = Path(own.output_dir)
     model, _ = load_model(run_folder / BEST_MODEL if (run_folder / BEST_MODEL).is_dir() else run_folder)

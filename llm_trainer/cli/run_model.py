@@ -71,7 +71,7 @@ def pretrained_model(source: str, said: ModelConfig, corpora: Sequence[str] = ()
     `corpora` are those of the data's mixture, which domain adapters are named after where nothing else was said; `adapter` is a folder
     of PEFT's. Raises UsageError where another shape was said than the weights have, CheckpointError where there are no weights.
     """
-    from llm_trainer.inference.loading import find_model, load_transformer
+    from llm_trainer.inference.load_model import find_model, load_transformer
 
     loaded = load_transformer(find_model(source))
     shape = _with_changes(source, loaded.config, said)
@@ -83,7 +83,7 @@ def pretrained_shape(source: str, said: ModelConfig, adapter: str | None = None)
     """The configuration of what `pretrained_model` gives, without its weights. Raises as that."""
     import torch
 
-    from llm_trainer.inference.loading import find_description
+    from llm_trainer.inference.load_model import find_description
     from llm_trainer.model.hf.checkpoint import empty_model
 
     described = empty_model(_with_changes(source, find_description(source), said), "meta")
@@ -93,7 +93,7 @@ def pretrained_shape(source: str, said: ModelConfig, adapter: str | None = None)
 
 def transferred(model: Transformer, source: str, parts: Sequence[str]) -> list[str]:
     """Take what fits of another model's weights; returns what to tell of it."""
-    from llm_trainer.inference.loading import find_model
+    from llm_trainer.inference.load_model import find_model
     from llm_trainer.model.interop.partial_load import load_partially
 
     return load_partially(model, find_model(source), parts).lines()
@@ -126,7 +126,7 @@ def is_pretrained(init_from: str) -> bool:
 def use_tokenizer_of(source: str, data: DataConfig) -> None:
     """Text that is prepared for a pretrained model is prepared with that model's tokenizer, unless another one was said."""
     if data.tokenizer_path is None and data.tokenizer_type == "auto" and (data.input is not None or data.dataset_name is not None):
-        from llm_trainer.inference.loading import find_model
+        from llm_trainer.inference.load_model import find_model
 
         folder = find_model(source)
         if (folder / "tokenizer.json").is_file():
@@ -136,7 +136,7 @@ def use_tokenizer_of(source: str, data: DataConfig) -> None:
 def refuse_other_tokens(source: str, tokenizer: Tokenizer | None) -> None:
     """Raises DataError where the data's ids mean other text than the ids that the pretrained model has learned."""
     from llm_trainer.data.tokenization.tokenizer import Tokenizer
-    from llm_trainer.inference.loading import find_model
+    from llm_trainer.inference.load_model import find_model
 
     folder = find_model(source)
     if tokenizer is None or not (folder / "tokenizer.json").is_file():

@@ -8,11 +8,11 @@ from typing import Any, overload
 from llm_trainer.config.errors import UsageError
 from llm_trainer.config.generation import GenerationConfig
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
-from llm_trainer.inference.answers import Answer, GrowingAnswer
-from llm_trainer.inference.decoding import decode
-from llm_trainer.inference.fused import FusedStep, is_fusible
-from llm_trainer.inference.head import Head
-from llm_trainer.inference.steps import DecodingStep, ModelStep
+from llm_trainer.inference.cpu.fused_decoder import FusedStep, is_fusible
+from llm_trainer.inference.cpu.lm_head import Head
+from llm_trainer.inference.generation_loop import decode
+from llm_trainer.inference.model_runner import DecodingStep, ModelStep
+from llm_trainer.inference.sequence import Answer, GrowingAnswer
 from llm_trainer.model.transformer import Transformer
 
 # More rows at once would cost memory for their caches and win little.

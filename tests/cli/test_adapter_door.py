@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llm_trainer.cli.main import main
-from llm_trainer.inference.loading import load_model
+from llm_trainer.inference.load_model import load_model
 from llm_trainer.model.adapters.lora import adapters_in_use
 from llm_trainer.model.hf.checkpoint import load_pretrained
 from llm_trainer.model.interop.peft_format import load_adapter

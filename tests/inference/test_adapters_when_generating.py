@@ -10,8 +10,8 @@ import torch
 from llm_trainer.config import ModelConfig, UsageError
 from llm_trainer.config.adapters import LoraConfig
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
-from llm_trainer.inference.fused import FusedStep, is_fusible
-from llm_trainer.inference.loading import load_model
+from llm_trainer.inference.cpu.fused_decoder import FusedStep, is_fusible
+from llm_trainer.inference.load_model import load_model
 from llm_trainer.model.adapters.lora import add_adapters, is_adapter_parameter, use_adapters
 from llm_trainer.model.hf.checkpoint import save_pretrained
 from llm_trainer.model.interop.peft_format import save_adapter

@@ -10,7 +10,7 @@ from llm_trainer.config.generation import GenerationConfig
 from llm_trainer.config.model import ModelConfig
 from llm_trainer.config.run_folder import write_manifest
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
-from llm_trainer.inference.loading import load_model, resolve_device
+from llm_trainer.inference.load_model import load_model, resolve_device
 from llm_trainer.model.hf.checkpoint import save_pretrained
 from llm_trainer.model.hf.weight_map import Entry, entries
 from llm_trainer.model.transformer import Transformer

@@ -3,10 +3,10 @@ import torch
 
 from llm_trainer.config.generation import GenerationConfig
 from llm_trainer.config.model import ModelConfig
+from llm_trainer.inference.cpu.int8_candidates import LARGEST_SHARE, Shortlist, multiplies_bytes_exactly
+from llm_trainer.inference.cpu.lm_head import Head, Scores
 from llm_trainer.inference.engine import LanguageModel
-from llm_trainer.inference.head import Head, Scores
 from llm_trainer.inference.sampling import Sampler, SamplingRow
-from llm_trainer.inference.shortlist import LARGEST_SHARE, Shortlist, multiplies_bytes_exactly
 from llm_trainer.model.transformer import Transformer
 
 needs_exact_bytes = pytest.mark.skipif(not multiplies_bytes_exactly(), reason="this processor has no VNNI")
@@ -95,16 +95,16 @@ def test_a_text_is_the_same_with_and_without(settings: dict[str, float], dtype: 
         return ids
 
     monkeypatch.setattr(Head, "_search", counting)
-    monkeypatch.setattr("llm_trainer.inference.head.TOKENS_BEFORE_SHORTLIST", 0)
-    monkeypatch.setattr("llm_trainer.inference.shortlist.FEWEST_WEIGHTS", 0)
+    monkeypatch.setattr("llm_trainer.inference.cpu.lm_head.TOKENS_BEFORE_SHORTLIST", 0)
+    monkeypatch.setattr("llm_trainer.inference.cpu.int8_candidates.FEWEST_WEIGHTS", 0)
     assert language_model(dtype).generate_ids([[5, 6, 7]], config)[0].ids == whole
     assert len(lists) > 20, "else the list was hardly used"
 
 
 @needs_exact_bytes
 def test_tokens_without_a_meaning_are_not_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm_trainer.inference.head.TOKENS_BEFORE_SHORTLIST", 0)
-    monkeypatch.setattr("llm_trainer.inference.shortlist.FEWEST_WEIGHTS", 0)
+    monkeypatch.setattr("llm_trainer.inference.cpu.lm_head.TOKENS_BEFORE_SHORTLIST", 0)
+    monkeypatch.setattr("llm_trainer.inference.cpu.int8_candidates.FEWEST_WEIGHTS", 0)
     model = language_model(torch.float32).model
     hidden = model.lm_head.weight[2900:2901].detach()  # likest to a token beyond the vocabulary
     with torch.inference_mode():

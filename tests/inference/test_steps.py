@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from llm_trainer.config.model import ModelConfig
+from llm_trainer.inference.cpu.fused_decoder import FusedStep
+from llm_trainer.inference.cpu.matvec import multiply_vector
 from llm_trainer.inference.engine import choose_step
-from llm_trainer.inference.fused import FusedStep
-from llm_trainer.inference.products import multiply_vector
-from llm_trainer.inference.steps import DecodingStep, ModelStep
+from llm_trainer.inference.model_runner import DecodingStep, ModelStep
 from llm_trainer.model.kv_cache import KVCache
 from llm_trainer.model.transformer import Transformer
 

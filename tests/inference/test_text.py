@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from llm_trainer.inference.text import TextStream
+from llm_trainer.inference.detokenizer import TextStream
 
 ALPHABET = "ab\néß€語🙂👩‍👩‍👧"
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llm_trainer.config import UsageError
 from llm_trainer.config.counting import part_sizes
-from llm_trainer.inference.fused import is_fusible
+from llm_trainer.inference.cpu.fused_decoder import is_fusible
 from llm_trainer.model.adapters.lora import is_adapter_parameter
 from llm_trainer.model.hf.checkpoint import load_pretrained, save_pretrained
 from llm_trainer.model.kv_cache import KVCache

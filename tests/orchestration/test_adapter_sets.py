@@ -13,7 +13,7 @@ from llm_trainer.cli.adapter import chosen_adapter
 from llm_trainer.cli.run_model import pretrained_model
 from llm_trainer.config import ModelConfig, UsageError
 from llm_trainer.config.schedules import Operation
-from llm_trainer.inference.loading import load_transformer
+from llm_trainer.inference.load_model import load_transformer
 from llm_trainer.model.adapters.lora import adapters_in_use, is_adapter_parameter, use_adapters
 from llm_trainer.model.hf.checkpoint import save_pretrained
 from llm_trainer.orchestration.orchestrator import Orchestrator

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llm_trainer.config import ModelConfig, TrainingConfig, UsageError
 from llm_trainer.config.counting import parameter_count
-from llm_trainer.inference.loading import load_transformer
+from llm_trainer.inference.load_model import load_transformer
 from llm_trainer.model.adapters.lora import is_adapter_parameter, merge_lora
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.optimizers import build_optimizers

@@ -13,10 +13,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from llm_trainer.inference.answers import GrowingAnswer
-from llm_trainer.inference.head import Head
+from llm_trainer.inference.cpu.lm_head import Head
+from llm_trainer.inference.model_runner import DecodingStep
 from llm_trainer.inference.sampling import Sampler
-from llm_trainer.inference.steps import DecodingStep
+from llm_trainer.inference.sequence import GrowingAnswer
 from llm_trainer.model.kv_cache import KVCache
 from llm_trainer.model.transformer import Transformer
 

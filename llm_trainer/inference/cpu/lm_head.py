@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llm_trainer.inference.products import product_of
-from llm_trainer.inference.shortlist import Shortlist, shortlist_pays
+from llm_trainer.inference.cpu.int8_candidates import Shortlist, shortlist_pays
+from llm_trainer.inference.cpu.matvec import product_of
 from llm_trainer.model.transformer import Linear, Transformer
 
 # A shortlist costs as much as it saves in about a hundred tokens, so short answers go without.

@@ -8,8 +8,8 @@ from typing import Literal
 
 from llm_trainer.config.errors import UsageError
 from llm_trainer.config.generation import GenerationConfig
+from llm_trainer.inference.detokenizer import TextStream
 from llm_trainer.inference.sampling import SamplingRow
-from llm_trainer.inference.text import TextStream
 
 FinishReason = Literal["stop", "length"]
 

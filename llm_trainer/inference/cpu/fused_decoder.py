@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm_trainer.inference.products import Product, multiply_vector, product_of
+from llm_trainer.inference.cpu.matvec import Product, multiply_vector, product_of
 from llm_trainer.model.kv_cache import KVCache, LayerCache
 from llm_trainer.model.positional import cache_mask, rotate
 from llm_trainer.model.transformer import MLP, Attention, Block, Linear, Transformer
