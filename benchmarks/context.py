@@ -96,7 +96,7 @@ def _settings(tokens: int, ranks: int) -> tuple[ModelConfig, TrainingConfig]:
 
 def _expected(tokens: int, ranks: int) -> float:
     """What the estimate says of a rank."""
-    from llm_trainer.diagnostics.preflight import Plan, rank_memory
+    from llm_trainer.diagnostics.memory_plan import Plan, rank_memory
 
     return rank_memory(*_settings(tokens, ranks), Plan(sequences=1, context=ranks)).total
 

@@ -117,7 +117,7 @@ def measure(name: str) -> float:
     import torch
 
     from llm_trainer.config import ModelConfig, TrainingConfig
-    from llm_trainer.diagnostics.measuring import measured_step
+    from llm_trainer.diagnostics.measure_memory import measured_step
 
     shape, training, sequences, micro_batches = CONFIGURATIONS[name]
     torch.manual_seed(0)

@@ -12,7 +12,7 @@ from llm_trainer.config.batches import divisions, micro_batch_bounds, resolve_ba
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from llm_trainer.diagnostics.preflight import Plan, RankMemory
+    from llm_trainer.diagnostics.memory_plan import Plan, RankMemory
 
 GIGABYTE = 1e9
 TOO_LARGE = 1
@@ -26,7 +26,7 @@ def run(argv: list[str]) -> int:
     assert isinstance(loaded.own, PreflightOptions)
     from llm_trainer.cli.run_model import is_pretrained, pretrained_shape
     from llm_trainer.config.counting import parameter_count
-    from llm_trainer.diagnostics.preflight import RESERVE, Plan, rank_memories, recommend, traffic
+    from llm_trainer.diagnostics.memory_plan import RESERVE, Plan, rank_memories, recommend, traffic
 
     shape, training, own = loaded.config.model, loaded.config.training, loaded.own
     if is_pretrained(training.init_from):
@@ -78,8 +78,8 @@ def debug_memory(argv: list[str]) -> int:
     own = loaded.own
     if own.model_path is None:
         raise UsageError("no model is named: give --model_path with a run folder, a checkpoint or the name of a model on the hub")
-    from llm_trainer.diagnostics.measuring import measured_step
-    from llm_trainer.diagnostics.preflight import Plan, rank_memory
+    from llm_trainer.diagnostics.measure_memory import measured_step
+    from llm_trainer.diagnostics.memory_plan import Plan, rank_memory
     from llm_trainer.inference.load_model import find_model, load_transformer
 
     model = load_transformer(find_model(own.model_path))

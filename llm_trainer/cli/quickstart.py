@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from llm_trainer.cli.run_data import RunData
-    from llm_trainer.evaluation.facts import Sample
     from llm_trainer.model.transformer import Transformer
+    from llm_trainer.reporting.run_metadata import Sample
 
 CONTEXT = 256
 BATCH = 8  # many small steps learn more in two minutes than few large ones
@@ -134,7 +134,7 @@ def steps_that_fit(model: Transformer, data: RunData, training: TrainingConfig, 
 def talk_and_report(parts: Assembled, own: QuickstartOptions, console: Console, command: str) -> int:
     """Train, print figures and samples, write the report."""
     from llm_trainer.cli.telling import in_words, record_facts, tell_start
-    from llm_trainer.evaluation.report import write_report
+    from llm_trainer.reporting.run_report import write_report
     from llm_trainer.training.trainer import Trainer
 
     prepared = parts.data.prepared
@@ -157,8 +157,8 @@ def draw_samples(parts: Assembled, own: QuickstartOptions, console: Console) -> 
     """Let the trained model go on from a few prompts, printing as it does."""
     from rich.text import Text
 
-    from llm_trainer.evaluation.facts import Sample
     from llm_trainer.inference.load_model import load_model
+    from llm_trainer.reporting.run_metadata import Sample
 
     run_folder = Path(own.output_dir)
     model, _ = load_model(run_folder / BEST_MODEL if (run_folder / BEST_MODEL).is_dir() else run_folder)

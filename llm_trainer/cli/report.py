@@ -14,7 +14,7 @@ def run(argv: list[str]) -> int:
     if loaded is None:
         return 0
     assert isinstance(loaded.own, ReportOptions)
-    from llm_trainer.evaluation.report import write_report
+    from llm_trainer.reporting.run_report import write_report
 
     print(f"report: {write_report(Path(loaded.own.run), Path(loaded.own.output) if loaded.own.output else None)}")
     return 0

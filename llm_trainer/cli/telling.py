@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_trainer.config.run_folder import BEST_MODEL, FINAL_MODEL
-from llm_trainer.evaluation.charts import short
-from llm_trainer.evaluation.facts import RunFacts, Sample, machine_facts, save_facts
+from llm_trainer.reporting.charts import short
+from llm_trainer.reporting.run_metadata import RunFacts, Sample, machine_facts, save_facts
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -135,7 +135,7 @@ def _parameters(trainer: Trainer) -> int:
 
 
 def _write_page(trainer: Trainer) -> Path | None:
-    from llm_trainer.evaluation.report import write_report
+    from llm_trainer.reporting.run_report import write_report
     from llm_trainer.training.metrics import read_metrics
 
     return write_report(trainer.run_dir) if read_metrics(trainer.run_dir) else None

@@ -18,9 +18,9 @@ from llm_trainer.config import CheckpointError, UsageError
 from llm_trainer.config.schedules import Operation
 from llm_trainer.orchestration import operations
 from llm_trainer.orchestration.batch_fit import fitted
-from llm_trainer.orchestration.journal import Entry, Journal
-from llm_trainer.orchestration.settings import CHANGES, put_into_effect, settings_of
-from llm_trainer.orchestration.simulation import Stage, simulate
+from llm_trainer.orchestration.dry_run import Stage, simulate
+from llm_trainer.orchestration.event_log import Entry, Journal
+from llm_trainer.orchestration.run_overrides import CHANGES, put_into_effect, settings_of
 from llm_trainer.training.callbacks import Callback
 from llm_trainer.training.changes import restructure
 

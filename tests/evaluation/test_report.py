@@ -12,9 +12,9 @@ import pytest
 
 from llm_trainer.config import RunConfig
 from llm_trainer.config.errors import CheckpointError
-from llm_trainer.evaluation.charts import draw, short, smooth, thin, ticks
-from llm_trainer.evaluation.facts import RunFacts, Sample, load_facts, save_facts
-from llm_trainer.evaluation.report import charts, write_report
+from llm_trainer.reporting.charts import draw, short, smooth, thin, ticks
+from llm_trainer.reporting.run_metadata import RunFacts, Sample, load_facts, save_facts
+from llm_trainer.reporting.run_report import charts, write_report
 from llm_trainer.training.metrics import MetricsTracker, read_metrics
 
 EVIL = '</script></pre><script>alert(1)</script><img src=x onerror=alert(1)>" onload="x'

@@ -16,9 +16,9 @@ from llm_trainer.config.schedules import Operation
 from llm_trainer.inference.load_model import load_transformer
 from llm_trainer.model.adapters.lora import adapters_in_use, is_adapter_parameter, use_adapters
 from llm_trainer.model.hf.checkpoint import save_pretrained
+from llm_trainer.orchestration.dry_run import simulate
 from llm_trainer.orchestration.orchestrator import Orchestrator
-from llm_trainer.orchestration.settings import Settings
-from llm_trainer.orchestration.simulation import simulate
+from llm_trainer.orchestration.run_overrides import Settings
 from llm_trainer.training.replay import StopAt, compare_checkpoints
 
 MINE = {"lora": {"mine": {"ranks": {"attn.0": 4, "mlp.1": 2}}, "spare": {"ranks": {"mlp.0": 2}}}, "lora_in_use": ["mine"]}

@@ -13,8 +13,8 @@ from llm_trainer.config.parallel import ParallelPlan, check_shape
 from llm_trainer.config.schedules import Operation
 from llm_trainer.model.hf.checkpoint import empty_model
 from llm_trainer.model.surgery.model_state import form_of
-from llm_trainer.orchestration.settings import Settings
-from llm_trainer.orchestration.simulation import simulate
+from llm_trainer.orchestration.dry_run import simulate
+from llm_trainer.orchestration.run_overrides import Settings
 
 SHAPE = ModelConfig(vocab_size=100, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=8)
 SETTINGS = Settings(1e-3, 8, 2, 10, None, 100)

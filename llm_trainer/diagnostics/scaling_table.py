@@ -1,4 +1,4 @@
-"""The tables of docs/scaling.md, from preflight's own model: `python -m llm_trainer.diagnostics.scaling`."""
+"""The tables of docs/scaling.md, from preflight's own model: `python -m llm_trainer.diagnostics.scaling_table`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from llm_trainer.config import ModelConfig, TrainingConfig
 from llm_trainer.config.counting import parameter_count
 from llm_trainer.config.parallel import stages_of
-from llm_trainer.diagnostics.preflight import Plan, rank_memories, recommend, traffic
+from llm_trainer.diagnostics.memory_plan import Plan, rank_memories, recommend, traffic
 
 LLAMA = {"model_type": "llama", "max_position_embeddings": 4096}
 # name → shape and the micro-batch that is tried first

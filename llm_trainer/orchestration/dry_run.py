@@ -12,7 +12,7 @@ from llm_trainer.config.schedules import Operation
 from llm_trainer.model.hf.checkpoint import empty_model
 from llm_trainer.model.surgery.model_state import Form, form_of
 from llm_trainer.orchestration import operations
-from llm_trainer.orchestration.settings import CHANGES, Settings
+from llm_trainer.orchestration.run_overrides import CHANGES, Settings
 
 EXITS = ("enable_exit", "disable_exit")
 
