@@ -151,7 +151,7 @@ def measure(contestant: str, texts: Path, place: Path) -> dict[str, float]:
 
 
 def _ours(texts: Path, tokenizer: Path, place: Path) -> dict[str, float]:
-    from llm_trainer.config.data import DataConfig
+    from llm_trainer.config.schema.data import DataConfig
     from llm_trainer.data.pipeline.pipeline import prepare
 
     config = DataConfig(input=str(texts), tokenizer_path=str(tokenizer), val_ratio=0.0, num_workers=WORKERS)

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from common import Figure, Target, alternate, finish, say_load
 
-from llm_trainer.config.generation import GenerationConfig
-from llm_trainer.config.model import ModelConfig
+from llm_trainer.config.schema.generation import GenerationConfig
+from llm_trainer.config.schema.model import ModelConfig
 from llm_trainer.inference.engine import LanguageModel
 from llm_trainer.inference.load_model import DTYPES
 from llm_trainer.model.hf.checkpoint import load_pretrained, save_pretrained

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from llm_trainer.cli.doors import ADAPTER, AdapterOptions
 from llm_trainer.cli.opening import open_door
-from llm_trainer.config.errors import CheckpointError, UsageError
+from llm_trainer.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from llm_trainer.model.transformer import Transformer
@@ -94,7 +94,7 @@ def _write_plain(model: Transformer, source: Path, folder: Path) -> None:
 
 def _base_of(model: Transformer, source: Path) -> str:
     """What the run of a checkpoint began from, where that is what lies under its adapters still. Raises UsageError where it is not."""
-    from llm_trainer.config.run_folder import read_run_config
+    from llm_trainer.run_dir import read_run_config
 
     way_out = "write the base too with --base_output FOLDER, or name what peft shall open with --base"
     try:

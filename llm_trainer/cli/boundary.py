@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from llm_trainer.config.errors import LLMTrainerError
+    from llm_trainer.errors import LLMTrainerError
 
 INTERRUPTED = 130
 
@@ -66,7 +66,7 @@ def guarded(run: Callable[[], int | None]) -> int:
 
 def our_errors() -> tuple[type[LLMTrainerError], ...]:
     """The error classes of ours that can have been raised: none before their module, which needs pydantic, is imported."""
-    module = sys.modules.get("llm_trainer.config.errors")
+    module = sys.modules.get("llm_trainer.errors")
     return (module.LLMTrainerError,) if module is not None else ()
 
 

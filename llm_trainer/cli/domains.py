@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_trainer.cli.run_data import DOMAINS_FOLDER
-from llm_trainer.config.domain_loaders import DomainLoader
-from llm_trainer.config.domains import DomainBridge, bridge_content, domain_bridge
 from llm_trainer.config.environment import apply_dotenv
-from llm_trainer.config.errors import UsageError
-from llm_trainer.config.fields import setting
-from llm_trainer.config.flags import CommandLine, read_flags
-from llm_trainer.config.loading import Door
-from llm_trainer.config.sources import settle
+from llm_trainer.config.parse.cli_args import CommandLine, read_flags
+from llm_trainer.config.parse.loader import Door
+from llm_trainer.config.parse.merge import settle
+from llm_trainer.config.schema.base import setting
+from llm_trainer.config.schema.domain_loaders import DomainLoader
+from llm_trainer.config.schema.domains import DomainBridge, bridge_content, domain_bridge
+from llm_trainer.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console

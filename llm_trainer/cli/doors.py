@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from llm_trainer.config.data import DataConfig
-from llm_trainer.config.fields import Section, setting
-from llm_trainer.config.loading import Door
+from llm_trainer.config.parse.loader import Door
+from llm_trainer.config.schema.base import Section, setting
+from llm_trainer.config.schema.data import DataConfig
 
 TRAINING_SECTIONS = ("model", "training", "data", "knowledge_distillation", "computational_efficiency", "adaptive_reasoning")
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from llm_trainer.cli.opening import new_console, open_door
-from llm_trainer.config.errors import DataError
-from llm_trainer.config.fields import Section, setting
-from llm_trainer.config.loading import Door
+from llm_trainer.config.parse.loader import Door
+from llm_trainer.config.schema.base import Section, setting
+from llm_trainer.errors import DataError
 
 if TYPE_CHECKING:
     from rich.console import Console

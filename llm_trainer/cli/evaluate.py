@@ -8,7 +8,7 @@ from pathlib import Path
 from llm_trainer.cli.doors import EVALUATE, EVALUATE_ENHANCED, EVALUATE_L1, EvaluateOptions
 from llm_trainer.cli.opening import new_console, open_door
 from llm_trainer.config import UsageError
-from llm_trainer.config.loading import Door
+from llm_trainer.config.parse.loader import Door
 
 
 def run(argv: list[str]) -> int:

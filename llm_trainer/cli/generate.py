@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from llm_trainer.cli.doors import GENERATE, GENERATE_ENHANCED, GENERATE_L1, SAMPLE, SampleOptions
 from llm_trainer.cli.opening import open_door
 from llm_trainer.config import GenerationConfig, UsageError
-from llm_trainer.config.loading import Door, LoadedRun
+from llm_trainer.config.parse.loader import Door, LoadedRun
 
 if TYPE_CHECKING:
     from llm_trainer.inference.engine import LanguageModel

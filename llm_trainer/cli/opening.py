@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from llm_trainer.config.environment import apply_dotenv
 from llm_trainer.config.explain import explain
-from llm_trainer.config.loading import Door, LoadedRun, load_run
-from llm_trainer.config.owed import refuse_owed
+from llm_trainer.config.parse.loader import Door, LoadedRun, load_run
+from llm_trainer.config.parse.not_implemented import refuse_owed
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from llm_trainer.cli.doors import DEBUG_MEMORY, PREFLIGHT, MemoryOptions, PreflightOptions
 from llm_trainer.cli.opening import new_console, open_door
 from llm_trainer.config import TrainingConfig, UsageError
-from llm_trainer.config.batches import divisions, micro_batch_bounds, resolve_batches
+from llm_trainer.config.resolve.batch_size import divisions, micro_batch_bounds, resolve_batches
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,7 +25,7 @@ def run(argv: list[str]) -> int:
         return 0
     assert isinstance(loaded.own, PreflightOptions)
     from llm_trainer.cli.run_model import is_pretrained, pretrained_shape
-    from llm_trainer.config.counting import parameter_count
+    from llm_trainer.config.param_count import parameter_count
     from llm_trainer.diagnostics.memory_plan import RESERVE, Plan, rank_memories, recommend, traffic
 
     shape, training, own = loaded.config.model, loaded.config.training, loaded.own

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from llm_trainer.cli.doors import PREPARE, PREPARE_FRAMEWORK, PREPARE_SPLITS
 from llm_trainer.cli.opening import new_console, open_door
 from llm_trainer.cli.run_data import prepared_folder
-from llm_trainer.config.loading import Door
+from llm_trainer.config.parse.loader import Door
 
 
 def run(argv: list[str]) -> int:

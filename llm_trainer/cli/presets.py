@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from llm_trainer.config.errors import UsageError
 from llm_trainer.config.presets import PRESETS
+from llm_trainer.errors import UsageError
 
 
 def run(argv: list[str]) -> int:

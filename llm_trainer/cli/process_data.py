@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from llm_trainer.cli.doors import PROCESS, ProcessOptions
 from llm_trainer.cli.opening import new_console, open_door
 from llm_trainer.config import DataConfig, UsageError
-from llm_trainer.config.loading import LoadedRun
+from llm_trainer.config.parse.loader import LoadedRun
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -16,8 +16,8 @@ from llm_trainer.cli.opening import new_console, open_door
 from llm_trainer.cli.process_settings import keep_freed_memory
 from llm_trainer.cli.train import Assembled
 from llm_trainer.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
-from llm_trainer.config.durations import Duration
-from llm_trainer.config.run_folder import BEST_MODEL
+from llm_trainer.config.duration import Duration
+from llm_trainer.run_dir import BEST_MODEL
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_trainer.config import RunConfig, TrainingConfig
-from llm_trainer.config.loading import LoadedRun
-from llm_trainer.config.run_folder import read_run_config
+from llm_trainer.config.parse.loader import LoadedRun
+from llm_trainer.run_dir import read_run_config
 
 if TYPE_CHECKING:
     from rich.console import Console

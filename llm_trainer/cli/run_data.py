@@ -14,7 +14,7 @@ from llm_trainer.config import DataConfig, TrainingConfig, UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from llm_trainer.config.loading import LoadedRun
+    from llm_trainer.config.parse.loader import LoadedRun
     from llm_trainer.data.prepared_dataset import PreparedData
 
 DOMAINS_FOLDER = "data/domain_specific"

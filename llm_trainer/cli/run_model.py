@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from llm_trainer.config import DataConfig, DataError, ModelConfig, TrainingConfig, UsageError
-from llm_trainer.config.adapters import DEFAULT_NAME, LoraConfig
+from llm_trainer.config.schema.lora import DEFAULT_NAME, LoraConfig
 
 if TYPE_CHECKING:
     from llm_trainer.data.prepared_dataset import PreparedData

@@ -17,7 +17,7 @@ def orchestrator_for(training: TrainingConfig) -> Orchestrator | None:
     """The callback that carries out the run's schedule; None without one. Raises UsageError for a file that is none."""
     if training.scaling_schedule_file is None:
         return None
-    from llm_trainer.config.schedules import read_schedule
+    from llm_trainer.config.schema.scaling_schedule import read_schedule
     from llm_trainer.orchestration.orchestrator import Orchestrator
 
     return Orchestrator(read_schedule(Path(training.scaling_schedule_file)))

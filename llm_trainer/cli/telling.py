@@ -8,9 +8,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_trainer.config.run_folder import BEST_MODEL, FINAL_MODEL
 from llm_trainer.reporting.charts import short
 from llm_trainer.reporting.run_metadata import RunFacts, Sample, machine_facts, save_facts
+from llm_trainer.run_dir import BEST_MODEL, FINAL_MODEL
 
 if TYPE_CHECKING:
     from rich.console import Console

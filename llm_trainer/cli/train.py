@@ -12,7 +12,7 @@ from llm_trainer.cli.opening import new_console, open_door
 from llm_trainer.cli.process_settings import keep_freed_memory
 from llm_trainer.config import RunConfig
 from llm_trainer.config.environment import launch_environment, use_compile_cache
-from llm_trainer.config.loading import Door, LoadedRun
+from llm_trainer.config.parse.loader import Door, LoadedRun
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -18,8 +18,8 @@ from llm_trainer.cli.run_data import refuse_idle
 from llm_trainer.cli.train import Assembled, assemble, run_training
 from llm_trainer.config import DataConfig
 from llm_trainer.config.environment import launch_environment
-from llm_trainer.config.loading import LoadedRun
-from llm_trainer.config.run_folder import FINAL_MODEL
+from llm_trainer.config.parse.loader import LoadedRun
+from llm_trainer.run_dir import FINAL_MODEL
 
 if TYPE_CHECKING:
     from rich.console import Console

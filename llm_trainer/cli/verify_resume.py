@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from llm_trainer.cli.doors import VERIFY_RESUME, VerifyOptions
 from llm_trainer.cli.opening import new_console, open_door
-from llm_trainer.config.run_folder import read_run_config, resolve_resume_folder
+from llm_trainer.run_dir import read_run_config, resolve_resume_folder
 
 if TYPE_CHECKING:
     from llm_trainer.training.callbacks import Callback

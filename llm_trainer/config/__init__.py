@@ -1,13 +1,13 @@
 """What a run is: the typed schema and the ways to say it."""
 
-from llm_trainer.config.data import DataConfig
-from llm_trainer.config.durations import Duration
-from llm_trainer.config.errors import CheckpointError, DataError, LLMTrainerError, UsageError
-from llm_trainer.config.features import AdaptiveReasoningConfig, DistillationConfig, EfficiencyConfig
-from llm_trainer.config.generation import GenerationConfig, InferenceConfig
-from llm_trainer.config.model import ModelConfig, RopeScaling
-from llm_trainer.config.run import RunConfig
-from llm_trainer.config.training import TrainingConfig
+from llm_trainer.config.duration import Duration
+from llm_trainer.config.schema.data import DataConfig
+from llm_trainer.config.schema.features import AdaptiveReasoningConfig, DistillationConfig, EfficiencyConfig
+from llm_trainer.config.schema.generation import GenerationConfig, InferenceConfig
+from llm_trainer.config.schema.model import ModelConfig, RopeScaling
+from llm_trainer.config.schema.run_config import RunConfig
+from llm_trainer.config.schema.training import TrainingConfig
+from llm_trainer.errors import CheckpointError, DataError, LLMTrainerError, UsageError
 
 __all__ = [
     "AdaptiveReasoningConfig",

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm_trainer.config.errors import UsageError
+from llm_trainer.errors import UsageError
 
 ENVIRONMENT_NAMES = ("HF_TOKEN", "HF_HOME", "WANDB_API_KEY", "WANDB_MODE", "LLM_TRAINER_API_KEYS")
 _WANDB_MODES = ("online", "offline", "disabled", "shared")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llm_trainer.config.derived import said_origin
-from llm_trainer.config.fields import Section
-from llm_trainer.config.sources import OWN
+from llm_trainer.config.parse.implied_defaults import said_origin
+from llm_trainer.config.parse.merge import OWN
+from llm_trainer.config.schema.base import Section
 
 if TYPE_CHECKING:
-    from llm_trainer.config.loading import LoadedRun
+    from llm_trainer.config.parse.loader import LoadedRun
 
 
 def explain(loaded: LoadedRun) -> str:

@@ -6,10 +6,10 @@ import shutil
 import textwrap
 from typing import TYPE_CHECKING
 
-from llm_trainer.config.sources import OWN, Field
+from llm_trainer.config.parse.merge import OWN, Field
 
 if TYPE_CHECKING:
-    from llm_trainer.config.loading import Door
+    from llm_trainer.config.parse.loader import Door
 
 
 def help_text(door: Door) -> str:

@@ -9,9 +9,9 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from llm_trainer.config.counting import parameter_count
-from llm_trainer.config.errors import UsageError
-from llm_trainer.config.model import ModelConfig
+from llm_trainer.config.param_count import parameter_count
+from llm_trainer.config.schema.model import ModelConfig
+from llm_trainer.errors import UsageError
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from llm_trainer.config.fields import Section
-from llm_trainer.config.run import section_types
+from llm_trainer.config.schema.base import Section
+from llm_trainer.config.schema.run_config import section_types
 
 
 def reference() -> str:

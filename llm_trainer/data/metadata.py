@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError, model_validator
 
-from llm_trainer.config.errors import DataError
+from llm_trainer.errors import DataError
 
 METADATA_FILE = "metadata.json"
 FORMAT = 1

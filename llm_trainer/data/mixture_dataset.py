@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
-from llm_trainer.config.data import DataConfig
-from llm_trainer.config.errors import DataError, UsageError
-from llm_trainer.config.mixture import MixtureStage
+from llm_trainer.config.schema.data import DataConfig
+from llm_trainer.config.schema.mixture import MixtureStage
 from llm_trainer.data.metadata import FORMAT, Metadata, SplitFacts
 from llm_trainer.data.sampling.concat import joined
 from llm_trainer.data.sampling.mixture import TokenMixture
 from llm_trainer.data.token_shards import TokenDataset
+from llm_trainer.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from llm_trainer.data.prepared_dataset import PreparedData

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from llm_trainer.config.errors import DataError
 from llm_trainer.data.token_shards import TokenDataset
 from llm_trainer.data.tokenization.tokenizer import TOKENIZER_FILE, Tokenizer
+from llm_trainer.errors import DataError
 
 TRAIN_FILE = "train.bin"
 VALIDATION_FILE = "val.bin"

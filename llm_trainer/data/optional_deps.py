@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 
-from llm_trainer.config.errors import UsageError
+from llm_trainer.errors import UsageError
 
 
 def require(module: str, extra: str, what: str) -> str:

@@ -12,13 +12,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm_trainer.config.errors import DataError
 from llm_trainer.data import nanogpt_format as nanogpt
 from llm_trainer.data.metadata import FORMAT, METADATA_FILE, Metadata, SplitFacts, TokenizerFacts
 from llm_trainer.data.mixture_dataset import MIXTURE_FILE, open_mixture
 from llm_trainer.data.sampling.packing import Packing
 from llm_trainer.data.token_shards import TokenDataset
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
+from llm_trainer.errors import DataError
 
 
 @dataclass(frozen=True)

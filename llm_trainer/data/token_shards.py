@@ -36,7 +36,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llm_trainer.config.errors import DataError
+from llm_trainer.errors import DataError
 
 SUFFIX = ".tokens"
 VERSION = 1

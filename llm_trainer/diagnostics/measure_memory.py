@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from llm_trainer.config import TrainingConfig, UsageError
-from llm_trainer.config.model import ModelConfig
+from llm_trainer.config.schema.model import ModelConfig
 from llm_trainer.data.sampling.batch import Batch
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.objectives import NextToken, TrainingStep

@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from llm_trainer.config import TrainingConfig, UsageError
-from llm_trainer.config.counting import part_sizes
-from llm_trainer.config.model import ModelConfig
-from llm_trainer.config.parallel import ParallelPlan, check_shape, check_stages, stages_of
+from llm_trainer.config.param_count import part_sizes
+from llm_trainer.config.resolve.parallelism import ParallelPlan, check_shape, check_stages, stages_of
+from llm_trainer.config.schema.model import ModelConfig
 from llm_trainer.model.adapters.nf4 import bytes_saved
 from llm_trainer.model.hf.checkpoint import empty_model
 from llm_trainer.training.footprint import StepMemory, step_memory

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from llm_trainer.config import ModelConfig, TrainingConfig
-from llm_trainer.config.counting import parameter_count
-from llm_trainer.config.parallel import stages_of
+from llm_trainer.config.param_count import parameter_count
+from llm_trainer.config.resolve.parallelism import stages_of
 from llm_trainer.diagnostics.memory_plan import Plan, rank_memories, recommend, traffic
 
 LLAMA = {"model_type": "llama", "max_position_embeddings": 4096}

@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llm_trainer.config.errors import DataError, UsageError
 from llm_trainer.data.prepared_dataset import open_prepared, require_vocabulary
 from llm_trainer.data.sampling.packing import Packing
 from llm_trainer.data.sampling.samplers import Batch, validation_row_count
 from llm_trainer.data.token_shards import TokenDataset
+from llm_trainer.errors import DataError, UsageError
 from llm_trainer.inference.engine import LanguageModel
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.objectives import NextToken

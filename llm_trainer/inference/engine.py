@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, overload
 
-from llm_trainer.config.errors import UsageError
-from llm_trainer.config.generation import GenerationConfig
+from llm_trainer.config.schema.generation import GenerationConfig
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
+from llm_trainer.errors import UsageError
 from llm_trainer.inference.cpu.fused_decoder import FusedStep, is_fusible
 from llm_trainer.inference.cpu.lm_head import Head
 from llm_trainer.inference.generation_loop import decode

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import torch
 
-from llm_trainer.config.errors import CheckpointError, DataError, UsageError
-from llm_trainer.config.model import ModelConfig
-from llm_trainer.config.run_folder import resolve_model_folder
+from llm_trainer.config.schema.model import ModelConfig
 from llm_trainer.data.nanogpt_format import META_FILE, read_vocabulary
 from llm_trainer.data.tokenization.tokenizer import TOKENIZER_FILE, Tokenizer
+from llm_trainer.errors import CheckpointError, DataError, UsageError
 from llm_trainer.inference.engine import LanguageModel
 from llm_trainer.model.hf.checkpoint import MODEL_FILES, SHORT_NAMES, fetch_from_hub, load_pretrained, read_config
 from llm_trainer.model.transformer import Transformer
+from llm_trainer.run_dir import resolve_model_folder
 
 __all__ = ["LanguageModel", "find_model", "load_model", "load_tokenizer", "load_transformer", "resolve_device", "resolve_dtype"]
 

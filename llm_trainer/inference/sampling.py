@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llm_trainer.config.generation import GenerationConfig
+from llm_trainer.config.schema.generation import GenerationConfig
 
 # Nearly always the top-p set lies within so many of the likeliest tokens: finding them is several times cheaper than sorting a vocabulary.
 TOP_P_PROBE = 256

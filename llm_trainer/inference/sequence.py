@@ -6,8 +6,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from llm_trainer.config.errors import UsageError
-from llm_trainer.config.generation import GenerationConfig
+from llm_trainer.config.schema.generation import GenerationConfig
+from llm_trainer.errors import UsageError
 from llm_trainer.inference.detokenizer import TextStream
 from llm_trainer.inference.sampling import SamplingRow
 

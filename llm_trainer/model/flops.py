@@ -8,8 +8,8 @@ gradient checkpointing is not counted: MFU is about useful work.
 
 from __future__ import annotations
 
-from llm_trainer.config.counting import parameter_count, part_sizes
-from llm_trainer.config.model import ModelConfig
+from llm_trainer.config.param_count import parameter_count, part_sizes
+from llm_trainer.config.schema.model import ModelConfig
 
 __all__ = ["attention_span", "estimate_flops", "matrix_parameters", "parameter_count", "part_sizes"]
 

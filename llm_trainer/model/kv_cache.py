@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llm_trainer.config.errors import UsageError
-from llm_trainer.config.model import ModelConfig
+from llm_trainer.config.schema.model import ModelConfig
+from llm_trainer.errors import UsageError
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from llm_trainer.config.errors import UsageError
+from llm_trainer.errors import UsageError
 from llm_trainer.model.transformer import Transformer
 
 BLOCK_PARTS = ("ln_1", "attn", "ln_2", "mlp")

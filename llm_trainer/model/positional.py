@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from llm_trainer.config.model import ModelConfig, RopeScaling
+from llm_trainer.config.schema.model import ModelConfig, RopeScaling
 
 
 def rotary_frequencies(config: ModelConfig) -> Tensor:

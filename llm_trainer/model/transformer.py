@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm_trainer.config.errors import UsageError
-from llm_trainer.config.model import ModelConfig
+from llm_trainer.config.schema.model import ModelConfig
+from llm_trainer.errors import UsageError
 from llm_trainer.model.activation_checkpointing import recomputed
 from llm_trainer.model.activations import ACTIVATIONS
 from llm_trainer.model.adapters.bottleneck_adapter import Bottleneck, Choice, chosen_domains

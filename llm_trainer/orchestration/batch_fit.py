@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from llm_trainer.config.errors import UsageError
+from llm_trainer.errors import UsageError
 from llm_trainer.training.memory import OutOfMemory
 from llm_trainer.training.micro_batches import largest_micro_batch
 

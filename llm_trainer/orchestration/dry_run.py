@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from llm_trainer.config.batches import BatchPlan
-from llm_trainer.config.errors import UsageError
-from llm_trainer.config.model import ModelConfig
-from llm_trainer.config.schedules import Operation
+from llm_trainer.config.resolve.batch_size import BatchPlan
+from llm_trainer.config.schema.model import ModelConfig
+from llm_trainer.config.schema.scaling_schedule import Operation
+from llm_trainer.errors import UsageError
 from llm_trainer.model.hf.checkpoint import empty_model
 from llm_trainer.model.surgery.model_state import Form, form_of
 from llm_trainer.orchestration import operations

@@ -7,7 +7,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from llm_trainer.config.run_folder import JSON, OPERATIONS_FILE
+from llm_trainer.run_dir import JSON, OPERATIONS_FILE
 
 
 @dataclass(frozen=True)

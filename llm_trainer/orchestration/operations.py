@@ -11,9 +11,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llm_trainer.config.adapters import DEFAULT_NAME
-from llm_trainer.config.errors import UsageError
-from llm_trainer.config.schedules import Operation
+from llm_trainer.config.schema.lora import DEFAULT_NAME
+from llm_trainer.config.schema.scaling_schedule import Operation
+from llm_trainer.errors import UsageError
 from llm_trainer.model.adapters.lora import freeze_resting_adapters, lora_set_of, merge_lora, set_lora_rank, train_adapters_only
 from llm_trainer.model.module_names import set_trainable
 from llm_trainer.model.surgery.depth import stack_layers

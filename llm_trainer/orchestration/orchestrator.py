@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 from llm_trainer.config import CheckpointError, UsageError
-from llm_trainer.config.schedules import Operation
+from llm_trainer.config.schema.scaling_schedule import Operation
 from llm_trainer.orchestration import operations
 from llm_trainer.orchestration.batch_fit import fitted
 from llm_trainer.orchestration.dry_run import Stage, simulate
@@ -25,7 +25,7 @@ from llm_trainer.training.callbacks import Callback
 from llm_trainer.training.changes import restructure
 
 if TYPE_CHECKING:
-    from llm_trainer.config.run_folder import JSON
+    from llm_trainer.run_dir import JSON
     from llm_trainer.training.trainer import Trainer
     from llm_trainer.training.validation import ValidationResult
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from llm_trainer.config.batches import BatchPlan
-from llm_trainer.config.errors import UsageError
-from llm_trainer.config.schedules import Operation
+from llm_trainer.config.resolve.batch_size import BatchPlan
+from llm_trainer.config.schema.scaling_schedule import Operation
+from llm_trainer.errors import UsageError
 from llm_trainer.training.changes import change_batches, change_rates
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import platform
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from llm_trainer.config.errors import CheckpointError
+from llm_trainer.errors import CheckpointError
 
 FACTS_FILE = "report.json"
 

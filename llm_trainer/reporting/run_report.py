@@ -16,12 +16,12 @@ from html import escape
 from pathlib import Path
 
 from llm_trainer.config import RunConfig
-from llm_trainer.config.errors import CheckpointError
-from llm_trainer.config.fields import Section
-from llm_trainer.config.run_folder import METRICS_FILE, OPERATIONS_FILE, RUN_FILE, list_checkpoints, read_json
+from llm_trainer.config.schema.base import Section
+from llm_trainer.errors import CheckpointError
 from llm_trainer.reporting.charts import Chart, Points, Series, draw, short, smooth
 from llm_trainer.reporting.html import figures, page, table
 from llm_trainer.reporting.run_metadata import RunFacts, Sample, load_facts
+from llm_trainer.run_dir import METRICS_FILE, OPERATIONS_FILE, RUN_FILE, list_checkpoints, read_json
 from llm_trainer.training.metrics import MetricLine, read_metrics
 
 REPORT_FILE = "report.html"

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_trainer.config.errors import CheckpointError
+from llm_trainer.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from llm_trainer.config.run_folder import JSON
+    from llm_trainer.run_dir import JSON
     from llm_trainer.training.trainer import Trainer
     from llm_trainer.training.validation import ValidationResult
 

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from llm_trainer.config import RunConfig
-from llm_trainer.config.run_folder import JSON, OPTIMIZER_FOLDER, RANDOM_FILE, RUN_FILE, STATE_FILE
 from llm_trainer.model.adapters.nf4 import dequantized
 from llm_trainer.model.hf.checkpoint import WeightLayout, description_files, named_weights, weight_layout, write_weights
+from llm_trainer.run_dir import JSON, OPTIMIZER_FOLDER, RANDOM_FILE, RUN_FILE, STATE_FILE
 from llm_trainer.training.optimizer_state import TENSORS_FILE, optimizer_state, shard_file, write_pieces, write_tensors
 from llm_trainer.training.parallel import Piece, is_elsewhere, is_first_holder, is_sharded, piece_of, whole
 from llm_trainer.training.random_state import random_state

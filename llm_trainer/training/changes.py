@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_trainer.config import UsageError
-from llm_trainer.config.batches import BatchPlan, resolve_batches
-from llm_trainer.config.model import ModelConfig
+from llm_trainer.config.resolve.batch_size import BatchPlan, resolve_batches
+from llm_trainer.config.schema.model import ModelConfig
 from llm_trainer.model.hf.checkpoint import empty_model, read_config
 from llm_trainer.model.hf.config import resolved
 from llm_trainer.model.surgery.model_state import Form, form_of

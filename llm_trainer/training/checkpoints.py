@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from llm_trainer.config import CheckpointError, RunConfig
-from llm_trainer.config.run_folder import (
+from llm_trainer.run_dir import (
     BEST_MODEL,
     EARLIER_PREFIX,
     FINAL_MODEL,

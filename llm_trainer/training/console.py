@@ -15,7 +15,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from llm_trainer.config.run_folder import LOGS_FOLDER, TEXT_LOG
+from llm_trainer.run_dir import LOGS_FOLDER, TEXT_LOG
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from llm_trainer.config import TrainingConfig, UsageError
-from llm_trainer.config.batches import resolve_batches
-from llm_trainer.config.deepspeed import zero_settings
-from llm_trainer.config.model import ModelConfig
+from llm_trainer.config.resolve.batch_size import resolve_batches
+from llm_trainer.config.resolve.deepspeed import zero_settings
+from llm_trainer.config.schema.model import ModelConfig
 from llm_trainer.data.optional_deps import require
 from llm_trainer.data.sampling.samplers import Batch
 from llm_trainer.model.hf.checkpoint import empty_model

@@ -12,7 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from llm_trainer.config import CheckpointError
-from llm_trainer.config.run_folder import REPLACED_PREFIX, TEMPORARY_PREFIX, verify
+from llm_trainer.run_dir import REPLACED_PREFIX, TEMPORARY_PREFIX, verify
 
 
 def sync_file(path: Path) -> None:

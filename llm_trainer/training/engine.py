@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from llm_trainer.config import TrainingConfig, UsageError
-from llm_trainer.config.batches import BatchPlan
-from llm_trainer.config.model import ModelConfig
-from llm_trainer.config.parallel import check_precision, check_rounds, check_shape
+from llm_trainer.config.resolve.batch_size import BatchPlan
+from llm_trainer.config.resolve.parallelism import check_precision, check_rounds, check_shape
+from llm_trainer.config.schema.model import ModelConfig
 from llm_trainer.data.sampling.packing import Packing
 from llm_trainer.data.sampling.samplers import Batch
 from llm_trainer.data.token_shards import TokenDataset

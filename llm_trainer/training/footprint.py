@@ -23,7 +23,7 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm_trainer.config import TrainingConfig
-from llm_trainer.config.model import ModelConfig
+from llm_trainer.config.schema.model import ModelConfig
 from llm_trainer.data.sampling.samplers import Batch
 from llm_trainer.model.adapters.nf4 import bytes_saved, check_base
 from llm_trainer.model.transformer import Transformer

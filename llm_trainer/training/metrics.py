@@ -21,8 +21,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol, TextIO
 
-from llm_trainer.config.errors import CheckpointError, UsageError
-from llm_trainer.config.run_folder import LOGS_FOLDER, METRICS_FILE, TEMPORARY_PREFIX, TENSORBOARD_LINK, WANDB_ID_FILE
+from llm_trainer.errors import CheckpointError, UsageError
+from llm_trainer.run_dir import LOGS_FOLDER, METRICS_FILE, TEMPORARY_PREFIX, TENSORBOARD_LINK, WANDB_ID_FILE
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.event_pb2 import Event

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from llm_trainer.config.batches import BatchPlan, MicroBatchBounds, divisions
-from llm_trainer.config.run_folder import JSON, TEMPORARY_PREFIX, read_json
-from llm_trainer.config.training import TrainingConfig
+from llm_trainer.config.resolve.batch_size import BatchPlan, MicroBatchBounds, divisions
+from llm_trainer.config.schema.training import TrainingConfig
 from llm_trainer.data.sampling.samplers import Batch, Prefetcher
+from llm_trainer.run_dir import JSON, TEMPORARY_PREFIX, read_json
 from llm_trainer.training.changes import take_batches
 from llm_trainer.training.context import part_of
 from llm_trainer.training.footprint import step_memory

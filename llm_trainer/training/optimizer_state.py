@@ -22,9 +22,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from llm_trainer.config.errors import CheckpointError
-from llm_trainer.config.run_folder import JSON
+from llm_trainer.errors import CheckpointError
 from llm_trainer.model.module_names import plain_name
+from llm_trainer.run_dir import JSON
 from llm_trainer.training.parallel import Piece, assembled_like, is_elsewhere, piece_of, placed_like
 
 Held = tuple[str, Tensor, torch.optim.Optimizer, dict[str, Any]]

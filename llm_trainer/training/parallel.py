@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from llm_trainer.config.parallel import ParallelPlan, check_shape
+from llm_trainer.config.resolve.parallelism import ParallelPlan, check_shape
 from llm_trainer.model.adapters.nf4 import fill
 from llm_trainer.model.hf.checkpoint import load_weights
 from llm_trainer.training.context import share_over

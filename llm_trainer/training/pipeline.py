@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_trainer.config import UsageError
-from llm_trainer.config.parallel import stages_of
+from llm_trainer.config.resolve.parallelism import stages_of
 from llm_trainer.data.sampling.samplers import Batch
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.objectives import LossSum, NextToken, seed_dropout

@@ -9,8 +9,8 @@ from typing import NoReturn, cast
 from torch import Tensor, nn
 
 from llm_trainer.config import UsageError
-from llm_trainer.config.model import ModelConfig
-from llm_trainer.config.parallel import check_depth, check_shape
+from llm_trainer.config.resolve.parallelism import check_depth, check_shape
+from llm_trainer.config.schema.model import ModelConfig
 from llm_trainer.data.sampling.samplers import Batch
 from llm_trainer.model.surgery.model_state import Form
 from llm_trainer.model.transformer import Transformer

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from llm_trainer.config.run_folder import JSON
+from llm_trainer.run_dir import JSON
 
 
 def random_state() -> dict[str, JSON]:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from llm_trainer.config import CheckpointError, LLMTrainerError, TrainingConfig, UsageError
 from llm_trainer.config.environment import LaunchEnvironment
-from llm_trainer.config.parallel import ParallelPlan, resolve_plan
+from llm_trainer.config.resolve.parallelism import ParallelPlan, resolve_plan
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store  # type: ignore[attr-defined]  # public, and not in the stubs

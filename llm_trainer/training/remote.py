@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm_trainer.config import CheckpointError, TrainingConfig, UsageError
 from llm_trainer.config.environment import folder_for_copy_of
-from llm_trainer.config.run_folder import (
+from llm_trainer.run_dir import (
     BEST_MODEL,
     FINAL_MODEL,
     MANIFEST_FILE,

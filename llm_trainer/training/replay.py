@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llm_trainer.config import CheckpointError, UsageError
-from llm_trainer.config.run_folder import FINAL_MODEL, OPTIMIZER_FOLDER, TEMPORARY_PREFIX, FoundCheckpoint, list_checkpoints, verify
+from llm_trainer.run_dir import FINAL_MODEL, OPTIMIZER_FOLDER, TEMPORARY_PREFIX, FoundCheckpoint, list_checkpoints, verify
 from llm_trainer.training.callbacks import Callback
 from llm_trainer.training.checkpoints import read_state
 from llm_trainer.training.optimizer_state import read_tensors

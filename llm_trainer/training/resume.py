@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import cast
 
 from llm_trainer.config import CheckpointError, RunConfig, TrainingConfig, UsageError
-from llm_trainer.config.run_folder import JSON, Report, Verify, list_checkpoints, read_run_config, resolve_resume_folder, verify
 from llm_trainer.data.sampling.samplers import Sampler
 from llm_trainer.data.token_shards import TokenDataset
+from llm_trainer.run_dir import JSON, Report, Verify, list_checkpoints, read_run_config, resolve_resume_folder, verify
 from llm_trainer.training.checkpoints import read_state
 from llm_trainer.training.schedules import Length, Schedule, ScheduleState
 from llm_trainer.training.state import RunChanges, TrainingState

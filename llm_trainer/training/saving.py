@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_trainer.config import TrainingConfig
-from llm_trainer.config.run_folder import BEST_MODEL, FINAL_MODEL
+from llm_trainer.run_dir import BEST_MODEL, FINAL_MODEL
 from llm_trainer.training.checkpoints import CheckpointStore, Progress
 
 if TYPE_CHECKING:
-    from llm_trainer.config.durations import Duration
+    from llm_trainer.config.duration import Duration
     from llm_trainer.training.trainer import Trainer
 
 

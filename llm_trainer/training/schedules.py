@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from llm_trainer.config import TrainingConfig, UsageError
-from llm_trainer.config.durations import Duration
+from llm_trainer.config.duration import Duration
 
 Kind = Literal["cosine", "linear", "constant", "wsd"]
 

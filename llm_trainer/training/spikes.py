@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_trainer.config.run_folder import LOGS_FOLDER, METRICS_FILE, FoundCheckpoint, Verify, list_checkpoints
+from llm_trainer.run_dir import LOGS_FOLDER, METRICS_FILE, FoundCheckpoint, Verify, list_checkpoints
 
 if TYPE_CHECKING:
     from llm_trainer.config import TrainingConfig

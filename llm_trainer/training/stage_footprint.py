@@ -19,8 +19,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llm_trainer.config import TrainingConfig, UsageError
-from llm_trainer.config.model import ModelConfig
-from llm_trainer.config.parallel import stages_of
+from llm_trainer.config.resolve.parallelism import stages_of
+from llm_trainer.config.schema.model import ModelConfig
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.footprint import Ledger, alike_in_rate, counted_precision, depth_unit, precision_of, state_bytes
 from llm_trainer.training.objectives import NextToken

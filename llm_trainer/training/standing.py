@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_trainer.config import RunConfig
-from llm_trainer.config.batches import resolve_batches
-from llm_trainer.config.run_folder import BEST_MODEL, JSON, verify
+from llm_trainer.config.resolve.batch_size import resolve_batches
+from llm_trainer.run_dir import BEST_MODEL, JSON, verify
 from llm_trainer.training.changes import take_batches, take_shape
 from llm_trainer.training.checkpoints import read_state, restore, restore_generators
 from llm_trainer.training.disk import copy_checkpoint

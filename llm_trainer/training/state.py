@@ -14,7 +14,7 @@ from llm_trainer.training.schedules import Schedule, ScheduleState
 from llm_trainer.training.spikes import SpikeState
 
 if TYPE_CHECKING:
-    from llm_trainer.config.run_folder import JSON
+    from llm_trainer.run_dir import JSON
     from llm_trainer.training.validation import ValidationResult
 
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import torch
 
 from llm_trainer.config import TrainingConfig
-from llm_trainer.config.counting import part_sizes
-from llm_trainer.config.model import ModelConfig
+from llm_trainer.config.param_count import part_sizes
+from llm_trainer.config.schema.model import ModelConfig
 from llm_trainer.model.adapters.lora import freeze_resting_adapters, train_adapters_only
 from llm_trainer.model.adapters.nf4 import quantize_blocks
 from llm_trainer.model.module_names import matching_parts, part_names, part_of_parameter, set_trainable, trainable_counts

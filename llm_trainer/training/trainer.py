@@ -16,8 +16,8 @@ from pathlib import Path
 from rich.console import Console
 
 from llm_trainer.config import RunConfig, UsageError
-from llm_trainer.config.batches import micro_batch_bounds, resolve_batches
-from llm_trainer.config.deepspeed import with_deepspeed_file
+from llm_trainer.config.resolve.batch_size import micro_batch_bounds, resolve_batches
+from llm_trainer.config.resolve.deepspeed import with_deepspeed_file
 from llm_trainer.data.sampling.packing import Packing
 from llm_trainer.data.sampling.samplers import training_sampler
 from llm_trainer.data.token_shards import TokenDataset

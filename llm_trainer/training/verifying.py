@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_trainer.config import CheckpointError, LLMTrainerError
-from llm_trainer.config.run_folder import Verify, verify
+from llm_trainer.run_dir import Verify, verify
 from llm_trainer.training.ranks import Ranks
 from llm_trainer.training.resume import resume_folder
 

@@ -134,7 +134,7 @@ def test_a_meta_pkl_with_code_in_it_is_refused_and_not_run(place: Path, fails: F
 def test_no_disk_space_while_saving_leaves_the_earlier_checkpoints_whole(
     place: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llm_trainer.config.run_folder import verify
+    from llm_trainer.run_dir import verify
     from llm_trainer.training import capture
 
     def full(*_: object, **__: object) -> None:

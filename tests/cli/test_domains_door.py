@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llm_trainer.cli.main import main, script
-from llm_trainer.config.domain_loaders import shipped_loaders
+from llm_trainer.config.schema.domain_loaders import shipped_loaders
 from llm_trainer.data.prepared_dataset import open_prepared
 from llm_trainer.data.sampling.mixture import TokenMixture
 

@@ -14,8 +14,8 @@ import pytest
 from llm_trainer.cli import doors
 from llm_trainer.cli.main import COMMANDS, OWED_SCRIPTS, SCRIPTS, main
 from llm_trainer.cli.train_aio import publish_final
-from llm_trainer.config.durations import Duration
-from llm_trainer.config.loading import Door, load_run
+from llm_trainer.config.duration import Duration
+from llm_trainer.config.parse.loader import Door, load_run
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL_DOORS = [value for value in vars(doors).values() if isinstance(value, Door)]
@@ -226,7 +226,7 @@ def test_verify_resume_finds_the_run_exact(place: Path, capsys: pytest.CaptureFi
 
 def test_verify_resume_says_what_differs(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A run whose recorded data order is another's: the replay cannot come out the same."""
-    from llm_trainer.config.run_folder import write_manifest
+    from llm_trainer.run_dir import write_manifest
 
     for checkpoint in (place / "checkpoints").glob("*/run.json"):
         settings = json.loads(checkpoint.read_text(encoding="utf-8"))

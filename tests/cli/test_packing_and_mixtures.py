@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from llm_trainer.cli.main import main
-from llm_trainer.config.run_folder import read_run_config, resolve_resume_folder
 from llm_trainer.data.metadata import Metadata
+from llm_trainer.run_dir import read_run_config, resolve_resume_folder
 from llm_trainer.training.metrics import read_metrics
 
 SMALL = ["--hidden_size=32", "--num_layers=2", "--num_heads=4", "--batch_size=4", "--max_steps=6", "--save_interval=2", "--compile=off"]

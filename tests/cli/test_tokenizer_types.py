@@ -12,10 +12,10 @@ from transformers import AutoTokenizer
 
 from llm_trainer.cli import prepare as prepare_command
 from llm_trainer.cli.main import main
-from llm_trainer.config.errors import DataError
 from llm_trainer.data.prepared_dataset import open_prepared
 from llm_trainer.data.tokenization.fast.pretokenizer import LLAMA3_PATTERN
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
+from llm_trainer.errors import DataError
 
 TEXT = "".join(f"line {number}: the quick brown fox jumps over {number * 7} lazy dogs.\n" for number in range(300))
 

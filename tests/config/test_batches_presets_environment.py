@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from llm_trainer.config import TrainingConfig, UsageError
-from llm_trainer.config.batches import BatchPlan, resolve_batches
 from llm_trainer.config.environment import ENVIRONMENT_NAMES, apply_dotenv, launch_environment, read_dotenv
 from llm_trainer.config.presets import PRESETS, preset
+from llm_trainer.config.resolve.batch_size import BatchPlan, resolve_batches
 
 ROOT = Path(__file__).resolve().parents[2]
 

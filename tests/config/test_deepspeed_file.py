@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llm_trainer.config import RunConfig, TrainingConfig, UsageError
-from llm_trainer.config.deepspeed import with_deepspeed_file, zero_settings
+from llm_trainer.config.resolve.deepspeed import with_deepspeed_file, zero_settings
 
 THE_MANUALS = {
     "train_batch_size": 64,

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from llm_trainer.config import UsageError
-from llm_trainer.config.files import read_mapping_or_list, read_settings
-from llm_trainer.config.loading import Door, load_run
-from llm_trainer.config.owed import refuse_owed
-from llm_trainer.config.schedules import OPERATIONS, read_schedule
+from llm_trainer.config.parse.config_files import read_mapping_or_list, read_settings
+from llm_trainer.config.parse.loader import Door, load_run
+from llm_trainer.config.parse.not_implemented import refuse_owed
+from llm_trainer.config.schema.scaling_schedule import OPERATIONS, read_schedule
 
 DOOR = Door("train", "Train.", ("model", "training", "data"), positional_config=True)
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

@@ -11,11 +11,11 @@ import pytest
 
 from llm_trainer.config import UsageError
 from llm_trainer.config.explain import explain
-from llm_trainer.config.fields import Section, setting
-from llm_trainer.config.loading import Door, LoadedRun, load_run
-from llm_trainer.config.owed import refuse_owed
-from llm_trainer.config.run import section_types
-from llm_trainer.config.sources import Names, Said, settle
+from llm_trainer.config.parse.loader import Door, LoadedRun, load_run
+from llm_trainer.config.parse.merge import Names, Said, settle
+from llm_trainer.config.parse.not_implemented import refuse_owed
+from llm_trainer.config.schema.base import Section, setting
+from llm_trainer.config.schema.run_config import section_types
 
 SECTIONS = ("model", "training", "data", "knowledge_distillation", "computational_efficiency", "adaptive_reasoning")
 ROOT = Path(__file__).resolve().parents[2]
@@ -357,7 +357,7 @@ def test_every_alias_works_as_a_flat_name() -> None:
 
 def test_settings_import_nothing_heavy() -> None:
     heavy = "{'torch', 'numpy', 'tokenizers', 'datasets', 'transformers', 'pydantic_settings', 'rich'}"
-    code = f"import sys, llm_trainer.config.loading; sys.exit(str(sorted({heavy} & set(sys.modules)) or ''))"
+    code = f"import sys, llm_trainer.config.parse.loader; sys.exit(str(sorted({heavy} & set(sys.modules)) or ''))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.stderr.strip() == ""
 

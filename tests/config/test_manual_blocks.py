@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from llm_trainer.config import DataConfig, ModelConfig, TrainingConfig, UsageError
-from llm_trainer.config.deepspeed import read_deepspeed
-from llm_trainer.config.domains import read_domain_bridge
-from llm_trainer.config.loading import Door, LoadedRun, load_run
-from llm_trainer.config.owed import owed_settings
-from llm_trainer.config.schedules import read_schedule
+from llm_trainer.config.parse.loader import Door, LoadedRun, load_run
+from llm_trainer.config.parse.not_implemented import owed_settings
+from llm_trainer.config.resolve.deepspeed import read_deepspeed
+from llm_trainer.config.schema.domains import read_domain_bridge
+from llm_trainer.config.schema.scaling_schedule import read_schedule
 
 MANUALS = Path(__file__).resolve().parents[3] / "shared" / "manuals"
 SECTIONS = ("model", "training", "data", "knowledge_distillation", "computational_efficiency", "adaptive_reasoning")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from llm_trainer.config import ModelConfig, RunConfig, TrainingConfig, UsageError
-from llm_trainer.config.checks import check_whole
-from llm_trainer.config.parallel import ParallelPlan, check_shape, resolve_plan
+from llm_trainer.config.parse.validation import check_whole
+from llm_trainer.config.resolve.parallelism import ParallelPlan, check_shape, resolve_plan
 
 
 @pytest.mark.parametrize(

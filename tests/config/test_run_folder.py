@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llm_trainer.config import CheckpointError, RunConfig
-from llm_trainer.config.run_folder import (
+from llm_trainer.run_dir import (
     list_checkpoints,
     read_run_config,
     resolve_model_folder,
@@ -188,5 +188,5 @@ def test_the_run_folder_is_looked_at_without_torch() -> None:
     import subprocess
     import sys
 
-    code = "import sys, llm_trainer.config.run_folder; assert not {'torch', 'numpy'} & set(sys.modules)"
+    code = "import sys, llm_trainer.run_dir; assert not {'torch', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

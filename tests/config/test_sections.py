@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llm_trainer.config import DataConfig, Duration, GenerationConfig, ModelConfig, RunConfig, TrainingConfig, UsageError
-from llm_trainer.config.fields import Section
 from llm_trainer.config.reference import reference
-from llm_trainer.config.run import home_section, path_aliases, section_types
+from llm_trainer.config.schema.base import Section
+from llm_trainer.config.schema.run_config import home_section, path_aliases, section_types
 
 KINDS = list(section_types().values())
 

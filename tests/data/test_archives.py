@@ -16,8 +16,8 @@ from backports import zstd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_trainer.config.errors import DataError
 from llm_trainer.data.catalog.archives import Limits, extract, is_archive, safe_path
+from llm_trainer.errors import DataError
 
 PACKERS: dict[str, Callable[[bytes], bytes]] = {
     "tar": bytes,

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from llm_trainer.config import DataConfig
-from llm_trainer.config.errors import UsageError
 from llm_trainer.data.sampling.augmentation import Augmentation, AugmentedSampler, augmented
 from llm_trainer.data.sampling.packing import STRATEGIES, Packing, Strategy
 from llm_trainer.data.sampling.samplers import IGNORED, Batch, open_sampler
 from llm_trainer.data.token_shards import TokenDataset
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
+from llm_trainer.errors import UsageError
 
 CONTEXT = 64
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_trainer.config.data import DataConfig
+from llm_trainer.config.schema.data import DataConfig
 from llm_trainer.data.cleaning.cleaner import NOTHING_LEFT, Cleaning
 from llm_trainer.data.cleaning.normalization import Normalization
 from llm_trainer.data.sources import base as documents

@@ -18,7 +18,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llm_trainer.config.errors import DataError, UsageError
 from llm_trainer.data.catalog import http_download as downloads
 from llm_trainer.data.catalog import registry as catalogue
 from llm_trainer.data.catalog import writers as saving
@@ -28,6 +27,7 @@ from llm_trainer.data.catalog.registry import CATALOGUE, CataloguedSet, by_hand,
 from llm_trainer.data.sources import file_io as storage
 from llm_trainer.data.sources.base import Piece, Rejected
 from llm_trainer.data.sources.file_source import KINDS, FileSource
+from llm_trainer.errors import DataError, UsageError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TEXTS = ["the first", "the second\nwith a break", "das dritte, ä"]

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_trainer.config.data import DataConfig
-from llm_trainer.config.errors import DataError
+from llm_trainer.config.schema.data import DataConfig
 from llm_trainer.data.deduplication import shingles
 from llm_trainer.data.deduplication.clusters import LEFT_OUT, Keys, KeyTable, exact_groups, groups, leak_count, near_duplicate_groups
 from llm_trainer.data.deduplication.minhash import BandWriter, LongSignature, MinHasher
 from llm_trainer.data.sources import base as documents
+from llm_trainer.errors import DataError
 
 HASHER = MinHasher()
 WORDS = [f"word{number}" for number in range(3000)]

@@ -14,12 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_trainer.config.errors import DataError
 from llm_trainer.data.sources import base as documents
 from llm_trainer.data.sources import file_io as storage
 from llm_trainer.data.sources.base import Piece, Rejected
 from llm_trainer.data.sources.builtin_corpus import BuiltinSource
 from llm_trainer.data.sources.file_source import FileSource
+from llm_trainer.errors import DataError
 
 
 def read(path: Path, **options: object) -> tuple[list[str], list[Rejected]]:

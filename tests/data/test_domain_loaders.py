@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_trainer.config import DataError, UsageError
-from llm_trainer.config.domain_loaders import DomainLoader, parse_part, read_loader_file, read_rows, shipped_loaders
-from llm_trainer.config.domains import DomainBridge, LoaderOptions
+from llm_trainer.config.schema.domain_loaders import DomainLoader, parse_part, read_loader_file, read_rows, shipped_loaders
+from llm_trainer.config.schema.domains import DomainBridge, LoaderOptions
 from llm_trainer.data.domains.loaders import Example, Reading, hub_address, read_loader
 from llm_trainer.data.domains.templates import TextMaker, Unfit, as_text
 from llm_trainer.data.sources.record_reader import SUFFIXES, Record, local_records

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_trainer.config import DataError, UsageError
-from llm_trainer.config.domains import DomainBridge
+from llm_trainer.config.schema.domains import DomainBridge
 from llm_trainer.data.domains.loaders import Example
 from llm_trainer.data.domains.pipeline import DOMAINS_FILE, VOCABULARY_FILE, prepare_builtin_domains, prepare_domains
 from llm_trainer.data.domains.text_store import Gathered, write_splits

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from llm_trainer.config.errors import DataError
 from llm_trainer.data.catalog import http_download as downloads
 from llm_trainer.data.catalog.http_download import NoConnectionError, RemoteFile, fetch
+from llm_trainer.errors import DataError
 
 TEXT = random.Random(1).randbytes(300_000)
 SHA256 = hashlib.sha256(TEXT).hexdigest()

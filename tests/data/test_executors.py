@@ -17,12 +17,12 @@ import psutil
 import pytest
 
 from llm_trainer.config import DataConfig
-from llm_trainer.config.errors import DataError
 from llm_trainer.data.pipeline import executors
 from llm_trainer.data.pipeline.executors import Processes
 from llm_trainer.data.pipeline.pipeline import prepare
 from llm_trainer.data.sources.file_source import FileSource
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
+from llm_trainer.errors import DataError
 
 PROGRAM = """
 import sys

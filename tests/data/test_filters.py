@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_trainer.config.data import DataConfig
+from llm_trainer.config.schema.data import DataConfig
 from llm_trainer.data.cleaning import filters
 from llm_trainer.data.cleaning.filters import repeated_line_share, repeated_run_share, symbol_share
 

@@ -11,12 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_trainer.config.errors import DataError, UsageError
-from llm_trainer.config.mixture import MixtureStage
+from llm_trainer.config.schema.mixture import MixtureStage
 from llm_trainer.data.sampling.mixture import PERIOD, MixtureSampler, TokenMixture
 from llm_trainer.data.sampling.packing import Packing
 from llm_trainer.data.sampling.samplers import IGNORED, Sampler, open_sampler
 from llm_trainer.data.token_shards import ShardWriter, TokenDataset
+from llm_trainer.errors import DataError, UsageError
 
 VOCABULARY = 3000
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from llm_trainer.config import DataConfig
-from llm_trainer.config.errors import DataError, UsageError
-from llm_trainer.config.mixture import MixtureStage
+from llm_trainer.config.schema.mixture import MixtureStage
 from llm_trainer.data.mixture_dataset import MIXTURE_FILE, reweighed, write_mixture
 from llm_trainer.data.pipeline.pipeline import prepare
 from llm_trainer.data.prepared_dataset import open_prepared
 from llm_trainer.data.sampling.mixture import TokenMixture
 from llm_trainer.data.sampling.packing import Packing
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
+from llm_trainer.errors import DataError, UsageError
 
 
 @pytest.fixture(scope="module")

@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llm_trainer.config.errors import DataError
 from llm_trainer.data import nanogpt_format as nanogpt
 from llm_trainer.data.catalog import http_download as downloads
 from llm_trainer.data.catalog import nanogpt_datasets as classic
 from llm_trainer.data.prepared_dataset import open_prepared
 from llm_trainer.data.sampling.samplers import WindowSampler
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
+from llm_trainer.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]
 

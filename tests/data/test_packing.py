@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_trainer.config import DataConfig, RunConfig, UsageError
-from llm_trainer.config.owed import owed_settings
+from llm_trainer.config.parse.not_implemented import owed_settings
 from llm_trainer.data.sampling import packing as packing_module
 from llm_trainer.data.sampling.packing import (
     OPEN_ROWS,

@@ -17,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_trainer.config import DataConfig
-from llm_trainer.config.errors import DataError, UsageError
 from llm_trainer.data.metadata import Metadata
 from llm_trainer.data.pipeline import atomic_output as staging
 from llm_trainer.data.pipeline import pipeline
@@ -29,6 +28,7 @@ from llm_trainer.data.sources import base as documents
 from llm_trainer.data.sources.base import Piece
 from llm_trainer.data.token_shards import ShardWriter, TokenDataset
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
+from llm_trainer.errors import DataError, UsageError
 
 
 @pytest.fixture

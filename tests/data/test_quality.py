@@ -7,11 +7,11 @@ import pickle
 
 import pytest
 
-from llm_trainer.config.data import DataConfig
-from llm_trainer.config.errors import UsageError
+from llm_trainer.config.schema.data import DataConfig
 from llm_trainer.data.cleaning import datatrove_filters as quality
 from llm_trainer.data.cleaning.cleaner import Cleaning
 from llm_trainer.data.sources.base import Piece, Rejected
+from llm_trainer.errors import UsageError
 
 PAGE = " ".join(
     f"The {name} of the house had been to the sea and to the hills, and {verb} that nothing there was as quiet as these rooms."

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llm_trainer.config import DataConfig, ModelConfig
-from llm_trainer.config.errors import DataError, UsageError
 from llm_trainer.data.pipeline.pipeline import prepare
 from llm_trainer.data.prepared_dataset import open_prepared
 from llm_trainer.data.sampling import packed_rows as rows_module
@@ -21,6 +20,7 @@ from llm_trainer.data.sampling.packed_rows import INDEX_FOLDER, PackedRows, RowS
 from llm_trainer.data.sampling.packing import STRATEGIES, Packing, Strategy, measure_packing
 from llm_trainer.data.sampling.samplers import IGNORED, Batch, open_sampler, validation_batches, validation_row_count
 from llm_trainer.data.token_shards import ShardWriter, TokenDataset
+from llm_trainer.errors import DataError, UsageError
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.objectives import NextToken
 from llm_trainer.training.validation import validate

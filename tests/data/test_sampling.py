@@ -10,12 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_trainer.config.errors import DataError
 from llm_trainer.data.prepared_dataset import open_prepared
 from llm_trainer.data.sampling.packing import Packing
 from llm_trainer.data.sampling.permutation import KeyedPermutation, combine
 from llm_trainer.data.sampling.samplers import IGNORED, Batch, WindowSampler, validation_batches
 from llm_trainer.data.token_shards import ShardWriter, TokenDataset
+from llm_trainer.errors import DataError
 
 
 def stream(size: int) -> TokenDataset:

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_trainer.config.errors import DataError
 from llm_trainer.data.token_shards import HEADER_BYTES, ShardWriter, TokenDataset
+from llm_trainer.errors import DataError
 
 HASH = hashlib.sha256(b"tokenizer").hexdigest()
 

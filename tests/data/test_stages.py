@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from llm_trainer.config import DataConfig
-from llm_trainer.config.errors import DataError
 from llm_trainer.data.pipeline import stage_cache as stages
 from llm_trainer.data.pipeline.document_index import TABLE_FILE
 from llm_trainer.data.pipeline.pipeline import prepare
@@ -26,6 +25,7 @@ from llm_trainer.data.sources.base import Piece, Reading, Unit
 from llm_trainer.data.sources.file_source import FileSource
 from llm_trainer.data.token_shards import TokenDataset
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
+from llm_trainer.errors import DataError
 
 LINES_A_FILE = 60
 WORDS = "the cat sat on a mat and saw many small birds fly over old houses while rain fell from grey clouds far away"

@@ -14,11 +14,11 @@ import tiktoken_ext.openai_public as published
 from transformers import AutoTokenizer
 
 from llm_trainer.config import DataConfig
-from llm_trainer.config.errors import DataError, UsageError
 from llm_trainer.data.tokenization import tiktoken_import as tiktoken_encodings
 from llm_trainer.data.tokenization.factory import given_tokenizer
 from llm_trainer.data.tokenization.tiktoken_import import ENCODINGS, read_ranks
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
+from llm_trainer.errors import DataError, UsageError
 
 TEXT = tiktoken_encodings._HARD_CASES
 

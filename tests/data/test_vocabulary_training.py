@@ -13,13 +13,13 @@ from tokenizers import AddedToken, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
-from llm_trainer.config.errors import DataError, UsageError
 from llm_trainer.data.tokenization import vocab_training as vocabulary_training
 from llm_trainer.data.tokenization.fast import bpe_trainer as merging
 from llm_trainer.data.tokenization.fast.pretokenizer import BERT_WORDS, PATTERN, Words
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
 from llm_trainer.data.tokenization.tokenizer_json import END_OF_TEXT, byte_level_words
 from llm_trainer.data.tokenization.vocab_training import count_words, training_estimate
+from llm_trainer.errors import DataError, UsageError
 
 
 def plainly_trained(texts: list[str], vocab_size: int) -> Backend:

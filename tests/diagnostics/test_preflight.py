@@ -15,7 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from llm_trainer.cli.main import main
 from llm_trainer.cli.run_model import pretrained_model
 from llm_trainer.config import ModelConfig, RunConfig, TrainingConfig, UsageError
-from llm_trainer.config.counting import parameter_count
+from llm_trainer.config.param_count import parameter_count
 from llm_trainer.diagnostics.measure_memory import measured_step
 from llm_trainer.diagnostics.memory_plan import RESERVE, Plan, checkpoint_bytes, rank_memory, rank_shape, recommend, traffic
 from llm_trainer.model.adapters.nf4 import is_quantized

@@ -7,7 +7,7 @@ from torch.distributed.pipelining.schedules import ScheduleInterleaved1F1B
 
 from llm_trainer.cli.main import main
 from llm_trainer.config import ModelConfig, TrainingConfig, UsageError
-from llm_trainer.config.counting import parameter_count, part_sizes
+from llm_trainer.config.param_count import parameter_count, part_sizes
 from llm_trainer.diagnostics.memory_plan import Plan, rank_memories, recommend, traffic
 from llm_trainer.training.footprint import step_memory
 from llm_trainer.training.stage_footprint import PlaceMemory, place_memories, schedule_order

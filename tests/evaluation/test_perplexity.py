@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_trainer.config.errors import DataError, UsageError
-from llm_trainer.config.model import ModelConfig
+from llm_trainer.config.schema.model import ModelConfig
 from llm_trainer.data.token_shards import TokenDataset
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
+from llm_trainer.errors import DataError, UsageError
 from llm_trainer.evaluation.perplexity import evaluate_source, evaluate_text, read_text, score, windows_over
 from llm_trainer.inference.engine import LanguageModel
 from llm_trainer.model.transformer import Transformer

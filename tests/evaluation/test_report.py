@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from llm_trainer.config import RunConfig
-from llm_trainer.config.errors import CheckpointError
+from llm_trainer.errors import CheckpointError
 from llm_trainer.reporting.charts import draw, short, smooth, thin, ticks
 from llm_trainer.reporting.run_metadata import RunFacts, Sample, load_facts, save_facts
 from llm_trainer.reporting.run_report import charts, write_report

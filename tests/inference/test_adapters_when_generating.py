@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llm_trainer.config import ModelConfig, UsageError
-from llm_trainer.config.adapters import LoraConfig
+from llm_trainer.config.schema.lora import LoraConfig
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
 from llm_trainer.inference.cpu.fused_decoder import FusedStep, is_fusible
 from llm_trainer.inference.load_model import load_model

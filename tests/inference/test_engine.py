@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from llm_trainer.config.errors import DataError, UsageError
-from llm_trainer.config.generation import GenerationConfig
-from llm_trainer.config.model import ModelConfig
+from llm_trainer.config.schema.generation import GenerationConfig
+from llm_trainer.config.schema.model import ModelConfig
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
+from llm_trainer.errors import DataError, UsageError
 from llm_trainer.inference.engine import LanguageModel
 from llm_trainer.model.transformer import Transformer
 

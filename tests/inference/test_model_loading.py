@@ -5,15 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm_trainer.config.errors import CheckpointError, LLMTrainerError, UsageError
-from llm_trainer.config.generation import GenerationConfig
-from llm_trainer.config.model import ModelConfig
-from llm_trainer.config.run_folder import write_manifest
+from llm_trainer.config.schema.generation import GenerationConfig
+from llm_trainer.config.schema.model import ModelConfig
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
+from llm_trainer.errors import CheckpointError, LLMTrainerError, UsageError
 from llm_trainer.inference.load_model import load_model, resolve_device
 from llm_trainer.model.hf.checkpoint import save_pretrained
 from llm_trainer.model.hf.weight_map import Entry, entries
 from llm_trainer.model.transformer import Transformer
+from llm_trainer.run_dir import write_manifest
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 8
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from llm_trainer.config.generation import GenerationConfig
-from llm_trainer.config.model import ModelConfig
+from llm_trainer.config.schema.generation import GenerationConfig
+from llm_trainer.config.schema.model import ModelConfig
 from llm_trainer.inference.cpu.int8_candidates import LARGEST_SHARE, Shortlist, multiplies_bytes_exactly
 from llm_trainer.inference.cpu.lm_head import Head, Scores
 from llm_trainer.inference.engine import LanguageModel

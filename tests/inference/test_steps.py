@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from llm_trainer.config.model import ModelConfig
+from llm_trainer.config.schema.model import ModelConfig
 from llm_trainer.inference.cpu.fused_decoder import FusedStep
 from llm_trainer.inference.cpu.matvec import multiply_vector
 from llm_trainer.inference.engine import choose_step

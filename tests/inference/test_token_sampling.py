@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from llm_trainer.config.generation import GenerationConfig
+from llm_trainer.config.schema.generation import GenerationConfig
 from llm_trainer.inference.sampling import Sampler, SamplingRow, draw, keep_min_p, keep_top_k, keep_top_p
 
 VOCAB = 97

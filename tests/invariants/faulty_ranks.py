@@ -25,9 +25,10 @@ import torch.distributed as dist
 from rich.console import Console
 from tiny_run import tiny_config, tiny_model, tokens
 
-from llm_trainer.config import LLMTrainerError, TrainingConfig, run_folder
+from llm_trainer import run_dir as run_folder
+from llm_trainer.config import LLMTrainerError, TrainingConfig
 from llm_trainer.config.environment import launch_environment
-from llm_trainer.config.parallel import resolve_plan
+from llm_trainer.config.resolve.parallelism import resolve_plan
 from llm_trainer.data.sampling.samplers import Batch
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.callbacks import Callback

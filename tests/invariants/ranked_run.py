@@ -78,7 +78,7 @@ def main(folder: Path) -> None:
     from dataclasses import replace
 
     from llm_trainer.config import TrainingConfig
-    from llm_trainer.config.parallel import resolve_plan
+    from llm_trainer.config.resolve.parallelism import resolve_plan
 
     launch = launch_environment()
     with joined(launch, TrainingConfig(device="cpu")) as ranks:

@@ -19,7 +19,7 @@ from tiny_run import tiny_config, tiny_model, tokens
 
 from llm_trainer.config import TrainingConfig
 from llm_trainer.config.environment import launch_environment
-from llm_trainer.config.parallel import resolve_plan
+from llm_trainer.config.resolve.parallelism import resolve_plan
 from llm_trainer.data.sampling.samplers import Batch
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.memory import OutOfMemory

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from test_ranks import LLAMA, LORA, STEPS, TOLERANCE, a_run, differences, on_ranks, series
 
-from llm_trainer.config.run_folder import verify
+from llm_trainer.run_dir import verify
 
 CONTEXT = {"context_parallel": 2}
 PACKED = {"document_every": 5}

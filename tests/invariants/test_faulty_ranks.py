@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from llm_trainer.config.run_folder import list_checkpoints, verify
+from llm_trainer.run_dir import list_checkpoints, verify
 from llm_trainer.training.metrics import read_metrics
 from llm_trainer.training.preemption import EXIT_PREEMPTED
 from llm_trainer.training.replay import compare_checkpoints

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm_trainer.config.run_folder import verify
+from llm_trainer.run_dir import verify
 from llm_trainer.training.metrics import read_metrics
 from llm_trainer.training.replay import compare_checkpoints
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from test_faulty_ranks import RULE, a_run, launch, losses, outcomes
 
-from llm_trainer.config.run_folder import read_json, verify
+from llm_trainer.run_dir import read_json, verify
 
 Run = dict[str, Any]
 PLANS: dict[str, Run] = {"replicas": {}, "tensor": {"tensor_parallel": 2}, "pipeline": {"pipeline_parallel": 2}, "remote": {}}

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llm_trainer.config.run_folder import list_checkpoints
+from llm_trainer.run_dir import list_checkpoints
 
 RUNNER = Path(__file__).with_name("short_ranks.py")
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from llm_trainer.config.run_folder import list_checkpoints, verify
+from llm_trainer.run_dir import list_checkpoints, verify
 from llm_trainer.training.metrics import read_metrics
 
 SCRIPT = Path(__file__).with_name("two_nodes.sh")

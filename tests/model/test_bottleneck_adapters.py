@@ -10,7 +10,7 @@ from model_shapes import small_config
 from torch import Tensor
 
 from llm_trainer.config import UsageError
-from llm_trainer.config.counting import part_sizes
+from llm_trainer.config.param_count import part_sizes
 from llm_trainer.inference.cpu.fused_decoder import is_fusible
 from llm_trainer.model.adapters.lora import is_adapter_parameter
 from llm_trainer.model.hf.checkpoint import load_pretrained, save_pretrained

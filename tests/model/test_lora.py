@@ -10,8 +10,8 @@ from model_shapes import small_config
 from torch import Tensor, nn
 
 from llm_trainer.config import UsageError
-from llm_trainer.config.adapters import LoraConfig
-from llm_trainer.config.counting import part_sizes
+from llm_trainer.config.param_count import part_sizes
+from llm_trainer.config.schema.lora import LoraConfig
 from llm_trainer.model.adapters.lora import (
     adapters_in_use,
     add_adapters,

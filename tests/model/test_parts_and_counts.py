@@ -6,7 +6,7 @@ from model_shapes import SHAPES, small_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from llm_trainer.config import ModelConfig, UsageError
-from llm_trainer.config.counting import parameter_count, part_sizes
+from llm_trainer.config.param_count import parameter_count, part_sizes
 from llm_trainer.model.flops import attention_span, estimate_flops
 from llm_trainer.model.module_names import parameter_counts, part_names, part_of_parameter, resolve_part
 from llm_trainer.model.transformer import Transformer

@@ -9,7 +9,7 @@ import torch
 from model_shapes import small_config
 
 from llm_trainer.config import UsageError
-from llm_trainer.config.counting import parameter_count
+from llm_trainer.config.param_count import parameter_count
 from llm_trainer.model.hf.checkpoint import load_pretrained, save_pretrained
 from llm_trainer.model.kv_cache import KVCache
 from llm_trainer.model.surgery.depth import stack_layers

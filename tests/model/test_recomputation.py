@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llm_trainer.config.model import ModelConfig
+from llm_trainer.config.schema.model import ModelConfig
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.compilation import compile_model, has_compiler
 

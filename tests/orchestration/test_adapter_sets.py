@@ -12,7 +12,7 @@ from tiny_run import tiny_trainer
 from llm_trainer.cli.adapter import chosen_adapter
 from llm_trainer.cli.run_model import pretrained_model
 from llm_trainer.config import ModelConfig, UsageError
-from llm_trainer.config.schedules import Operation
+from llm_trainer.config.schema.scaling_schedule import Operation
 from llm_trainer.inference.load_model import load_transformer
 from llm_trainer.model.adapters.lora import adapters_in_use, is_adapter_parameter, use_adapters
 from llm_trainer.model.hf.checkpoint import save_pretrained

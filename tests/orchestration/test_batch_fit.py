@@ -10,8 +10,8 @@ from rich.console import Console
 from tiny_run import tiny_config, tiny_model, tokens
 
 from llm_trainer.config import RunConfig, UsageError
-from llm_trainer.config.batches import BatchPlan
-from llm_trainer.config.schedules import Operation, read_schedule
+from llm_trainer.config.resolve.batch_size import BatchPlan
+from llm_trainer.config.schema.scaling_schedule import Operation, read_schedule
 from llm_trainer.orchestration.orchestrator import Orchestrator
 from llm_trainer.training.metrics import read_metrics
 from llm_trainer.training.micro_batches import largest_micro_batch

@@ -13,7 +13,7 @@ from rich.console import Console
 from tiny_run import tiny_trainer
 
 from llm_trainer.config import UsageError
-from llm_trainer.config.schedules import Operation
+from llm_trainer.config.schema.scaling_schedule import Operation
 from llm_trainer.model.adapters.lora import is_adapter_parameter
 from llm_trainer.orchestration.orchestrator import Orchestrator, foreseen, reason
 from llm_trainer.reporting.run_report import write_report

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from test_spikes import Rates, spiking
 
-from llm_trainer.config.schedules import Operation
+from llm_trainer.config.schema.scaling_schedule import Operation
 from llm_trainer.orchestration.orchestrator import Orchestrator
 from llm_trainer.training.callbacks import Callback
 from llm_trainer.training.replay import StopAt, compare_checkpoints

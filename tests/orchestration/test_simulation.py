@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from llm_trainer.config import ModelConfig, UsageError
-from llm_trainer.config.parallel import ParallelPlan, check_shape
-from llm_trainer.config.schedules import Operation
+from llm_trainer.config.resolve.parallelism import ParallelPlan, check_shape
+from llm_trainer.config.schema.scaling_schedule import Operation
 from llm_trainer.model.hf.checkpoint import empty_model
 from llm_trainer.model.surgery.model_state import form_of
 from llm_trainer.orchestration.dry_run import simulate

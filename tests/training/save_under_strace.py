@@ -28,7 +28,7 @@ import torch
 from test_checkpoints import snapshot
 
 from llm_trainer.config import CheckpointError
-from llm_trainer.config.run_folder import list_checkpoints, resolve_model_folder, resolve_resume_folder, verify
+from llm_trainer.run_dir import list_checkpoints, resolve_model_folder, resolve_resume_folder, verify
 from llm_trainer.training import checkpoints
 from llm_trainer.training.checkpoints import Asynchronous, CheckpointStore, Snapshot
 

@@ -16,7 +16,7 @@ from test_checkpoints import snapshot
 from tiny_run import tiny_run, tiny_trainer
 
 from llm_trainer.config import CheckpointError
-from llm_trainer.config.run_folder import JSON, list_checkpoints, resolve_resume_folder, verify
+from llm_trainer.run_dir import JSON, list_checkpoints, resolve_resume_folder, verify
 from llm_trainer.training import capture
 from llm_trainer.training.callbacks import Callback
 from llm_trainer.training.checkpoints import CheckpointStore, Progress, Snapshot

@@ -14,9 +14,9 @@ import torch
 from tiny_run import SHAPE, tiny_config, tiny_model, tiny_run, tiny_trainer
 
 from llm_trainer.config import CheckpointError, ModelConfig
-from llm_trainer.config.run_folder import list_checkpoints, read_run_config, verify, write_manifest
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
 from llm_trainer.model.hf.checkpoint import load_pretrained
+from llm_trainer.run_dir import list_checkpoints, read_run_config, verify, write_manifest
 from llm_trainer.training.checkpoints import CheckpointStore, Snapshot, read_state, restore
 from llm_trainer.training.optimizer_state import TENSORS_FILE, load_optimizer_state, optimizer_state, write_tensors
 from llm_trainer.training.optimizers import build_optimizers

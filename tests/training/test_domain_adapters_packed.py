@@ -11,8 +11,8 @@ from rich.console import Console
 from tiny_run import VOCABULARY, tiny_config, tiny_model
 
 from llm_trainer.config import DataConfig, RunConfig
-from llm_trainer.config.mixture import MixtureStage
-from llm_trainer.config.parallel import ParallelPlan
+from llm_trainer.config.resolve.parallelism import ParallelPlan
+from llm_trainer.config.schema.mixture import MixtureStage
 from llm_trainer.data.sampling.concat import joined
 from llm_trainer.data.sampling.mixture import TokenMixture
 from llm_trainer.data.sampling.packing import Packing

@@ -16,8 +16,8 @@ import torch
 from tiny_run import tiny_run, tiny_trainer
 
 from llm_trainer.config import CheckpointError
-from llm_trainer.config.run_folder import list_checkpoints, write_manifest
 from llm_trainer.inference.load_model import load_transformer
+from llm_trainer.run_dir import list_checkpoints, write_manifest
 from llm_trainer.training.replay import StopAt, compare_checkpoints
 
 KILLED, SAVED, REFUSED = -9, 0, 3

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from tiny_run import tiny_config, tiny_model, tiny_trainer, tokens
 
 from llm_trainer.config import RunConfig, UsageError
-from llm_trainer.config.batches import BatchPlan, MicroBatchBounds, divisions
-from llm_trainer.config.run_folder import list_checkpoints
+from llm_trainer.config.resolve.batch_size import BatchPlan, MicroBatchBounds, divisions
 from llm_trainer.data.sampling.samplers import Batch
 from llm_trainer.model.transformer import Transformer
+from llm_trainer.run_dir import list_checkpoints
 from llm_trainer.training.callbacks import Callback
 from llm_trainer.training.memory import OutOfMemory, is_out_of_memory
 from llm_trainer.training.metrics import read_metrics

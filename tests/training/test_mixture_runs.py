@@ -10,7 +10,7 @@ from rich.console import Console
 from tiny_run import CONTEXT, VOCABULARY, tiny_config, tiny_model, tokens
 
 from llm_trainer.config import CheckpointError, DataConfig, RunConfig
-from llm_trainer.config.mixture import MixtureStage
+from llm_trainer.config.schema.mixture import MixtureStage
 from llm_trainer.data.sampling.mixture import TokenMixture
 from llm_trainer.data.token_shards import ShardWriter, TokenDataset
 from llm_trainer.data.tokenization.tokenizer import Tokenizer

@@ -12,10 +12,10 @@ from tiny_run import tiny_config, tiny_model, tokens
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from llm_trainer.config import RunConfig, UsageError
-from llm_trainer.config.batches import BatchPlan
-from llm_trainer.config.checks import check_whole
-from llm_trainer.config.parallel import ParallelPlan
-from llm_trainer.config.schedules import Operation
+from llm_trainer.config.parse.validation import check_whole
+from llm_trainer.config.resolve.batch_size import BatchPlan
+from llm_trainer.config.resolve.parallelism import ParallelPlan
+from llm_trainer.config.schema.scaling_schedule import Operation
 from llm_trainer.orchestration.batch_fit import fitted
 from llm_trainer.orchestration.orchestrator import foreseen
 from llm_trainer.training.changes import change_batches

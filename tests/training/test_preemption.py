@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from tiny_run import tiny_run
 
-from llm_trainer.config.run_folder import resolve_resume_folder
+from llm_trainer.run_dir import resolve_resume_folder
 from llm_trainer.training.preemption import EXIT_INTERRUPTED, EXIT_PREEMPTED, StopSignals
 from llm_trainer.training.replay import compare_checkpoints
 

@@ -10,8 +10,8 @@ from rich.console import Console
 from tiny_run import tiny_config, tiny_model, tokens
 
 from llm_trainer.config import UsageError
-from llm_trainer.config.parallel import check_plan
-from llm_trainer.config.schedules import Operation
+from llm_trainer.config.resolve.parallelism import check_plan
+from llm_trainer.config.schema.scaling_schedule import Operation
 from llm_trainer.model.adapters.lora import is_adapter_parameter, merge_lora
 from llm_trainer.model.adapters.nf4 import dequantized, is_quantized
 from llm_trainer.model.hf.checkpoint import load_pretrained

@@ -12,7 +12,7 @@ from test_checkpoints import snapshot
 from tiny_run import tiny_config, tiny_run, tiny_trainer
 
 from llm_trainer.config import CheckpointError, UsageError
-from llm_trainer.config.run_folder import list_checkpoints, verify
+from llm_trainer.run_dir import list_checkpoints, verify
 from llm_trainer.training.checkpoints import CheckpointStore
 from llm_trainer.training.remote import RemoteRun, fetch_resumed, use_local_folders
 from llm_trainer.training.replay import StopAt, compare_checkpoints

@@ -9,7 +9,7 @@ import pytest
 from tiny_run import tiny_config, tiny_run, tiny_trainer, tokens
 
 from llm_trainer.config import CheckpointError, UsageError
-from llm_trainer.config.run_folder import list_checkpoints, verify
+from llm_trainer.run_dir import list_checkpoints, verify
 from llm_trainer.training.callbacks import Callback
 from llm_trainer.training.checkpoints import read_state
 from llm_trainer.training.replay import StopAt, compare_checkpoints, verify_resume

@@ -10,9 +10,9 @@ import torch
 from tiny_run import tiny_config, tiny_trainer
 
 from llm_trainer.config import CheckpointError
-from llm_trainer.config.run_folder import list_checkpoints
 from llm_trainer.data.sampling.samplers import Batch
 from llm_trainer.model.transformer import Transformer
+from llm_trainer.run_dir import list_checkpoints
 from llm_trainer.training.callbacks import Callback
 from llm_trainer.training.checkpoints import read_state
 from llm_trainer.training.metrics import read_metrics

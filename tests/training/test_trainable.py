@@ -11,7 +11,7 @@ from tiny_run import SHAPE, tiny_config, tiny_model, tokens
 from torch import Tensor
 
 from llm_trainer.config import ModelConfig, TrainingConfig, UsageError
-from llm_trainer.config.counting import parameter_count
+from llm_trainer.config.param_count import parameter_count
 from llm_trainer.inference.load_model import load_transformer
 from llm_trainer.model.adapters.lora import is_adapter_parameter, merge_lora
 from llm_trainer.model.transformer import Transformer

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from tiny_run import tiny_config, tiny_run, tiny_trainer
 
-from llm_trainer.config.run_folder import list_checkpoints
+from llm_trainer.run_dir import list_checkpoints
 from llm_trainer.training.metrics import read_metrics
 from llm_trainer.training.timings import Timings
 from llm_trainer.training.watching import Watcher

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from llm_trainer.config.errors import DataError
 from llm_trainer.data.sources import file_io as storage
 from llm_trainer.data.sources.file_io import Extent
+from llm_trainer.errors import DataError
 
 _MAGICS = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\0": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}
 _TAR_MAGIC = (257, b"ustar")

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from llm_trainer.config.errors import DataError
 from llm_trainer.data.catalog.archives import extract, is_archive
 from llm_trainer.data.catalog.http_download import fetch
 from llm_trainer.data.catalog.registry import CataloguedSet, by_hand, remote_files
@@ -24,6 +23,7 @@ from llm_trainer.data.catalog.writers import Saved, SaveFormat, save
 from llm_trainer.data.progress import ByteProgress
 from llm_trainer.data.sources.base import Rejected
 from llm_trainer.data.sources.file_source import TEXT_SUFFIXES, FileSource
+from llm_trainer.errors import DataError
 
 SOURCE_FILE = ".source.json"
 _DOWNLOADS = ".downloads"

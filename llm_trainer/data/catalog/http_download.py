@@ -24,9 +24,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from llm_trainer.config.errors import DataError
 from llm_trainer.data.catalog.archives import safe_path
 from llm_trainer.data.progress import ByteProgress
+from llm_trainer.errors import DataError
 
 TIMEOUT_SECONDS = 30.0
 _BLOCK = 2**18

@@ -13,13 +13,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from llm_trainer.config.data import DataConfig
-from llm_trainer.config.errors import DataError
+from llm_trainer.config.schema.data import DataConfig
 from llm_trainer.data.catalog.http_download import RemoteFile, fetch
 from llm_trainer.data.pipeline.pipeline import prepare
 from llm_trainer.data.sources.base import Source
 from llm_trainer.data.sources.hub_source import HubSource
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
+from llm_trainer.errors import DataError
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"

@@ -12,8 +12,8 @@ import urllib.parse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llm_trainer.config.errors import DataError, UsageError
 from llm_trainer.data.catalog.http_download import NoConnectionError, RemoteFile
+from llm_trainer.errors import DataError, UsageError
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
 
-from llm_trainer.config.errors import DataError
 from llm_trainer.data.progress import ByteProgress
 from llm_trainer.data.sources import file_io as storage
 from llm_trainer.data.sources.base import Reading, Rejected
+from llm_trainer.errors import DataError
 
 SaveFormat: TypeAlias = Literal["parquet", "jsonl", "txt"]
 SHARD_BYTES = 256 * 2**20

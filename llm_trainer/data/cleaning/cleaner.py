@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 
 from pydantic import JsonValue
 
-from llm_trainer.config.data import DataConfig
+from llm_trainer.config.schema.data import DataConfig
 from llm_trainer.data.cleaning import filters
 from llm_trainer.data.cleaning.filters import Filter
 from llm_trainer.data.cleaning.normalization import Normalization

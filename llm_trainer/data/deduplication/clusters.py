@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from llm_trainer.config.errors import DataError
 from llm_trainer.data.progress import ByteProgress
+from llm_trainer.errors import DataError
 
 Keys: TypeAlias = NDArray[np.uint64]
 Labels: TypeAlias = NDArray[np.uint32]

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import JsonValue
 
-from llm_trainer.config.data import DataConfig
+from llm_trainer.config.schema.data import DataConfig
 from llm_trainer.data.deduplication.shingles import BLOCK_BYTES, Hashes, LongText, mix, shingle_hashes
 from llm_trainer.data.optional_deps import require
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from llm_trainer.config.domain_loaders import DOMAINS
+from llm_trainer.config.schema.domain_loaders import DOMAINS
 from llm_trainer.data.domains.loaders import Example
 from llm_trainer.data.domains.synthetic.exercises import exercises
 from llm_trainer.data.sources.builtin_corpus import language_reference, library_files, read_library

@@ -9,13 +9,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llm_trainer.config.domain_loaders import DomainLoader, HubPart
-from llm_trainer.config.domains import LoaderOptions
-from llm_trainer.config.errors import DataError
+from llm_trainer.config.schema.domain_loaders import DomainLoader, HubPart
+from llm_trainer.config.schema.domains import LoaderOptions
 from llm_trainer.data.domains.templates import TextMaker, Unfit
 from llm_trainer.data.pipeline.splits import unit_hash
 from llm_trainer.data.sources.base import Rejected
 from llm_trainer.data.sources.record_reader import SUFFIXES, Record, local_records
+from llm_trainer.errors import DataError
 
 _EXAMPLES = 5
 

@@ -24,9 +24,8 @@ from typing import Literal
 from pydantic import JsonValue
 from rich.console import Console
 
-from llm_trainer.config.data import DataConfig
-from llm_trainer.config.domains import DomainBridge
-from llm_trainer.config.errors import DataError
+from llm_trainer.config.schema.data import DataConfig
+from llm_trainer.config.schema.domains import DomainBridge
 from llm_trainer.data.domains import builtin as builtin_domains
 from llm_trainer.data.domains.loaders import Example, Reading, read_loader
 from llm_trainer.data.domains.text_store import Gathered, write_splits
@@ -39,6 +38,7 @@ from llm_trainer.data.progress import ByteProgress
 from llm_trainer.data.sources.builtin_corpus import language_reference
 from llm_trainer.data.sources.presplit_source import SplitSource
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
+from llm_trainer.errors import DataError
 
 DOMAINS_FILE = "domains.json"
 VOCABULARY_FILE = "vocabulary.json"

@@ -11,8 +11,8 @@ import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from llm_trainer.config.domain_loaders import DomainLoader, Place, parse_part
-from llm_trainer.config.domains import LoaderOptions
+from llm_trainer.config.schema.domain_loaders import DomainLoader, Place, parse_part
+from llm_trainer.config.schema.domains import LoaderOptions
 
 _SPEAKERS = {"human": "User", "user": "User", "prompter": "User", "gpt": "Assistant", "assistant": "Assistant", "model": "Assistant"}
 

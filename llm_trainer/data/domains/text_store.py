@@ -14,7 +14,7 @@ from typing import IO
 
 import numpy as np
 
-from llm_trainer.config.domains import DomainBridge
+from llm_trainer.config.schema.domains import DomainBridge
 from llm_trainer.data.domains.loaders import Example
 from llm_trainer.data.pipeline.document_index import SPLITS
 from llm_trainer.data.pipeline.splits import Shares, unit_hash

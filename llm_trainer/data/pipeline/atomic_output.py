@@ -9,12 +9,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from llm_trainer.config.errors import DataError
 from llm_trainer.data.metadata import METADATA_FILE, Metadata
 from llm_trainer.data.pipeline.document_index import REJECTED_FILE
 from llm_trainer.data.pipeline.summary import PICTURE_FILE, SUMMARY_FILE
 from llm_trainer.data.sources.presplit_source import FILE_NAMES
 from llm_trainer.data.token_shards import SUFFIX
+from llm_trainer.errors import DataError
 
 _PREFIX = ".preparing-"
 _LOCK = ".prepare.lock"

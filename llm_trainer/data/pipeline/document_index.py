@@ -21,11 +21,11 @@ from typing import IO
 import numpy as np
 from pydantic import JsonValue
 
-from llm_trainer.config.errors import DataError
 from llm_trainer.data.cleaning.cleaner import Cleaning
 from llm_trainer.data.deduplication.minhash import BandWriter, MinHasher
 from llm_trainer.data.pipeline.stage_cache import Advance, damaged, key_of, read_facts, write_facts
 from llm_trainer.data.sources.base import Piece, Rejected, Unit
+from llm_trainer.errors import DataError
 
 SPLITS = ("train", "validation", "test")
 NO_SPLIT = 255  # a document that says no split

@@ -17,7 +17,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from typing import Literal, Protocol
 
-from llm_trainer.config.errors import DataError, LLMTrainerError
+from llm_trainer.errors import DataError, LLMTrainerError
 
 _WORTH_PROCESSES = 16 * 2**20  # bytes of work; starting a process takes about a second
 

@@ -23,8 +23,7 @@ import numpy as np
 from pydantic import JsonValue
 from rich.console import Console
 
-from llm_trainer.config.data import DataConfig
-from llm_trainer.config.errors import DataError, UsageError
+from llm_trainer.config.schema.data import DataConfig
 from llm_trainer.data.cleaning.cleaner import Cleaning
 from llm_trainer.data.deduplication.minhash import MinHasher
 from llm_trainer.data.metadata import FORMAT, METADATA_FILE, Metadata, TokenizerFacts
@@ -50,6 +49,7 @@ from llm_trainer.data.token_shards import TokenDataset
 from llm_trainer.data.tokenization.factory import given_tokenizer, kind_to_train, tokenizer_options, train_tokenizer
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
 from llm_trainer.data.tokenization.vocab_training import training_estimate
+from llm_trainer.errors import DataError, UsageError
 
 __all__ = ["PreparedSummary", "open_source", "prepare"]
 

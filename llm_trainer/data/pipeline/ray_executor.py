@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from llm_trainer.config.errors import DataError, LLMTrainerError, UsageError
 from llm_trainer.data.pipeline.executors import Executor, Job, perform
+from llm_trainer.errors import DataError, LLMTrainerError, UsageError
 
 
 @contextlib.contextmanager

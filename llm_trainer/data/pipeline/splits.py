@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from llm_trainer.config.data import DataConfig
-from llm_trainer.config.errors import UsageError
+from llm_trainer.config.schema.data import DataConfig
 from llm_trainer.data.pipeline.document_index import NO_SPLIT, SPLITS
 from llm_trainer.data.sources.base import Piece
+from llm_trainer.errors import UsageError
 
 LEFT_OUT = 255  # in a plan: a document that is rejected, or repeats another
 BY_HASH = "by the hash of each document"

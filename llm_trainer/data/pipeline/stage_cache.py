@@ -22,9 +22,9 @@ from typing import Protocol
 from pydantic import JsonValue
 from rich.console import Console
 
-from llm_trainer.config.errors import DataError
 from llm_trainer.data.pipeline.executors import Executor
 from llm_trainer.data.progress import ByteProgress
+from llm_trainer.errors import DataError
 
 STAGES_FOLDER = ".stages"
 FACTS_FILE = "facts.json"

@@ -21,11 +21,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from llm_trainer.config.data import DataConfig
-from llm_trainer.config.errors import DataError, UsageError
+from llm_trainer.config.schema.data import DataConfig
 from llm_trainer.data.sampling.batch import IGNORED, Batch, Sampler
 from llm_trainer.data.sampling.permutation import combine
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
+from llm_trainer.errors import DataError, UsageError
 
 _STREAM = 2  # keeps these draws apart from those of the order
 

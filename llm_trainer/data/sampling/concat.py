@@ -8,8 +8,8 @@ from typing import TypedDict
 
 import numpy as np
 
-from llm_trainer.config.errors import DataError
 from llm_trainer.data.token_shards import TokenDataset
+from llm_trainer.errors import DataError
 
 
 def joined(parts: Mapping[str, TokenDataset], source: str) -> TokenDataset:

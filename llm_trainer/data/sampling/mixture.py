@@ -21,13 +21,13 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from llm_trainer.config.durations import Duration
-from llm_trainer.config.errors import UsageError
-from llm_trainer.config.mixture import MixtureStage, check_stages
+from llm_trainer.config.duration import Duration
+from llm_trainer.config.schema.mixture import MixtureStage, check_stages
 from llm_trainer.data.sampling.batch import Batch, Sampler, Sources, joined
 from llm_trainer.data.sampling.concat import joined_fields
 from llm_trainer.data.sampling.permutation import combine
 from llm_trainer.data.token_shards import TokenDataset
+from llm_trainer.errors import UsageError
 
 PERIOD = 2**16
 

@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from llm_trainer.config.errors import DataError
 from llm_trainer.data.progress import ByteProgress
 from llm_trainer.data.sampling.batch import IGNORED, Batch, sources_at
 from llm_trainer.data.sampling.packing import PIECE, Packing, PieceFields, cut_documents, pack
 from llm_trainer.data.sampling.permutation import KeyedPermutation, combine
 from llm_trainer.data.token_shards import TokenDataset
+from llm_trainer.errors import DataError
 
 INDEX_FOLDER = ".packing"
 IN_MEMORY_PIECES = 2**20

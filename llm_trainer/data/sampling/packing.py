@@ -24,8 +24,8 @@ from typing import Literal
 import numpy as np
 from pydantic import JsonValue
 
-from llm_trainer.config.data import DataConfig
-from llm_trainer.config.errors import UsageError
+from llm_trainer.config.schema.data import DataConfig
+from llm_trainer.errors import UsageError
 
 Strategy = Literal["greedy", "first_fit", "none"]
 STRATEGIES: tuple[Strategy, ...] = ("greedy", "first_fit", "none")

@@ -11,8 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 from rich.console import Console
 
-from llm_trainer.config.data import DataConfig
-from llm_trainer.config.errors import DataError
+from llm_trainer.config.schema.data import DataConfig
 from llm_trainer.data.sampling.augmentation import Augmentation, augmented
 from llm_trainer.data.sampling.batch import IGNORED, Batch, Sampler, unsupervised
 from llm_trainer.data.sampling.mixture import MixtureSampler, TokenMixture
@@ -22,6 +21,7 @@ from llm_trainer.data.sampling.prefetch import Prefetcher
 from llm_trainer.data.sampling.window_sampler import Windows, WindowSampler, require_window
 from llm_trainer.data.token_shards import TokenDataset
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
+from llm_trainer.errors import DataError
 
 __all__ = [
     "IGNORED", "Batch", "Prefetcher", "Sampler", "WindowSampler", "open_sampler", "require_window", "training_sampler",

@@ -17,11 +17,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from llm_trainer.config.errors import DataError
 from llm_trainer.data.sampling.batch import IGNORED, Batch, sources_at
 from llm_trainer.data.sampling.packing import Packing, greedy_rows
 from llm_trainer.data.sampling.permutation import KeyedPermutation, combine
 from llm_trainer.data.token_shards import TokenDataset
+from llm_trainer.errors import DataError
 
 _SHIFTED_FROM = 16  # windows an epoch; with fewer, moving the grid would cost a noticeable share of the ids
 

@@ -15,9 +15,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm_trainer.config.errors import DataError
 from llm_trainer.data.sources import base as documents
 from llm_trainer.data.sources.base import Reading, Unit, judged
+from llm_trainer.errors import DataError
 
 _LEFT_OUT = {"test", "tests", "idle_test", "lib2to3", "site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data", "_vendor"}
 _UNIT_BYTES = 2 * 2**20

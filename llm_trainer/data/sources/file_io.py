@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from llm_trainer.config.errors import DataError
+from llm_trainer.errors import DataError
 
 COMPRESSIONS = (".gz", ".bz2", ".zst")
 LONGEST_RECORD = 64 * 2**20  # bytes of a line or record; what is longer is set aside, since one is held at a time

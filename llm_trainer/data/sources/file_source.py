@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm_trainer.config.errors import DataError
 from llm_trainer.data.sources import base as documents
 from llm_trainer.data.sources import file_io as storage
 from llm_trainer.data.sources.base import Reading, Rejected, Unit
@@ -21,6 +20,7 @@ from llm_trainer.data.sources.file_io import COMPRESSIONS, Extent, compression_o
 from llm_trainer.data.sources.json_files import json_file, json_lines
 from llm_trainer.data.sources.parquet_arrow import arrow_hash, arrow_parts, arrow_table, parquet_hash, parquet_parts, parquet_table
 from llm_trainer.data.sources.text_files import text_lines, whole_text
+from llm_trainer.errors import DataError
 
 LINE_SUFFIXES = (".txt", ".text")  # each line may be a document
 TEXT_SUFFIXES = (*LINE_SUFFIXES, ".md", ".markdown", ".rst", ".py")

@@ -16,10 +16,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from llm_trainer.config.errors import DataError
 from llm_trainer.data.sources import base as documents
 from llm_trainer.data.sources.base import Reading, Rejected, Unit, UnitOfSplit
 from llm_trainer.data.sources.parquet_arrow import hash_texts, read_texts
+from llm_trainer.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from llm_trainer.config.errors import DataError
 from llm_trainer.data.sources import file_io as storage
 from llm_trainer.data.sources.base import Reading, Rejected, judged
 from llm_trainer.data.sources.file_io import Extent
+from llm_trainer.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from llm_trainer.config.errors import DataError
 from llm_trainer.data.sources import base as documents
 from llm_trainer.data.sources.base import Piece, Reading, Unit, UnitOfSplit
 from llm_trainer.data.sources.file_io import COMPRESSIONS
 from llm_trainer.data.sources.file_source import FileSource
+from llm_trainer.errors import DataError
 
 FILE_NAMES = {"train": "train", "validation": "val", "test": "test"}
 SUFFIXES = (".txt", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")

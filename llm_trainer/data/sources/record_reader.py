@@ -15,11 +15,11 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from llm_trainer.config.errors import DataError
 from llm_trainer.data.sources import file_io as storage
 from llm_trainer.data.sources.base import Rejected
 from llm_trainer.data.sources.file_io import COMPRESSIONS, Extent, compression_of
 from llm_trainer.data.sources.text_files import decoded_line
+from llm_trainer.errors import DataError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 _LARGEST_JSON = 8 * storage.LONGEST_RECORD

@@ -8,11 +8,11 @@ from __future__ import annotations
 import codecs
 from collections.abc import Callable, Iterator
 
-from llm_trainer.config.errors import DataError
 from llm_trainer.data.sources import base as documents
 from llm_trainer.data.sources import file_io as storage
 from llm_trainer.data.sources.base import Reading, Rejected, in_pieces, judged
 from llm_trainer.data.sources.file_io import Extent
+from llm_trainer.errors import DataError
 
 
 def whole_text(extent: Extent) -> Iterator[Reading]:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from llm_trainer.config.data import DataConfig
-from llm_trainer.config.errors import DataError, UsageError
+from llm_trainer.config.schema.data import DataConfig
 from llm_trainer.data.progress import ByteProgress
 from llm_trainer.data.tokenization.tiktoken_import import ENCODINGS
 from llm_trainer.data.tokenization.tokenizer import Kind, Tokenizer
+from llm_trainer.errors import DataError, UsageError
 
 DEFAULT_ENCODING = "gpt2"
 

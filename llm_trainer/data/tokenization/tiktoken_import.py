@@ -18,9 +18,9 @@ from pathlib import Path
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from llm_trainer.config.errors import DataError, UsageError
 from llm_trainer.data.tokenization.fast.pretokenizer import GPT2_PATTERN, LLAMA3_PATTERN, O200K_PATTERN
 from llm_trainer.data.tokenization.tokenizer_json import END_OF_TEXT, byte_characters, byte_level_words
+from llm_trainer.errors import DataError, UsageError
 
 _FIM = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
 _END_OF_PROMPT = "<|endofprompt|>"

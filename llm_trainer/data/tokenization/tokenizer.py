@@ -22,11 +22,11 @@ from typing import Literal, TypeAlias
 import numpy as np
 import tokenizers
 
-from llm_trainer.config.errors import DataError, UsageError
 from llm_trainer.data.tokenization import tiktoken_import as tiktoken_encodings
 from llm_trainer.data.tokenization import tokenizer_json as vocabularies
 from llm_trainer.data.tokenization import vocab_training as vocabulary_training
 from llm_trainer.data.tokenization.fast.bulk_encoder import FastEncoder, fast_encoder
+from llm_trainer.errors import DataError, UsageError
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from tokenizers import Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from llm_trainer.config.errors import DataError
+from llm_trainer.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "[UNK]"

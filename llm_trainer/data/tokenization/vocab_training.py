@@ -26,10 +26,10 @@ import numpy as np
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from llm_trainer.config.errors import DataError, UsageError
 from llm_trainer.data.tokenization.fast.bpe_trainer import learn_merges
 from llm_trainer.data.tokenization.fast.pretokenizer import BERT_WORDS, PATTERN, Words
 from llm_trainer.data.tokenization.tokenizer_json import END_OF_TEXT, UNKNOWN, byte_characters, byte_level_words
+from llm_trainer.errors import DataError, UsageError
 
 SMALLEST_BPE = 257  # every byte, and the end of text
 SMALLEST_WORD_PIECE = 100

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm_trainer.config.errors import UsageError
+from llm_trainer.errors import UsageError
 
 Choice = Tensor | int | None  # the adapter of each row (B,) int64, of each place (B, T), one for all rows, or none
 

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llm_trainer.config.adapters import DEFAULT_NAME, LoraConfig
-from llm_trainer.config.errors import UsageError
+from llm_trainer.config.schema.lora import DEFAULT_NAME, LoraConfig
+from llm_trainer.errors import UsageError
 from llm_trainer.model.adapters.lora_layers import Adapted, LoraEmbedding, LoraLinear, LowRank, low_rank_of
 from llm_trainer.model.module_names import matching_parts, unwrapped
 from llm_trainer.model.transformer import Embedding, Linear, Transformer

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm_trainer.config.errors import UsageError
+from llm_trainer.errors import UsageError
 from llm_trainer.model.transformer import Linear, Transformer
 
 if TYPE_CHECKING:

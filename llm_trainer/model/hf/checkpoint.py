@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from llm_trainer.config.errors import CheckpointError
-from llm_trainer.config.model import ModelConfig
+from llm_trainer.config.schema.model import ModelConfig
+from llm_trainer.errors import CheckpointError
 from llm_trainer.model.adapters.nf4 import dequantized
 from llm_trainer.model.hf.config import OWN_SECTION, config_from_huggingface, config_to_huggingface, family_of
 from llm_trainer.model.hf.weight_map import IGNORED_ENDINGS, Entry, entries

@@ -16,8 +16,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from llm_trainer.config.errors import CheckpointError, UsageError
-from llm_trainer.config.model import ModelConfig
+from llm_trainer.config.schema.model import ModelConfig
+from llm_trainer.errors import CheckpointError, UsageError
 
 OWN_SECTION = "llm_trainer"
 FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")

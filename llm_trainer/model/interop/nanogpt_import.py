@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm_trainer.config.errors import CheckpointError
-from llm_trainer.config.model import ModelConfig
+from llm_trainer.config.schema.model import ModelConfig
+from llm_trainer.errors import CheckpointError
 from llm_trainer.model.hf.checkpoint import empty_model
 from llm_trainer.model.hf.weight_map import Entry, entries
 from llm_trainer.model.module_names import plain_name

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from llm_trainer.config.errors import CheckpointError
+from llm_trainer.errors import CheckpointError
 from llm_trainer.model.hf.checkpoint import load_pretrained
 from llm_trainer.model.module_names import matching_parts, part_of_parameter, unwrapped
 

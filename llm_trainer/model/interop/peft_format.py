@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from llm_trainer.config.adapters import DEFAULT_NAME, LoraConfig
-from llm_trainer.config.errors import CheckpointError, UsageError
+from llm_trainer.config.schema.lora import DEFAULT_NAME, LoraConfig
+from llm_trainer.errors import CheckpointError, UsageError
 from llm_trainer.model.adapters.lora import add_adapters, targets
 from llm_trainer.model.adapters.lora_layers import LoraEmbedding, LoraLinear, LowRank
 from llm_trainer.model.hf.config import family_of

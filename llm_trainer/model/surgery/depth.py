@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from llm_trainer.config.adapters import LoraConfig
-from llm_trainer.config.errors import UsageError
-from llm_trainer.config.model import ModelConfig
+from llm_trainer.config.schema.lora import LoraConfig
+from llm_trainer.config.schema.model import ModelConfig
+from llm_trainer.errors import UsageError
 from llm_trainer.model.surgery.model_state import Form
 
 _OUTPUT = re.compile(r"(attn\.o_proj|mlp\.down_proj)\.(weight|bias|lora\..+\.b)|(domain_)?adapter\.up")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from llm_trainer.config.model import ModelConfig
+from llm_trainer.config.schema.model import ModelConfig
 from llm_trainer.model.hf.checkpoint import empty_model
 from llm_trainer.model.module_names import plain_name, unwrapped
 from llm_trainer.model.transformer import Transformer

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llm_trainer.config.errors import UsageError
-from llm_trainer.config.model import ModelConfig
+from llm_trainer.config.schema.model import ModelConfig
+from llm_trainer.errors import UsageError
 from llm_trainer.model.module_names import matching_parts
 from llm_trainer.model.surgery.model_state import Form
 from llm_trainer.model.surgery.width_map import sew

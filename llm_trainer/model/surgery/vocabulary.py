@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from llm_trainer.config.errors import UsageError
-from llm_trainer.config.model import ModelConfig
+from llm_trainer.config.schema.model import ModelConfig
+from llm_trainer.errors import UsageError
 from llm_trainer.model.surgery.model_state import Form
 from llm_trainer.model.surgery.width_map import MEAN, sew
 

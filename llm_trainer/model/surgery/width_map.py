@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llm_trainer.config.model import ModelConfig
+from llm_trainer.config.schema.model import ModelConfig
 from llm_trainer.model.surgery.model_state import Form
 
 MEAN = -1

@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, Union
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from llm_trainer.config.errors import UsageError
+from llm_trainer.errors import UsageError
 
 LARGEST_SEED = 2**63 - 1  # what PyTorch's generators take
 

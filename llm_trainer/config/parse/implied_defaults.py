@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from llm_trainer.config.fields import Section
-from llm_trainer.config.model import FAMILY_DEFAULTS
-from llm_trainer.config.sources import Field, Value
+from llm_trainer.config.parse.merge import Field, Value
+from llm_trainer.config.schema.base import Section
+from llm_trainer.config.schema.model import FAMILY_DEFAULTS
 
 
 def derive(values: dict[Field, Value], defaults: set[Field]) -> list[str]:

@@ -13,11 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llm_trainer.config.errors import UsageError
-from llm_trainer.config.training import TrainingConfig
+from llm_trainer.config.schema.training import TrainingConfig
+from llm_trainer.errors import UsageError
 
 if TYPE_CHECKING:
-    from llm_trainer.config.run import RunConfig
+    from llm_trainer.config.schema.run_config import RunConfig
 
 DEFAULT_BATCH_SIZE = 8
 

@@ -11,19 +11,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llm_trainer.config.checks import check_start, check_whole
-from llm_trainer.config.deepspeed import with_deepspeed_file
-from llm_trainer.config.derived import derive
 from llm_trainer.config.environment import launch_environment
-from llm_trainer.config.errors import UsageError
-from llm_trainer.config.features import SWITCHES
-from llm_trainer.config.fields import Section, check_value
-from llm_trainer.config.files import read_settings
-from llm_trainer.config.flags import CommandLine, read_flags
-from llm_trainer.config.parallel import planned_ranks
+from llm_trainer.config.parse.cli_args import CommandLine, read_flags
+from llm_trainer.config.parse.config_files import read_settings
+from llm_trainer.config.parse.implied_defaults import derive
+from llm_trainer.config.parse.merge import OWN, Field, Names, Said, Value, settle
+from llm_trainer.config.parse.validation import check_start, check_whole
 from llm_trainer.config.presets import preset
-from llm_trainer.config.run import RunConfig, path_aliases, section_types
-from llm_trainer.config.sources import OWN, Field, Names, Said, Value, settle
+from llm_trainer.config.resolve.deepspeed import with_deepspeed_file
+from llm_trainer.config.resolve.parallelism import planned_ranks
+from llm_trainer.config.schema.base import Section, check_value
+from llm_trainer.config.schema.features import SWITCHES
+from llm_trainer.config.schema.run_config import RunConfig, path_aliases, section_types
+from llm_trainer.errors import UsageError
 
 MODEL_FILE = "model_config.json"
 

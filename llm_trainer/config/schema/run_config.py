@@ -8,13 +8,13 @@ from typing import Any
 
 from pydantic import model_validator
 
-from llm_trainer.config.data import DataConfig
-from llm_trainer.config.errors import UsageError
-from llm_trainer.config.features import SWITCHES, AdaptiveReasoningConfig, DistillationConfig, EfficiencyConfig
-from llm_trainer.config.fields import Section, setting
-from llm_trainer.config.generation import GenerationConfig, InferenceConfig
-from llm_trainer.config.model import ModelConfig
-from llm_trainer.config.training import TrainingConfig
+from llm_trainer.config.schema.base import Section, setting
+from llm_trainer.config.schema.data import DataConfig
+from llm_trainer.config.schema.features import SWITCHES, AdaptiveReasoningConfig, DistillationConfig, EfficiencyConfig
+from llm_trainer.config.schema.generation import GenerationConfig, InferenceConfig
+from llm_trainer.config.schema.model import ModelConfig
+from llm_trainer.config.schema.training import TrainingConfig
+from llm_trainer.errors import UsageError
 
 
 class RunConfig(Section):

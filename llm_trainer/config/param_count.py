@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llm_trainer.config.model import ModelConfig
+from llm_trainer.config.schema.model import ModelConfig
 
 
 def _said(*choices: bool | None) -> bool:

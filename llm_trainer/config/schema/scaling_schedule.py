@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict
 
-from llm_trainer.config.errors import UsageError
-from llm_trainer.config.fields import Section, setting, unknown_name
-from llm_trainer.config.files import read_mapping_or_list
+from llm_trainer.config.parse.config_files import read_mapping_or_list
+from llm_trainer.config.schema.base import Section, setting, unknown_name
+from llm_trainer.errors import UsageError
 
 _PART = re.compile(r"(attn|mlp|ln_1|ln_2)\.(\d+)|wte|wpe|ln_f|lm_head")
 _LORA_PART = re.compile(r"(attn|mlp)\.(\d+)|wte|lm_head")

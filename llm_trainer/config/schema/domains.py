@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from llm_trainer.config.domain_loaders import DIFFICULTIES, DOMAINS, DomainLoader, read_loader_file, read_rows, shipped_loaders
-from llm_trainer.config.errors import UsageError
-from llm_trainer.config.fields import LARGEST_SEED, Section, setting, unknown_name
-from llm_trainer.config.files import read_mapping_or_list
+from llm_trainer.config.parse.config_files import read_mapping_or_list
+from llm_trainer.config.schema.base import LARGEST_SEED, Section, setting, unknown_name
+from llm_trainer.config.schema.domain_loaders import DIFFICULTIES, DOMAINS, DomainLoader, read_loader_file, read_rows, shipped_loaders
+from llm_trainer.errors import UsageError
 
 
 class LoaderOptions(Section):

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias, cast
 
-from llm_trainer.config.errors import CheckpointError
-from llm_trainer.config.run import RunConfig
+from llm_trainer.config.schema.run_config import RunConfig
+from llm_trainer.errors import CheckpointError
 
 CHECKPOINT_PREFIX = "checkpoint-"
 EMERGENCY_PREFIX = "emergency-"

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from llm_trainer.config.batches import divisions, micro_batch_bounds, resolve_batches
-from llm_trainer.config.deepspeed import read_deepspeed
-from llm_trainer.config.errors import UsageError
-from llm_trainer.config.parallel import check_plan, resolve_plan
-from llm_trainer.config.run import RunConfig
+from llm_trainer.config.resolve.batch_size import divisions, micro_batch_bounds, resolve_batches
+from llm_trainer.config.resolve.deepspeed import read_deepspeed
+from llm_trainer.config.resolve.parallelism import check_plan, resolve_plan
+from llm_trainer.config.schema.run_config import RunConfig
+from llm_trainer.errors import UsageError
 
 
 def check_start(config: RunConfig, origins: Mapping[str, str], sections: set[str], world_size: int) -> None:
@@ -128,7 +128,7 @@ def _check_deepspeed(config: RunConfig, said: _Places, world_size: int) -> None:
 def _check_named_files(config: RunConfig) -> None:
     """A schedule is read whole before training, although what it asks for is not built yet."""
     if config.training.scaling_schedule_file is not None:
-        from llm_trainer.config.schedules import read_schedule
+        from llm_trainer.config.schema.scaling_schedule import read_schedule
 
         from_scratch = config.training.init_from == "scratch" and config.training.resume_from is None
         read_schedule(Path(config.training.scaling_schedule_file), layers=config.model.num_hidden_layers if from_scratch else None)

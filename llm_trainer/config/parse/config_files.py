@@ -19,9 +19,9 @@ from pathlib import Path
 import yaml
 from yaml.constructor import ConstructorError
 
-from llm_trainer.config.errors import UsageError
-from llm_trainer.config.run import section_types
-from llm_trainer.config.sources import Said
+from llm_trainer.config.parse.merge import Said
+from llm_trainer.config.schema.run_config import section_types
+from llm_trainer.errors import UsageError
 
 
 def read_text(path: Path) -> str:

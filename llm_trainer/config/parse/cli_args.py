@@ -14,11 +14,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from llm_trainer.config.errors import UsageError
-from llm_trainer.config.fields import Section, kinds_of
-from llm_trainer.config.precision import PRECISIONS
-from llm_trainer.config.run import section_types
-from llm_trainer.config.sources import Names, Said
+from llm_trainer.config.parse.merge import Names, Said
+from llm_trainer.config.resolve.precision import PRECISIONS
+from llm_trainer.config.schema.base import Section, kinds_of
+from llm_trainer.config.schema.run_config import section_types
+from llm_trainer.errors import UsageError
 
 _BOOLEANS = ("true", "false", "yes", "no", "on", "off", "0", "1")
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d+)([eE][-+]?\d+)?")

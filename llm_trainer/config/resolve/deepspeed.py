@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from llm_trainer.config.errors import UsageError
-from llm_trainer.config.fields import Section, setting
-from llm_trainer.config.files import read_mapping_or_list
-from llm_trainer.config.run import RunConfig
-from llm_trainer.config.training import TrainingConfig
+from llm_trainer.config.parse.config_files import read_mapping_or_list
+from llm_trainer.config.schema.base import Section, setting
+from llm_trainer.config.schema.run_config import RunConfig
+from llm_trainer.config.schema.training import TrainingConfig
+from llm_trainer.errors import UsageError
 
 
 class DeepSpeedOptimizerParameters(Section):

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from llm_trainer.config.errors import UsageError
-from llm_trainer.config.features import SWITCHES
-from llm_trainer.config.fields import Section
-from llm_trainer.config.run import RunConfig, section_types
-from llm_trainer.config.sources import Names
+from llm_trainer.config.parse.merge import Names
+from llm_trainer.config.schema.base import Section
+from llm_trainer.config.schema.features import SWITCHES
+from llm_trainer.config.schema.run_config import RunConfig, section_types
+from llm_trainer.errors import UsageError
 
 # Settings that mean something only beside a switch.
 _BESIDE = {"training.teacher_model_path": "use_knowledge_distillation"}

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from llm_trainer.config.adapters import DEFAULT_NAME, LoraConfig
-from llm_trainer.config.errors import UsageError
-from llm_trainer.config.fields import Section, setting
+from llm_trainer.config.schema.base import Section, setting
+from llm_trainer.config.schema.lora import DEFAULT_NAME, LoraConfig
+from llm_trainer.errors import UsageError
 
 FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "gpt2": {},

@@ -7,9 +7,9 @@ from collections.abc import Collection, Sequence
 
 from pydantic import model_validator
 
-from llm_trainer.config.durations import DurationField
-from llm_trainer.config.errors import UsageError
-from llm_trainer.config.fields import Section, setting
+from llm_trainer.config.duration import DurationField
+from llm_trainer.config.schema.base import Section, setting
+from llm_trainer.errors import UsageError
 
 
 class MixtureStage(Section):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from llm_trainer.config.batches import resolve_batches
-from llm_trainer.config.errors import UsageError
-from llm_trainer.config.model import ModelConfig
-from llm_trainer.config.training import TrainingConfig
+from llm_trainer.config.resolve.batch_size import resolve_batches
+from llm_trainer.config.schema.model import ModelConfig
+from llm_trainer.config.schema.training import TrainingConfig
+from llm_trainer.errors import UsageError
 
 _STAGES_A_RANK = {"gpipe": 1, "1f1b": 1, "interleaved": 2}
 

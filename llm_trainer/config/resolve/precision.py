@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from llm_trainer.config.errors import UsageError
-from llm_trainer.config.fields import as_boolean
+from llm_trainer.config.schema.base import as_boolean
+from llm_trainer.errors import UsageError
 
 PRECISIONS = {
     "auto": "auto", "fp32": "fp32", "float32": "fp32", "32": "fp32", "no": "fp32", "fp16": "fp16", "float16": "fp16", "16": "fp16",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
-from llm_trainer.config.fields import LARGEST_SEED, Section, setting
-from llm_trainer.config.mixture import MixtureStage
+from llm_trainer.config.schema.base import LARGEST_SEED, Section, setting
+from llm_trainer.config.schema.mixture import MixtureStage
 
 Filter: TypeAlias = Literal["length", "symbols", "repetition", "gopher_repetition", "gopher_quality", "c4", "fineweb"]
 

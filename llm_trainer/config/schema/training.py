@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from llm_trainer.config.durations import Duration, DurationField, IntervalField
-from llm_trainer.config.errors import UsageError
-from llm_trainer.config.fields import LARGEST_SEED, Section, as_boolean, setting, split_list, switch_word
-from llm_trainer.config.precision import PRECISION_SWITCHES, translate_precision
+from llm_trainer.config.duration import Duration, DurationField, IntervalField
+from llm_trainer.config.resolve.precision import PRECISION_SWITCHES, translate_precision
+from llm_trainer.config.schema.base import LARGEST_SEED, Section, as_boolean, setting, split_list, switch_word
+from llm_trainer.errors import UsageError
 
 SCHEDULE_NAMES = ("lr_scheduler", "lr_schedule", "scheduler", "lr_scheduler_type")
 
@@ -18,7 +18,7 @@ SCHEDULE_NAMES = ("lr_scheduler", "lr_schedule", "scheduler", "lr_scheduler_type
 class TrainingConfig(Section):
     """One training run. A step is one optimizer update, everywhere."""
 
-    # How much goes through at once. `llm_trainer.config.batches` turns these into one pair.
+    # How much goes through at once. `llm_trainer.config.resolve.batch_size` turns these into one pair.
     batch_size: int | None = setting(
         None, "sequences a micro-batch on one rank; with micro_batch_size given, the whole step's over all ranks", unit="sequences", gt=0
     )

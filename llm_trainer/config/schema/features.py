@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from llm_trainer.config.fields import Section, setting
+from llm_trainer.config.schema.base import Section, setting
 
 # Section → the field of `training` that switches it on.
 SWITCHES = {

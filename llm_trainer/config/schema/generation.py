@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from llm_trainer.config.fields import LARGEST_SEED, Section, setting
+from llm_trainer.config.schema.base import LARGEST_SEED, Section, setting
 
 # Logits divided by much less are no numbers in single precision; at this temperature all the weight is on one token already.
 GREEDY_BELOW = 1e-6

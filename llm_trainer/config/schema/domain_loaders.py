@@ -16,9 +16,9 @@ from typing import Any
 
 import yaml
 
-from llm_trainer.config.errors import UsageError
-from llm_trainer.config.fields import Section, setting
-from llm_trainer.config.files import read_mapping_or_list
+from llm_trainer.config.parse.config_files import read_mapping_or_list
+from llm_trainer.config.schema.base import Section, setting
+from llm_trainer.errors import UsageError
 
 TABLE_FILE = "domain_loaders.yaml"
 DOMAINS = ("math", "science", "coding", "logic", "reasoning", "general")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from llm_trainer.config.fields import Section, setting
+from llm_trainer.config.schema.base import Section, setting
 
 DEFAULT_NAME = "default"  # of the set that the single settings describe
 

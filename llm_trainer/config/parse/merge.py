@@ -11,9 +11,9 @@ import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from llm_trainer.config.errors import UsageError
-from llm_trainer.config.fields import Section, unknown_name
-from llm_trainer.config.run import home_section, path_aliases, section_types
+from llm_trainer.config.schema.base import Section, unknown_name
+from llm_trainer.config.schema.run_config import home_section, path_aliases, section_types
+from llm_trainer.errors import UsageError
 
 OWN = ""  # the section of a command's own flags
 
