@@ -110,10 +110,10 @@ def measure(length: int, steps: int, file: Path) -> None:
     torch.set_num_threads(1)
     from llm_trainer.config.environment import launch_environment
     from llm_trainer.data.sampling.samplers import Batch
+    from llm_trainer.distributed.context_parallel import part_of
+    from llm_trainer.distributed.process_group import joined
     from llm_trainer.model.transformer import Transformer
-    from llm_trainer.training.context import part_of
-    from llm_trainer.training.engine import build_engine
-    from llm_trainer.training.ranks import joined
+    from llm_trainer.training.engines.engine import build_engine
 
     launch = launch_environment()
     _, training = _settings(length, launch.world_size)

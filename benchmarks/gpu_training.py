@@ -72,7 +72,7 @@ def measure(contestant: str, shape: str, steps: int, nanogpt: Path | None) -> di
 
     from llm_trainer.config import ModelConfig
     from llm_trainer.model.flops import estimate_flops
-    from llm_trainer.training.throughput import peak_flops
+    from llm_trainer.training.logging.throughput import peak_flops
 
     config, device = ModelConfig(**SHAPES[shape]), torch.device("cuda")
     if contestant == OURS_FP8:
@@ -103,10 +103,10 @@ def _ours(config: object, sequences: int, *, is_fp8: bool) -> Callable[[], objec
 
     from llm_trainer.config import ModelConfig, TrainingConfig
     from llm_trainer.data.sampling.samplers import Batch
+    from llm_trainer.distributed.process_group import Ranks
     from llm_trainer.model.transformer import Transformer
-    from llm_trainer.training.compilation import compile_model
-    from llm_trainer.training.engine import build_engine
-    from llm_trainer.training.ranks import Ranks
+    from llm_trainer.training.engines.compile import compile_model
+    from llm_trainer.training.engines.engine import build_engine
 
     assert isinstance(config, ModelConfig)
     device = torch.device("cuda")

@@ -75,9 +75,9 @@ def measure(rank: int, tokens: int) -> dict[str, float]:
 
     from llm_trainer.config import ModelConfig, TrainingConfig
     from llm_trainer.data.sampling.batch import Batch
+    from llm_trainer.distributed.process_group import Ranks
     from llm_trainer.model.transformer import Transformer
-    from llm_trainer.training.engine import build_engine
-    from llm_trainer.training.ranks import Ranks
+    from llm_trainer.training.engines.engine import build_engine
 
     torch.set_num_threads(1)
     torch.nn.functional.linear(torch.ones(64, 64), torch.ones(64, 64, requires_grad=True)).sum().backward()

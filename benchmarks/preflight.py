@@ -75,7 +75,7 @@ def main() -> int:
 def estimate(name: str) -> float:
     """Megabytes of a step above what is held between steps."""
     from llm_trainer.config import ModelConfig, TrainingConfig
-    from llm_trainer.training.footprint import step_memory
+    from llm_trainer.training.memory.memory_estimator import step_memory
 
     shape, training, sequences, micro_batches = CONFIGURATIONS[name]
     return (
@@ -89,7 +89,7 @@ def estimate(name: str) -> float:
 def estimate_places(name: str) -> list[float]:
     """Megabytes of a step on each rank of a pipeline above what it holds between steps."""
     from llm_trainer.config import ModelConfig, TrainingConfig
-    from llm_trainer.training.stage_footprint import place_memories
+    from llm_trainer.training.memory.pipeline_memory import place_memories
 
     shape, training, sequences, micro_batches = PIPELINES[name]
     places = place_memories(

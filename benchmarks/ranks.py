@@ -79,9 +79,9 @@ def measure(precision: str, accumulation: int, steps: int, file: Path) -> None:
     from llm_trainer.config import TrainingConfig
     from llm_trainer.config.environment import launch_environment
     from llm_trainer.data.sampling.samplers import Batch
+    from llm_trainer.distributed.process_group import joined
     from llm_trainer.model.transformer import Transformer
-    from llm_trainer.training.engine import build_engine
-    from llm_trainer.training.ranks import joined
+    from llm_trainer.training.engines.engine import build_engine
 
     keep_freed_memory()
     shape = SHAPES["10.7M"]

@@ -14,11 +14,11 @@ from llm_trainer.cli.process_settings import keep_freed_memory
 from llm_trainer.config import ModelConfig, TrainingConfig
 from llm_trainer.data.sampling.samplers import Batch
 from llm_trainer.model.transformer import Transformer
-from llm_trainer.training.compilation import best_mode, compile_model
-from llm_trainer.training.objectives import NextToken, TrainingStep
-from llm_trainer.training.optimizers import build_optimizers
-from llm_trainer.training.precision import Precision
-from llm_trainer.training.step import forward_backward, update
+from llm_trainer.training.engines.compile import best_mode, compile_model
+from llm_trainer.training.engines.precision import Precision
+from llm_trainer.training.engines.train_step import forward_backward, update
+from llm_trainer.training.objectives.objective import NextToken, TrainingStep
+from llm_trainer.training.optim.optimizers import build_optimizers
 from workers.serving import Request, Run, serve
 from workers.shapes import Shape
 

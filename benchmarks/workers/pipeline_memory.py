@@ -14,9 +14,9 @@ from llm_trainer.config import ModelConfig, TrainingConfig
 from llm_trainer.config.environment import launch_environment
 from llm_trainer.data.sampling.batch import Batch
 from llm_trainer.diagnostics.measure_memory import peak_above
+from llm_trainer.distributed.process_group import joined
 from llm_trainer.model.transformer import Transformer
-from llm_trainer.training.engine import build_engine
-from llm_trainer.training.ranks import joined
+from llm_trainer.training.engines.engine import build_engine
 
 
 def main(said: str) -> None:

@@ -116,9 +116,9 @@ def plan(own: QuickstartOptions, data: RunData, console: Console) -> Assembled:
 def steps_that_fit(model: Transformer, data: RunData, training: TrainingConfig, seconds: float) -> int:
     """How many steps the time holds and the text is worth; settles the precision in `training` by the same measurement."""
     from llm_trainer.data.sampling.samplers import WindowSampler
-    from llm_trainer.training.autotune import Probe, choose
-    from llm_trainer.training.objectives import NextToken, TrainingStep
-    from llm_trainer.training.precision import resolve_device
+    from llm_trainer.training.engines.autotune import Probe, choose
+    from llm_trainer.training.engines.precision import resolve_device
+    from llm_trainer.training.objectives.objective import NextToken, TrainingStep
 
     device = resolve_device(training.device)
     model.to(device).train()

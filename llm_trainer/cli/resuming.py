@@ -13,7 +13,7 @@ from llm_trainer.run_dir import read_run_config
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from llm_trainer.training.ranks import Ranks
+    from llm_trainer.distributed.process_group import Ranks
 
 
 def resume_source(training: TrainingConfig, ranks: Ranks) -> Path | None:
@@ -22,7 +22,7 @@ def resume_source(training: TrainingConfig, ranks: Ranks) -> Path | None:
     `resume_from: auto` is the newest checkpoint of output_dir, if there is one; nanoGPT's `init_from: resume` demands one.
     """
     if training.remote_dir is not None or any("://" in str(said) for said in (training.output_dir, training.resume_from)):
-        from llm_trainer.training.remote import fetch_resumed
+        from llm_trainer.training.checkpoint.remote import fetch_resumed
 
         ranks.main_first(lambda: fetch_resumed(training, lambda line: print(line, file=sys.stderr)))
     spec = training.resume_from
@@ -30,8 +30,8 @@ def resume_source(training: TrainingConfig, ranks: Ranks) -> Path | None:
         spec = training.output_dir
     if spec is None:
         return None
-    from llm_trainer.training.resume import resume_folder
-    from llm_trainer.training.verifying import found_together
+    from llm_trainer.training.checkpoint.distributed_resume import found_together
+    from llm_trainer.training.checkpoint.resume import resume_folder
 
     return found_together(ranks, lambda check: resume_folder(spec, Path(training.output_dir), check=check))
 

@@ -107,7 +107,7 @@ def refuse_adapter_over_nothing(training: TrainingConfig) -> None:
 
 def refuse_untold_domains(model: ModelConfig, training: TrainingConfig, corpora: Sequence[str]) -> None:
     """Raises UsageError for adapters of several domains that are to be trained on data that tells none apart: no row would take one."""
-    from llm_trainer.training.trainable import trained_sizes
+    from llm_trainer.training.optim.param_groups import trained_sizes
 
     if len(model.domain_names) < 2 or corpora or training.eval_only:
         return

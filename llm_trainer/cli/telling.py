@@ -136,6 +136,6 @@ def _parameters(trainer: Trainer) -> int:
 
 def _write_page(trainer: Trainer) -> Path | None:
     from llm_trainer.reporting.run_report import write_report
-    from llm_trainer.training.metrics import read_metrics
+    from llm_trainer.training.logging.metrics import read_metrics
 
     return write_report(trainer.run_dir) if read_metrics(trainer.run_dir) else None

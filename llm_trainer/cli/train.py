@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from llm_trainer.cli.run_data import RunData
+    from llm_trainer.distributed.process_group import Ranks
     from llm_trainer.model.transformer import Transformer
-    from llm_trainer.training.ranks import Ranks
 
 PREPARED_FOLDERS = ("data/ready", "data/processed", "processed_data")
 
@@ -51,7 +51,7 @@ def train(door: Door, argv: Sequence[str], fallbacks: Sequence[str] = ()) -> int
         return 0
     from llm_trainer.cli.resuming import resume_source
     from llm_trainer.cli.run_data import refuse_idle
-    from llm_trainer.training.ranks import joined
+    from llm_trainer.distributed.process_group import joined
 
     with joined(launch_environment(), loaded.config.training) as ranks:
         console = new_console(is_quiet=not ranks.is_main)

@@ -34,7 +34,7 @@ def run(argv: list[str]) -> int:
     if loaded is None:
         return 0
     from llm_trainer.cli.resuming import resume_source
-    from llm_trainer.training.ranks import joined
+    from llm_trainer.distributed.process_group import joined
 
     with joined(launch_environment(), loaded.config.training) as ranks:
         console = new_console(is_quiet=not ranks.is_main)

@@ -11,8 +11,8 @@ from llm_trainer.cli.opening import new_console, open_door
 from llm_trainer.run_dir import read_run_config, resolve_resume_folder
 
 if TYPE_CHECKING:
+    from llm_trainer.diagnostics.verify_resume import BuildTrainer
     from llm_trainer.training.callbacks import Callback
-    from llm_trainer.training.replay import BuildTrainer
     from llm_trainer.training.trainer import Trainer
 
 
@@ -22,7 +22,7 @@ def run(argv: list[str]) -> int:
     if loaded is None:
         return 0
     assert isinstance(loaded.own, VerifyOptions)
-    from llm_trainer.training.replay import verify_resume
+    from llm_trainer.diagnostics.verify_resume import verify_resume
 
     folder = Path(loaded.own.run)
     report = verify_resume(folder, loaded.own.steps, builder(folder))

@@ -12,11 +12,11 @@ from llm_trainer.config import TrainingConfig, UsageError
 from llm_trainer.config.schema.model import ModelConfig
 from llm_trainer.data.sampling.batch import Batch
 from llm_trainer.model.transformer import Transformer
-from llm_trainer.training.objectives import NextToken, TrainingStep
-from llm_trainer.training.optimizers import build_optimizers
-from llm_trainer.training.precision import Precision
-from llm_trainer.training.step import forward_backward, update
-from llm_trainer.training.trainable import prepare_trainable
+from llm_trainer.training.engines.precision import Precision
+from llm_trainer.training.engines.train_step import forward_backward, update
+from llm_trainer.training.objectives.objective import NextToken, TrainingStep
+from llm_trainer.training.optim.optimizers import build_optimizers
+from llm_trainer.training.optim.param_groups import prepare_trainable
 
 
 def measured_step(

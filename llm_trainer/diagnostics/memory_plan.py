@@ -1,13 +1,13 @@
 """Will it fit? Memory of one rank by part under a parallel plan, what a step sends, and what to change where it does not fit.
 
-A step's memory comes from `training/footprint.py`, which runs the step on tensors without contents. A plan then divides it:
+A step's memory comes from `training/memory/memory_estimator.py`, which runs the step on tensors without contents. A plan then divides it:
 
 - tensor: each of t ranks holds the shape with 1/t of the heads and of the MLP's inner width, which is a shape like any other; the residual
   stream, the norms, the embeddings and the head are whole on each.
 - shard: weights and optimizer are divided; the largest block is gathered whole, twice, while one is used and the next one arrives.
   Gradients are divided where a step is one micro-batch; with accumulation they are whole until the last one, which saves sending.
 - replicate: nothing is divided; DistributedDataParallel's buckets are a second copy of the gradients.
-- pipeline: each stage holds its layers, and the ends what belongs to them, and ranks need unlike amounts (`training/stage_footprint.py`).
+- pipeline: each stage holds its layers, and the ends what belongs to them, and ranks need unlike amounts (`training/memory/pipeline_memory.py`).
   Shards of a stage are gathered whole from the first micro-batch of a step to its last, and its gradients are whole until then.
 - context: a step is run on the part of each sequence that a rank has, with the keys and values that it gathers; the state is divided as
   by shards.
@@ -24,10 +24,10 @@ from llm_trainer.config.resolve.parallelism import ParallelPlan, check_shape, ch
 from llm_trainer.config.schema.model import ModelConfig
 from llm_trainer.model.adapters.nf4 import bytes_saved
 from llm_trainer.model.hf.checkpoint import empty_model
-from llm_trainer.training.footprint import StepMemory, step_memory
-from llm_trainer.training.precision import PrecisionName
-from llm_trainer.training.stage_footprint import PlaceMemory, check_trained, place_memories
-from llm_trainer.training.trainable import trained_sizes
+from llm_trainer.training.engines.precision import PrecisionName
+from llm_trainer.training.memory.memory_estimator import StepMemory, step_memory
+from llm_trainer.training.memory.pipeline_memory import PlaceMemory, check_trained, place_memories
+from llm_trainer.training.optim.param_groups import trained_sizes
 
 WEIGHT_BYTES = 4
 _STAGES = (1, 2, 4, 8, 16)  # pipelines that are tried

@@ -26,8 +26,8 @@ from llm_trainer.data.token_shards import TokenDataset
 from llm_trainer.errors import DataError, UsageError
 from llm_trainer.inference.engine import LanguageModel
 from llm_trainer.model.transformer import Transformer
-from llm_trainer.training.objectives import NextToken
-from llm_trainer.training.validation import ValidationResult, validate
+from llm_trainer.training.engines.validation import ValidationResult, validate
+from llm_trainer.training.objectives.objective import NextToken
 
 IGNORED = -100
 Progress = Callable[[int, int], None]  # windows done, windows in all

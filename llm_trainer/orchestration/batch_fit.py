@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from llm_trainer.errors import UsageError
-from llm_trainer.training.memory import OutOfMemory
-from llm_trainer.training.micro_batches import largest_micro_batch
+from llm_trainer.training.memory.batch_size_finder import largest_micro_batch
+from llm_trainer.training.memory.out_of_memory import OutOfMemory
 
 if TYPE_CHECKING:
     from llm_trainer.training.trainer import Trainer

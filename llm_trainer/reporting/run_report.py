@@ -22,7 +22,7 @@ from llm_trainer.reporting.charts import Chart, Points, Series, draw, short, smo
 from llm_trainer.reporting.html import figures, page, table
 from llm_trainer.reporting.run_metadata import RunFacts, Sample, load_facts
 from llm_trainer.run_dir import METRICS_FILE, OPERATIONS_FILE, RUN_FILE, list_checkpoints, read_json
-from llm_trainer.training.metrics import MetricLine, read_metrics
+from llm_trainer.training.logging.metrics import MetricLine, read_metrics
 
 REPORT_FILE = "report.html"
 SHARE = "share/"  # metrics of a mixture: share/<corpus>

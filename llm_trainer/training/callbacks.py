@@ -15,8 +15,8 @@ from llm_trainer.errors import CheckpointError
 
 if TYPE_CHECKING:
     from llm_trainer.run_dir import JSON
+    from llm_trainer.training.engines.validation import ValidationResult
     from llm_trainer.training.trainer import Trainer
-    from llm_trainer.training.validation import ValidationResult
 
 
 class Callback:

@@ -18,8 +18,8 @@ from llm_trainer.config.schema.model import ModelConfig
 from llm_trainer.model.hf.checkpoint import empty_model, read_config
 from llm_trainer.model.hf.config import resolved
 from llm_trainer.model.surgery.model_state import Form, form_of
-from llm_trainer.training.engine import Engine, frozen_names
-from llm_trainer.training.schedules import ScheduleState
+from llm_trainer.training.engines.engine import Engine, frozen_names
+from llm_trainer.training.optim.lr_schedule import ScheduleState
 from llm_trainer.training.state import RunChanges
 
 if TYPE_CHECKING:

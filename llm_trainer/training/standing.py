@@ -11,11 +11,11 @@ from llm_trainer.config import RunConfig
 from llm_trainer.config.resolve.batch_size import resolve_batches
 from llm_trainer.run_dir import BEST_MODEL, JSON, verify
 from llm_trainer.training.changes import take_batches, take_shape
-from llm_trainer.training.checkpoints import read_state, restore, restore_generators
-from llm_trainer.training.disk import copy_checkpoint
-from llm_trainer.training.resume import Resumption, read_resumption
-from llm_trainer.training.schedules import resolve_length, resolve_schedule
-from llm_trainer.training.validation import ValidationResult
+from llm_trainer.training.checkpoint.atomic_fs import copy_checkpoint
+from llm_trainer.training.checkpoint.resume import Resumption, read_resumption
+from llm_trainer.training.checkpoint.store import read_state, restore, restore_generators
+from llm_trainer.training.engines.validation import ValidationResult
+from llm_trainer.training.optim.lr_schedule import resolve_length, resolve_schedule
 
 if TYPE_CHECKING:
     from llm_trainer.training.trainer import Trainer

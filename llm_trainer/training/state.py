@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, cast
 
 from llm_trainer.config import CheckpointError
-from llm_trainer.training.schedules import Schedule, ScheduleState
-from llm_trainer.training.spikes import SpikeState
+from llm_trainer.training.loss_spikes import SpikeState
+from llm_trainer.training.optim.lr_schedule import Schedule, ScheduleState
 
 if TYPE_CHECKING:
     from llm_trainer.run_dir import JSON
-    from llm_trainer.training.validation import ValidationResult
+    from llm_trainer.training.engines.validation import ValidationResult
 
 
 @dataclass(frozen=True)

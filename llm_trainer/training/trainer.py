@@ -22,32 +22,32 @@ from llm_trainer.data.sampling.packing import Packing
 from llm_trainer.data.sampling.samplers import training_sampler
 from llm_trainer.data.token_shards import TokenDataset
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
+from llm_trainer.distributed.process_group import Ranks
 from llm_trainer.model.flops import estimate_flops
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.callbacks import Callback, EarlyStopping
-from llm_trainer.training.checkpoints import CheckpointStore, Progress, Snapshot, restore_generators, write_run_file
-from llm_trainer.training.console import ProgressReporter
-from llm_trainer.training.engine import build_engine
-from llm_trainer.training.metrics import MetricsTracker
-from llm_trainer.training.micro_batches import open_batches, settle_micro_batch, step_within_memory
-from llm_trainer.training.objectives import Objective
-from llm_trainer.training.precision import resolve_device
+from llm_trainer.training.checkpoint.checkpoint_policy import Saving, store_for
+from llm_trainer.training.checkpoint.distributed_resume import found_to_resume
+from llm_trainer.training.checkpoint.remote import fetch_resumed, use_local_folders
+from llm_trainer.training.checkpoint.resume import data_identity
+from llm_trainer.training.checkpoint.store import CheckpointStore, Progress, Snapshot, restore_generators, write_run_file
+from llm_trainer.training.engines.engine import build_engine
+from llm_trainer.training.engines.precision import resolve_device
+from llm_trainer.training.engines.train_step import Outcomes, SampleRange, StepOutcome
+from llm_trainer.training.engines.tuning import tuned
+from llm_trainer.training.engines.validation import ValidationResult
+from llm_trainer.training.logging.metrics import MetricsTracker
+from llm_trainer.training.logging.mixture_stats import AchievedShares, count_sources
+from llm_trainer.training.logging.progress import ProgressReporter
+from llm_trainer.training.logging.throughput import Meter
+from llm_trainer.training.loss_spikes import rate_after_rollbacks, roll_back
+from llm_trainer.training.memory.batch_size_finder import open_batches, settle_micro_batch, step_within_memory
+from llm_trainer.training.memory.memory_monitor import Watcher
+from llm_trainer.training.objectives.objective import Objective
+from llm_trainer.training.optim.lr_schedule import resolve_length, resolve_schedule
 from llm_trainer.training.preemption import StopSignals
-from llm_trainer.training.ranks import Ranks
-from llm_trainer.training.remote import fetch_resumed, use_local_folders
-from llm_trainer.training.resume import data_identity
-from llm_trainer.training.saving import Saving, store_for
-from llm_trainer.training.schedules import resolve_length, resolve_schedule
-from llm_trainer.training.shares import AchievedShares, count_sources
-from llm_trainer.training.spikes import rate_after_rollbacks, roll_back
 from llm_trainer.training.standing import end_edge, go_back, goes_on_here, settle_best, take_up
 from llm_trainer.training.state import TrainingResult, TrainingState
-from llm_trainer.training.step import Outcomes, SampleRange, StepOutcome
-from llm_trainer.training.throughput import Meter
-from llm_trainer.training.tuning import tuned
-from llm_trainer.training.validation import ValidationResult
-from llm_trainer.training.verifying import found_to_resume
-from llm_trainer.training.watching import Watcher
 
 _LOOK_EVERY = 10  # steps between two looks at what the device found, where a look makes the host wait
 

@@ -135,7 +135,7 @@ def test_no_disk_space_while_saving_leaves_the_earlier_checkpoints_whole(
     place: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from llm_trainer.run_dir import verify
-    from llm_trainer.training import capture
+    from llm_trainer.training.checkpoint import snapshot as capture
 
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "checkpoint")

@@ -11,7 +11,7 @@ import pytest
 from llm_trainer.cli.main import main
 from llm_trainer.data.metadata import Metadata
 from llm_trainer.run_dir import read_run_config, resolve_resume_folder
-from llm_trainer.training.metrics import read_metrics
+from llm_trainer.training.logging.metrics import read_metrics
 
 SMALL = ["--hidden_size=32", "--num_layers=2", "--num_heads=4", "--batch_size=4", "--max_steps=6", "--save_interval=2", "--compile=off"]
 LINES = [f"line {number}: the quick brown fox jumps over {number * 7} lazy dogs.\n" * (1 + number % 5) for number in range(120)]

@@ -363,7 +363,7 @@ def test_settings_import_nothing_heavy() -> None:
 
 
 def test_a_default_warm_up_longer_than_a_run_in_epochs_becomes_a_tenth() -> None:
-    from llm_trainer.training.schedules import resolve_length, resolve_schedule
+    from llm_trainer.training.optim.lr_schedule import resolve_length, resolve_schedule
 
     training = train("--num_epochs=1").config.training
     length = resolve_length(training, samples_per_epoch=1000, sequences_per_step=10, context=8)

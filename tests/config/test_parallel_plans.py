@@ -106,7 +106,7 @@ def test_a_shape_that_comes_with_the_weights_is_not_judged_before_they_are_there
 
 
 def test_stages_are_as_equal_as_can_be() -> None:
-    from llm_trainer.training.pipeline import stage_bounds
+    from llm_trainer.distributed.pipeline import stage_bounds
 
     assert stage_bounds(4, 2) == [(0, 2), (2, 4)]
     assert stage_bounds(5, 2) == [(0, 3), (3, 5)]

@@ -22,8 +22,8 @@ from llm_trainer.data.sampling.samplers import IGNORED, Batch, open_sampler, val
 from llm_trainer.data.token_shards import ShardWriter, TokenDataset
 from llm_trainer.errors import DataError, UsageError
 from llm_trainer.model.transformer import Transformer
-from llm_trainer.training.objectives import NextToken
-from llm_trainer.training.validation import validate
+from llm_trainer.training.engines.validation import validate
+from llm_trainer.training.objectives.objective import NextToken
 
 VOCABULARY = 5000
 

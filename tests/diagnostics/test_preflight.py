@@ -18,14 +18,14 @@ from llm_trainer.config import ModelConfig, RunConfig, TrainingConfig, UsageErro
 from llm_trainer.config.param_count import parameter_count
 from llm_trainer.diagnostics.measure_memory import measured_step
 from llm_trainer.diagnostics.memory_plan import RESERVE, Plan, checkpoint_bytes, rank_memory, rank_shape, recommend, traffic
+from llm_trainer.distributed.tensor_parallel import cut_matrices
 from llm_trainer.model.adapters.nf4 import is_quantized
 from llm_trainer.model.hf.checkpoint import save_pretrained
 from llm_trainer.model.kv_cache import KVCache
 from llm_trainer.model.transformer import Transformer
-from llm_trainer.training.footprint import step_memory
-from llm_trainer.training.matrices import cut_matrices
-from llm_trainer.training.optimizers import build_optimizers
-from llm_trainer.training.trainable import prepare_trainable
+from llm_trainer.training.memory.memory_estimator import step_memory
+from llm_trainer.training.optim.optimizers import build_optimizers
+from llm_trainer.training.optim.param_groups import prepare_trainable
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 512, "max_position_embeddings": 128}
 
@@ -52,7 +52,7 @@ def test_weights_and_optimizer_are_counted_as_the_real_ones_are(optimizer: str) 
 def test_a_deep_stack_is_carried_on_from_shallow_ones_as_if_it_were_run() -> None:
     training = TrainingConfig(precision="fp32")
     shallow = step_memory(_shape(num_hidden_layers=12), training, sequences=2)  # carried on
-    from llm_trainer.training.footprint import _run_twice
+    from llm_trainer.training.memory.memory_estimator import _run_twice
 
     whole = _run_twice(_shape(num_hidden_layers=12), training, 2, 1, "fp32")
     assert (shallow.weights, shallow.optimizer) == (whole.weights, whole.optimizer)

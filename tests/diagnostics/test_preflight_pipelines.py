@@ -9,8 +9,8 @@ from llm_trainer.cli.main import main
 from llm_trainer.config import ModelConfig, TrainingConfig, UsageError
 from llm_trainer.config.param_count import parameter_count, part_sizes
 from llm_trainer.diagnostics.memory_plan import Plan, rank_memories, recommend, traffic
-from llm_trainer.training.footprint import step_memory
-from llm_trainer.training.stage_footprint import PlaceMemory, place_memories, schedule_order
+from llm_trainer.training.memory.memory_estimator import step_memory
+from llm_trainer.training.memory.pipeline_memory import PlaceMemory, place_memories, schedule_order
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 512, "max_position_embeddings": 128}
 
@@ -79,7 +79,7 @@ def test_every_micro_batch_goes_through_a_stage_once_in_each_direction(schedule:
 
 
 def test_a_deep_stage_is_carried_on_from_shallow_ones_as_if_it_were_run() -> None:
-    from llm_trainer.training.stage_footprint import _like, _run_stage, _stage_memory
+    from llm_trainer.training.memory.pipeline_memory import _like, _run_stage, _stage_memory
 
     for ends in ((True, False), (False, True)):
         carried = _stage_memory(shape_of(), settings(), (*ends, 9), 2, "fp32")

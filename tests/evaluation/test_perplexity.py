@@ -14,7 +14,7 @@ from llm_trainer.errors import DataError, UsageError
 from llm_trainer.evaluation.perplexity import evaluate_source, evaluate_text, read_text, score, windows_over
 from llm_trainer.inference.engine import LanguageModel
 from llm_trainer.model.transformer import Transformer
-from llm_trainer.training.validation import validate
+from llm_trainer.training.engines.validation import validate
 
 TEXT = "The quick brown fox jumps over the lazy dog. Größe, café, 東京 🙂. " * 6
 CONTEXT = 16

@@ -15,7 +15,7 @@ from llm_trainer.errors import CheckpointError
 from llm_trainer.reporting.charts import draw, short, smooth, thin, ticks
 from llm_trainer.reporting.run_metadata import RunFacts, Sample, load_facts, save_facts
 from llm_trainer.reporting.run_report import charts, write_report
-from llm_trainer.training.metrics import MetricsTracker, read_metrics
+from llm_trainer.training.logging.metrics import MetricsTracker, read_metrics
 
 EVIL = '</script></pre><script>alert(1)</script><img src=x onerror=alert(1)>" onload="x'
 

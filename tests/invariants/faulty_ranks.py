@@ -30,12 +30,12 @@ from llm_trainer.config import LLMTrainerError, TrainingConfig
 from llm_trainer.config.environment import launch_environment
 from llm_trainer.config.resolve.parallelism import resolve_plan
 from llm_trainer.data.sampling.samplers import Batch
+from llm_trainer.distributed.process_group import Ranks, end_process, joined
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.callbacks import Callback
-from llm_trainer.training.objectives import LossSum, NextToken
-from llm_trainer.training.ranks import Ranks, end_process, joined
+from llm_trainer.training.engines.validation import ValidationResult
+from llm_trainer.training.objectives.objective import LossSum, NextToken
 from llm_trainer.training.trainer import Trainer
-from llm_trainer.training.validation import ValidationResult
 
 _DYING = threading.Lock()
 SMALL_DISK, LEFT_FREE = 64 << 20, 1 << 20

@@ -20,8 +20,8 @@ from llm_trainer.config import TrainingConfig
 from llm_trainer.config.environment import launch_environment
 from llm_trainer.config.resolve.parallelism import resolve_plan
 from llm_trainer.config.schema.scaling_schedule import Operation
+from llm_trainer.distributed.process_group import Ranks, end_process, joined
 from llm_trainer.orchestration.orchestrator import Orchestrator
-from llm_trainer.training.ranks import Ranks, end_process, joined
 from llm_trainer.training.trainer import Trainer
 
 

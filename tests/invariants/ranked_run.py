@@ -22,10 +22,10 @@ from rich.console import Console
 from tiny_run import tiny_config, tiny_model, tokens
 
 from llm_trainer.config.environment import launch_environment
+from llm_trainer.distributed.process_group import Ranks, end_process, joined
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.callbacks import Callback
-from llm_trainer.training.objectives import LossSum, NextToken
-from llm_trainer.training.ranks import Ranks, end_process, joined
+from llm_trainer.training.objectives.objective import LossSum, NextToken
 from llm_trainer.training.trainer import Trainer
 
 

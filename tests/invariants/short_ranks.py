@@ -21,10 +21,10 @@ from llm_trainer.config import TrainingConfig
 from llm_trainer.config.environment import launch_environment
 from llm_trainer.config.resolve.parallelism import resolve_plan
 from llm_trainer.data.sampling.samplers import Batch
+from llm_trainer.distributed.process_group import Ranks, end_process, joined
 from llm_trainer.model.transformer import Transformer
-from llm_trainer.training.memory import OutOfMemory
-from llm_trainer.training.objectives import LossSum, NextToken
-from llm_trainer.training.ranks import Ranks, end_process, joined
+from llm_trainer.training.memory.out_of_memory import OutOfMemory
+from llm_trainer.training.objectives.objective import LossSum, NextToken
 from llm_trainer.training.trainer import Trainer
 
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
+from llm_trainer.diagnostics.verify_resume import compare_checkpoints
 from llm_trainer.run_dir import list_checkpoints, verify
-from llm_trainer.training.metrics import read_metrics
+from llm_trainer.training.logging.metrics import read_metrics
 from llm_trainer.training.preemption import EXIT_PREEMPTED
-from llm_trainer.training.replay import compare_checkpoints
 
 RUNNER = Path(__file__).with_name("faulty_ranks.py")
 ROOT = Path(__file__).resolve().parents[2]

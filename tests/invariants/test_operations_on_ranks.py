@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from llm_trainer.training.metrics import read_metrics
+from llm_trainer.training.logging.metrics import read_metrics
 
 RUNNER = Path(__file__).with_name("operations_run.py")
 ROOT = Path(__file__).resolve().parents[2]

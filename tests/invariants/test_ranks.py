@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from llm_trainer.diagnostics.verify_resume import compare_checkpoints
 from llm_trainer.run_dir import verify
-from llm_trainer.training.metrics import read_metrics
-from llm_trainer.training.replay import compare_checkpoints
+from llm_trainer.training.logging.metrics import read_metrics
 
 RUNNER = Path(__file__).with_name("ranked_run.py")
 ROOT = Path(__file__).resolve().parents[2]
@@ -151,7 +151,7 @@ def test_replicas_save_the_files_that_one_rank_saves(folder: Path) -> None:
 
 def test_each_rank_saves_its_shards_and_together_they_are_the_model_folder_of_one(folder: Path) -> None:
     from llm_trainer.model.hf.checkpoint import load_pretrained
-    from llm_trainer.training.optimizer_state import read_tensors
+    from llm_trainer.training.checkpoint.optimizer_state import read_tensors
 
     mine, theirs = folder / "fsdp/checkpoint-12", folder / "plain/checkpoint-12"
     assert [path.name for path in sorted(mine.glob("*.safetensors"))] == [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
@@ -194,7 +194,7 @@ def test_torchs_own_reader_takes_the_pieces_that_ranks_wrote(folder: Path) -> No
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-    from llm_trainer.training.optimizer_state import read_tensors
+    from llm_trainer.training.checkpoint.optimizer_state import read_tensors
 
     ours = dict(read_tensors(folder / "fsdp/checkpoint-12/optimizer"))
     theirs = {name: torch.zeros_like(tensor) for name, tensor in ours.items() if tensor.ndim}

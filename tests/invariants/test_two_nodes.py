@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from llm_trainer.run_dir import list_checkpoints, verify
-from llm_trainer.training.metrics import read_metrics
+from llm_trainer.training.logging.metrics import read_metrics
 
 SCRIPT = Path(__file__).with_name("two_nodes.sh")
 ROOT = Path(__file__).resolve().parents[2]

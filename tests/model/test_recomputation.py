@@ -7,7 +7,7 @@ import torch
 
 from llm_trainer.config.schema.model import ModelConfig
 from llm_trainer.model.transformer import Transformer
-from llm_trainer.training.compilation import compile_model, has_compiler
+from llm_trainer.training.engines.compile import compile_model, has_compiler
 
 FORMS: list[dict[str, object]] = [
     {},

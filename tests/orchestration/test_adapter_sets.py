@@ -13,13 +13,13 @@ from llm_trainer.cli.adapter import chosen_adapter
 from llm_trainer.cli.run_model import pretrained_model
 from llm_trainer.config import ModelConfig, UsageError
 from llm_trainer.config.schema.scaling_schedule import Operation
+from llm_trainer.diagnostics.verify_resume import StopAt, compare_checkpoints
 from llm_trainer.inference.load_model import load_transformer
 from llm_trainer.model.adapters.lora import adapters_in_use, is_adapter_parameter, use_adapters
 from llm_trainer.model.hf.checkpoint import save_pretrained
 from llm_trainer.orchestration.dry_run import simulate
 from llm_trainer.orchestration.orchestrator import Orchestrator
 from llm_trainer.orchestration.run_overrides import Settings
-from llm_trainer.training.replay import StopAt, compare_checkpoints
 
 MINE = {"lora": {"mine": {"ranks": {"attn.0": 4, "mlp.1": 2}}, "spare": {"ranks": {"mlp.0": 2}}}, "lora_in_use": ["mine"]}
 SCHEDULE = [Operation(name="set_layer_lora_rank", value=["attn.1", 2], max_wait_iters=4, reevaluate=True)]

@@ -12,10 +12,10 @@ from tiny_run import tiny_config, tiny_model, tokens
 from llm_trainer.config import RunConfig, UsageError
 from llm_trainer.config.resolve.batch_size import BatchPlan
 from llm_trainer.config.schema.scaling_schedule import Operation, read_schedule
+from llm_trainer.diagnostics.verify_resume import StopAt
 from llm_trainer.orchestration.orchestrator import Orchestrator
-from llm_trainer.training.metrics import read_metrics
-from llm_trainer.training.micro_batches import largest_micro_batch
-from llm_trainer.training.replay import StopAt
+from llm_trainer.training.logging.metrics import read_metrics
+from llm_trainer.training.memory.batch_size_finder import largest_micro_batch
 from llm_trainer.training.trainer import Trainer
 
 WIDE = {"vocab_size": 20_000, "max_position_embeddings": 64, "hidden_size": 4, "num_layers": 1, "dropout": 0.0}

@@ -14,12 +14,12 @@ from tiny_run import tiny_trainer
 
 from llm_trainer.config import UsageError
 from llm_trainer.config.schema.scaling_schedule import Operation
+from llm_trainer.diagnostics.verify_resume import StopAt, compare_checkpoints
 from llm_trainer.model.adapters.lora import is_adapter_parameter
 from llm_trainer.orchestration.orchestrator import Orchestrator, foreseen, reason
 from llm_trainer.reporting.run_report import write_report
 from llm_trainer.training.callbacks import Callback
-from llm_trainer.training.metrics import read_metrics
-from llm_trainer.training.replay import StopAt, compare_checkpoints
+from llm_trainer.training.logging.metrics import read_metrics
 from llm_trainer.training.trainer import Trainer
 
 NO_LOSS_YET = 1e9

@@ -9,9 +9,9 @@ import pytest
 from test_spikes import Rates, spiking
 
 from llm_trainer.config.schema.scaling_schedule import Operation
+from llm_trainer.diagnostics.verify_resume import StopAt, compare_checkpoints
 from llm_trainer.orchestration.orchestrator import Orchestrator
 from llm_trainer.training.callbacks import Callback
-from llm_trainer.training.replay import StopAt, compare_checkpoints
 from llm_trainer.training.trainer import Trainer
 
 

@@ -18,9 +18,9 @@ import torch
 from save_under_strace import OneAfterAnother, calls_of, trial
 from tiny_run import tiny_run, tiny_trainer
 
-from llm_trainer.training import checkpoints
+from llm_trainer.diagnostics.verify_resume import StopAt, compare_checkpoints
 from llm_trainer.training.callbacks import Callback
-from llm_trainer.training.replay import StopAt, compare_checkpoints
+from llm_trainer.training.checkpoint import store as checkpoints
 from llm_trainer.training.trainer import Trainer
 
 SETTINGS = {"max_steps": 8, "eval_interval": 6, "save_total_limit": 1, "logging_steps": 100, "file_logging": False}

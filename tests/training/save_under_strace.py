@@ -29,8 +29,8 @@ from test_checkpoints import snapshot
 
 from llm_trainer.config import CheckpointError
 from llm_trainer.run_dir import list_checkpoints, resolve_model_folder, resolve_resume_folder, verify
-from llm_trainer.training import checkpoints
-from llm_trainer.training.checkpoints import Asynchronous, CheckpointStore, Snapshot
+from llm_trainer.training.checkpoint import store as checkpoints
+from llm_trainer.training.checkpoint.store import Asynchronous, CheckpointStore, Snapshot
 
 CALLS = ("openat", "write", "pwrite64", "writev", "fsync", "rename", "mkdir", "unlinkat", "rmdir", "ftruncate", "copy_file_range")
 PR_SET_PTRACER, ANYBODY = 0x59616D61, -1

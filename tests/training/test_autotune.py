@@ -11,10 +11,10 @@ from tiny_run import SHAPE, tiny_model, tiny_trainer, tokens
 
 from llm_trainer.config import ModelConfig, TrainingConfig
 from llm_trainer.data.sampling.samplers import WindowSampler
-from llm_trainer.training import autotune
-from llm_trainer.training.autotune import Choice, Probe, Remembered, choose
-from llm_trainer.training.objectives import NextToken, TrainingStep
-from llm_trainer.training.precision import PrecisionName
+from llm_trainer.training.engines import autotune
+from llm_trainer.training.engines.autotune import Choice, Probe, Remembered, choose
+from llm_trainer.training.engines.precision import PrecisionName
+from llm_trainer.training.objectives.objective import NextToken, TrainingStep
 
 
 class _Compilations:

@@ -16,11 +16,11 @@ from test_checkpoints import snapshot
 from tiny_run import tiny_run, tiny_trainer
 
 from llm_trainer.config import CheckpointError
+from llm_trainer.diagnostics.verify_resume import StopAt, compare_checkpoints
 from llm_trainer.run_dir import JSON, list_checkpoints, resolve_resume_folder, verify
-from llm_trainer.training import capture
 from llm_trainer.training.callbacks import Callback
-from llm_trainer.training.checkpoints import CheckpointStore, Progress, Snapshot
-from llm_trainer.training.replay import StopAt, compare_checkpoints
+from llm_trainer.training.checkpoint import snapshot as capture
+from llm_trainer.training.checkpoint.store import CheckpointStore, Progress, Snapshot
 from llm_trainer.training.trainer import Trainer
 
 
@@ -214,8 +214,8 @@ def test_by_default_a_save_is_in_the_background_where_it_is_large_and_there_are_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def is_at_once(large_from: int, memory_left: int, cores: int) -> bool:
-        monkeypatch.setattr("llm_trainer.training.checkpoints.BACKGROUND_FROM_BYTES", large_from)
-        monkeypatch.setattr("llm_trainer.training.checkpoints.host_memory_left", lambda: memory_left)
+        monkeypatch.setattr("llm_trainer.training.checkpoint.store.BACKGROUND_FROM_BYTES", large_from)
+        monkeypatch.setattr("llm_trainer.training.checkpoint.store.host_memory_left", lambda: memory_left)
         monkeypatch.setattr(os, "cpu_count", lambda: cores)
         store = CheckpointStore(tmp_path / f"{large_from}-{memory_left}-{cores}", asynchronous="auto")
         place = store.save(snapshot(tmp_path), 1)

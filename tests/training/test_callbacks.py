@@ -9,11 +9,11 @@ import pytest
 from tiny_run import tiny_run, tiny_trainer
 
 from llm_trainer.config import CheckpointError
+from llm_trainer.diagnostics.verify_resume import StopAt, compare_checkpoints
 from llm_trainer.training.callbacks import Callback, EarlyStopping
-from llm_trainer.training.checkpoints import read_state
-from llm_trainer.training.replay import StopAt, compare_checkpoints
+from llm_trainer.training.checkpoint.store import read_state
+from llm_trainer.training.engines.validation import ValidationResult
 from llm_trainer.training.trainer import Trainer
-from llm_trainer.training.validation import ValidationResult
 
 
 class Recorder(Callback):

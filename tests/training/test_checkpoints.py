@@ -17,9 +17,9 @@ from llm_trainer.config import CheckpointError, ModelConfig
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
 from llm_trainer.model.hf.checkpoint import load_pretrained
 from llm_trainer.run_dir import list_checkpoints, read_run_config, verify, write_manifest
-from llm_trainer.training.checkpoints import CheckpointStore, Snapshot, read_state, restore
-from llm_trainer.training.optimizer_state import TENSORS_FILE, load_optimizer_state, optimizer_state, write_tensors
-from llm_trainer.training.optimizers import build_optimizers
+from llm_trainer.training.checkpoint.optimizer_state import TENSORS_FILE, load_optimizer_state, optimizer_state, write_tensors
+from llm_trainer.training.checkpoint.store import CheckpointStore, Snapshot, read_state, restore
+from llm_trainer.training.optim.optimizers import build_optimizers
 
 
 def snapshot(run_folder: Path, seed: int = 7, state: dict[str, Any] | None = None, optimizer: str = "adamw") -> Snapshot:
@@ -142,7 +142,7 @@ def test_the_newest_are_kept_and_the_best_is_never_removed(tmp_path: Path) -> No
 def test_nothing_is_rotated_away_for_a_checkpoint_that_is_not_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, taken = CheckpointStore(tmp_path, save_total_limit=1), snapshot(tmp_path)
     store.save(taken, 1)
-    monkeypatch.setattr("llm_trainer.training.checkpoints.verify", lambda *_, **__: ["planted"])
+    monkeypatch.setattr("llm_trainer.training.checkpoint.store.verify", lambda *_, **__: ["planted"])
     store.save(taken, 2)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", "checkpoint-2"}
 

@@ -9,9 +9,9 @@ import torch
 from tiny_run import SHAPE, tiny_model, tiny_run, tiny_trainer
 
 from llm_trainer.config import ModelConfig
-from llm_trainer.training import compilation
-from llm_trainer.training.compilation import CompileMode, best_mode, compile_model, has_compiler, undo_compile
-from llm_trainer.training.metrics import read_metrics
+from llm_trainer.training.engines import compile as compilation
+from llm_trainer.training.engines.compile import CompileMode, best_mode, compile_model, has_compiler, undo_compile
+from llm_trainer.training.logging.metrics import read_metrics
 
 needs_compiler = pytest.mark.skipif(not has_compiler(), reason="there is no C++ compiler")
 
@@ -45,8 +45,8 @@ def test_one_graph_serves_all_layers_and_ragged_validation_adds_none(
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **options: compiler(function, backend=counter, **options))
     monkeypatch.setattr(compilation, "has_compiler", lambda: True)
-    monkeypatch.setattr("llm_trainer.training.autotune.best_mode", lambda model, tokens: mode)
-    monkeypatch.setattr("llm_trainer.training.autotune.has_compiler", lambda: True)
+    monkeypatch.setattr("llm_trainer.training.engines.autotune.best_mode", lambda model, tokens: mode)
+    monkeypatch.setattr("llm_trainer.training.engines.autotune.has_compiler", lambda: True)
     # 8 validation windows in batches of 3: two whole ones and a ragged one.
     result = tiny_run(tmp_path, compile="on", model={"num_layers": 5, "dropout": 0.0}, eval_batch_size=3, eval_interval=2)
     assert result.step == 10
@@ -60,7 +60,7 @@ def test_one_graph_serves_all_layers_and_ragged_validation_adds_none(
 @pytest.mark.parametrize("mode", ["stack", "blocks"])
 def test_compiled_losses_are_the_eager_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: CompileMode, precision: str) -> None:
     torch._dynamo.reset()
-    monkeypatch.setattr("llm_trainer.training.autotune.best_mode", lambda model, tokens: mode)
+    monkeypatch.setattr("llm_trainer.training.engines.autotune.best_mode", lambda model, tokens: mode)
     losses = {}
     for compile_ in ("off", "on"):
         trainer = tiny_trainer(tmp_path / compile_, compile=compile_, precision=precision, model={"dropout": 0.0}, max_steps=30)

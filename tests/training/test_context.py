@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from llm_trainer.config import ModelConfig, TrainingConfig
+from llm_trainer.distributed.context_parallel import ContextShare, places_of
 from llm_trainer.model.attention import attend
 from llm_trainer.model.positional import sequence_mask
-from llm_trainer.training.context import ContextShare, places_of
-from llm_trainer.training.footprint import step_memory
+from llm_trainer.training.memory.memory_estimator import step_memory
 
 LENGTH, HEADS, KV_HEADS, WIDTH = 24, 4, 2, 8
 

@@ -18,13 +18,13 @@ from llm_trainer.data.sampling.mixture import TokenMixture
 from llm_trainer.data.sampling.packing import Packing
 from llm_trainer.data.sampling.samplers import open_sampler, validation_batches
 from llm_trainer.data.token_shards import ShardWriter, TokenDataset
+from llm_trainer.distributed.context_parallel import part_of
+from llm_trainer.distributed.process_group import Ranks
 from llm_trainer.model.adapters.lora import is_adapter_parameter
 from llm_trainer.model.transformer import Transformer
-from llm_trainer.training.context import part_of
-from llm_trainer.training.objectives import NextToken, TrainingStep
-from llm_trainer.training.ranks import Ranks
+from llm_trainer.training.engines.validation import validate
+from llm_trainer.training.objectives.objective import NextToken, TrainingStep
 from llm_trainer.training.trainer import Trainer
-from llm_trainer.training.validation import validate
 
 NAMES = ["math", "law", "code"]
 CONTEXT = 16

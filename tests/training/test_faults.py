@@ -16,9 +16,9 @@ import torch
 from tiny_run import tiny_run, tiny_trainer
 
 from llm_trainer.config import CheckpointError
+from llm_trainer.diagnostics.verify_resume import StopAt, compare_checkpoints
 from llm_trainer.inference.load_model import load_transformer
 from llm_trainer.run_dir import list_checkpoints, write_manifest
-from llm_trainer.training.replay import StopAt, compare_checkpoints
 
 KILLED, SAVED, REFUSED = -9, 0, 3
 

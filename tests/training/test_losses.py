@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llm_trainer.training import losses
-from llm_trainer.training.losses import LossMode, linear_cross_entropy_sum
+from llm_trainer.training.objectives.cross_entropy import LossMode, linear_cross_entropy_sum
+from llm_trainer.training.objectives.objective import cross_entropy as losses
 
 
 @pytest.fixture(autouse=True)

@@ -16,9 +16,9 @@ from rich.console import Console
 from tiny_run import tiny_run, tiny_trainer
 
 from llm_trainer.config import CheckpointError, UsageError
-from llm_trainer.training.console import ProgressReporter, clean
-from llm_trainer.training.metrics import MetricsTracker, read_metrics
-from llm_trainer.training.replay import StopAt
+from llm_trainer.diagnostics.verify_resume import StopAt
+from llm_trainer.training.logging.metrics import MetricsTracker, read_metrics
+from llm_trainer.training.logging.progress import ProgressReporter, clean
 from llm_trainer.training.trainer import Trainer
 
 
@@ -124,7 +124,7 @@ def test_a_run_folder_that_was_moved_keeps_its_link(tmp_path: Path) -> None:
 
 def test_writing_events_needs_neither_tensorflow_nor_torchs_writer(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from llm_trainer.training.metrics import MetricsTracker; "
+        "import sys; from pathlib import Path; from llm_trainer.training.logging.metrics import MetricsTracker; "
         f"t = MetricsTracker(Path({str(tmp_path)!r}), ['tensorboard']); t.update({{'loss': 1.0}}, 1); t.close(); "
         "assert not {'tensorflow', 'torch', 'torch.utils.tensorboard'} & set(sys.modules), 'heavy'"
     )
@@ -141,7 +141,7 @@ def test_without_wandb_the_error_names_the_extra(tmp_path: Path, monkeypatch: py
 def test_wandb_offline_gets_the_run_and_a_resume_goes_on_under_its_id(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     code = (
-        "import sys; from pathlib import Path; from tiny_run import tiny_config; from llm_trainer.training.metrics import MetricsTracker\n"
+        "import sys; from pathlib import Path; from tiny_run import tiny_config; from llm_trainer.training.logging.metrics import MetricsTracker\n"
         "folder, step = Path(sys.argv[1]), int(sys.argv[2])\n"
         "config = tiny_config(folder, wandb_project='shelf', wandb_run_name='book')\n"
         "tracker = MetricsTracker(folder, ['wandb'], resumed_step=step or None, config=config)\n"
@@ -162,7 +162,7 @@ def test_wandb_offline_gets_the_run_and_a_resume_goes_on_under_its_id(tmp_path: 
 def test_wandb_keeps_steps_that_come_again_after_a_rollback(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     code = (
-        "import sys; from pathlib import Path; from llm_trainer.training.metrics import MetricsTracker\n"
+        "import sys; from pathlib import Path; from llm_trainer.training.logging.metrics import MetricsTracker\n"
         "tracker = MetricsTracker(Path(sys.argv[1]), ['wandb'])\n"
         "[tracker.update({'loss': loss}, step) for step, loss in ((1, 0.5), (2, 0.25), (3, 9.0625), (2, 0.1875), (3, 0.09375))]\n"
         "tracker.close()"

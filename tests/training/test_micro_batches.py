@@ -16,14 +16,14 @@ from tiny_run import tiny_config, tiny_model, tiny_trainer, tokens
 from llm_trainer.config import RunConfig, UsageError
 from llm_trainer.config.resolve.batch_size import BatchPlan, MicroBatchBounds, divisions
 from llm_trainer.data.sampling.samplers import Batch
+from llm_trainer.diagnostics.verify_resume import StopAt
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.run_dir import list_checkpoints
 from llm_trainer.training.callbacks import Callback
-from llm_trainer.training.memory import OutOfMemory, is_out_of_memory
-from llm_trainer.training.metrics import read_metrics
-from llm_trainer.training.micro_batches import largest_micro_batch
-from llm_trainer.training.objectives import LossSum, NextToken
-from llm_trainer.training.replay import StopAt
+from llm_trainer.training.logging.metrics import read_metrics
+from llm_trainer.training.memory.batch_size_finder import largest_micro_batch
+from llm_trainer.training.memory.out_of_memory import OutOfMemory, is_out_of_memory
+from llm_trainer.training.objectives.objective import LossSum, NextToken
 from llm_trainer.training.trainer import Trainer
 
 AT_ONCE = {"batch_size": 8, "gradient_accumulation_steps": None}

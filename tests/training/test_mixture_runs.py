@@ -14,8 +14,8 @@ from llm_trainer.config.schema.mixture import MixtureStage
 from llm_trainer.data.sampling.mixture import TokenMixture
 from llm_trainer.data.token_shards import ShardWriter, TokenDataset
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
-from llm_trainer.training.metrics import read_metrics
-from llm_trainer.training.replay import StopAt, compare_checkpoints
+from llm_trainer.diagnostics.verify_resume import StopAt, compare_checkpoints
+from llm_trainer.training.logging.metrics import read_metrics
 from llm_trainer.training.state import TrainingResult
 from llm_trainer.training.trainer import Trainer
 

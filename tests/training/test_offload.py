@@ -8,8 +8,8 @@ import pytest
 import torch
 from tiny_run import tiny_config, tiny_model
 
-from llm_trainer.training.offload import step_offloaded
-from llm_trainer.training.optimizers import build_optimizers
+from llm_trainer.training.optim.optimizer_offload import step_offloaded
+from llm_trainer.training.optim.optimizers import build_optimizers
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 

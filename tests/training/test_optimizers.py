@@ -11,8 +11,8 @@ from tiny_run import SHAPE, tiny_model
 from torch import nn
 
 from llm_trainer.config import ModelConfig, TrainingConfig, UsageError
-from llm_trainer.training.muon import BatchedMuon
-from llm_trainer.training.optimizers import AdamW, build_optimizers, peak_rates, set_rates
+from llm_trainer.training.optim.muon import BatchedMuon
+from llm_trainer.training.optim.optimizers import AdamW, build_optimizers, peak_rates, set_rates
 
 
 def _groups(optimizer: str, **shape: object) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
@@ -109,7 +109,7 @@ def test_an_eager_run_does_not_import_the_compiler() -> None:
 import sys, torch
 from llm_trainer.config import ModelConfig, TrainingConfig
 from llm_trainer.model.transformer import Transformer
-from llm_trainer.training.optimizers import build_optimizers
+from llm_trainer.training.optim.optimizers import build_optimizers
 model = Transformer(ModelConfig(vocab_size=8, hidden_size=8, num_layers=1, num_heads=1, max_seq_len=4))
 model(torch.zeros(1, 4, dtype=torch.long)).sum().backward()
 for optimizer in build_optimizers(model, TrainingConfig(optimizer="muon")):

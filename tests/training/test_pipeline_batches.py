@@ -16,11 +16,11 @@ from llm_trainer.config.parse.validation import check_whole
 from llm_trainer.config.resolve.batch_size import BatchPlan
 from llm_trainer.config.resolve.parallelism import ParallelPlan
 from llm_trainer.config.schema.scaling_schedule import Operation
+from llm_trainer.distributed.process_group import Ranks
 from llm_trainer.orchestration.batch_fit import fitted
 from llm_trainer.orchestration.orchestrator import foreseen
 from llm_trainer.training.changes import change_batches
-from llm_trainer.training.micro_batches import largest_micro_batch
-from llm_trainer.training.ranks import Ranks
+from llm_trainer.training.memory.batch_size_finder import largest_micro_batch
 from llm_trainer.training.trainer import Trainer
 
 

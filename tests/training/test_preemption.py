@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from tiny_run import tiny_run
 
+from llm_trainer.diagnostics.verify_resume import compare_checkpoints
 from llm_trainer.run_dir import resolve_resume_folder
 from llm_trainer.training.preemption import EXIT_INTERRUPTED, EXIT_PREEMPTED, StopSignals
-from llm_trainer.training.replay import compare_checkpoints
 
 # Tells where the run is and waits there for a line on stdin, so that the signal comes exactly then.
 SCRIPT = textwrap.dedent("""

@@ -12,14 +12,14 @@ from tiny_run import tiny_config, tiny_model, tokens
 from llm_trainer.config import UsageError
 from llm_trainer.config.resolve.parallelism import check_plan
 from llm_trainer.config.schema.scaling_schedule import Operation
+from llm_trainer.diagnostics.verify_resume import compare_checkpoints
 from llm_trainer.model.adapters.lora import is_adapter_parameter, merge_lora
 from llm_trainer.model.adapters.nf4 import dequantized, is_quantized
 from llm_trainer.model.hf.checkpoint import load_pretrained
 from llm_trainer.orchestration.orchestrator import foreseen
-from llm_trainer.training.capture import HostCopies, Snapshot, capture
-from llm_trainer.training.footprint import Ledger
-from llm_trainer.training.metrics import read_metrics
-from llm_trainer.training.replay import compare_checkpoints
+from llm_trainer.training.checkpoint.snapshot import HostCopies, Snapshot, capture
+from llm_trainer.training.logging.metrics import read_metrics
+from llm_trainer.training.memory.memory_estimator import Ledger
 from llm_trainer.training.trainer import Trainer
 
 LORA = {"attn_lora_rank": 4, "mlp_lora_rank": 4, "lora_train_base": False}

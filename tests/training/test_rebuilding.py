@@ -13,9 +13,9 @@ import torch
 from tiny_run import tiny_trainer
 
 from llm_trainer.config import UsageError
+from llm_trainer.diagnostics.verify_resume import compare_checkpoints
 from llm_trainer.model.surgery.depth import stack_layers
 from llm_trainer.training.callbacks import Callback
-from llm_trainer.training.replay import compare_checkpoints
 from llm_trainer.training.trainer import Trainer
 
 

@@ -12,10 +12,10 @@ from test_checkpoints import snapshot
 from tiny_run import tiny_config, tiny_run, tiny_trainer
 
 from llm_trainer.config import CheckpointError, UsageError
+from llm_trainer.diagnostics.verify_resume import StopAt, compare_checkpoints
 from llm_trainer.run_dir import list_checkpoints, verify
-from llm_trainer.training.checkpoints import CheckpointStore
-from llm_trainer.training.remote import RemoteRun, fetch_resumed, use_local_folders
-from llm_trainer.training.replay import StopAt, compare_checkpoints
+from llm_trainer.training.checkpoint.remote import RemoteRun, fetch_resumed, use_local_folders
+from llm_trainer.training.checkpoint.store import CheckpointStore
 
 
 @pytest.fixture(params=["memory", "file"])

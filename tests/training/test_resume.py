@@ -9,15 +9,15 @@ import pytest
 from tiny_run import tiny_config, tiny_run, tiny_trainer, tokens
 
 from llm_trainer.config import CheckpointError, UsageError
+from llm_trainer.diagnostics.verify_resume import StopAt, compare_checkpoints, verify_resume
 from llm_trainer.run_dir import list_checkpoints, verify
 from llm_trainer.training.callbacks import Callback
-from llm_trainer.training.checkpoints import read_state
-from llm_trainer.training.replay import StopAt, compare_checkpoints, verify_resume
-from llm_trainer.training.resume import compare_settings, plan_resume
-from llm_trainer.training.schedules import Length, Schedule, ScheduleState
+from llm_trainer.training.checkpoint.resume import compare_settings, plan_resume
+from llm_trainer.training.checkpoint.store import read_state
+from llm_trainer.training.engines.validation import ValidationResult
+from llm_trainer.training.optim.lr_schedule import Length, Schedule, ScheduleState
 from llm_trainer.training.state import TrainingState
 from llm_trainer.training.trainer import Trainer
-from llm_trainer.training.validation import ValidationResult
 
 
 class Spy(Callback):

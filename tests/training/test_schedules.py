@@ -7,7 +7,7 @@ import math
 import pytest
 
 from llm_trainer.config import Duration, TrainingConfig, UsageError
-from llm_trainer.training.schedules import Length, Schedule, ScheduleState, resolve_length, resolve_schedule
+from llm_trainer.training.optim.lr_schedule import Length, Schedule, ScheduleState, resolve_length, resolve_schedule
 
 STEPS = Length(1000, "max_steps 1000", steps_per_epoch=250.0, tokens_per_step=512)
 

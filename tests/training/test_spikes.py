@@ -11,16 +11,16 @@ from tiny_run import tiny_config, tiny_trainer
 
 from llm_trainer.config import CheckpointError
 from llm_trainer.data.sampling.samplers import Batch
+from llm_trainer.diagnostics.verify_resume import StopAt, compare_checkpoints
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.run_dir import list_checkpoints
 from llm_trainer.training.callbacks import Callback
-from llm_trainer.training.checkpoints import read_state
-from llm_trainer.training.metrics import read_metrics
-from llm_trainer.training.objectives import LossSum, NextToken
-from llm_trainer.training.replay import StopAt, compare_checkpoints
-from llm_trainer.training.spikes import SpikeState
+from llm_trainer.training.checkpoint.store import read_state
+from llm_trainer.training.engines.train_step import TrainingDiverged
+from llm_trainer.training.logging.metrics import read_metrics
+from llm_trainer.training.loss_spikes import SpikeState
+from llm_trainer.training.objectives.objective import LossSum, NextToken
 from llm_trainer.training.state import TrainingState
-from llm_trainer.training.step import TrainingDiverged
 from llm_trainer.training.trainer import Trainer
 
 SAMPLES_A_STEP = 8

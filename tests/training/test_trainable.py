@@ -15,8 +15,8 @@ from llm_trainer.config.param_count import parameter_count
 from llm_trainer.inference.load_model import load_transformer
 from llm_trainer.model.adapters.lora import is_adapter_parameter, merge_lora
 from llm_trainer.model.transformer import Transformer
-from llm_trainer.training.optimizers import build_optimizers
-from llm_trainer.training.trainable import prepare_trainable, trained_sizes
+from llm_trainer.training.optim.optimizers import build_optimizers
+from llm_trainer.training.optim.param_groups import prepare_trainable, trained_sizes
 from llm_trainer.training.trainer import Trainer
 
 LORA = {"attn_lora_rank": 2, "mlp_lora_rank": 2, "lora_train_base": False, "lora_dropout": 0.1}

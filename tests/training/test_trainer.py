@@ -12,7 +12,7 @@ from tiny_run import tiny_config, tiny_model, tiny_run, tiny_trainer, tokens
 
 from llm_trainer.config import DataError, UsageError
 from llm_trainer.run_dir import BEST_MODEL, FINAL_MODEL
-from llm_trainer.training.metrics import read_metrics
+from llm_trainer.training.logging.metrics import read_metrics
 from llm_trainer.training.trainer import Trainer
 
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from llm_trainer.config import ModelConfig
 from llm_trainer.data.sampling.samplers import Batch
 from llm_trainer.model.transformer import Transformer
-from llm_trainer.training.losses import LossMode
-from llm_trainer.training.objectives import LossSum, NextToken, TrainingStep
-from llm_trainer.training.precision import Precision
-from llm_trainer.training.step import TrainingDiverged, clip_gradients, forward_backward
+from llm_trainer.training.engines.precision import Precision
+from llm_trainer.training.engines.train_step import TrainingDiverged, clip_gradients, forward_backward
+from llm_trainer.training.objectives.cross_entropy import LossMode
+from llm_trainer.training.objectives.objective import LossSum, NextToken, TrainingStep
 
 CPU = torch.device("cpu")
 

@@ -14,8 +14,8 @@ from tiny_run import CONTEXT, SHAPE, VOCABULARY, tiny_model, tiny_trainer, token
 from llm_trainer.config import DataError, ModelConfig
 from llm_trainer.data.token_shards import TokenDataset
 from llm_trainer.model.transformer import Transformer
-from llm_trainer.training.objectives import LossSum
-from llm_trainer.training.validation import validate
+from llm_trainer.training.engines.validation import validate
+from llm_trainer.training.objectives.objective import LossSum
 
 MODEL = ModelConfig(**SHAPE)
 

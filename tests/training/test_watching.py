@@ -14,9 +14,9 @@ from rich.console import Console
 from tiny_run import tiny_config, tiny_run, tiny_trainer
 
 from llm_trainer.run_dir import list_checkpoints
-from llm_trainer.training.metrics import read_metrics
-from llm_trainer.training.timings import Timings
-from llm_trainer.training.watching import Watcher
+from llm_trainer.training.logging.metrics import read_metrics
+from llm_trainer.training.logging.timers import Timings
+from llm_trainer.training.memory.memory_monitor import Watcher
 
 CPU = torch.device("cpu")
 
@@ -64,7 +64,7 @@ def test_between_reports_memory_is_looked_at_when_it_is_time(tmp_path: Path) -> 
 
 GROWS = """
 import torch
-from llm_trainer.training.machine import Machine
+from llm_trainer.training.logging.system_stats import Machine
 
 machine = Machine(torch.device("cpu"))
 before = machine.look().resident

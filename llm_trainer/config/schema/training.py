@@ -88,7 +88,7 @@ class TrainingConfig(Section):
     )
     max_skipped_steps: int = setting(10, "stop after so many steps in a row with a non-finite loss or gradient", unit="steps", ge=1)
 
-    # Loss spikes; see `llm_trainer.training.spikes`.
+    # Loss spikes; see `llm_trainer.training.loss_spikes`.
     max_rollbacks: int = setting(
         0, "at a loss spike go back to a checkpoint before it and leave out the data since, at most so often; 0: never", ge=0
     )
@@ -113,7 +113,7 @@ class TrainingConfig(Section):
     )
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
 
-    # Memory; see `llm_trainer.training.micro_batches` and `watching`.
+    # Memory; see `llm_trainer.training.memory.batch_size_finder` and `watching`.
     memory_limit_gb: float | None = setting(
         None, "memory that one rank may hold; none: what is free on its GPU, or its part of what is free on the machine", unit="GB", gt=0
     )

@@ -1,0 +1,293 @@
+"""Training through DeepSpeed's ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054): another way to run a step behind the same Engine.
+
+What a run is stays ours: the order of data, the loss divided by the tokens of all ranks, the schedule, the folder of a checkpoint.
+DeepSpeed gets a configuration generated from the settings (a second file beside them would contradict them sooner or later) and does
+what it is known for: reduces gradients, keeps optimizer state (stage 1), gradients (2) and weights (3) in parts, clips, updates. It
+averages gradients over ranks, so each rank's loss is multiplied by their number: exact where that is a power of two.
+
+Arithmetic is as everywhere here: fp32 weights and autocast, not DeepSpeed's narrow copies with fp32 masters, so a checkpoint holds the same
+tensors under the same names, with the moments of AdamW, and goes on without DeepSpeed, and the other way round. What AdamW counts, its
+steps, DeepSpeed keeps once for a whole group of parameters; a checkpoint says the same of each.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from llm_trainer.config import TrainingConfig, UsageError
+from llm_trainer.config.resolve.batch_size import resolve_batches
+from llm_trainer.config.resolve.deepspeed import zero_settings
+from llm_trainer.config.schema.model import ModelConfig
+from llm_trainer.data.optional_deps import require
+from llm_trainer.data.sampling.samplers import Batch
+from llm_trainer.distributed.process_group import Ranks
+from llm_trainer.model.hf.checkpoint import empty_model
+from llm_trainer.model.surgery.model_state import Form
+from llm_trainer.model.transformer import Transformer
+from llm_trainer.training.engines.autotune import Choice
+from llm_trainer.training.engines.compile import CompileMode
+from llm_trainer.training.engines.engine import Engine, StepResult
+from llm_trainer.training.engines.precision import Precision, PrecisionName
+from llm_trainer.training.objectives.objective import Objective, TrainingStep, seed_dropout
+from llm_trainer.training.optim.optimizers import build_optimizers, set_rates
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine as Zero
+
+Result = TypeVar("Result")
+_NEVER = 10**9
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class DeepSpeedEngine(Engine):
+    """Until `start` a plain replica on each rank, into which weights are read; from then on cut as the stage says.
+
+    Raises UsageError for what DeepSpeed does not do here, before anything is built.
+    """
+
+    def __init__(
+        self, model: Transformer, training: TrainingConfig, objective: Objective | None, ranks: Ranks, device: torch.device
+    ) -> None:
+        _refuse(training, device)
+        super().__init__(model, training, objective, ranks, device)
+        self._zero: Zero | None = None
+        self._whole: tuple[Transformer, list[torch.optim.Optimizer]] | None = None
+        self._whole_is_of = -1
+        self._updates = 0
+
+    def tune(
+        self,
+        batch: Callable[[], Batch],
+        micro_batches_left: int,
+        *,
+        precision: str | None = None,
+        compiled: str | None = None,
+        cache_dir: Path | None = None,
+        say: Callable[[str], None] = print,
+    ) -> Choice:
+        """As for Engine; nothing is compiled, since DeepSpeed replaces what compiled blocks would hold on to."""
+        return super().tune(batch, micro_batches_left, precision=precision, compiled="off", cache_dir=cache_dir, say=say)
+
+    def start(self, precision: PrecisionName, compile_mode: CompileMode, scaler: dict[str, float | int] | None = None) -> None:
+        """Hand model and optimizer, as read so far, over to DeepSpeed."""
+        if precision == "fp16":
+            raise UsageError(_NO_FP16)
+        self._is_started, self.compile_mode = True, compile_mode
+        self.precision = Precision(precision, self.device)
+        before = {id(parameter): dict(self.optimizers[0].state.pop(parameter, {})) for parameter in self._parameters}
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        with _quiet():
+            self._zero = _initialize(self._whole_step, self.optimizers[0], self.training, self.ranks, precision)
+        self._step_module = cast(nn.Module, self._zero)
+        self._set_moments({names[key]: state for key, state in before.items()})
+
+    def step(self, batches: Sequence[Batch], tokens: int, *, rate_factor: float, index: int) -> StepResult:
+        """As for Engine; clipping and update are DeepSpeed's, and a step whose gradient is not finite it leaves out on all ranks."""
+        assert self._zero is not None, "start comes before the first step"
+        set_rates(self.optimizers, self._peaks, rate_factor)
+        is_empty = torch.full((), float(tokens == 0), device=self.device)
+        self.optimizers[0].found_inf = is_empty  # type: ignore[attr-defined]  # 1: torch's fused AdamW leaves all as it is
+        mean = torch.zeros((), device=self.device)
+        for number, batch in enumerate(batches):
+            if self.dropout_seed is not None:
+                seed_dropout(self.dropout_seed, index, number, self.ranks.rank, self.device)
+            self._zero.set_gradient_accumulation_boundary(number == len(batches) - 1)
+            total = self._zero(batch.to(self.device)).total / max(tokens, 1)
+            mean += total.detach()
+            self._zero.backward(total * self.ranks.count, scale_wrt_gas=False)
+            self._zero.step()
+        self._updates += 1
+        self.timings.step_done()
+        norm = self._zero.get_global_grad_norm()
+        skipped = is_empty if self._zero.was_step_applied() else torch.ones_like(is_empty)
+        return StepResult(
+            self.ranks.add_tensor(mean), torch.as_tensor(norm if norm is not None else float("nan"), device=self.device), skipped
+        )
+
+    def check_change(self, shape: ModelConfig) -> NoReturn:
+        """Not while DeepSpeed trains it: raises UsageError."""
+        raise UsageError("use_deepspeed cannot train a model that is changed while it trains; leave it out (fsdp shares too)")
+
+    def rebuild(self, form: Form) -> None:
+        """As for Engine, until `start`. Raises UsageError after it."""
+        if self._zero is not None:
+            self.check_change(form.config)
+        super().rebuild(form)
+
+    def kept(self) -> tuple[Transformer, Sequence[torch.optim.Optimizer]]:
+        """Whole copies on the main rank's CPU, gathered one tensor at a time; others get a shell. A collective call."""
+        if self._zero is None:
+            return super().kept()
+        if self._whole is None:
+            copy = empty_model(self.model.config, device="cpu" if self.ranks.is_main else "meta")
+            _freeze_alike(copy, self.model)
+            self._whole = copy, build_optimizers(copy, self.training) if self.ranks.is_main else []
+        copy, optimizers = self._whole
+        if self._whole_is_of != self._updates:  # best, final and periodic saves of one step take one copy
+            self._gather(copy, optimizers)
+            self._whole_is_of = self._updates
+        return copy, optimizers
+
+    def load(self, load: Callable[[Transformer, Sequence[torch.optim.Optimizer]], Result]) -> Result:
+        """Run `load` on a model and its optimizers, and train on with what it gave them. A collective call."""
+        if self._zero is None:
+            return super().load(load)
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        read = empty_model(self.model.config)
+        _freeze_alike(read, self.model)
+        optimizers = build_optimizers(read, self.training)
+        result = load(read, optimizers)
+        states = {name: dict(optimizers[0].state.get(parameter, {})) for name, parameter in read.named_parameters()}
+        values = dict(read.named_parameters())
+        for name, parameter in self.model.named_parameters():
+            value = values[name].detach().to(self.device)
+            with _gathered(parameter, 0), torch.no_grad():
+                parameter.copy_(value)
+            if parameter.requires_grad:
+                safe_set_full_fp32_param(parameter, value)
+        self._set_moments(states)
+        self._whole_is_of = -1
+        return result
+
+    def _gather(self, copy: Transformer, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Fill the main rank's copies with the weights and moments as they are now."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        targets = dict(copy.named_parameters())
+        counted = max((float(self._state_of(flat).get("step", 0.0)) for flat in self._flat_parts()), default=0.0)
+        for name, parameter in self.model.named_parameters():
+            with _gathered(parameter, None), torch.no_grad():
+                if self.ranks.is_main:
+                    targets[name].copy_(parameter)
+            if not parameter.requires_grad or counted == 0:
+                continue
+            moments = {key: safe_get_full_optimizer_state(parameter, key) for key in _MOMENTS}
+            if self.ranks.is_main:
+                state = optimizers[0].state[targets[name]]
+                state["step"] = torch.tensor(counted)
+                state |= {key: value.cpu() for key, value in moments.items()}
+
+    def _set_moments(self, states: dict[str, dict[str, Any]]) -> None:
+        """Give DeepSpeed's parts the moments of whole parameters, by name; all zero where there are none."""
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        assert self._zero is not None
+        counted = max((float(state["step"]) for state in states.values() if "step" in state), default=0.0)
+        for flat in self._flat_parts():
+            state = {key: torch.zeros_like(flat) for key in _MOMENTS}
+            self.optimizers[0].state[flat] = {"step": torch.full((), counted, device=flat.device), **state}
+        link = getattr(self._zero.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+        if link is not None:  # stages 1 and 2 find a parameter's moments by views, which they make too early: after the first group's step
+            self._zero.optimizer._hp_optimizer_states_linked = False
+            link()
+        for name, parameter in self.model.named_parameters():
+            for key in _MOMENTS:
+                if (value := states.get(name, {}).get(key)) is not None:
+                    safe_set_full_optimizer_state(parameter, value.to(self.device), key)
+
+    def _flat_parts(self) -> list[Tensor]:
+        """The fp32 vectors that this rank updates."""
+        assert self._zero is not None
+        zero = self._zero.optimizer
+        return list(zero.fp32_partitioned_groups_flat if self.training.zero_stage == 3 else zero.single_partition_of_fp32_groups)
+
+    def _state_of(self, flat: Tensor) -> dict[str, Any]:
+        return dict(self.optimizers[0].state.get(flat, {}))
+
+
+_NO_FP16 = (
+    "precision fp16 through DeepSpeed is not offered: it has none on CPUs, and its own loss scaling on GPUs is not what a checkpoint here "
+    "keeps; take precision bf16 or fp32, or leave use_deepspeed out"
+)
+
+
+def _refuse(training: TrainingConfig, device: torch.device) -> None:
+    require("deepspeed", "deepspeed", "use_deepspeed")
+    if training.precision == "fp16":
+        raise UsageError(_NO_FP16)
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"use_deepspeed runs on cpu and cuda here, not on {device.type}")
+    if training.optimizer != "adamw":
+        raise UsageError(
+            f"use_deepspeed cuts matrices into flat parts, which optimizer {training.optimizer} cannot update; take optimizer adamw"
+        )
+    for name in ("fsdp", "tensor_parallel", "pipeline_parallel", "context_parallel"):
+        if (size := getattr(training, name)) > 1:
+            raise UsageError(
+                f"{name} {size} and use_deepspeed are two ways to share one model; keep one (zero_stage 3 shares as fsdp does)"
+            )
+    if training.compile == "on":
+        raise UsageError("compile on and use_deepspeed do not go together here; leave compile out")
+
+
+def _initialize(
+    step: TrainingStep, optimizer: torch.optim.Optimizer, training: TrainingConfig, ranks: Ranks, precision: PrecisionName
+) -> Zero:
+    import torch.distributed as dist
+
+    if not dist.is_initialized():  # one process that nobody launched
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    # Only inference uses this one (an all-reduce in shared memory); it would be compiled for half a minute.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed's calls of torch, at every collective.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    return cast(
+        "Zero",
+        deepspeed.initialize(
+            model=step, optimizer=optimizer, config=generated_config(training, ranks.count, precision), dist_init_required=False
+        )[0],
+    )
+
+
+def generated_config(training: TrainingConfig, ranks: int, precision: PrecisionName) -> dict[str, Any]:
+    """DeepSpeed's configuration, from ours."""
+    batches = resolve_batches(training, ranks)
+    return {
+        "train_batch_size": batches.sequences_per_step(ranks),
+        "train_micro_batch_size_per_gpu": batches.micro_batch_size,
+        "gradient_accumulation_steps": batches.gradient_accumulation_steps,
+        "gradient_clipping": training.max_grad_norm,
+        "zero_optimization": zero_settings(training),
+        "zero_allow_untested_optimizer": True,  # ours is torch's fused AdamW, which can leave a step out
+        "zero_force_ds_cpu_optimizer": False,
+        # Autocast, but gradients are sent in fp32: modules named here would send theirs narrow.
+        "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16", "lower_precision_safe_modules": []},
+        "steps_per_print": _NEVER,
+    }
+
+
+@contextmanager
+def _gathered(parameter: Tensor, writer: int | None) -> Iterator[None]:
+    """Within, the parameter is whole on every rank, also where stage 3 keeps parts; what rank `writer` changes is kept."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=writer, enabled=hasattr(parameter, "ds_id")):
+        yield
+
+
+def _freeze_alike(copy: Transformer, model: Transformer) -> None:
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, parameter in copy.named_parameters():
+        parameter.requires_grad_(name in trained)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """DeepSpeed tells at length what it is made of; warnings of ours and errors pass."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
