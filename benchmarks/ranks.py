@@ -75,7 +75,7 @@ def measure(precision: str, accumulation: int, steps: int, file: Path) -> None:
     from workers.ours import model_config
     from workers.shapes import SHAPES
 
-    from llm_trainer.cli.process_settings import keep_freed_memory
+    from llm_trainer.cli.runtime_env import keep_freed_memory
     from llm_trainer.config import TrainingConfig
     from llm_trainer.config.environment import launch_environment
     from llm_trainer.data.sampling.samplers import Batch

@@ -10,7 +10,7 @@ if __name__ == "__main__":
 
 import torch
 
-from llm_trainer.cli.process_settings import keep_freed_memory
+from llm_trainer.cli.runtime_env import keep_freed_memory
 from llm_trainer.config import ModelConfig, TrainingConfig
 from llm_trainer.data.sampling.samplers import Batch
 from llm_trainer.model.transformer import Transformer

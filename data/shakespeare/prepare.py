@@ -11,7 +11,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parents[1]))  # a clone runs without being installed
 
-from llm_trainer.cli.boundary import guarded  # noqa: E402
+from llm_trainer.cli.errors import guarded  # noqa: E402
 
 
 def main() -> int:

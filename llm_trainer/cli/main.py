@@ -12,8 +12,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from llm_trainer.cli.boundary import guarded
-from llm_trainer.cli.process_settings import before_imports, replace_what_streams_lack
+from llm_trainer.cli.errors import guarded
+from llm_trainer.cli.runtime_env import before_imports, replace_what_streams_lack
 
 # Command → its module and what it does. Each module has `run(argv) -> int | None`.
 COMMANDS: dict[str, tuple[str, str]] = {

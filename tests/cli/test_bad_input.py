@@ -200,7 +200,7 @@ def test_the_traceback_is_shown_when_asked_for(place: Path, capsys: pytest.Captu
 
 
 def test_an_interrupt_leaves_with_its_own_status(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from llm_trainer.cli import presets
+    from llm_trainer.cli.commands import presets
 
     def interrupted(_: list[str]) -> int:
         raise KeyboardInterrupt

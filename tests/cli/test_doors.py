@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from llm_trainer.cli import doors
+from llm_trainer.cli import scripts as doors
+from llm_trainer.cli.commands.train_aio import publish_final
 from llm_trainer.cli.main import COMMANDS, OWED_SCRIPTS, SCRIPTS, main
-from llm_trainer.cli.train_aio import publish_final
 from llm_trainer.config.duration import Duration
 from llm_trainer.config.parse.loader import Door, load_run
 

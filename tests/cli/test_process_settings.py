@@ -9,12 +9,12 @@ import sys
 import pytest
 
 from llm_trainer.cli.main import main
-from llm_trainer.cli.process_settings import SPINS
+from llm_trainer.cli.runtime_env import SPINS
 
 FAULTS = """
 import resource, sys
 import torch
-from llm_trainer.cli.process_settings import keep_freed_memory
+from llm_trainer.cli.runtime_env import keep_freed_memory
 torch.set_num_threads(1)
 if sys.argv[1] == "kept" and not keep_freed_memory():
     sys.exit(77)

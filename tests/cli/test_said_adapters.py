@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llm_trainer.cli.main import main
-from llm_trainer.cli.run_model import pretrained_model, pretrained_shape
+from llm_trainer.cli.setup.build_model import pretrained_model, pretrained_shape
 from llm_trainer.config import ModelConfig, UsageError
 from llm_trainer.model.adapters.lora import is_adapter_parameter
 from llm_trainer.model.hf.checkpoint import save_pretrained

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from llm_trainer.cli.commands.export_splits import documents, publish_shards
 from llm_trainer.cli.main import main, script
-from llm_trainer.cli.split_texts import documents, publish_shards
 from llm_trainer.data.prepared_dataset import open_prepared
 
 

@@ -10,7 +10,7 @@ import pytest
 import tiktoken
 from transformers import AutoTokenizer
 
-from llm_trainer.cli import prepare as prepare_command
+from llm_trainer.cli.commands import prepare as prepare_command
 from llm_trainer.cli.main import main
 from llm_trainer.data.prepared_dataset import open_prepared
 from llm_trainer.data.tokenization.fast.pretokenizer import LLAMA3_PATTERN

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from llm_trainer.cli.main import main
-from llm_trainer.cli.run_model import pretrained_model
+from llm_trainer.cli.setup.build_model import pretrained_model
 from llm_trainer.config import ModelConfig, RunConfig, TrainingConfig, UsageError
 from llm_trainer.config.param_count import parameter_count
 from llm_trainer.diagnostics.measure_memory import measured_step

@@ -9,8 +9,8 @@ import pytest
 import torch
 from tiny_run import tiny_trainer
 
-from llm_trainer.cli.adapter import chosen_adapter
-from llm_trainer.cli.run_model import pretrained_model
+from llm_trainer.cli.commands.export_adapter import chosen_adapter
+from llm_trainer.cli.setup.build_model import pretrained_model
 from llm_trainer.config import ModelConfig, UsageError
 from llm_trainer.config.schema.scaling_schedule import Operation
 from llm_trainer.diagnostics.verify_resume import StopAt, compare_checkpoints

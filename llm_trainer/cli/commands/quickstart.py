@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_trainer.cli.doors import QUICKSTART, QuickstartOptions
-from llm_trainer.cli.opening import new_console, open_door
-from llm_trainer.cli.process_settings import keep_freed_memory
-from llm_trainer.cli.train import Assembled
+from llm_trainer.cli.commands.train import Assembled
+from llm_trainer.cli.runtime_env import keep_freed_memory
+from llm_trainer.cli.scripts import QUICKSTART, QuickstartOptions
+from llm_trainer.cli.setup.parse_command import new_console, open_door
 from llm_trainer.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from llm_trainer.config.duration import Duration
 from llm_trainer.run_dir import BEST_MODEL
@@ -22,7 +22,7 @@ from llm_trainer.run_dir import BEST_MODEL
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from llm_trainer.cli.run_data import RunData
+    from llm_trainer.cli.setup.build_dataset import RunData
     from llm_trainer.model.transformer import Transformer
     from llm_trainer.reporting.run_metadata import Sample
 
@@ -58,7 +58,7 @@ def run(argv: list[str]) -> int:
 
 def gather(own: QuickstartOptions, console: Console) -> RunData:
     """Prepare the user's text, or the built-in corpus, into the run folder's `data`."""
-    from llm_trainer.cli.run_data import RunData
+    from llm_trainer.cli.setup.build_dataset import RunData
     from llm_trainer.data.pipeline.pipeline import prepare
     from llm_trainer.data.prepared_dataset import open_prepared
 
@@ -76,7 +76,7 @@ def gather(own: QuickstartOptions, console: Console) -> RunData:
 
 def plan(own: QuickstartOptions, data: RunData, console: Console) -> Assembled:
     """The model, and as many steps as fit the time."""
-    from llm_trainer.cli.run_model import new_model
+    from llm_trainer.cli.setup.build_model import new_model
 
     tokens = len(data.prepared.train)
     context = CONTEXT if tokens > 8 * CONTEXT else max(8, tokens // 8)
@@ -133,7 +133,7 @@ def steps_that_fit(model: Transformer, data: RunData, training: TrainingConfig, 
 
 def talk_and_report(parts: Assembled, own: QuickstartOptions, console: Console, command: str) -> int:
     """Train, print figures and samples, write the report."""
-    from llm_trainer.cli.telling import in_words, record_facts, tell_start
+    from llm_trainer.cli.setup.run_summary import in_words, record_facts, tell_start
     from llm_trainer.reporting.run_report import write_report
     from llm_trainer.training.trainer import Trainer
 

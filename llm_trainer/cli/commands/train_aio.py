@@ -11,11 +11,11 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_trainer.cli.domains import domains_to_train_on
-from llm_trainer.cli.doors import TRAIN_ALL_IN_ONE
-from llm_trainer.cli.opening import new_console, open_door
-from llm_trainer.cli.run_data import refuse_idle
-from llm_trainer.cli.train import Assembled, assemble, run_training
+from llm_trainer.cli.commands.prepare_domains import domains_to_train_on
+from llm_trainer.cli.commands.train import Assembled, assemble, run_training
+from llm_trainer.cli.scripts import TRAIN_ALL_IN_ONE
+from llm_trainer.cli.setup.build_dataset import refuse_idle
+from llm_trainer.cli.setup.parse_command import new_console, open_door
 from llm_trainer.config import DataConfig
 from llm_trainer.config.environment import launch_environment
 from llm_trainer.config.parse.loader import LoadedRun
@@ -33,7 +33,7 @@ def run(argv: list[str]) -> int:
     loaded = open_door(TRAIN_ALL_IN_ONE, argv)
     if loaded is None:
         return 0
-    from llm_trainer.cli.resuming import resume_source
+    from llm_trainer.cli.setup.resume_config import resume_source
     from llm_trainer.distributed.process_group import joined
 
     with joined(launch_environment(), loaded.config.training) as ranks:
@@ -62,7 +62,7 @@ def _assembled(loaded: LoadedRun, console: Console, source: Path | None) -> Asse
 
 def make_ready(data: DataConfig, console: Console) -> None:
     """See to it that data/ready holds shards: from data/processed, else from the built-in corpus."""
-    from llm_trainer.cli.split_texts import publish_shards
+    from llm_trainer.cli.commands.export_splits import publish_shards
     from llm_trainer.data.pipeline.pipeline import prepare
 
     if (READY / "metadata.json").is_file():

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from llm_trainer.cli.doors import EVALUATE, EVALUATE_ENHANCED, EVALUATE_L1, EvaluateOptions
-from llm_trainer.cli.opening import new_console, open_door
+from llm_trainer.cli.scripts import EVALUATE, EVALUATE_ENHANCED, EVALUATE_L1, EvaluateOptions
+from llm_trainer.cli.setup.parse_command import new_console, open_door
 from llm_trainer.config import UsageError
 from llm_trainer.config.parse.loader import Door
 
@@ -41,7 +41,7 @@ def evaluate(door: Door, argv: Sequence[str]) -> int:
         raise UsageError(f"there is no {own.data}; give --data with a text file or a prepared folder")
     from rich.progress import Progress
 
-    from llm_trainer.cli.telling import in_words
+    from llm_trainer.cli.setup.run_summary import in_words
     from llm_trainer.evaluation.perplexity import evaluate_source
     from llm_trainer.inference.load_model import load_model
 

@@ -6,7 +6,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_trainer.cli.run_data import DOMAINS_FOLDER
+from llm_trainer.cli.setup.build_dataset import DOMAINS_FOLDER
 from llm_trainer.config.environment import apply_dotenv
 from llm_trainer.config.parse.cli_args import CommandLine, read_flags
 from llm_trainer.config.parse.loader import Door
@@ -73,7 +73,7 @@ def _bridge(line: CommandLine, flags: dict[str, object]) -> DomainBridge:
 def _prepare(bridge: DomainBridge, builtin: bool) -> int:
     if not bridge.loaders and not builtin:
         raise UsageError(f"no loaders are named: give --config FILE ({BRIDGE_FILE} is one), or --builtin for domains without a network")
-    from llm_trainer.cli.opening import new_console
+    from llm_trainer.cli.setup.parse_command import new_console
     from llm_trainer.data.domains.pipeline import prepare_builtin_domains, prepare_domains
 
     apply_dotenv()

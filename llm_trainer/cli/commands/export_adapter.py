@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_trainer.cli.doors import ADAPTER, AdapterOptions
-from llm_trainer.cli.opening import open_door
+from llm_trainer.cli.scripts import ADAPTER, AdapterOptions
+from llm_trainer.cli.setup.parse_command import open_door
 from llm_trainer.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:

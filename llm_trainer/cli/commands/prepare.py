@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llm_trainer.cli.doors import PREPARE, PREPARE_FRAMEWORK, PREPARE_SPLITS
-from llm_trainer.cli.opening import new_console, open_door
-from llm_trainer.cli.run_data import prepared_folder
+from llm_trainer.cli.scripts import PREPARE, PREPARE_FRAMEWORK, PREPARE_SPLITS
+from llm_trainer.cli.setup.build_dataset import prepared_folder
+from llm_trainer.cli.setup.parse_command import new_console, open_door
 from llm_trainer.config.parse.loader import Door
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_trainer.cli.doors import GENERATE, GENERATE_ENHANCED, GENERATE_L1, SAMPLE, SampleOptions
-from llm_trainer.cli.opening import open_door
+from llm_trainer.cli.scripts import GENERATE, GENERATE_ENHANCED, GENERATE_L1, SAMPLE, SampleOptions
+from llm_trainer.cli.setup.parse_command import open_door
 from llm_trainer.config import GenerationConfig, UsageError
 from llm_trainer.config.parse.loader import Door, LoadedRun
 

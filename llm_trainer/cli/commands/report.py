@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llm_trainer.cli.doors import REPORT, ReportOptions
-from llm_trainer.cli.opening import open_door
+from llm_trainer.cli.scripts import REPORT, ReportOptions
+from llm_trainer.cli.setup.parse_command import open_door
 
 
 def run(argv: list[str]) -> int:

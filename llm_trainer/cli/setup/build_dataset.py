@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_trainer.cli.doors import OF_BOTH, OF_TRAINING
+from llm_trainer.cli.scripts import OF_BOTH, OF_TRAINING
 from llm_trainer.config import DataConfig, TrainingConfig, UsageError
 
 if TYPE_CHECKING:

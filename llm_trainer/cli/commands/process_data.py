@@ -8,8 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_trainer.cli.doors import PROCESS, ProcessOptions
-from llm_trainer.cli.opening import new_console, open_door
+from llm_trainer.cli.scripts import PROCESS, ProcessOptions
+from llm_trainer.cli.setup.parse_command import new_console, open_door
 from llm_trainer.config import DataConfig, UsageError
 from llm_trainer.config.parse.loader import LoadedRun
 
@@ -53,7 +53,7 @@ def refuse_idle_flags(loaded: LoadedRun, folder: Path) -> None:
 
 def shard(loaded: LoadedRun, output: Path, console: Console) -> None:
     """Shards of the splits in `data.input`, in `output`: those that are there already, else made from train, val and test texts."""
-    from llm_trainer.cli.split_texts import publish_shards
+    from llm_trainer.cli.commands.export_splits import publish_shards
     from llm_trainer.data.mixture_dataset import MIXTURE_FILE
     from llm_trainer.data.pipeline.pipeline import prepare
     from llm_trainer.data.prepared_dataset import open_prepared
@@ -80,7 +80,7 @@ def infer(data: DataConfig, own: ProcessOptions, output: Path, console: Console)
     """Let the model go on from the beginnings of held-out documents and score it on them; both are written to `output`."""
     if own.student_model_path is None:
         raise UsageError("--mode inference needs a model: give --student_model_path with a run folder or a checkpoint")
-    from llm_trainer.cli.telling import in_words
+    from llm_trainer.cli.setup.run_summary import in_words
     from llm_trainer.evaluation.perplexity import evaluate_text
     from llm_trainer.inference.load_model import load_model
 
@@ -118,7 +118,7 @@ def is_prepared(folder: Path) -> bool:
 
 def held_out_texts(folder: Path) -> Iterator[str]:
     """The documents of the test split, else of validation, from shards or from texts; raises UsageError where there are none."""
-    from llm_trainer.cli.split_texts import documents
+    from llm_trainer.cli.commands.export_splits import documents
     from llm_trainer.data.prepared_dataset import open_prepared
     from llm_trainer.data.sources.presplit_source import SplitSource
 

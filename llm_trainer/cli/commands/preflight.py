@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llm_trainer.cli.doors import DEBUG_MEMORY, PREFLIGHT, MemoryOptions, PreflightOptions
-from llm_trainer.cli.opening import new_console, open_door
+from llm_trainer.cli.scripts import DEBUG_MEMORY, PREFLIGHT, MemoryOptions, PreflightOptions
+from llm_trainer.cli.setup.parse_command import new_console, open_door
 from llm_trainer.config import TrainingConfig, UsageError
 from llm_trainer.config.resolve.batch_size import divisions, micro_batch_bounds, resolve_batches
 
@@ -24,7 +24,7 @@ def run(argv: list[str]) -> int:
     if loaded is None:
         return 0
     assert isinstance(loaded.own, PreflightOptions)
-    from llm_trainer.cli.run_model import is_pretrained, pretrained_shape
+    from llm_trainer.cli.setup.build_model import is_pretrained, pretrained_shape
     from llm_trainer.config.param_count import parameter_count
     from llm_trainer.diagnostics.memory_plan import RESERVE, Plan, rank_memories, recommend, traffic
 

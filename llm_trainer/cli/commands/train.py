@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_trainer.cli.doors import TRAIN, TRAIN_FRAMEWORK, TRAIN_FROM_FILE, TRAIN_ORCHESTRATOR
-from llm_trainer.cli.opening import new_console, open_door
-from llm_trainer.cli.process_settings import keep_freed_memory
+from llm_trainer.cli.runtime_env import keep_freed_memory
+from llm_trainer.cli.scripts import TRAIN, TRAIN_FRAMEWORK, TRAIN_FROM_FILE, TRAIN_ORCHESTRATOR
+from llm_trainer.cli.setup.parse_command import new_console, open_door
 from llm_trainer.config import RunConfig
 from llm_trainer.config.environment import launch_environment, use_compile_cache
 from llm_trainer.config.parse.loader import Door, LoadedRun
@@ -17,7 +17,7 @@ from llm_trainer.config.parse.loader import Door, LoadedRun
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from llm_trainer.cli.run_data import RunData
+    from llm_trainer.cli.setup.build_dataset import RunData
     from llm_trainer.distributed.process_group import Ranks
     from llm_trainer.model.transformer import Transformer
 
@@ -49,8 +49,8 @@ def train(door: Door, argv: Sequence[str], fallbacks: Sequence[str] = ()) -> int
     loaded = open_door(door, argv)
     if loaded is None:
         return 0
-    from llm_trainer.cli.resuming import resume_source
-    from llm_trainer.cli.run_data import refuse_idle
+    from llm_trainer.cli.setup.build_dataset import refuse_idle
+    from llm_trainer.cli.setup.resume_config import resume_source
     from llm_trainer.distributed.process_group import joined
 
     with joined(launch_environment(), loaded.config.training) as ranks:
@@ -76,9 +76,8 @@ def assemble(loaded: LoadedRun, console: Console, fallbacks: Sequence[str] = (),
 
     `source`: the verified checkpoint that the run goes on from.
     """
-    from llm_trainer.cli.resuming import resumed_config
-    from llm_trainer.cli.run_data import find_data, use_domains
-    from llm_trainer.cli.run_model import (
+    from llm_trainer.cli.setup.build_dataset import find_data, use_domains
+    from llm_trainer.cli.setup.build_model import (
         corpora_of,
         is_pretrained,
         new_model,
@@ -90,6 +89,7 @@ def assemble(loaded: LoadedRun, console: Console, fallbacks: Sequence[str] = (),
         transferred,
         use_tokenizer_of,
     )
+    from llm_trainer.cli.setup.resume_config import resumed_config
     from llm_trainer.data.prepared_dataset import require_vocabulary
 
     refuse_adapter_over_nothing(loaded.config.training)
@@ -119,8 +119,8 @@ def assemble(loaded: LoadedRun, console: Console, fallbacks: Sequence[str] = (),
 
 def run_training(parts: Assembled, console: Console, command: str, ranks: Ranks) -> int:
     """Train, tell about it, leave a report; returns the exit status."""
-    from llm_trainer.cli.schedule import orchestrator_for, tell_schedule
-    from llm_trainer.cli.telling import record_facts, tell_end, tell_start
+    from llm_trainer.cli.setup.run_summary import record_facts, tell_end, tell_start
+    from llm_trainer.cli.setup.scaling_schedule import orchestrator_for, tell_schedule
     from llm_trainer.training.trainer import Trainer
 
     keep_freed_memory()

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_trainer.cli.doors import VERIFY_RESUME, VerifyOptions
-from llm_trainer.cli.opening import new_console, open_door
+from llm_trainer.cli.scripts import VERIFY_RESUME, VerifyOptions
+from llm_trainer.cli.setup.parse_command import new_console, open_door
 from llm_trainer.run_dir import read_run_config, resolve_resume_folder
 
 if TYPE_CHECKING:
@@ -32,9 +32,9 @@ def run(argv: list[str]) -> int:
 
 def builder(run_folder: Path) -> BuildTrainer:
     """What makes trainers with a run's own settings, from one of its checkpoints or its beginning, writing elsewhere."""
-    from llm_trainer.cli.run_data import find_data
-    from llm_trainer.cli.run_model import new_model, pretrained_model, transferred
-    from llm_trainer.cli.schedule import orchestrator_for
+    from llm_trainer.cli.setup.build_dataset import find_data
+    from llm_trainer.cli.setup.build_model import new_model, pretrained_model, transferred
+    from llm_trainer.cli.setup.scaling_schedule import orchestrator_for
     from llm_trainer.training.trainer import Trainer
 
     saved = read_run_config(resolve_resume_folder(run_folder))

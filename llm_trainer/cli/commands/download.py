@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from llm_trainer.cli.opening import new_console, open_door
+from llm_trainer.cli.setup.parse_command import new_console, open_door
 from llm_trainer.config.parse.loader import Door
 from llm_trainer.config.schema.base import Section, setting
 from llm_trainer.errors import DataError

@@ -15,7 +15,7 @@ from llm_trainer.run_dir import BEST_MODEL, FINAL_MODEL
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from llm_trainer.cli.run_data import RunData
+    from llm_trainer.cli.setup.build_dataset import RunData
     from llm_trainer.training.state import TrainingResult
     from llm_trainer.training.trainer import Trainer
 
