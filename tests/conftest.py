@@ -13,14 +13,14 @@ import pytest
 # which comparisons to the bit rely on.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from paths import SHARED
+
 from llm_trainer.config import DataConfig
 from llm_trainer.data.pipeline.pipeline import prepare
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
 
 hypothesis.settings.register_profile("no times", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("no times")
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +56,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory, tiny_texts: list[str], t
 @pytest.fixture(scope="session")
 def shakespeare_path() -> Path:
     """Tiny Shakespeare from the folder `shared` beside the repository; skips without it."""
-    path = ROOT.parent / "shared" / "data" / "shakespeare.txt"
+    path = SHARED / "data" / "shakespeare.txt"
     if not path.is_file():
         pytest.skip(f"{path} is not there")
     return path

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_training.py"
+from paths import ROOT
+
+SCRIPT = ROOT / "benchmarks" / "gpu_training.py"
 
 
 def test_without_a_gpu_there_is_nothing_to_measure() -> None:

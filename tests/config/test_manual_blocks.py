@@ -7,6 +7,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from paths import SHARED
 
 from llm_trainer.config import DataConfig, ModelConfig, TrainingConfig, UsageError
 from llm_trainer.config.parse.loader import Door, LoadedRun, load_run
@@ -15,7 +16,7 @@ from llm_trainer.config.resolve.deepspeed import read_deepspeed
 from llm_trainer.config.schema.domains import read_domain_bridge
 from llm_trainer.config.schema.scaling_schedule import read_schedule
 
-MANUALS = Path(__file__).resolve().parents[3] / "shared" / "manuals"
+MANUALS = SHARED / "manuals"
 SECTIONS = ("model", "training", "data", "knowledge_distillation", "computational_efficiency", "adaptive_reasoning")
 DOOR = Door("train", "Train.", SECTIONS)
 

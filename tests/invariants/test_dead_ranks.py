@@ -14,9 +14,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from paths import ROOT, SUPPORT
 
-RUNNER = Path(__file__).with_name("ranked_run.py")
-ROOT = Path(__file__).resolve().parents[2]
+RUNNER = SUPPORT.joinpath("ranked_run.py")
 
 
 @pytest.fixture

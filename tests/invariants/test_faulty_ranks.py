@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from paths import ROOT, SUPPORT
 
 from llm_trainer.diagnostics.verify_resume import compare_checkpoints
 from llm_trainer.run_dir import list_checkpoints, verify
 from llm_trainer.training.logging.metrics import read_metrics
 from llm_trainer.training.preemption import EXIT_PREEMPTED
 
-RUNNER = Path(__file__).with_name("faulty_ranks.py")
-ROOT = Path(__file__).resolve().parents[2]
+RUNNER = SUPPORT.joinpath("faulty_ranks.py")
 SETTINGS = {"max_steps": 12, "batch_size": 8, "micro_batch_size": 2, "gradient_accumulation_steps": None, "eval_interval": 4}
 SETTINGS |= {"save_interval": 3, "save_total_limit": None, "warmup_steps": 1}
 RULE = {"max_rollbacks": 1, "spike_window": 6, "spike_sigma": 12.0, "spike_patience": 2, "spike_distance": 1, "spike_rate_factor": 0.5}

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from paths import ROOT, SUPPORT
 
 from llm_trainer.training.logging.metrics import read_metrics
 
-RUNNER = Path(__file__).with_name("operations_run.py")
-ROOT = Path(__file__).resolve().parents[2]
+RUNNER = SUPPORT.joinpath("operations_run.py")
 STEPS = 21
 COMMON: dict[str, object] = {"max_steps": STEPS, "batch_size": 16, "micro_batch_size": 4, "gradient_accumulation_steps": None}
 COMMON |= {"eval_interval": 7, "learning_rate": 3e-3, "save_interval": 8, "save_total_limit": None}

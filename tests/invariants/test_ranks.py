@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from paths import ROOT, SUPPORT
 
 from llm_trainer.diagnostics.verify_resume import compare_checkpoints
 from llm_trainer.run_dir import verify
 from llm_trainer.training.logging.metrics import read_metrics
 
-RUNNER = Path(__file__).with_name("ranked_run.py")
-ROOT = Path(__file__).resolve().parents[2]
+RUNNER = SUPPORT.joinpath("ranked_run.py")
 STEPS = 24
 NO_DROPOUT = {"dropout": 0.0}
 # Sixteen sequences a step, whatever the ranks.

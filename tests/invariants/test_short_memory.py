@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from paths import ROOT, SUPPORT
 from safetensors.torch import load_file
 
 from llm_trainer.run_dir import list_checkpoints
 
-RUNNER = Path(__file__).with_name("short_ranks.py")
-ROOT = Path(__file__).resolve().parents[2]
+RUNNER = SUPPORT.joinpath("short_ranks.py")
 SETTINGS = {"max_steps": 6, "batch_size": 16, "micro_batch_size": 8, "gradient_accumulation_steps": None, "eval_interval": 100}
 SETTINGS |= {"save_interval": 3, "save_total_limit": None, "warmup_steps": 1}
 

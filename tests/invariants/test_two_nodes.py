@@ -15,12 +15,12 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+from paths import ROOT, SUPPORT
 
 from llm_trainer.run_dir import list_checkpoints, verify
 from llm_trainer.training.logging.metrics import read_metrics
 
-SCRIPT = Path(__file__).with_name("two_nodes.sh")
-ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = SUPPORT.joinpath("two_nodes.sh")
 NAMESPACES = ["unshare", "-rnump", "--fork", "--mount-proc", "--kill-child"]
 BIN = Path(sys.executable).parent
 # Framework's manual, with another number of nodes and smaller sizes; each node says its own rank.

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_spikes import Rates, spiking
+from spiking_run import Rates, spiking
 
 from llm_trainer.config.schema.scaling_schedule import Operation
 from llm_trainer.diagnostics.verify_resume import StopAt, compare_checkpoints

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from paths import SUPPORT
 from tiny_run import tiny_run
 
 from llm_trainer.diagnostics.verify_resume import compare_checkpoints
@@ -51,7 +52,7 @@ def start(folder: Path, place: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", SCRIPT, str(folder), place]
     pipe = subprocess.PIPE
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=Path(__file__).parent, env=environment)
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=SUPPORT, env=environment)
     assert process.stdout is not None
     assert process.stdout.readline() == "here\n"
     return process

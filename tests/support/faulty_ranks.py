@@ -1,0 +1,197 @@
+"""Under torchrun: small runs in which one rank goes wrong in a given way; each rank leaves what came of it in `outcome-<rank>.json`.
+
+Run as `torchrun … faulty_ranks.py FOLDER`: trains every run of `FOLDER/runs.json` there, one after another, in one process a rank.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from tiny_run import tiny_config, tiny_model, tokens
+
+from llm_trainer import run_dir as run_folder
+from llm_trainer.config import LLMTrainerError, TrainingConfig
+from llm_trainer.config.environment import launch_environment
+from llm_trainer.config.resolve.parallelism import resolve_plan
+from llm_trainer.data.sampling.samplers import Batch
+from llm_trainer.distributed.process_group import Ranks, end_process, joined
+from llm_trainer.model.transformer import Transformer
+from llm_trainer.training.callbacks import Callback
+from llm_trainer.training.engines.validation import ValidationResult
+from llm_trainer.training.objectives.objective import LossSum, NextToken
+from llm_trainer.training.trainer import Trainer
+
+_DYING = threading.Lock()
+SMALL_DISK, LEFT_FREE = 64 << 20, 1 << 20
+
+
+class Factor(NextToken):
+    """Losses of training steps at the `steps` (counted by samples, so that a rollback does not bring them back) times a number."""
+
+    def __init__(self, trainer: Trainer, factor: float, steps: list[int]) -> None:
+        super().__init__()
+        self.trainer, self.factor, self.steps = trainer, factor, steps
+
+    def of_hidden(self, model: Transformer, hidden: torch.Tensor, labels: torch.Tensor) -> LossSum:
+        loss = super().of_hidden(model, hidden, labels)
+        step = self.trainer.state.samples // self.trainer.sequences_per_step + 1
+        return LossSum(loss.total * self.factor, loss.tokens) if torch.is_grad_enabled() and step in self.steps else loss
+
+
+class At(Callback):
+    """Does something at a step, in the place named: `step`, `validation`, `before backward`, `all-reduce`, `save` or `file of a save`."""
+
+    def __init__(self, trainer: Trainer, place: str, step: int, do: Callable[[], None]) -> None:
+        self.trainer, self.place, self.step, self.do = trainer, place, step, do
+        if place == "before backward":
+            self._before(trainer.engine.objective)
+        if place == "save":
+            trainer.store.save = self._first(trainer.store.save)  # type: ignore[method-assign]
+        if place == "file of a save":  # which may be written while the run is further on
+            os.fsync = self._first(os.fsync, or_later=True)
+        if place == "all-reduce":
+            dist.all_reduce = self._after_beginning(dist.all_reduce)
+
+    def _is_now(self, updates_done: int, or_later: bool = False) -> bool:
+        return self.trainer.current_step == updates_done or (or_later and self.trainer.current_step > updates_done)
+
+    def _before(self, objective: Callable[[Transformer, Batch], LossSum]) -> None:
+        def call(model: Transformer, batch: Batch) -> LossSum:
+            if torch.is_grad_enabled() and self._is_now(self.step - 1):
+                self.do()
+            return objective(model, batch)
+
+        self.trainer.engine.objective = call  # type: ignore[assignment]
+
+    def _first(self, original: Callable[..., Any], or_later: bool = False) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            if self._is_now(self.step, or_later):
+                self.do()
+            return original(*arguments, **named)
+
+        return call
+
+    def _after_beginning(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(tensor: torch.Tensor, **named: Any) -> Any:
+            if self._is_now(self.step - 1):
+                original(tensor, **named | {"async_op": True})
+                self.do()
+            return original(tensor, **named)
+
+        return call
+
+    def on_step_end(self, trainer: Trainer, step: int) -> None:
+        if self.place == "step" and step == self.step:
+            self.do()
+
+    def on_validation(self, trainer: Trainer, result: ValidationResult) -> None:
+        if self.place == "validation" and trainer.current_step == self.step:
+            self.do()
+
+
+def die() -> None:
+    """As if the machine had gone; the test reads that it happened, once, though several threads may come here."""
+    _DYING.acquire()
+    print(f"rank {os.environ['RANK']} dies now", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def filler(folder: Path) -> Callable[[], None]:
+    """Where the run folder is a small disk of its own, what fills it up; elsewhere the system's refusal."""
+
+    def fill() -> None:
+        free = shutil.disk_usage(folder).free
+        if free > SMALL_DISK:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        (folder / "ballast").write_bytes(bytes(max(0, free - LEFT_FREE)))
+
+    return fill
+
+
+def plant(run: dict[str, Any], trainer: Trainer, ranks: Ranks) -> None:
+    """Put the run's fault in its place."""
+    if "factor" in run and ranks.rank in run["factor"]["ranks"]:
+        trainer.engine.objective = Factor(trainer, float(run["factor"]["by"]), run["factor"]["steps"])
+    if "signal" in run and ranks.rank == run["signal"]["rank"]:
+        trainer.callbacks.append(
+            At(trainer, run["signal"]["place"], run["signal"]["step"], lambda: signal.raise_signal(signal.SIGUSR1)),
+        )
+    if "full_disk" in run and ranks.rank == run["full_disk"]["rank"]:
+        trainer.callbacks.append(At(trainer, run["full_disk"]["place"], run["full_disk"]["step"], filler(trainer.run_dir)))
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if attempt < len(run.get("deaths", [])) and ranks.rank == run["deaths"][attempt]["rank"]:
+        death = run["deaths"][attempt]
+        trainer.callbacks.append(At(trainer, death["place"], death["step"], die))
+
+
+def garble(path: Path) -> None:
+    """Other contents of the same size."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def noted(read: list[str]) -> Callable[[Path], str]:
+    """What hashes a file of a checkpoint, and notes that it was read; not those that are just being saved."""
+    hashed = run_folder._sha256
+
+    def call(path: Path) -> str:
+        if not any(part.startswith(".tmp-") for part in path.parts):
+            read.append(path.as_posix())
+        return hashed(path)
+
+    return call
+
+
+def train(folder: Path, run: dict[str, Any], ranks: Ranks) -> None:
+    """One of the runs."""
+    config = tiny_config(folder / run["name"], {"dropout": 0.0}, **run["settings"])
+    ranks = replace(ranks, plan=resolve_plan(config.training, ranks.count))
+    heard = io.StringIO()
+    console = Console(file=heard, width=1000)
+    trainer = Trainer(tiny_model(config.model), config, tokens(), tokens(65, seed=1), console=console, ranks=ranks)
+    outcome: dict[str, object] = {}
+    read: list[str] = []
+    if "garble" in run and ranks.is_main:
+        garble(Path(run["garble"]))
+    ranks.wait()
+    unharmed, hashed = (os.fsync, dist.all_reduce), run_folder._sha256
+    run_folder._sha256 = noted(read)
+    plant(run, trainer, ranks)
+    try:
+        result = trainer.train()
+        outcome |= {"ended_by": result.ended_by, "step": result.step, "status": result.exit_status}
+    except LLMTrainerError as error:
+        outcome |= {"error": type(error).__name__, "message": str(error)}
+    finally:
+        os.fsync, dist.all_reduce = unharmed
+        run_folder._sha256 = hashed
+    outcome["read"] = read
+    outcome["said"] = heard.getvalue().splitlines()
+    (folder / f"{run.get('outcome', run['name'])}-outcome-{ranks.rank}.json").write_text(json.dumps(outcome), encoding="utf-8")
+
+
+def main(folder: Path) -> None:
+    """Every run of the list, over the ranks that were launched."""
+    with joined(launch_environment(), TrainingConfig(device="cpu")) as ranks:
+        for run in json.loads((folder / "runs.json").read_text(encoding="utf-8")):
+            train(folder, run, ranks)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
+    end_process(0)

@@ -1,0 +1,242 @@
+"""Where a run's numbers go, and that they are valid, complete and told once."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from paths import SUPPORT
+from rich.console import Console
+from tiny_run import tiny_run, tiny_trainer
+
+from llm_trainer.config import CheckpointError, UsageError
+from llm_trainer.diagnostics.verify_resume import StopAt
+from llm_trainer.training.logging.metrics import MetricsTracker, read_metrics
+from llm_trainer.training.logging.progress import ProgressReporter, clean
+from llm_trainer.training.trainer import Trainer
+
+
+def write(run_folder: Path, steps: range, resumed_step: int | None = None, report_to: tuple[str, ...] = ()) -> None:
+    tracker = MetricsTracker(run_folder, report_to, resumed_step=resumed_step)
+    for step in steps:
+        tracker.update({"loss": 1 / step}, step)
+    tracker.close()
+
+
+def scalars(run_folder: Path, tag: str) -> dict[int, float]:
+    """What TensorBoard itself reads."""
+    accumulator = importlib.import_module("tensorboard.backend.event_processing.event_accumulator").EventAccumulator(
+        str(run_folder / "tensorboard")
+    )
+    accumulator.Reload()
+    return {event.step: event.value for event in accumulator.Scalars(tag)}
+
+
+def test_lines_are_json_with_step_and_time_and_survive_to_the_bit(tmp_path: Path) -> None:
+    write(tmp_path, range(1, 4))
+    lines = read_metrics(tmp_path)
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert [line["loss"] for line in lines] == [1.0, 0.5, 1 / 3]
+    assert all(line["time"] > 1e9 for line in lines)
+
+
+def test_numbers_that_json_lacks_are_strings_in_the_file_and_numbers_when_read(tmp_path: Path) -> None:
+    tracker = MetricsTracker(tmp_path)
+    tracker.update({"a": math.nan, "b": math.inf, "c": -math.inf}, 1)
+    tracker.close()
+    json.loads((tmp_path / "metrics.jsonl").read_text(encoding="utf-8"), parse_constant=lambda word: pytest.fail(word))
+    (line,) = read_metrics(tmp_path)
+    assert math.isnan(line["a"])
+    assert (line["b"], line["c"]) == (math.inf, -math.inf)
+
+
+def test_a_line_can_be_read_as_soon_as_it_is_written(tmp_path: Path) -> None:
+    tracker = MetricsTracker(tmp_path)
+    tracker.update({"loss": 2.0}, 1)
+    assert read_metrics(tmp_path)[0]["loss"] == 2.0
+    tracker.close()
+
+
+def test_a_name_with_a_line_break_cannot_forge_a_line(tmp_path: Path) -> None:
+    tracker = MetricsTracker(tmp_path)
+    tracker.update({'a\r\n{"step": 9, "loss": 0.0}': 1.0}, 1)
+    tracker.close()
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1]
+
+
+def test_a_resumed_run_drops_later_lines_and_a_torn_one(tmp_path: Path) -> None:
+    write(tmp_path, range(1, 6))
+    with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 3, "lo')
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
+    write(tmp_path, range(4, 7), resumed_step=3)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_an_interrupted_and_resumed_run_has_the_lines_of_the_straight_one(tmp_path: Path) -> None:
+    def told(folder: Path) -> list[dict[str, float]]:
+        of_the_clock = {"time", "tokens_per_second", "mfu", "memory_gb"}
+        measured = ("time/", "system/")
+        return [
+            {name: value for name, value in line.items() if name not in of_the_clock and not name.startswith(measured)}
+            for line in read_metrics(folder)
+        ]
+
+    tiny_run(tmp_path / "straight")
+    tiny_run(tmp_path / "cut", callbacks=[StopAt(8)])
+    tiny_run(tmp_path / "cut", resume_from=str(tmp_path / "cut" / "checkpoint-6"))
+    assert told(tmp_path / "cut") == told(tmp_path / "straight")
+
+
+def test_a_garbled_line_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("[]\n", encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl has a line"):
+        read_metrics(tmp_path)
+
+
+def test_tensorboard_reads_both_folders_that_the_manuals_name(tmp_path: Path) -> None:
+    write(tmp_path, range(1, 4), report_to=("tensorboard",))
+    assert scalars(tmp_path, "loss") == pytest.approx({1: 1.0, 2: 0.5, 3: 1 / 3})
+    assert (tmp_path / "tensorboard").is_symlink()
+    assert list((tmp_path / "logs").glob("events.out.tfevents.*"))
+    assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_tensorboard_forgets_steps_that_a_resumed_run_does_again(tmp_path: Path) -> None:
+    write(tmp_path, range(1, 6), report_to=("tensorboard",))
+    tracker = MetricsTracker(tmp_path, ("tensorboard",), resumed_step=2)
+    tracker.update({"loss": 9.0}, 3)
+    tracker.close()
+    assert scalars(tmp_path, "loss") == pytest.approx({1: 1.0, 2: 0.5, 3: 9.0})
+
+
+def test_a_run_folder_that_was_moved_keeps_its_link(tmp_path: Path) -> None:
+    write(tmp_path / "a", range(1, 3), report_to=("tensorboard",))
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert scalars(tmp_path / "b", "loss") == pytest.approx({1: 1.0, 2: 0.5})
+
+
+def test_writing_events_needs_neither_tensorflow_nor_torchs_writer(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from llm_trainer.training.logging.metrics import MetricsTracker; "
+        f"t = MetricsTracker(Path({str(tmp_path)!r}), ['tensorboard']); t.update({{'loss': 1.0}}, 1); t.close(); "
+        "assert not {'tensorflow', 'torch', 'torch.utils.tensorboard'} & set(sys.modules), 'heavy'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_without_wandb_the_error_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UsageError, match=r"llm-trainer\[wandb\]"):
+        MetricsTracker(tmp_path, ("wandb",))
+
+
+@pytest.mark.slow
+def test_wandb_offline_gets_the_run_and_a_resume_goes_on_under_its_id(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    code = (
+        "import sys; from pathlib import Path; from tiny_run import tiny_config; from llm_trainer.training.logging.metrics import MetricsTracker\n"
+        "folder, step = Path(sys.argv[1]), int(sys.argv[2])\n"
+        "config = tiny_config(folder, wandb_project='shelf', wandb_run_name='book')\n"
+        "tracker = MetricsTracker(folder, ['wandb'], resumed_step=step or None, config=config)\n"
+        "tracker.update({'loss': 1.5}, step + 1); tracker.close()"
+    )
+    environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    ids = []
+    for step in ("0", "1"):
+        subprocess.run([sys.executable, "-c", code, str(tmp_path), step], check=True, cwd=SUPPORT, env=environment)
+        ids.append((tmp_path / "wandb_run_id").read_text(encoding="utf-8").strip())
+    assert ids[0] == ids[1]
+    runs = list((tmp_path / "wandb").glob(f"offline-run-*-{ids[0]}"))
+    assert runs
+    assert any(b"shelf" in path.read_bytes() for run in runs for path in run.glob("*.wandb"))
+
+
+@pytest.mark.slow
+def test_wandb_keeps_steps_that_come_again_after_a_rollback(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    code = (
+        "import sys; from pathlib import Path; from llm_trainer.training.logging.metrics import MetricsTracker\n"
+        "tracker = MetricsTracker(Path(sys.argv[1]), ['wandb'])\n"
+        "[tracker.update({'loss': loss}, step) for step, loss in ((1, 0.5), (2, 0.25), (3, 9.0625), (2, 0.1875), (3, 0.09375))]\n"
+        "tracker.close()"
+    )
+    environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=environment)
+    [kept] = [path.read_bytes() for path in (tmp_path / "wandb").glob("offline-run-*/*.wandb")]
+    assert [loss for loss in (b"0.5", b"0.25", b"9.0625", b"0.1875", b"0.09375") if loss not in kept] == []
+
+
+def test_a_subclass_can_log_its_own_numbers(tmp_path: Path) -> None:
+    """As the manual writes it."""
+
+    class Custom(Trainer):
+        def _log_metrics(self, loss: float) -> None:
+            super()._log_metrics(loss)
+            self.metrics_tracker.update({"squared": loss**2}, self.current_step)
+
+    plain = tiny_trainer(tmp_path)
+    Custom(plain.model, plain.config, plain.train_tokens, console=Console(quiet=True)).train()
+    lines = read_metrics(tmp_path)
+    losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
+    assert {line["step"]: line["squared"] for line in lines if "squared" in line} == pytest.approx(
+        {step: loss**2 for step, loss in losses.items()}
+    )
+
+
+def test_off_a_terminal_there_are_plain_lines_at_logging_steps_and_no_bar(tmp_path: Path) -> None:
+    out = StringIO()
+    tiny_run(tmp_path, console=Console(file=out, width=200), logging_steps=5)
+    text = out.getvalue()
+    assert "\x1b" not in text
+    assert "\r" not in text
+    assert [line.split()[1] for line in text.splitlines() if "loss" in line and "val_loss" not in line] == ["5/10", "10/10"]
+    assert text.count("val_loss") == 3
+
+
+def test_on_a_terminal_there_is_a_bar_with_loss_rate_and_speed(tmp_path: Path) -> None:
+    out = StringIO()
+    reporter = ProgressReporter(10, console=Console(file=out, width=200, force_terminal=True))
+    reporter.metrics(5, {"loss": 2.5, "learning_rate": 1e-3, "tokens_per_second": 1234.0})
+    reporter.line("step 5  val_loss 2.0")
+    reporter.close()
+    for shown in ("5/10", "loss 2.5000", "lr 1.00e-03", "1,234 tok/s", "val_loss 2.0"):
+        assert shown in out.getvalue()
+
+
+def test_the_bar_ends_where_the_run_ends_by_now() -> None:
+    out = StringIO()
+    reporter = ProgressReporter(10, console=Console(file=out, width=200, force_terminal=True))
+    reporter.advance(5, 7)
+    reporter.line("something")  # draws the bar anew
+    reporter.close()
+    assert "5/7" in out.getvalue()
+
+
+def test_text_from_outside_stays_one_harmless_line(tmp_path: Path) -> None:
+    hostile = "run\r\n2026-01-01 00:00:00 forged\x1b[2J\u2028x\x00"
+    assert clean(hostile) == "run\\r\\n2026-01-01 00:00:00 forged\\x1b[2J\\u2028x\\x00"
+    out = StringIO()
+    reporter = ProgressReporter(10, console=Console(file=out), log_folder=tmp_path)
+    reporter.line(hostile)
+    reporter.line("[red]markup[/red] is text")
+    reporter.close()
+    log = (tmp_path / "logs" / "train.log").read_text(encoding="utf-8")
+    assert len(log.splitlines()) == 2
+    assert "[red]markup[/red]" in log
+    assert "[red]markup[/red]" in out.getvalue()
+    assert "\x1b" not in out.getvalue() + log
+
+
+def test_file_logging_can_be_switched_off(tmp_path: Path) -> None:
+    tiny_run(tmp_path / "on", max_steps=2)
+    tiny_run(tmp_path / "off", max_steps=2, file_logging=False)
+    assert "step 1/2" in (tmp_path / "on" / "logs" / "train.log").read_text(encoding="utf-8")
+    assert not (tmp_path / "off" / "logs").exists()
