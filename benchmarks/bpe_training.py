@@ -1,13 +1,15 @@
-"""Learning a byte-level BPE of 32,000 ids from 100 MB of text: seconds and peak memory, ours against tokenizers called plainly.
+"""Learning a byte-level BPE of 32,000 ids from 100 MB of text: seconds and peak memory, ours against
+tokenizers called plainly.
 
-The text is the standard library's, the language reference's and Shakespeare's, documents shuffled. Each contestant is a fresh process
-that reads the text from a file, document by document, and trains; "tokenizers, plainly" is its own documentation's way
-(`train_from_iterator` over the documents with the same words, alphabet and special token), "tokenizers, files" gives it the file to read
-by itself. Seconds are of the training alone; memory is the process's high-water mark, and what it was before. All must
-learn the same vocabulary, else the run fails ("files" sees lines instead of documents and may differ).
+The text is the standard library's, the language reference's and Shakespeare's, documents shuffled. Each
+contestant is a fresh process that reads the text from a file, document by document, and trains; "tokenizers,
+plainly" is its own documentation's way (`train_from_iterator` over the documents with the same words,
+alphabet and special token), "tokenizers, files" gives it the file to read by itself. Seconds are of the
+training alone; memory is the process's high-water mark, and what it was before. All must learn the same
+vocabulary, else the run fails ("files" sees lines instead of documents and may differ).
 
-The text repeats itself; with `--distinct` every tenth word gets a random ending, so that there are about as many different words as in
-as much text that does not.
+The text repeats itself; with `--distinct` every tenth word gets a random ending, so that there are about as
+many different words as in as much text that does not.
 
     python benchmarks/bpe_training.py [--megabytes 100] [--rounds 3] [--distinct] [--quick]
 """
@@ -36,13 +38,17 @@ def main() -> int:
     """Measure, print, write; 1 where a target is missed."""
     from workers import corpus
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--megabytes", type=float, default=100.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--distinct", action="store_true", help="make words different")
     parser.add_argument("--quick", action="store_true", help="5 MB, one round")
     parser.add_argument("--shakespeare", type=Path, default=corpus.SHAKESPEARE)
-    parser.add_argument("--measure", nargs=2, metavar=("CONTESTANT", "FILE"), help="(for the processes that this one starts)")
+    parser.add_argument(
+        "--measure", nargs=2, metavar=("CONTESTANT", "FILE"), help="(for the processes that this one starts)"
+    )
     options = parser.parse_args()
     if options.measure:
         print(json.dumps(measure(options.measure[0], Path(options.measure[1]))))
@@ -53,7 +59,9 @@ def main() -> int:
         file = Path(folder) / "text"
         texts = corpus.shuffled(options.shakespeare, megabytes)
         size = _write(file, corpus.made_distinct(texts) if options.distinct else texts)
-        return _compare(file, size, rounds, load, f"{megabytes:g} MB{', distinct' if options.distinct else ''}")
+        return _compare(
+            file, size, rounds, load, f"{megabytes:g} MB{', distinct' if options.distinct else ''}"
+        )
 
 
 def _compare(file: Path, size: int, rounds: int, load: str, work: str) -> int:
@@ -67,18 +75,36 @@ def _compare(file: Path, size: int, rounds: int, load: str, work: str) -> int:
     alternate({name: (lambda name=name: one(name)) for name in kept}, rounds)
     learned = {str(result["vocabulary"]) for name in (OURS, PLAINLY) for result in kept[name]}
     assert len(learned) == 1, "the vocabularies differ"
-    seconds = [Figure(f"seconds, {work}", name, "s", [round(float(one["seconds"]), 2) for one in kept[name]]) for name in kept]
-    memory = [Figure(f"peak memory, {work}", name, "MB", [round(float(one["peak"])) for one in kept[name]]) for name in kept]
+    seconds = [
+        Figure(f"seconds, {work}", name, "s", [round(float(one["seconds"]), 2) for one in kept[name]])
+        for name in kept
+    ]
+    memory = [
+        Figure(f"peak memory, {work}", name, "MB", [round(float(one["peak"])) for one in kept[name]])
+        for name in kept
+    ]
     for figure in memory:
         figure.note = f"{float(kept[figure.contestant][-1]['before']):.0f} MB before the training"
     targets = [
-        Target("rate of training, llm-trainer ÷ tokenizers, plainly", seconds[1].median / seconds[0].median, 1.0),
-        Target("peak memory, llm-trainer ÷ tokenizers, plainly", memory[0].median / memory[1].median, 1.0, is_ceiling=True),
+        Target(
+            "rate of training, llm-trainer ÷ tokenizers, plainly", seconds[1].median / seconds[0].median, 1.0
+        ),
+        Target(
+            "peak memory, llm-trainer ÷ tokenizers, plainly",
+            memory[0].median / memory[1].median,
+            1.0,
+            is_ceiling=True,
+        ),
     ]
     words = int(kept[OURS][-1]["words"])
-    notes = [load, f"{size / 1e6:.1f} MB of text with {words:,} different words; vocabularies of the first two are equal"]
+    notes = [
+        load,
+        f"{size / 1e6:.1f} MB of text with {words:,} different words; vocabularies of the first two are equal",
+    ]
     baselines = {figure.work: PLAINLY for figure in (*seconds, *memory)}
-    return finish("bpe_training", [*seconds, *memory], baselines, " ".join(["python", *sys.argv]), targets, notes)
+    return finish(
+        "bpe_training", [*seconds, *memory], baselines, " ".join(["python", *sys.argv]), targets, notes
+    )
 
 
 def measure(contestant: str, file: Path) -> dict[str, float | str]:
@@ -105,7 +131,9 @@ def measure(contestant: str, file: Path) -> dict[str, float | str]:
         backend.pre_tokenizer = byte_level_words(PATTERN)
         special = [AddedToken(END_OF_TEXT, special=True, normalized=False)]
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        trainer = trainers.BpeTrainer(
+            vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        )
         if contestant == FILES:
             backend.train([str(file)], trainer)
         else:

@@ -1,13 +1,15 @@
-"""What a checkpoint costs a run: time lost to a save of about 100 M parameters (weights and AdamW's state, 1.2 GB), in seconds and steps.
+"""What a checkpoint costs a run: time lost to a save of about 100 M parameters (weights and AdamW's state,
+1.2 GB), in seconds and steps.
 
-The real trainer on made-up tokens. Steps come in stretches of equal length, whose kinds alternate: no save, a save that the run waits for,
-a save in the background, and nanoGPT's way (`torch.save` of both state dicts, neither synced to the disk nor hashed), each at the stretch's
-first edge. Time lost is a stretch's time less that of the one without; so what the background takes from the steps after it counts too,
-and a stretch is long enough for it to end. The first save in the background takes the memory for its copies and is told by itself. A step
-is 8,192 tokens, which is little for such a model.
+The real trainer on made-up tokens. Steps come in stretches of equal length, whose kinds alternate: no save, a
+save that the run waits for, a save in the background, and nanoGPT's way (`torch.save` of both state dicts,
+neither synced to the disk nor hashed), each at the stretch's first edge. Time lost is a stretch's time less
+that of the one without; so what the background takes from the steps after it counts too, and a stretch is
+long enough for it to end. The first save in the background takes the memory for its copies and is told by
+itself. A step is 8,192 tokens, which is little for such a model.
 
-Where training has all cores (the default here), a save in the background takes their time all the same: the smaller the step, the more
-steps it is. With `OMP_NUM_THREADS=1` on two cores it has one of its own.
+Where training has all cores (the default here), a save in the background takes their time all the same: the
+smaller the step, the more steps it is. With `OMP_NUM_THREADS=1` on two cores it has one of its own.
 
     python benchmarks/checkpointing.py [--rounds 2] [--stretch 2] [--sequences 32] [--folder DIR] [--quick]
 """
@@ -33,7 +35,12 @@ from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.callbacks import Callback
 from llm_trainer.training.trainer import Trainer
 
-NONE, WAITED, BACKGROUND, PICKLED = "no save", "waited for", "in the background", "torch.save, not synced, no hashes"
+NONE, WAITED, BACKGROUND, PICKLED = (
+    "no save",
+    "waited for",
+    "in the background",
+    "torch.save, not synced, no hashes",
+)
 KINDS = (NONE, BACKGROUND, WAITED, PICKLED)
 VOCABULARY = 16_384
 CONTEXT = 256
@@ -42,10 +49,14 @@ WANTED = 1.0
 
 def main() -> int:
     """Measure, print, write; 1 where a target is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--stretch", type=int, default=2, help="steps of a stretch")
-    parser.add_argument("--sequences", type=int, default=32, help=f"of {CONTEXT} tokens a step; micro-batches of up to 8")
+    parser.add_argument(
+        "--sequences", type=int, default=32, help=f"of {CONTEXT} tokens a step; micro-batches of up to 8"
+    )
     parser.add_argument("--folder", type=Path, help="where to write; none: a temporary folder")
     parser.add_argument("--quick", action="store_true", help="8 M parameters, one round")
     options = parser.parse_args()
@@ -60,7 +71,9 @@ def main() -> int:
 
 
 class Stretches(Callback):
-    """Saves at the first edge of each stretch, by its kind, and notes how long each step took until the next edge."""
+    """Saves at the first edge of each stretch, by its kind, and notes how long each step took until the next
+    edge.
+    """
 
     def __init__(self, steps: int, rounds: int, pickled: Path) -> None:
         self.steps, self.pickled = steps, pickled
@@ -91,7 +104,11 @@ class Stretches(Callback):
             trainer.saving.save()
         elif kind == PICKLED:
             torch.save(
-                {"model": trainer.model.state_dict(), "optimizer": [one.state_dict() for one in trainer.engine.optimizers]}, self.pickled
+                {
+                    "model": trainer.model.state_dict(),
+                    "optimizer": [one.state_dict() for one in trainer.engine.optimizers],
+                },
+                self.pickled,
             )
 
     def seconds(self, kind: str) -> list[float]:
@@ -108,7 +125,12 @@ def train(shape: tuple[int, int], sequences: int, stretches: Stretches, folder: 
     """Run the stretches; how many parameters the model has."""
     width, layers = shape
     model = ModelConfig(
-        vocab_size=VOCABULARY, hidden_size=width, num_layers=layers, num_heads=width // 64, max_position_embeddings=CONTEXT, dropout=0.0
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        num_layers=layers,
+        num_heads=width // 64,
+        max_position_embeddings=CONTEXT,
+        dropout=0.0,
     )
     settings = {
         "max_steps": stretches.total,
@@ -117,12 +139,26 @@ def train(shape: tuple[int, int], sequences: int, stretches: Stretches, folder: 
         "save_interval": None,
         "report_to": [],
     }
-    settings |= {"precision": "fp32", "compile": "off", "device": "cpu", "save_total_limit": 1, "logging_steps": 1000}
+    settings |= {
+        "precision": "fp32",
+        "compile": "off",
+        "device": "cpu",
+        "save_total_limit": 1,
+        "logging_steps": 1000,
+    }
     ids = np.random.default_rng(0).integers(0, VOCABULARY, 2_000_000).astype(np.uint16)
-    tokens = TokenDataset([ids], [np.array([0])], vocab_size=VOCABULARY, tokenizer_hash="0" * 64, fingerprint="made up")
+    tokens = TokenDataset(
+        [ids], [np.array([0])], vocab_size=VOCABULARY, tokenizer_hash="0" * 64, fingerprint="made up"
+    )
     network = Transformer(model)
     network.initialize(torch.Generator().manual_seed(0))
-    trainer = Trainer(network, RunConfig(model=model, training=settings), tokens, callbacks=[stretches], console=Console(stderr=True))
+    trainer = Trainer(
+        network,
+        RunConfig(model=model, training=settings),
+        tokens,
+        callbacks=[stretches],
+        console=Console(stderr=True),
+    )
     trainer.train()
     return sum(parameter.numel() for parameter in network.parameters())
 
@@ -130,13 +166,29 @@ def train(shape: tuple[int, int], sequences: int, stretches: Stretches, folder: 
 def _tell(work: str, stretches: Stretches, notes: list[str]) -> int:
     plain = statistics.median(stretches.seconds(NONE))
     step = plain / stretches.steps
-    seconds_lost = {kind: [max(0.001, seconds - plain) for seconds in stretches.seconds(kind)] for kind in KINDS[1:]}
-    figures = [Figure(f"time lost to a save, {work}", kind, "s", _rounded(seconds)) for kind, seconds in seconds_lost.items()]
-    figures += [Figure(f"until the next step begins, {work}", kind, "s", _rounded(stretches.waits(kind))) for kind in KINDS[1:]]
+    seconds_lost = {
+        kind: [max(0.001, seconds - plain) for seconds in stretches.seconds(kind)] for kind in KINDS[1:]
+    }
+    figures = [
+        Figure(f"time lost to a save, {work}", kind, "s", _rounded(seconds))
+        for kind, seconds in seconds_lost.items()
+    ]
+    figures += [
+        Figure(f"until the next step begins, {work}", kind, "s", _rounded(stretches.waits(kind)))
+        for kind in KINDS[1:]
+    ]
     first, *later = seconds_lost[BACKGROUND]
-    notes.append(f"a step takes {step:.2f} s; a save in the background loses {first / step:.2f} steps the first time")
+    notes.append(
+        f"a step takes {step:.2f} s; a save in the background loses {first / step:.2f} steps the first time"
+    )
     targets = [
-        Target("steps lost to a save in the background, the first", first / step, WANTED, "steps", is_ceiling=True),
+        Target(
+            "steps lost to a save in the background, the first",
+            first / step,
+            WANTED,
+            "steps",
+            is_ceiling=True,
+        ),
         Target(
             "steps lost to a save in the background, later ones",
             statistics.median(later or [first]) / step,

@@ -1,4 +1,6 @@
-"""What all benchmarks share: the machine's name, rounds that alternate, a table of median, spread and ratio, and the JSON beside it."""
+"""What all benchmarks share: the machine's name, rounds that alternate, a table of median, spread and ratio,
+and the JSON beside it.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,9 @@ def finish(
     targets: Sequence[Target] = (),
     notes: Sequence[str] = (),
 ) -> int:
-    """Print the table, the targets and the notes, and write the JSON; returns 1 where a target is missed, else 0."""
+    """Print the table, the targets and the notes, and write the JSON; returns 1 where a target is missed,
+    else 0.
+    """
     print(table(figures, baselines))
     for line in (*map(str, targets), *notes):
         print(line)
@@ -80,7 +84,9 @@ def finish(
 
 @dataclass(frozen=True)
 class Finished:
-    """What a command took: seconds from its start to its end, seconds of processor time over all its threads, and what it printed."""
+    """What a command took: seconds from its start to its end, seconds of processor time over all its threads,
+    and what it printed.
+    """
 
     seconds: float
     processor_seconds: float
@@ -88,10 +94,17 @@ class Finished:
 
 
 def run_command(command: Sequence[str | Path], folder: Path | None = None) -> Finished:
-    """Run a whole process and time it. Raises CalledProcessError, after printing what it said, where it fails."""
+    """Run a whole process and time it. Raises CalledProcessError, after printing what it said, where it
+    fails.
+    """
     before, begun = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run(
-        [str(word) for word in command], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8"
+        [str(word) for word in command],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
     )
     seconds, after = time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode != 0:
@@ -104,7 +117,9 @@ _held: list[IO[str]] = []
 
 
 def say_load() -> str:
-    """Wait until no other benchmark runs here, then say how busy the machine is: a busy machine's figures are not to be believed."""
+    """Wait until no other benchmark runs here, then say how busy the machine is: a busy machine's figures are
+    not to be believed.
+    """
     if not _held:  # a second lock of the same process would wait for the first
         _held.append((Path(tempfile.gettempdir()) / "llm-trainer-benchmark.lock").open("w", encoding="utf-8"))
         try:
@@ -169,9 +184,15 @@ def write_results(
         "name": name,
         "command": command,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "machine": {"processor": processor_name(), "threads": torch.get_num_threads(), "torch": torch.__version__},
+        "machine": {
+            "processor": processor_name(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        },
         "baselines": dict(baselines),
-        "figures": [{**asdict(figure), "median": figure.median, "spread": figure.spread} for figure in figures],
+        "figures": [
+            {**asdict(figure), "median": figure.median, "spread": figure.spread} for figure in figures
+        ],
         "targets": [{**asdict(target), "is_met": target.is_met} for target in targets],
         "notes": list(notes),
     }

@@ -1,11 +1,12 @@
-"""One long sequence on two ranks against one (`context_parallel`): tokens a second and memory, every rank on one core of its own.
+"""One long sequence on two ranks against one (`context_parallel`): tokens a second and memory, every rank on
+one core of its own.
 
-A network of Llama's kind (4 layers, 256 wide, 8 heads on 2 for keys and values, 3.1 M parameters) takes steps of one sequence of 4096
-tokens.
-Each measurement is a fresh `torchrun`. Memory is the first rank's highest point above what the process held before it had the model (a tiny
-one was trained first, so that all libraries are there), beside it what `llm-trainer preflight` expects. That knows no blocks that glibc
-keeps after they are freed, a fifth here: with MALLOC_MMAP_THRESHOLD_=65536, as benchmarks/preflight.py measures, they agree within
-8 %. Linux only.
+A network of Llama's kind (4 layers, 256 wide, 8 heads on 2 for keys and values, 3.1 M parameters) takes steps
+of one sequence of 4096 tokens. Each measurement is a fresh `torchrun`. Memory is the first rank's highest
+point above what the process held before it had the model (a tiny one was trained first, so that all libraries
+are there), beside it what `llm-trainer preflight` expects. That knows no blocks that glibc keeps after they
+are freed, a fifth here: with MALLOC_MMAP_THRESHOLD_=65536, as benchmarks/preflight.py measures, they agree
+within 8 %. Linux only.
 
     python benchmarks/context.py [--rounds 3] [--steps 3] [--tokens 4096] [--quick]
 """
@@ -33,12 +34,18 @@ MEGABYTE = 2**20
 
 def main() -> int:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=4096, help="of the sequence")
     parser.add_argument("--quick", action="store_true", help="one round of one step, 2048 tokens")
-    parser.add_argument("--measure", metavar="FILE", help="(for the processes that this one starts) write one measurement there")
+    parser.add_argument(
+        "--measure",
+        metavar="FILE",
+        help="(for the processes that this one starts) write one measurement there",
+    )
     options = parser.parse_args()
     if options.quick:
         options.rounds, options.steps, options.tokens = 1, 1, 2048
@@ -58,10 +65,22 @@ def main() -> int:
 
     work = f"one sequence of {options.tokens} tokens, fp32"
     rates = alternate({_named(ranks): (lambda n=ranks: rate(n)) for ranks in memory}, options.rounds)
-    figures = [Figure(f"speed, {work}", name, "tokens/s", [round(one, 1) for one in found]) for name, found in rates.items()]
-    figures += [Figure(f"memory of a rank, {work}", _named(ranks), "MB", found) for ranks, found in memory.items()]
+    figures = [
+        Figure(f"speed, {work}", name, "tokens/s", [round(one, 1) for one in found])
+        for name, found in rates.items()
+    ]
+    figures += [
+        Figure(f"memory of a rank, {work}", _named(ranks), "MB", found) for ranks, found in memory.items()
+    ]
     for ranks in memory:
-        figures.append(Figure(f"expected memory of a rank, {work}", _named(ranks), "MB", [_expected(options.tokens, ranks) / MEGABYTE]))
+        figures.append(
+            Figure(
+                f"expected memory of a rank, {work}",
+                _named(ranks),
+                "MB",
+                [_expected(options.tokens, ranks) / MEGABYTE],
+            )
+        )
     baselines = {figure.work: _named(1) for figure in figures}
     return finish("context", figures, baselines, " ".join(["python", *sys.argv]), [], [load])
 
@@ -73,7 +92,13 @@ def _named(ranks: int) -> str:
 def _measured(ranks: int, tokens: int, steps: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "measured.json"
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        launcher = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={ranks}",
+        ]
         run_command([*launcher, __file__, "--measure", file, "--tokens", str(tokens), "--steps", str(steps)])
         found: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
         return found
@@ -140,7 +165,10 @@ def measure(length: int, steps: int, file: Path) -> None:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the high-water mark so far
         seconds = train(length, steps)
         if ranks.is_main:
-            file.write_text(json.dumps({"rate": steps * length / seconds, "memory": _status("VmHWM") - before}), encoding="utf-8")
+            file.write_text(
+                json.dumps({"rate": steps * length / seconds, "memory": _status("VmHWM") - before}),
+                encoding="utf-8",
+            )
 
 
 def _status(name: str) -> float:

@@ -1,4 +1,5 @@
-"""From text to token shards: megabytes of text a second, by `prepare` with two workers, beside `datasets.map` and nanoGPT's way.
+"""From text to token shards: megabytes of text a second, by `prepare` with two workers, beside `datasets.map`
+and nanoGPT's way.
 
 The text is the standard library's, the language reference's and Shakespeare's (11 MB), its documents shuffled and repeated up to
 `--megabytes`, as JSON lines. The tokenizer is a byte-level BPE of 32,000 ids learned from it, the same for all. Each
@@ -8,13 +9,15 @@ contestant is a fresh process with two workers:
 * `datasets.map`: batched, two processes, `tokenizers`' `encode_batch_fast`, then the ids into one memory map.
 * `nanoGPT's way`: `datasets.map` a document at a time, two processes, tiktoken with the same vocabulary, then the same memory map.
 
-The clock of the two peers starts when `datasets` has read the JSON lines, which favours them; with that included they are named
-"with reading". Repeated text favours whoever remembers words; `--distinct` makes every tenth word one that was not seen before.
+The clock of the two peers starts when `datasets` has read the JSON lines, which favours them; with that
+included they are named "with reading". Repeated text favours whoever remembers words; `--distinct` makes
+every tenth word one that was not seen before.
 
 `--memory` measures peak memory of ours instead (processes and children, proportional set size, sampled) at 0.1, 1 and 10 GB; the 10 GB are
 the gigabyte's files ten times over by hard links.
 
-    python benchmarks/data_preparation.py [--megabytes 1000] [--rounds 1] [--distinct] [--memory] [--folder DIR] [--quick]
+    python benchmarks/data_preparation.py [--megabytes 1000] [--rounds 1] [--distinct] [--memory] [--folder
+    DIR] [--quick]
 """
 
 from __future__ import annotations
@@ -41,15 +44,28 @@ def main() -> int:
     """Measure, print, write; 1 where a target is missed."""
     from workers import corpus
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--megabytes", type=float, default=1000.0)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--distinct", action="store_true", help="make words different")
-    parser.add_argument("--memory", action="store_true", help="peak memory of ours at a tenth, once and ten times as much text")
+    parser.add_argument(
+        "--memory",
+        action="store_true",
+        help="peak memory of ours at a tenth, once and ten times as much text",
+    )
     parser.add_argument("--quick", action="store_true", help="10 MB, one round")
-    parser.add_argument("--folder", type=Path, help="where texts and results go (default: a temporary folder)")
+    parser.add_argument(
+        "--folder", type=Path, help="where texts and results go (default: a temporary folder)"
+    )
     parser.add_argument("--shakespeare", type=Path, default=corpus.SHAKESPEARE)
-    parser.add_argument("--measure", nargs=3, metavar=("CONTESTANT", "TEXTS", "PLACE"), help="(for the processes that this one starts)")
+    parser.add_argument(
+        "--measure",
+        nargs=3,
+        metavar=("CONTESTANT", "TEXTS", "PLACE"),
+        help="(for the processes that this one starts)",
+    )
     options = parser.parse_args()
     if options.measure:
         print(json.dumps(measure(options.measure[0], Path(options.measure[1]), Path(options.measure[2]))))
@@ -86,9 +102,13 @@ class _Run:
         rounds = 1 if self._options.quick else self._options.rounds
         measured = alternate({name: (lambda name=name: one(name)) for name in kept}, rounds)
         work = f"text to shards, {self._megabytes:g} MB{', distinct' if self._options.distinct else ''}"
-        figures = [Figure(work, name, "MB/s", [round(rate, 2) for rate in rates]) for name, rates in measured.items()]
+        figures = [
+            Figure(work, name, "MB/s", [round(rate, 2) for rate in rates]) for name, rates in measured.items()
+        ]
         for name in (MAP, NANOGPT):
-            with_reading = [round(size / 1e6 / (result["seconds"] + result["reading"]), 2) for result in kept[name]]
+            with_reading = [
+                round(size / 1e6 / (result["seconds"] + result["reading"]), 2) for result in kept[name]
+            ]
             figures.append(Figure(work, f"{name}, with reading", "MB/s", with_reading))
         ours = figures[0].median
         targets = [
@@ -96,19 +116,29 @@ class _Run:
             Target("MB/s, llm-trainer ÷ nanoGPT's way", ours / figures[2].median, 3.0),
         ]
         tokens = {name: int(results[-1]["tokens"]) for name, results in kept.items()}
-        notes = [self._load, f"{size / 1e6:.1f} MB of text; tokens: {', '.join(f'{name} {count:,}' for name, count in tokens.items())}"]
+        notes = [
+            self._load,
+            f"{size / 1e6:.1f} MB of text; tokens: {', '.join(f'{name} {count:,}' for name, count in tokens.items())}",
+        ]
         assert tokens[OURS] == tokens[MAP], "the same tokenizer gave other ids"
-        return finish("data_preparation", figures, {work: MAP}, " ".join(["python", *sys.argv]), targets, notes)
+        return finish(
+            "data_preparation", figures, {work: MAP}, " ".join(["python", *sys.argv]), targets, notes
+        )
 
     def _memory(self) -> int:
         work = "peak memory of all processes, llm-trainer"
         sizes = (self._megabytes / 10, self._megabytes, self._megabytes * 10)
         peaks = [self._process(OURS, self._texts(megabytes))["peak"] for megabytes in sizes]
-        figures = [Figure(work, f"{megabytes:g} MB of text", "MB", [round(peak)]) for megabytes, peak in zip(sizes, peaks, strict=True)]
+        figures = [
+            Figure(work, f"{megabytes:g} MB of text", "MB", [round(peak)])
+            for megabytes, peak in zip(sizes, peaks, strict=True)
+        ]
         spread = max(peaks) / min(peaks)
         targets = [Target("largest ÷ smallest peak", spread, 1.1, is_ceiling=True)]
         base = {work: figures[0].contestant}
-        return finish("data_preparation_memory", figures, base, " ".join(["python", *sys.argv]), targets, [self._load])
+        return finish(
+            "data_preparation_memory", figures, base, " ".join(["python", *sys.argv]), targets, [self._load]
+        )
 
     def _process(self, name: str, texts: Path) -> dict[str, float]:
         with tempfile.TemporaryDirectory(dir=self._folder) as place:
@@ -125,7 +155,9 @@ class _Run:
         folder.mkdir()
         if megabytes <= self._megabytes:
             texts = corpus.shuffled(self._options.shakespeare, megabytes)
-            size = corpus.write_jsonl(folder, corpus.made_distinct(texts) if self._options.distinct else texts)
+            size = corpus.write_jsonl(
+                folder, corpus.made_distinct(texts) if self._options.distinct else texts
+            )
         else:
             source, times = self._texts(self._megabytes), round(megabytes / self._megabytes)
             for number in range(times):
@@ -143,7 +175,11 @@ class _Run:
 
 def measure(contestant: str, texts: Path, place: Path) -> dict[str, float]:
     """What one contestant took: seconds, seconds of reading before them, tokens, peak megabytes."""
-    ways: dict[str, Callable[[Path, Path, Path], dict[str, float]]] = {OURS: _ours, MAP: _map, NANOGPT: _nanogpt}
+    ways: dict[str, Callable[[Path, Path, Path], dict[str, float]]] = {
+        OURS: _ours,
+        MAP: _map,
+        NANOGPT: _nanogpt,
+    }
     peak = PeakMemory()
     with peak:
         result = ways[contestant](texts, texts.parent / "tokenizer", place)
@@ -164,13 +200,18 @@ def _ours(texts: Path, tokenizer: Path, place: Path) -> dict[str, float]:
 def _map(texts: Path, tokenizer: Path, place: Path) -> dict[str, float]:
     import tokenizers
 
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # two processes share two cores: threads within them cost a tenth
+    os.environ["TOKENIZERS_PARALLELISM"] = (
+        "false"  # two processes share two cores: threads within them cost a tenth
+    )
     backend = tokenizers.Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
     backend.encode_special_tokens = True
     end = backend.token_to_id("<|endoftext|>")
 
     def encode(batch: dict[str, list[str]]) -> dict[str, list[object]]:
-        ids = [[*encoding.ids, end] for encoding in backend.encode_batch_fast(batch["text"], add_special_tokens=False)]
+        ids = [
+            [*encoding.ids, end]
+            for encoding in backend.encode_batch_fast(batch["text"], add_special_tokens=False)
+        ]
         return {"ids": ids, "len": [len(one) for one in ids]}
 
     return _mapped(texts, place, encode, is_batched=True)
@@ -184,7 +225,9 @@ def _nanogpt(texts: Path, tokenizer: Path, place: Path) -> dict[str, float]:
 
     ours = Tokenizer.load(tokenizer)
     ranks = {ours.token_bytes(i): i for i in range(ours.vocab_size) if i != ours.eos_id}
-    encoding = tiktoken.Encoding("benchmark", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": ours.eos_id})
+    encoding = tiktoken.Encoding(
+        "benchmark", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": ours.eos_id}
+    )
 
     def encode(example: dict[str, str]) -> dict[str, object]:
         ids = encoding.encode_ordinary(example["text"])
@@ -194,7 +237,9 @@ def _nanogpt(texts: Path, tokenizer: Path, place: Path) -> dict[str, float]:
     return _mapped(texts, place, encode, is_batched=False)
 
 
-def _mapped(texts: Path, place: Path, encode: Callable[[dict], dict], *, is_batched: bool) -> dict[str, float]:
+def _mapped(
+    texts: Path, place: Path, encode: Callable[[dict], dict], *, is_batched: bool
+) -> dict[str, float]:
     """`datasets.map`, then everything into one memory map, as nanoGPT's prepare.py does."""
     import datasets
     import numpy as np
@@ -219,7 +264,9 @@ def _mapped(texts: Path, place: Path, encode: Callable[[dict], dict], *, is_batc
 
 
 class PeakMemory:
-    """The largest sum of proportional set sizes of this process and its children, sampled ten times a second. Linux only."""
+    """The largest sum of proportional set sizes of this process and its children, sampled ten times a second.
+    Linux only.
+    """
 
     def __init__(self) -> None:
         self.megabytes = 0.0

@@ -1,8 +1,10 @@
-"""Greedy decoding of one sequence: ours against transformers' `generate` on the same random weights, alternating in one process.
+"""Greedy decoding of one sequence: ours against transformers' `generate` on the same random weights,
+alternating in one process.
 
-The shape is 56 M parameters, Llama's kind: vocabulary 32000, 512 wide, 8 layers, 8 heads, 4 key-value heads, 1408 inside the MLP;
-32 tokens of prompt, 128 new. Ours writes the weights with `save_pretrained`, transformers opens that folder with `AutoModelForCausalLM`.
-A time covers the whole call, prompt included. In fp32 all ids must be equal, or the benchmark fails.
+The shape is 56 M parameters, Llama's kind: vocabulary 32000, 512 wide, 8 layers, 8 heads, 4 key-value heads,
+1408 inside the MLP; 32 tokens of prompt, 128 new. Ours writes the weights with `save_pretrained`,
+transformers opens that folder with `AutoModelForCausalLM`. A time covers the whole call, prompt included. In
+fp32 all ids must be equal, or the benchmark fails.
 
     python benchmarks/decoding.py [--rounds 7] [--precisions fp32,bf16] [--quick]
 """
@@ -43,7 +45,9 @@ Generate = Callable[[list[int], int], list[int]]  # prompt, how many → the new
 
 def main() -> int:
     """Measure, print the table, write the JSON; 1 where ids differ in fp32."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--precisions", default="fp32,bf16")
@@ -56,13 +60,23 @@ def main() -> int:
         save_pretrained(Transformer(SHAPE, torch.Generator().manual_seed(0)), folder)
         for precision in options.precisions.split(","):
             contestants = build(Path(folder), DTYPES[precision], compiled=not options.quick)
-            ids = {name: generate(_prompt(), options.new_tokens) for name, generate in contestants.items()}  # warms up, too
+            ids = {
+                name: generate(_prompt(), options.new_tokens) for name, generate in contestants.items()
+            }  # warms up, too
             unequal = [name for name, own in ids.items() if own != ids["transformers"]]
             differ |= bool(unequal) and precision == "fp32"
             timed = {name: _timer(generate, options.new_tokens) for name, generate in contestants.items()}
             for name, rounds in alternate(timed, options.rounds).items():
                 note = "other ids than transformers" if name in unequal else "same ids"
-                figures.append(Figure(f"{precision}, 1 sequence", name, "tokens/s", rounds, "" if name == "transformers" else note))
+                figures.append(
+                    Figure(
+                        f"{precision}, 1 sequence",
+                        name,
+                        "tokens/s",
+                        rounds,
+                        "" if name == "transformers" else note,
+                    )
+                )
     baselines = {figure.work: "transformers" for figure in figures}
     status = finish("decoding", figures, baselines, " ".join(["python", *sys.argv]), targets(figures), [load])
     if differ:
@@ -77,13 +91,22 @@ def targets(figures: list[Figure]) -> list[Target]:
         medians = {figure.contestant: figure.median for figure in figures if figure.work == work}
         ours = max(median for name, median in medians.items() if name.startswith("ours"))
         default = medians["transformers"]
-        found.append(Target(f"decoding, {work}, ours at best ÷ transformers' generate", ours / default, 2.5 if "bf16" in work else 2.0))
+        found.append(
+            Target(
+                f"decoding, {work}, ours at best ÷ transformers' generate",
+                ours / default,
+                2.5 if "bf16" in work else 2.0,
+            )
+        )
     return found
 
 
 def build(folder: Path, dtype: torch.dtype, compiled: bool) -> dict[str, Generate]:
     """Everyone who takes part, by name."""
-    contestants = {"transformers": _transformers(folder, dtype, static=False), "ours": _ours(folder, dtype, "off")}
+    contestants = {
+        "transformers": _transformers(folder, dtype, static=False),
+        "ours": _ours(folder, dtype, "off"),
+    }
     if compiled:
         contestants["transformers, static cache, compiled"] = _transformers(folder, dtype, static=True)
         contestants["ours, compiled"] = _ours(folder, dtype, "on")
@@ -113,7 +136,13 @@ def _transformers(folder: Path, dtype: torch.dtype, static: bool) -> Generate:
     def generate(prompt: list[int], count: int) -> list[int]:
         inputs = torch.tensor([prompt])
         made = model.generate(
-            inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0, **best
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=count,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            **best,
         )
         return made[0, len(prompt) :].tolist()
 
@@ -130,7 +159,9 @@ def _timer(generate: Generate, count: int) -> Callable[[], float]:
 
 
 def _prompt() -> list[int]:
-    return torch.randint(SHAPE.vocab_size, (PROMPT_TOKENS,), generator=torch.Generator().manual_seed(1)).tolist()
+    return torch.randint(
+        SHAPE.vocab_size, (PROMPT_TOKENS,), generator=torch.Generator().manual_seed(1)
+    ).tolist()
 
 
 if __name__ == "__main__":

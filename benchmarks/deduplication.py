@@ -1,16 +1,21 @@
-"""Near-deduplication: how fast, how much of what is planted it finds, how much else it takes, and in how much memory.
+"""Near-deduplication: how fast, how much of what is planted it finds, how much else it takes, and in how much
+memory.
 
-Documents are 250 to 550 words drawn by their frequency in Python's own language reference, so that two of them share no run of 5 words to
-speak of. Beside 1,000 of them at each of several similarities stands a copy in which single words, at least 5 apart, were replaced until
-the Jaccard similarity of the two sets of 5-word runs was the wanted one (counted here with Python sets, not with the code under test).
+Documents are 250 to 550 words drawn by their frequency in Python's own language reference, so that two of
+them share no run of 5 words to speak of. Beside 1,000 of them at each of several similarities stands a copy
+in which single words, at least 5 apart, were replaced until the Jaccard similarity of the two sets of 5-word
+runs was the wanted one (counted here with Python sets, not with the code under test).
 
-Recall is the share of planted pairs that end in one group, beside what the scheme promises, 1 - (1 - s^8)^14. Precision is the share of
-all pairs in one group that were planted, and the share that were planted with a similarity above the threshold, (1/14)^(1/8) = 0.72.
+Recall is the share of planted pairs that end in one group, beside what the scheme promises, 1 - (1 - s^8)^14.
+Precision is the share of all pairs in one group that were planted, and the share that were planted with a
+similarity above the threshold, (1/14)^(1/8) = 0.72.
 
-Rates are of one process over documents in memory: signing (text to band keys on disk), and that with grouping. datasketch and rensa take
-part as their documentations show it, with strings for runs of words, the same bands and rows, and their own index of bands; datasketch over
-fewer documents. Ours hashes runs in numpy, takes rensa's MinHash of these hashes, and sorts keys on disk. Peak memory is of a process
-that signs and groups so many bytes of text, made as it goes; it holds 4 bytes a document and what is being sorted, 32 MB at most.
+Rates are of one process over documents in memory: signing (text to band keys on disk), and that with
+grouping. datasketch and rensa take part as their documentations show it, with strings for runs of words, the
+same bands and rows, and their own index of bands; datasketch over fewer documents. Ours hashes runs in numpy,
+takes rensa's MinHash of these hashes, and sorts keys on disk. Peak memory is of a process that signs and
+groups so many bytes of text, made as it goes; it holds 4 bytes a document and what is being sorted, 32 MB at
+most.
 
     python benchmarks/deduplication.py [--rounds 3] [--sizes 0.1,1,10] [--quick]
 """
@@ -39,11 +44,17 @@ HASHER = MinHasher()
 
 def main() -> int:
     """Measure, print, write; 1 where the target is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--sizes", default="0.1,1,10", help="gigabytes of text for the measurements of memory")
+    parser.add_argument(
+        "--sizes", default="0.1,1,10", help="gigabytes of text for the measurements of memory"
+    )
     parser.add_argument("--quick", action="store_true", help="a tenth of everything")
-    parser.add_argument("--memory", metavar="GB,LIBRARY", help="(for the processes that this one starts) one measurement")
+    parser.add_argument(
+        "--memory", metavar="GB,LIBRARY", help="(for the processes that this one starts) one measurement"
+    )
     options = parser.parse_args()
     if options.memory is not None:
         size, library = options.memory.split(",")
@@ -57,7 +68,9 @@ def main() -> int:
     memory = [_memory(size, "ours") for size in sizes]
     figures += [_memory(sizes[0], library) for library in ("datasketch", "rensa")]
     baselines = {work: "datasketch" for work in ("signing", "signing and grouping")}
-    return finish("deduplication", figures + memory, baselines, " ".join(["python", *sys.argv]), targets, notes)
+    return finish(
+        "deduplication", figures + memory, baselines, " ".join(["python", *sys.argv]), targets, notes
+    )
 
 
 def _memory(size: float, library: str) -> Figure:
@@ -94,13 +107,18 @@ class Texts:
         gap = len(words) // max(1, replaced)
         copied = list(words)
         for index in range(replaced):
-            copied[min(len(words) - 1, index * gap + int(self._random.integers(0, max(1, gap - RUN + 1))))] = "replaced"
+            copied[
+                min(len(words) - 1, index * gap + int(self._random.integers(0, max(1, gap - RUN + 1))))
+            ] = "replaced"
         return copied
 
 
 def jaccard(left: list[str], right: list[str]) -> float:
     """Of the sets of runs of words, counted plainly."""
-    first, second = ({tuple(words[place : place + RUN]) for place in range(len(words) - RUN + 1)} for words in (left, right))
+    first, second = (
+        {tuple(words[place : place + RUN]) for place in range(len(words) - RUN + 1)}
+        for words in (left, right)
+    )
     return len(first & second) / len(first | second)
 
 
@@ -120,14 +138,33 @@ def quality(pairs: int) -> tuple[list[Figure], list[Target]]:
     for wanted in SIMILARITIES:
         own = {first: similarity for first, (group, similarity) in planted.items() if group == wanted}
         found = np.mean([labels[first] == labels[first + 1] for first in own])
-        mean, expected = np.mean(list(own.values())), np.mean([HASHER.expected_recall(similarity) for similarity in own.values()])
+        mean, expected = (
+            np.mean(list(own.values())),
+            np.mean([HASHER.expected_recall(similarity) for similarity in own.values()]),
+        )
         note = f"expected {expected:.4f}; mean similarity {mean:.4f}, {pairs} pairs"
         figures.append(Figure(f"recall at similarity {wanted:g}", "ours", "", [float(found)], note))
     pairs_found = sum(size * (size - 1) // 2 for size in np.unique(labels, return_counts=True)[1])
     right = [similarity for first, (_, similarity) in planted.items() if labels[first] == labels[first + 1]]
     precise = sum(similarity >= HASHER.threshold for similarity in right) / pairs_found
-    figures.append(Figure("precision, planted at any similarity", "ours", "", [len(right) / pairs_found], f"{pairs_found} pairs found"))
-    figures.append(Figure("precision, planted above the threshold", "ours", "", [precise], "as many planted at each similarity"))
+    figures.append(
+        Figure(
+            "precision, planted at any similarity",
+            "ours",
+            "",
+            [len(right) / pairs_found],
+            f"{pairs_found} pairs found",
+        )
+    )
+    figures.append(
+        Figure(
+            "precision, planted above the threshold",
+            "ours",
+            "",
+            [precise],
+            "as many planted at each similarity",
+        )
+    )
     recall = next(figure.median for figure in figures if figure.work == "recall at similarity 0.8")
     return figures, [Target("recall at similarity 0.8", recall, 0.90, unit="")]
 
@@ -215,7 +252,9 @@ def _rensa_signature(document: str) -> object:
 def _rensa(documents: Iterable[str]) -> None:
     from rensa import RMinHashLSH
 
-    index = RMinHashLSH(threshold=HASHER.threshold, num_perm=HASHER.bands * HASHER.rows, num_bands=HASHER.bands)
+    index = RMinHashLSH(
+        threshold=HASHER.threshold, num_perm=HASHER.bands * HASHER.rows, num_bands=HASHER.bands
+    )
     for number, document in enumerate(documents):
         signature = _rensa_signature(document)
         index.query(signature)
@@ -233,7 +272,9 @@ def sign_and_group(gigabytes: float, library: str) -> dict[str, float]:
             yield document
 
     {"ours": _groups, "datasketch": _datasketch, "rensa": _rensa}[library](counted())
-    status = Path("/proc/self/status").read_text(encoding="ascii")  # not getrusage: its mark begins with that of the parent process
+    status = Path("/proc/self/status").read_text(
+        encoding="ascii"
+    )  # not getrusage: its mark begins with that of the parent process
     peak = int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) / 1024
     return {"megabytes": round(peak, 1), "seconds": time.perf_counter() - begun, "documents": count}
 

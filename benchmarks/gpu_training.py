@@ -1,9 +1,11 @@
-"""Training on one GPU: tokens a second, MFU and peak memory of 124 M GPT-2 and 1 B Llama shapes, compiled, in bf16 and fp8.
+"""Training on one GPU: tokens a second, MFU and peak memory of 124 M GPT-2 and 1 B Llama shapes, compiled, in
+bf16 and fp8.
 
-Ours is the step of the training engine, blocks compiled; fp8 turns the blocks' maps into torchao's dynamically scaled ones (pip install
-torchao). nanoGPT's model, compiled whole, in bf16 and with fused AdamW as its train.py has it, is the peer where its clone is given. MFU is
-model/flops.py's count by the bf16 peak of the device's data sheet, also for fp8, so that the rows compare. Each contestant is a fresh
-process. Without a GPU there is nothing to measure.
+Ours is the step of the training engine, blocks compiled; fp8 turns the blocks' maps into torchao's
+dynamically scaled ones (pip install torchao). nanoGPT's model, compiled whole, in bf16 and with fused AdamW
+as its train.py has it, is the peer where its clone is given. MFU is model/flops.py's count by the bf16 peak
+of the device's data sheet, also for fp8, so that the rows compare. Each contestant is a fresh process.
+Without a GPU there is nothing to measure.
 
     python benchmarks/gpu_training.py [--steps 20] [--shapes gpt2-124M,llama-1B] [--nanogpt DIR]
 """
@@ -39,11 +41,15 @@ def main() -> int:
     """Measure, print, write; 0 with a word where there is no GPU."""
     import torch
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--nanogpt", type=Path, help="a clone of nanoGPT")
-    parser.add_argument("--measure", nargs=2, metavar=("CONTESTANT", "SHAPE"), help="(for the processes that this one starts)")
+    parser.add_argument(
+        "--measure", nargs=2, metavar=("CONTESTANT", "SHAPE"), help="(for the processes that this one starts)"
+    )
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("no GPU that PyTorch can use: nothing to measure")
@@ -52,10 +58,25 @@ def main() -> int:
         print(json.dumps(measure(*options.measure, options.steps, options.nanogpt)))
         return 0
     load, figures = say_load(), []
-    notes = [load, f"device: {torch.cuda.get_device_name()}, {torch.version.cuda and 'CUDA ' + torch.version.cuda}"]
+    notes = [
+        load,
+        f"device: {torch.cuda.get_device_name()}, {torch.version.cuda and 'CUDA ' + torch.version.cuda}",
+    ]
     for shape in options.shapes.split(","):
-        for contestant in (OURS_BF16, OURS_FP8, *([NANOGPT] if options.nanogpt and shape.startswith("gpt2") else [])):
-            command = [sys.executable, __file__, "--measure", contestant, shape, "--steps", str(options.steps)]
+        for contestant in (
+            OURS_BF16,
+            OURS_FP8,
+            *([NANOGPT] if options.nanogpt and shape.startswith("gpt2") else []),
+        ):
+            command = [
+                sys.executable,
+                __file__,
+                "--measure",
+                contestant,
+                shape,
+                "--steps",
+                str(options.steps),
+            ]
             command += ["--nanogpt", str(options.nanogpt)] if options.nanogpt else []
             result = json.loads(run_command(command).output.splitlines()[-1])
             if "left_out" in result:
@@ -63,7 +84,14 @@ def main() -> int:
                 continue
             note = f"MFU {result['mfu']:.1%}, peak {result['gigabytes']:.1f} GB"
             figures.append(Figure(shape, contestant, "tokens/s", [round(result["rate"], 1)], note))
-    return finish("gpu_training", figures, {shape: NANOGPT for shape in SHAPES}, " ".join(["python", *sys.argv]), (), notes)
+    return finish(
+        "gpu_training",
+        figures,
+        {shape: NANOGPT for shape in SHAPES},
+        " ".join(["python", *sys.argv]),
+        (),
+        notes,
+    )
 
 
 def measure(contestant: str, shape: str, steps: int, nanogpt: Path | None) -> dict[str, float | str]:
@@ -120,7 +148,9 @@ def _ours(config: object, sequences: int, *, is_fp8: bool) -> Callable[[], objec
     compile_model(engine.model, "blocks")
     engine.start("bf16", "blocks")
     ids = torch.randint(config.vocab_size, (sequences, config.max_position_embeddings + 1))
-    batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None, sequences * config.max_position_embeddings)
+    batch = Batch(
+        ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None, sequences * config.max_position_embeddings
+    )
     return lambda: engine.step([batch], int(batch.num_supervised), rate_factor=1.0, index=0)
 
 

@@ -1,21 +1,25 @@
-"""A model grown while it trains against its final shape from scratch: seconds and FLOPs to the same validation loss.
+"""A model grown while it trains against its final shape from scratch: seconds and FLOPs to the same
+validation loss.
 
-The final shape, 8 blocks of 128 with context 64 and 12 sequences a step, is trained from scratch for so many steps; the loss that it ends
-at is the bar. The grown run has two blocks for 60 % as many steps and then all eight for 40 %: identity copies, each beside its source,
-which keep what the model computes (`stack_layers` with `mode: identity`). Two blocks throughout, with as many FLOPs as the grown run has,
-are the control: they tell whether growing was needed to reach the bar.
+The final shape, 8 blocks of 128 with context 64 and 12 sequences a step, is trained from scratch for so many
+steps; the loss that it ends at is the bar. The grown run has two blocks for 60 % as many steps and then all
+eight for 40 %: identity copies, each beside its source, which keep what the model computes (`stack_layers`
+with `mode: identity`). Two blocks throughout, with as many FLOPs as the grown run has, are the control: they
+tell whether growing was needed to reach the bar.
 
 All have the same order of data, optimizer and peak rate. The rate is flat and then falls in a line to zero: over the last 70 % of a run
 of one shape, from the growth on in a grown one. Rate and fall were sought for the from-scratch run; the grown run takes them as they are.
 docs/decisions.md has the tries, other shapes among them, and where growing does not pay. AdamW, the default optimizer, is judged;
 `--optimizers AdamW,Muon` puts the other beside it.
 
-Time to the bar is read from the run's own record: the first validation at or below it, counted from the first step; validations, of which
-each run makes 20, are in it. FLOPs are counted by the formula of `model/flops.py`, by the shape of each step. Where a seed does not come
-to the bar the table says so, and the target is missed.
+Time to the bar is read from the run's own record: the first validation at or below it, counted from the first
+step; validations, of which each run makes 20, are in it. FLOPs are counted by the formula of
+`model/flops.py`, by the shape of each step. Where a seed does not come to the bar the table says so, and the
+target is missed.
 
-Fine-tuning beside: the built-in corpus, then Tiny Shakespeare's words with all weights or with LoRA of rank 8, each at a rate
-sought for it: loss, seconds, and the peak that `benchmarks/lora.py` measures at 30.6 M parameters.
+Fine-tuning beside: the built-in corpus, then Tiny Shakespeare's words with all weights or with LoRA of rank
+8, each at a rate sought for it: loss, seconds, and the peak that `benchmarks/lora.py` measures at 30.6 M
+parameters.
 
     python benchmarks/growth.py [--seeds 1,2,3] [--steps 800] [--optimizers AdamW] [--text FILE] [--quick]
 """
@@ -39,10 +43,17 @@ TEXT = ROOT.parent / "shared" / "data" / "shakespeare.txt"
 PROGRAM = Path(sys.executable).parent / "llm-trainer"
 WANTED, WANTED_MEMORY = 0.7, 0.5
 SMALL_LAYERS, LAYERS, WIDTH, CONTEXT, SEQUENCES = 2, 8, 128, 64, 12
-# Of the from-scratch run's steps: how many with two blocks, how many with all; and the share of a run of one shape in which its rate falls.
+# Of the from-scratch run's steps: how many with two blocks, how many with all; and the share of a run of one
+# shape in which its rate falls.
 SMALL_SHARE, WHOLE_SHARE, DECAY = 0.6, 0.4, 0.7
 SHAPE = [f"--n_embd={WIDTH}", "--n_head=4", f"--block_size={CONTEXT}", "--dropout=0"]
-RUN = [f"--batch_size={SEQUENCES}", "--compile=off", "--precision=bf16", "--save_interval=1000000", "--logging_steps=100"]
+RUN = [
+    f"--batch_size={SEQUENCES}",
+    "--compile=off",
+    "--precision=bf16",
+    "--save_interval=1000000",
+    "--logging_steps=100",
+]
 RUN += ["--eval_iters=10", "--eval_batch_size=32"]
 RATES = ["--lr_scheduler=wsd", "--min_lr=0", "--beta2=0.99"]
 OPTIMIZERS = {
@@ -91,15 +102,25 @@ class Trained:
 
 def main() -> int:
     """Train, compare, print, write; 1 where a target is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", default="1,2,3")
-    parser.add_argument("--steps", type=int, default=800, help="of the from-scratch run (default: %(default)s)")
-    parser.add_argument("--optimizers", default="AdamW", help="AdamW, Muon or AdamW,Muon (default: %(default)s)")
-    parser.add_argument("--text", type=Path, default=TEXT, help="Tiny Shakespeare as one file (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=800, help="of the from-scratch run (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--optimizers", default="AdamW", help="AdamW, Muon or AdamW,Muon (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--text", type=Path, default=TEXT, help="Tiny Shakespeare as one file (default: %(default)s)"
+    )
     parser.add_argument("--quick", action="store_true", help="one seed, 60 steps: whether it works")
     options = parser.parse_args()
     if unknown := set(options.optimizers.split(",")) - set(OPTIMIZERS):
-        parser.error(f"--optimizers takes {' and '.join(OPTIMIZERS)}, separated by a comma, not {', '.join(sorted(unknown))}")
+        parser.error(
+            f"--optimizers takes {' and '.join(OPTIMIZERS)}, separated by a comma, not {', '.join(sorted(unknown))}"
+        )
     if not options.text.exists():
         parser.error(f"there is no {options.text}; name the text with --text FILE")
     seeds, steps = (["1"], 60) if options.quick else (options.seeds.split(","), options.steps)
@@ -107,7 +128,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         data = prepared(folder, options.text)
-        for corpus, optimizer in ((corpus, optimizer) for optimizer in options.optimizers.split(",") for corpus in data):
+        for corpus, optimizer in (
+            (corpus, optimizer) for optimizer in options.optimizers.split(",") for corpus in data
+        ):
             compared = Comparison(corpus, optimizer, data[corpus], seeds, steps)
             compared.run(folder)
             figures += compared.figures()
@@ -116,14 +139,25 @@ def main() -> int:
         tuned = fine_tuning(folder, options.text, seeds, steps // 5)
         figures += tuned[0]
         targets += tuned[1]
-    baselines = {figure.work: ALL_WEIGHTS if figure.work.startswith("fine-tuning") else SCRATCH for figure in figures}
+    baselines = {
+        figure.work: ALL_WEIGHTS if figure.work.startswith("fine-tuning") else SCRATCH for figure in figures
+    }
     return finish("growth", figures, baselines, " ".join(["python", *sys.argv]), targets, notes)
 
 
 def prepared(folder: Path, text: Path) -> dict[str, Path]:
     """Corpus → data folder."""
     characters = folder / "data-shakespeare"
-    run_command([sys.executable, ROOT / "data/shakespeare_char/prepare.py", "--input", text, "--output_dir", characters])
+    run_command(
+        [
+            sys.executable,
+            ROOT / "data/shakespeare_char/prepare.py",
+            "--input",
+            text,
+            "--output_dir",
+            characters,
+        ]
+    )
     builtin = folder / "data-builtin"
     run_command([PROGRAM, "prepare", "--input", "builtin", "--output_dir", builtin, "--vocab_size", "1024"])
     return {SHAKESPEARE: characters, BUILTIN: builtin}
@@ -146,7 +180,11 @@ class Comparison:
             for number, (name, plan) in enumerate(self.plans.items()):
                 run = folder / f"{self.optimizer}-{self.data.name}-{number}-{seed}"
                 self.trained[name].append(train(run, self.data, seed, plan, OPTIMIZERS[self.optimizer]))
-                print(f"{self.title}, seed {seed}, {name}: loss {self.trained[name][-1].end:.4f}", file=sys.stderr, flush=True)
+                print(
+                    f"{self.title}, seed {seed}, {name}: loss {self.trained[name][-1].end:.4f}",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
     def _arrivals(self, name: str) -> list[tuple[float, float]]:
         """Seconds and TFLOPs to the bar, of the seeds that came to it."""
@@ -160,8 +198,22 @@ class Comparison:
         for number, (work, unit) in enumerate((("seconds to the loss", "s"), ("TFLOPs to it", "TFLOPs"))):
             for name in self.plans:
                 if arrivals := self._arrivals(name):
-                    made.append(Figure(f"{work}: {self.title}", name, unit, [one[number] for one in arrivals], self._said(name)))
-        return [*made, *(Figure(f"last loss: {self.title}", name, "nats", [one.end for one in self.trained[name]]) for name in self.plans)]
+                    made.append(
+                        Figure(
+                            f"{work}: {self.title}",
+                            name,
+                            unit,
+                            [one[number] for one in arrivals],
+                            self._said(name),
+                        )
+                    )
+        return [
+            *made,
+            *(
+                Figure(f"last loss: {self.title}", name, "nats", [one.end for one in self.trained[name]])
+                for name in self.plans
+            ),
+        ]
 
     def _said(self, name: str) -> str:
         arrived = len(self._arrivals(name))
@@ -173,8 +225,18 @@ class Comparison:
             return []
         seconds = {name: [one[0] for one in self._arrivals(name)] for name in (SCRATCH, GROWN)}
         if len(seconds[GROWN]) < len(self.seeds):
-            gap = statistics.mean(one.end for one in self.trained[GROWN]) - statistics.mean(one.end for one in self.trained[SCRATCH])
-            return [Target(f"{self.title}: grown last loss − from-scratch's, nats", max(gap, 0.0), 0.0, "", is_ceiling=True)]
+            gap = statistics.mean(one.end for one in self.trained[GROWN]) - statistics.mean(
+                one.end for one in self.trained[SCRATCH]
+            )
+            return [
+                Target(
+                    f"{self.title}: grown last loss − from-scratch's, nats",
+                    max(gap, 0.0),
+                    0.0,
+                    "",
+                    is_ceiling=True,
+                )
+            ]
         ratio = statistics.mean(seconds[GROWN]) / statistics.mean(seconds[SCRATCH])
         return [Target(f"{self.title}: seconds grown ÷ from scratch, means", ratio, WANTED, is_ceiling=True)]
 
@@ -192,8 +254,25 @@ def train(run: Path, data: Path, seed: str, plan: Plan, optimizer: Sequence[str]
     """One run by a plan, its growth as a schedule's file."""
     steps, layers = plan.steps, SMALL_LAYERS if plan.small else LAYERS
     decay = plan.whole / steps if plan.small and plan.whole else DECAY
-    command = [PROGRAM, "train", "--data_dir", data, "--output_dir", run, f"--seed={seed}", f"--max_steps={steps}", f"--n_layer={layers}"]
-    command += [*SHAPE, *RUN, *RATES, *optimizer, f"--wsd_decay_fraction={decay}", f"--warmup_steps={min(100, steps // 10)}"]
+    command = [
+        PROGRAM,
+        "train",
+        "--data_dir",
+        data,
+        "--output_dir",
+        run,
+        f"--seed={seed}",
+        f"--max_steps={steps}",
+        f"--n_layer={layers}",
+    ]
+    command += [
+        *SHAPE,
+        *RUN,
+        *RATES,
+        *optimizer,
+        f"--wsd_decay_fraction={decay}",
+        f"--warmup_steps={min(100, steps // 10)}",
+    ]
     command.append(f"--eval_interval={max(1, steps // VALIDATIONS)}")
     if plan.small and plan.whole:
         schedule = run.with_suffix(".json")
@@ -203,7 +282,9 @@ def train(run: Path, data: Path, seed: str, plan: Plan, optimizer: Sequence[str]
         command.append(f"--scaling_schedule_file={schedule}")
     run_command(command)
     started = (run / "run.json").stat().st_mtime  # written when the first step is about to be taken
-    return Trained(plan, [(int(line["step"]), line["time"] - started, line["val_loss"]) for line in _validations(run)])
+    return Trained(
+        plan, [(int(line["step"]), line["time"] - started, line["val_loss"]) for line in _validations(run)]
+    )
 
 
 def _validations(run: Path) -> list[Mapping[str, float]]:
@@ -222,15 +303,36 @@ def _flops_of_step(layers: int, ids: int) -> float:
     from llm_trainer.config import ModelConfig
     from llm_trainer.model.flops import estimate_flops
 
-    shape = ModelConfig(vocab_size=ids, hidden_size=WIDTH, num_hidden_layers=layers, num_attention_heads=4, max_position_embeddings=CONTEXT)
+    shape = ModelConfig(
+        vocab_size=ids,
+        hidden_size=WIDTH,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=CONTEXT,
+    )
     return estimate_flops(shape, CONTEXT) * SEQUENCES * CONTEXT
 
 
-def fine_tuning(folder: Path, text: Path, seeds: Sequence[str], steps: int) -> tuple[list[Figure], list[Target]]:
-    """All weights against LoRA of rank 8, from a model of the built-in corpus to Tiny Shakespeare in its tokens."""
+def fine_tuning(
+    folder: Path, text: Path, seeds: Sequence[str], steps: int
+) -> tuple[list[Figure], list[Target]]:
+    """All weights against LoRA of rank 8, from a model of the built-in corpus to Tiny Shakespeare in its
+    tokens.
+    """
     base, data = folder / "base", folder / "data-tokens"
     train(base, folder / "data-builtin", seeds[0], Plan(0, 5 * steps), OPTIMIZERS["AdamW"])
-    run_command([PROGRAM, "prepare", "--input", text, "--output_dir", data, "--tokenizer_path", folder / "data-builtin"])
+    run_command(
+        [
+            PROGRAM,
+            "prepare",
+            "--input",
+            text,
+            "--output_dir",
+            data,
+            "--tokenizer_path",
+            folder / "data-builtin",
+        ]
+    )
     adapters = ["--attn_lora_rank=8", "--mlp_lora_rank=8", "--lora_train_base=false"]
     ways = {ALL_WEIGHTS: ["--learning_rate=4e-3"], LORA: ["--learning_rate=1e-2", *adapters]}
     losses: dict[str, list[float]] = {name: [] for name in ways}
@@ -238,7 +340,19 @@ def fine_tuning(folder: Path, text: Path, seeds: Sequence[str], steps: int) -> t
     for seed in seeds:
         for number, (name, flags) in enumerate(ways.items()):
             run = folder / f"tuned-{number}-{seed}"
-            command = [PROGRAM, "train", "--init_from", base, "--data_dir", data, "--output_dir", run, f"--seed={seed}", *flags, *RUN]
+            command = [
+                PROGRAM,
+                "train",
+                "--init_from",
+                base,
+                "--data_dir",
+                data,
+                "--output_dir",
+                run,
+                f"--seed={seed}",
+                *flags,
+                *RUN,
+            ]
             command += [f"--max_steps={steps}", f"--eval_interval={steps}"]
             seconds[name].append(run_command(command).seconds)
             losses[name].append(_validations(run)[-1]["val_loss"])
@@ -248,7 +362,14 @@ def fine_tuning(folder: Path, text: Path, seeds: Sequence[str], steps: int) -> t
     work = f"fine-tuning: peak of a step, 30.6 M, {JUDGED} tokens"
     figures += [Figure(work, name, "MB", [round(peak)]) for name, peak in peaks.items()]
     ratio = peaks[LORA] / peaks[ALL_WEIGHTS]
-    return figures, [Target(f"LoRA's peak memory ÷ all weights', 30.6 M, {JUDGED} tokens", ratio, WANTED_MEMORY, is_ceiling=True)]
+    return figures, [
+        Target(
+            f"LoRA's peak memory ÷ all weights', 30.6 M, {JUDGED} tokens",
+            ratio,
+            WANTED_MEMORY,
+            is_ceiling=True,
+        )
+    ]
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Peak memory and speed of fine-tuning 30.6 M parameters with LoRA of rank 8 on attention and MLP against all of them.
+"""Peak memory and speed of fine-tuning 30.6 M parameters with LoRA of rank 8 on attention and MLP against all
+of them.
 
-The shape is benchmarks' third: 6 layers, 256 wide, a vocabulary of 50,304 untied, fp32, AdamW, one sequence a step. LoRA saves gradients
-and averages of what is frozen, which are the same for every batch, and no activations: so the longer the sequence, the smaller the share
-that is saved. 256 tokens are judged, 128 and 512 stand beside. Each measurement is a fresh process: "memory" is the kernel's high-water
-mark of three steps less what the process held before the model was made (Python, torch and its kernels); "speed" is tokens a second of
-the steps after the first. Linux only.
+The shape is benchmarks' third: 6 layers, 256 wide, a vocabulary of 50,304 untied, fp32, AdamW, one sequence a
+step. LoRA saves gradients and averages of what is frozen, which are the same for every batch, and no
+activations: so the longer the sequence, the smaller the share that is saved. 256 tokens are judged, 128 and
+512 stand beside. Each measurement is a fresh process: "memory" is the kernel's high-water mark of three steps
+less what the process held before the model was made (Python, torch and its kernels); "speed" is tokens a
+second of the steps after the first. Linux only.
 
     python benchmarks/lora.py [--rounds 3] [--tokens 128,256,512] [--quick]
 """
@@ -27,11 +29,17 @@ STEPS = 3
 
 def main() -> int:
     """Measure, print, write; 1 where the target is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tokens", default=f"128,{JUDGED},512", help="of a step's one sequence (default: %(default)s)")
+    parser.add_argument(
+        "--tokens", default=f"128,{JUDGED},512", help="of a step's one sequence (default: %(default)s)"
+    )
     parser.add_argument("--quick", action="store_true", help="one round")
-    parser.add_argument("--measure", type=int, metavar="RANK", help="(for the processes that this one starts) one measurement")
+    parser.add_argument(
+        "--measure", type=int, metavar="RANK", help="(for the processes that this one starts) one measurement"
+    )
     options = parser.parse_args()
     if options.measure is not None:
         print(json.dumps(measure(options.measure, int(options.tokens))))
@@ -57,8 +65,14 @@ def compared(tokens: int, rounds: int) -> tuple[list[Figure], list[Figure]]:
         return kept[name][-1]["memory"]
 
     alternate({name: (lambda name=name: one(name)) for name in CONTESTANTS}, rounds)
-    memory = [Figure(f"memory, {tokens} tokens", name, "MB", [round(one["memory"]) for one in kept[name]]) for name in CONTESTANTS]
-    speed = [Figure(f"speed, {tokens} tokens", name, "tokens/s", [round(one["speed"]) for one in kept[name]]) for name in CONTESTANTS]
+    memory = [
+        Figure(f"memory, {tokens} tokens", name, "MB", [round(one["memory"]) for one in kept[name]])
+        for name in CONTESTANTS
+    ]
+    speed = [
+        Figure(f"speed, {tokens} tokens", name, "tokens/s", [round(one["speed"]) for one in kept[name]])
+        for name in CONTESTANTS
+    ]
     return memory, speed
 
 

@@ -1,9 +1,10 @@
-"""Peak memory of one training step over a vocabulary of 50,304: the chunked cross-entropy against the dense one.
+"""Peak memory of one training step over a vocabulary of 50,304: the chunked cross-entropy against the dense
+one.
 
-The shape is benchmarks' third: 6 layers, 256 wide, 50,304 tokens untied, 4 sequences of 512, 30.6 M parameters, AdamW. Each
-measurement is a fresh process that takes one step to have gradients' and optimizer's memory in place, resets the kernel's high-
-water mark, and takes another. "Step" is that mark less what the process held before (weights, AdamW's averages, libraries);
-"process" is the mark itself. Linux only.
+The shape is benchmarks' third: 6 layers, 256 wide, 50,304 tokens untied, 4 sequences of 512, 30.6 M
+parameters, AdamW. Each measurement is a fresh process that takes one step to have gradients' and optimizer's
+memory in place, resets the kernel's high- water mark, and takes another. "Step" is that mark less what the
+process held before (weights, AdamW's averages, libraries); "process" is the mark itself. Linux only.
 
     python benchmarks/memory.py [--rounds 3] [--precisions fp32,bf16]
 """
@@ -25,10 +26,14 @@ MEGABYTE = 2**20
 
 def main() -> int:
     """Measure, print, write; 1 where the target is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--precisions", default="fp32,bf16")
-    parser.add_argument("--measure", metavar="LOSS,PRECISION", help="(for the processes that this one starts) one measurement")
+    parser.add_argument(
+        "--measure", metavar="LOSS,PRECISION", help="(for the processes that this one starts) one measurement"
+    )
     options = parser.parse_args()
     if options.measure:
         print(json.dumps(measure(*options.measure.split(","))))
@@ -38,10 +43,17 @@ def main() -> int:
     for precision in options.precisions.split(","):
         rounds = _rounds(precision, options.rounds)
         for what in ("step", "process"):
-            own = [Figure(f"{what}, {precision}", loss, "MB", [round(one[what]) for one in rounds[loss]]) for loss in LOSSES]
+            own = [
+                Figure(f"{what}, {precision}", loss, "MB", [round(one[what]) for one in rounds[loss]])
+                for loss in LOSSES
+            ]
             figures += own
             if what == "step":
-                targets.append(Target(f"chunked ÷ dense, {precision}", own[1].median / own[0].median, LIMIT, is_ceiling=True))
+                targets.append(
+                    Target(
+                        f"chunked ÷ dense, {precision}", own[1].median / own[0].median, LIMIT, is_ceiling=True
+                    )
+                )
     baselines = {figure.work: "dense" for figure in figures}
     return finish("memory", figures, baselines, " ".join(["python", *sys.argv]), targets)
 

@@ -1,4 +1,5 @@
-"""What packing fills and costs: rows of 1,024 tokens from documents whose lengths are log-normal (median 245, mean 449 tokens).
+"""What packing fills and costs: rows of 1,024 tokens from documents whose lengths are log-normal (median 245,
+mean 449 tokens).
 
 Filled is the share of the places that a label stands in. Rows a second are read in batches of 8 in the order of training. Laying out is
 the table of rows, made once a corpus; its memory is the process's peak above what it held before, measured in a process of its own.
@@ -31,11 +32,15 @@ CONTESTANTS = ("greedy", "first_fit", "first_fit, 16", "first_fit, 4096", "none"
 
 def main() -> int:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--documents", type=int, default=3_000_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="100,000 documents, one round")
-    parser.add_argument("--measure", metavar="CONTESTANT", help="(for the processes that this one starts) one measurement")
+    parser.add_argument(
+        "--measure", metavar="CONTESTANT", help="(for the processes that this one starts) one measurement"
+    )
     options = parser.parse_args()
     if options.quick:
         options.documents, options.rounds = 100_000, 1
@@ -54,7 +59,12 @@ def main() -> int:
     units = {"filled": "%", "seconds": "s", "memory": "MB", "rows": "rows/s"}
     works = {"filled": "filled", "seconds": "laying out", "memory": "memory of laying out", "rows": "reading"}
     figures = [
-        Figure(f"{works[what]}, {options.documents:,} documents", name, unit, [found[what] for found in kept[name]])
+        Figure(
+            f"{works[what]}, {options.documents:,} documents",
+            name,
+            unit,
+            [found[what] for found in kept[name]],
+        )
         for what, unit in units.items()
         for name in CONTESTANTS
         if all(found[what] for found in kept[name])
@@ -73,7 +83,13 @@ def measure(contestant: str, documents: int) -> dict[str, float]:
     starts = np.cumsum(lengths) - lengths
     with tempfile.TemporaryDirectory() as folder:
         ids = [np.broadcast_to(np.uint16(5), (int(lengths.sum()),))]
-        facts = {"vocab_size": 10, "tokenizer_hash": "0" * 64, "fingerprint": "lengths", "end_id": 0, "largest_id": 5}
+        facts = {
+            "vocab_size": 10,
+            "tokenizer_hash": "0" * 64,
+            "fingerprint": "lengths",
+            "end_id": 0,
+            "largest_id": 5,
+        }
         tokens = TokenDataset(ids, [starts], source=str(Path(folder)), **facts)  # type: ignore[arg-type]
         del lengths
         before, began = _peak_megabytes(), time.perf_counter()

@@ -1,8 +1,10 @@
-"""What preflight says a step needs, against the peak that a step was measured to need, on shapes small enough to run here.
+"""What preflight says a step needs, against the peak that a step was measured to need, on shapes small enough
+to run here.
 
-Each measurement is a fresh process that takes one step to have the optimizer's memory in place, resets the kernel's high-water mark, and
-takes another; the figure is that mark less what the process held before. glibc is told to map every block above 64 kB by itself, so
-that what is freed is gone. Linux only. Pipelines are two ranks under torchrun, of which the one that is furthest off counts.
+Each measurement is a fresh process that takes one step to have the optimizer's memory in place, resets the
+kernel's high-water mark, and takes another; the figure is that mark less what the process held before. glibc
+is told to map every block above 64 kB by itself, so that what is freed is gone. Linux only. Pipelines are two
+ranks under torchrun, of which the one that is furthest off counts.
 
     python benchmarks/preflight.py
 """
@@ -20,7 +22,13 @@ from common import Figure, Target, finish, run_command
 
 WITHIN = 0.15
 MEGABYTE = 2**20
-BASE = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "vocab_size": 8192, "max_position_embeddings": 1024}
+BASE = {
+    "hidden_size": 512,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "vocab_size": 8192,
+    "max_position_embeddings": 1024,
+}
 LLAMA = {**BASE, "model_type": "llama", "num_key_value_heads": 4}
 # name → shape, training, sequences, micro-batches
 CONFIGURATIONS: dict[str, tuple[dict[str, Any], dict[str, Any], int, int]] = {
@@ -32,7 +40,12 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], dict[str, Any], int, int]] = {
         4,
         1,
     ),
-    "gpt2, bf16, vocabulary 50k, 2 micro-batches": ({**BASE, "vocab_size": 50304}, {"precision": "bf16"}, 4, 2),
+    "gpt2, bf16, vocabulary 50k, 2 micro-batches": (
+        {**BASE, "vocab_size": 50304},
+        {"precision": "bf16"},
+        4,
+        2,
+    ),
     "llama, bf16": (LLAMA, {"precision": "bf16"}, 4, 1),
     "llama, fp32, dense loss": ({**LLAMA, "vocab_size": 32000}, {"precision": "fp32", "loss": "dense"}, 2, 1),
 }
@@ -41,14 +54,26 @@ STAGED = {**BASE, "hidden_size": 256, "vocab_size": 4096, "max_position_embeddin
 PIPELINES: dict[str, tuple[dict[str, Any], dict[str, Any], int, int]] = {
     "gpipe, fp32, 8 micro-batches": (STAGED, {"precision": "fp32", "pipeline_schedule": "gpipe"}, 4, 8),
     "1f1b, fp32, 8 micro-batches": (STAGED, {"precision": "fp32", "pipeline_schedule": "1f1b"}, 4, 8),
-    "interleaved, fp32, 8 micro-batches": (STAGED, {"precision": "fp32", "pipeline_schedule": "interleaved"}, 4, 8),
-    "1f1b, bf16, recomputed": ({**STAGED, "gradient_checkpointing": True, "vocab_size": 16384}, {"precision": "bf16"}, 8, 4),
+    "interleaved, fp32, 8 micro-batches": (
+        STAGED,
+        {"precision": "fp32", "pipeline_schedule": "interleaved"},
+        4,
+        8,
+    ),
+    "1f1b, bf16, recomputed": (
+        {**STAGED, "gradient_checkpointing": True, "vocab_size": 16384},
+        {"precision": "bf16"},
+        8,
+        4,
+    ),
 }
 
 
 def main() -> int:
     """Estimate, measure, print, write; 1 where one is off by more than 15 %."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--measure", help="(for the processes that this one starts) one measurement")
     options = parser.parse_args()
     if options.measure:
@@ -57,15 +82,31 @@ def main() -> int:
     figures, targets = [], []
     for name in CONFIGURATIONS:
         estimated = estimate(name)
-        command = ["env", "MALLOC_MMAP_THRESHOLD_=65536", f"PYTHONPATH={os.environ.get('PYTHONPATH', '')}", sys.executable, __file__]
+        command = [
+            "env",
+            "MALLOC_MMAP_THRESHOLD_=65536",
+            f"PYTHONPATH={os.environ.get('PYTHONPATH', '')}",
+            sys.executable,
+            __file__,
+        ]
         measured = json.loads(run_command([*command, "--measure", name]).output.splitlines()[-1])
-        figures += [Figure(name, "measured", "MB", [round(measured)]), Figure(name, "estimated", "MB", [round(estimated)])]
-        targets.append(Target(f"|estimated ÷ measured − 1|, {name}", abs(estimated / measured - 1), WITHIN, is_ceiling=True))
+        figures += [
+            Figure(name, "measured", "MB", [round(measured)]),
+            Figure(name, "estimated", "MB", [round(estimated)]),
+        ]
+        targets.append(
+            Target(
+                f"|estimated ÷ measured − 1|, {name}", abs(estimated / measured - 1), WITHIN, is_ceiling=True
+            )
+        )
     for name in PIPELINES:
         estimates, peaks = estimate_places(name), measure_places(name)
         for place, (estimated, measured) in enumerate(zip(estimates, peaks, strict=True)):
             work = f"{name}, rank {place}"
-            figures += [Figure(work, "measured", "MB", [round(measured)]), Figure(work, "estimated", "MB", [round(estimated)])]
+            figures += [
+                Figure(work, "measured", "MB", [round(measured)]),
+                Figure(work, "estimated", "MB", [round(estimated)]),
+            ]
         off = max(abs(estimated / measured - 1) for estimated, measured in zip(estimates, peaks, strict=True))
         targets.append(Target(f"|estimated ÷ measured − 1|, {name}", off, WITHIN, is_ceiling=True))
     works = {figure.work: "measured" for figure in figures}
@@ -80,7 +121,10 @@ def estimate(name: str) -> float:
     shape, training, sequences, micro_batches = CONFIGURATIONS[name]
     return (
         step_memory(
-            ModelConfig.model_validate(shape), TrainingConfig.model_validate(training), sequences=sequences, micro_batches=micro_batches
+            ModelConfig.model_validate(shape),
+            TrainingConfig.model_validate(training),
+            sequences=sequences,
+            micro_batches=micro_batches,
         ).peak()
         / MEGABYTE
     )
@@ -106,9 +150,16 @@ def measure_places(name: str) -> list[float]:
     """The same, of a step that two ranks take."""
     shape, training, sequences, micro_batches = PIPELINES[name]
     said = json.dumps([shape, {**training, "pipeline_parallel": 2}, sequences, micro_batches])
-    environment = ["env", "MALLOC_MMAP_THRESHOLD_=65536", "OMP_NUM_THREADS=1", f"PYTHONPATH={os.environ.get('PYTHONPATH', '')}"]
+    environment = [
+        "env",
+        "MALLOC_MMAP_THRESHOLD_=65536",
+        "OMP_NUM_THREADS=1",
+        f"PYTHONPATH={os.environ.get('PYTHONPATH', '')}",
+    ]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    output = run_command([*environment, *launcher, Path(__file__).parent / "workers/pipeline_memory.py", said]).output
+    output = run_command(
+        [*environment, *launcher, Path(__file__).parent / "workers/pipeline_memory.py", said]
+    ).output
     return [peak / MEGABYTE for peak in json.loads(output.splitlines()[-1])]
 
 
@@ -121,7 +172,15 @@ def measure(name: str) -> float:
 
     shape, training, sequences, micro_batches = CONFIGURATIONS[name]
     torch.manual_seed(0)
-    return measured_step(ModelConfig.model_validate(shape), TrainingConfig.model_validate(training), sequences, micro_batches) / MEGABYTE
+    return (
+        measured_step(
+            ModelConfig.model_validate(shape),
+            TrainingConfig.model_validate(training),
+            sequences,
+            micro_batches,
+        )
+        / MEGABYTE
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""Tokens a second on two ranks against one: the step of the training engine (DDP over gloo), every rank on one core of its own.
+"""Tokens a second on two ranks against one: the step of the training engine (DDP over gloo), every rank on
+one core of its own.
 
-The shape is benchmarks' 10.7 M one (6 layers, 384 wide, context 256, 16 sequences a micro-batch and rank), so that two ranks do twice the
-work of one in a step. Each measurement is a fresh `torchrun`; the single rank is pinned to one core too, with one thread, as are the two.
-With accumulation a rank sends its gradients once for several micro-batches.
+The shape is benchmarks' 10.7 M one (6 layers, 384 wide, context 256, 16 sequences a micro-batch and rank), so
+that two ranks do twice the work of one in a step. Each measurement is a fresh `torchrun`; the single rank is
+pinned to one core too, with one thread, as are the two. With accumulation a rank sends its gradients once for
+several micro-batches.
 
     python benchmarks/ranks.py [--rounds 3] [--precisions fp32,bf16] [--accumulation 1,4] [--quick]
 """
@@ -10,6 +12,7 @@ With accumulation a rank sends its gradients once for several micro-batches.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -25,13 +28,20 @@ WARM_UP = 2
 
 def main() -> int:
     """Measure, print, write; 1 where the target is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--precisions", default="fp32,bf16")
     parser.add_argument("--accumulation", default="1,4")
     parser.add_argument("--quick", action="store_true", help="one round, fp32, no accumulation")
-    parser.add_argument("--measure", nargs=4, metavar=("PRECISION", "ACCUMULATION", "STEPS", "FILE"), help="(for the processes started)")
+    parser.add_argument(
+        "--measure",
+        nargs=4,
+        metavar=("PRECISION", "ACCUMULATION", "STEPS", "FILE"),
+        help="(for the processes started)",
+    )
     options = parser.parse_args()
     if options.measure:
         precision, accumulation, steps, file = options.measure
@@ -46,21 +56,48 @@ def main() -> int:
     targets: list[Target] = []
     for precision in precisions.split(","):
         for accumulation in accumulations.split(","):
-            work = f"10.7 M, {precision}, {accumulation} micro-batch{'es' if accumulation != '1' else ''} a step"
-            steps = max(2, options.steps // int(accumulation))
-            timed = {f"{ranks} rank{'s' * (ranks > 1)}": (lambda n=ranks: _rate(n, precision, accumulation, steps)) for ranks in (1, 2)}  # noqa: B023
-            measured = alternate(timed, 1 if options.quick else options.rounds)
-            figures += [Figure(work, name, "tokens/s", [round(rate, 1) for rate in rates]) for name, rates in measured.items()]
-            targets.append(
-                Target(f"2 ranks ÷ 1, {precision}, accumulation {accumulation}", figures[-1].median / figures[-2].median, WANTED)
+            work = (
+                f"10.7 M, {precision}, {accumulation} micro-batch{'es' if accumulation != '1' else ''} a step"
             )
-    return finish("ranks", figures, {figure.work: "1 rank" for figure in figures}, " ".join(["python", *sys.argv]), targets, [load])
+            steps = max(2, options.steps // int(accumulation))
+            timed = {
+                f"{ranks} rank{'s' * (ranks > 1)}": functools.partial(
+                    _rate, ranks, precision, accumulation, steps
+                )
+                for ranks in (1, 2)
+            }
+            measured = alternate(timed, 1 if options.quick else options.rounds)
+            figures += [
+                Figure(work, name, "tokens/s", [round(rate, 1) for rate in rates])
+                for name, rates in measured.items()
+            ]
+            targets.append(
+                Target(
+                    f"2 ranks ÷ 1, {precision}, accumulation {accumulation}",
+                    figures[-1].median / figures[-2].median,
+                    WANTED,
+                )
+            )
+    return finish(
+        "ranks",
+        figures,
+        {figure.work: "1 rank" for figure in figures},
+        " ".join(["python", *sys.argv]),
+        targets,
+        [load],
+    )
 
 
 def _rate(ranks: int, precision: str, accumulation: str, steps: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rate.json"
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        launcher = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={ranks}",
+        ]
         run_command([*launcher, __file__, "--measure", precision, accumulation, str(steps), file])
         return float(json.loads(file.read_text(encoding="utf-8")))
 
@@ -90,8 +127,14 @@ def measure(precision: str, accumulation: int, steps: int, file: Path) -> None:
         model = Transformer(model_config(shape), torch.Generator().manual_seed(0)).train()
         engine = build_engine(model, training, None, ranks, torch.device("cpu"))
         engine.start(precision, "off")  # type: ignore[arg-type]
-        ids = torch.randint(shape.vocabulary, (shape.batch, shape.context + 1), generator=torch.Generator().manual_seed(1 + ranks.rank))
-        batches = [Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None, shape.tokens)] * accumulation
+        ids = torch.randint(
+            shape.vocabulary,
+            (shape.batch, shape.context + 1),
+            generator=torch.Generator().manual_seed(1 + ranks.rank),
+        )
+        batches = [
+            Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None, shape.tokens)
+        ] * accumulation
         tokens = shape.tokens * accumulation * ranks.count
         for index in range(WARM_UP + steps):
             if index == WARM_UP:

@@ -2,8 +2,8 @@
 
     python benchmarks/report.py [--check]
 
-The words about each benchmark are its own docstring; the figures are the files'. With `--check` nothing is written, and the exit
-status is 1 where the page is not what the files say.
+The words about each benchmark are its own docstring; the figures are the files'. With `--check` nothing is
+written, and the exit status is 1 where the page is not what the files say.
 """
 
 from __future__ import annotations
@@ -40,8 +40,12 @@ nanoGPT is not a package: the benchmarks that compare with it take `--nanogpt DI
 
 def main() -> int:
     """Write the page, or compare it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where the page is out of date")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; fail where the page is out of date"
+    )
     options = parser.parse_args()
     text = page()
     if options.check:
@@ -73,8 +77,14 @@ def _docstring(command: str) -> str:
 def _section(result: dict[str, Any]) -> str:
     """One machine's figures."""
     machine = result["machine"]
-    figures = [Figure(one["work"], one["contestant"], one["unit"], one["rounds"], one["note"]) for one in result["figures"]]
-    targets = [Target(one["what"], one["reached"], one["wanted"], one["unit"], one["is_ceiling"]) for one in result.get("targets", [])]
+    figures = [
+        Figure(one["work"], one["contestant"], one["unit"], one["rounds"], one["note"])
+        for one in result["figures"]
+    ]
+    targets = [
+        Target(one["what"], one["reached"], one["wanted"], one["unit"], one["is_ceiling"])
+        for one in result.get("targets", [])
+    ]
     lines = [
         f"**{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}**, {result['date']}: `{result['command']}`",
         "",

@@ -1,5 +1,5 @@
-"""Seconds to nanoGPT's CPU loss on Tiny Shakespeare by characters: the whole process, from `python` to the trained and validated
-model.
+"""Seconds to nanoGPT's CPU loss on Tiny Shakespeare by characters: the whole process, from `python` to the
+trained and validated model.
 
 The bar is what nanoGPT's README reaches on a CPU: 4 layers, 4 heads, 128 wide, 804,096 parameters, context 64, 2,000 steps of 12
 sequences. It prints 1.8857 over 20 random batches; over all 1,742 non-overlapping windows of 64 tokens of the held-out tenth it is
@@ -10,8 +10,8 @@ validation, checkpoints and the report are in the time; preparing the data, whic
 
     python benchmarks/time_to_loss.py [--seeds 1,2,3] [--nanogpt DIR] [--text FILE]
 
-nanoGPT runs beside where `--nanogpt` names its clone (which stays as it is: a copy is run); else its recorded figure is shown as
-such.
+nanoGPT runs beside where `--nanogpt` names its clone (which stays as it is: a copy is run); else its recorded
+figure is shown as such.
 """
 
 from __future__ import annotations
@@ -34,21 +34,31 @@ ROOT = Path(__file__).resolve().parents[1]
 TEXT = ROOT.parent / "shared" / "data" / "shakespeare.txt"
 CONFIG = ROOT / "configs" / "shakespeare_fast.yaml"
 CONTEXT, LOSS, PARAMETERS = 64, 1.898, 804_096
-RECORDED_SECONDS = 72.0  # nanoGPT's run on a quiet 2-core AMD EPYC with AVX512-BF16: another machine, so no ratio of one run
+RECORDED_SECONDS = (
+    72.0  # nanoGPT's run on a quiet 2-core AMD EPYC with AVX512-BF16: another machine, so no ratio of one run
+)
 WANTED = 5.0
 README_COMMAND = (
     "config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=100 --block_size=64 --batch_size=12 "
     "--n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
 )
-WORK, PROCESSOR_WORK, LOSS_WORK = "whole process", "whole process, processor time of all threads", "loss over all windows"
+WORK, PROCESSOR_WORK, LOSS_WORK = (
+    "whole process",
+    "whole process, processor time of all threads",
+    "loss over all windows",
+)
 
 
 def main() -> int:
     """Train once a seed, check, print, write; 1 where the loss or a target is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="a clone of nanoGPT")
-    parser.add_argument("--text", type=Path, default=TEXT, help="Tiny Shakespeare as one file (default: %(default)s)")
+    parser.add_argument(
+        "--text", type=Path, default=TEXT, help="Tiny Shakespeare as one file (default: %(default)s)"
+    )
     options = parser.parse_args()
     if not options.text.exists():
         parser.error(f"there is no {options.text}; name the text with --text FILE")
@@ -56,12 +66,21 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         prepared = run_command(
-            [sys.executable, ROOT / "data/shakespeare_char/prepare.py", "--input", options.text, "--output_dir", folder / "data"]
+            [
+                sys.executable,
+                ROOT / "data/shakespeare_char/prepare.py",
+                "--input",
+                options.text,
+                "--output_dir",
+                folder / "data",
+            ]
         )
         notes.append(f"preparing our data took {prepared.seconds:.1f} s more, once for all runs")
         ours = Runs("ours")
         theirs = Runs("nanoGPT")
-        clone = None if options.nanogpt is None else prepare_nanogpt(options.nanogpt, options.text, folder, notes)
+        clone = (
+            None if options.nanogpt is None else prepare_nanogpt(options.nanogpt, options.text, folder, notes)
+        )
         for seed in options.seeds.split(","):
             ours.add(*train_ours(folder, seed))
             if clone is not None:
@@ -83,7 +102,11 @@ class Runs:
 
     def add(self, seconds: float, processor_seconds: float, loss: float) -> None:
         """One more run."""
-        print(f"{self.name}: {seconds:.2f} s, {processor_seconds:.2f} s of processor time, loss {loss:.4f}", file=sys.stderr, flush=True)
+        print(
+            f"{self.name}: {seconds:.2f} s, {processor_seconds:.2f} s of processor time, loss {loss:.4f}",
+            file=sys.stderr,
+            flush=True,
+        )
         self.seconds.append(seconds)
         self.processor_seconds.append(processor_seconds)
         self.losses.append(loss)
@@ -100,16 +123,33 @@ class Runs:
 
 
 def train_ours(folder: Path, seed: str) -> tuple[float, float, float]:
-    """Train as configured; returns seconds, processor seconds, fp32 loss. Raises SystemExit where loss or size is over the bar."""
+    """Train as configured; returns seconds, processor seconds, fp32 loss. Raises SystemExit where loss or
+    size is over the bar.
+    """
     run = folder / f"run-{seed}"
     program = Path(sys.executable).parent / "llm-trainer"
-    done = run_command([program, "train", "--config", CONFIG, "--data_dir", folder / "data", "--output_dir", run, "--seed", seed])
+    done = run_command(
+        [
+            program,
+            "train",
+            "--config",
+            CONFIG,
+            "--data_dir",
+            folder / "data",
+            "--output_dir",
+            run,
+            "--seed",
+            seed,
+        ]
+    )
     printed = [line["val_loss"] for line in _metrics(run) if "val_loss" in line][-1]
     loss, parameters = loss_over_all_windows(run / "final_model", folder / "data")
     if parameters > PARAMETERS:
         raise SystemExit(f"the model has {parameters:,} parameters, more than {PARAMETERS:,}")
     if max(printed, loss) > LOSS:
-        raise SystemExit(f"seed {seed} ends at {printed:.4f} ({loss:.4f} in fp32), above {LOSS}: a time to it is not a figure")
+        raise SystemExit(
+            f"seed {seed} ends at {printed:.4f} ({loss:.4f} in fp32), above {LOSS}: a time to it is not a figure"
+        )
     return done.seconds, done.processor_seconds, loss
 
 
@@ -118,7 +158,9 @@ def _metrics(run: Path) -> list[dict[str, float]]:
 
 
 def loss_over_all_windows(model_folder: Path, data: Path) -> tuple[float, int]:
-    """Mean loss of the saved model over every non-overlapping window of the held-out part, in fp32 by plain code; and its parameters."""
+    """Mean loss of the saved model over every non-overlapping window of the held-out part, in fp32 by plain
+    code; and its parameters.
+    """
     import torch
 
     from llm_trainer.model.hf.checkpoint import load_pretrained
@@ -130,7 +172,9 @@ def loss_over_all_windows(model_folder: Path, data: Path) -> tuple[float, int]:
     inputs, labels = (tokens[offset : offset + windows * CONTEXT].view(windows, CONTEXT) for offset in (0, 1))
     with torch.inference_mode():
         total = sum(
-            torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), wanted.flatten(), reduction="sum").item()
+            torch.nn.functional.cross_entropy(
+                model(ids).flatten(0, 1), wanted.flatten(), reduction="sum"
+            ).item()
             for ids, wanted in zip(inputs.split(128), labels.split(128), strict=True)
         )
     return total / (windows * CONTEXT), sum(parameter.numel() for parameter in model.parameters())
@@ -158,7 +202,9 @@ def prepare_nanogpt(clone: Path, text: Path, folder: Path, notes: list[str]) -> 
 
 
 def train_nanogpt(copy: Path, data: Path) -> tuple[float, float, float]:
-    """Its README's command; returns seconds, processor seconds, and the fp32 loss over all windows of the checkpoint it leaves."""
+    """Its README's command; returns seconds, processor seconds, and the fp32 loss over all windows of the
+    checkpoint it leaves.
+    """
     done = run_command([sys.executable, "train.py", *README_COMMAND.split()], folder=copy)
     loss, _ = loss_over_all_windows(copy / "out-shakespeare-char" / "ckpt.pt", data)
     return done.seconds, done.processor_seconds, loss
@@ -166,7 +212,9 @@ def train_nanogpt(copy: Path, data: Path) -> tuple[float, float, float]:
 
 def _targets(ours: Runs, theirs: Runs, notes: list[str]) -> list[Target]:
     mean = statistics.mean(ours.seconds)
-    notes.append(f"ours: mean of {len(ours.seconds)} seeds {mean:.2f} s, largest loss {max(ours.losses):.4f} of {LOSS} allowed")
+    notes.append(
+        f"ours: mean of {len(ours.seconds)} seeds {mean:.2f} s, largest loss {max(ours.losses):.4f} of {LOSS} allowed"
+    )
     if theirs.seconds:
         return [Target("nanoGPT's seconds ÷ ours, means", statistics.mean(theirs.seconds) / mean, WANTED)]
     notes.append(

@@ -1,15 +1,18 @@
-"""Tokens per second of a training step (forward, backward, clipping, AdamW): ours against transformers, LitGPT and nanoGPT, on three
-shapes.
+"""Tokens per second of a training step (forward, backward, clipping, AdamW): ours against transformers,
+LitGPT and nanoGPT, on three shapes.
 
-Every contestant is a process of its own that builds, compiles and warms up once and then waits; rounds alternate between them. Each
-library takes part eager in fp32, which is its default, eager in bf16 autocast and compiled in bf16; the ratios compare the best of
-ours with the best of each peer. nanoGPT takes part as its README runs it on a CPU, fp32 and eager, where `--nanogpt` names its
-clone. LitGPT does not install beside our version of huggingface-hub, so it has an environment of its own, .venv-peers
-(docs/benchmarks.md says how to make it).
+Every contestant is a process of its own that builds, compiles and warms up once and then waits; rounds
+alternate between them. Each library takes part eager in fp32, which is its default, eager in bf16 autocast
+and compiled in bf16; the ratios compare the best of ours with the best of each peer. nanoGPT takes part as
+its README runs it on a CPU, fp32 and eager, where `--nanogpt` names its clone. LitGPT does not install beside
+our version of huggingface-hub, so it has an environment of its own, .venv-peers (docs/benchmarks.md says how
+to make it).
 
-Compilation is not in these figures: they are what a long run settles at. Short runs are what `time_to_loss.py` measures.
+Compilation is not in these figures: they are what a long run settles at. Short runs are what
+`time_to_loss.py` measures.
 
-    python benchmarks/training_throughput.py [--rounds 5] [--shapes 0.8M,10.7M,vocabulary-50k] [--nanogpt DIR] [--quick]
+    python benchmarks/training_throughput.py [--rounds 5] [--shapes 0.8M,10.7M,vocabulary-50k] [--nanogpt DIR]
+    [--quick]
 """
 
 from __future__ import annotations
@@ -30,15 +33,25 @@ PEERS_PYTHON = HERE.parent / ".venv-peers" / "bin" / "python"
 PEERS = ("transformers", "LitGPT")
 FP32, BF16, COMPILED = ("--precision", "fp32"), ("--precision", "bf16"), ("--precision", "bf16", "--compile")
 WAYS = {"fp32": FP32, "bf16": BF16, "bf16 compiled": COMPILED}
-WHOLE_SCORES = ("--attention", "eager")  # transformers' name for attention by plain products: better than the fused one in bf16 on CPUs
-MORE_WAYS = {"transformers": {"bf16 eager attention": (*BF16, *WHOLE_SCORES), "bf16 eager attention compiled": (*COMPILED, *WHOLE_SCORES)}}
+WHOLE_SCORES = (
+    "--attention",
+    "eager",
+)  # transformers' name for attention by plain products: better than the fused one in bf16 on CPUs
+MORE_WAYS = {
+    "transformers": {
+        "bf16 eager attention": (*BF16, *WHOLE_SCORES),
+        "bf16 eager attention compiled": (*COMPILED, *WHOLE_SCORES),
+    }
+}
 WANTED, WANTED_OF_NANOGPT = 1.2, 3.0
 ROUND_SECONDS = 2.0
 
 
 def main() -> int:
     """Measure, print, write; 1 where a target is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="a clone of nanoGPT, to take part")
@@ -51,13 +64,17 @@ def main() -> int:
     for name in options.shapes.split(","):
         figures += measure(name, options.quick, options.rounds, options.nanogpt, notes)
     baselines = {figure.work: "transformers, fp32" for figure in figures}
-    return finish("training_throughput", figures, baselines, " ".join(["python", *sys.argv]), _targets(figures), notes)
+    return finish(
+        "training_throughput", figures, baselines, " ".join(["python", *sys.argv]), _targets(figures), notes
+    )
 
 
 def measure(name: str, is_quick: bool, rounds: int, nanogpt: Path | None, notes: list[str]) -> list[Figure]:
     """All contestants on one shape; those that fail to start are noted and left out."""
     shape = SHAPES[name]
-    commands = {name: words for name, words in _commands(nanogpt).items() if not (is_quick and "--compile" in words)}
+    commands = {
+        name: words for name, words in _commands(nanogpt).items() if not (is_quick and "--compile" in words)
+    }
     workers: dict[str, Worker] = {}
     try:
         for contestant, command in commands.items():
@@ -65,9 +82,16 @@ def measure(name: str, is_quick: bool, rounds: int, nanogpt: Path | None, notes:
             if worker is None:
                 notes.append(f"{contestant} failed on {shape.in_words}")
                 continue
-            print(f"{name}: {contestant} is ready after {worker.ready_seconds:.0f} s", file=sys.stderr, flush=True)
+            print(
+                f"{name}: {contestant} is ready after {worker.ready_seconds:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
             workers[contestant] = worker
-        timed = {contestant: (lambda worker=worker: worker.tokens_per_second(shape)) for contestant, worker in workers.items()}
+        timed = {
+            contestant: (lambda worker=worker: worker.tokens_per_second(shape))
+            for contestant, worker in workers.items()
+        }
         measured = alternate(timed, rounds)
     finally:
         for worker in workers.values():
@@ -77,7 +101,10 @@ def measure(name: str, is_quick: bool, rounds: int, nanogpt: Path | None, notes:
 
 def _commands(nanogpt: Path | None) -> dict[str, list[str]]:
     """Each contestant's command but for the shape."""
-    libraries = {"ours": (sys.executable, "ours.py"), "transformers": (sys.executable, "transformers_gpt2.py")}
+    libraries = {
+        "ours": (sys.executable, "ours.py"),
+        "transformers": (sys.executable, "transformers_gpt2.py"),
+    }
     if PEERS_PYTHON.exists():
         libraries["LitGPT"] = (str(PEERS_PYTHON), "litgpt_gpt.py")
     commands = {
@@ -103,7 +130,13 @@ class Worker:
         """Start one and wait until it is ready; None where it failed."""
         environment = {**os.environ, **({"NANOGPT": str(nanogpt.resolve())} if nanogpt else {})}
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8", env=environment
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            encoding="utf-8",
+            env=environment,
         )
         answer = _answer(process)
         return None if answer is None else cls(process, answer["ready_seconds"])
@@ -143,9 +176,13 @@ def _targets(figures: list[Figure]) -> list[Target]:
     targets = []
     for (work, library), rate in best.items():
         if library in PEERS:
-            targets.append(Target(f"{work}: best of ours ÷ best of {library}", best[work, "ours"] / rate, WANTED))
+            targets.append(
+                Target(f"{work}: best of ours ÷ best of {library}", best[work, "ours"] / rate, WANTED)
+            )
         elif library == "nanoGPT":
-            targets.append(Target(f"{work}: best of ours ÷ nanoGPT", best[work, "ours"] / rate, WANTED_OF_NANOGPT))
+            targets.append(
+                Target(f"{work}: best of ours ÷ nanoGPT", best[work, "ours"] / rate, WANTED_OF_NANOGPT)
+            )
     return targets
 
 

@@ -1,11 +1,8 @@
 # A small character model of Shakespeare's plays (1.1 MB): 10.7 M parameters, minutes on a GPU.
 # nanoGPT's README gives a validation loss of 1.4697 for it, after about 3 minutes on an A100.
 #
-#   python data/shakespeare_char/prepare.py
-#   python train_refactored.py config/train_shakespeare_char.py
 #
 # On a laptop's CPU make it smaller:
-#   --n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --batch_size=12 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0
 
 out_dir = "out-shakespeare-char"
 dataset = "shakespeare_char"

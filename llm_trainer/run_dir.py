@@ -1,8 +1,10 @@
-"""The run folder: what lies where, whether a checkpoint is whole, and which folder a person's word for one means.
+"""The run folder: what lies where, whether a checkpoint is whole, and which folder a person's word for one
+means.
 
-A checkpoint is trusted only if its `manifest.json`, which is written last, lists every file with its size and SHA-256 and all of
-them agree. So a save that was killed, a disk that lied and a hand that edited are told apart from a good checkpoint without
-opening a single tensor; nothing here needs torch, and the command line can answer in milliseconds.
+A checkpoint is trusted only if its `manifest.json`, which is written last, lists every file with its size and
+SHA-256 and all of them agree. So a save that was killed, a disk that lied and a hand that edited are told
+apart from a good checkpoint without opening a single tensor; nothing here needs torch, and the command line
+can answer in milliseconds.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ BEST_MODEL = "best_model"
 FINAL_MODEL = "final_model"
 # A folder that is being written or thrown away; never taken for a checkpoint.
 TEMPORARY_PREFIX = ".tmp-"
-# The earlier holder of a name while its successor takes the name: for that instant it is the only one, and it is whole.
+# The earlier holder of a name while its successor takes the name: for that instant it is the only one, and it
+# is whole.
 REPLACED_PREFIX = ".old-"
 # Where a new run puts what an earlier run left in the same folder.
 EARLIER_PREFIX = "earlier-"
@@ -46,8 +49,12 @@ WANDB_ID_FILE = "wandb_run_id"
 
 MANIFEST_FORMAT = 1
 
-_STEP_FOLDER = re.compile(rf"(?:{re.escape(REPLACED_PREFIX)})?(?:{CHECKPOINT_PREFIX}|{EMERGENCY_PREFIX}|{RECENT_PREFIX})(\d+)")
-_STEP_SPELLING = re.compile(r"(?:checkpoint|ckpt|emergency|recent|step)(?:[-_]step)?[-_]?(\d+)(?:\.(?:pt|pth|ckpt|safetensors))?")
+_STEP_FOLDER = re.compile(
+    rf"(?:{re.escape(REPLACED_PREFIX)})?(?:{CHECKPOINT_PREFIX}|{EMERGENCY_PREFIX}|{RECENT_PREFIX})(\d+)"
+)
+_STEP_SPELLING = re.compile(
+    r"(?:checkpoint|ckpt|emergency|recent|step)(?:[-_]step)?[-_]?(\d+)(?:\.(?:pt|pth|ckpt|safetensors))?"
+)
 _NAME_SPELLING = re.compile(r"(best|final)(?:[-_]model)?(?:\.(?:pt|pth|ckpt|safetensors))?")
 
 Report = Callable[[str], None]
@@ -81,20 +88,30 @@ def emergency_name(step: int) -> str:
 
 def file_entries(folder: Path, paths: Iterable[Path]) -> dict[str, FileEntry]:
     """Size in bytes and SHA-256 of files under `folder`, by their names there."""
-    return {path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(paths)}
+    return {
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(paths)
+    }
 
 
 def write_manifest(folder: Path, files: Mapping[str, FileEntry] | None = None) -> Path:
-    """List `files` (none: every file under `folder`) with sizes and hashes in `manifest.json`; the caller syncs it to the disk."""
+    """List `files` (none: every file under `folder`) with sizes and hashes in `manifest.json`; the caller
+    syncs it to the disk.
+    """
     if files is None:
-        files = file_entries(folder, (path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_FILE))
+        files = file_entries(
+            folder, (path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_FILE)
+        )
     manifest = folder / MANIFEST_FILE
-    manifest.write_text(json.dumps({"format": MANIFEST_FORMAT, "files": files}, indent=1) + "\n", encoding="utf-8")
+    manifest.write_text(
+        json.dumps({"format": MANIFEST_FORMAT, "files": files}, indent=1) + "\n", encoding="utf-8"
+    )
     return manifest
 
 
 def verify(folder: Path, *, contents: bool = True, share: tuple[int, int] = (0, 1)) -> list[str]:
-    """What is wrong with a checkpoint folder, a line each; empty when it is whole. `contents=False`: sizes only, nothing is read.
+    """What is wrong with a checkpoint folder, a line each; empty when it is whole. `contents=False`: sizes
+    only, nothing is read.
 
     `share` (number, of how many): of the files' contents only this part is read, for others to read the other parts.
     """
@@ -103,19 +120,32 @@ def verify(folder: Path, *, contents: bool = True, share: tuple[int, int] = (0, 
     except CheckpointError as error:
         return [str(error)]
     read = _files_of(share, listed) if contents else set()
-    problems = [problem for name, said in listed.items() for problem in _file_problems(folder / name, name, said, name in read)]
+    problems = [
+        problem
+        for name, said in listed.items()
+        for problem in _file_problems(folder / name, name, said, name in read)
+    ]
     # Readers of weights take every *.safetensors they find, so one that nobody listed is not harmless.
     found = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.safetensors")))
     return problems + [f"{name} is not in the manifest" for name in found if name not in listed]
 
 
 def list_checkpoints(run_folder: Path) -> list[FoundCheckpoint]:
-    """Every folder of `run_folder` that could be resumed, newest step first; at one step a checkpoint comes before best and final."""
+    """Every folder of `run_folder` that could be resumed, newest step first; at one step a checkpoint comes
+    before best and final.
+    """
     if not run_folder.is_dir():
         return []
     folders = sorted((path for path in run_folder.iterdir() if path.is_dir()), reverse=True)
     found = [FoundCheckpoint(path, step) for path in folders if (step := _step_of(path)) is not None]
-    return sorted(found, key=lambda one: (-one.step, one.path.name.startswith(REPLACED_PREFIX), not _STEP_FOLDER.fullmatch(one.path.name)))
+    return sorted(
+        found,
+        key=lambda one: (
+            -one.step,
+            one.path.name.startswith(REPLACED_PREFIX),
+            not _STEP_FOLDER.fullmatch(one.path.name),
+        ),
+    )
 
 
 def resolve_resume_folder(spec: str | Path, report: Report | None = None, check: Verify = verify) -> Path:
@@ -130,7 +160,9 @@ def resolve_resume_folder(spec: str | Path, report: Report | None = None, check:
         return _newest_whole(path, report or _to_stderr, check)
     folder = _named_folder(path)
     if folder.is_file():
-        raise CheckpointError(f"{folder} holds weights only, which cannot be resumed; start from its weights with --init_from={folder}")
+        raise CheckpointError(
+            f"{folder} holds weights only, which cannot be resumed; start from its weights with --init_from={folder}"
+        )
     problems = check(folder)
     if problems:
         raise CheckpointError(f"{folder} cannot be resumed: {_briefly(problems)}{_another(folder, check)}")
@@ -138,14 +170,17 @@ def resolve_resume_folder(spec: str | Path, report: Report | None = None, check:
 
 
 def resolve_model_folder(spec: str | Path, report: Report | None = None) -> Path:
-    """The folder (with `config.json`) whose weights `spec` means; a real `.pt` file is returned as it is, for the importer.
+    """The folder (with `config.json`) whose weights `spec` means; a real `.pt` file is returned as it is, for
+    the importer.
 
     A run folder means best_model, else final_model, else its newest checkpoint; a damaged one is passed over and named through
     `report` (stderr by default). Raises CheckpointError.
     """
     path = Path(spec)
     if path.is_dir() and not _is_model_folder(path):
-        preferred = [folder for name in (BEST_MODEL, FINAL_MODEL) if (folder := _placed(path, name)) is not None]
+        preferred = [
+            folder for name in (BEST_MODEL, FINAL_MODEL) if (folder := _placed(path, name)) is not None
+        ]
         for folder in preferred:
             if problems := verify(folder, contents=False):
                 (report or _to_stderr)(f"passing over {folder}: {_briefly(problems)}")
@@ -161,16 +196,23 @@ def resolve_model_folder(spec: str | Path, report: Report | None = None) -> Path
 
 
 def read_run_config(folder: Path) -> RunConfig:
-    """The settings in the `run.json` of a checkpoint or run folder. Raises CheckpointError where it is missing or garbled.
+    """The settings in the `run.json` of a checkpoint or run folder. Raises CheckpointError where it is
+    missing or garbled.
 
     What was said to one start of the run and is not of the run itself (`resume_from`, `horizon`) is left out.
     """
-    sections = {name: value for name, value in read_json(folder / RUN_FILE).items() if name in RunConfig.model_fields}
+    sections = {
+        name: value for name, value in read_json(folder / RUN_FILE).items() if name in RunConfig.model_fields
+    }
     if not sections:
-        raise CheckpointError(f"{folder / RUN_FILE} holds no settings; --init_from={folder} starts a new run from its weights")
+        raise CheckpointError(
+            f"{folder / RUN_FILE} holds no settings; --init_from={folder} starts a new run from its weights"
+        )
     training = sections.get("training")
     if isinstance(training, Mapping):
-        sections["training"] = {name: value for name, value in training.items() if name not in ("resume_from", "horizon")}
+        sections["training"] = {
+            name: value for name, value in training.items() if name not in ("resume_from", "horizon")
+        }
     return RunConfig.model_validate(sections)
 
 
@@ -209,7 +251,9 @@ def _sha256(path: Path) -> str:
 
 def _read_manifest(folder: Path) -> dict[str, Mapping[str, JSON]]:
     if not (folder / MANIFEST_FILE).exists():
-        raise CheckpointError(f"no {MANIFEST_FILE}: the save did not finish" if folder.is_dir() else "no such folder")
+        raise CheckpointError(
+            f"no {MANIFEST_FILE}: the save did not finish" if folder.is_dir() else "no such folder"
+        )
     manifest = read_json(folder / MANIFEST_FILE)
     files = manifest.get("files")
     if manifest.get("format") != MANIFEST_FORMAT or not isinstance(files, dict) or not files:
@@ -254,7 +298,14 @@ def _step_of(path: Path) -> int | None:
 
 def _placed(run_folder: Path, name: str) -> Path | None:
     """The folder of this name, or the one that was just giving the name up when the process was killed."""
-    return next((folder for folder in (run_folder / name, run_folder / f"{REPLACED_PREFIX}{name}") if folder.is_dir()), None)
+    return next(
+        (
+            folder
+            for folder in (run_folder / name, run_folder / f"{REPLACED_PREFIX}{name}")
+            if folder.is_dir()
+        ),
+        None,
+    )
 
 
 def _newest_whole(run_folder: Path, report: Report, check: Verify) -> Path:
@@ -265,17 +316,25 @@ def _newest_whole(run_folder: Path, report: Report, check: Verify) -> Path:
             return one.path
         report(f"passing over {one.path}: {_briefly(problems)}")
     if found:
-        raise CheckpointError(f"{run_folder}: none of its {len(found)} checkpoints is whole; the lines above say what is wrong with each")
+        raise CheckpointError(
+            f"{run_folder}: none of its {len(found)} checkpoints is whole; the lines above say what is wrong with each"
+        )
     names = f"{CHECKPOINT_PREFIX}<step>, {BEST_MODEL} or {FINAL_MODEL}"
     raise CheckpointError(f"{run_folder} holds no checkpoint (no {names}); is it the run folder?")
 
 
 def _is_model_folder(path: Path) -> bool:
-    return (path / "config.json").is_file() or (path / MANIFEST_FILE).is_file() or _STEP_FOLDER.fullmatch(path.name) is not None
+    return (
+        (path / "config.json").is_file()
+        or (path / MANIFEST_FILE).is_file()
+        or _STEP_FOLDER.fullmatch(path.name) is not None
+    )
 
 
 def _named_folder(path: Path) -> Path:
-    """What a path that is not a run folder means: itself, the folder around a file, or the folder that an old file name stands for."""
+    """What a path that is not a run folder means: itself, the folder around a file, or the folder that an old
+    file name stands for.
+    """
     if path.is_dir():
         return path
     if path.is_file():
@@ -291,7 +350,10 @@ def _named_folder(path: Path) -> Path:
         placed = None
     if placed is None:
         there = ", ".join(one.path.name for one in list_checkpoints(run_folder))
-        raise CheckpointError(f"{path}: no such checkpoint" + (f"; {run_folder} holds {there}" if there else f"; {run_folder} holds none"))
+        raise CheckpointError(
+            f"{path}: no such checkpoint"
+            + (f"; {run_folder} holds {there}" if there else f"; {run_folder} holds none")
+        )
     return placed
 
 

@@ -9,8 +9,8 @@ from pydoc_data.topics import topics
 import hypothesis
 import pytest
 
-# Before torch reads it: tests run side by side, one thread each; and sums are in one order in a test and in the processes that it starts,
-# which comparisons to the bit rely on.
+# Before torch reads it: tests run side by side, one thread each; and sums are in one order in a test and in
+# the processes that it starts, which comparisons to the bit rely on.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from paths import SHARED
@@ -42,7 +42,9 @@ def tiny_tokenizer(tiny_texts: list[str]) -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
-def tiny_data(tmp_path_factory: pytest.TempPathFactory, tiny_texts: list[str], tiny_tokenizer: Tokenizer) -> Path:
+def tiny_data(
+    tmp_path_factory: pytest.TempPathFactory, tiny_texts: list[str], tiny_tokenizer: Tokenizer
+) -> Path:
     """A prepared folder: forty documents, a tenth of the text held out, `tiny_tokenizer`'s ids."""
     folder = tmp_path_factory.mktemp("tiny")
     texts = folder / "texts"

@@ -33,7 +33,9 @@ def test_a_whole_folder_verifies(tmp_path: Path) -> None:
     assert verify(make_checkpoint(tmp_path / "checkpoint-1", 1)) == []
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer/model-00001-of-00001.safetensors", "config.json", "state.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer/model-00001-of-00001.safetensors", "config.json", "state.json"]
+)
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "remove"])
 def test_any_damage_to_any_file_is_named(tmp_path: Path, name: str, damage: str) -> None:
     folder = make_checkpoint(tmp_path / "checkpoint-1", 1)
@@ -48,7 +50,17 @@ def test_any_damage_to_any_file_is_named(tmp_path: Path, name: str, damage: str)
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "null", '{"format": 1}', '{"format": 2, "files": {"a": {}}}', '{"format": 1, "files": {}}', "\x00"]
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        '{"format": 1}',
+        '{"format": 2, "files": {"a": {}}}',
+        '{"format": 1, "files": {}}',
+        "\x00",
+    ],
 )
 def test_a_garbled_manifest_verifies_nothing(tmp_path: Path, text: str) -> None:
     folder = make_checkpoint(tmp_path / "checkpoint-1", 1)
@@ -59,7 +71,9 @@ def test_a_garbled_manifest_verifies_nothing(tmp_path: Path, text: str) -> None:
 def test_a_manifest_cannot_point_out_of_its_folder(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "checkpoint-1", 1)
     for name in ("../outside", "/etc/passwd"):
-        (folder / "manifest.json").write_text(json.dumps({"format": 1, "files": {name: {"size": 1, "sha256": ""}}}), encoding="utf-8")
+        (folder / "manifest.json").write_text(
+            json.dumps({"format": 1, "files": {name: {"size": 1, "sha256": ""}}}), encoding="utf-8"
+        )
         assert "no file of this folder" in verify(folder)[0]
 
 
@@ -72,7 +86,13 @@ def test_weights_that_the_manifest_does_not_list_are_a_problem_and_notes_are_not
 
 
 def test_checkpoints_are_listed_newest_first_and_others_left_out(tmp_path: Path) -> None:
-    for name, step in (("checkpoint-9", 9), ("checkpoint-10", 10), ("emergency-12", 12), ("best_model", 10), ("final_model", 20)):
+    for name, step in (
+        ("checkpoint-9", 9),
+        ("checkpoint-10", 10),
+        ("emergency-12", 12),
+        ("best_model", 10),
+        ("final_model", 20),
+    ):
         make_checkpoint(tmp_path / name, step)
     make_checkpoint(tmp_path / ".tmp-checkpoint-30", 30)
     make_checkpoint(tmp_path / "earlier-1" / "checkpoint-40", 40)
@@ -179,9 +199,15 @@ def test_a_folder_that_transformers_wrote_is_a_model(tmp_path: Path) -> None:
 
 def test_what_was_said_to_one_start_is_not_read_back_as_the_runs(tmp_path: Path) -> None:
     config = RunConfig(training={"horizon": "extend", "resume_from": "x", "learning_rate": 0.5})
-    (tmp_path / "run.json").write_text(json.dumps({**config.model_dump(mode="json"), "versions": {"torch": "2"}}), encoding="utf-8")
+    (tmp_path / "run.json").write_text(
+        json.dumps({**config.model_dump(mode="json"), "versions": {"torch": "2"}}), encoding="utf-8"
+    )
     stored = read_run_config(tmp_path)
-    assert (stored.training.horizon, stored.training.resume_from, stored.training.learning_rate) == (None, None, 0.5)
+    assert (stored.training.horizon, stored.training.resume_from, stored.training.learning_rate) == (
+        None,
+        None,
+        0.5,
+    )
 
 
 def test_the_run_folder_is_looked_at_without_torch() -> None:

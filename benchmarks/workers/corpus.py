@@ -1,4 +1,6 @@
-"""Text for the benchmarks of data: what Python and Shakespeare hold, document by document, shuffled until there is enough of it."""
+"""Text for the benchmarks of data: what Python and Shakespeare hold, document by document, shuffled until
+there is enough of it.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,15 @@ _WORD = re.compile(r"[a-z]{3,}")
 
 
 def documents(shakespeare: Path) -> list[str]:
-    """Topics of the language reference, files of the standard library, and runs of speeches: about 11 MB in 1,300 documents."""
+    """Topics of the language reference, files of the standard library, and runs of speeches: about 11 MB in
+    1,300 documents.
+    """
     found = [reading.text for reading in BuiltinSource().pieces() if isinstance(reading, Piece)]
     if shakespeare.is_file():
         speeches = shakespeare.read_text(encoding="utf-8").split("\n\n")
-        found += ["\n\n".join(speeches[start : start + _SPEECHES]) for start in range(0, len(speeches), _SPEECHES)]
+        found += [
+            "\n\n".join(speeches[start : start + _SPEECHES]) for start in range(0, len(speeches), _SPEECHES)
+        ]
     return found
 
 
@@ -40,10 +46,17 @@ def shuffled(shakespeare: Path, megabytes: float, seed: int = 0) -> Iterator[str
 
 
 def made_distinct(texts: Iterator[str], seed: int = 1) -> Iterator[str]:
-    """Every tenth word gets three letters behind it, so that there are about as many different words as in text that repeats nothing."""
+    """Every tenth word gets three letters behind it, so that there are about as many different words as in
+    text that repeats nothing.
+    """
     rng = random.Random(seed)
     for text in texts:
-        yield _WORD.sub(lambda found: found[0] + "".join(rng.choices("etaoinshrdlu", k=3)) if rng.random() < 0.1 else found[0], text)
+        yield _WORD.sub(
+            lambda found: (
+                found[0] + "".join(rng.choices("etaoinshrdlu", k=3)) if rng.random() < 0.1 else found[0]
+            ),
+            text,
+        )
 
 
 def write_jsonl(folder: Path, texts: Iterable[str]) -> int:

@@ -1,4 +1,6 @@
-"""LitGPT's GPT in Pythia's style (LayerNorm, GELU MLP, rotary positions on a quarter of each head; its head is never tied)."""
+"""LitGPT's GPT in Pythia's style (LayerNorm, GELU MLP, rotary positions on a quarter of each head; its head
+is never tied).
+"""
 
 from __future__ import annotations
 

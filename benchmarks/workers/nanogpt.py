@@ -1,5 +1,6 @@
-"""nanoGPT's model and optimizer from the clone that the environment variable NANOGPT names, in fp32 and eager, as its README runs it
-on a CPU."""
+"""nanoGPT's model and optimizer from the clone that the environment variable NANOGPT names, in fp32 and
+eager, as its README runs it on a CPU.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +34,9 @@ def build(request: Request) -> Run:
     )
     called = torch.compile(model) if request.compiled else model
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
-    return steps(model, lambda ids, labels: called(ids, labels)[1], request.shape, request.precision, optimizer)
+    return steps(
+        model, lambda ids, labels: called(ids, labels)[1], request.shape, request.precision, optimizer
+    )
 
 
 if __name__ == "__main__":

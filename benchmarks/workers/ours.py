@@ -49,7 +49,9 @@ class Steps:
         self.optimizers = build_optimizers(self.model, training)
         self.parameters = list(self.model.parameters())
         self.precision = Precision(precision, torch.device("cpu"))
-        ids = torch.randint(shape.vocabulary, (shape.batch, shape.context + 1), generator=torch.Generator().manual_seed(1))
+        ids = torch.randint(
+            shape.vocabulary, (shape.batch, shape.context + 1), generator=torch.Generator().manual_seed(1)
+        )
         self.batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None, shape.tokens)
 
     def run(self, count: int) -> None:

@@ -1,4 +1,5 @@
-"""Under torchrun: the peak that a step on a pipeline needs above what each rank held before it, in bytes, one JSON line a rank.
+"""Under torchrun: the peak that a step on a pipeline needs above what each rank held before it, in bytes, one
+JSON line a rank.
 
 Run as `torchrun … pipeline_memory.py JSON`: the shape, the training settings, sequences and micro-batches.
 """
@@ -23,7 +24,10 @@ def main(said: str) -> None:
     """Two steps on random tokens, the second one measured."""
     torch.manual_seed(0)
     shape, training, sequences, micro_batches = json.loads(said)
-    config, settings = ModelConfig.model_validate(shape), TrainingConfig.model_validate({**training, "device": "cpu"})
+    config, settings = (
+        ModelConfig.model_validate(shape),
+        TrainingConfig.model_validate({**training, "device": "cpu"}),
+    )
     with joined(launch_environment(), settings) as ranks:
         engine = build_engine(Transformer(config), settings, None, ranks, torch.device("cpu"))
         engine.model.train()

@@ -1,6 +1,8 @@
-"""The step that peers take: autocast, mean cross-entropy, clipping at 1, fused AdamW. Their best known way, and our own's equal.
+"""The step that peers take: autocast, mean cross-entropy, clipping at 1, fused AdamW. Their best known way,
+and our own's equal.
 
-(transformers' Trainer and LitGPT's Fabric loop do the same around it, and more; leaving that out favours them.)
+(transformers' Trainer and LitGPT's Fabric loop do the same around it, and more; leaving that out favours
+them.)
 """
 
 from __future__ import annotations
@@ -13,15 +15,27 @@ import torch
 from workers.serving import Run
 from workers.shapes import Shape
 
-Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # ids (B, T), labels (B, T) already shifted → mean loss
+Loss = Callable[
+    [torch.Tensor, torch.Tensor], torch.Tensor
+]  # ids (B, T), labels (B, T) already shifted → mean loss
 
 
-def steps(model: torch.nn.Module, loss: Loss, shape: Shape, precision: str, optimizer: torch.optim.Optimizer | None = None) -> Run:
+def steps(
+    model: torch.nn.Module,
+    loss: Loss,
+    shape: Shape,
+    precision: str,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Run:
     """Training steps on random tokens."""
-    ids = torch.randint(shape.vocabulary, (shape.batch, shape.context + 1), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(
+        shape.vocabulary, (shape.batch, shape.context + 1), generator=torch.Generator().manual_seed(1)
+    )
     inputs, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     parameters = list(model.parameters())
-    optimizer = optimizer or torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    optimizer = optimizer or torch.optim.AdamW(
+        parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
     model.train()
 
     def run(count: int) -> None:

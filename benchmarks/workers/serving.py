@@ -1,6 +1,8 @@
-"""A worker's side of the talk: it says when it is ready, then takes so many steps as each line of its input says and answers with seconds.
+"""A worker's side of the talk: it says when it is ready, then takes so many steps as each line of its input
+says and answers with seconds.
 
-It stays alive between rounds, so that contestants alternate without compiling anew, and waits without spinning.
+It stays alive between rounds, so that contestants alternate without compiling anew, and waits without
+spinning.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ Run = Callable[[int], None]  # so many training steps
 
 @dataclass(frozen=True)
 class Request:
-    """What a worker is to build; `attention` is a library's own name for a way of computing it, its default where empty."""
+    """What a worker is to build; `attention` is a library's own name for a way of computing it, its default
+    where empty.
+    """
 
     shape: Shape
     precision: str

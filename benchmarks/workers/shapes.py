@@ -1,4 +1,6 @@
-"""The shapes that training is measured on, and random tokens for them. Imports nothing of ours: peers' environments read it too."""
+"""The shapes that training is measured on, and random tokens for them. Imports nothing of ours: peers'
+environments read it too.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Shape:
-    """A GPT-2-like network (learned or rotary positions, LayerNorm, exact GELU, biases, no dropout) and a batch."""
+    """A GPT-2-like network (learned or rotary positions, LayerNorm, exact GELU, biases, no dropout) and a
+    batch.
+    """
 
     layers: int
     heads: int
@@ -27,5 +31,7 @@ class Shape:
 SHAPES = {
     "0.8M": Shape(4, 4, 128, 65, 64, 12, True, "4 layers, 128 wide, context 64, batch 12"),
     "10.7M": Shape(6, 6, 384, 65, 256, 16, True, "6 layers, 384 wide, context 256, batch 16"),
-    "vocabulary-50k": Shape(6, 8, 256, 50304, 512, 4, False, "6 layers, 256 wide, vocabulary 50304 untied, context 512, batch 4"),
+    "vocabulary-50k": Shape(
+        6, 8, 256, 50304, 512, 4, False, "6 layers, 256 wide, vocabulary 50304 untied, context 512, batch 4"
+    ),
 }

@@ -1,4 +1,5 @@
-"""The one place where errors become messages: what a user can mend is said in a line or two, with an exit status, never as a traceback.
+"""The one place where errors become messages: what a user can mend is said in a line or two, with an exit
+status, never as a traceback.
 
 `LLM_TRAINER_DEBUG=1` shows the traceback as well. An error that no user can mend is a defect of ours: its traceback is
 left to appear, since it is what a report needs.
@@ -60,12 +61,15 @@ def guarded(run: Callable[[], int | None]) -> int:
             raise
         first = str(error).splitlines()[0]
         return _say(
-            f"out of memory: {first}\nUse a smaller micro_batch_size, a shorter context, gradient_checkpointing or a smaller model.", 1
+            f"out of memory: {first}\nUse a smaller micro_batch_size, a shorter context, gradient_checkpointing or a smaller model.",
+            1,
         )
 
 
 def our_errors() -> tuple[type[LLMTrainerError], ...]:
-    """The error classes of ours that can have been raised: none before their module, which needs pydantic, is imported."""
+    """The error classes of ours that can have been raised: none before their module, which needs pydantic, is
+    imported.
+    """
     module = sys.modules.get("llm_trainer.errors")
     return (module.LLMTrainerError,) if module is not None else ()
 
@@ -86,7 +90,9 @@ def system_message(error: OSError | MemoryError) -> str:
 
 def missing_packages(name: str | None) -> str:
     """One line: which packages are missing and the command that installs them."""
-    missing = [install for module, install in CORE_PACKAGES.items() if importlib.util.find_spec(module) is None]
+    missing = [
+        install for module, install in CORE_PACKAGES.items() if importlib.util.find_spec(module) is None
+    ]
     if missing:
         line = f"missing: {', '.join(missing)}. Install with: pip install {' '.join(missing)}"
         return f"{line}   (or everything: pip install -r requirements.txt)"

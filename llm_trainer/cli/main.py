@@ -1,7 +1,9 @@
-"""`llm-trainer`: find the command, run it, and turn everything that a user can mend into one message and an exit status.
+"""`llm-trainer`: find the command, run it, and turn everything that a user can mend into one message and an
+exit status.
 
-Only the standard library is imported at the top. So `--help` answers at once, and a script that runs before its
-dependencies are installed can still say which are missing. A command's module is imported when the command is called.
+Only the standard library is imported at the top. So `--help` answers at once, and a script that runs before
+its dependencies are installed can still say which are missing. A command's module is imported when the
+command is called.
 """
 
 from __future__ import annotations
@@ -26,9 +28,15 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("evaluate", "loss, perplexity and bits per byte of a model on a text"),
     "adapter": ("adapter", "a model's low-rank adapter as a folder of PEFT's, or merged into the model"),
     "presets": ("presets", "list the named shapes, with their true parameter counts"),
-    "verify-resume": ("verify_resume", "replay the steps after a checkpoint and say whether resuming is exact"),
+    "verify-resume": (
+        "verify_resume",
+        "replay the steps after a checkpoint and say whether resuming is exact",
+    ),
     "report": ("report", "write report.html of a run: curves, samples, settings, machine"),
-    "quickstart": ("quickstart", "the whole way in minutes: gather text, train a tokenizer and a model, sample, report"),
+    "quickstart": (
+        "quickstart",
+        "the whole way in minutes: gather text, train a tokenizer and a model, sample, report",
+    ),
 }
 
 # A manual's script → the module and function behind it.
@@ -84,7 +92,10 @@ def script(name: str, argv: Sequence[str] | None = None) -> int:
     replace_what_streams_lack()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if name in OWED_SCRIPTS:
-        print(f"{name}: {OWED_SCRIPTS[name]} is not built yet; `llm-trainer --help` lists what is", file=sys.stderr)
+        print(
+            f"{name}: {OWED_SCRIPTS[name]} is not built yet; `llm-trainer --help` lists what is",
+            file=sys.stderr,
+        )
         return 2
     module, function = SCRIPTS[name]
     status = guarded(lambda: _load(module, function)(arguments))
@@ -126,15 +137,18 @@ def _unknown(given: str) -> int:
 
 def _load(module: str, function: str) -> Callable[[list[str]], int | None]:
     before_imports()
-    loaded: Callable[[list[str]], int | None] = getattr(importlib.import_module(f"llm_trainer.cli.{module}"), function)
+    loaded: Callable[[list[str]], int | None] = getattr(
+        importlib.import_module(f"llm_trainer.cli.{module}"), function
+    )
     return loaded
 
 
 def _leave_search_path() -> None:
     """Move the folders that a script put on `sys.path` to its end.
 
-    The root's `evaluate.py` and `model.py` would else shadow packages of the same names (lm-eval imports `evaluate`). They stay on the
-    path, last, so that worker processes of a clone that is not installed still find this package.
+    The root's `evaluate.py` and `model.py` would else shadow packages of the same names (lm-eval imports
+    `evaluate`). They stay on the path, last, so that worker processes of a clone that is not installed still
+    find this package.
     """
     root = Path(__file__).resolve().parents[2]
     own = {os.fspath(root), os.fspath(root / "scripts")}

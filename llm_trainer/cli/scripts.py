@@ -1,7 +1,8 @@
-"""Every command and every manual's script as its settings see it: what it reads, and the defaults that its manual shows.
+"""Every command and every manual's script as its settings see it: what it reads, and the defaults that its
+manual shows.
 
-Rates, steps and intervals default to what that manual shows; everything else to the schema's own defaults. A door's default gives way to
-a preset, a file and a flag, in that order.
+Rates, steps and intervals default to what that manual shows; everything else to the schema's own defaults. A
+door's default gives way to a preset, a file and a flag, in that order.
 """
 
 from __future__ import annotations
@@ -12,7 +13,14 @@ from llm_trainer.config.parse.loader import Door
 from llm_trainer.config.schema.base import Section, setting
 from llm_trainer.config.schema.data import DataConfig
 
-TRAINING_SECTIONS = ("model", "training", "data", "knowledge_distillation", "computational_efficiency", "adaptive_reasoning")
+TRAINING_SECTIONS = (
+    "model",
+    "training",
+    "data",
+    "knowledge_distillation",
+    "computational_efficiency",
+    "adaptive_reasoning",
+)
 
 TRAIN = Door(
     "llm-trainer train",
@@ -106,7 +114,12 @@ OF_TRAINING = (
     "data_dir", "dataset", "mask_documents", "mixture_weights", "mixture_stages",
     "augment_span_drop", "augment_span_length", "augment_case", "augment_whitespace",
 )  # fmt: skip
-OF_BOTH = ("max_length", "pack_sequences", "packing_strategy", "stride")  # preparation remembers them, training may say otherwise
+OF_BOTH = (
+    "max_length",
+    "pack_sequences",
+    "packing_strategy",
+    "stride",
+)  # preparation remembers them, training may say otherwise
 PREPARING = tuple(f"data.{name}" for name in DataConfig.model_fields if name not in OF_TRAINING)
 
 PREPARE = Door("llm-trainer prepare", "Text → cleaned splits, tokenizer and token shards.", PREPARING)
@@ -145,13 +158,18 @@ class ProcessOptions(Section):
     """What is made of the splits."""
 
     mode: Literal["train", "student", "inference"] = setting(
-        "train", "train: token shards; student: shards and the teacher's log-probabilities; inference: a model's outputs on them"
+        "train",
+        "train: token shards; student: shards and the teacher's log-probabilities; inference: a model's outputs on them",
     )
     student_model_path: str | None = setting(
-        None, "the trained model (in mode student it is the one that teaches)", aliases=("model_path", "model")
+        None,
+        "the trained model (in mode student it is the one that teaches)",
+        aliases=("model_path", "model"),
     )
     num_samples: int = setting(20, "inference: documents that the model goes on from", unit="documents", ge=0)
-    max_new_tokens: int = setting(50, "inference: at most so many new tokens a document", unit="tokens", aliases=("max_tokens",), ge=0)
+    max_new_tokens: int = setting(
+        50, "inference: at most so many new tokens a document", unit="tokens", aliases=("max_tokens",), ge=0
+    )
 
 
 PROCESS = Door(
@@ -166,13 +184,21 @@ PROCESS = Door(
 class SampleOptions(Section):
     """Which model, in nanoGPT's words."""
 
-    init_from: str = setting("resume", "resume: the model in out_dir; else the name or folder of a pretrained model (gpt2, gpt2-xl, …)")
+    init_from: str = setting(
+        "resume",
+        "resume: the model in out_dir; else the name or folder of a pretrained model (gpt2, gpt2-xl, …)",
+    )
     out_dir: str = setting("out", "run folder", aliases=("output_dir",))
 
 
 GENERATION_SECTIONS = ("generation", "inference")
 
-GENERATE = Door("llm-trainer generate", "Let a model go on from a prompt.", GENERATION_SECTIONS, positional=("model", "prompt"))
+GENERATE = Door(
+    "llm-trainer generate",
+    "Let a model go on from a prompt.",
+    GENERATION_SECTIONS,
+    positional=("model", "prompt"),
+)
 GENERATE_ENHANCED = Door("generate.py", "Let a model go on from a prompt.", GENERATION_SECTIONS)
 GENERATE_L1 = Door("scripts/generate.py", "Let a model go on from a prompt.", GENERATION_SECTIONS)
 SAMPLE = Door(
@@ -197,7 +223,9 @@ class EvaluateOptions(Section):
     """On what, and how much at once."""
 
     data: str | None = setting(
-        None, "a text file, or a prepared folder (its test split, else its validation split)", aliases=("text", "data_dir")
+        None,
+        "a text file, or a prepared folder (its test split, else its validation split)",
+        aliases=("text", "data_dir"),
     )
     eval_datasets: list[str] = setting(list, "reasoning suites by domain (math, science, …)", owed=True)
     batch_size: int = setting(8, "windows at once; the result does not depend on it", unit="windows", gt=0)
@@ -217,8 +245,15 @@ EVALUATE = Door(
     own=EvaluateOptions,
     positional=("model", "data"),
 )
-EVALUATE_ENHANCED = Door("evaluate.py", "Benchmarks by domain, and the loss on a text.", SCORING, own=EvaluateOptions)
-EVALUATE_L1 = Door("scripts/evaluate.py", "Loss, perplexity and bits per byte of a model on a text.", SCORING, own=EvaluateOptions)
+EVALUATE_ENHANCED = Door(
+    "evaluate.py", "Benchmarks by domain, and the loss on a text.", SCORING, own=EvaluateOptions
+)
+EVALUATE_L1 = Door(
+    "scripts/evaluate.py",
+    "Loss, perplexity and bits per byte of a model on a text.",
+    SCORING,
+    own=EvaluateOptions,
+)
 
 
 class AdapterOptions(Section):
@@ -226,10 +261,13 @@ class AdapterOptions(Section):
 
     output: str = setting("adapter", "the folder in PEFT's form")
     base: str | None = setting(
-        None, "what peft opens under the adapter, taken as said; none: what the run began from, if its weights lie there unchanged"
+        None,
+        "what peft opens under the adapter, taken as said; none: what the run began from, if its weights lie there unchanged",
     )
     base_output: str | None = setting(None, "also write the model without adapters there, as the base")
-    merged_output: str | None = setting(None, "write the model with the adapter in its matrices there, and no adapter folder")
+    merged_output: str | None = setting(
+        None, "write the model with the adapter in its matrices there, and no adapter folder"
+    )
 
 
 ADAPTER = Door(
@@ -260,7 +298,9 @@ class QuickstartOptions(Section):
 
     text: str | None = setting(None, "a text file or a folder of your own; none: the built-in corpus")
     output_dir: str = setting("runs/quickstart", "run folder", aliases=("output",))
-    steps: int | None = setting(None, "steps; none: what fits the time on this machine", unit="steps", aliases=("max_steps",), gt=0)
+    steps: int | None = setting(
+        None, "steps; none: what fits the time on this machine", unit="steps", aliases=("max_steps",), gt=0
+    )
     minutes: float = setting(1.6, "how long the training may take", unit="minutes", gt=0)
     vocab_size: int = setting(4096, "ids of the tokenizer", unit="tokens", gt=256)
     seed: int = setting(1337, "of weights, data order and samples", ge=0)
@@ -274,23 +314,34 @@ VERIFY_RESUME = Door(
     positional=("run",),
 )
 REPORT = Door(
-    "llm-trainer report", "Write one page about a run: curves, samples, settings, machine.", (), own=ReportOptions, positional=("run",)
+    "llm-trainer report",
+    "Write one page about a run: curves, samples, settings, machine.",
+    (),
+    own=ReportOptions,
+    positional=("run",),
 )
-QUICKSTART = Door("llm-trainer quickstart", "From text to a talking model in minutes.", (), own=QuickstartOptions)
+QUICKSTART = Door(
+    "llm-trainer quickstart", "From text to a talking model in minutes.", (), own=QuickstartOptions
+)
 
 
 class PreflightOptions(Section):
     """On what it would run."""
 
     memory_gb: float | None = setting(
-        None, "memory of one rank; none: this machine's free memory, of its GPU where there is one", unit="GB (1e9 bytes)", gt=0
+        None,
+        "memory of one rank; none: this machine's free memory, of its GPU where there is one",
+        unit="GB (1e9 bytes)",
+        gt=0,
     )
 
 
 class MemoryOptions(Section):
     """Which model, and how much goes through it at once."""
 
-    model_path: str | None = setting(None, "run folder, checkpoint or the name of a model on the hub", aliases=("model",))
+    model_path: str | None = setting(
+        None, "run folder, checkpoint or the name of a model on the hub", aliases=("model",)
+    )
     batch_size: int = setting(1, "sequences at once", unit="sequences", gt=0)
     precision: Literal["fp32", "bf16"] = setting("bf16", "arithmetic of the forward pass")
     optimizer: Literal["adamw", "muon"] = setting("adamw", "what would train it")

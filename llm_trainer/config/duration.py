@@ -28,7 +28,9 @@ _UNITS: dict[str, Unit] = {
 
 @dataclass(frozen=True)
 class Duration:
-    """So many steps, epochs or tokens; a bare number is steps. `Duration.parse("2 epochs")`, `Duration.parse("10M tokens")`."""
+    """So many steps, epochs or tokens; a bare number is steps. `Duration.parse("2 epochs")`,
+    `Duration.parse("10M tokens")`.
+    """
 
     value: float
     unit: Unit = "steps"
@@ -54,7 +56,9 @@ class Duration:
         return math.ceil(self.value * rate - 1e-9)
 
     def __str__(self) -> str:
-        number = f"{int(self.value)}" if self.value == int(self.value) else repr(self.value)  # saved so: every digit counts
+        number = (
+            f"{int(self.value)}" if self.value == int(self.value) else repr(self.value)
+        )  # saved so: every digit counts
         return number if self.unit == "steps" else f"{number} {self.unit}"
 
 
@@ -65,9 +69,13 @@ def _plain(duration: Duration) -> int | str:
 
 def _above_zero(duration: Duration) -> Duration:
     if duration.value <= 0:
-        raise ValueError("must be above 0; for never, say none where the setting takes it, or more than the run is long")
+        raise ValueError(
+            "must be above 0; for never, say none where the setting takes it, or more than the run is long"
+        )
     return duration
 
 
-DurationField = Annotated[Duration, BeforeValidator(Duration.parse), PlainSerializer(_plain, return_type=int | str)]
+DurationField = Annotated[
+    Duration, BeforeValidator(Duration.parse), PlainSerializer(_plain, return_type=int | str)
+]
 IntervalField = Annotated[DurationField, AfterValidator(_above_zero)]

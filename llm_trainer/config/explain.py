@@ -1,4 +1,6 @@
-"""`--explain`: every setting that a command reads, its value, where the value came from, its unit and its meaning."""
+"""`--explain`: every setting that a command reads, its value, where the value came from, its unit and its
+meaning.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,18 @@ def explain(loaded: LoadedRun) -> str:
         field, declared = type(section).model_fields[name], type(section).setting_of(name)
         value = getattr(section, name)
         shown = "none" if value is None else repr(value) if isinstance(value, str) else str(value)
-        rows.append((dotted, shown, said_origin(section, name, loaded.origins, dotted), declared.unit or "", field.description or ""))
+        rows.append(
+            (
+                dotted,
+                shown,
+                said_origin(section, name, loaded.origins, dotted),
+                declared.unit or "",
+                field.description or "",
+            )
+        )
     header = ("setting", "value", "from", "unit", "meaning")
     widths = [min(44, max(len(row[column]) for row in [header, *rows])) for column in range(4)]
     return "\n".join(
-        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]).rstrip() for row in [header, *rows]
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]).rstrip()
+        for row in [header, *rows]
     )

@@ -15,10 +15,14 @@ if TYPE_CHECKING:
 def help_text(door: Door) -> str:
     """The text that `--help` prints."""
     width = max(60, min(shutil.get_terminal_size().columns, 120))
-    positional = "".join(f" [{name.upper()}]" for name in door.positional) + (" [config/FILE.py]" if door.positional_config else "")
+    positional = "".join(f" [{name.upper()}]" for name in door.positional) + (
+        " [config/FILE.py]" if door.positional_config else ""
+    )
     lines = [f"usage: {door.name}{positional} [--config FILE] [--setting VALUE …]", "", door.summary, ""]
     lines += ["general"]
-    lines += _entry("--config FILE", "settings from a .json, .yaml or .py file; may be given again, later ones win", width)
+    lines += _entry(
+        "--config FILE", "settings from a .json, .yaml or .py file; may be given again, later ones win", width
+    )
     if "model" in door.sections:
         lines += _entry("--preset NAME", "a named shape; `llm-trainer presets` lists them", width)
     lines += _entry("--explain", "print every setting: value, where it came from, unit, meaning", width)
@@ -37,7 +41,9 @@ def _meaning(door: Door, key: Field) -> str:
     home, name = key
     kind = door.names().kind(home)
     field, declared = kind.model_fields[name], kind.setting_of(name)
-    default = door.defaults.get(f"{home}.{name}" if home != OWN else name, field.get_default(call_default_factory=True))
+    default = door.defaults.get(
+        f"{home}.{name}" if home != OWN else name, field.get_default(call_default_factory=True)
+    )
     facts = [f"in {declared.unit}"] if declared.unit else []
     facts += (
         [f"default {'none' if default is None else default}"]

@@ -1,4 +1,6 @@
-"""How many parameters a shape has, by part, without torch: for presets, reports and estimates before anything is allocated."""
+"""How many parameters a shape has, by part, without torch: for presets, reports and estimates before anything
+is allocated.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +12,33 @@ def _said(*choices: bool | None) -> bool:
 
 
 def part_sizes(config: ModelConfig) -> dict[str, int]:
-    """Parameters of each part, in the model's order and under its names (`wte`, `wpe`, `ln_1.0`, `attn.0`, …, `ln_f`, `lm_head`).
+    """Parameters of each part, in the model's order and under its names (`wte`, `wpe`, `ln_1.0`, `attn.0`, …,
+    `ln_f`, `lm_head`).
 
-    A head that shares the embedding's matrix counts 0. Without torch; `llm_trainer.model.module_names.parameter_counts` counts a real model.
+    A head that shares the embedding's matrix counts 0. Without torch;
+    `llm_trainer.model.module_names.parameter_counts` counts a real model.
     """
     sizes = {"wte": config.vocab_size * config.hidden_size}
     if config.positions == "learned":
         sizes["wpe"] = config.max_position_embeddings * config.hidden_size
-    norm = config.hidden_size * (2 if config.norm == "layernorm" and _said(config.norm_bias, config.bias) else 1)
+    norm = config.hidden_size * (
+        2 if config.norm == "layernorm" and _said(config.norm_bias, config.bias) else 1
+    )
     for layer in range(config.num_hidden_layers):
         own = config.of_block(layer)
-        sizes |= {f"ln_1.{layer}": norm, f"attn.{layer}": _attention_size(own), f"ln_2.{layer}": norm, f"mlp.{layer}": _mlp_size(own)}
+        sizes |= {
+            f"ln_1.{layer}": norm,
+            f"attn.{layer}": _attention_size(own),
+            f"ln_2.{layer}": norm,
+            f"mlp.{layer}": _mlp_size(own),
+        }
         adapter = 2 * config.hidden_size * config.adapter_size
         sizes |= {f"adapter.{layer}": adapter} if config.use_adapter_modules else {}
-        sizes |= {f"domain_adapter.{layer}": adapter * len(config.domain_names)} if config.use_domain_adaptation else {}
+        sizes |= (
+            {f"domain_adapter.{layer}": adapter * len(config.domain_names)}
+            if config.use_domain_adaptation
+            else {}
+        )
     if config.pre_norm:
         sizes["ln_f"] = norm
     sizes["lm_head"] = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
@@ -39,7 +54,11 @@ def _adaptable(config: ModelConfig) -> dict[str, tuple[int, int]]:
     found = {"wte": (hidden, config.vocab_size)}
     for layer in range(config.num_hidden_layers):
         own = config.of_block(layer)
-        width, queries, keys = own.mlp_width, own.num_attention_heads * own.head_width, own.kv_heads * own.head_width
+        width, queries, keys = (
+            own.mlp_width,
+            own.num_attention_heads * own.head_width,
+            own.kv_heads * own.head_width,
+        )
         found |= {f"attn.{layer}.q_proj": (hidden, queries), f"attn.{layer}.k_proj": (hidden, keys)}
         found |= {f"attn.{layer}.v_proj": (hidden, keys), f"attn.{layer}.o_proj": (queries, hidden)}
         found |= {f"mlp.{layer}.gate_proj": (hidden, width)} if own.activation == "swiglu" else {}
@@ -55,8 +74,12 @@ def parameter_count(config: ModelConfig) -> int:
 def _attention_size(config: ModelConfig) -> int:
     queries, keys = config.num_attention_heads * config.head_width, config.kv_heads * config.head_width
     output_bias = _said(config.attention_bias, config.bias)
-    biases = (queries + 2 * keys if _said(config.qkv_bias, output_bias) else 0) + (config.hidden_size if output_bias else 0)
-    return 2 * config.hidden_size * (queries + keys) + biases + (2 * config.head_width if config.qk_norm else 0)
+    biases = (queries + 2 * keys if _said(config.qkv_bias, output_bias) else 0) + (
+        config.hidden_size if output_bias else 0
+    )
+    return (
+        2 * config.hidden_size * (queries + keys) + biases + (2 * config.head_width if config.qk_norm else 0)
+    )
 
 
 def _mlp_size(config: ModelConfig) -> int:

@@ -1,6 +1,7 @@
 """The manuals' sizes of model by name, each with its true parameter count beside the manual's figure.
 
-A preset is only a shape: everything in it can be overridden piece by piece (`--preset framework-tiny --num_layers 4`).
+A preset is only a shape: everything in it can be overridden piece by piece (`--preset framework-tiny
+--num_layers 4`).
 """
 
 from __future__ import annotations
@@ -31,14 +32,34 @@ class Preset:
         return parameter_count(self.model())
 
 
-def _gpt2(name: str, figure: str, hidden: int, layers: int, heads: int, vocabulary: int = 50257, context: int = 1024) -> Preset:
-    shape = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": 4 * hidden}
-    return Preset(name, {"model_type": "gpt2", "vocab_size": vocabulary, "max_position_embeddings": context, **shape}, figure)
+def _gpt2(
+    name: str, figure: str, hidden: int, layers: int, heads: int, vocabulary: int = 50257, context: int = 1024
+) -> Preset:
+    shape = {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * hidden,
+    }
+    return Preset(
+        name,
+        {"model_type": "gpt2", "vocab_size": vocabulary, "max_position_embeddings": context, **shape},
+        figure,
+    )
 
 
-def _llama(name: str, figure: str, hidden: int, layers: int, heads: int, kv_heads: int | None = None) -> Preset:
-    shape = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
-    return Preset(name, {"model_type": "llama", "vocab_size": 32000, "max_position_embeddings": 2048, **shape}, figure)
+def _llama(
+    name: str, figure: str, hidden: int, layers: int, heads: int, kv_heads: int | None = None
+) -> Preset:
+    shape = {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+    }
+    return Preset(
+        name, {"model_type": "llama", "vocab_size": 32000, "max_position_embeddings": 2048, **shape}, figure
+    )
 
 
 PRESETS: Mapping[str, Preset] = {

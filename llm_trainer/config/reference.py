@@ -1,4 +1,6 @@
-"""The reference of all settings as Markdown, from the schema: `python -m llm_trainer.config.reference > docs/settings.md`."""
+"""The reference of all settings as Markdown, from the schema: `python -m llm_trainer.config.reference >
+docs/settings.md`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""metadata.json: what a prepared folder holds and how it came to be. Written last, so a folder that has it is whole."""
+"""metadata.json: what a prepared folder holds and how it came to be. Written last, so a folder that has it is
+whole.
+"""
 
 from __future__ import annotations
 
@@ -69,16 +71,24 @@ class Metadata(BaseModel):
 
     @classmethod
     def read(cls, folder: Path) -> Metadata:
-        """Read a prepared folder's metadata.json. Raises DataError where it is missing, damaged or of another format."""
+        """Read a prepared folder's metadata.json. Raises DataError where it is missing, damaged or of another
+        format.
+        """
         file = folder / METADATA_FILE
         try:
             found = cls.model_validate_json(file.read_bytes())
         except FileNotFoundError:
-            raise DataError(f"{folder} has no {METADATA_FILE}: it was not prepared, or not to the end; run `llm-trainer prepare`") from None
+            raise DataError(
+                f"{folder} has no {METADATA_FILE}: it was not prepared, or not to the end; run `llm-trainer prepare`"
+            ) from None
         except (OSError, ValidationError) as error:
-            raise DataError(f"{file} is damaged ({str(error).splitlines()[0]}); prepare the data again") from None
+            raise DataError(
+                f"{file} is damaged ({str(error).splitlines()[0]}); prepare the data again"
+            ) from None
         if found.format != FORMAT:
-            raise DataError(f"{file} has format {found.format}, this program reads {FORMAT}; prepare the data again")
+            raise DataError(
+                f"{file} has format {found.format}, this program reads {FORMAT}; prepare the data again"
+            )
         return found
 
     def write(self, folder: Path) -> None:

@@ -6,8 +6,9 @@
       "weights": {"math": 1, "code": 3}
     }
 
-Paths are relative to the folder. Instead of `weights` there may be `stages`: a list of `{"until": "2000 steps", "weights": {…}}`, the
-last one without `until`. With neither, each member weighs as many tokens as it has. Held-out splits are those of all members, end to end.
+Paths are relative to the folder. Instead of `weights` there may be `stages`: a list of `{"until": "2000
+steps", "weights": {…}}`, the last one without `until`. With neither, each member weighs as many tokens as it
+has. Held-out splits are those of all members, end to end.
 """
 
 from __future__ import annotations
@@ -47,16 +48,24 @@ class MixtureFile(BaseModel):
 
 
 def write_mixture(
-    folder: Path, members: Mapping[str, Path], *, weights: Mapping[str, float] | None = None, stages: Sequence[MixtureStage] = ()
+    folder: Path,
+    members: Mapping[str, Path],
+    *,
+    weights: Mapping[str, float] | None = None,
+    stages: Sequence[MixtureStage] = (),
 ) -> Path:
-    """Write `mixture.json` into `folder`, in one step; `members` are name → prepared folder. Returns the file.
+    """Write `mixture.json` into `folder`, in one step; `members` are name → prepared folder. Returns the
+    file.
 
     Raises UsageError for weights and stages together.
     """
     if weights is not None and stages:
         raise UsageError("a mixture has weights or stages, not both; put the weights into the stages")
     folder.mkdir(parents=True, exist_ok=True)
-    content: dict[str, JsonValue] = {"format": 1, "members": {name: _relative(path, folder) for name, path in members.items()}}
+    content: dict[str, JsonValue] = {
+        "format": 1,
+        "members": {name: _relative(path, folder) for name, path in members.items()},
+    }
     if weights is not None:
         content["weights"] = dict(weights)
     if stages:
@@ -72,7 +81,8 @@ def write_mixture(
 def open_mixture(folder: Path, open_member: Callable[[Path], PreparedData]) -> PreparedData:
     """The members of `folder`'s mixture as one `PreparedData` whose `train` is a `TokenMixture`.
 
-    Raises DataError where the file or a member cannot be used, tokenizers differ, or a mixture holds a mixture.
+    Raises DataError where the file or a member cannot be used, tokenizers differ, or a mixture holds a
+    mixture.
     """
     from llm_trainer.data.prepared_dataset import PreparedData
 
@@ -81,7 +91,9 @@ def open_mixture(folder: Path, open_member: Callable[[Path], PreparedData]) -> P
     members: dict[str, PreparedData] = {}
     for name, path in said.members.items():
         if (folder / path / MIXTURE_FILE).is_file():
-            raise DataError(f"{folder / MIXTURE_FILE}: {name} ({folder / path}) is a mixture itself; name its members instead")
+            raise DataError(
+                f"{folder / MIXTURE_FILE}: {name} ({folder / path}) is a mixture itself; name its members instead"
+            )
         members[name] = open_member(folder / path)
     stages = stages or [MixtureStage(weights={name: float(len(one.train)) for name, one in members.items()})]
     try:
@@ -90,7 +102,11 @@ def open_mixture(folder: Path, open_member: Callable[[Path], PreparedData]) -> P
         raise DataError(f"{folder / MIXTURE_FILE}: {error}") from None
     held_out: dict[str, TokenDataset | None] = {}
     for split in ("validation", "test"):
-        parts = {name: part for name, one in members.items() if (part := getattr(one, split)) is not None and len(part)}
+        parts = {
+            name: part
+            for name, one in members.items()
+            if (part := getattr(one, split)) is not None and len(part)
+        }
         held_out[split] = joined(parts, str(folder)) if parts else None
     streams = {"train": train, **{split: part for split, part in held_out.items() if part is not None}}
     metadata = _metadata({name: one.metadata for name, one in members.items()}, streams)
@@ -99,13 +115,17 @@ def open_mixture(folder: Path, open_member: Callable[[Path], PreparedData]) -> P
 
 
 def reweighed(prepared: PreparedData, config: DataConfig) -> PreparedData:
-    """The data in the shares that the settings say, if they say any. Raises UsageError where it is no mixture."""
+    """The data in the shares that the settings say, if they say any. Raises UsageError where it is no
+    mixture.
+    """
     from dataclasses import replace
 
     if config.mixture_weights is None and config.mixture_stages is None:
         return prepared
     if not isinstance(prepared.train, TokenMixture):
-        raise UsageError(f"mixture_weights and mixture_stages are for a mixture, and {prepared.train.source} is one corpus; leave them out")
+        raise UsageError(
+            f"mixture_weights and mixture_stages are for a mixture, and {prepared.train.source} is one corpus; leave them out"
+        )
     if config.mixture_weights is not None and config.mixture_stages is not None:
         raise UsageError("mixture_weights and mixture_stages both say the shares; give one")
     stages = config.mixture_stages or [MixtureStage(weights=config.mixture_weights or {})]
@@ -120,7 +140,9 @@ def _read(file: Path) -> MixtureFile:
     except (OSError, ValidationError) as error:
         detail = error.errors(include_url=False)[0] if isinstance(error, ValidationError) else None
         what = f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" if detail else str(error)
-        raise DataError(f"{file} is not a mixture ({what}); it needs members, and weights or stages") from None
+        raise DataError(
+            f"{file} is not a mixture ({what}); it needs members, and weights or stages"
+        ) from None
     if found.format != 1:
         raise DataError(f"{file} has format {found.format}, this program reads 1")
     if not found.members:
@@ -154,8 +176,16 @@ def _metadata(members: Mapping[str, Metadata], streams: Mapping[str, TokenDatase
     ended = sum(one.supervised_end_share * one.documents_kept for one in members.values())
     packings = [one.options.get("packing") for one in members.values()]
     alike = all(packing == packings[0] for packing in packings)
-    notes = [f"members were prepared for rows of {', '.join(map(str, sorted(lengths)))} tokens"] if len(lengths) > 1 else []
-    notes += [] if alike else ["members were prepared with different packing; greedy is taken where nothing is said"]
+    notes = (
+        [f"members were prepared for rows of {', '.join(map(str, sorted(lengths)))} tokens"]
+        if len(lengths) > 1
+        else []
+    )
+    notes += (
+        []
+        if alike
+        else ["members were prepared with different packing; greedy is taken where nothing is said"]
+    )
     return Metadata(
         format=FORMAT, key=hashlib.sha256(json.dumps({name: one.key for name, one in members.items()}).encode()).hexdigest(),
         source=f"mixture of {', '.join(members)}", tokenizer=first.tokenizer, max_length=min(lengths, default=None),
@@ -167,4 +197,10 @@ def _metadata(members: Mapping[str, Metadata], streams: Mapping[str, TokenDatase
 
 
 def _facts(tokens: TokenDataset) -> SplitFacts:
-    return SplitFacts(documents=tokens.num_documents, tokens=len(tokens), bytes=tokens.num_bytes, fingerprint=tokens.fingerprint, files={})
+    return SplitFacts(
+        documents=tokens.num_documents,
+        tokens=len(tokens),
+        bytes=tokens.num_bytes,
+        fingerprint=tokens.fingerprint,
+        files={},
+    )

@@ -1,4 +1,5 @@
-"""Reading nanoGPT's data folders: `train.bin` and `val.bin` of plain uint16, and `meta.pkl` with the table of characters.
+"""Reading nanoGPT's data folders: `train.bin` and `val.bin` of plain uint16, and `meta.pkl` with the table of
+characters.
 
 `meta.pkl` is a pickle, and a pickle can run anything when it is loaded. The unpickler here builds plain containers, numbers and texts; a
 file that names any class or function is refused. We write no pickle ourselves. Without `meta.pkl` the ids are GPT-2's, as nanoGPT assumes.
@@ -23,7 +24,16 @@ META_FILE = "meta.pkl"
 GPT2_VOCAB_SIZE = 50257
 UNKNOWN_TOKENIZER_HASH = "0" * 64
 _CONTAINERS: dict[str, type] = {"set": set, "frozenset": frozenset, "bytearray": bytearray}
-_BROKEN_PICKLE = (pickle.UnpicklingError, ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, TypeError, ValueError)
+_BROKEN_PICKLE = (
+    pickle.UnpicklingError,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    TypeError,
+    ValueError,
+)
 _SAMPLE = 2**20
 
 
@@ -35,17 +45,30 @@ def open_bin(file: Path, vocab_size: int, tokenizer_hash: str) -> TokenDataset:
     ids = np.memmap(file, dtype="<u2", mode="r").view(np.ndarray)
     starts = [np.zeros(1, dtype=np.int64)]
     fingerprint = _fingerprint(ids)
-    return TokenDataset([ids], starts, vocab_size=vocab_size, tokenizer_hash=tokenizer_hash, fingerprint=fingerprint, source=str(file))
+    return TokenDataset(
+        [ids],
+        starts,
+        vocab_size=vocab_size,
+        tokenizer_hash=tokenizer_hash,
+        fingerprint=fingerprint,
+        source=str(file),
+    )
 
 
 def read_vocabulary(folder: Path) -> tuple[Tokenizer | None, int, list[str]]:
-    """(tokenizer, vocabulary size, notes) of a nanoGPT folder: from meta.pkl, from a tokenizer.json put beside it, or GPT-2's."""
+    """(tokenizer, vocabulary size, notes) of a nanoGPT folder: from meta.pkl, from a tokenizer.json put
+    beside it, or GPT-2's.
+    """
     if (folder / META_FILE).is_file():
         tokenizer = _character_tokenizer(folder / META_FILE)
         return tokenizer, tokenizer.vocab_size, [f"characters from {META_FILE}"]
     if (folder / TOKENIZER_FILE).is_file():
         tokenizer = Tokenizer.load(folder)
-        return tokenizer, tokenizer.vocab_size, [f"no {META_FILE}: the vocabulary is that of {TOKENIZER_FILE} beside it"]
+        return (
+            tokenizer,
+            tokenizer.vocab_size,
+            [f"no {META_FILE}: the vocabulary is that of {TOKENIZER_FILE} beside it"],
+        )
     note = f"no {META_FILE}: the ids are taken to be GPT-2's ({GPT2_VOCAB_SIZE})"
     try:
         return Tokenizer.tiktoken("gpt2"), GPT2_VOCAB_SIZE, [note]
@@ -54,20 +77,28 @@ def read_vocabulary(folder: Path) -> tuple[Tokenizer | None, int, list[str]]:
 
 
 def read_meta(file: Path) -> dict[object, object]:
-    """The dictionary in a meta.pkl. Raises DataError for anything but built-in containers, numbers and texts; nothing in it is run."""
+    """The dictionary in a meta.pkl. Raises DataError for anything but built-in containers, numbers and texts;
+    nothing in it is run.
+    """
     try:
         found = _ContainersOnly(io.BytesIO(file.read_bytes())).load()
     except _BROKEN_PICKLE as error:
         why = str(error) or type(error).__name__
-        raise DataError(f"{file} is not a meta.pkl that can be trusted: {why}; remove it or run prepare.py again") from None
+        raise DataError(
+            f"{file} is not a meta.pkl that can be trusted: {why}; remove it or run prepare.py again"
+        ) from None
     if not isinstance(found, dict):
-        raise DataError(f"{file} holds a {type(found).__name__}, not the dictionary that nanoGPT writes; run its prepare.py again")
+        raise DataError(
+            f"{file} holds a {type(found).__name__}, not the dictionary that nanoGPT writes; run its prepare.py again"
+        )
     return found
 
 
 class _ContainersOnly(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> type:
-        found = _CONTAINERS.get(name) if module in ("builtins", "__builtin__") else None  # the latter in old protocols
+        found = (
+            _CONTAINERS.get(name) if module in ("builtins", "__builtin__") else None
+        )  # the latter in old protocols
         if found is None:
             raise pickle.UnpicklingError(f"it names {module}.{name}, and code is not run from data files")
         return found
@@ -83,14 +114,22 @@ def _character_tokenizer(file: Path) -> Tokenizer:
     characters = [table.get(index) for index in range(len(table))]
     texts = [character for character in characters if isinstance(character, str) and len(character) == 1]
     if len(texts) != len(table):
-        raise DataError(f"{file}: 'itos' does not map 0 … {len(table) - 1} to single characters; run nanoGPT's prepare.py again")
+        raise DataError(
+            f"{file}: 'itos' does not map 0 … {len(table) - 1} to single characters; run nanoGPT's prepare.py again"
+        )
     return Tokenizer.from_alphabet(texts)
 
 
 def _fingerprint(ids: np.ndarray) -> str:
-    """sha256 over the length, the ends and evenly spaced pieces: whole for files up to 32 MB, quick for OpenWebText's 17 GB."""
+    """sha256 over the length, the ends and evenly spaced pieces: whole for files up to 32 MB, quick for
+    OpenWebText's 17 GB.
+    """
     digest = hashlib.sha256(str(len(ids)).encode())
-    places = range(0, len(ids), _SAMPLE) if len(ids) <= 16 * _SAMPLE else np.linspace(0, len(ids) - _SAMPLE, 16).astype(np.int64).tolist()
+    places = (
+        range(0, len(ids), _SAMPLE)
+        if len(ids) <= 16 * _SAMPLE
+        else np.linspace(0, len(ids) - _SAMPLE, 16).astype(np.int64).tolist()
+    )
     for place in places:
         digest.update(np.ascontiguousarray(ids[place : place + _SAMPLE]).tobytes())
     return digest.hexdigest()

@@ -23,7 +23,9 @@ from llm_trainer.errors import DataError
 
 @dataclass(frozen=True)
 class PreparedData:
-    """A prepared folder. `tokenizer` is None only for a nanoGPT folder in GPT-2's vocabulary when that cannot be had here."""
+    """A prepared folder. `tokenizer` is None only for a nanoGPT folder in GPT-2's vocabulary when that cannot
+    be had here.
+    """
 
     train: TokenDataset
     validation: TokenDataset | None
@@ -45,7 +47,8 @@ class PreparedData:
 def open_prepared(data_dir: str | Path) -> PreparedData:
     """Open a prepared folder, a mixture of such folders (`mixture_folder.py`) or a nanoGPT folder.
 
-    Raises DataError where it is missing or unfinished, a shard is missing or damaged, or shards and tokenizer do not belong together.
+    Raises DataError where it is missing or unfinished, a shard is missing or damaged, or shards and tokenizer
+    do not belong together.
     """
     folder = Path(data_dir)
     if not folder.is_dir():
@@ -56,11 +59,15 @@ def open_prepared(data_dir: str | Path) -> PreparedData:
         return _open_ours(folder)
     if (folder / nanogpt.TRAIN_FILE).is_file():
         return _open_nanogpt(folder)
-    raise DataError(f"{folder} holds no prepared data (no {METADATA_FILE}, no train.bin); {_how_to_prepare(folder)}")
+    raise DataError(
+        f"{folder} holds no prepared data (no {METADATA_FILE}, no train.bin); {_how_to_prepare(folder)}"
+    )
 
 
 def require_vocabulary(tokens: TokenDataset, vocab_size: int) -> None:
-    """Raise DataError where the stream has ids that an embedding of `vocab_size` lacks: checked before the first step."""
+    """Raise DataError where the stream has ids that an embedding of `vocab_size` lacks: checked before the
+    first step.
+    """
     if tokens.largest_id >= vocab_size:
         raise DataError(
             f"the data in {tokens.source} has the id {tokens.largest_id} (its tokenizer has {tokens.vocab_size} ids), but the model's "
@@ -76,7 +83,9 @@ def _open_ours(folder: Path) -> PreparedData:
     metadata = Metadata.read(folder)
     tokenizer = Tokenizer.load(folder)
     if tokenizer.hash != metadata.tokenizer.hash:
-        raise DataError(f"the tokenizer in {folder} is not the one its data was prepared with; prepare the data again")
+        raise DataError(
+            f"the tokenizer in {folder} is not the one its data was prepared with; prepare the data again"
+        )
     opened: dict[str, TokenDataset] = {}
     for split, facts in metadata.splits.items():
         for name, size in facts.files.items():
@@ -84,12 +93,18 @@ def _open_ours(folder: Path) -> PreparedData:
             if not file.is_file():
                 raise DataError(f"{file} is missing; prepare the data again")
             if file.stat().st_size != size:
-                raise DataError(f"{file} is truncated or garbled: {file.stat().st_size} bytes instead of {size}; prepare the data again")
+                raise DataError(
+                    f"{file} is truncated or garbled: {file.stat().st_size} bytes instead of {size}; prepare the data again"
+                )
         tokens = TokenDataset.open(folder / "dataset", split)
         if tokens.tokenizer_hash != tokenizer.hash:
-            raise DataError(f"the shards of {split!r} in {folder} were made with another tokenizer than is there; prepare the data again")
+            raise DataError(
+                f"the shards of {split!r} in {folder} were made with another tokenizer than is there; prepare the data again"
+            )
         if tokens.fingerprint != facts.fingerprint:
-            raise DataError(f"the shards of {split!r} in {folder} are not those in its {METADATA_FILE}; prepare the data again")
+            raise DataError(
+                f"the shards of {split!r} in {folder} are not those in its {METADATA_FILE}; prepare the data again"
+            )
         opened[split] = tokens
     if "train" not in opened:
         raise DataError(f"{folder} has no training split; prepare the data again")
@@ -100,11 +115,17 @@ def _open_nanogpt(folder: Path) -> PreparedData:
     tokenizer, vocab_size, notes = nanogpt.read_vocabulary(folder)
     tokenizer_hash = tokenizer.hash if tokenizer is not None else nanogpt.UNKNOWN_TOKENIZER_HASH
     files = {"train": folder / nanogpt.TRAIN_FILE, "validation": folder / nanogpt.VALIDATION_FILE}
-    opened = {split: nanogpt.open_bin(file, vocab_size, tokenizer_hash) for split, file in files.items() if file.is_file()}
+    opened = {
+        split: nanogpt.open_bin(file, vocab_size, tokenizer_hash)
+        for split, file in files.items()
+        if file.is_file()
+    }
     splits = {}
     for split, tokens in opened.items():
         sizes = {files[split].name: files[split].stat().st_size}
-        splits[split] = SplitFacts(documents=1, tokens=len(tokens), bytes=None, fingerprint=tokens.fingerprint, files=sizes)
+        splits[split] = SplitFacts(
+            documents=1, tokens=len(tokens), bytes=None, fingerprint=tokens.fingerprint, files=sizes
+        )
     metadata = Metadata(
         format=FORMAT, key=opened["train"].fingerprint, source="nanoGPT folder", max_length=None, split_method="as found", splits=splits,
         tokenizer=TokenizerFacts(

@@ -1,4 +1,6 @@
-"""Progress of preparation: a bar on a terminal once something takes longer than two seconds, a plain line now and then elsewhere."""
+"""Progress of preparation: a bar on a terminal once something takes longer than two seconds, a plain line now
+and then elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,14 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 _SHOW_AFTER_SECONDS = 2.0
 _PLAIN_EVERY_SECONDS = 10.0
@@ -37,17 +46,29 @@ class ByteProgress:
             self._last_line = now
             self._console.print(self._line(now - self._began), highlight=False)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar is not None:
             self._bar.stop()
 
     def _line(self, seconds: float) -> str:
         rate = self._done / seconds
-        of, left = (f" of {self._total / 1e6:.1f}", f", {max(0, self._total - self._done) / rate:.0f} s left") if self._total else ("", "")
+        of, left = (
+            (f" of {self._total / 1e6:.1f}", f", {max(0, self._total - self._done) / rate:.0f} s left")
+            if self._total
+            else ("", "")
+        )
         return f"{self._what}: {self._done / 1e6:.1f}{of} MB, {rate / 1e6:.1f} MB/s{left}"
 
     def _start(self) -> Progress:
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
         bar = Progress(*columns, console=self._console, transient=True)
         bar.add_task(self._what, total=self._total)
         bar.start()

@@ -1,6 +1,8 @@
-"""Token shards: the form that training reads. One split is one or more files `<split>-00000.tokens` that read as one stream of ids.
+"""Token shards: the form that training reads. One split is one or more files `<split>-00000.tokens` that read
+as one stream of ids.
 
-A shard is a header, the ids (uint16 where the vocabulary allows, else uint32), and where each document begins:
+A shard is a header, the ids (uint16 where the vocabulary allows, else uint32), and where each document
+begins:
 
     offset   size  what (little-endian)
          0      8  magic b"LLMTOKEN"
@@ -18,9 +20,10 @@ A shard is a header, the ids (uint16 where the vocabulary allows, else uint32), 
        160     96  zeros
        256      …  ids; zeros up to a multiple of 8; document starts as uint64
 
-The files are memory-mapped: opening costs the same for a megabyte and a terabyte, and ranks on one machine share the pages. A shard is
-written beside its final name and renamed when it is whole, so a file under the final name is never half-written. The header proves itself,
-the size is checked on opening, and contents up to `VERIFY_UP_TO` bytes are hashed as well.
+The files are memory-mapped: opening costs the same for a megabyte and a terabyte, and ranks on one machine
+share the pages. A shard is written beside its final name and renamed when it is whole, so a file under the
+final name is never half-written. The header proves itself, the size is checked on opening, and contents up to
+`VERIFY_UP_TO` bytes are hashed as well.
 """
 
 from __future__ import annotations
@@ -89,10 +92,16 @@ class ShardHeader:
             raise DataError(f"{file} is not a token shard; prepare the data again with `llm-trainer prepare`")
         fields = raw[: _FIELDS.size]
         if hashlib.sha256(fields).digest() != raw[_FIELDS.size : _FIELDS.size + 32]:
-            raise DataError(f"the header of {file} is damaged; prepare the data again with `llm-trainer prepare`")
-        _, version, item, tokens, documents, largest, vocab, num_bytes, end, tokenizer, content = _FIELDS.unpack(fields)
+            raise DataError(
+                f"the header of {file} is damaged; prepare the data again with `llm-trainer prepare`"
+            )
+        _, version, item, tokens, documents, largest, vocab, num_bytes, end, tokenizer, content = (
+            _FIELDS.unpack(fields)
+        )
         if version != VERSION or item not in (2, 4):
-            raise DataError(f"{file} has the form of version {version}; this program reads version {VERSION}: prepare the data again")
+            raise DataError(
+                f"{file} has the form of version {version}; this program reads version {VERSION}: prepare the data again"
+            )
         return cls(
             item, tokens, documents, largest, vocab, None if num_bytes == _NONE else num_bytes, None if end == _NONE else end,
             tokenizer.hex(), content.hex(),
@@ -107,7 +116,14 @@ class ShardWriter:
     """
 
     def __init__(
-        self, folder: Path, split: str, *, vocab_size: int, tokenizer_hash: str, end_id: int | None, shard_tokens: int = SHARD_TOKENS
+        self,
+        folder: Path,
+        split: str,
+        *,
+        vocab_size: int,
+        tokenizer_hash: str,
+        end_id: int | None,
+        shard_tokens: int = SHARD_TOKENS,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._split = folder, split
@@ -120,18 +136,24 @@ class ShardWriter:
         self._begin()
 
     def add(self, ids: np.ndarray | Sequence[int], num_bytes: int = 0) -> None:
-        """Append ids to the document at hand; `num_bytes`: their text in utf-8. Raises DataError for ids outside the vocabulary."""
+        """Append ids to the document at hand; `num_bytes`: their text in utf-8. Raises DataError for ids
+        outside the vocabulary.
+        """
         values = np.asarray(ids, dtype=np.int64)
         if len(values):
             if int(values.min()) < 0 or int(values.max()) >= self._vocab_size:
-                raise DataError(f"ids {int(values.min())} to {int(values.max())} do not fit the vocabulary of {self._vocab_size}")
+                raise DataError(
+                    f"ids {int(values.min())} to {int(values.max())} do not fit the vocabulary of {self._vocab_size}"
+                )
             self._largest = max(self._largest, int(values.max()))
             self._write(values.astype(self._dtype).tobytes())
             self._tokens += len(values)
         self._bytes += num_bytes
 
     def end_document(self, *, append_end: bool = True) -> None:
-        """Close the document at hand; with `append_end` the end of text follows, where there is one. An empty document leaves no trace."""
+        """Close the document at hand; with `append_end` the end of text follows, where there is one. An empty
+        document leaves no trace.
+        """
         if self._tokens == self._document_start:
             return
         if append_end and self._end_id is not None:
@@ -143,23 +165,31 @@ class ShardWriter:
             self._begin()
 
     def add_documents(self, documents: Sequence[np.ndarray], num_bytes: int = 0) -> None:
-        """Append whole documents: the same as `add` and `end_document` of each, and much faster where they are short."""
+        """Append whole documents: the same as `add` and `end_document` of each, and much faster where they
+        are short.
+        """
         assert self._tokens == self._document_start
         ends = [] if self._end_id is None else [np.array([self._end_id])]
         lengths = np.array([len(ids) + len(ends) for ids in documents if len(ids)], dtype=np.int64)
         if self._tokens + int(lengths.sum()) >= self._shard_tokens:
-            self._bytes += num_bytes  # counted for the shard at hand, though some documents may go to the next
+            self._bytes += (
+                num_bytes  # counted for the shard at hand, though some documents may go to the next
+            )
             for ids in documents:
                 self.add(ids)
                 self.end_document()
         elif len(lengths):
             starts = self._tokens + np.cumsum(lengths) - lengths
             self._starts.frombytes(starts.astype("<u8").tobytes())
-            self.add(np.concatenate([array for ids in documents if len(ids) for array in (ids, *ends)]), num_bytes)
+            self.add(
+                np.concatenate([array for ids in documents if len(ids) for array in (ids, *ends)]), num_bytes
+            )
             self._document_start = self._tokens
 
     def append(self, file: Path) -> None:
-        """Add all documents of a shard that was made with the same tokenizer. Raises DataError where it is damaged."""
+        """Add all documents of a shard that was made with the same tokenizer. Raises DataError where it is
+        damaged.
+        """
         shard = _Shard.open(file)
         assert shard.header.tokenizer_hash == self._tokenizer_hash
         assert self._tokens == self._document_start
@@ -242,7 +272,9 @@ class _Shard:
         except OSError as error:
             raise DataError(f"{file} cannot be read: {error.strerror or error}") from None
         if size != header.file_bytes:
-            raise DataError(f"{file} is truncated or garbled: {size} bytes, its header says {header.file_bytes}; prepare the data again")
+            raise DataError(
+                f"{file} is truncated or garbled: {size} bytes, its header says {header.file_bytes}; prepare the data again"
+            )
         # Plain arrays over the maps: slicing np.memmap itself costs a microsecond more each time.
         ids = _mapped(file, f"<u{header.item_bytes}", HEADER_BYTES, header.num_tokens)
         shard = cls(file, header, ids, _mapped(file, "<u8", header.starts_offset, header.num_documents))
@@ -257,7 +289,9 @@ class _Shard:
             while block := opened.read(2**22):
                 digest.update(block)
         if digest.hexdigest() != self.header.content_hash:
-            raise DataError(f"{self.file} is garbled: its contents do not have the hash in its header; prepare the data again")
+            raise DataError(
+                f"{self.file} is garbled: its contents do not have the hash in its header; prepare the data again"
+            )
 
 
 def _mapped(file: Path, dtype: str, offset: int, count: int) -> np.ndarray:
@@ -301,31 +335,48 @@ class TokenDataset:
         self.corpora = tuple(name for name, _ in corpora)
         self._corpus_ends = np.cumsum([tokens for _, tokens in corpora], dtype=np.int64)
         self._known_largest = largest_id
-        self.packed: dict[tuple[int, str, int], tuple[np.ndarray, np.ndarray]] = {}  # tables of rows by (context, strategy, stride)
+        self.packed: dict[
+            tuple[int, str, int], tuple[np.ndarray, np.ndarray]
+        ] = {}  # tables of rows by (context, strategy, stride)
 
     def corpus_of(self, places: np.ndarray) -> np.ndarray:
-        """Which of `corpora` the token at each of these places of the stream is from, int64 of the same shape."""
+        """Which of `corpora` the token at each of these places of the stream is from, int64 of the same
+        shape.
+        """
         found: np.ndarray = np.searchsorted(self._corpus_ends, places, side="right")
         return found
 
     @classmethod
     def open(cls, folder: str | Path, split: str) -> TokenDataset:
-        """Open the shards of `split` in `folder` or its `dataset/`. Raises DataError where they are missing or damaged."""
+        """Open the shards of `split` in `folder` or its `dataset/`. Raises DataError where they are missing
+        or damaged.
+        """
         place = Path(folder)
         place = place / "dataset" if (place / "dataset").is_dir() else place
         files = sorted(place.glob(f"{split}-*{SUFFIX}"))
         if not files:
-            raise DataError(f"no token shards of the split {split!r} in {place}; prepare the data with `llm-trainer prepare`")
+            raise DataError(
+                f"no token shards of the split {split!r} in {place}; prepare the data with `llm-trainer prepare`"
+            )
         if [file.name for file in files] != [f"{split}-{index:05d}{SUFFIX}" for index in range(len(files))]:
-            raise DataError(f"shards of the split {split!r} in {place} are missing: there are {', '.join(file.name for file in files)}")
+            raise DataError(
+                f"shards of the split {split!r} in {place} are missing: there are {', '.join(file.name for file in files)}"
+            )
         shards = [_Shard.open(file) for file in files]
         first = shards[0].header
         for shard in shards:
-            if (shard.header.tokenizer_hash, shard.header.vocab_size) != (first.tokenizer_hash, first.vocab_size):
-                raise DataError(f"{shard.file} and {files[0].name} were made with different tokenizers; prepare the data again")
+            if (shard.header.tokenizer_hash, shard.header.vocab_size) != (
+                first.tokenizer_hash,
+                first.vocab_size,
+            ):
+                raise DataError(
+                    f"{shard.file} and {files[0].name} were made with different tokenizers; prepare the data again"
+                )
         sizes = [shard.header.num_bytes for shard in shards]
         known = [size for size in sizes if size is not None]
-        digest = hashlib.sha256("".join(shard.header.content_hash for shard in shards).encode() + first.tokenizer_hash.encode())
+        digest = hashlib.sha256(
+            "".join(shard.header.content_hash for shard in shards).encode() + first.tokenizer_hash.encode()
+        )
         return cls(
             [shard.ids for shard in shards],
             [shard.starts for shard in shards],
@@ -339,12 +390,16 @@ class TokenDataset:
         )
 
     @classmethod
-    def from_ids(cls, ids: Sequence[int] | np.ndarray, *, vocab_size: int, tokenizer_hash: str = "0" * 64) -> TokenDataset:
+    def from_ids(
+        cls, ids: Sequence[int] | np.ndarray, *, vocab_size: int, tokenizer_hash: str = "0" * 64
+    ) -> TokenDataset:
         """A stream in memory, as one document; for tests and small experiments."""
         values = np.asarray(ids, dtype=np.int64)
         fingerprint = hashlib.sha256(values.tobytes() + tokenizer_hash.encode()).hexdigest()
         starts = np.zeros(min(1, len(values)), dtype=np.int64)
-        return cls([values], [starts], vocab_size=vocab_size, tokenizer_hash=tokenizer_hash, fingerprint=fingerprint)
+        return cls(
+            [values], [starts], vocab_size=vocab_size, tokenizer_hash=tokenizer_hash, fingerprint=fingerprint
+        )
 
     def __len__(self) -> int:
         return self.num_tokens
@@ -358,7 +413,9 @@ class TokenDataset:
         return max((int(piece.max()) for piece in pieces), default=0)
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Ids `start … start + count - 1` of the stream as int64 `(count,)`. Raises IndexError outside the stream."""
+        """Ids `start … start + count - 1` of the stream as int64 `(count,)`. Raises IndexError outside the
+        stream.
+        """
         out = np.empty(count, dtype=np.int64)
         self.read_into(start, out)
         return out
@@ -367,7 +424,11 @@ class TokenDataset:
         """Fill `out` `(count,)` with ids from `start` on. Raises IndexError outside the stream."""
         if start < 0 or start + len(out) > self.num_tokens:
             raise IndexError(f"ids {start} to {start + len(out)} of a stream of {self.num_tokens}")
-        index = 0 if len(self.id_arrays) == 1 else int(np.searchsorted(self._first_token, start, side="right")) - 1
+        index = (
+            0
+            if len(self.id_arrays) == 1
+            else int(np.searchsorted(self._first_token, start, side="right")) - 1
+        )
         done = 0
         while done < len(out):
             ids, inside = self.id_arrays[index], start + done - int(self._first_token[index])
@@ -382,7 +443,9 @@ class TokenDataset:
         return self.id_arrays[0].itemsize if self.id_arrays else 0
 
     def documents(self, block: int = 2**14) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Where documents begin and how long they are, in order, in blocks of at most `block`: int64 `(documents,)` each."""
+        """Where documents begin and how long they are, in order, in blocks of at most `block`: int64
+        `(documents,)` each.
+        """
         for index, starts in enumerate(self.start_arrays):
             base = int(self._first_token[index])
             end = int(self._first_token[index + 1]) - base
@@ -393,14 +456,20 @@ class TokenDataset:
 
     def document_starts_in(self, start: int, count: int) -> np.ndarray:
         """Where documents begin within the slice, relative to `start`, ascending, int64 `(documents,)`."""
-        first = 0 if len(self.id_arrays) == 1 else max(0, int(np.searchsorted(self._first_token, start, side="right")) - 1)
+        first = (
+            0
+            if len(self.id_arrays) == 1
+            else max(0, int(np.searchsorted(self._first_token, start, side="right")) - 1)
+        )
         found = []
         for index in range(first, len(self.id_arrays)):
             base = int(self._first_token[index])
             if base >= start + count:
                 break
             starts = self.start_arrays[index]
-            bounds = np.array([max(start - base, 0), start + count - base], dtype=starts.dtype)  # of one type, or all starts are converted
+            bounds = np.array(
+                [max(start - base, 0), start + count - base], dtype=starts.dtype
+            )  # of one type, or all starts are converted
             low, high = np.searchsorted(starts, bounds)
             found.append(starts[low:high].astype(np.int64) + (base - start))
         return np.concatenate(found) if found else np.empty(0, np.int64)

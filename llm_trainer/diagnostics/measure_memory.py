@@ -1,4 +1,6 @@
-"""The peak of a real training step above what the process held before it: the kernel's high-water mark on a CPU, CUDA's own on a GPU."""
+"""The peak of a real training step above what the process held before it: the kernel's high-water mark on a
+CPU, CUDA's own on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +22,17 @@ from llm_trainer.training.optim.param_groups import prepare_trainable
 
 
 def measured_step(
-    shape: ModelConfig, training: TrainingConfig, sequences: int, micro_batches: int = 1, model: Transformer | None = None
+    shape: ModelConfig,
+    training: TrainingConfig,
+    sequences: int,
+    micro_batches: int = 1,
+    model: Transformer | None = None,
 ) -> int:
-    """Bytes that the second of two steps on random tokens needed above what was held before it; `model` (of this shape) is changed by it.
+    """Bytes that the second of two steps on random tokens needed above what was held before it; `model` (of
+    this shape) is changed by it.
 
-    What the settings freeze is not trained. Raises UsageError where the system does not tell, and as `prepare_trainable`.
+    What the settings freeze is not trained. Raises UsageError where the system does not tell, and as
+    `prepare_trainable`.
     """
     device = torch.device("cuda" if training.device.startswith("cuda") else "cpu")
     model = (Transformer(shape) if model is None else model).to(device).train()
@@ -45,7 +53,9 @@ def measured_step(
 
 
 def peak_above(step: Callable[[], None], device: torch.device) -> int:
-    """Bytes that running `step` needs above what is held before it. Raises UsageError where the system does not tell."""
+    """Bytes that running `step` needs above what is held before it. Raises UsageError where the system does
+    not tell.
+    """
     before = _held(device)
     _forget_peak(device)
     step()
@@ -67,7 +77,9 @@ def _forget_peak(device: torch.device) -> None:
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError as error:
-        raise UsageError("this system does not tell a process's peak of memory (no /proc/self/clear_refs); measure on Linux") from error
+        raise UsageError(
+            "this system does not tell a process's peak of memory (no /proc/self/clear_refs); measure on Linux"
+        ) from error
 
 
 def _status(name: str) -> int:

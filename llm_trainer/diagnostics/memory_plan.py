@@ -1,6 +1,8 @@
-"""Will it fit? Memory of one rank by part under a parallel plan, what a step sends, and what to change where it does not fit.
+"""Will it fit? Memory of one rank by part under a parallel plan, what a step sends, and what to change where
+it does not fit.
 
-A step's memory comes from `training/memory/memory_estimator.py`, which runs the step on tensors without contents. A plan then divides it:
+A step's memory comes from `training/memory/memory_estimator.py`, which runs the step on tensors without
+contents. A plan then divides it:
 
 - tensor: each of t ranks holds the shape with 1/t of the heads and of the MLP's inner width, which is a shape like any other; the residual
   stream, the norms, the embeddings and the head are whole on each.
@@ -62,8 +64,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on one rank. `gradients` are those at the step's highest moment, `activations` all else at that moment; `on_host` is
-    beside them, in the host's memory; `in_bits` how much more the weights were as floats, as which they are saved.
+    """Bytes on one rank. `gradients` are those at the step's highest moment, `activations` all else at that
+    moment; `on_host` is beside them, in the host's memory; `in_bits` how much more the weights were as
+    floats, as which they are saved.
     """
 
     weights: int
@@ -81,11 +84,21 @@ class RankMemory:
     @property
     def total(self) -> int:
         """The peak of a training step."""
-        return self.weights + self.optimizer + self.gradients + self.activations + self.loss_buffers + self.gathered + self.received
+        return (
+            self.weights
+            + self.optimizer
+            + self.gradients
+            + self.activations
+            + self.loss_buffers
+            + self.gathered
+            + self.received
+        )
 
     @property
     def copies(self) -> int:
-        """What a save in the background takes of the host's memory: this rank's weights, as floats, and optimizer state once more."""
+        """What a save in the background takes of the host's memory: this rank's weights, as floats, and
+        optimizer state once more.
+        """
         return self.weights + self.in_bits + self.optimizer + self.on_host
 
     def parts(self) -> dict[str, int]:
@@ -107,7 +120,9 @@ def rank_shape(shape: ModelConfig, tensor: int) -> ModelConfig:
     sizes = {"num_attention_heads": shape.num_attention_heads, "MLP width": shape.mlp_width}
     wrong = [f"{name} {size}" for name, size in sizes.items() if size % tensor]
     if wrong:
-        raise UsageError(f"tensor_parallel {tensor} does not divide {' and '.join(wrong)}; take a divisor of them")
+        raise UsageError(
+            f"tensor_parallel {tensor} does not divide {' and '.join(wrong)}; take a divisor of them"
+        )
     return shape.model_copy(
         update={
             "head_dim": shape.head_width,
@@ -118,13 +133,21 @@ def rank_shape(shape: ModelConfig, tensor: int) -> ModelConfig:
     )
 
 
-def rank_memory(shape: ModelConfig, training: TrainingConfig, plan: Plan, precision: PrecisionName | None = None) -> RankMemory:
-    """Memory of one rank under `plan`, in a pipeline of the one that needs most. Raises UsageError where the plan does not divide."""
+def rank_memory(
+    shape: ModelConfig, training: TrainingConfig, plan: Plan, precision: PrecisionName | None = None
+) -> RankMemory:
+    """Memory of one rank under `plan`, in a pipeline of the one that needs most. Raises UsageError where the
+    plan does not divide.
+    """
     return max(rank_memories(shape, training, plan, precision), key=lambda memory: memory.total)
 
 
-def rank_memories(shape: ModelConfig, training: TrainingConfig, plan: Plan, precision: PrecisionName | None = None) -> list[RankMemory]:
-    """Memory of a rank of each of a pipeline's places, in their order; of one where there is no pipeline. Raises as `rank_memory`."""
+def rank_memories(
+    shape: ModelConfig, training: TrainingConfig, plan: Plan, precision: PrecisionName | None = None
+) -> list[RankMemory]:
+    """Memory of a rank of each of a pipeline's places, in their order; of one where there is no pipeline.
+    Raises as `rank_memory`.
+    """
     own = rank_shape(shape, plan.tensor)
     cache, checkpoint = cache_a_sequence(own, precision or "bf16"), checkpoint_bytes(shape, training)
     check_stages(plan.pipeline, training.pipeline_schedule, shape.num_hidden_layers, plan.micro_batches)
@@ -132,7 +155,9 @@ def rank_memories(shape: ModelConfig, training: TrainingConfig, plan: Plan, prec
     return [divided(own, step, plan, cache, checkpoint) for step in _steps(own, training, plan, precision)]
 
 
-def divided(own: ModelConfig, step: StepMemory | PlaceMemory, plan: Plan, cache: int, checkpoint: int) -> RankMemory:
+def divided(
+    own: ModelConfig, step: StepMemory | PlaceMemory, plan: Plan, cache: int, checkpoint: int
+) -> RankMemory:
     """A step's memory as the plan divides it."""
     in_stages = isinstance(step, PlaceMemory)
     share = 1 / plan.shards if plan.micro_batches == 1 and not in_stages else 1.0
@@ -158,7 +183,9 @@ def divided(own: ModelConfig, step: StepMemory | PlaceMemory, plan: Plan, cache:
 
 
 def largest_block(shape: ModelConfig) -> int:
-    """Parameters that are gathered at once: a block's, or the embeddings' and the head's where those are more."""
+    """Parameters that are gathered at once: a block's, or the embeddings' and the head's where those are
+    more.
+    """
     sizes = part_sizes(shape)
     block = sum(sizes[f"{part}.0"] for part in ("ln_1", "attn", "ln_2", "mlp"))
     return max(block, sum(size for name, size in sizes.items() if name in ("wte", "wpe", "ln_f", "lm_head")))
@@ -167,21 +194,34 @@ def largest_block(shape: ModelConfig) -> int:
 def cache_a_sequence(shape: ModelConfig, precision: PrecisionName) -> int:
     """Bytes of keys and values of one sequence of full length."""
     width = 4 if precision == "fp32" else 2
-    return 2 * width * shape.num_hidden_layers * shape.kv_heads * shape.head_width * shape.max_position_embeddings
+    return (
+        2
+        * width
+        * shape.num_hidden_layers
+        * shape.kv_heads
+        * shape.head_width
+        * shape.max_position_embeddings
+    )
 
 
 def checkpoint_bytes(shape: ModelConfig, training: TrainingConfig) -> int:
-    """Bytes of one checkpoint on disk, over all ranks: weights, and the optimizer's averages of those that are trained, in fp32."""
+    """Bytes of one checkpoint on disk, over all ranks: weights, and the optimizer's averages of those that
+    are trained, in fp32.
+    """
     trained = trained_sizes(shape, training)
     matrices = 0
-    if training.optimizer == "muon":  # one average for a block's matrices; the biases among these have two, which is too little to count
+    if (
+        training.optimizer == "muon"
+    ):  # one average for a block's matrices; the biases among these have two, which is too little to count
         matrices = sum(size for name, size in trained.items() if name.startswith(("attn.", "mlp.")))
     return WEIGHT_BYTES * (sum(part_sizes(shape).values()) + 2 * sum(trained.values()) - matrices)
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that one rank sends in a step, by what for (ring algorithms: (n − 1) / n of the data once for each half)."""
+    """Bytes that one rank sends in a step, by what for (ring algorithms: (n − 1) / n of the data once for
+    each half).
+    """
 
     gradients: int
     gathering: int
@@ -196,11 +236,13 @@ class Traffic:
 
 
 def traffic(shape: ModelConfig, plan: Plan, schedule: str = "1f1b") -> Traffic:
-    """What one rank sends: gradients in fp32 once a step, weights in fp32 twice a micro-batch where they are sharded, four sums of
-    the residual stream in bf16 a layer and micro-batch where tensors are, the stream and its gradient in fp32 over each edge of a stage;
-    keys and values and their gradients in bf16 a layer and micro-batch where sequences are shared.
+    """What one rank sends: gradients in fp32 once a step, weights in fp32 twice a micro-batch where they are
+    sharded, four sums of the residual stream in bf16 a layer and micro-batch where tensors are, the stream
+    and its gradient in fp32 over each edge of a stage; keys and values and their gradients in bf16 a layer
+    and micro-batch where sequences are shared.
 
-    In a pipeline a stage of average size with neighbours on both sides is meant, whose shards are gathered once a step.
+    In a pipeline a stage of average size with neighbours on both sides is meant, whose shards are gathered
+    once a step.
     """
     own = rank_shape(shape, plan.tensor)
     held = WEIGHT_BYTES * sum(part_sizes(own).values()) // plan.pipeline
@@ -239,18 +281,27 @@ def recommend(
 ) -> Advice | None:
     """The first that fits `limit` bytes a rank, in the order of what costs least; None where nothing does.
 
-    Replicas before shards before tensors (within a node) before stages, whole activations before recomputed ones, and micro-batches halved
-    last. A step of the whole run stays what it is: n stages leave an n-th of the replicas and shards, each with n times the micro-batches.
-    As many ranks share each sequence as `plan` says.
+    Replicas before shards before tensors (within a node) before stages, whole activations before recomputed
+    ones, and micro-batches halved last. A step of the whole run stays what it is: n stages leave an n-th of
+    the replicas and shards, each with n times the micro-batches. As many ranks share each sequence as `plan`
+    says.
     """
     ranks //= plan.context
     for stages in (size for size in _STAGES[: 1 if plan.context > 1 else None] if ranks % size == 0):
         if not _can_be_staged(shape, training, stages, plan.micro_batches):
             continue
-        for tensor in (size for size in (1, 2, 4, 8) if size <= min(node, ranks // stages) and ranks // stages % size == 0):
-            start = replace(plan, pipeline=stages, tensor=tensor, replicate=ranks // stages // tensor, shard=1)
+        for tensor in (
+            size
+            for size in (1, 2, 4, 8)
+            if size <= min(node, ranks // stages) and ranks // stages % size == 0
+        ):
+            start = replace(
+                plan, pipeline=stages, tensor=tensor, replicate=ranks // stages // tensor, shard=1
+            )
             start = replace(start, micro_batches=stages * plan.micro_batches)
-            if _divides(shape, tensor) and (found := _first_that_fits(shape, training, start, int(limit * (1 - RESERVE)), precision)):
+            if _divides(shape, tensor) and (
+                found := _first_that_fits(shape, training, start, int(limit * (1 - RESERVE)), precision)
+            ):
                 return found
     return None
 
@@ -269,17 +320,31 @@ def _first_that_fits(
 ) -> Advice | None:
     """Of the ways to divide the replicas of `start` into shards, and its steps into micro-batches."""
     own = rank_shape(shape, start.tensor)
-    if not start.offload and _at_least(own, training, start.replicate * start.context, precision) // start.pipeline > budget:
+    if (
+        not start.offload
+        and _at_least(own, training, start.replicate * start.context, precision) // start.pipeline > budget
+    ):
         return None  # without running anything
     cache, checkpoint = cache_a_sequence(own, precision or "bf16"), checkpoint_bytes(shape, training)
-    sizes = {size for size in (start.sequences, start.sequences // 2, start.sequences // 4, 1) if size and start.sequences % size == 0}
+    sizes = {
+        size
+        for size in (start.sequences, start.sequences // 2, start.sequences // 4, 1)
+        if size and start.sequences % size == 0
+    }
     for sequences in sorted(sizes, reverse=True):
-        division = replace(start, sequences=sequences, micro_batches=start.micro_batches * start.sequences // sequences)
+        division = replace(
+            start, sequences=sequences, micro_batches=start.micro_batches * start.sequences // sequences
+        )
         for recompute in (False, True):
-            steps = _steps(own.model_copy(update={"gradient_checkpointing": recompute}), training, division, precision)
+            steps = _steps(
+                own.model_copy(update={"gradient_checkpointing": recompute}), training, division, precision
+            )
             for shard in [1] if start.offload else _shards(start.replicate):
                 trial = replace(division, replicate=start.replicate // shard, shard=shard)
-                memory = max((divided(own, step, trial, cache, checkpoint) for step in steps), key=lambda memory: memory.total)
+                memory = max(
+                    (divided(own, step, trial, cache, checkpoint) for step in steps),
+                    key=lambda memory: memory.total,
+                )
                 if memory.total <= budget:
                     return Advice(trial, recompute, memory)
     return None
@@ -296,17 +361,27 @@ def _steps(
     return place_memories(own, training, ranks=plan.pipeline, **run, precision=precision)
 
 
-def _at_least(own: ModelConfig, training: TrainingConfig, shards: int, precision: PrecisionName | None) -> int:
-    """What a rank cannot do without: its share of weights and optimizer, and the narrow copies that autocast makes of trained matrices."""
+def _at_least(
+    own: ModelConfig, training: TrainingConfig, shards: int, precision: PrecisionName | None
+) -> int:
+    """What a rank cannot do without: its share of weights and optimizer, and the narrow copies that autocast
+    makes of trained matrices.
+    """
     held = checkpoint_bytes(own, training)
     if training.quantize_base != "off":  # a checkpoint holds the floats
         held -= bytes_saved(empty_model(own, "meta"))
-    narrow = sum(2 * size for part, size in trained_sizes(own, training).items() if part.startswith(("attn.", "mlp.")))
+    narrow = sum(
+        2 * size for part, size in trained_sizes(own, training).items() if part.startswith(("attn.", "mlp."))
+    )
     return held // shards + (0 if (precision or training.precision) == "fp32" else narrow)
 
 
 def _divides(shape: ModelConfig, tensor: int) -> bool:
-    return shape.num_attention_heads % tensor == 0 and shape.kv_heads % tensor == 0 and shape.mlp_width % tensor == 0
+    return (
+        shape.num_attention_heads % tensor == 0
+        and shape.kv_heads % tensor == 0
+        and shape.mlp_width % tensor == 0
+    )
 
 
 def _shards(ranks: int) -> list[int]:

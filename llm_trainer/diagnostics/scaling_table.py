@@ -1,4 +1,6 @@
-"""The tables of docs/scaling.md, from preflight's own model: `python -m llm_trainer.diagnostics.scaling_table`."""
+"""The tables of docs/scaling.md, from preflight's own model: `python -m
+llm_trainer.diagnostics.scaling_table`.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,20 @@ LLAMA = {"model_type": "llama", "max_position_embeddings": 4096}
 # name → shape and the micro-batch that is tried first
 SHAPES: dict[str, tuple[dict[str, object], int]] = {
     "125 M": ({"model_type": "gpt2"}, 8),
-    "1.3 B": ({"model_type": "gpt2", "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 16}, 8),
-    "7 B": ({**LLAMA, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 11008}, 1),
+    "1.3 B": (
+        {"model_type": "gpt2", "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 16},
+        8,
+    ),
+    "7 B": (
+        {
+            **LLAMA,
+            "hidden_size": 4096,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "intermediate_size": 11008,
+        },
+        1,
+    ),
     "70 B": (
         {
             **LLAMA,
@@ -51,7 +65,9 @@ def rows() -> Iterator[str]:
                 yield f"{head} nothing fits | – | – | – | – |"
                 continue
             plan, context = advice.plan, shape.max_position_embeddings
-            steps = f"{plan.sequences} × {context}" + (f", {plan.micro_batches} times" if plan.micro_batches > 1 else "")
+            steps = f"{plan.sequences} × {context}" + (
+                f", {plan.micro_batches} times" if plan.micro_batches > 1 else ""
+            )
             ways = f"{plan.replicate} × {plan.shard} × {plan.tensor}"
             peak, sent = advice.memory.total / 1e9, traffic(shape, plan).total / 1e9
             yield f"{head} {ways} | {steps} | {'yes' if advice.recompute else 'no'} | {peak:.1f} GB | {sent:.2f} GB |"

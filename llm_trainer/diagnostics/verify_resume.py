@@ -1,7 +1,8 @@
-"""The proof of resuming: train a stretch of a run straight through, again with a save and a resume in the middle, and compare every bit.
+"""The proof of resuming: train a stretch of a run straight through, again with a save and a resume in the
+middle, and compare every bit.
 
-Where the run kept a later checkpoint of its own within that stretch, the replay is compared with it too: then what is shown is not
-only that resuming is exact, but that this run was.
+Where the run kept a later checkpoint of its own within that stretch, the replay is compared with it too: then
+what is shown is not only that resuming is exact, but that this run was.
 """
 
 from __future__ import annotations
@@ -17,7 +18,14 @@ import torch
 from torch import Tensor
 
 from llm_trainer.config import CheckpointError, UsageError
-from llm_trainer.run_dir import FINAL_MODEL, OPTIMIZER_FOLDER, TEMPORARY_PREFIX, FoundCheckpoint, list_checkpoints, verify
+from llm_trainer.run_dir import (
+    FINAL_MODEL,
+    OPTIMIZER_FOLDER,
+    TEMPORARY_PREFIX,
+    FoundCheckpoint,
+    list_checkpoints,
+    verify,
+)
 from llm_trainer.training.callbacks import Callback
 from llm_trainer.training.checkpoint.optimizer_state import read_tensors
 from llm_trainer.training.checkpoint.store import read_state
@@ -26,7 +34,8 @@ from llm_trainer.training.standing import best_beside
 if TYPE_CHECKING:
     from llm_trainer.training.trainer import Trainer
 
-# (checkpoint to resume or None for the run's beginning, run folder to write to, callbacks) → a trainer with the run's own settings.
+# (checkpoint to resume or None for the run's beginning, run folder to write to, callbacks) → a trainer with
+# the run's own settings.
 BuildTrainer = Callable[[Path | None, Path, Sequence[Callback]], "Trainer"]
 
 # What differs between two equal runs.
@@ -77,10 +86,11 @@ class StopAt(Callback):
 
 
 def verify_resume(run: Path, steps: int, build: BuildTrainer) -> VerifyReport:
-    """Replay `steps` steps of `run` from one of its checkpoints (or its beginning, where none is early enough) and say what is not exact.
+    """Replay `steps` steps of `run` from one of its checkpoints (or its beginning, where none is early
+    enough) and say what is not exact.
 
-    Everything is written to a folder of its own in `run`, which is removed after. Raises UsageError for fewer than 2 steps,
-    CheckpointError where the run holds no checkpoint.
+    Everything is written to a folder of its own in `run`, which is removed after. Raises UsageError for fewer
+    than 2 steps, CheckpointError where the run holds no checkpoint.
     """
     if steps < 2:
         raise UsageError(f"{steps} steps cannot be interrupted in the middle; replay 2 or more")
@@ -94,10 +104,17 @@ def verify_resume(run: Path, steps: int, build: BuildTrainer) -> VerifyReport:
         straight = _train(build, start.path if start else None, scratch / "straight", last)
         halfway = _train(build, start.path if start else None, scratch / "halfway", middle)
         resumed = _train(build, halfway, scratch / "resumed", last)
-        comparisons = [Comparison(f"straight through against resumed at step {middle}", compare_checkpoints(straight, resumed))]
+        comparisons = [
+            Comparison(
+                f"straight through against resumed at step {middle}", compare_checkpoints(straight, resumed)
+            )
+        ]
         if own is not None:
-            # Where the run's best model is a later one, the replay had none to begin with, and its lowest loss is of the replayed steps.
-            beside = {"best_validation_loss"} if start is not None and best_beside(start.path) is None else set()
+            # Where the run's best model is a later one, the replay had none to begin with, and its lowest
+            # loss is of the replayed steps.
+            beside = (
+                {"best_validation_loss"} if start is not None and best_beside(start.path) is None else set()
+            )
             differences = compare_checkpoints(own.path, straight, beside=beside)
             comparisons.append(Comparison(f"replayed against {own.path.name} of the run", differences))
     finally:
@@ -106,7 +123,9 @@ def verify_resume(run: Path, steps: int, build: BuildTrainer) -> VerifyReport:
 
 
 def compare_checkpoints(first: Path, second: Path, *, beside: Collection[str] = ()) -> list[str]:
-    """Each tensor and each entry of the state (but `beside`) that is not the same to the bit in two checkpoint folders, a line each."""
+    """Each tensor and each entry of the state (but `beside`) that is not the same to the bit in two
+    checkpoint folders, a line each.
+    """
     mine, theirs = dict(_tensors(first)), dict(_tensors(second))
     differences = [f"{name} is in one only" for name in sorted(mine.keys() ^ theirs.keys())]
     for name in sorted(mine.keys() & theirs.keys()):
@@ -121,10 +140,12 @@ def compare_checkpoints(first: Path, second: Path, *, beside: Collection[str] = 
 
 
 def _stretch(run: Path, steps: int) -> tuple[FoundCheckpoint | None, FoundCheckpoint | None]:
-    """Where the replay starts, and the run's own later checkpoint to compare with: the newest such pair at most `steps` apart.
+    """Where the replay starts, and the run's own later checkpoint to compare with: the newest such pair at
+    most `steps` apart.
 
-    The best model is from a validation's middle, before what comes between two steps: a replay can start there, but not be compared with
-    it. Without such a pair the start is the newest checkpoint with as many steps before the run's end, or the run's beginning.
+    The best model is from a validation's middle, before what comes between two steps: a replay can start
+    there, but not be compared with it. Without such a pair the start is the newest checkpoint with as many
+    steps before the run's end, or the run's beginning.
     """
     whole = [one for one in list_checkpoints(run) if not verify(one.path)]
     if not whole:
@@ -146,7 +167,9 @@ def _train(build: BuildTrainer, start: Path | None, folder: Path, last: int) -> 
     trainer = build(start, folder, [StopAt(last)])
     result = trainer.train()
     if result.step != last:
-        raise CheckpointError(f"the replay ended at step {result.step} instead of {last} ({result.ended_by}); replay fewer steps")
+        raise CheckpointError(
+            f"the replay ended at step {result.step} instead of {last} ({result.ended_by}); replay fewer steps"
+        )
     return folder / FINAL_MODEL
 
 

@@ -1,10 +1,12 @@
-"""The parallel plan, applied to a model in one place and one visible order; the model itself knows nothing of it.
+"""The parallel plan, applied to a model in one place and one visible order; the model itself knows nothing of
+it.
 
-Matrices are cut first (matrices.py), then sequences (context.py), then come recomputation (a setting of the model), compilation, and the
-wrapper: replicas alone are DistributedDataParallel, shards are FSDP2's `fully_shard` (Zhao et al. 2023, arXiv:2304.11277) by block, and
-both together a mesh of replicas × shards. Compilation replaces functions inside the blocks (compilation.py), so it lies within either
-wrapper, whichever comes first. Gradients are summed over ranks, not averaged: the step has divided by the tokens of all ranks already,
-and a mean over ranks with unequal numbers of tokens would be another loss.
+Matrices are cut first (matrices.py), then sequences (context.py), then come recomputation (a setting of the
+model), compilation, and the wrapper: replicas alone are DistributedDataParallel, shards are FSDP2's
+`fully_shard` (Zhao et al. 2023, arXiv:2304.11277) by block, and both together a mesh of replicas × shards.
+Compilation replaces functions inside the blocks (compilation.py), so it lies within either wrapper, whichever
+comes first. Gradients are summed over ranks, not averaged: the step has divided by the tokens of all ranks
+already, and a mean over ranks with unequal numbers of tokens would be another loss.
 """
 
 from __future__ import annotations
@@ -34,14 +36,17 @@ if TYPE_CHECKING:
 
 
 class Shared(NamedTuple):
-    """A parameter that several ranks hold whole, each of which finds a part of its gradient: to be summed over `group`."""
+    """A parameter that several ranks hold whole, each of which finds a part of its gradient: to be summed
+    over `group`.
+    """
 
     parameter: nn.Parameter
     group: ProcessGroup
 
 
 def shard(step: TrainingStep, ranks: Ranks) -> list[Shared]:
-    """Cut the model's weights over the ranks where the plan says so; optimizers are made after this, over what each rank holds.
+    """Cut the model's weights over the ranks where the plan says so; optimizers are made after this, over
+    what each rank holds.
 
     Returns the parameters whose gradients are to be summed over a group before the update.
     """
@@ -53,7 +58,9 @@ def shard(step: TrainingStep, ranks: Ranks) -> list[Shared]:
         step.model.take_share(share_over(ranks.context_mesh(_kind(step))))
     if is_fully_sharded(plan):
         mesh = ranks.mesh(_kind(step))
-        shard_fully(step.model.blocks, step, mesh["replicate", "shard"] if plan.data_parallel > 1 else mesh["shard"])
+        shard_fully(
+            step.model.blocks, step, mesh["replicate", "shard"] if plan.data_parallel > 1 else mesh["shard"]
+        )
     if plan.tensor_parallel == 1:
         return []
     group = ranks.mesh(_kind(step)).get_group("tensor")
@@ -61,12 +68,16 @@ def shard(step: TrainingStep, ranks: Ranks) -> list[Shared]:
 
 
 def is_fully_sharded(plan: ParallelPlan) -> bool:
-    """Replicas of a model whose matrices are cut are FSDP's too, with shards of one rank: DistributedDataParallel takes whole models."""
+    """Replicas of a model whose matrices are cut are FSDP's too, with shards of one rank:
+    DistributedDataParallel takes whole models.
+    """
     return plan.shards > 1 or (plan.data_parallel > 1 and plan.tensor_parallel * plan.pipeline_parallel > 1)
 
 
 def shard_fully(blocks: Iterable[nn.Module], root: nn.Module, mesh: DeviceMesh) -> None:
-    """FSDP over `mesh`, block by block; what of `root` is in no block (embeddings, last norm, head) belongs to the whole."""
+    """FSDP over `mesh`, block by block; what of `root` is in no block (embeddings, last norm, head) belongs
+    to the whole.
+    """
     from torch.distributed.fsdp import fully_shard
 
     elsewhere = {parameter for parameter in root.parameters() if is_elsewhere(parameter)}
@@ -82,20 +93,28 @@ def _kind(step: TrainingStep) -> str:
 
 
 def sum_shared(shared: Sequence[Shared]) -> None:
-    """Sum the gradients of shared parameters over their groups: once a step, after the last backward pass. A collective call."""
+    """Sum the gradients of shared parameters over their groups: once a step, after the last backward pass. A
+    collective call.
+    """
     for parameter, group in shared:
         if parameter.grad is not None:
             sum_over(group, parameter.grad)
 
 
 def replicate(step: TrainingStep, ranks: Ranks) -> nn.Module:
-    """The module to train: `step`, in DistributedDataParallel where there are whole replicas on several ranks."""
+    """The module to train: `step`, in DistributedDataParallel where there are whole replicas on several
+    ranks.
+    """
     if ranks.plan.data_parallel == 1 or is_fully_sharded(ranks.plan):
         return step
     from torch.nn.parallel import DistributedDataParallel
 
-    wrapped = DistributedDataParallel(step, broadcast_buffers=False)  # they are constants, and a forward pass sends nothing so
-    wrapped.register_comm_hook(None, lambda _, bucket: _sum_bucket(bucket))  # no names of types, which DDP would compare
+    wrapped = DistributedDataParallel(
+        step, broadcast_buffers=False
+    )  # they are constants, and a forward pass sends nothing so
+    wrapped.register_comm_hook(
+        None, lambda _, bucket: _sum_bucket(bucket)
+    )  # no names of types, which DDP would compare
     return wrapped
 
 
@@ -111,7 +130,9 @@ def _sum_bucket(bucket: GradBucket) -> torch.futures.Future[Tensor]:
 
 @contextmanager
 def gradients_stay_here(module: nn.Module) -> Iterator[None]:
-    """Within, backward passes add to this rank's gradients and send nothing: every micro-batch of a step but the last."""
+    """Within, backward passes add to this rank's gradients and send nothing: every micro-batch of a step but
+    the last.
+    """
     if hasattr(module, "no_sync"):
         with module.no_sync():  # type: ignore[operator]  # DistributedDataParallel's
             yield
@@ -125,14 +146,18 @@ def gradients_stay_here(module: nn.Module) -> Iterator[None]:
 
 
 def free_gathered(module: nn.Module) -> None:
-    """After passes without gradients: let go of the whole weights that FSDP gathered, so that the model's parameters are shards again."""
+    """After passes without gradients: let go of the whole weights that FSDP gathered, so that the model's
+    parameters are shards again.
+    """
     for one in module.modules():
         if hasattr(one, "reshard"):
             cast("FSDPModule", one).reshard()
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor's whole value: gathered over the ranks (a collective call) where each holds a shard, else itself."""
+    """A tensor's whole value: gathered over the ranks (a collective call) where each holds a shard, else
+    itself.
+    """
     return cast("DTensor", tensor).full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -161,11 +186,15 @@ def assembled_like(local: Tensor, held: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor as CutTensor
 
     like = cast("DTensor", held)
-    return CutTensor.from_local(local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
+    return CutTensor.from_local(
+        local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
 
 
 class Piece(NamedTuple):
-    """What one rank holds of a tensor, or all of it: the values, where the first of them stands in the whole, and the whole's shape."""
+    """What one rank holds of a tensor, or all of it: the values, where the first of them stands in the whole,
+    and the whole's shape.
+    """
 
     values: Tensor
     offsets: tuple[int, ...]
@@ -173,7 +202,8 @@ class Piece(NamedTuple):
 
 
 def piece_of(tensor: Tensor) -> Piece:
-    """This rank's piece of a tensor: all of it where it is whole, nothing (no elements) where the rank got none.
+    """This rank's piece of a tensor: all of it where it is whole, nothing (no elements) where the rank got
+    none.
 
     A collective call only for tensors whose shards interleave (one dimension cut twice), which are gathered.
     """
@@ -184,12 +214,16 @@ def piece_of(tensor: Tensor) -> Piece:
     sharded = cast("DTensor", tensor)
     if not all(type(placement) in (Shard, Replicate) for placement in sharded.placements):
         return piece_of(sharded.full_tensor())
-    chunk = cast("Any", sharded).__create_chunk_list__()[0]  # what torch.distributed.checkpoint asks a tensor for
+    chunk = cast("Any", sharded).__create_chunk_list__()[
+        0
+    ]  # what torch.distributed.checkpoint asks a tensor for
     return Piece(sharded.to_local(), tuple(chunk.offsets), tuple(sharded.shape))
 
 
 def is_first_holder(tensor: Tensor, rank: int) -> bool:
-    """Whether this rank is the one that writes its piece: rank 0 of what all hold, the first replica of what is cut."""
+    """Whether this rank is the one that writes its piece: rank 0 of what all hold, the first replica of what
+    is cut.
+    """
     if not hasattr(tensor, "full_tensor"):
         return rank == 0
     from torch.distributed.tensor import Replicate, Shard
@@ -198,7 +232,11 @@ def is_first_holder(tensor: Tensor, rank: int) -> bool:
     if not all(type(placement) in (Shard, Replicate) for placement in sharded.placements):
         return rank == 0
     place: Sequence[int] = sharded.device_mesh.get_coordinate() or []
-    return all(at == 0 for at, placement in zip(place, sharded.placements, strict=True) if isinstance(placement, Replicate))
+    return all(
+        at == 0
+        for at, placement in zip(place, sharded.placements, strict=True)
+        if isinstance(placement, Replicate)
+    )
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -207,7 +245,9 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def load_model_weights(model: nn.Module, folder: Path) -> None:
-    """`load_weights`, also into a model that is cut over ranks: each rank reads one tensor after another and keeps its part."""
+    """`load_weights`, also into a model that is cut over ranks: each rank reads one tensor after another and
+    keeps its part.
+    """
 
     def keep_part(parameter: nn.Parameter, tensor: Tensor) -> None:
         if is_elsewhere(parameter):

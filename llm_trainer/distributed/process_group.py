@@ -1,10 +1,12 @@
 """The processes of one run and what they say to each other: sums, agreement, who writes, and who has died.
 
-A rank that is killed, stopped or unreachable would leave the others waiting for half an hour in their next all-reduce. So every rank
-counts aloud in the launcher's key-value store, a thread watches the others count, and when one falls silent the run ends and says which.
-(The alternative, a short timeout on collectives, cannot tell a dead rank from a slow save, nor name it.)
+A rank that is killed, stopped or unreachable would leave the others waiting for half an hour in their next
+all-reduce. So every rank counts aloud in the launcher's key-value store, a thread watches the others count,
+and when one falls silent the run ends and says which. (The alternative, a short timeout on collectives,
+cannot tell a dead rank from a slow save, nor name it.)
 
-One process that nobody launched is `Ranks()`: it imports nothing of torch.distributed, and its sums are its own numbers.
+One process that nobody launched is `Ranks()`: it imports nothing of torch.distributed, and its sums are its
+own numbers.
 """
 
 from __future__ import annotations
@@ -44,8 +46,8 @@ class RankLost(LLMTrainerError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `count`, and among the `machine_ranks` of its machine. All methods but the properties are called by every rank,
-    in the same order.
+    """This process among `count`, and among the `machine_ranks` of its machine. All methods but the
+    properties are called by every rank, in the same order.
     """
 
     rank: int = 0
@@ -55,23 +57,34 @@ class Ranks:
     machine_rank: int = 0
     machine_ranks: int = 1
 
-    _meshes: dict[tuple[str, tuple[tuple[str, int], ...]], DeviceMesh] = field(default_factory=dict, compare=False, repr=False)
+    _meshes: dict[tuple[str, tuple[tuple[str, int], ...]], DeviceMesh] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     def mesh(self, kind: str) -> DeviceMesh:
-        """The ranks of the plan by dimension, on devices of this kind ("cpu", "cuda"): stages outermost, tensor groups innermost.
+        """The ranks of the plan by dimension, on devices of this kind ("cpu", "cuda"): stages outermost,
+        tensor groups innermost.
 
         Made once, as its groups are. A collective call.
         """
         plan = self.plan
         return self._mesh(
-            kind, pipeline=plan.pipeline_parallel, replicate=plan.data_parallel, shard=plan.shards, tensor=plan.tensor_parallel
+            kind,
+            pipeline=plan.pipeline_parallel,
+            replicate=plan.data_parallel,
+            shard=plan.shards,
+            tensor=plan.tensor_parallel,
         )
 
     def context_mesh(self, kind: str) -> DeviceMesh:
-        """The ranks that share this one's sequences: some of its shards, so they are a mesh of their own. A collective call."""
+        """The ranks that share this one's sequences: some of its shards, so they are a mesh of their own. A
+        collective call.
+        """
         plan = self.plan
         others = plan.ranks // (plan.context_parallel * plan.tensor_parallel)
-        return self._mesh(kind, others=others, context=plan.context_parallel, tensor=plan.tensor_parallel)["context"]
+        return self._mesh(kind, others=others, context=plan.context_parallel, tensor=plan.tensor_parallel)[
+            "context"
+        ]
 
     def _mesh(self, kind: str, **sizes: int) -> DeviceMesh:
         key = (kind, tuple(sizes.items()))
@@ -82,7 +95,9 @@ class Ranks:
         return self._meshes[key]
 
     def apart(self) -> Ranks:
-        """The same ranks with a line of their own, on which they may talk in a thread while training goes on. A collective call."""
+        """The same ranks with a line of their own, on which they may talk in a thread while training goes on.
+        A collective call.
+        """
         if self.count == 1:
             return self
         import torch.distributed as dist
@@ -96,7 +111,9 @@ class Ranks:
 
     @property
     def data_rank(self) -> int:
-        """Which samples are this rank's: it shares them with the other ranks of its tensor group and pipeline, and of its sequences."""
+        """Which samples are this rank's: it shares them with the other ranks of its tensor group and
+        pipeline, and of its sequences.
+        """
         return self.plan.data_rank(self.rank)
 
     @property
@@ -110,7 +127,9 @@ class Ranks:
         return self.plan.data_ranks
 
     def add(self, values: Sequence[float]) -> list[float]:
-        """Sums over the groups of ranks with tokens of their own, in double precision, alike on all; one rank of each is heard."""
+        """Sums over the groups of ranks with tokens of their own, in double precision, alike on all; one rank
+        of each is heard.
+        """
         if self.count == 1:
             return list(values)
         import torch.distributed as dist
@@ -162,7 +181,9 @@ class Ranks:
         self.largest([0])
 
     def main_does(self, task: Callable[[], Result]) -> Result | None:
-        """The main rank runs `task`, and the others wait for its end; None for them. What it raises of ours, all raise."""
+        """The main rank runs `task`, and the others wait for its end; None for them. What it raises of ours,
+        all raise.
+        """
         result, problem = None, ""
         error: LLMTrainerError | None = None
         if self.is_main:
@@ -178,7 +199,9 @@ class Ranks:
         return result
 
     def all_do(self, task: Callable[[], str]) -> list[str]:
-        """Every rank runs `task`; each gets all answers, once all have ended. What one raises of ours, all raise."""
+        """Every rank runs `task`; each gets all answers, once all have ended. What one raises of ours, all
+        raise.
+        """
         answer, error = "", None
         try:
             answer = task()
@@ -204,8 +227,8 @@ class Ranks:
 
 @contextmanager
 def joined(launch: LaunchEnvironment, training: TrainingConfig) -> Iterator[Ranks]:
-    """This process among those that the launcher started. Raises UsageError for a plan that does not fit their number, RankLost (naming
-    the rank) where another one ends first.
+    """This process among those that the launcher started. Raises UsageError for a plan that does not fit
+    their number, RankLost (naming the rank) where another one ends first.
     """
     plan = resolve_plan(training, launch.world_size)
     if launch.world_size == 1:
@@ -233,11 +256,13 @@ def joined(launch: LaunchEnvironment, training: TrainingConfig) -> Iterator[Rank
 
 
 def end_process(status: int) -> NoReturn:
-    """Leave with this status, for good, where this process was one of several; what is to be done at an exit is done.
+    """Leave with this status, for good, where this process was one of several; what is to be done at an exit
+    is done.
 
-    DistributedDataParallel keeps gloo's threads for as long as the process lives. One of them may be late in letting go of a tensor, for
-    which it needs the interpreter; where the interpreter is ending just then, the process aborts ("terminate called without an active
-    exception", pytorch#179291). So it does not end: the operating system takes it all.
+    DistributedDataParallel keeps gloo's threads for as long as the process lives. One of them may be late in
+    letting go of a tensor, for which it needs the interpreter; where the interpreter is ending just then, the
+    process aborts ("terminate called without an active exception", pytorch#179291). So it does not end: the
+    operating system takes it all.
     """
     atexit._run_exitfuncs()
     sys.stdout.flush()
@@ -250,11 +275,15 @@ def _join(launch: LaunchEnvironment, training: TrainingConfig) -> Store:
 
     on_gpu = training.device in ("auto", "cuda") and torch.cuda.is_available()
     if training.distributed_backend == "nccl" and not on_gpu:
-        raise UsageError("distributed_backend nccl needs a GPU for each rank, and there is none that PyTorch can use; take gloo or auto")
+        raise UsageError(
+            "distributed_backend nccl needs a GPU for each rank, and there is none that PyTorch can use; take gloo or auto"
+        )
     if on_gpu:
         there = torch.cuda.device_count()
         if launch.local_rank >= there:
-            raise UsageError(f"local rank {launch.local_rank} has no GPU of its own: this machine has {there}; start fewer processes")
+            raise UsageError(
+                f"local rank {launch.local_rank} has no GPU of its own: this machine has {there}; start fewer processes"
+            )
         torch.cuda.set_device(launch.local_rank)
     backend = "gloo" if not on_gpu or training.distributed_backend == "gloo" else "cpu:gloo,cuda:nccl"
     store, rank, count = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=_JOIN_SECONDS))))  # type: ignore[attr-defined]
@@ -266,7 +295,9 @@ def _join(launch: LaunchEnvironment, training: TrainingConfig) -> Store:
 
 
 class Watch:
-    """Counts aloud for this rank and listens to the others, in a thread; ends the process when one falls silent."""
+    """Counts aloud for this rank and listens to the others, in a thread; ends the process when one falls
+    silent.
+    """
 
     def __init__(self, store: Store, ranks: Ranks, silence_seconds: float) -> None:
         self._store, self._ranks, self._silence = store, ranks, silence_seconds
@@ -284,7 +315,9 @@ class Watch:
         """Stop watching; `left`: and say that this rank went as it should."""
         self._stopped.set()
         if self._thread is not threading.current_thread():
-            self._thread.join(self._silence)  # a thread that is inside the store when the interpreter ends takes the process with it
+            self._thread.join(
+                self._silence
+            )  # a thread that is inside the store when the interpreter ends takes the process with it
         if left:
             self._set("beat", "left")
 
@@ -327,19 +360,25 @@ class Watch:
             self._rounds = count
             silent = self._silent_for(self._silence)
             if silent:
-                self._end(f"{_named(silent)} has not been heard of for {self._silence:g} s; the run ends here. {_RESUME}")
+                self._end(
+                    f"{_named(silent)} has not been heard of for {self._silence:g} s; the run ends here. {_RESUME}"
+                )
 
     def _watch_store(self) -> None:
-        """A store that lies beyond a broken network does not answer and does not fail: nobody is heard then, and no call returns.
+        """A store that lies beyond a broken network does not answer and does not fail: nobody is heard then,
+        and no call returns.
 
-        Waits are counted, not measured, so that a process that was stopped for a while and goes on does not blame the store.
+        Waits are counted, not measured, so that a process that was stopped for a while and goes on does not
+        blame the store.
         """
         known, waits = -1, 0
         while not self._stopped.wait(_BEAT_SECONDS):
             waits = waits + 1 if known == self._rounds else 0
             known = self._rounds
             if waits * _BEAT_SECONDS >= self._silence:
-                self._end(f"the launcher of rank {self._ranks.rank} cannot be reached: no answer for {self._silence:g} s. {_RESUME}")
+                self._end(
+                    f"the launcher of rank {self._ranks.rank} cannot be reached: no answer for {self._silence:g} s. {_RESUME}"
+                )
 
     def _listen(self) -> None:
         for rank in self._others:
@@ -349,7 +388,11 @@ class Watch:
 
     def _silent_for(self, seconds: float) -> list[int]:
         now = time.monotonic()
-        return [rank for rank, (beat, when) in list(self._heard.items()) if beat not in ("left", "") and now - when > seconds]
+        return [
+            rank
+            for rank, (beat, when) in list(self._heard.items())
+            if beat not in ("left", "") and now - when > seconds
+        ]
 
     def _end(self, message: str) -> None:
         if not self._stopped.is_set():
@@ -378,10 +421,16 @@ def _named(ranks: Sequence[int]) -> str:
 def _is_from_communication(error: Exception) -> bool:
     import torch.distributed as dist
 
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+    )
 
 
 def _leave_speech_to_main(watch: Watch, ranks: Ranks, error: Exception) -> None:
     """What goes wrong alike on all ranks is said once: raises SystemExit where the main rank says the same."""
-    if isinstance(error, LLMTrainerError) and not ranks.is_main and watch.failure_of(0, seconds=2) == str(error):
+    if (
+        isinstance(error, LLMTrainerError)
+        and not ranks.is_main
+        and watch.failure_of(0, seconds=2) == str(error)
+    ):
         raise SystemExit(error.exit_status) from error

@@ -1,9 +1,10 @@
-"""Tensor parallelism: the matrices of each block cut over a group of ranks that see the same samples (Shoeybi et al. 2019,
-arXiv:1909.08053), by torch's own styles.
+"""Tensor parallelism: the matrices of each block cut over a group of ranks that see the same samples (Shoeybi
+et al. 2019, arXiv:1909.08053), by torch's own styles.
 
-Query, key, value, up and gate are cut by columns, so that each rank has heads and inner units of its own; the two output maps are cut by
-rows, and their results are summed. Norms, embeddings and the head are whole on each rank: what enters them is equal there, so they
-stay equal. The exception are the norms of queries and keys, which see only a rank's own heads: their gradients are summed.
+Query, key, value, up and gate are cut by columns, so that each rank has heads and inner units of its own; the
+two output maps are cut by rows, and their results are summed. Norms, embeddings and the head are whole on
+each rank: what enters them is equal there, so they stay equal. The exception are the norms of queries and
+keys, which see only a rank's own heads: their gradients are summed.
 """
 
 from __future__ import annotations
@@ -26,9 +27,16 @@ _OF_OWN_HEADS = ("q_norm.weight", "k_norm.weight")
 
 
 def cut_matrices(model: Transformer, mesh: DeviceMesh) -> None:
-    """Cut each block's maps over the ranks of `mesh`, which hold the same whole weights. Raises UsageError where one is no plain map."""
+    """Cut each block's maps over the ranks of `mesh`, which hold the same whole weights. Raises UsageError
+    where one is no plain map.
+    """
     from torch.distributed.tensor import Replicate
-    from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, parallelize_module
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        PrepareModuleInput,
+        RowwiseParallel,
+        parallelize_module,
+    )
 
     for number, block in enumerate(model.blocks):
         maps = {name: module for name, module in block.named_modules() if name in _BY_COLUMNS | _BY_ROWS}
@@ -47,8 +55,12 @@ def cut_matrices(model: Transformer, mesh: DeviceMesh) -> None:
 
 
 def gradients_in_parts(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The whole parameters of which each rank of a tensor group finds only its own heads' share of the gradient."""
-    yield from ((name, parameter) for name, parameter in model.named_parameters() if name.endswith(_OF_OWN_HEADS))
+    """The whole parameters of which each rank of a tensor group finds only its own heads' share of the
+    gradient.
+    """
+    yield from (
+        (name, parameter) for name, parameter in model.named_parameters() if name.endswith(_OF_OWN_HEADS)
+    )
 
 
 def sum_over(group: ProcessGroup, gradient: Tensor) -> None:

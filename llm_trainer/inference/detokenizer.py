@@ -1,9 +1,11 @@
-"""Tokens to text as they come: whole characters, cut exactly at stop strings, never a letter that would have to be taken back.
+"""Tokens to text as they come: whole characters, cut exactly at stop strings, never a letter that would have
+to be taken back.
 
-Tokens are bytes, so a character may arrive in halves and a stop string may begin in one token and end three tokens later. What is not yet
-certain is held back: an unfinished character, and any end of the text that could be the start of a stop string. The pieces joined are
-therefore the whole text, however the bytes were split into tokens. Of several stop strings, the one that is *complete* first ends the text
-(of those the longest): that too does not depend on where tokens end.
+Tokens are bytes, so a character may arrive in halves and a stop string may begin in one token and end three
+tokens later. What is not yet certain is held back: an unfinished character, and any end of the text that
+could be the start of a stop string. The pieces joined are therefore the whole text, however the bytes were
+split into tokens. Of several stop strings, the one that is *complete* first ends the text (of those the
+longest): that too does not depend on where tokens end.
 """
 
 from __future__ import annotations
@@ -22,11 +24,15 @@ class TextStream:
         self._held = ""
 
     def push(self, piece: bytes) -> str:
-        """Take the next token's bytes; return the text that is now certain. After a stop string, nothing more."""
+        """Take the next token's bytes; return the text that is now certain. After a stop string, nothing
+        more.
+        """
         return self._release(self._decoder.decode(piece))
 
     def finish(self) -> str:
-        """The rest, at the end of generation: half a character becomes U+FFFD, and a stop string only begun is ordinary text."""
+        """The rest, at the end of generation: half a character becomes U+FFFD, and a stop string only begun
+        is ordinary text.
+        """
         text = self._release(self._decoder.decode(b"", final=True))
         rest, self._held = self._held, ""
         return text + rest
@@ -46,7 +52,9 @@ class TextStream:
 
 
 def first_stop(text: str, stops: Sequence[str]) -> int | None:
-    """Where the stop string begins that is complete first in `text` (of those complete at once, the longest); none: None."""
+    """Where the stop string begins that is complete first in `text` (of those complete at once, the longest);
+    none: None.
+    """
     found = [(begin + len(stop), begin) for stop in stops if (begin := text.find(stop)) >= 0]
     return min(found)[1] if found else None
 

@@ -22,12 +22,17 @@ MAX_BATCH = 32
 class LanguageModel:
     """Text in, text out.
 
-    Without a tokenizer only `generate_ids` works. `end_ids` are the tokens that end a text; none: the tokenizer's own. `compile` is
-    auto, on or off: compiling takes seconds that a few answers never win back, so auto leaves it off.
+    Without a tokenizer only `generate_ids` works. `end_ids` are the tokens that end a text; none: the
+    tokenizer's own. `compile` is auto, on or off: compiling takes seconds that a few answers never win back,
+    so auto leaves it off.
     """
 
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer | None = None, end_ids: Iterable[int] | None = None, compile: str = "auto"
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer | None = None,
+        end_ids: Iterable[int] | None = None,
+        compile: str = "auto",
     ) -> None:
         if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
             raise UsageError(
@@ -46,19 +51,29 @@ class LanguageModel:
     @overload
     def generate(self, prompt: str, settings: GenerationConfig | None = None, **changes: Any) -> str: ...
     @overload
-    def generate(self, prompt: Sequence[str], settings: GenerationConfig | None = None, **changes: Any) -> list[str]: ...
-    def generate(self, prompt: str | Sequence[str], settings: GenerationConfig | None = None, **changes: Any) -> str | list[str]:
-        """The text that follows a prompt, or each of several; `changes` are settings by any of their names (`max_tokens=200`).
+    def generate(
+        self, prompt: Sequence[str], settings: GenerationConfig | None = None, **changes: Any
+    ) -> list[str]: ...
+    def generate(
+        self, prompt: str | Sequence[str], settings: GenerationConfig | None = None, **changes: Any
+    ) -> str | list[str]:
+        """The text that follows a prompt, or each of several; `changes` are settings by any of their names
+        (`max_tokens=200`).
 
-        One prompt and one sample give a string; else a list, all samples of the first prompt first. Raises UsageError for a setting that
-        does not exist or a prompt longer than the context, DataError for characters that a character tokenizer lacks.
+        One prompt and one sample give a string; else a list, all samples of the first prompt first. Raises
+        UsageError for a setting that does not exist or a prompt longer than the context, DataError for
+        characters that a character tokenizer lacks.
         """
         settled = settings_with(settings, changes)
-        texts = [answer.text for answer in self.answers([prompt] if isinstance(prompt, str) else prompt, settled)]
+        texts = [
+            answer.text for answer in self.answers([prompt] if isinstance(prompt, str) else prompt, settled)
+        ]
         return texts[0] if isinstance(prompt, str) and settled.num_samples == 1 else texts
 
     def stream(self, prompt: str, settings: GenerationConfig | None = None, **changes: Any) -> Iterator[str]:
-        """The same text in pieces, as it becomes certain. Raises what `generate` raises, at once and not at the first piece."""
+        """The same text in pieces, as it becomes certain. Raises what `generate` raises, at once and not at
+        the first piece.
+        """
         settled = settings_with(settings, changes)
         if settled.num_samples != 1:
             raise UsageError(
@@ -71,22 +86,32 @@ class LanguageModel:
         """Text, ids and finish reason for each sample of each prompt, prompt by prompt."""
         return self.generate_ids([self.encode_prompt(prompt) for prompt in prompts], settings)
 
-    def generate_ids(self, prompts: Sequence[Sequence[int]], settings: GenerationConfig | Sequence[GenerationConfig]) -> list[Answer]:
-        """Answers to prompts given as ids, with one setting for all or one each; `num_samples` answers for each prompt in turn.
+    def generate_ids(
+        self, prompts: Sequence[Sequence[int]], settings: GenerationConfig | Sequence[GenerationConfig]
+    ) -> list[Answer]:
+        """Answers to prompts given as ids, with one setting for all or one each; `num_samples` answers for
+        each prompt in turn.
 
-        A sample depends on its prompt, its settings and its number alone, not on the batch that it is computed in.
+        A sample depends on its prompt, its settings and its number alone, not on the batch that it is
+        computed in.
         """
         each = [settings] * len(prompts) if isinstance(settings, GenerationConfig) else list(settings)
         if len(each) != len(prompts):
             raise UsageError(f"{len(prompts)} prompts, but settings for {len(each)}")
-        growing = [self._grow(prompt, own, sample) for prompt, own in zip(prompts, each, strict=True) for sample in range(own.num_samples)]
+        growing = [
+            self._grow(prompt, own, sample)
+            for prompt, own in zip(prompts, each, strict=True)
+            for sample in range(own.num_samples)
+        ]
         for start in range(0, len(growing), MAX_BATCH):
             for _ in self._decode(growing[start : start + MAX_BATCH]):
                 pass
         return [one.answer for one in growing]
 
     def encode_prompt(self, prompt: str) -> list[int]:
-        """Ids of a prompt, nothing added. An empty one becomes the token that begins a text: bos, else eos, else a newline."""
+        """Ids of a prompt, nothing added. An empty one becomes the token that begins a text: bos, else eos,
+        else a newline.
+        """
         tokenizer = self._require_tokenizer()
         if prompt:
             return tokenizer.encode(prompt)
@@ -99,18 +124,24 @@ class LanguageModel:
             raise UsageError("an empty list of ids has nothing to go on from; give at least one token")
         if not 0 <= min(prompt) <= max(prompt) < self.model.config.vocab_size:
             wrong = next(token for token in prompt if not 0 <= token < self.model.config.vocab_size)
-            raise UsageError(f"token id {wrong} is outside the model's vocabulary of {self.model.config.vocab_size}")
+            raise UsageError(
+                f"token id {wrong} is outside the model's vocabulary of {self.model.config.vocab_size}"
+            )
         token_bytes = None if self.tokenizer is None else self.tokenizer.token_bytes
         if settings.stop and token_bytes is None:
             raise UsageError("stop strings need a tokenizer, and this model has none")
-        return GrowingAnswer(prompt, settings, self.context, sample=sample, end_ids=self.end_ids, token_bytes=token_bytes)
+        return GrowingAnswer(
+            prompt, settings, self.context, sample=sample, end_ids=self.end_ids, token_bytes=token_bytes
+        )
 
     def _decode(self, growing: Sequence[GrowingAnswer]) -> Iterator[list[tuple[GrowingAnswer, str]]]:
         return decode(self.model, growing, self._step, self._head)
 
     def _require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
-            raise UsageError("this model has no tokenizer and knows ids only; load a folder that holds tokenizer.json")
+            raise UsageError(
+                "this model has no tokenizer and knows ids only; load a folder that holds tokenizer.json"
+            )
         return self.tokenizer
 
 

@@ -1,9 +1,11 @@
-"""The loop from prompts to answers: read all prompts at once, then one token a row and step, until every row has ended.
+"""The loop from prompts to answers: read all prompts at once, then one token a row and step, until every row
+has ended.
 
-Prompts of different lengths are padded on the right. Attention is causal, so a prompt never sees the padding behind it, and the keys and
-values that the padding left in the cache are overwritten by the row's own tokens before anything may look at them. (Padding on
-the left, as transformers does it, moves every position and has to be masked in every step; transformers#22707.) A row that has
-ended leaves the batch, so the others do not pay for it.
+Prompts of different lengths are padded on the right. Attention is causal, so a prompt never sees the padding
+behind it, and the keys and values that the padding left in the cache are overwritten by the row's own tokens
+before anything may look at them. (Padding on the left, as transformers does it, moves every position and has
+to be masked in every step; transformers#22707.) A row that has ended leaves the batch, so the others do not
+pay for it.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from llm_trainer.model.transformer import Transformer
 def decode(
     model: Transformer, answers: Sequence[GrowingAnswer], step: DecodingStep, head: Head
 ) -> Iterator[list[tuple[GrowingAnswer, str]]]:
-    """Grow `answers` to their ends; yields, for each step, the rows that took a token and the text that each of them gave out.
+    """Grow `answers` to their ends; yields, for each step, the rows that took a token and the text that each
+    of them gave out.
 
     Only tokens that `head` scores are drawn.
     """
@@ -55,11 +58,17 @@ def _sampler(model: Transformer, rows: Sequence[GrowingAnswer], vocab_size: int)
 
 
 def _read(model: Transformer, rows: Sequence[GrowingAnswer]) -> tuple[KVCache, Tensor]:
-    """Fill a new cache with what each row has so far; hidden states (B, C) that the next tokens are drawn from."""
+    """Fill a new cache with what each row has so far; hidden states (B, C) that the next tokens are drawn
+    from.
+    """
     weight = model.wte.weight
     lengths = [row.length for row in rows]
-    padded = torch.tensor([row.seen_ids + [0] * (max(lengths) - row.length) for row in rows], device=weight.device)
+    padded = torch.tensor(
+        [row.seen_ids + [0] * (max(lengths) - row.length) for row in rows], device=weight.device
+    )
     cache = KVCache(model.config, len(rows), max(row.longest for row in rows), weight.device, weight.dtype)
     hidden = model.hidden_states(padded, cache=cache)
-    last = hidden[torch.arange(len(rows), device=weight.device), torch.tensor(lengths, device=weight.device) - 1]
+    last = hidden[
+        torch.arange(len(rows), device=weight.device), torch.tensor(lengths, device=weight.device) - 1
+    ]
     return cache, last

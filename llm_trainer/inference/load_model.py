@@ -19,11 +19,25 @@ from llm_trainer.data.nanogpt_format import META_FILE, read_vocabulary
 from llm_trainer.data.tokenization.tokenizer import TOKENIZER_FILE, Tokenizer
 from llm_trainer.errors import CheckpointError, DataError, UsageError
 from llm_trainer.inference.engine import LanguageModel
-from llm_trainer.model.hf.checkpoint import MODEL_FILES, SHORT_NAMES, fetch_from_hub, load_pretrained, read_config
+from llm_trainer.model.hf.checkpoint import (
+    MODEL_FILES,
+    SHORT_NAMES,
+    fetch_from_hub,
+    load_pretrained,
+    read_config,
+)
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.run_dir import resolve_model_folder
 
-__all__ = ["LanguageModel", "find_model", "load_model", "load_tokenizer", "load_transformer", "resolve_device", "resolve_dtype"]
+__all__ = [
+    "LanguageModel",
+    "find_model",
+    "load_model",
+    "load_tokenizer",
+    "load_transformer",
+    "resolve_device",
+    "resolve_dtype",
+]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PICKLES = (".pt", ".pth", ".ckpt")
@@ -32,14 +46,20 @@ DATA_FOLDER = Path("data")  # nanoGPT's, from where one stands
 
 
 def load_model(
-    path: str | Path, device: str = "auto", precision: str = "auto", compile: str = "auto", adapter: str | None = None
+    path: str | Path,
+    device: str = "auto",
+    precision: str = "auto",
+    compile: str = "auto",
+    adapter: str | None = None,
 ) -> tuple[LanguageModel, Tokenizer]:
-    """A model and its tokenizer from a run folder, a checkpoint by any of its spellings, nanoGPT's `ckpt.pt`, or a name on the hub.
+    """A model and its tokenizer from a run folder, a checkpoint by any of its spellings, nanoGPT's `ckpt.pt`,
+    or a name on the hub.
 
-    precision: auto, fp32, bf16 or fp16; compile: auto, on or off (see `inference.steps`); adapter: the set of low-rank adapters to
-    answer with, by its name in the model or as a folder of PEFT's (none: the model's default; `base`: none). They are merged into the
-    matrices, so that answers cost what the plain model's do. Raises CheckpointError where there is
-    no whole model, DataError where its tokenizer is missing, UsageError for a device or precision that this machine does not have.
+    precision: auto, fp32, bf16 or fp16; compile: auto, on or off (see `inference.steps`); adapter: the set of
+    low-rank adapters to answer with, by its name in the model or as a folder of PEFT's (none: the model's
+    default; `base`: none). They are merged into the matrices, so that answers cost what the plain model's do.
+    Raises CheckpointError where there is no whole model, DataError where its tokenizer is missing, UsageError
+    for a device or precision that this machine does not have.
     """
     place = torch.device(resolve_device(device))
     dtype = resolve_dtype(precision, place)
@@ -50,7 +70,9 @@ def load_model(
     return LanguageModel(model, tokenizer, end_ids=_end_ids(source, tokenizer), compile=compile), tokenizer
 
 
-def load_transformer(source: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Transformer:
+def load_transformer(
+    source: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Transformer:
     """The network in a folder that `find_model` found, or in nanoGPT's file."""
     if source.suffix in PICKLES:
         from llm_trainer.model.interop.nanogpt_import import load_nanogpt
@@ -60,7 +82,9 @@ def load_transformer(source: Path, device: torch.device | str = "cpu", dtype: to
 
 
 def _merge_adapters(model: Transformer, adapter: str | None) -> None:
-    """Leave a plain model that computes what the chosen adapters do; raises UsageError for some that the model does not have."""
+    """Leave a plain model that computes what the chosen adapters do; raises UsageError for some that the
+    model does not have.
+    """
     if adapter is None and not model.config.lora:
         return
     from llm_trainer.model.adapters.lora import adapters_in_use, merge_lora, remove_adapters
@@ -75,23 +99,32 @@ def _merge_adapters(model: Transformer, adapter: str | None) -> None:
         load_adapter(model, adapter, "folder")
     else:
         known = ", ".join([*model.config.lora, WITHOUT_ADAPTER])
-        raise UsageError(f"the model has no adapter {adapter!r}, and no folder of that name holds one; those that it has: {known}")
+        raise UsageError(
+            f"the model has no adapter {adapter!r}, and no folder of that name holds one; those that it has: {known}"
+        )
     merge_lora(model, chosen, restart=False)
     for name in list(model.config.lora):
         remove_adapters(model, name)
 
 
 def find_description(spec: str) -> ModelConfig:
-    """The configuration of the model that `spec` means; of one on the hub no more than that is fetched. Raises as `find_model`."""
+    """The configuration of the model that `spec` means; of one on the hub no more than that is fetched.
+    Raises as `find_model`.
+    """
     source = find_model(spec, files=("config.json",))
     return load_transformer(source).config if source.suffix in PICKLES else read_config(source)
 
 
 def find_model(spec: str, *, files: Sequence[str] = MODEL_FILES) -> Path:
-    """The folder (or nanoGPT's file) that `spec` means; a name that is not here is looked for on the hub, for these files."""
+    """The folder (or nanoGPT's file) that `spec` means; a name that is not here is looked for on the hub, for
+    these files.
+    """
     path = Path(spec)
     hub_name = SHORT_NAMES.get(spec, spec)
-    looks_like_hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", hub_name) is not None and path.suffix not in (*PICKLES, ".safetensors")
+    looks_like_hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", hub_name) is not None and path.suffix not in (
+        *PICKLES,
+        ".safetensors",
+    )
     if not path.exists() and looks_like_hub and not path.parent.is_dir():
         return fetch_from_hub(hub_name, files)
     if not path.exists() and spec in SHORT_NAMES:
@@ -102,7 +135,8 @@ def find_model(spec: str, *, files: Sequence[str] = MODEL_FILES) -> Path:
 def load_tokenizer(source: Path) -> Tokenizer:
     """The tokenizer that lies with a model.
 
-    For nanoGPT's file: `meta.pkl` or tokenizer.json beside it, else in `data/<the dataset it names>`, else GPT-2's, as its sample.py does.
+    For nanoGPT's file: `meta.pkl` or tokenizer.json beside it, else in `data/<the dataset it names>`, else
+    GPT-2's, as its sample.py does.
     """
     if source.is_dir():
         return Tokenizer.load(source)
@@ -111,7 +145,9 @@ def load_tokenizer(source: Path) -> Tokenizer:
     places = [source.parent]
     if dataset := dataset_of(source):
         places.append(DATA_FOLDER / dataset)
-    holding = [place for place in places if any((place / name).is_file() for name in (META_FILE, TOKENIZER_FILE))]
+    holding = [
+        place for place in places if any((place / name).is_file() for name in (META_FILE, TOKENIZER_FILE))
+    ]
     tokenizer, _, notes = read_vocabulary(holding[0] if holding else source.parent)
     if tokenizer is None:
         raise DataError(f"{source}: {'; '.join(notes)}; put tokenizer.json or meta.pkl beside it")
@@ -143,7 +179,9 @@ def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def _end_ids(source: Path, tokenizer: Tokenizer) -> Iterable[int] | None:
-    """Tokens that end a text: the tokenizer's, and those that a model of the hub names (chat models have several)."""
+    """Tokens that end a text: the tokenizer's, and those that a model of the hub names (chat models have
+    several).
+    """
     ids = set() if tokenizer.eos_id is None else {tokenizer.eos_id}
     for name in ("generation_config.json", "config.json"):
         file = source / name

@@ -1,9 +1,11 @@
 """From logits to the next token, for a batch whose rows each have settings and a seed of their own.
 
-The order is that of the field (transformers' logits processors): repetition penalty, temperature, top-k, top-p, min-p, draw.
-Temperature 0 (and one too low to divide by) is an exact argmax. A draw inverts the cumulative distribution, in the order of token ids, at
-one uniform number from the row's own generator: what a row draws depends on its logits and its seed alone, never on its neighbours, on the
-batch's size or on the device. Drawing one number a row instead of noise for each logit (`torch.multinomial`, Gumbel) is also cheaper.
+The order is that of the field (transformers' logits processors): repetition penalty, temperature, top-k,
+top-p, min-p, draw. Temperature 0 (and one too low to divide by) is an exact argmax. A draw inverts the
+cumulative distribution, in the order of token ids, at one uniform number from the row's own generator: what a
+row draws depends on its logits and its seed alone, never on its neighbours, on the batch's size or on the
+device. Drawing one number a row instead of noise for each logit (`torch.multinomial`, Gumbel) is also
+cheaper.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from torch import Tensor
 
 from llm_trainer.config.schema.generation import GenerationConfig
 
-# Nearly always the top-p set lies within so many of the likeliest tokens: finding them is several times cheaper than sorting a vocabulary.
+# Nearly always the top-p set lies within so many of the likeliest tokens: finding them is several times
+# cheaper than sorting a vocabulary.
 TOP_P_PROBE = 256
 
 
@@ -24,9 +27,12 @@ class SamplingRow:
     """What one sequence brings to a draw: its settings, its random numbers and the tokens it has seen."""
 
     def __init__(self, settings: GenerationConfig, prompt_ids: Sequence[int] = (), sample: int = 0) -> None:
-        """`sample` tells the several answers to one prompt apart: each has random numbers of its own under one seed."""
+        """`sample` tells the several answers to one prompt apart: each has random numbers of its own under
+        one seed.
+        """
         self.settings = settings
-        # A string seed goes through SHA-512, so that neighbouring seeds have nothing in common; no seed: from the operating system.
+        # A string seed goes through SHA-512, so that neighbouring seeds have nothing in common; no seed: from
+        # the operating system.
         self.random = random.Random(None if settings.seed is None else f"{settings.seed}/{sample}")
         self.seen: set[int] | None = set(prompt_ids) if settings.repetition_penalty != 1.0 else None
 
@@ -34,7 +40,9 @@ class SamplingRow:
 class Sampler:
     """Draws the next token of each row at once. Built anew only when the rows of the batch change."""
 
-    def __init__(self, rows: Sequence[SamplingRow], vocab_size: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, rows: Sequence[SamplingRow], vocab_size: int, device: torch.device | str = "cpu"
+    ) -> None:
         self.rows = list(rows)
         self.device = torch.device(device)
         settings = [row.settings for row in rows]
@@ -53,16 +61,20 @@ class Sampler:
 
     @property
     def looks_at(self) -> int | None:
-        """How many of a row's largest logits decide what is drawn (and those that tie with the last of them); none: all."""
+        """How many of a row's largest logits decide what is drawn (and those that tie with the last of them);
+        none: all.
+        """
         if self.seen is not None:
             return None
         counts = [1 if row.settings.is_greedy else row.settings.top_k for row in self.rows]
         return max(filter(None, counts)) if all(counts) else None
 
     def __call__(self, logits: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Logits (B, n) of any floating type of the tokens `ids` (n,), in ascending order (none: of all), → token ids (B,).
+        """Logits (B, n) of any floating type of the tokens `ids` (n,), in ascending order (none: of all), →
+        token ids (B,).
 
-        What is left out must be outside what the sampler `looks_at`; then the draw is the same as with all logits.
+        What is left out must be outside what the sampler `looks_at`; then the draw is the same as with all
+        logits.
         """
         drawn = self._draw(logits)
         return drawn if ids is None else ids[drawn]
@@ -82,7 +94,9 @@ class Sampler:
         return ids
 
     def restrict(self, scores: Tensor) -> Tensor:
-        """Scores (B, V), already divided by the temperature, with −inf on every token that top-k, top-p or min-p leaves out."""
+        """Scores (B, V), already divided by the temperature, with −inf on every token that top-k, top-p or
+        min-p leaves out.
+        """
         if self.limits_top_k:
             scores = keep_top_k(scores, self.top_k)
         if self.limits_top_p:
@@ -113,7 +127,9 @@ class Sampler:
 
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
-    """Divide positive and multiply negative logits (B, V) of seen tokens (B, V) by penalty (B, 1) (Keskar 2019, arXiv:1909.05858)."""
+    """Divide positive and multiply negative logits (B, V) of seen tokens (B, V) by penalty (B, 1) (Keskar
+    2019, arXiv:1909.05858).
+    """
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
@@ -128,9 +144,11 @@ def keep_top_k(scores: Tensor, top_k: Sequence[int]) -> Tensor:
 
 
 def keep_top_p(scores: Tensor, top_p: Tensor, probe: int = TOP_P_PROBE) -> Tensor:
-    """−inf outside the fewest likeliest tokens that together have probability `top_p` (B, 1) (Holtzman 2019, arXiv:1904.09751).
+    """−inf outside the fewest likeliest tokens that together have probability `top_p` (B, 1) (Holtzman 2019,
+    arXiv:1904.09751).
 
-    A token stays while the tokens likelier than it have less than `top_p` together; the likeliest always stays. Scores are (B, V).
+    A token stays while the tokens likelier than it have less than `top_p` together; the likeliest always
+    stays. Scores are (B, V).
     """
     normalizer = scores.logsumexp(dim=-1, keepdim=True)
     count = min(probe, scores.shape[1])
@@ -148,19 +166,24 @@ def keep_top_p(scores: Tensor, top_p: Tensor, probe: int = TOP_P_PROBE) -> Tenso
 
 
 def keep_min_p(scores: Tensor, min_p: Tensor) -> Tensor:
-    """−inf on tokens less likely than `min_p` (B, 1) times the likeliest of their row (B, V) (Nguyen 2024, arXiv:2407.01082)."""
+    """−inf on tokens less likely than `min_p` (B, 1) times the likeliest of their row (B, V) (Nguyen 2024,
+    arXiv:2407.01082).
+    """
     threshold = scores.amax(dim=-1, keepdim=True) + min_p.log()
     return scores.masked_fill(scores < threshold, -torch.inf)
 
 
 def draw(probabilities: Tensor, uniforms: Sequence[float]) -> Tensor:
-    """The token of each row (B, V) at which the cumulative probability first exceeds the row's uniform number in [0, 1) → (B,).
+    """The token of each row (B, V) at which the cumulative probability first exceeds the row's uniform number
+    in [0, 1) → (B,).
 
-    Sums are in double precision: in single, the tail of a large vocabulary would be lost in rounding. A token of probability 0 is never
-    drawn, whatever rounding does at the ends.
+    Sums are in double precision: in single, the tail of a large vocabulary would be lost in rounding. A token
+    of probability 0 is never drawn, whatever rounding does at the ends.
     """
     cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
-    target = torch.tensor(uniforms, dtype=torch.float64, device=probabilities.device)[:, None] * cumulative[:, -1:]
+    target = (
+        torch.tensor(uniforms, dtype=torch.float64, device=probabilities.device)[:, None] * cumulative[:, -1:]
+    )
     ids = torch.searchsorted(cumulative, target, right=True)[:, 0]
     # The product may round up to the total itself; then it is the last token that has any probability.
     last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())[:, 0]

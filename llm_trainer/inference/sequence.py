@@ -16,7 +16,8 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of one prompt. `finish_reason`: `stop` at the end of text or at a stop string, `length` at a limit.
+    """What came of one prompt. `finish_reason`: `stop` at the end of text or at a stop string, `length` at a
+    limit.
 
     `ids` holds every token drawn but the one that ends a text; `text` ends before a stop string, whose tokens are still in `ids`.
     """
@@ -29,9 +30,9 @@ class Answer:
 class GrowingAnswer:
     """A row of the batch, from its prompt to its end.
 
-    It ends at an end-of-text token, at a stop string, after `max_new_tokens`, or where prompt and answer fill the model's context, unless
-    it slides: then the model goes on from the latter half of what it saw (nanoGPT's sample.py drops one token a step instead, and
-    reads the whole context anew for each).
+    It ends at an end-of-text token, at a stop string, after `max_new_tokens`, or where prompt and answer fill
+    the model's context, unless it slides: then the model goes on from the latter half of what it saw
+    (nanoGPT's sample.py drops one token a step instead, and reads the whole context anew for each).
     """
 
     def __init__(
@@ -44,9 +45,13 @@ class GrowingAnswer:
         end_ids: Collection[int] = (),
         token_bytes: Callable[[int], bytes] | None = None,
     ) -> None:
-        """`sample` numbers the answers to one prompt; `token_bytes` turns ids to text, and without it there is none."""
+        """`sample` numbers the answers to one prompt; `token_bytes` turns ids to text, and without it there
+        is none.
+        """
         if len(prompt_ids) > context and not settings.slide:
-            raise UsageError(f"the prompt has {len(prompt_ids)} tokens, but the model's context is {context}; shorten it, or set slide")
+            raise UsageError(
+                f"the prompt has {len(prompt_ids)} tokens, but the model's context is {context}; shorten it, or set slide"
+            )
         self.prompt_ids = list(prompt_ids)
         self.settings = settings
         self.sampling = SamplingRow(settings, prompt_ids, sample)
@@ -55,7 +60,11 @@ class GrowingAnswer:
         self.finish_reason: FinishReason | None = None
         self._context = context
         self._first_seen = max(0, len(prompt_ids) - context)
-        self._room = settings.max_new_tokens if settings.slide else min(settings.max_new_tokens, context - len(prompt_ids))
+        self._room = (
+            settings.max_new_tokens
+            if settings.slide
+            else min(settings.max_new_tokens, context - len(prompt_ids))
+        )
         self._end_ids = frozenset() if settings.ignore_eos else frozenset(end_ids)
         self._stream = TextStream(settings.stop)
         self._token_bytes = token_bytes
@@ -90,7 +99,9 @@ class GrowingAnswer:
         return self.ids[-1] if self.ids else self.prompt_ids[-1]
 
     def accept(self, token: int) -> str:
-        """Take the next token; return the text that is now certain, and set `finish_reason` if this was the end."""
+        """Take the next token; return the text that is now certain, and set `finish_reason` if this was the
+        end.
+        """
         if token in self._end_ids:
             return self._finish("stop")
         self.ids.append(token)
@@ -105,7 +116,8 @@ class GrowingAnswer:
     def _finish(self, reason: FinishReason) -> str:
         rest = self._stream.finish()
         self.text += rest
-        # What was held back may have completed a stop string only with the half character that the end made whole.
+        # What was held back may have completed a stop string only with the half character that the end made
+        # whole.
         self.finish_reason = "stop" if self._stream.stopped else reason
         return rest
 

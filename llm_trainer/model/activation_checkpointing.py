@@ -1,7 +1,9 @@
-"""Activation checkpointing of a block: what its backward pass needs is computed again instead of kept (Chen et al. 2016, arXiv:1604.06174).
+"""Activation checkpointing of a block: what its backward pass needs is computed again instead of kept (Chen
+et al. 2016, arXiv:1604.06174).
 
-By default a block keeps its input alone. Selectively (torch's own policies) the results of costly operations are kept as well: attention's
-kernel, which takes longest for its memory on long contexts, or matrix products, after which only cheap element-wise work is done again.
+By default a block keeps its input alone. Selectively (torch's own policies) the results of costly operations
+are kept as well: attention's kernel, which takes longest for its memory on long contexts, or matrix products,
+after which only cheap element-wise work is done again.
 """
 
 from __future__ import annotations

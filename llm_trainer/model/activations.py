@@ -40,19 +40,23 @@ class _EagerReluSquared(torch.autograd.Function):
 def gelu_tanh(x: Tensor) -> Tensor:
     """GELU by its tanh approximation, as GPT-2 computes it.
 
-    Compiled for a CPU it is x · sigmoid(2u), which is x · (1 + tanh u) / 2 and takes half the time there, tanh being slow.
+    Compiled for a CPU it is x · sigmoid(2u), which is x · (1 + tanh u) / 2 and takes half the time there,
+    tanh being slow.
     """
     if torch.compiler.is_compiling() and x.device.type == "cpu":
         wide = x.float()
-        return (wide * torch.sigmoid(2.0 * math.sqrt(2.0 / math.pi) * (wide + 0.044715 * wide**3))).to(x.dtype)
+        return (wide * torch.sigmoid(2.0 * math.sqrt(2.0 / math.pi) * (wide + 0.044715 * wide**3))).to(
+            x.dtype
+        )
     return F.gelu(x, approximate="tanh")
 
 
 def relu(x: Tensor) -> Tensor:
     """max(x, 0).
 
-    Compiled for a CPU it is x · sign(max(x, 0)), whose gradient is the same: with its own, Inductor stores which features were positive as
-    truth values beside bf16, one by one, and that takes six times as long as all the rest.
+    Compiled for a CPU it is x · sign(max(x, 0)), whose gradient is the same: with its own, Inductor stores
+    which features were positive as truth values beside bf16, one by one, and that takes six times as long as
+    all the rest.
     """
     if torch.compiler.is_compiling() and x.device.type == "cpu":
         return x * torch.sign(F.relu(x.detach()))

@@ -1,11 +1,13 @@
-"""Keys and values of the tokens already read, so that each new token costs one row of attention and not a whole square.
+"""Keys and values of the tokens already read, so that each new token costs one row of attention and not a
+whole square.
 
-One tensor each for keys and values, allocated once: (layers, rows, kv heads, slots, head width). Slot i of a row holds the token at
-position i, and a query at position p sees slots 0…p; so a slot beyond a row's own length may hold anything, and a row is freed
-by writing the next sequence over it from position 0. Nothing is shifted, concatenated or zeroed.
+One tensor each for keys and values, allocated once: (layers, rows, kv heads, slots, head width). Slot i of a
+row holds the token at position i, and a query at position p sees slots 0…p; so a slot beyond a row's own
+length may hold anything, and a row is freed by writing the next sequence over it from position 0. Nothing is
+shifted, concatenated or zeroed.
 
-Rows that march together (one sequence, or prompts of equal length) take the fast path: a slice is written and a slice is read. Rows
-at different positions say so with `positions`, which costs an indexed write and a mask.
+Rows that march together (one sequence, or prompts of equal length) take the fast path: a slice is written and
+a slice is read. Rows at different positions say so with `positions`, which costs an indexed write and a mask.
 
 The cache is for inference: no gradient flows through what it holds.
 """
@@ -23,7 +25,8 @@ from llm_trainer.errors import UsageError
 
 @dataclass(frozen=True)
 class Place:
-    """Where the tokens of one forward pass stand: slots `start:stop` in every row, or `positions` (B, T) where rows differ.
+    """Where the tokens of one forward pass stand: slots `start:stop` in every row, or `positions` (B, T)
+    where rows differ.
 
     `first` is the first slot that anyone of them sees: 0, or later where a sliding window has passed it.
     """
@@ -69,14 +72,25 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         if max_length > config.max_position_embeddings:
-            raise UsageError(f"a cache of {max_length} tokens is longer than the model's context of {config.max_position_embeddings}")
-        heads = [config.of_block(layer).kv_heads for layer in range(config.num_hidden_layers)]  # unequal after pruning
+            raise UsageError(
+                f"a cache of {max_length} tokens is longer than the model's context of {config.max_position_embeddings}"
+            )
+        heads = [
+            config.of_block(layer).kv_heads for layer in range(config.num_hidden_layers)
+        ]  # unequal after pruning
         shape = (config.num_hidden_layers, batch_size, max(heads), max_length, config.head_width)
-        self._adopt(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype), 0, heads)
+        self._adopt(
+            torch.zeros(shape, device=device, dtype=dtype),
+            torch.zeros(shape, device=device, dtype=dtype),
+            0,
+            heads,
+        )
 
     def _adopt(self, keys: Tensor, values: Tensor, length: int, heads: list[int]) -> None:
         self.keys, self.values, self.length, self._heads = keys, values, length, heads
-        self.layers = [LayerCache(keys[layer, :, :count], values[layer, :, :count]) for layer, count in enumerate(heads)]
+        self.layers = [
+            LayerCache(keys[layer, :, :count], values[layer, :, :count]) for layer, count in enumerate(heads)
+        ]
 
     @property
     def batch_size(self) -> int:
@@ -94,7 +108,9 @@ class KVCache:
         return 2 * self.keys.numel() * self.keys.element_size()
 
     def row(self, index: int, length: int = 0) -> KVCache:
-        """One row as a cache of its own that shares this one's memory; `length` says how many of its slots are already filled."""
+        """One row as a cache of its own that shares this one's memory; `length` says how many of its slots
+        are already filled.
+        """
         view = object.__new__(KVCache)
         view._adopt(self.keys[:, index : index + 1], self.values[:, index : index + 1], length, self._heads)
         return view
@@ -117,7 +133,10 @@ class KVCache:
         start = self.length if positions is None else 0
         stop = self.length + count if positions is None else int(positions.max()) + 1
         if stop > self.max_length:
-            raise UsageError(f"{stop} tokens do not fit a cache of {self.max_length}; allocate it longer, or shorten the prompt")
-        # A single new token needs no mask for a sliding window when the slots before the window are not even read.
+            raise UsageError(
+                f"{stop} tokens do not fit a cache of {self.max_length}; allocate it longer, or shorten the prompt"
+            )
+        # A single new token needs no mask for a sliding window when the slots before the window are not even
+        # read.
         first = max(0, stop - window) if window is not None and positions is None and count == 1 else 0
         return Place(start, stop, first, positions)

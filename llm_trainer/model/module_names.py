@@ -1,6 +1,7 @@
 """The names of a model's parts: `wte`, `wpe`, `ln_1.N`, `attn.N`, `ln_2.N`, `mlp.N`, `ln_f`, `lm_head`.
 
-Freezing, LoRA, learning-rate groups, pruning, quantisation and reports all speak these names, and only here do they become modules.
+Freezing, LoRA, learning-rate groups, pruning, quantisation and reports all speak these names, and only here
+do they become modules.
 """
 
 from __future__ import annotations
@@ -22,14 +23,20 @@ ADAPTER_PARTS = ("adapter", "domain_adapter")
 
 
 def named_parts(model: nn.Module) -> dict[str, nn.Module]:
-    """Every part by name, in the order in which a token passes them. Takes a compiled or otherwise wrapped model too."""
+    """Every part by name, in the order in which a token passes them. Takes a compiled or otherwise wrapped
+    model too.
+    """
     plain = unwrapped(model)
     parts: dict[str, nn.Module] = {"wte": plain.wte}
     if plain.wpe is not None:
         parts["wpe"] = plain.wpe
     for number, block in enumerate(plain.blocks):
         parts |= {f"{kind}.{number}": getattr(block, kind) for kind in BLOCK_PARTS}
-        parts |= {f"{kind}.{number}": part for kind in ADAPTER_PARTS if (part := getattr(block, kind, None)) is not None}
+        parts |= {
+            f"{kind}.{number}": part
+            for kind in ADAPTER_PARTS
+            if (part := getattr(block, kind, None)) is not None
+        }
     if not isinstance(plain.ln_f, nn.Identity):
         parts["ln_f"] = plain.ln_f
     parts["lm_head"] = plain.lm_head
@@ -52,7 +59,8 @@ def resolve_part(model: nn.Module, name: str) -> nn.Module:
 
 
 def matching_parts(model: nn.Module, wanted: str | Sequence[str]) -> list[str]:
-    """The names that `wanted` means, in the model's order: names, ranges (`attn.0-3`), globs (`mlp.*`, `ln_?.0`), or a list of them.
+    """The names that `wanted` means, in the model's order: names, ranges (`attn.0-3`), globs (`mlp.*`,
+    `ln_?.0`), or a list of them.
 
     Raises UsageError for one that means no part of this model.
     """
@@ -71,13 +79,17 @@ def _matches(spelled: str, names: Sequence[str]) -> list[str]:
         return [spelled]
     if match := re.fullmatch(r"(\w+)\.(\d+)-(\d+)", spelled):
         kind, first, last = match[1], int(match[2]), int(match[3])
-        wanted = [f"{kind}.{number}" for number in range(first, last + 1)] if last - first < len(names) else []
+        wanted = (
+            [f"{kind}.{number}" for number in range(first, last + 1)] if last - first < len(names) else []
+        )
         return wanted if wanted and set(wanted) <= set(names) else []
     return fnmatch.filter(names, spelled) if set(spelled) & set("*?[") else []
 
 
 def set_trainable(model: nn.Module, wanted: str | Sequence[str], is_trainable: bool) -> list[str]:
-    """Freeze parts, or let them be trained again; returns every part that this changes, a part that shares a matrix with them included."""
+    """Freeze parts, or let them be trained again; returns every part that this changes, a part that shares a
+    matrix with them included.
+    """
     parts = named_parts(model)
     chosen = matching_parts(model, wanted)
     touched: set[int] = set()
@@ -85,12 +97,20 @@ def set_trainable(model: nn.Module, wanted: str | Sequence[str], is_trainable: b
         for parameter in parts[name].parameters():
             parameter.requires_grad_(is_trainable)
             touched.add(id(parameter))
-    return [name for name, part in parts.items() if name in chosen or any(id(one) in touched for one in part.parameters())]
+    return [
+        name
+        for name, part in parts.items()
+        if name in chosen or any(id(one) in touched for one in part.parameters())
+    ]
 
 
 def frozen_parts(model: nn.Module) -> list[str]:
     """The parts of which nothing is trained."""
-    return [name for name, part in named_parts(model).items() if not any(parameter.requires_grad for parameter in part.parameters())]
+    return [
+        name
+        for name, part in named_parts(model).items()
+        if not any(parameter.requires_grad for parameter in part.parameters())
+    ]
 
 
 @dataclass(frozen=True)
@@ -114,23 +134,31 @@ def trainable_counts(model: nn.Module) -> dict[str, Count]:
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
-    """Parameters of each part; a matrix that two parts share counts for the first one only, so that the sum is the model's size."""
+    """Parameters of each part; a matrix that two parts share counts for the first one only, so that the sum
+    is the model's size.
+    """
     return {name: count.total for name, count in trainable_counts(model).items()}
 
 
 def unwrapped(model: nn.Module) -> Transformer:
-    """The Transformer inside torch.compile's and DistributedDataParallel's wrappers; raises UsageError where there is none."""
+    """The Transformer inside torch.compile's and DistributedDataParallel's wrappers; raises UsageError where
+    there is none.
+    """
     inner = model
     while not isinstance(inner, Transformer):
         found = getattr(inner, "_orig_mod", getattr(inner, "module", None))
         if not isinstance(found, nn.Module):
-            raise UsageError(f"a {type(model).__name__} holds no Transformer; pass the model, or a compiled or parallel wrapper of it")
+            raise UsageError(
+                f"a {type(model).__name__} holds no Transformer; pass the model, or a compiled or parallel wrapper of it"
+            )
         inner = found
     return inner
 
 
 def plain_name(parameter_name: str) -> str:
-    """A parameter's own name without what wrappers put before or into it (`_orig_mod.`, `module.`, `_checkpoint_wrapped_module.`)."""
+    """A parameter's own name without what wrappers put before or into it (`_orig_mod.`, `module.`,
+    `_checkpoint_wrapped_module.`).
+    """
     return re.sub(r"(^|(?<=\.))(_orig_mod|module|_checkpoint_wrapped_module)\.", "", parameter_name)
 
 
@@ -143,5 +171,7 @@ def part_of_parameter(parameter_name: str) -> str:
 def _summary(names: list[str]) -> str:
     """`attn.0 … attn.11` in place of twelve names."""
     layers = 1 + max((int(name.split(".")[1]) for name in names if "." in name), default=-1)
-    kinds = [f"{kind}.0 … {kind}.{layers - 1}" if layers > 1 else f"{kind}.0" for kind in BLOCK_PARTS if layers]
+    kinds = [
+        f"{kind}.0 … {kind}.{layers - 1}" if layers > 1 else f"{kind}.0" for kind in BLOCK_PARTS if layers
+    ]
     return ", ".join([*kinds, *(name for name in names if "." not in name)])

@@ -1,4 +1,5 @@
-"""How tokens know where they stand and whom they see: rotary tables, positions inside documents, attention masks.
+"""How tokens know where they stand and whom they see: rotary tables, positions inside documents, attention
+masks.
 
 All of it is computed once per forward pass, outside the blocks, and shared by every layer.
 """
@@ -14,18 +15,28 @@ from llm_trainer.config.schema.model import ModelConfig, RopeScaling
 
 
 def rotary_frequencies(config: ModelConfig) -> Tensor:
-    """Angle per position of each pair of features, (D/2,) in fp32 (Su et al. 2021, arXiv:2104.09864), stretched as `rope_scaling` says."""
+    """Angle per position of each pair of features, (D/2,) in fp32 (Su et al. 2021, arXiv:2104.09864),
+    stretched as `rope_scaling` says.
+    """
     scaling = config.rope_scaling
-    theta = scaling.rope_theta if scaling is not None and scaling.rope_theta is not None else config.rope_theta
+    theta = (
+        scaling.rope_theta if scaling is not None and scaling.rope_theta is not None else config.rope_theta
+    )
     exponents = torch.arange(0, config.head_width, 2, dtype=torch.int64).float() / config.head_width
     frequencies = 1.0 / theta**exponents
     if scaling is None:
         return frequencies
-    return frequencies / scaling.factor if scaling.kind == "linear" else _llama3_frequencies(frequencies, scaling)
+    return (
+        frequencies / scaling.factor
+        if scaling.kind == "linear"
+        else _llama3_frequencies(frequencies, scaling)
+    )
 
 
 def _llama3_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    """Llama 3.1's rule: short wavelengths stay, long ones are stretched by `factor`, those between are blended (arXiv:2407.21783)."""
+    """Llama 3.1's rule: short wavelengths stay, long ones are stretched by `factor`, those between are
+    blended (arXiv:2407.21783).
+    """
     wavelengths = 2 * math.pi / frequencies
     low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
     share_kept = (scaling.original_context / wavelengths - low) / (high - low)
@@ -33,11 +44,12 @@ def _llama3_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 class Rotary(nn.Module):
-    """Tables of cos and signed sin, (context, D): not saved, not trained, following the model's device and type.
+    """Tables of cos and signed sin, (context, D): not saved, not trained, following the model's device and
+    type.
 
-    Features are paired as Hugging Face pairs them, i with i + D/2, so its weights load as they are. The rotation
-    (x₁, x₂) → (x₁·cos − x₂·sin, x₂·cos + x₁·sin) is then x·cos + roll(x, D/2)·(−sin, sin): with the sign kept in the table
-    it takes three passes over memory in eager mode and not five.
+    Features are paired as Hugging Face pairs them, i with i + D/2, so its weights load as they are. The
+    rotation (x₁, x₂) → (x₁·cos − x₂·sin, x₂·cos + x₁·sin) is then x·cos + roll(x, D/2)·(−sin, sin): with the
+    sign kept in the table it takes three passes over memory in eager mode and not five.
     """
 
     cos: Tensor
@@ -47,7 +59,9 @@ class Rotary(nn.Module):
         super().__init__()
         self.config = config
         for name in ("cos", "sin"):
-            self.register_buffer(name, torch.empty(config.max_position_embeddings, config.head_width), persistent=False)
+            self.register_buffer(
+                name, torch.empty(config.max_position_embeddings, config.head_width), persistent=False
+            )
         self.reset()
 
     @torch.no_grad()
@@ -60,8 +74,12 @@ class Rotary(nn.Module):
         self.cos.copy_(torch.cat((angles.cos(), angles.cos()), dim=-1))
         self.sin.copy_(torch.cat((-angles.sin(), angles.sin()), dim=-1))
 
-    def forward(self, start: int, stop: int, positions: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Tables for slots start:stop, (T, 1, D), or for `positions` (B, T), (B, T, 1, D), in the type that attention computes in."""
+    def forward(
+        self, start: int, stop: int, positions: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Tables for slots start:stop, (T, 1, D), or for `positions` (B, T), (B, T, 1, D), in the type that
+        attention computes in.
+        """
         chosen = slice(start, stop) if positions is None else positions
         return self.cos[chosen].unsqueeze(-2).to(dtype), self.sin[chosen].unsqueeze(-2).to(dtype)
 
@@ -80,7 +98,9 @@ def positions_in_documents(document_ids: Tensor) -> Tensor:
 
 
 def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where `visible`, −∞ elsewhere. SDPA would make this of a boolean mask in every layer; made once, it is shared."""
+    """0 where `visible`, −∞ elsewhere. SDPA would make this of a boolean mask in every layer; made once, it
+    is shared.
+    """
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -math.inf)
 
 
@@ -92,10 +112,11 @@ def sequence_mask(
     dtype: torch.dtype,
     places: Tensor | None = None,
 ) -> Tensor | None:
-    """Mask of a whole sequence, broadcastable to (B, 1, T, T); None where plain causal attention is meant, which needs no mask.
+    """Mask of a whole sequence, broadcastable to (B, 1, T, T); None where plain causal attention is meant,
+    which needs no mask.
 
-    window: a token sees so many tokens, itself included, as Mistral counts (arXiv:2310.06825).
-    document_ids: (B, T); a token sees its own document only. places: (Q,), whose rows of the mask are wanted; none: all.
+    window: a token sees so many tokens, itself included, as Mistral counts (arXiv:2310.06825). document_ids:
+    (B, T); a token sees its own document only. places: (Q,), whose rows of the mask are wanted; none: all.
     """
     if document_ids is None and (window is None or count <= window):
         return None
@@ -111,11 +132,18 @@ def sequence_mask(
 
 
 def cache_mask(
-    start: int, stop: int, positions: Tensor | None, window: int | None, device: torch.device, dtype: torch.dtype
+    start: int,
+    stop: int,
+    positions: Tensor | None,
+    window: int | None,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Tensor | None:
-    """Mask of queries at slots start:stop, or at `positions` (B, T), over cache slots 0:stop: a query sees the slots up to its own.
+    """Mask of queries at slots start:stop, or at `positions` (B, T), over cache slots 0:stop: a query sees
+    the slots up to its own.
 
-    None where every slot is seen (one new token) or where plain causal attention is the same thing (a first chunk).
+    None where every slot is seen (one new token) or where plain causal attention is the same thing (a first
+    chunk).
     """
     count = stop - start
     if positions is None and (count == 1 or (start == 0 and (window is None or count <= window))):

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 
 def fitted(trainer: Trainer, value: float | Mapping[str, float] | None) -> tuple[int, int]:
-    """(sequences of a micro-batch, micro-batches): the largest pair with the same product whose step stays within memory, at least 1.
+    """(sequences of a micro-batch, micro-batches): the largest pair with the same product whose step stays
+    within memory, at least 1.
 
     `value`: a share of memory, or `{target_vram_percent, max_batch_size}`; None: `memory_target` of it. All ranks agree. Where no size
     within the bounds divides the step, the division stays as it is: a run does not end for want of a faster one.

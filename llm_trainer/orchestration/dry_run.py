@@ -1,4 +1,6 @@
-"""A schedule run through without training: every entry's effect on the shape and the settings, so that what cannot be is said at once."""
+"""A schedule run through without training: every entry's effect on the shape and the settings, so that what
+cannot be is said at once.
+"""
 
 from __future__ import annotations
 
@@ -71,10 +73,14 @@ def simulate(
 
 def _after(form: Form, operation: Operation, seed: int, ids_in_data: int) -> Form:
     if operation.name in EXITS:
-        raise UsageError("early exits come with adaptive reasoning, which is not built yet in this version; leave the entry out")
+        raise UsageError(
+            "early exits come with adaptive reasoning, which is not built yet in this version; leave the entry out"
+        )
     if operation.name not in operations.CHANGES:
         return form
     after = operations.changed(form, operation, seed)
     if after.config.vocab_size < ids_in_data:
-        raise UsageError(f"a vocabulary of {after.config.vocab_size} is too small for the data, which uses {ids_in_data} ids")
+        raise UsageError(
+            f"a vocabulary of {after.config.vocab_size} is too small for the data, which uses {ids_in_data} ids"
+        )
     return after

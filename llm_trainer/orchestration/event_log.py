@@ -27,7 +27,9 @@ class Entry:
     seconds: float
 
     def __str__(self) -> str:
-        loss = f"loss {_number(self.loss_before)}" + (f" → {_number(self.loss_after)}" if self.loss_after is not None else "")
+        loss = f"loss {_number(self.loss_before)}" + (
+            f" → {_number(self.loss_after)}" if self.loss_after is not None else ""
+        )
         return (
             f"step {self.step}  {self.operation} {json.dumps(self.value)}: {self.why}; {loss}; "
             f"parameters {self.parameters_before:,} → {self.parameters_after:,}; {self.seconds:.2f} s"
@@ -36,7 +38,9 @@ class Entry:
 
 
 class Journal:
-    """The file in a run folder. Each entry is told once: a run that went back writes over what it had come to."""
+    """The file in a run folder. Each entry is told once: a run that went back writes over what it had come
+    to.
+    """
 
     def __init__(self, run_folder: Path) -> None:
         self.path = run_folder / OPERATIONS_FILE

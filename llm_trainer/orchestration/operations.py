@@ -1,6 +1,8 @@
-"""The operations that change the model: each a function from one form to another (`model/surgery`), optimizer state included.
+"""The operations that change the model: each a function from one form to another (`model/surgery`), optimizer
+state included.
 
-The same functions run on a form without contents (tensors on the meta device) when a schedule is checked before training.
+The same functions run on a form without contents (tensors on the meta device) when a schedule is checked
+before training.
 """
 
 from __future__ import annotations
@@ -14,7 +16,13 @@ from torch import Tensor
 from llm_trainer.config.schema.lora import DEFAULT_NAME
 from llm_trainer.config.schema.scaling_schedule import Operation
 from llm_trainer.errors import UsageError
-from llm_trainer.model.adapters.lora import freeze_resting_adapters, lora_set_of, merge_lora, set_lora_rank, train_adapters_only
+from llm_trainer.model.adapters.lora import (
+    freeze_resting_adapters,
+    lora_set_of,
+    merge_lora,
+    set_lora_rank,
+    train_adapters_only,
+)
 from llm_trainer.model.module_names import set_trainable
 from llm_trainer.model.surgery.depth import stack_layers
 from llm_trainer.model.surgery.model_state import Form, State, build, form_of
@@ -27,10 +35,14 @@ Change = Callable[[Form, Operation, torch.Generator], Form]
 
 
 def changed(form: Form, operation: Operation, seed: int) -> Form:
-    """The form after an operation; random choices follow from `seed`. Raises UsageError where it cannot be, or could not be trained."""
+    """The form after an operation; random choices follow from `seed`. Raises UsageError where it cannot be,
+    or could not be trained.
+    """
     after = CHANGES[operation.name](form, operation, torch.Generator().manual_seed(seed))
     if after.frozen >= after.weights.keys():
-        raise UsageError("nothing would be left to train: every part is frozen; let some go before (unfreeze_layer)")
+        raise UsageError(
+            "nothing would be left to train: every part is frozen; let some go before (unfreeze_layer)"
+        )
     return after
 
 
@@ -72,20 +84,26 @@ def _freeze(form: Form, parts: str | list[str], is_trainable: bool) -> Form:
 def _with_lora(form: Form, change: Callable[[Transformer], object]) -> Form:
     """The form after a change of its adapters, which is made on a model of copies.
 
-    The first adapters of a model freeze what is under them where `lora_train_base` is false, as they do where a run begins with them.
+    The first adapters of a model freeze what is under them where `lora_train_base` is false, as they do where
+    a run begins with them.
     """
     config = form.config.model_copy(deep=True)
-    model = build(replace(form, config=config, weights={name: weight.clone() for name, weight in form.weights.items()}))
+    model = build(
+        replace(form, config=config, weights={name: weight.clone() for name, weight in form.weights.items()})
+    )
     change(model)
     if config.lora_train_base is False and model.config.has_adapters and not form.config.has_adapters:
         train_adapters_only(model)
     made = form_of(model)
-    state = {name: _fitted(kept, made.weights[name]) for name, kept in form.state.items() if name in made.weights}
+    state = {
+        name: _fitted(kept, made.weights[name]) for name, kept in form.state.items() if name in made.weights
+    }
     return replace(made, state={name: kept for name, kept in state.items() if kept})
 
 
 def _fitted(state: State, weight: Tensor) -> dict[str, Tensor]:
-    """State of an adapter's factor whose rank has grown: what was learned of the old directions, for new ones none and the mean square.
+    """State of an adapter's factor whose rank has grown: what was learned of the old directions, for new ones
+    none and the mean square.
 
     Nothing for one whose rank has shrunk: its directions are others.
     """
@@ -113,7 +131,9 @@ def _lora_on_one(form: Form, operation: Operation, generator: torch.Generator) -
 
 
 def _with_rank(form: Form, parts: str | list[str], rank: int, generator: torch.Generator) -> Form:
-    """Other ranks of the set `default`. Raises UsageError where it is there and does not count: nothing would be learned of it."""
+    """Other ranks of the set `default`. Raises UsageError where it is there and does not count: nothing would
+    be learned of it.
+    """
     if DEFAULT_NAME in form.config.lora and DEFAULT_NAME not in form.config.counting_lora:
         counting = ", ".join(form.config.counting_lora) or "none"
         raise UsageError(
@@ -123,10 +143,14 @@ def _with_rank(form: Form, parts: str | list[str], rank: int, generator: torch.G
 
 
 def _merge(form: Form, operation: Operation, generator: torch.Generator) -> Form:
-    """Adapters that are merged begin again elsewhere, so that averages of their gradients say nothing any more."""
+    """Adapters that are merged begin again elsewhere, so that averages of their gradients say nothing any
+    more.
+    """
     merged: list[str] = []
     made = _with_lora(form, lambda model: merged.extend(merge_lora(model, seed=generator.initial_seed())))
-    return replace(made, state={name: kept for name, kept in made.state.items() if lora_set_of(name) not in merged})
+    return replace(
+        made, state={name: kept for name, kept in made.state.items() if lora_set_of(name) not in merged}
+    )
 
 
 CHANGES: Mapping[str, Change] = {
@@ -139,9 +163,13 @@ CHANGES: Mapping[str, Change] = {
     "freeze_layer": lambda form, operation, generator: _freeze(form, operation.value, False),
     "unfreeze_layer": lambda form, operation, generator: _freeze(form, operation.value, True),
     "set_embedding_freeze_mode": lambda form, operation, generator: _freeze(form, "wte", not operation.value),
-    "set_embedding_finetune_mode": lambda form, operation, generator: _freeze(form, "wte", bool(operation.value)),
+    "set_embedding_finetune_mode": lambda form, operation, generator: _freeze(
+        form, "wte", bool(operation.value)
+    ),
     "set_layer_lora_rank": _lora_on_one,
-    "set_attn_lora_rank": _lora_on(lambda form: [f"attn.{layer}" for layer in range(form.config.num_hidden_layers)]),
+    "set_attn_lora_rank": _lora_on(
+        lambda form: [f"attn.{layer}" for layer in range(form.config.num_hidden_layers)]
+    ),
     "set_embedding_lora_rank": _lora_on(lambda form: ["wte"]),
     "merge_lora_weights": _merge,
 }

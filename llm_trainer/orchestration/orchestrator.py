@@ -1,8 +1,10 @@
-"""Runs a scaling schedule beside the training loop: judges the next entry at each step's edge, carries it out, writes it down.
+"""Runs a scaling schedule beside the training loop: judges the next entry at each step's edge, carries it
+out, writes it down.
 
-Only the first pending entry can fire: its loss is judged at each validation (which all ranks know alike), its waiting at each step. After
-one has fired the next is judged at once. What has fired and since when is waited is in the checkpoint; what the operations
-made of model and run is there too, so that a run that goes on replays nothing.
+Only the first pending entry can fire: its loss is judged at each validation (which all ranks know alike), its
+waiting at each step. After one has fired the next is judged at once. What has fired and since when is waited
+is in the checkpoint; what the operations made of model and run is there too, so that a run that goes on
+replays nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ if TYPE_CHECKING:
 
 
 class Orchestrator(Callback):
-    """Carries out `schedule`, which `simulation.simulate` has judged. Raises UsageError where what has fired already is not in it."""
+    """Carries out `schedule`, which `simulation.simulate` has judged. Raises UsageError where what has fired
+    already is not in it.
+    """
 
     def __init__(self, schedule: Sequence[Operation]) -> None:
         self.schedule = list(schedule)
@@ -69,7 +73,9 @@ class Orchestrator(Callback):
             value=operation.value,
             why=why,
             desc=operation.desc,
-            loss_before=trainer.state.last_validation_loss if loss is None and not operation.reevaluate else loss,
+            loss_before=trainer.state.last_validation_loss
+            if loss is None and not operation.reevaluate
+            else loss,
             loss_after=after,
             parameters_before=before,
             parameters_after=_parameters(trainer),
@@ -78,7 +84,9 @@ class Orchestrator(Callback):
         trainer.say(str(entry))
         if trainer.ranks.is_main:
             Journal(trainer.run_dir).add(entry)
-        trainer.metrics_tracker.update({"operation": number, "parameters": entry.parameters_after}, trainer.current_step)
+        trainer.metrics_tracker.update(
+            {"operation": number, "parameters": entry.parameters_after}, trainer.current_step
+        )
         trainer.metrics_tracker.note("operations", str(entry), trainer.current_step)
         return after if operation.reevaluate else loss
 
@@ -99,12 +107,16 @@ class Orchestrator(Callback):
                     "leave the entries that have fired as they were, and change only what comes after them"
                 )
         if len(named) > len(self.schedule):
-            raise UsageError(f"{len(named)} operations have fired in this run, and the schedule has only {len(self.schedule)} entries")
+            raise UsageError(
+                f"{len(named)} operations have fired in this run, and the schedule has only {len(self.schedule)} entries"
+            )
         self.fired, self.waiting_since = cast("list[JSON]", list(fired)), since
 
 
 def foreseen(schedule: Sequence[Operation], trainer: Trainer) -> list[Stage]:
-    """What a run that has not begun will be like after each entry. Raises UsageError for a schedule that cannot be carried out."""
+    """What a run that has not begun will be like after each entry. Raises UsageError for a schedule that
+    cannot be carried out.
+    """
     if trainer.validation_tokens is None:
         _require_no_loss(schedule)
     engine, ids = trainer.engine, trainer.train_tokens.vocab_size
@@ -120,9 +132,15 @@ def foreseen(schedule: Sequence[Operation], trainer: Trainer) -> list[Stage]:
 
 
 def reason(operation: Operation, loss: float | None, waited: int) -> str | None:
-    """Why an entry fires now, in words; None where it does not. `loss`: this step's validation loss, if there is one."""
+    """Why an entry fires now, in words; None where it does not. `loss`: this step's validation loss, if there
+    is one.
+    """
     if operation.trigger_loss is not None and loss is not None and loss < operation.trigger_loss:
-        return f"loss {loss:.4f} below {operation.trigger_loss:g}" if math.isfinite(operation.trigger_loss) else "at once"
+        return (
+            f"loss {loss:.4f} below {operation.trigger_loss:g}"
+            if math.isfinite(operation.trigger_loss)
+            else "at once"
+        )
     if operation.max_wait_iters is not None and waited >= operation.max_wait_iters:
         return f"after {waited} steps" if operation.max_wait_iters else "at once"
     return None
@@ -131,7 +149,9 @@ def reason(operation: Operation, loss: float | None, waited: int) -> str | None:
 def _require_no_loss(schedule: Sequence[Operation]) -> None:
     """Raises UsageError for an entry that asks for a validation loss."""
     for number, operation in enumerate(schedule, 1):
-        waits_for = operation.trigger_loss is not None and operation.max_wait_iters != 0  # 0: at once, whatever the loss
+        waits_for = (
+            operation.trigger_loss is not None and operation.max_wait_iters != 0
+        )  # 0: at once, whatever the loss
         if operation.reevaluate or waits_for:
             asks = "reevaluate" if operation.reevaluate else f"trigger_loss {operation.trigger_loss:g}"
             raise UsageError(

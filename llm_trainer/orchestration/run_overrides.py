@@ -1,6 +1,7 @@
 """What operations change of a run beside its model, and the operations that do: rates, batches, validation.
 
-Each is a function from settings to settings, the same for a run that goes on and for one that is only simulated.
+Each is a function from settings to settings, the same for a run that goes on and for one that is only
+simulated.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Settings:
-    """What is in effect: the peak rate, sequences of a micro-batch, micro-batches of a rank's step, steps of warm-up, batches of a
-    validation (None: all), steps between validations. `restarts` counts how often the learning rate's schedule has begun again.
+    """What is in effect: the peak rate, sequences of a micro-batch, micro-batches of a rank's step, steps of
+    warm-up, batches of a validation (None: all), steps between validations. `restarts` counts how often the
+    learning rate's schedule has begun again.
     """
 
     learning_rate: float
@@ -87,7 +89,9 @@ def _multiply(field: str, least: int) -> Callable[[Settings, Operation], Setting
     def change(settings: Settings, operation: Operation) -> Settings:
         present = getattr(settings, field)
         if present is None:
-            raise UsageError(f"there is nothing to multiply: {field} is not set; take set_{field} with a number")
+            raise UsageError(
+                f"there is nothing to multiply: {field} is not set; take set_{field} with a number"
+            )
         return replace(settings, **{field: max(least, round(present * operation.value))})
 
     return change
@@ -95,7 +99,9 @@ def _multiply(field: str, least: int) -> Callable[[Settings, Operation], Setting
 
 CHANGES: Mapping[str, Callable[[Settings, Operation], Settings]] = {
     "set_lr": lambda settings, operation: replace(settings, learning_rate=float(operation.value)),
-    "change_lr": lambda settings, operation: replace(settings, learning_rate=settings.learning_rate * operation.value),
+    "change_lr": lambda settings, operation: replace(
+        settings, learning_rate=settings.learning_rate * operation.value
+    ),
     "reset_lr_schedule": lambda settings, operation: replace(settings, restarts=settings.restarts + 1),
     **{f"set_{name}": _set(field, field != "warmup_steps") for name, field in _FIELDS.items()},
     **{f"change_{name}": _multiply(field, field != "warmup_steps") for name, field in _FIELDS.items()},

@@ -1,6 +1,8 @@
-"""Line charts as inline SVG: no library, no network, sharp on paper and on any screen, coloured by the page's own CSS variables.
+"""Line charts as inline SVG: no library, no network, sharp on paper and on any screen, coloured by the page's
+own CSS variables.
 
-A plotting library would add a dependency of tens of megabytes, or a script from a server, to draw four polylines.
+A plotting library would add a dependency of tens of megabytes, or a script from a server, to draw four
+polylines.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ Points = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Series:
-    """One line: its label, a colour's number (1 to 4 in the page's palette), points (x, y) by rising x; `faint` draws it as a backdrop."""
+    """One line: its label, a colour's number (1 to 4 in the page's palette), points (x, y) by rising x;
+    `faint` draws it as a backdrop.
+    """
 
     label: str
     colour: int
@@ -49,7 +53,9 @@ class Chart:
 
 
 def thin(points: Points, limit: int = MAX_POINTS) -> Points:
-    """At most about `limit` points; of each bucket its lowest and highest are kept, so that spikes stay visible."""
+    """At most about `limit` points; of each bucket its lowest and highest are kept, so that spikes stay
+    visible.
+    """
     finite = [point for point in points if math.isfinite(point[1])]
     if len(finite) <= limit:
         return finite
@@ -62,7 +68,9 @@ def thin(points: Points, limit: int = MAX_POINTS) -> Points:
 
 
 def smooth(points: Points, share: float = 0.03) -> Points:
-    """The mean over a centred window of this share of all points, narrower at both ends; unlike a running average it does not lag."""
+    """The mean over a centred window of this share of all points, narrower at both ends; unlike a running
+    average it does not lag.
+    """
     finite = [point for point in points if math.isfinite(point[1])]
     sums = [0.0, *itertools.accumulate(y for _, y in finite)]
     half = int(share * len(finite) / 2)
@@ -103,17 +111,28 @@ def draw(chart: Chart) -> str:
     if not lines:
         return ""
     xs = [x for _, points in lines for x, _ in points]
-    plot = _Plot(chart.width, (min(xs), max(max(xs), min(xs) + 1)), _range([y for _, points in lines for _, y in points], chart))
+    plot = _Plot(
+        chart.width,
+        (min(xs), max(max(xs), min(xs) + 1)),
+        _range([y for _, points in lines for _, y in points], chart),
+    )
     name = f"plot-{zlib.crc32(chart.title.encode())}"
     shapes = [
         *_axes(plot),
         *_marks(plot, chart.marks),
-        *(shape for series, points in lines for shape in _line(series, [plot.place(*point) for point in points], name)),
+        *(
+            shape
+            for series, points in lines
+            for shape in _line(series, [plot.place(*point) for point in points], name)
+        ),
     ]
-    inside = f'x="{LEFT}" y="{TOP - 4}" width="{plot.right_edge - LEFT + 4}" height="{HEIGHT - TOP - BOTTOM + 4}"'
+    inside = (
+        f'x="{LEFT}" y="{TOP - 4}" width="{plot.right_edge - LEFT + 4}" height="{HEIGHT - TOP - BOTTOM + 4}"'
+    )
     clip = f'<clipPath id="{name}"><rect {inside}/></clipPath>'
     legend = "".join(
-        f'<span class="key c{series.colour}{" faint" if series.faint else ""}">{escape(series.label)}</span>' for series, _ in lines
+        f'<span class="key c{series.colour}{" faint" if series.faint else ""}">{escape(series.label)}</span>'
+        for series, _ in lines
     )
     return (
         f'<figure class="chart" data-chart="{_payload(chart, plot, lines)}"><figcaption><b>{escape(chart.title)}</b> {legend}</figcaption>'
@@ -143,8 +162,19 @@ class _Plot:
 
 def _payload(chart: Chart, plot: _Plot, lines: list[tuple[Series, Points]]) -> str:
     """What the page's script reads out under the pointer, as an attribute's value."""
-    series = [{"label": one.label, "points": [(x, round(y, 6)) for x, y in points]} for one, points in lines if not one.faint]
-    data = {"unit": chart.unit, "left": LEFT, "right": plot.right_edge, "width": chart.width, "x": plot.across, "series": series}
+    series = [
+        {"label": one.label, "points": [(x, round(y, 6)) for x, y in points]}
+        for one, points in lines
+        if not one.faint
+    ]
+    data = {
+        "unit": chart.unit,
+        "left": LEFT,
+        "right": plot.right_edge,
+        "width": chart.width,
+        "x": plot.across,
+        "series": series,
+    }
     return escape(json.dumps(data), quote=True)
 
 
@@ -180,7 +210,12 @@ def _marks(plot: _Plot, marks: Sequence[tuple[float, str]]) -> Iterator[str]:
 
 def _line(series: Series, placed: Points, name: str) -> list[str]:
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
-    shape = [f'<polyline class="line c{series.colour}{" faint" if series.faint else ""}" clip-path="url(#{name})" points="{path}"/>']
+    shape = [
+        f'<polyline class="line c{series.colour}{" faint" if series.faint else ""}" clip-path="url(#{name})" points="{path}"/>'
+    ]
     if series.dots or len(placed) == 1:
-        shape += [f'<circle class="dot c{series.colour}" clip-path="url(#{name})" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in placed]
+        shape += [
+            f'<circle class="dot c{series.colour}" clip-path="url(#{name})" cx="{x:.1f}" cy="{y:.1f}" r="3"/>'
+            for x, y in placed
+        ]
     return shape

@@ -1,7 +1,8 @@
-"""The page around a report: style for light and dark, and the few lines of script behind the charts' read-out.
+"""The page around a report: style for light and dark, and the few lines of script behind the charts'
+read-out.
 
-Everything is in the one file, and the page's own policy forbids it to load anything or to run a script but this one
-(by its hash), so that text from a corpus that slipped through unescaped could still do nothing.
+Everything is in the one file, and the page's own policy forbids it to load anything or to run a script but
+this one (by its hash), so that text from a corpus that slipped through unescaped could still do nothing.
 """
 
 from __future__ import annotations
@@ -100,7 +101,10 @@ def page(title: str, body: str) -> str:
 
 def table(rows: list[tuple[str, str, bool]]) -> str:
     """Rows (name, value, said by the user) as a table; everything is escaped."""
-    cells = (f"<tr{' class=said' if said else ''}><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value, said in rows)
+    cells = (
+        f"<tr{' class=said' if said else ''}><td>{escape(name)}</td><td>{escape(value)}</td></tr>"
+        for name, value, said in rows
+    )
     return f"<table>{''.join(cells)}</table>"
 
 

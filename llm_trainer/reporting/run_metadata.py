@@ -1,4 +1,5 @@
-"""What a run leaves for its report beside its metrics: the command, the machine, sizes, the outcome, samples; in `report.json`.
+"""What a run leaves for its report beside its metrics: the command, the machine, sizes, the outcome, samples;
+in `report.json`.
 
 These are gathered where and when the run happens; the report itself may be written anywhere, later, again.
 """
@@ -44,7 +45,9 @@ def save_facts(run_folder: Path, facts: RunFacts) -> None:
 
 
 def load_facts(run_folder: Path) -> RunFacts:
-    """The facts that a run left; empty ones where it left none. Raises CheckpointError for a file that is something else."""
+    """The facts that a run left; empty ones where it left none. Raises CheckpointError for a file that is
+    something else.
+    """
     path = run_folder / FACTS_FILE
     if not path.exists():
         return RunFacts()
@@ -53,7 +56,9 @@ def load_facts(run_folder: Path) -> RunFacts:
         samples = [Sample(**sample) for sample in values.pop("samples", [])]
         return RunFacts(**values, samples=samples)
     except (ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not a report's record ({error}); remove it to write the report without it") from error
+        raise CheckpointError(
+            f"{path} is not a report's record ({error}); remove it to write the report without it"
+        ) from error
 
 
 def machine_facts(device: str = "cpu") -> dict[str, str]:

@@ -1,8 +1,9 @@
 """`report.html`: one file that shows a run to somebody who was not there.
 
-Curves of loss, learning rate, throughput and gradient norm; samples; every setting, those that were chosen in bold; the machine.
-It needs no network and loads nothing, so it can be mailed, archived or opened from a cluster's disk. It is made from what
-the run folder holds (`metrics.jsonl`, `run.json`, `report.json`), and so can be written again at any time, also while the run goes on.
+Curves of loss, learning rate, throughput and gradient norm; samples; every setting, those that were chosen in
+bold; the machine. It needs no network and loads nothing, so it can be mailed, archived or opened from a
+cluster's disk. It is made from what the run folder holds (`metrics.jsonl`, `run.json`, `report.json`), and so
+can be written again at any time, also while the run goes on.
 """
 
 from __future__ import annotations
@@ -41,7 +42,13 @@ def write_report(run_folder: Path, output: Path | None = None) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.tmp")
     temporary.write_text(
-        render(run_folder.resolve().name, lines, load_facts(run_folder), saved_settings(run_folder), operations(run_folder)),
+        render(
+            run_folder.resolve().name,
+            lines,
+            load_facts(run_folder),
+            saved_settings(run_folder),
+            operations(run_folder),
+        ),
         encoding="utf-8",
     )
     temporary.replace(target)
@@ -49,10 +56,19 @@ def write_report(run_folder: Path, output: Path | None = None) -> Path:
 
 
 def render(
-    name: str, lines: list[MetricLine], facts: RunFacts, settings: Mapping[str, object], fired: Sequence[Mapping[str, object]] = ()
+    name: str,
+    lines: list[MetricLine],
+    facts: RunFacts,
+    settings: Mapping[str, object],
+    fired: Sequence[Mapping[str, object]] = (),
 ) -> str:
-    """The whole page for a run called `name`; all text from outside is escaped. `fired` are the lines of operations.jsonl."""
-    marks = [(float(str(one["step"])), f"step {one['step']}: {one['operation']} {one['value']} ({one['why']})") for one in fired]
+    """The whole page for a run called `name`; all text from outside is escaped. `fired` are the lines of
+    operations.jsonl.
+    """
+    marks = [
+        (float(str(one["step"])), f"step {one['step']}: {one['operation']} {one['value']} ({one['why']})")
+        for one in fired
+    ]
     sections = [
         f"<h1>{escape(name)}</h1>",
         f'<p class="sub">{escape(_subtitle(lines, facts))}</p>',
@@ -84,7 +100,12 @@ def _operations(fired: Sequence[Mapping[str, object]]) -> Iterator[str]:
     yield '<p class="note">Dotted upright lines in the curves above.</p>'
     names = ("step", "operation", "value", "why", "loss_before", "loss_after", "parameters_after", "seconds")
     rows = [
-        (f"{one['entry']}", ", ".join(f"{name} {_plain(one[name])}" for name in names if one.get(name) is not None), False) for one in fired
+        (
+            f"{one['entry']}",
+            ", ".join(f"{name} {_plain(one[name])}" for name in names if one.get(name) is not None),
+            False,
+        )
+        for one in fired
     ]
     yield table(rows)
 
@@ -105,16 +126,38 @@ def charts(lines: list[MetricLine]) -> list[Chart]:
             clip_top=0.98,
         ),
         Chart("Shares of the mixture", "of the tokens learned from", 1010, _shares(lines), from_zero=True),
-        Chart("Learning rate", "", 310, (Series("learning rate", 3, points(lines, "learning_rate")),), from_zero=True),
-        Chart("Throughput", "tokens/s", 310, (Series("tokens a second", 4, points(lines, "tokens_per_second")),), from_zero=True),
-        Chart("Gradient norm", "", 310, (Series("before clipping", 1, points(lines, "gradient_norm")),), clip_top=0.99, from_zero=True),
+        Chart(
+            "Learning rate",
+            "",
+            310,
+            (Series("learning rate", 3, points(lines, "learning_rate")),),
+            from_zero=True,
+        ),
+        Chart(
+            "Throughput",
+            "tokens/s",
+            310,
+            (Series("tokens a second", 4, points(lines, "tokens_per_second")),),
+            from_zero=True,
+        ),
+        Chart(
+            "Gradient norm",
+            "",
+            310,
+            (Series("before clipping", 1, points(lines, "gradient_norm")),),
+            clip_top=0.99,
+            from_zero=True,
+        ),
     ]
 
 
 def _shares(lines: list[MetricLine]) -> tuple[Series, ...]:
     """What was learned from each corpus of a mixture, report by report."""
     names = sorted({name for line in lines for name in line if name.startswith(SHARE)})
-    return tuple(Series(name.removeprefix(SHARE), 1 + index % COLOURS, points(lines, name)) for index, name in enumerate(names))
+    return tuple(
+        Series(name.removeprefix(SHARE), 1 + index % COLOURS, points(lines, name))
+        for index, name in enumerate(names)
+    )
 
 
 def points(lines: list[MetricLine], name: str) -> Points:
@@ -141,7 +184,9 @@ def headline(lines: list[MetricLine], facts: RunFacts) -> list[tuple[str, str]]:
 
 
 def saved_settings(run_folder: Path) -> Mapping[str, object]:
-    """The resolved settings: run.json of the run folder, else of its newest checkpoint; empty where neither is."""
+    """The resolved settings: run.json of the run folder, else of its newest checkpoint; empty where neither
+    is.
+    """
     folders = [run_folder, *(checkpoint.path for checkpoint in list_checkpoints(run_folder))]
     found = next((folder / RUN_FILE for folder in folders if (folder / RUN_FILE).is_file()), None)
     return read_json(found) if found else {}
@@ -152,7 +197,9 @@ def _subtitle(lines: list[MetricLine], facts: RunFacts) -> str:
     parts = [facts.command]
     if started is not None and ended is not None:
         took = timedelta(seconds=round(ended - started))
-        parts.append(f"{datetime.fromtimestamp(ended, UTC):%Y-%m-%d %H:%M} UTC, {took} from the first report to the last")
+        parts.append(
+            f"{datetime.fromtimestamp(ended, UTC):%Y-%m-%d %H:%M} UTC, {took} from the first report to the last"
+        )
     return " · ".join(part for part in parts if part)
 
 
@@ -175,7 +222,10 @@ def _settings_tables(settings: Mapping[str, object]) -> Iterator[str]:
         if not isinstance(values, Mapping) or not values:
             continue
         defaults = _defaults(name)
-        rows = [(str(key), _plain(value), key in defaults and defaults[key] != value) for key, value in values.items()]
+        rows = [
+            (str(key), _plain(value), key in defaults and defaults[key] != value)
+            for key, value in values.items()
+        ]
         rows.sort(key=lambda row: not row[2])
         is_open = " open" if name in ("model", "training") else ""
         yield f'<details class="card"{is_open}><summary>{escape(name.replace("_", " "))}</summary>{table(rows)}</details>'

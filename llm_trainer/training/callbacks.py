@@ -1,7 +1,8 @@
 """Hooks at exact places of the training loop, and early stopping as the first user of them.
 
-A callback's state is part of the checkpoint: what it knows after a resume is what it would have known without the interruption
-(early stopping that forgets its best loss on resume is a classic defect, transformers#28544).
+A callback's state is part of the checkpoint: what it knows after a resume is what it would have known without
+the interruption (early stopping that forgets its best loss on resume is a classic defect,
+transformers#28544).
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Does nothing; override the hooks you need. Hooks run on every rank, in the order in which the callbacks were given."""
+    """Does nothing; override the hooks you need. Hooks run on every rank, in the order in which the callbacks
+    were given.
+    """
 
     validates_at_start = False
     """Whether the run has to validate before its first step, for this callback to judge by."""
@@ -29,16 +32,21 @@ class Callback:
         """After the checkpoint, if any, was restored (callbacks' states included), before the first step."""
 
     def on_step_end(self, trainer: Trainer, step: int) -> None:
-        """After the optimizer's update number `step` (1 is the first), before this step's logging, validation and saving."""
+        """After the optimizer's update number `step` (1 is the first), before this step's logging, validation
+        and saving.
+        """
 
     def on_validation(self, trainer: Trainer, result: ValidationResult) -> None:
-        """After a validation at `trainer.current_step`, before the best model is saved and before this step's checkpoint."""
+        """After a validation at `trainer.current_step`, before the best model is saved and before this step's
+        checkpoint.
+        """
 
     def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
         """After a checkpoint lies in its place, verified; its state no longer changes."""
 
     def between_steps(self, trainer: Trainer, step: int, validation: ValidationResult | None) -> None:
-        """With everything of step `step` done but its checkpoint, unless it is the last: the place to change what comes next.
+        """With everything of step `step` done but its checkpoint, unless it is the last: the place to change
+        what comes next.
 
         A new run calls it with step 0 before its first step. `validation` is this step's, if there was one.
         """
@@ -55,7 +63,8 @@ class Callback:
 
 
 class EarlyStopping(Callback):
-    """Ends the run after `patience` validations in a row whose loss is not lower than the best by more than `min_delta` nats.
+    """Ends the run after `patience` validations in a row whose loss is not lower than the best by more than
+    `min_delta` nats.
 
     A loss that is not a number is never the best and counts as no improvement.
     """
@@ -67,7 +76,9 @@ class EarlyStopping(Callback):
         self.validations_without_gain = 0
 
     def on_train_start(self, trainer: Trainer) -> None:
-        """A run that had stopped is not taken further by a resume, unless that says a larger patience (or none)."""
+        """A run that had stopped is not taken further by a resume, unless that says a larger patience (or
+        none).
+        """
         if self.validations_without_gain >= self.patience:
             trainer.say(
                 f"{self.validations_without_gain} validations without a better loss had ended this run: it stays at step "
@@ -77,7 +88,9 @@ class EarlyStopping(Callback):
 
     def on_validation(self, trainer: Trainer, result: ValidationResult) -> None:
         """Count, and ask the trainer to stop when patience is used up."""
-        if math.isfinite(result.loss) and (self.best_loss is None or result.loss < self.best_loss - self.min_delta):
+        if math.isfinite(result.loss) and (
+            self.best_loss is None or result.loss < self.best_loss - self.min_delta
+        ):
             self.best_loss, self.validations_without_gain = result.loss, 0
             return
         self.validations_without_gain += 1

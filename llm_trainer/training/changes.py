@@ -1,7 +1,8 @@
-"""Changing a run while it goes on: its model, its batches, its rates. What was changed is in the state, and so in every checkpoint.
+"""Changing a run while it goes on: its model, its batches, its rates. What was changed is in the state, and
+so in every checkpoint.
 
-The settings that a person said stay as said (run.json); `TrainingState.changes` lies over them. The shape that a model has grown to
-is in the checkpoint's own config.json, and a run that goes on takes it from there.
+The settings that a person said stay as said (run.json); `TrainingState.changes` lies over them. The shape
+that a model has grown to is in the checkpoint's own config.json, and a run that goes on takes it from there.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ _GROWN = (
 
 
 def restructure(trainer: Trainer, change: Callable[[Form], Form]) -> None:
-    """Train what `change` makes of the model from here on. All ranks call this at a step's edge. Raises what `change` raises."""
+    """Train what `change` makes of the model from here on. All ranks call this at a step's edge. Raises what
+    `change` raises.
+    """
     engine = trainer.engine
     engine.rebuild(change(engine.form()))
     frozen = frozen_names(engine.model)
@@ -45,8 +48,14 @@ def restructure(trainer: Trainer, change: Callable[[Form], Form]) -> None:
 
 
 def change_batches(trainer: Trainer, plan: BatchPlan) -> None:
-    """Go on with other batches. A run whose length is in epochs or tokens ends after as many samples as before, in other steps."""
-    state, before, after = trainer.state, trainer.sequences_per_step, plan.sequences_per_step(trainer.ranks.data_count)
+    """Go on with other batches. A run whose length is in epochs or tokens ends after as many samples as
+    before, in other steps.
+    """
+    state, before, after = (
+        trainer.state,
+        trainer.sequences_per_step,
+        plan.sequences_per_step(trainer.ranks.data_count),
+    )
     state.changes = replace(state.changes, micro_batch_size=plan.micro_batch_size, sequences_per_step=after)
     if after != before and trainer.length.steps != trainer.training.max_steps:
         total = state.step + math.ceil((trainer.length.steps - state.step) * before / after)
@@ -68,10 +77,15 @@ def change_rates(trainer: Trainer, *, learning_rate: float, warmup_steps: int, r
 
 
 def take_batches(trainer: Trainer) -> None:
-    """Let the trainer's batches be what the settings say and the state's changes lay over them. Raises UsageError where ranks do not divide
-    them, or the engine cannot run a step divided so.
+    """Let the trainer's batches be what the settings say and the state's changes lay over them. Raises
+    UsageError where ranks do not divide them, or the engine cannot run a step divided so.
     """
-    changes, ranks, before, length = trainer.state.changes, trainer.ranks.data_count, trainer.sequences_per_step, trainer.length
+    changes, ranks, before, length = (
+        trainer.state.changes,
+        trainer.ranks.data_count,
+        trainer.sequences_per_step,
+        trainer.length,
+    )
     if changes.sequences_per_step is None or changes.micro_batch_size is None:
         trainer.batches = resolve_batches(trainer.training, ranks)
     else:
@@ -80,11 +94,15 @@ def take_batches(trainer: Trainer) -> None:
     after = trainer.sequences_per_step = trainer.batches.sequences_per_step(ranks)
     if after != before:
         tokens = length.tokens_per_step * after // before
-        trainer.length = replace(length, steps_per_epoch=length.steps_per_epoch * before / after, tokens_per_step=tokens)
+        trainer.length = replace(
+            length, steps_per_epoch=length.steps_per_epoch * before / after, tokens_per_step=tokens
+        )
 
 
 def take_shape(engine: Engine, checkpoint: Path, changes: RunChanges) -> None:
-    """Make the engine's model one that the checkpoint's weights and optimizer state fit, where operations had changed that."""
+    """Make the engine's model one that the checkpoint's weights and optimizer state fit, where operations had
+    changed that.
+    """
     now, then = resolved(engine.model.config), resolved(read_config(checkpoint))
     grown = {name: getattr(then, name) for name in _GROWN if getattr(then, name) != getattr(now, name)}
     frozen = frozenset(engine.frozen_at_first if changes.frozen is None else changes.frozen)
@@ -97,7 +115,12 @@ def take_shape(engine: Engine, checkpoint: Path, changes: RunChanges) -> None:
 
 def _held_names(engine: Engine) -> frozenset[str]:
     """Parameters that the optimizers hold: those that are trained, and those whose state rests."""
-    held = {id(one) for optimizer in engine.optimizers for group in optimizer.param_groups for one in group["params"]}
+    held = {
+        id(one)
+        for optimizer in engine.optimizers
+        for group in optimizer.param_groups
+        for one in group["params"]
+    }
     return frozenset(name for name, parameter in engine.model.named_parameters() if id(parameter) in held)
 
 

@@ -1,16 +1,20 @@
-"""Loss spikes: seen by a rule, undone by going back to a checkpoint from before them and leaving out the data that led there.
+"""Loss spikes: seen by a rule, undone by going back to a checkpoint from before them and leaving out the data
+that led there.
 
 What counts: a step's loss is an outlier when it lies more than `spike_sigma` standard deviations above the mean of the last
 `spike_window` steps (rule and constants, 6 and 128, are OLMo-core's `SkipStepOptimizer`'s), and `spike_patience` outliers in a row are a
 spike (llm-foundry's `KillLossSpike` waits for four): one odd batch is over with the next step and needs no going back. Outliers do not
 enter the window, so a loss that stays up cannot raise its own bar.
 
-What is done is PaLM's remedy (Chowdhery et al. 2022, arXiv:2204.02311, section 5.1): go back to a checkpoint about 100 steps before the
-spike, and leave out the batches that were seen before and during it. The same batches did no harm there from other weights, so they are
-not bad in themselves, but another path avoids the spike. Here all samples between the checkpoint and the step that showed the spike are
-left out. Skipping single updates (OLMo-core, metaseq) is the alternative not taken: it cannot undo the updates that led to the spike.
+What is done is PaLM's remedy (Chowdhery et al. 2022, arXiv:2204.02311, section 5.1): go back to a checkpoint
+about 100 steps before the spike, and leave out the batches that were seen before and during it. The same
+batches did no harm there from other weights, so they are not bad in themselves, but another path avoids the
+spike. Here all samples between the checkpoint and the step that showed the spike are left out. Skipping
+single updates (OLMo-core, metaseq) is the alternative not taken: it cannot undo the updates that led to the
+spike.
 
-Everything is a function of losses and of what is in the checkpoint, so a run that is resumed anywhere goes back as the uninterrupted one.
+Everything is a function of losses and of what is in the checkpoint, so a run that is resumed anywhere goes
+back as the uninterrupted one.
 """
 
 from __future__ import annotations
@@ -32,8 +36,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class SpikeState:
-    """What the rule has seen: the `losses` of its window (nats a token), the `outliers` in a row and the step of the first, how often
-    the run went back, and how many samples were left out by that.
+    """What the rule has seen: the `losses` of its window (nats a token), the `outliers` in a row and the step
+    of the first, how often the run went back, and how many samples were left out by that.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -79,9 +83,11 @@ def rate_after_rollbacks(state: SpikeState, training: TrainingConfig) -> float:
 
 
 def roll_back(trainer: Trainer) -> None:
-    """Take the run back to before the spike that `trainer.state` tells of. All ranks call this at a step's edge.
+    """Take the run back to before the spike that `trainer.state` tells of. All ranks call this at a step's
+    edge.
 
-    Without a checkpoint from before the spike the run goes on, and says so. Raises TrainingDiverged when `max_rollbacks` are used up.
+    Without a checkpoint from before the spike the run goes on, and says so. Raises TrainingDiverged when
+    `max_rollbacks` are used up.
     """
     from llm_trainer.training.checkpoint.distributed_resume import found_together
     from llm_trainer.training.engines.train_step import TrainingDiverged
@@ -113,16 +119,24 @@ def roll_back(trainer: Trainer) -> None:
         f"{told}; back at step {back.step} ({place}), with samples up to {now.samples - 1} left out and the learning rate × "
         f"{rate_after_rollbacks(back.spikes, training):g}; rollback {back.spikes.rollbacks} of {training.max_rollbacks}"
     )
-    numbers = {"rollback": back.spikes.rollbacks, "rollback_from_step": now.step, "spike_threshold": seen.threshold(training)}
+    numbers = {
+        "rollback": back.spikes.rollbacks,
+        "rollback_from_step": now.step,
+        "spike_threshold": seen.threshold(training),
+    }
     trainer.metrics_tracker.update(numbers, back.step)
     end_edge(trainer)
 
 
 def _checkpoint_before(trainer: Trainer, check: Verify) -> Path | None:
-    """The newest whole checkpoint at least `spike_distance` steps before the spike, else the oldest that is before it at all."""
+    """The newest whole checkpoint at least `spike_distance` steps before the spike, else the oldest that is
+    before it at all.
+    """
     first = trainer.state.spikes.first_outlier
     assert first is not None, "a spike has a first step"
-    before = [one for one in list_checkpoints(trainer.run_dir) if one.step < first - 1]  # an update is judged by the loss after it
+    before = [
+        one for one in list_checkpoints(trainer.run_dir) if one.step < first - 1
+    ]  # an update is judged by the loss after it
     far = [one for one in before if one.step <= first - trainer.training.spike_distance]
     near = [one for one in reversed(before) if one not in far]
     return next((one.path for one in [*far, *near] if _is_whole(trainer, one, check)), None)

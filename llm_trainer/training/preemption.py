@@ -1,8 +1,10 @@
-"""Leaving when told to: a cluster's SIGTERM or SIGUSR1, or Ctrl-C, becomes a flag that the loop reads at a step's edge.
+"""Leaving when told to: a cluster's SIGTERM or SIGUSR1, or Ctrl-C, becomes a flag that the loop reads at a
+step's edge.
 
-Nothing is done in the handler but setting the flag, so a signal in the middle of a step, a save or a validation lets that finish: the
-checkpoint that follows is one that an uninterrupted run would also have passed through. A second signal means "now" and exits at once,
-which is safe at any moment because saves are atomic.
+Nothing is done in the handler but setting the flag, so a signal in the middle of a step, a save or a
+validation lets that finish: the checkpoint that follows is one that an uninterrupted run would also have
+passed through. A second signal means "now" and exits at once, which is safe at any moment because saves are
+atomic.
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopSignals:
-    """While entered, the first SIGTERM, SIGUSR1 or SIGINT sets `received`; the second leaves at once with 128 + its number.
+    """While entered, the first SIGTERM, SIGUSR1 or SIGINT sets `received`; the second leaves at once with 128
+    + its number.
 
-    Handlers can only be set in a process's main thread; elsewhere entering does nothing, and signals keep their meaning.
+    Handlers can only be set in a process's main thread; elsewhere entering does nothing, and signals keep
+    their meaning.
     """
 
     def __init__(self) -> None:
@@ -36,7 +40,9 @@ class StopSignals:
 
     @property
     def exit_status(self) -> int:
-        """The process's exit status after a graceful stop: 0 without a signal, 130 after Ctrl-C, else EXIT_PREEMPTED."""
+        """The process's exit status after a graceful stop: 0 without a signal, 130 after Ctrl-C, else
+        EXIT_PREEMPTED.
+        """
         if self.received is None:
             return 0
         return EXIT_INTERRUPTED if self.received == signal.SIGINT else EXIT_PREEMPTED
@@ -46,7 +52,9 @@ class StopSignals:
             self._before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal returned
         self._before = {}

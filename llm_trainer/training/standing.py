@@ -1,4 +1,6 @@
-"""Where a run stands is taken from a checkpoint: at its start, when it goes on, and in its middle, when it goes back."""
+"""Where a run stands is taken from a checkpoint: at its start, when it goes on, and in its middle, when it
+goes back.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ Scaler = dict[str, float | int]
 
 
 def take_up(trainer: Trainer, path: Path) -> Scaler:
-    """Go on from a verified checkpoint, as far as the settings of now allow, and tell what has changed; returns fp16's scaler's state.
+    """Go on from a verified checkpoint, as far as the settings of now allow, and tell what has changed;
+    returns fp16's scaler's state.
 
     Raises UsageError and CheckpointError as `read_resumption` does. A collective call.
     """
@@ -41,8 +44,9 @@ def take_up(trainer: Trainer, path: Path) -> Scaler:
 
 
 def go_back(trainer: Trainer, path: Path) -> None:
-    """Stand where a verified checkpoint of this very run was saved, as if resumed there with the settings of now: operations since then
-    are undone, and what a person has said since then (a later end, say) holds. A collective call.
+    """Stand where a verified checkpoint of this very run was saved, as if resumed there with the settings of
+    now: operations since then are undone, and what a person has said since then (a later end, say) holds. A
+    collective call.
     """
     now, horizon = trainer.state, trainer.training.horizon
     if horizon is None:  # of a resume before this one, by what became of it
@@ -62,11 +66,15 @@ def go_back(trainer: Trainer, path: Path) -> None:
 
 def goes_on_here(trainer: Trainer) -> bool:
     """Whether the checkpoint that the run goes on from is of its own run folder."""
-    return trainer.resumed_from is not None and trainer.resumed_from.parent.resolve() == trainer.run_dir.resolve()
+    return (
+        trainer.resumed_from is not None
+        and trainer.resumed_from.parent.resolve() == trainer.run_dir.resolve()
+    )
 
 
 def settle_best(trainer: Trainer, moved: str, *, begins: bool) -> None:
-    """Once the run folder is this run's: the lowest loss so far is one whose model is there, or is yet to be found. A collective call.
+    """Once the run folder is this run's: the lowest loss so far is one whose model is there, or is yet to be
+    found. A collective call.
 
     `moved`: where what the run does not go on from lies now, if there was any; `begins`: whether the run begins in this folder. Where it
     goes on from another folder's checkpoint, that folder's best model comes along.
@@ -81,7 +89,8 @@ def settle_best(trainer: Trainer, moved: str, *, begins: bool) -> None:
 
 
 def best_beside(checkpoint: Path, *, contents: bool = True) -> Path | None:
-    """The whole best model in a checkpoint's run folder, where it is the best of the steps up to this checkpoint.
+    """The whole best model in a checkpoint's run folder, where it is the best of the steps up to this
+    checkpoint.
 
     `contents=False`: by its files' sizes, nothing is read.
     """
@@ -91,7 +100,9 @@ def best_beside(checkpoint: Path, *, contents: bool = True) -> Path | None:
     known, found = read_state(checkpoint), read_state(best)
     step, steps = found.get("step"), known.get("step")
     is_before = isinstance(step, int) and isinstance(steps, int) and step <= steps
-    return best if is_before and found.get("best_validation_loss") == known.get("best_validation_loss") else None
+    return (
+        best if is_before and found.get("best_validation_loss") == known.get("best_validation_loss") else None
+    )
 
 
 def _bring_best(trainer: Trainer) -> str:
@@ -110,7 +121,9 @@ def _bring_best(trainer: Trainer) -> str:
 
 
 def end_edge(trainer: Trainer) -> None:
-    """Do what was still to come between two steps, where a checkpoint is from the middle of that (the best model). A collective call."""
+    """Do what was still to come between two steps, where a checkpoint is from the middle of that (the best
+    model). A collective call.
+    """
     state = trainer.state
     if state.before_operations:
         state.before_operations = False
@@ -119,11 +132,16 @@ def end_edge(trainer: Trainer) -> None:
 
 
 def _read(trainer: Trainer, path: Path, config: RunConfig) -> Resumption:
-    """What the checkpoint gives to a run of these settings, whatever operations have made of the trainer's own since."""
+    """What the checkpoint gives to a run of these settings, whatever operations have made of the trainer's
+    own since.
+    """
     training, ranks = config.training, trainer.ranks.data_count
     sequences = resolve_batches(training, ranks).sequences_per_step(ranks)
     length = resolve_length(
-        training, samples_per_epoch=trainer.sampler.samples_per_epoch, sequences_per_step=sequences, context=trainer.context
+        training,
+        samples_per_epoch=trainer.sampler.samples_per_epoch,
+        sequences_per_step=sequences,
+        context=trainer.context,
     )
     return read_resumption(
         path, config, trainer.train_tokens, trainer.sampler,

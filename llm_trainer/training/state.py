@@ -1,6 +1,8 @@
-"""All that a run knows beside weights and optimizer: small, readable, and whole in the checkpoint's state.json.
+"""All that a run knows beside weights and optimizer: small, readable, and whole in the checkpoint's
+state.json.
 
-Batches, rates, random numbers and curriculum are functions of these numbers, so restoring them restores the run.
+Batches, rates, random numbers and curriculum are functions of these numbers, so restoring them restores the
+run.
 """
 
 from __future__ import annotations
@@ -36,8 +38,9 @@ class RunChanges:
 
 @dataclass
 class TrainingState:
-    """Where the run stands. `samples` and `tokens` (places in rows) count what was consumed, skipped steps included; `source_tokens` are
-    the supervised tokens of each corpus of a mixture. `before_operations`: saved when what comes between the steps was still to come.
+    """Where the run stands. `samples` and `tokens` (places in rows) count what was consumed, skipped steps
+    included; `source_tokens` are the supervised tokens of each corpus of a mixture. `before_operations`:
+    saved when what comes between the steps was still to come.
     """
 
     step: int = 0
@@ -63,8 +66,8 @@ class TrainingState:
 
     @classmethod
     def from_json(cls, stored: Mapping[str, object]) -> TrainingState:
-        """Read what `to_json` wrote; names it does not know are left for their owners. Raises CheckpointError where a value does not
-        fit.
+        """Read what `to_json` wrote; names it does not know are left for their owners. Raises CheckpointError
+        where a value does not fit.
         """
         names = set(cls.__dataclass_fields__)
         values = {name: value for name, value in stored.items() if name in names}
@@ -79,12 +82,16 @@ class TrainingState:
                 values["changes"] = RunChanges(**cast("dict[str, int]", values["changes"]))  # type: ignore[arg-type]
             return cls(**values)  # type: ignore[arg-type]
         except TypeError as error:
-            raise CheckpointError(f"the checkpoint's training state does not fit this version: {error}") from error
+            raise CheckpointError(
+                f"the checkpoint's training state does not fit this version: {error}"
+            ) from error
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """How a run ended. `ended_by`: finished, stopped (a callback), time, preempted or evaluated; `exit_status` is for the process."""
+    """How a run ended. `ended_by`: finished, stopped (a callback), time, preempted or evaluated;
+    `exit_status` is for the process.
+    """
 
     ended_by: str
     step: int

@@ -1,8 +1,9 @@
 """The one loop. Read `train` from top to bottom: prepare, step, edge of the step, end.
 
-Pretraining, fine-tuning, distillation and scheduled growth are this Trainer with other objectives and callbacks. The order of batches,
-the learning rate and dropout are functions of the step (see `data/sampling/samplers.py`, `schedules.py`, `objectives.py`), so all that
-a run has to remember is `TrainingState`, beside weights and optimizer.
+Pretraining, fine-tuning, distillation and scheduled growth are this Trainer with other objectives and
+callbacks. The order of batches, the learning rate and dropout are functions of the step (see
+`data/sampling/samplers.py`, `schedules.py`, `objectives.py`), so all that a run has to remember is
+`TrainingState`, beside weights and optimizer.
 """
 
 from __future__ import annotations
@@ -30,7 +31,13 @@ from llm_trainer.training.checkpoint.checkpoint_policy import Saving, store_for
 from llm_trainer.training.checkpoint.distributed_resume import found_to_resume
 from llm_trainer.training.checkpoint.remote import fetch_resumed, use_local_folders
 from llm_trainer.training.checkpoint.resume import data_identity
-from llm_trainer.training.checkpoint.store import CheckpointStore, Progress, Snapshot, restore_generators, write_run_file
+from llm_trainer.training.checkpoint.store import (
+    CheckpointStore,
+    Progress,
+    Snapshot,
+    restore_generators,
+    write_run_file,
+)
 from llm_trainer.training.engines.engine import build_engine
 from llm_trainer.training.engines.precision import resolve_device
 from llm_trainer.training.engines.train_step import Outcomes, SampleRange, StepOutcome
@@ -53,7 +60,8 @@ _LOOK_EVERY = 10  # steps between two looks at what the device found, where a lo
 
 
 class Trainer:
-    """Trains `model` on `train`, validates on `validation`, saves under the run folder (`config.training.output_dir`).
+    """Trains `model` on `train`, validates on `validation`, saves under the run folder
+    (`config.training.output_dir`).
 
     `objective`: what is minimised (default: next tokens); `callbacks` come after early stopping's, which the configuration switches on;
     `store`: where checkpoints go; `cache_dir`: where what was learned about compiling here is kept between runs; `ranks`: the processes
@@ -94,13 +102,20 @@ class Trainer:
             sequences_per_step=self.sequences_per_step, console=self.console,
         )  # fmt: skip
         self.length = resolve_length(
-            training, samples_per_epoch=self.sampler.samples_per_epoch, sequences_per_step=self.sequences_per_step, context=self.context
+            training,
+            samples_per_epoch=self.sampler.samples_per_epoch,
+            sequences_per_step=self.sequences_per_step,
+            context=self.context,
         )
         self.engine = build_engine(model, training, objective, self.ranks, self.device)
         self.callbacks: list[Callback] = [*callbacks]
         if training.early_stopping_patience is not None:
-            self.callbacks.insert(0, EarlyStopping(training.early_stopping_patience, training.early_stopping_min_delta))
-        self.state = TrainingState(schedule=resolve_schedule(training, self.length), total_steps=self.length.steps)
+            self.callbacks.insert(
+                0, EarlyStopping(training.early_stopping_patience, training.early_stopping_min_delta)
+            )
+        self.state = TrainingState(
+            schedule=resolve_schedule(training, self.length), total_steps=self.length.steps
+        )
         self.stop_training, self.saving = False, Saving(self)
         self._look_every = 1 if self.device.type == "cpu" else _LOOK_EVERY
         self.watcher = Watcher(training, self.device, self.say)
@@ -122,7 +137,9 @@ class Trainer:
         return self.state.step
 
     def train(self) -> TrainingResult:
-        """Train from where the run stands (its beginning, or `resume_from`) to its end; saves `final_model/` there."""
+        """Train from where the run stands (its beginning, or `resume_from`) to its end; saves `final_model/`
+        there.
+        """
         self._prepare()
         with StopSignals() as signals:
             try:
@@ -152,9 +169,13 @@ class Trainer:
             end_edge(self)
 
     def evaluate(self) -> ValidationResult:
-        """Loss over the validation split (or `eval_iters` batches of it) as the model is now. Raises UsageError without one."""
+        """Loss over the validation split (or `eval_iters` batches of it) as the model is now. Raises
+        UsageError without one.
+        """
         if self.validation_tokens is None:
-            raise UsageError("there is no validation split to evaluate on; prepare the data with val_ratio above 0")
+            raise UsageError(
+                "there is no validation split to evaluate on; prepare the data with val_ratio above 0"
+            )
         return self.engine.validate(
             self.validation_tokens,
             self.training.eval_batch_size or self.batches.micro_batch_size,
@@ -202,10 +223,14 @@ class Trainer:
         if not self.training.eval_only:
             self._set_aside(self.state.step if goes_on_here(self) else None)
         log_folder = self.run_dir if self.training.file_logging and self.ranks.is_main else None
-        self._progress = ProgressReporter(self.length.steps, first_step=self.state.step, console=self.console, log_folder=log_folder)
+        self._progress = ProgressReporter(
+            self.length.steps, first_step=self.state.step, console=self.console, log_folder=log_folder
+        )
 
     def _set_aside(self, resumed_step: int | None) -> None:
-        """The main rank moves what this run does not go on from (None: it begins) out of the way, and records the settings."""
+        """The main rank moves what this run does not go on from (None: it begins) out of the way, and records
+        the settings.
+        """
 
         def begin() -> Path | None:
             moved = self.store.begin(resumed_step)
@@ -214,7 +239,9 @@ class Trainer:
 
         moved = self.ranks.of_main(str(self.ranks.main_does(begin) or ""))
         if moved:
-            self.say(f"{self.run_dir} held checkpoints or records that this run does not go on from; they are in {moved} now")
+            self.say(
+                f"{self.run_dir} held checkpoints or records that this run does not go on from; they are in {moved} now"
+            )
         settle_best(self, moved, begins=resumed_step is None)
 
     # A step.
@@ -227,8 +254,15 @@ class Trainer:
                 self._edge_of_step()
             minutes = self.training.max_minutes
             is_over = minutes is not None and time.monotonic() - self._started >= 60 * minutes
-            at_edge = [self.stop_training, self._has_spiked, self.saving.progress(), self.watcher.wants_emergency()]
-            received, over, stop, spiked, saves, short = self.ranks.largest([signals.received or 0, is_over, *at_edge])
+            at_edge = [
+                self.stop_training,
+                self._has_spiked,
+                self.saving.progress(),
+                self.watcher.wants_emergency(),
+            ]
+            received, over, stop, spiked, saves, short = self.ranks.largest(
+                [signals.received or 0, is_over, *at_edge]
+            )
             self.stop_training = bool(stop)
             if saves in (Progress.WRITTEN, Progress.FAILED):
                 self.saving.tell()
@@ -266,7 +300,9 @@ class Trainer:
 
     @property
     def _is_look_due(self) -> bool:
-        """A function of the step alone: looks at other times (before a save) must not change when the run goes back at a spike."""
+        """A function of the step alone: looks at other times (before a save) must not change when the run
+        goes back at a spike.
+        """
         return self.state.step % self._look_every == 0 or self.state.step >= self.length.steps
 
     @property
@@ -277,7 +313,9 @@ class Trainer:
     def rate_factor(self) -> float:
         """What the next update's peak rates are multiplied by."""
         assert self.state.schedule is not None
-        return self.state.schedule.factor(self.state.step, self.state.operations) * rate_after_rollbacks(self.state.spikes, self.training)
+        return self.state.schedule.factor(self.state.step, self.state.operations) * rate_after_rollbacks(
+            self.state.spikes, self.training
+        )
 
     # The edge of a step.
 
@@ -299,12 +337,16 @@ class Trainer:
             self.saving.save_if_due(wanted=is_validation_due and self.training.always_save_checkpoint)
 
     def between_steps(self, validation: ValidationResult | None) -> None:
-        """Let the callbacks do what they do there, operations among them; `validation` is this step's, if there was one."""
+        """Let the callbacks do what they do there, operations among them; `validation` is this step's, if
+        there was one.
+        """
         for callback in self.callbacks:
             callback.between_steps(self, self.state.step, validation)
 
     def _log_metrics(self, loss: float) -> None:
-        """Report a step. Subclasses may add their own: `self.metrics_tracker.update({...}, self.current_step)`."""
+        """Report a step. Subclasses may add their own: `self.metrics_tracker.update({...},
+        self.current_step)`.
+        """
         assert self._outcomes.last is not None
         metrics = {
             "loss": loss,
@@ -321,15 +363,22 @@ class Trainer:
             self._progress.metrics(self.state.step, metrics)
 
     def validate(self) -> ValidationResult:
-        """Evaluate, tell everybody, and save the model where it is the best so far. A collective call, at a step's edge."""
+        """Evaluate, tell everybody, and save the model where it is the best so far. A collective call, at a
+        step's edge.
+        """
         start = time.perf_counter()
         self._outcomes.read(self.state)
         with self.engine.timings.of("evaluation"):
             result = self._last_validation = self.evaluate()
         self.metrics_tracker.update(result.metrics, self.state.step)
         self.state.last_validation_loss = result.loss
-        self.say(f"step {self.state.step}  " + "  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items()))
-        is_best = math.isfinite(result.loss) and (self.state.best_validation_loss is None or result.loss < self.state.best_validation_loss)
+        self.say(
+            f"step {self.state.step}  "
+            + "  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
+        )
+        is_best = math.isfinite(result.loss) and (
+            self.state.best_validation_loss is None or result.loss < self.state.best_validation_loss
+        )
         if is_best:
             self.state.best_validation_loss = result.loss
         for callback in self.callbacks:
@@ -344,7 +393,9 @@ class Trainer:
     def snapshot(self) -> Snapshot:
         """The run as it stands at this step's edge, to be saved."""
         self._outcomes.read(self.state)
-        callbacks = {type(callback).__name__: state for callback in self.callbacks if (state := callback.state_dict())}
+        callbacks = {
+            type(callback).__name__: state for callback in self.callbacks if (state := callback.state_dict())
+        }
         state = {**self.state.to_json(), "scaler": self.engine.precision.state_dict(), "callbacks": callbacks}
         state["data"] = data_identity(self.train_tokens, self.sampler)
         return Snapshot(*self.engine.kept(), state, self.config, self.tokenizer, self.ranks)
@@ -372,9 +423,11 @@ class Trainer:
         )
 
     def return_to(self, path: Path) -> None:
-        """Stand again where a verified checkpoint of this run was saved, in the same process; what was saved since is moved aside.
+        """Stand again where a verified checkpoint of this run was saved, in the same process; what was saved
+        since is moved aside.
 
-        Its end and rates are those that a resume there would have now. All ranks call this at a step's edge; `restart_batches` must follow.
+        Its end and rates are those that a resume there would have now. All ranks call this at a step's edge;
+        `restart_batches` must follow.
         """
         go_back(self, path)
         self._outcomes = Outcomes(self.training, self.say)

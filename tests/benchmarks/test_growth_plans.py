@@ -1,4 +1,6 @@
-"""What the growth benchmark counts: FLOPs by the shape of each step, and the first validation at or below the bar."""
+"""What the growth benchmark counts: FLOPs by the shape of each step, and the first validation at or below the
+bar.
+"""
 
 from __future__ import annotations
 

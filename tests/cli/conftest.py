@@ -1,4 +1,6 @@
-"""A folder to stand in with prepared data and a small trained run, made once; tests that change something take a copy."""
+"""A folder to stand in with prepared data and a small trained run, made once; tests that change something
+take a copy.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ import pytest
 
 from llm_trainer.cli.main import main
 
-TEXT = "".join(f"line {number}: the quick brown fox jumps over {number * 7} lazy dogs.\n" for number in range(400))
+TEXT = "".join(
+    f"line {number}: the quick brown fox jumps over {number * 7} lazy dogs.\n" for number in range(400)
+)
 SHAPE = ["--hidden_size=32", "--num_layers=2", "--num_heads=4", "--max_length=32"]
 
 
@@ -54,7 +58,9 @@ def place(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 @pytest.fixture
 def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run a command that must fail: checks the exit status and that there is no traceback, returns what it said on stderr."""
+    """Run a command that must fail: checks the exit status and that there is no traceback, returns what it
+    said on stderr.
+    """
 
     def run(*arguments: str, status: int) -> str:
         capsys.readouterr()

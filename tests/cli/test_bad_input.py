@@ -1,4 +1,6 @@
-"""What bad input gets: one message that names the thing and the way out, an exit status, nothing half-written."""
+"""What bad input gets: one message that names the thing and the way out, an exit status, nothing
+half-written.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,14 @@ def test_an_empty_corpus(place: Path, fails: Fails) -> None:
 
 def test_a_corpus_shorter_than_one_window(place: Path, fails: Fails) -> None:
     (place / "short.txt").write_text("too short", encoding="utf-8")
-    said = fails("prepare", "--input=short.txt", "--output_dir=made", "--tokenizer_type=char", "--max_length=512", status=1)
+    said = fails(
+        "prepare",
+        "--input=short.txt",
+        "--output_dir=made",
+        "--tokenizer_type=char",
+        "--max_length=512",
+        status=1,
+    )
     assert "short.txt" in said
     assert "512" in said
     assert not (place / "made/metadata.json").exists()
@@ -52,13 +61,22 @@ def test_no_data_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: 
     assert "--data_dir" in fails("train", status=2)
 
 
-def test_an_unprepared_data_set_of_nanogpts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: Fails) -> None:
+def test_an_unprepared_data_set_of_nanogpts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: Fails
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert "openwebtext" in fails("train", "--dataset=openwebtext", status=2)
 
 
 def test_a_vocabulary_larger_than_the_embedding_names_both(place: Path, fails: Fails) -> None:
-    said = fails("train", "--data_dir=data/prepared/text", "--vocab_size=100", "--hidden_size=32", "--num_heads=4", status=2)
+    said = fails(
+        "train",
+        "--data_dir=data/prepared/text",
+        "--vocab_size=100",
+        "--hidden_size=32",
+        "--num_heads=4",
+        status=2,
+    )
     assert "100" in said
     assert "300" in said
 
@@ -83,9 +101,13 @@ def test_a_vocabulary_larger_than_the_embedding_names_both(place: Path, fails: F
         (["--device=cuda:99"], "cuda"),
     ],
 )
-def test_a_setting_that_cannot_be_is_named(place: Path, fails: Fails, arguments: list[str], named: str) -> None:
+def test_a_setting_that_cannot_be_is_named(
+    place: Path, fails: Fails, arguments: list[str], named: str
+) -> None:
     before = sorted(place.rglob("*"))
-    assert named in fails("train", "--data_dir=data/prepared/text", "--output_dir=other", *arguments, status=2)
+    assert named in fails(
+        "train", "--data_dir=data/prepared/text", "--output_dir=other", *arguments, status=2
+    )
     assert sorted(place.rglob("*")) == before, "nothing is written before the settings are known to be right"
 
 
@@ -159,27 +181,70 @@ def test_changing_the_shape_on_a_resume_is_refused(place: Path, fails: Fails) ->
         (["--warmup_steps=7"], "it ends after 6 steps"),
     ],
 )
-def test_a_contradiction_with_the_run_that_goes_on_is_named(place: Path, fails: Fails, arguments: list[str], named: str) -> None:
+def test_a_contradiction_with_the_run_that_goes_on_is_named(
+    place: Path, fails: Fails, arguments: list[str], named: str
+) -> None:
     assert named in fails("train", "--resume=checkpoints/checkpoint-4", *arguments, status=2)
 
 
 def test_a_resume_that_finds_no_run_is_judged_as_a_run_that_begins(place: Path, fails: Fails) -> None:
-    said = fails("train", "--data_dir=data/prepared/text", "--output_dir=new", "--resume", "--hidden_size=33", "--num_heads=4", status=2)
+    said = fails(
+        "train",
+        "--data_dir=data/prepared/text",
+        "--output_dir=new",
+        "--resume",
+        "--hidden_size=33",
+        "--num_heads=4",
+        status=2,
+    )
     assert "33" in said
     assert not (place / "new").exists()
 
 
 def test_what_is_said_on_a_resume_is_judged_with_the_runs_own_settings(place: Path) -> None:
-    arguments = ["--data_dir=data/prepared/text", "--hidden_size=32", "--num_layers=1", "--num_heads=2", "--learning_rate=0.01"]
-    rest = ["--max_length=32", "--batch_size=4", "--max_steps=2", "--compile=off", "--output_dir=fast", "--report_to=none"]
+    arguments = [
+        "--data_dir=data/prepared/text",
+        "--hidden_size=32",
+        "--num_layers=1",
+        "--num_heads=2",
+        "--learning_rate=0.01",
+    ]
+    rest = [
+        "--max_length=32",
+        "--batch_size=4",
+        "--max_steps=2",
+        "--compile=off",
+        "--output_dir=fast",
+        "--report_to=none",
+    ]
     assert main(["train", *arguments, *rest]) == 0
     onward = ["--min_learning_rate=0.001", "--hidden_size=32", "--max_steps=3", "--horizon=extend"]
     assert main(["train", "--resume=fast", *onward]) == 0
 
 
 def test_a_prompt_with_characters_that_a_character_tokenizer_lacks(place: Path, fails: Fails) -> None:
-    shape = ["--hidden_size=32", "--num_layers=1", "--num_heads=4", "--max_length=16", "--max_steps=2", "--batch_size=2", "--compile=off"]
-    assert main(["train", "--input=text.txt", "--tokenizer_type=char", "--data.output_dir=chars", *shape, "--output_dir=characters"]) == 0
+    shape = [
+        "--hidden_size=32",
+        "--num_layers=1",
+        "--num_heads=4",
+        "--max_length=16",
+        "--max_steps=2",
+        "--batch_size=2",
+        "--compile=off",
+    ]
+    assert (
+        main(
+            [
+                "train",
+                "--input=text.txt",
+                "--tokenizer_type=char",
+                "--data.output_dir=chars",
+                *shape,
+                "--output_dir=characters",
+            ]
+        )
+        == 0
+    )
     said = fails("generate", "--model=characters", "--prompt=Ωmega", status=1)
     assert "Ω" in said
 
@@ -193,13 +258,17 @@ def test_metrics_that_are_garbled_are_named(place: Path, fails: Fails) -> None:
     assert "metrics.jsonl" in fails("report", "checkpoints", status=1)
 
 
-def test_the_traceback_is_shown_when_asked_for(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_traceback_is_shown_when_asked_for(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LLM_TRAINER_DEBUG", "1")
     assert main(["train", "--data_dir=nowhere"]) == 1
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_an_interrupt_leaves_with_its_own_status(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupt_leaves_with_its_own_status(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from llm_trainer.cli.commands import presets
 
     def interrupted(_: list[str]) -> int:
@@ -225,17 +294,33 @@ def test_a_settings_file_with_twins_is_refused(place: Path, fails: Fails) -> Non
         (["--data_dir=data/prepared/text", "--tokenizer_type=char"], "tokenizer_type"),
     ],
 )
-def test_a_setting_of_data_that_would_have_no_effect_is_refused(place: Path, fails: Fails, arguments: list[str], named: str) -> None:
+def test_a_setting_of_data_that_would_have_no_effect_is_refused(
+    place: Path, fails: Fails, arguments: list[str], named: str
+) -> None:
     assert named in fails("train", *arguments, status=2)
 
 
 def test_data_of_another_tokenizer_than_the_pretrained_models_is_refused(place: Path, fails: Fails) -> None:
     assert main(["prepare", "--input=text.txt", "--output_dir=other", "--tokenizer_type=char"]) == 0
-    said = fails("train", "--data_dir=other", "--init_from=checkpoints", "--output_dir=tuned", "--max_steps=1", status=1)
+    said = fails(
+        "train",
+        "--data_dir=other",
+        "--init_from=checkpoints",
+        "--output_dir=tuned",
+        "--max_steps=1",
+        status=1,
+    )
     assert "id " in said
     assert "--tokenizer_path checkpoints" in said
 
 
 def test_a_shape_that_contradicts_pretrained_weights_is_refused(place: Path, fails: Fails) -> None:
-    said = fails("train", "--data_dir=data/prepared/text", "--init_from=checkpoints", "--num_layers=5", "--output_dir=tuned", status=2)
+    said = fails(
+        "train",
+        "--data_dir=data/prepared/text",
+        "--init_from=checkpoints",
+        "--num_layers=5",
+        "--output_dir=tuned",
+        status=2,
+    )
     assert "num_hidden_layers" in said

@@ -10,7 +10,14 @@ import pytest
 
 from llm_trainer.cli.main import main, script
 
-TRAIN = ["--data_dir=data/prepared/text", "--hidden_size=32", "--num_layers=1", "--num_heads=2", "--max_length=32", "--batch_size=4"]
+TRAIN = [
+    "--data_dir=data/prepared/text",
+    "--hidden_size=32",
+    "--num_layers=1",
+    "--num_heads=2",
+    "--max_length=32",
+    "--batch_size=4",
+]
 
 
 def narrow(errors: str) -> io.TextIOWrapper:
@@ -23,7 +30,11 @@ def narrow(errors: str) -> io.TextIOWrapper:
         ("strict", ["train", "--help"], "--setting VALUE ?"),
         ("surrogateescape", ["train", "--help"], "--setting VALUE ?"),
         ("strict", ["generate", "--model=checkpoints", "--prompt=caf\u00e9", "--max_new_tokens=2"], "caf?"),
-        ("strict", ["train", *TRAIN, "--max_steps=1", "--compile=off", "--output_dir=narrow", "--report_to=none"], "1 layers ? 32"),
+        (
+            "strict",
+            ["train", *TRAIN, "--max_steps=1", "--compile=off", "--output_dir=narrow", "--report_to=none"],
+            "1 layers ? 32",
+        ),
     ],
 )
 def test_text_outside_the_terminals_encoding_is_replaced(
@@ -37,7 +48,9 @@ def test_text_outside_the_terminals_encoding_is_replaced(
     assert shown in stream.buffer.getvalue().decode("ascii")
 
 
-def test_a_script_tells_a_narrow_terminal_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_script_tells_a_narrow_terminal_what_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stream = narrow("strict")
     monkeypatch.setattr("sys.stderr", stream)
     assert script("train.py", ["--config=caf\u00e9.yaml"]) == 2

@@ -31,7 +31,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is glibc's")
 def test_a_step_after_the_first_needs_no_fresh_pages() -> None:
-    done = subprocess.run([sys.executable, "-c", FAULTS, "kept"], capture_output=True, text=True, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS, "kept"], capture_output=True, text=True, encoding="utf-8"
+    )
     if done.returncode == 77:
         pytest.skip("this C library has no mallopt")
     assert int(done.stdout) < 100  # 5 steps of 8 x 4 MiB are 40,960 pages
@@ -52,7 +54,9 @@ def test_commands_let_waiting_threads_sleep(capsys: pytest.CaptureFixture[str]) 
 
 @pytest.mark.usefixtures("_no_thread_settings")
 @pytest.mark.parametrize("name", ["GOMP_SPINCOUNT", "OMP_WAIT_POLICY"])
-def test_what_the_user_set_holds(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_user_set_holds(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv(name, "7" if name == "GOMP_SPINCOUNT" else "ACTIVE")
     assert main(["presets"]) == 0
     assert os.environ.get("GOMP_SPINCOUNT") == ("7" if name == "GOMP_SPINCOUNT" else None)

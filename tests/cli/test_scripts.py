@@ -1,4 +1,6 @@
-"""The doors: each command and script says what it reads, uses its manual's defaults, and leads to the same house."""
+"""The doors: each command and script says what it reads, uses its manual's defaults, and leads to the same
+house.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +25,19 @@ ALL_DOORS = [value for value in vars(doors).values() if isinstance(value, Door)]
 
 def _python(code: str, *options: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True, cwd=folder, env=environment, check=False)
+    return subprocess.run(
+        [sys.executable, *options, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=environment,
+        check=False,
+    )
 
 
 def test_help_and_import_load_nothing_heavy() -> None:
     heavy = "('torch', 'numpy', 'tokenizers', 'datasets', 'pydantic', 'rich')"
-    code = (
-        f"import sys, llm_trainer\nfrom llm_trainer.cli.main import main\nmain(['--help'])\nprint([m for m in {heavy} if m in sys.modules])"
-    )
+    code = f"import sys, llm_trainer\nfrom llm_trainer.cli.main import main\nmain(['--help'])\nprint([m for m in {heavy} if m in sys.modules])"
     assert _python(code).stdout.splitlines()[-1] == "[]"
 
 
@@ -47,7 +54,10 @@ def test_every_command_and_script_has_its_function() -> None:
 
     targets = [(module, "run") for module, _ in COMMANDS.values()] + list(SCRIPTS.values())
     for module, function in targets:
-        assert callable(getattr(importlib.import_module(f"llm_trainer.cli.{module}"), function)), (module, function)
+        assert callable(getattr(importlib.import_module(f"llm_trainer.cli.{module}"), function)), (
+            module,
+            function,
+        )
 
 
 @pytest.mark.parametrize("name", sorted({**SCRIPTS, **OWED_SCRIPTS}))
@@ -60,7 +70,9 @@ def test_a_script_is_a_few_lines_without_logic(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(OWED_SCRIPTS))
 def test_what_is_not_built_yet_says_so_at_once(name: str) -> None:
-    done = subprocess.run([sys.executable, str(ROOT / name), "--anything"], capture_output=True, text=True, cwd="/", check=False)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / name), "--anything"], capture_output=True, text=True, cwd="/", check=False
+    )
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "not built yet" in done.stderr
@@ -68,7 +80,9 @@ def test_what_is_not_built_yet_says_so_at_once(name: str) -> None:
 
 @pytest.mark.parametrize("door", ALL_DOORS, ids=lambda door: door.name)
 def test_every_default_of_a_door_is_a_setting_that_it_reads(door: Door) -> None:
-    loaded = load_run(door, ["--model.hidden_size=64", "--model.num_attention_heads=4"] if "model" in door.sections else [])
+    loaded = load_run(
+        door, ["--model.hidden_size=64", "--model.num_attention_heads=4"] if "model" in door.sections else []
+    )
     for dotted, value in door.defaults.items():
         section, _, name = dotted.partition(".")
         found = getattr(getattr(loaded.config, section), name)
@@ -95,7 +109,9 @@ def test_defaults_are_those_of_the_doors_manual(door: Door, dotted: str, expecte
     assert getattr(getattr(load_run(door, []).config, section), name) == expected
 
 
-def test_explain_prints_every_setting_and_trains_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_explain_prints_every_setting_and_trains_nothing(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["train", "--explain", "--d_model=64", "--num_heads=4", "--output_dir=other"]) == 0
     said = capsys.readouterr().out
     line = next(line for line in said.splitlines() if line.startswith("model.hidden_size"))
@@ -148,7 +164,13 @@ def test_missing_packages_are_named_in_one_line_with_the_command(tmp_path: Path)
         encoding="utf-8",
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, str(ROOT / "train_refactored.py")], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train_refactored.py")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1, done.stderr
     assert "pip install pydantic safetensors" in done.stderr
@@ -162,10 +184,22 @@ def test_presets_prints_the_manuals_figures(capsys: pytest.CaptureFixture[str]) 
     assert "125M" in line
 
 
-def test_training_tells_what_it_is_and_what_to_type_next(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_tells_what_it_is_and_what_to_type_next(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shape = ["--hidden_size=32", "--num_layers=1", "--num_heads=4", "--max_seq_len=16"]
     assert (
-        main(["train", "--data_dir=data/prepared/text", *shape, "--max_steps=3", "--batch_size=2", "--compile=off", "--output_dir=told"])
+        main(
+            [
+                "train",
+                "--data_dir=data/prepared/text",
+                *shape,
+                "--max_steps=3",
+                "--batch_size=2",
+                "--compile=off",
+                "--output_dir=told",
+            ]
+        )
         == 0
     )
     said = capsys.readouterr().out
@@ -203,17 +237,37 @@ def test_a_preset_gives_way_to_the_tokenizer(place: Path) -> None:
     assert json.loads((place / "preset/run.json").read_text(encoding="utf-8"))["model"]["vocab_size"] == 300
 
 
-def test_a_resumed_run_prints_what_changed_and_goes_on_in_its_folder(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_resumed_run_prints_what_changed_and_goes_on_in_its_folder(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["train", "--resume=checkpoints/checkpoint_step_4.pt", "--learning_rate=1e-4"]) == 0
     said = capsys.readouterr().out
     assert "learning_rate: 0.0003 → 0.0001" in said
-    lines = [json.loads(line) for line in (place / "checkpoints/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (place / "checkpoints/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert [line["step"] for line in lines if "loss" in line][-1] == 6
 
 
 def test_resume_auto_begins_where_there_is_nothing_to_resume(place: Path) -> None:
-    shape = ["--hidden_size=32", "--num_layers=1", "--num_heads=4", "--max_seq_len=16", "--batch_size=2", "--compile=off"]
-    command = ["train", "--data_dir=data/prepared/text", *shape, "--max_steps=2", "--save_interval=1", "--output_dir=auto", "--resume=auto"]
+    shape = [
+        "--hidden_size=32",
+        "--num_layers=1",
+        "--num_heads=4",
+        "--max_seq_len=16",
+        "--batch_size=2",
+        "--compile=off",
+    ]
+    command = [
+        "train",
+        "--data_dir=data/prepared/text",
+        *shape,
+        "--max_steps=2",
+        "--save_interval=1",
+        "--output_dir=auto",
+        "--resume=auto",
+    ]
     assert main(command) == 0
     assert main(command) == 0
     assert len(list((place / "auto").glob("earlier-*"))) == 0
@@ -237,7 +291,9 @@ def test_verify_resume_says_what_differs(place: Path, capsys: pytest.CaptureFixt
     assert "NOT exact" in capsys.readouterr().out
 
 
-def test_generate_prints_prompt_and_text_and_the_same_for_the_same_seed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_prints_prompt_and_text_and_the_same_for_the_same_seed(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     command = ["generate", "checkpoints", "--prompt=line 7", "--max_tokens=12", "--seed=3"]
     assert main(command) == 0
     streamed = capsys.readouterr().out
@@ -256,11 +312,16 @@ def test_evaluate_scores_a_text_as_training_did(place: Path, capsys: pytest.Capt
     """The figure for the prepared folder's held-out split is the best validation loss that training reported."""
     assert main(["evaluate", "checkpoints/best_model", "data/prepared/text"]) == 0
     scored = float(capsys.readouterr().out.partition("loss ")[2].partition(",")[0])
-    lines = [json.loads(line) for line in (place / "checkpoints/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (place / "checkpoints/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert scored == pytest.approx(min(line["val_loss"] for line in lines if "val_loss" in line), abs=1e-3)
 
 
-def test_the_all_in_one_model_is_found_under_models_final(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_all_in_one_model_is_found_under_models_final(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     final = Path("models/all_in_one/final_model")
     final.mkdir(parents=True)
@@ -271,16 +332,44 @@ def test_the_all_in_one_model_is_found_under_models_final(tmp_path: Path, monkey
 
 
 def test_text_for_a_pretrained_model_is_prepared_with_its_tokenizer(place: Path) -> None:
-    """And dropout and a shorter context may be said beside the weights, which start where the checkpoint ended."""
-    command = ["train", "--input=text.txt", "--data.output_dir=again", "--init_from=checkpoints", "--output_dir=tuned", "--max_steps=1"]
+    """And dropout and a shorter context may be said beside the weights, which start where the checkpoint
+    ended.
+    """
+    command = [
+        "train",
+        "--input=text.txt",
+        "--data.output_dir=again",
+        "--init_from=checkpoints",
+        "--output_dir=tuned",
+        "--max_steps=1",
+    ]
     assert (
-        main([*command, "--batch_size=2", "--compile=off", "--dropout=0.1", "--max_seq_len=16", "--eval_at_start", "--learning_rate=0"])
+        main(
+            [
+                *command,
+                "--batch_size=2",
+                "--compile=off",
+                "--dropout=0.1",
+                "--max_seq_len=16",
+                "--eval_at_start",
+                "--learning_rate=0",
+            ]
+        )
         == 0
     )
     settings = json.loads((place / "tuned/run.json").read_text(encoding="utf-8"))
-    assert (settings["model"]["dropout"], settings["model"]["max_position_embeddings"], settings["model"]["vocab_size"]) == (0.1, 16, 300)
-    losses = [json.loads(line) for line in (place / "tuned/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    before = [json.loads(line) for line in (place / "checkpoints/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert (
+        settings["model"]["dropout"],
+        settings["model"]["max_position_embeddings"],
+        settings["model"]["vocab_size"],
+    ) == (0.1, 16, 300)
+    losses = [
+        json.loads(line) for line in (place / "tuned/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    before = [
+        json.loads(line)
+        for line in (place / "checkpoints/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     final = next(line["val_loss"] for line in reversed(before) if "val_loss" in line)
     assert next(line["val_loss"] for line in losses if "val_loss" in line) == pytest.approx(final, rel=0.1)
 
@@ -291,5 +380,11 @@ def test_evaluating_only_writes_no_report(place: Path, capsys: pytest.CaptureFix
 
 
 def test_the_package_runs_as_a_module() -> None:
-    done = subprocess.run([sys.executable, "-m", "llm_trainer", "--version"], capture_output=True, text=True, cwd=ROOT, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "llm_trainer", "--version"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
     assert done.stdout.startswith("llm-trainer ")

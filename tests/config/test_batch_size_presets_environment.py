@@ -21,12 +21,18 @@ from llm_trainer.config.resolve.batch_size import BatchPlan, resolve_batches
         ({"batch_size": 512, "micro_batch_size": 16}, 32, BatchPlan(16, 1)),
         ({"batch_size": 8, "gradient_accumulation_steps": 2}, 4, BatchPlan(8, 2)),
         ({"batch_size": 16, "gradient_accumulation_steps": 4}, 1, BatchPlan(16, 4)),
-        ({"batch_size": 12, "gradient_accumulation_steps": 40, "accumulation_counts_all_ranks": True}, 8, BatchPlan(12, 5)),
+        (
+            {"batch_size": 12, "gradient_accumulation_steps": 40, "accumulation_counts_all_ranks": True},
+            8,
+            BatchPlan(12, 5),
+        ),
         ({"micro_batch_size": 3}, 2, BatchPlan(3, 1)),
         ({"batch_size": 8, "micro_batch_size": 2, "gradient_accumulation_steps": 4}, 1, BatchPlan(2, 4)),
     ],
 )
-def test_every_manuals_words_about_batches_come_to_one_pair(said: dict[str, int], ranks: int, plan: BatchPlan) -> None:
+def test_every_manuals_words_about_batches_come_to_one_pair(
+    said: dict[str, int], ranks: int, plan: BatchPlan
+) -> None:
     assert resolve_batches(TrainingConfig(**said), ranks) == plan
 
 
@@ -40,8 +46,16 @@ def test_sequences_of_a_step_count_all_ranks() -> None:
     [
         ({"batch_size": 100, "micro_batch_size": 32}, 4, r"100 .* 32 × 4 ranks = 128; take batch_size 128"),
         ({"batch_size": 300, "micro_batch_size": 32}, 4, "take batch_size 256 or 384"),
-        ({"batch_size": 12, "gradient_accumulation_steps": 40, "accumulation_counts_all_ranks": True}, 3, "40 counts all ranks together"),
-        ({"batch_size": 8, "micro_batch_size": 2, "gradient_accumulation_steps": 2}, 1, "= 4, but gradient_accumulation_steps says 2"),
+        (
+            {"batch_size": 12, "gradient_accumulation_steps": 40, "accumulation_counts_all_ranks": True},
+            3,
+            "40 counts all ranks together",
+        ),
+        (
+            {"batch_size": 8, "micro_batch_size": 2, "gradient_accumulation_steps": 2},
+            1,
+            "= 4, but gradient_accumulation_steps says 2",
+        ),
     ],
 )
 def test_what_does_not_divide_names_the_numbers(said: dict[str, int], ranks: int, message: str) -> None:
@@ -83,7 +97,9 @@ def test_the_example_environment_names_what_is_read_and_sets_nothing() -> None:
 
 
 def test_dotenv_fills_in_what_the_shell_does_not_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / ".env").write_text("HF_TOKEN='a b' # mine\nWANDB_MODE=offline\nPATH=/nowhere\n", encoding="utf-8")
+    (tmp_path / ".env").write_text(
+        "HF_TOKEN='a b' # mine\nWANDB_MODE=offline\nPATH=/nowhere\n", encoding="utf-8"
+    )
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setenv("HF_TOKEN", "")
     monkeypatch.delenv("HF_TOKEN")
@@ -101,9 +117,16 @@ def test_dotenv_fills_in_what_the_shell_does_not_set(tmp_path: Path, monkeypatch
 
 def test_a_micro_batch_that_is_to_be_found_leaves_the_step_as_it_is_said() -> None:
     assert resolve_batches(TrainingConfig(micro_batch_size="auto", batch_size=64), 4) == BatchPlan(16, 1)
-    assert resolve_batches(TrainingConfig(micro_batch_size="auto", gradient_accumulation_steps=2), 4) == BatchPlan(16, 1)
-    with pytest.raises(UsageError, match="auto settles the accumulation from batch_size 64, but gradient_accumulation_steps says 2"):
-        resolve_batches(TrainingConfig(micro_batch_size="auto", batch_size=64, gradient_accumulation_steps=2), 1)
+    assert resolve_batches(
+        TrainingConfig(micro_batch_size="auto", gradient_accumulation_steps=2), 4
+    ) == BatchPlan(16, 1)
+    with pytest.raises(
+        UsageError,
+        match="auto settles the accumulation from batch_size 64, but gradient_accumulation_steps says 2",
+    ):
+        resolve_batches(
+            TrainingConfig(micro_batch_size="auto", batch_size=64, gradient_accumulation_steps=2), 1
+        )
     with pytest.raises(UsageError, match="batch_size 10 does not divide by 4 ranks; take 8"):
         resolve_batches(TrainingConfig(micro_batch_size="auto", batch_size=10), 4)
     with pytest.raises(UsageError, match="micro_batch_size=0: must be greater than 0"):

@@ -1,4 +1,6 @@
-"""Every JSON, YAML and Python configuration block of the five manuals loads as it stands, and says what it says."""
+"""Every JSON, YAML and Python configuration block of the five manuals loads as it stands, and says what it
+says.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,21 @@ from llm_trainer.config.schema.domains import read_domain_bridge
 from llm_trainer.config.schema.scaling_schedule import read_schedule
 
 MANUALS = SHARED / "manuals"
-SECTIONS = ("model", "training", "data", "knowledge_distillation", "computational_efficiency", "adaptive_reasoning")
+SECTIONS = (
+    "model",
+    "training",
+    "data",
+    "knowledge_distillation",
+    "computational_efficiency",
+    "adaptive_reasoning",
+)
 DOOR = Door("train", "Train.", SECTIONS)
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
-    """(manual and line, text) of each fenced block in this language, and of the here-documents that write a file of its kind."""
+    """(manual and line, text) of each fenced block in this language, and of the here-documents that write a
+    file of its kind.
+    """
     found = []
     for path in sorted(MANUALS.glob("00*.txt")):
         text = path.read_text(encoding="utf-8")
@@ -39,7 +50,9 @@ def blocks(language: str) -> list[tuple[str, str]]:
 def case(language: str) -> pytest.MarkDecorator:
     found = blocks(language)
     if not found:
-        return pytest.mark.parametrize("block", [pytest.param("", marks=pytest.mark.skip("the manuals are not beside this clone"))])
+        return pytest.mark.parametrize(
+            "block", [pytest.param("", marks=pytest.mark.skip("the manuals are not beside this clone"))]
+        )
     return pytest.mark.parametrize("block", [text for _, text in found], ids=[where for where, _ in found])
 
 
@@ -81,7 +94,11 @@ def test_yaml_block_loads(block: str, tmp_path: Path) -> None:
 def test_python_block_runs(block: str) -> None:
     if "CustomTrainer" in block or "load_model" in block:
         pytest.skip("a block about the trainer or a model, not about settings")
-    names: dict[str, object] = {"ModelConfig": ModelConfig, "TrainingConfig": TrainingConfig, "DataConfig": DataConfig}
+    names: dict[str, object] = {
+        "ModelConfig": ModelConfig,
+        "TrainingConfig": TrainingConfig,
+        "DataConfig": DataConfig,
+    }
     exec(block, names)
     for name in re.findall(r"^(\w*config) = ", block, re.MULTILINE):
         assert names[name].model_fields_set or not re.search(r"=\w", block)  # type: ignore[attr-defined]
@@ -89,7 +106,11 @@ def test_python_block_runs(block: str) -> None:
 
 @pytest.mark.skipif(not MANUALS.is_dir(), reason="the manuals are not beside this clone")
 def test_the_manuals_have_blocks_of_each_kind() -> None:
-    assert {kind: len(blocks(kind)) for kind in ("json", "yaml", "python")} == {"json": 7, "yaml": 7, "python": 20}
+    assert {kind: len(blocks(kind)) for kind in ("json", "yaml", "python")} == {
+        "json": 7,
+        "yaml": 7,
+        "python": 20,
+    }
 
 
 TRAINING_BLOCK = """{"training": {"batch_size": 16, "eval_batch_size": 32, "num_epochs": 3, "learning_rate": 5e-5, "fp16": true,

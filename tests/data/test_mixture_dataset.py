@@ -19,7 +19,9 @@ from llm_trainer.errors import DataError, UsageError
 
 
 @pytest.fixture(scope="module")
-def members(tmp_path_factory: pytest.TempPathFactory, tiny_texts: list[str], tiny_tokenizer: Tokenizer) -> dict[str, Path]:
+def members(
+    tmp_path_factory: pytest.TempPathFactory, tiny_texts: list[str], tiny_tokenizer: Tokenizer
+) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("members")
     found = {}
     for name, texts in (("first", tiny_texts[:20]), ("second", tiny_texts[20:])):
@@ -30,7 +32,9 @@ def members(tmp_path_factory: pytest.TempPathFactory, tiny_texts: list[str], tin
     return found
 
 
-def test_a_written_mixture_opens_with_its_members_and_their_held_out_parts(tmp_path: Path, members: dict[str, Path]) -> None:
+def test_a_written_mixture_opens_with_its_members_and_their_held_out_parts(
+    tmp_path: Path, members: dict[str, Path]
+) -> None:
     write_mixture(tmp_path / "mix", members, weights={"first": 1, "second": 3})
     found = open_prepared(tmp_path / "mix")
     parts = {name: open_prepared(folder) for name, folder in members.items()}
@@ -53,7 +57,9 @@ def test_a_mixture_moves_with_its_members(tmp_path: Path, members: dict[str, Pat
 
     for name, folder in members.items():
         shutil.copytree(folder, tmp_path / "a" / name)
-    write_mixture(tmp_path / "a", {name: tmp_path / "a" / name for name in members}, weights={"first": 1, "second": 1})
+    write_mixture(
+        tmp_path / "a", {name: tmp_path / "a" / name for name in members}, weights={"first": 1, "second": 1}
+    )
     before = open_prepared(tmp_path / "a").train.fingerprint
     (tmp_path / "a").rename(tmp_path / "b")
     assert open_prepared(tmp_path / "b").train.fingerprint == before
@@ -89,13 +95,17 @@ def test_stages_are_written_and_read_as_they_are(tmp_path: Path, members: dict[s
         ('{"format": 2, "members": {"a": "a"}}', "format 2"),
     ],
 )
-def test_a_mixture_file_that_cannot_be_used_is_refused_by_name(tmp_path: Path, content: str, complaint: str) -> None:
+def test_a_mixture_file_that_cannot_be_used_is_refused_by_name(
+    tmp_path: Path, content: str, complaint: str
+) -> None:
     (tmp_path / MIXTURE_FILE).write_text(content, encoding="utf-8")
     with pytest.raises(DataError, match=complaint):
         open_prepared(tmp_path)
 
 
-def test_weights_for_members_that_are_not_there_name_the_file(tmp_path: Path, members: dict[str, Path]) -> None:
+def test_weights_for_members_that_are_not_there_name_the_file(
+    tmp_path: Path, members: dict[str, Path]
+) -> None:
     write_mixture(tmp_path, members, weights={"first": 1, "third": 1})
     with pytest.raises(DataError, match=r"mixture.json.*name third"):
         open_prepared(tmp_path)
@@ -115,11 +125,19 @@ def test_the_settings_say_other_shares(tmp_path: Path, members: dict[str, Path])
     assert isinstance(train, TokenMixture)
     assert train.stages[0].weights == {"first": 2, "second": 5}
     assert reweighed(prepared, DataConfig()) is prepared
-    staged = DataConfig(mixture_stages=[{"until": "5 steps", "weights": {"first": 1, "second": 0}}, {"weights": {"first": 1, "second": 1}}])
+    staged = DataConfig(
+        mixture_stages=[
+            {"until": "5 steps", "weights": {"first": 1, "second": 0}},
+            {"weights": {"first": 1, "second": 1}},
+        ]
+    )
     train = reweighed(prepared, staged).train
     assert isinstance(train, TokenMixture)
     assert len(train.stages) == 2
     with pytest.raises(UsageError, match="one corpus"):
         reweighed(open_prepared(members["first"]), DataConfig(mixture_weights={"first": 1}))
     with pytest.raises(UsageError, match="give one"):
-        reweighed(prepared, DataConfig(mixture_weights={"first": 1, "second": 1}, mixture_stages=staged.mixture_stages))
+        reweighed(
+            prepared,
+            DataConfig(mixture_weights={"first": 1, "second": 1}, mixture_stages=staged.mixture_stages),
+        )

@@ -48,14 +48,21 @@ def test_a_character_folder_opens_with_its_own_ids(tmp_path: Path, tiny_text: st
     assert WindowSampler(data.train, 16, 0).batch(0, 2).document_ids is None
 
 
-def test_without_meta_the_ids_are_gpt2s_and_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_meta_the_ids_are_gpt2s_and_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def offline(name: str, ranks: Path | None = None) -> Tokenizer:
         raise DataError("no network")
 
     monkeypatch.setattr(Tokenizer, "tiktoken", offline)
     np.array([1, 2, 50256], dtype=np.uint16).tofile(tmp_path / "train.bin")
     data = open_prepared(tmp_path)
-    assert (data.tokenizer, data.validation, data.vocab_size, data.train.largest_id) == (None, None, 50257, 50256)
+    assert (data.tokenizer, data.validation, data.vocab_size, data.train.largest_id) == (
+        None,
+        None,
+        50257,
+        50256,
+    )
     assert any("GPT-2" in note for note in data.metadata.notes)
 
 
@@ -68,10 +75,14 @@ class Evil:
 
 
 @pytest.mark.parametrize("protocol", range(6))
-def test_a_pickle_with_code_in_it_is_refused_and_not_run(tmp_path: Path, tiny_text: str, protocol: int) -> None:
+def test_a_pickle_with_code_in_it_is_refused_and_not_run(
+    tmp_path: Path, tiny_text: str, protocol: int
+) -> None:
     nanogpt_folder(tmp_path, tiny_text)
     canary = tmp_path / "canary"
-    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"itos": {0: "a"}, "more": Evil(canary)}, protocol=protocol))
+    (tmp_path / "meta.pkl").write_bytes(
+        pickle.dumps({"itos": {0: "a"}, "more": Evil(canary)}, protocol=protocol)
+    )
     with pytest.raises(DataError, match=r"meta\.pkl.*system"):
         open_prepared(tmp_path)
     assert not canary.exists()
@@ -115,7 +126,10 @@ def test_a_damaged_bin_is_named(tmp_path: Path, tiny_text: str, content: bytes) 
 
 
 def ranks_file(folder: Path, tokenizer: Tokenizer) -> Path:
-    lines = [f"{base64.b64encode(tokenizer.token_bytes(i)).decode()} {i - 1}\n" for i in range(1, tokenizer.vocab_size)]
+    lines = [
+        f"{base64.b64encode(tokenizer.token_bytes(i)).decode()} {i - 1}\n"
+        for i in range(1, tokenizer.vocab_size)
+    ]
     (folder / "gpt2.tiktoken").write_text("".join(lines), encoding="utf-8")
     return folder / "gpt2.tiktoken"
 
@@ -126,7 +140,13 @@ def test_the_scripts_run_from_any_folder_without_an_installation(
 ) -> None:
     source = tmp_path / "input.txt"
     source.write_text(tiny_text, encoding="utf-8")
-    command = [sys.executable, str(ROOT / "data" / name / "prepare.py"), "--input", str(source), f"--output-dir={tmp_path / 'out'}"]
+    command = [
+        sys.executable,
+        str(ROOT / "data" / name / "prepare.py"),
+        "--input",
+        str(source),
+        f"--output-dir={tmp_path / 'out'}",
+    ]
     if name != "shakespeare_char":
         command += ["--ranks", str(ranks_file(tmp_path, tiny_tokenizer))]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -155,7 +175,9 @@ def test_a_script_told_nonsense_leaves_with_one_message(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_without_a_network_a_download_says_how_to_supply_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_network_a_download_says_how_to_supply_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def offline(*_: object, **__: object) -> None:
         raise urllib.error.URLError("Name or service not known")
 

@@ -16,8 +16,17 @@ from llm_trainer.errors import DataError
 HASH = hashlib.sha256(b"tokenizer").hexdigest()
 
 
-def write(folder: Path, documents: list[list[int]], *, vocab: int = 300, end: int | None = 0, shard_tokens: int = 2**27) -> TokenDataset:
-    with ShardWriter(folder, "train", vocab_size=vocab, tokenizer_hash=HASH, end_id=end, shard_tokens=shard_tokens) as writer:
+def write(
+    folder: Path,
+    documents: list[list[int]],
+    *,
+    vocab: int = 300,
+    end: int | None = 0,
+    shard_tokens: int = 2**27,
+) -> TokenDataset:
+    with ShardWriter(
+        folder, "train", vocab_size=vocab, tokenizer_hash=HASH, end_id=end, shard_tokens=shard_tokens
+    ) as writer:
         for ids in documents:
             writer.add(ids, num_bytes=3 * len(ids))
             writer.end_document()
@@ -31,19 +40,28 @@ def write(folder: Path, documents: list[list[int]], *, vocab: int = 300, end: in
     data=st.data(),
 )
 def test_any_slice_of_several_shards_reads_as_one_stream(
-    tmp_path_factory: pytest.TempPathFactory, documents: list[list[int]], shard_tokens: int, data: st.DataObject
+    tmp_path_factory: pytest.TempPathFactory,
+    documents: list[list[int]],
+    shard_tokens: int,
+    data: st.DataObject,
 ) -> None:
     tokens = write(tmp_path_factory.mktemp("shards"), documents, shard_tokens=shard_tokens)
     stream = [i for document in documents for i in (*document, 0)]
     starts = [0, *np.cumsum([len(document) + 1 for document in documents])][:-1]
-    assert (tokens.num_tokens, tokens.num_documents, tokens.largest_id) == (len(stream), len(documents), max(stream))
+    assert (tokens.num_tokens, tokens.num_documents, tokens.largest_id) == (
+        len(stream),
+        len(documents),
+        max(stream),
+    )
     assert tokens.num_bytes == 3 * sum(map(len, documents))
     first = data.draw(st.integers(0, len(stream)))
     count = data.draw(st.integers(0, len(stream) - first))
     ids = tokens.read(first, count)
     assert ids.dtype == np.int64
     assert ids.tolist() == stream[first : first + count]
-    assert tokens.document_starts_in(first, count).tolist() == [s - first for s in starts if first <= s < first + count]
+    assert tokens.document_starts_in(first, count).tolist() == [
+        s - first for s in starts if first <= s < first + count
+    ]
 
 
 @settings(max_examples=60)
@@ -54,13 +72,21 @@ def test_any_slice_of_several_shards_reads_as_one_stream(
     cut=st.integers(0, 12),
 )
 def test_documents_in_bulk_are_those_one_by_one(
-    tmp_path_factory: pytest.TempPathFactory, documents: list[list[int]], shard_tokens: int, end: int | None, cut: int
+    tmp_path_factory: pytest.TempPathFactory,
+    documents: list[list[int]],
+    shard_tokens: int,
+    end: int | None,
+    cut: int,
 ) -> None:
     one_by_one = write(tmp_path_factory.mktemp("shards"), documents, shard_tokens=shard_tokens, end=end)
     folder = tmp_path_factory.mktemp("bulk")
-    with ShardWriter(folder, "train", vocab_size=300, tokenizer_hash=HASH, end_id=end, shard_tokens=shard_tokens) as writer:
+    with ShardWriter(
+        folder, "train", vocab_size=300, tokenizer_hash=HASH, end_id=end, shard_tokens=shard_tokens
+    ) as writer:
         for part in (documents[:cut], documents[cut:]):
-            writer.add_documents([np.array(ids, dtype=np.int64) for ids in part], num_bytes=3 * sum(map(len, part)))
+            writer.add_documents(
+                [np.array(ids, dtype=np.int64) for ids in part], num_bytes=3 * sum(map(len, part))
+            )
     in_bulk = TokenDataset.open(folder, "train")
     assert in_bulk.read(0, len(in_bulk)).tolist() == one_by_one.read(0, len(one_by_one)).tolist()
     count = len(one_by_one)
@@ -124,7 +150,9 @@ def test_every_flipped_bit_is_refused_by_name(tmp_path: Path) -> None:
     write(tmp_path, [[1, 2, 3], [4, 5]])
     file = tmp_path / "train-00000.tokens"
     whole = file.read_bytes()
-    for place in [p for p in range(len(whole)) if not 160 <= p < HEADER_BYTES]:  # but for the header's unused zeros
+    for place in [
+        p for p in range(len(whole)) if not 160 <= p < HEADER_BYTES
+    ]:  # but for the header's unused zeros
         file.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
         with pytest.raises(DataError, match=r"train-00000\.tokens"):
             TokenDataset.open(tmp_path, "train")
@@ -157,6 +185,13 @@ def test_nothing_unfinished_has_a_final_name(tmp_path: Path) -> None:
 
 
 def test_the_fingerprint_depends_on_the_ids_and_not_on_the_place(tmp_path: Path) -> None:
-    first, same, other = write(tmp_path / "a", [[1, 2]]), write(tmp_path / "b", [[1, 2]]), write(tmp_path / "c", [[2, 1]])
+    first, same, other = (
+        write(tmp_path / "a", [[1, 2]]),
+        write(tmp_path / "b", [[1, 2]]),
+        write(tmp_path / "c", [[2, 1]]),
+    )
     assert first.fingerprint == same.fingerprint != other.fingerprint
-    assert TokenDataset.from_ids([1, 2], vocab_size=3).fingerprint != TokenDataset.from_ids([2, 1], vocab_size=3).fingerprint
+    assert (
+        TokenDataset.from_ids([1, 2], vocab_size=3).fingerprint
+        != TokenDataset.from_ids([2, 1], vocab_size=3).fingerprint
+    )

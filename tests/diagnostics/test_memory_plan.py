@@ -17,7 +17,15 @@ from llm_trainer.cli.setup.build_model import pretrained_model
 from llm_trainer.config import ModelConfig, RunConfig, TrainingConfig, UsageError
 from llm_trainer.config.param_count import parameter_count
 from llm_trainer.diagnostics.measure_memory import measured_step
-from llm_trainer.diagnostics.memory_plan import RESERVE, Plan, checkpoint_bytes, rank_memory, rank_shape, recommend, traffic
+from llm_trainer.diagnostics.memory_plan import (
+    RESERVE,
+    Plan,
+    checkpoint_bytes,
+    rank_memory,
+    rank_shape,
+    recommend,
+    traffic,
+)
 from llm_trainer.distributed.tensor_parallel import cut_matrices
 from llm_trainer.model.adapters.nf4 import is_quantized
 from llm_trainer.model.hf.checkpoint import save_pretrained
@@ -27,7 +35,13 @@ from llm_trainer.training.memory.memory_estimator import step_memory
 from llm_trainer.training.optim.optimizers import build_optimizers
 from llm_trainer.training.optim.param_groups import prepare_trainable
 
-SMALL = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 512, "max_position_embeddings": 128}
+SMALL = {
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "vocab_size": 512,
+    "max_position_embeddings": 128,
+}
 
 
 def _shape(**changes: object) -> ModelConfig:
@@ -44,7 +58,9 @@ def test_weights_and_optimizer_are_counted_as_the_real_ones_are(optimizer: str) 
         parameter.grad = parameter.detach().clone()
     for one in optimizers:
         one.step()
-    held = sum(tensor.nbytes for one in optimizers for values in one.state.values() for tensor in values.values())
+    held = sum(
+        tensor.nbytes for one in optimizers for values in one.state.values() for tensor in values.values()
+    )
     assert estimate.weights == 4 * parameter_count(shape)
     assert estimate.optimizer == held
 
@@ -74,7 +90,10 @@ def test_recomputation_needs_less_and_keeping_products_lies_between() -> None:
 
 def test_a_plan_divides_what_it_says_it_divides() -> None:
     training = TrainingConfig(precision="fp32")
-    alone, sharded = rank_memory(_shape(), training, Plan(sequences=2)), rank_memory(_shape(), training, Plan(shard=4, sequences=2))
+    alone, sharded = (
+        rank_memory(_shape(), training, Plan(sequences=2)),
+        rank_memory(_shape(), training, Plan(shard=4, sequences=2)),
+    )
     assert sharded.weights == alone.weights // 4
     assert sharded.optimizer == alone.optimizer // 4
     assert sharded.checkpoint == alone.checkpoint
@@ -86,14 +105,20 @@ def test_a_plan_divides_what_it_says_it_divides() -> None:
 
 @pytest.fixture
 def pretended_ranks() -> Iterator[DeviceMesh]:
-    """Two ranks of which only this one runs: nothing is sent, so nothing may depend on what the other one has."""
+    """Two ranks of which only this one runs: nothing is sent, so nothing may depend on what the other one
+    has.
+    """
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     yield init_device_mesh("cpu", (2,))
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("changes", [{"model_type": "llama", "tie_word_embeddings": False}, {"model_type": "gpt2"}])
-def test_a_tensor_rank_is_counted_as_training_cuts_it(changes: dict[str, object], pretended_ranks: DeviceMesh) -> None:
+@pytest.mark.parametrize(
+    "changes", [{"model_type": "llama", "tie_word_embeddings": False}, {"model_type": "gpt2"}]
+)
+def test_a_tensor_rank_is_counted_as_training_cuts_it(
+    changes: dict[str, object], pretended_ranks: DeviceMesh
+) -> None:
     model = Transformer(_shape(**changes))
     cut_matrices(model, pretended_ranks)
     held = sum((one.to_local() if isinstance(one, DTensor) else one).nbytes for one in model.parameters())
@@ -116,11 +141,16 @@ def test_replicas_send_gradients_twice_around_and_one_rank_sends_nothing() -> No
 
 def test_ranks_that_share_sequences_divide_the_state_and_the_activations_and_send_keys_and_values() -> None:
     training = TrainingConfig(precision="fp32")
-    alone, shared = rank_memory(_shape(), training, Plan(sequences=4)), rank_memory(_shape(), training, Plan(sequences=4, context=2))
+    alone, shared = (
+        rank_memory(_shape(), training, Plan(sequences=4)),
+        rank_memory(_shape(), training, Plan(sequences=4, context=2)),
+    )
     assert shared.weights == alone.weights // 2
     assert shared.optimizer == alone.optimizer // 2
     assert alone.activations / 2 < shared.activations < alone.activations
-    own = 2 * 2 * 4 * 128 // 2 * _shape().kv_heads * _shape().head_width  # keys and values of its half, in bf16
+    own = (
+        2 * 2 * 4 * 128 // 2 * _shape().kv_heads * _shape().head_width
+    )  # keys and values of its half, in bf16
     assert traffic(_shape(), Plan(sequences=4, context=2)).context == 2 * _shape().num_hidden_layers * own
     with pytest.raises(UsageError, match="6 does not divide the context of 128 tokens"):
         rank_memory(_shape(), training, Plan(context=3))
@@ -148,7 +178,9 @@ def test_a_base_in_four_bits_that_is_trained_is_refused_as_training_refuses_it()
 
 
 def test_a_base_in_four_bits_is_advised_what_fits_though_its_floats_would_not() -> None:
-    shape = _shape(hidden_size=512, vocab_size=64, max_position_embeddings=16, attn_lora_rank=2, lora_train_base=False)
+    shape = _shape(
+        hidden_size=512, vocab_size=64, max_position_embeddings=16, attn_lora_rank=2, lora_train_base=False
+    )
     training = TrainingConfig.model_validate({"precision": "fp32", "quantize_base": "nf4"})
     most, least = (rank_memory(shape, training, Plan(sequences=size)).total for size in (16, 1))
     limit = int(least * 1.2 / (1 - RESERVE))
@@ -170,9 +202,36 @@ def test_the_command_says_whether_it_fits_and_what_would(capsys: pytest.CaptureF
 
 def test_the_plan_is_the_settings_own_though_one_process_runs(capsys: pytest.CaptureFixture[str]) -> None:
     said = [f"--{name}={value}" for name, value in SMALL.items()]
-    assert main(["preflight", *said, "--precision=fp32", "--memory_gb=4", "--context_parallel=2", "--batch_size=2"]) == 0
-    assert "1 replicas × 1 shards × 1 tensor ranks × 2 ranks that share each sequence" in capsys.readouterr().out
-    assert main(["preflight", *said, "--precision=fp32", "--memory_gb=4", "--fsdp=4", "--data_parallel=2", "--batch_size=2"]) == 0
+    assert (
+        main(
+            [
+                "preflight",
+                *said,
+                "--precision=fp32",
+                "--memory_gb=4",
+                "--context_parallel=2",
+                "--batch_size=2",
+            ]
+        )
+        == 0
+    )
+    assert (
+        "1 replicas × 1 shards × 1 tensor ranks × 2 ranks that share each sequence" in capsys.readouterr().out
+    )
+    assert (
+        main(
+            [
+                "preflight",
+                *said,
+                "--precision=fp32",
+                "--memory_gb=4",
+                "--fsdp=4",
+                "--data_parallel=2",
+                "--batch_size=2",
+            ]
+        )
+        == 0
+    )
     told = capsys.readouterr().out
     assert "2 replicas × 4 shards × 1 tensor ranks" in told
     assert "each rank sends" in told
@@ -184,7 +243,19 @@ def test_adapters_over_a_model_that_is_there_are_counted_in_its_shape_and_withou
     save_pretrained(Transformer(_shape(num_hidden_layers=3)), tmp_path)
     said = {"attn_lora_rank": 4, "dropout": 0.1, "max_position_embeddings": 64, "use_adapter_modules": True}
     flags = [f"--{name}={value}" for name, value in said.items()]
-    assert main(["preflight", f"--init_from={tmp_path}", *flags, "--precision=fp32", "--batch_size=2", "--memory_gb=4"]) == 0
+    assert (
+        main(
+            [
+                "preflight",
+                f"--init_from={tmp_path}",
+                *flags,
+                "--precision=fp32",
+                "--batch_size=2",
+                "--memory_gb=4",
+            ]
+        )
+        == 0
+    )
     told = capsys.readouterr().out
     trained = pretrained_model(str(tmp_path), ModelConfig.model_validate(said))
     prepare_trainable(trained, TrainingConfig())
@@ -209,7 +280,12 @@ def test_an_optimizer_in_host_memory_is_not_counted_on_the_device() -> None:
 
 
 def test_preflight_tells_the_micro_batch_that_auto_would_take(capsys: pytest.CaptureFixture[str]) -> None:
-    said = ["preflight", *(f"--{name}={value}" for name, value in SMALL.items()), "--micro_batch_size=auto", "--batch_size=16"]
+    said = [
+        "preflight",
+        *(f"--{name}={value}" for name, value in SMALL.items()),
+        "--micro_batch_size=auto",
+        "--batch_size=16",
+    ]
     micro = {}
     for gigabytes in (0.02, 0.05, 1.0):
         main([*said, f"--memory_gb={gigabytes}"])
@@ -222,11 +298,16 @@ def test_preflight_tells_the_micro_batch_that_auto_would_take(capsys: pytest.Cap
     ("shape", "training"),
     [
         ({"attn_lora_rank": 4, "mlp_lora_rank": 4, "lora_train_base": False}, {}),
-        ({"num_hidden_layers": 8, "attn_lora_rank": 4, "lora_train_base": False}, {}),  # carried on from shallow stacks
+        (
+            {"num_hidden_layers": 8, "attn_lora_rank": 4, "lora_train_base": False},
+            {},
+        ),  # carried on from shallow stacks
         ({"num_hidden_layers": 8}, {"freeze_layers": ["wte", "attn.0-5", "mlp.3"]}),
     ],
 )
-def test_what_is_frozen_has_neither_gradients_nor_averages(shape: dict[str, object], training: dict[str, object]) -> None:
+def test_what_is_frozen_has_neither_gradients_nor_averages(
+    shape: dict[str, object], training: dict[str, object]
+) -> None:
     settings = TrainingConfig.model_validate({"precision": "fp32", **training})
     estimate = step_memory(_shape(**shape), settings, sequences=1)
     model = Transformer(_shape(**shape))
@@ -249,9 +330,13 @@ def test_a_measured_step_trains_what_training_would() -> None:
 
 
 def test_rates_by_part_are_no_matter_of_the_estimate() -> None:
-    rates = TrainingConfig.model_validate({"precision": "fp32", "learning_rate_factors": {"attn.11": 0.1}, "layer_rate_decay": 0.9})
+    rates = TrainingConfig.model_validate(
+        {"precision": "fp32", "learning_rate_factors": {"attn.11": 0.1}, "layer_rate_decay": 0.9}
+    )
     shape = _shape(num_hidden_layers=12)
-    assert step_memory(shape, rates, sequences=1) == step_memory(shape, TrainingConfig(precision="fp32"), sequences=1)
+    assert step_memory(shape, rates, sequences=1) == step_memory(
+        shape, TrainingConfig(precision="fp32"), sequences=1
+    )
 
 
 def test_a_base_in_four_bits_is_counted_as_it_is_held() -> None:

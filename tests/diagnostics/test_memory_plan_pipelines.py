@@ -12,7 +12,13 @@ from llm_trainer.diagnostics.memory_plan import Plan, rank_memories, recommend, 
 from llm_trainer.training.memory.memory_estimator import step_memory
 from llm_trainer.training.memory.pipeline_memory import PlaceMemory, place_memories, schedule_order
 
-SMALL = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 512, "max_position_embeddings": 128}
+SMALL = {
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "vocab_size": 512,
+    "max_position_embeddings": 128,
+}
 
 
 def shape_of(**changes: object) -> ModelConfig:
@@ -24,7 +30,9 @@ def settings(schedule: str = "1f1b", **more: object) -> TrainingConfig:
 
 
 def places(schedule: str, micro_batches: int, ranks: int = 2, **changes: object) -> list[PlaceMemory]:
-    return place_memories(shape_of(**changes), settings(schedule), ranks=ranks, sequences=2, micro_batches=micro_batches)
+    return place_memories(
+        shape_of(**changes), settings(schedule), ranks=ranks, sequences=2, micro_batches=micro_batches
+    )
 
 
 def highest(place: PlaceMemory) -> int:
@@ -66,7 +74,10 @@ def test_interleaved_stages_are_run_in_torchs_order(micro_batches: int, place: i
     theirs.number_of_rounds = max(1, micro_batches // ranks)
     theirs.microbatches_per_round = micro_batches // theirs.number_of_rounds
     actions = [action for action in theirs._calculate_single_rank_operations(place) if action is not None]
-    wanted = [(action.computation_type.name.removeprefix("FULL_").lower(), action.stage_index // ranks) for action in actions]
+    wanted = [
+        (action.computation_type.name.removeprefix("FULL_").lower(), action.stage_index // ranks)
+        for action in actions
+    ]
     assert schedule_order("interleaved", ranks, place, micro_batches) == wanted
 
 
@@ -84,7 +95,11 @@ def test_a_deep_stage_is_carried_on_from_shallow_ones_as_if_it_were_run() -> Non
     for ends in ((True, False), (False, True)):
         carried = _stage_memory(shape_of(), settings(), (*ends, 9), 2, "fp32")
         run = _run_stage(_like(shape_of(), (*ends, 9)), settings(), 2, "fp32")
-        assert (carried.weights, carried.optimizer, carried.waiting) == (run.weights, run.optimizer, run.waiting)
+        assert (carried.weights, carried.optimizer, carried.waiting) == (
+            run.weights,
+            run.optimizer,
+            run.waiting,
+        )
         assert max(map(sum, carried.later)) == pytest.approx(max(map(sum, run.later)), rel=0.02)
 
 
@@ -97,7 +112,9 @@ def test_what_is_frozen_is_counted_on_the_stage_that_holds_it(schedule: str) -> 
     sizes = part_sizes(shape)
     for one, other, part in zip(plain, some, frozen, strict=True):
         assert other.weights == one.weights
-        assert 8 * sizes[part] <= one.optimizer - other.optimizer <= 8 * sizes[part] + 64, "two averages, and counts of steps"
+        assert 8 * sizes[part] <= one.optimizer - other.optimizer <= 8 * sizes[part] + 64, (
+            "two averages, and counts of steps"
+        )
 
 
 def test_stages_of_which_one_would_train_nothing_are_refused_and_not_advised() -> None:
@@ -105,13 +122,30 @@ def test_stages_of_which_one_would_train_nothing_are_refused_and_not_advised() -
     untied = shape_of(tie_word_embeddings=False, num_attention_heads=1, num_key_value_heads=1, head_dim=64)
     with pytest.raises(UsageError, match="a stage of the pipeline has nothing to train"):
         rank_memories(untied, frozen, Plan(sequences=1, micro_batches=2, pipeline=2))
-    needed = rank_memories(untied.model_copy(update={"gradient_checkpointing": True}), frozen, Plan(sequences=1, offload=True), "fp32")
-    assert recommend(untied, frozen, 2, int(needed[0].total * 0.95 / 0.9), Plan(sequences=1, offload=True), precision="fp32") is None
+    needed = rank_memories(
+        untied.model_copy(update={"gradient_checkpointing": True}),
+        frozen,
+        Plan(sequences=1, offload=True),
+        "fp32",
+    )
+    assert (
+        recommend(
+            untied,
+            frozen,
+            2,
+            int(needed[0].total * 0.95 / 0.9),
+            Plan(sequences=1, offload=True),
+            precision="fp32",
+        )
+        is None
+    )
 
 
 def test_shards_of_a_stage_divide_what_is_kept_and_are_gathered_whole() -> None:
     plan = Plan(sequences=2, micro_batches=4, pipeline=2)
-    whole, cut = (rank_memories(shape_of(), settings(), one, "fp32") for one in (plan, Plan(1, 2, 1, 2, 4, pipeline=2)))
+    whole, cut = (
+        rank_memories(shape_of(), settings(), one, "fp32") for one in (plan, Plan(1, 2, 1, 2, 4, pipeline=2))
+    )
     for one, other in zip(whole, cut, strict=True):
         assert other.weights == one.weights // 2
         assert other.gathered == one.weights
@@ -121,7 +155,10 @@ def test_shards_of_a_stage_divide_what_is_kept_and_are_gathered_whole() -> None:
 def test_stages_send_the_stream_over_their_edges() -> None:
     stream = 4 * 2 * 128 * 64
     assert traffic(shape_of(), Plan(sequences=2, micro_batches=3, pipeline=2)).total == 2 * 3 * stream
-    assert traffic(shape_of(), Plan(sequences=2, micro_batches=3, pipeline=2), "interleaved").total == 2 * 2 * 3 * stream
+    assert (
+        traffic(shape_of(), Plan(sequences=2, micro_batches=3, pipeline=2), "interleaved").total
+        == 2 * 2 * 3 * stream
+    )
 
 
 def test_stages_are_advised_where_nothing_else_does_and_keep_the_step() -> None:
@@ -140,8 +177,19 @@ def test_interleaved_rounds_that_are_unequal_are_refused_before_training() -> No
 
 
 def test_the_command_tells_each_rank_of_the_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
-    said = ["preflight", *(f"--{name}={value}" for name, value in SMALL.items()), "--precision=fp32", "--memory_gb=4"]
-    assert main([*said, "--pipeline_parallel=2", "--batch_size=16", "--micro_batch_size=2", "--data_parallel=2"]) == 0
+    said = [
+        "preflight",
+        *(f"--{name}={value}" for name, value in SMALL.items()),
+        "--precision=fp32",
+        "--memory_gb=4",
+    ]
+    assert (
+        main([*said, "--pipeline_parallel=2", "--batch_size=16", "--micro_batch_size=2", "--data_parallel=2"])
+        == 0
+    )
     told = capsys.readouterr().out
-    assert "2 replicas × 1 shards × 1 tensor ranks × 2 ranks of a pipeline, 4 micro-batches of 2 sequences" in told
+    assert (
+        "2 replicas × 1 shards × 1 tensor ranks × 2 ranks of a pipeline, 4 micro-batches of 2 sequences"
+        in told
+    )
     assert "(1f1b)" in told

@@ -15,7 +15,9 @@ from llm_trainer.training.memory.memory_estimator import step_memory
 LENGTH, HEADS, KV_HEADS, WIDTH = 24, 4, 2, 8
 
 
-def in_parts(queries: Tensor, keys: Tensor, values: Tensor, ranks: int, window: int | None, documents: Tensor | None) -> Tensor:
+def in_parts(
+    queries: Tensor, keys: Tensor, values: Tensor, ranks: int, window: int | None, documents: Tensor | None
+) -> Tensor:
     """The attention of all ranks, each of its own tokens, put together again."""
     places = [places_of(rank, ranks, LENGTH) for rank in range(ranks)]
     gathered = torch.cat([torch.stack((keys[:, :, own], values[:, :, own])) for own in places])
@@ -24,7 +26,9 @@ def in_parts(queries: Tensor, keys: Tensor, values: Tensor, ranks: int, window: 
         share = ContextShare(rank, ranks, lambda _: gathered)
         assert share.places(len(own), own.device)[0] == LENGTH
         mask = sequence_mask(LENGTH, window, documents, own.device, queries.dtype, own)
-        whole = whole.index_copy(2, own, share.attend(queries[:, :, own], keys[:, :, own], values[:, :, own], mask))
+        whole = whole.index_copy(
+            2, own, share.attend(queries[:, :, own], keys[:, :, own], values[:, :, own], mask)
+        )
     return whole
 
 
@@ -58,6 +62,7 @@ def test_a_step_is_estimated_smaller_where_ranks_share_its_sequences() -> None:
     """More than the part of its activations, by the keys and values that are gathered."""
     shape = ModelConfig(vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, max_position_embeddings=512)
     whole, shared = (
-        step_memory(shape, TrainingConfig(context_parallel=parts, precision="fp32"), sequences=4).activations for parts in (1, 4)
+        step_memory(shape, TrainingConfig(context_parallel=parts, precision="fp32"), sequences=4).activations
+        for parts in (1, 4)
     )
     assert whole / 4 < shared < whole / 1.5

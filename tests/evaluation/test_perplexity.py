@@ -59,7 +59,9 @@ def test_every_token_is_scored_once_from_its_window(model: LanguageModel, stride
 
 
 @given(predicted=st.integers(1, 200), context=st.integers(1, 40), share=st.floats(0, 1))
-def test_windows_score_each_token_once_and_look_back_far_enough(predicted: int, context: int, share: float) -> None:
+def test_windows_score_each_token_once_and_look_back_far_enough(
+    predicted: int, context: int, share: float
+) -> None:
     stride = max(1, round(context * share))
     scored: list[int] = []
     for window in windows_over(predicted, context, stride):
@@ -80,7 +82,9 @@ def test_the_batch_size_does_not_change_the_result(model: LanguageModel, stride:
 @pytest.mark.parametrize("documents", [[0], [0, 10, 40, 41]])
 @pytest.mark.parametrize("end_id", [None, 7])
 @pytest.mark.parametrize("rest", [0, 5])
-def test_it_is_the_loss_of_training_validation(model: LanguageModel, documents: list[int], end_id: int | None, rest: int) -> None:
+def test_it_is_the_loss_of_training_validation(
+    model: LanguageModel, documents: list[int], end_id: int | None, rest: int
+) -> None:
     ids = np.random.default_rng(0).integers(0, 250, 4 * CONTEXT + 1 + rest)
     stream = {"vocab_size": 280, "tokenizer_hash": "0" * 64, "fingerprint": "f", "end_id": end_id}
     tokens = TokenDataset([ids], [np.array(documents)], **stream)
@@ -94,7 +98,9 @@ def test_a_tokenizer_without_a_beginning_leaves_its_first_character_out() -> Non
     model = model_for(Tokenizer.from_characters([TEXT]))
     result = evaluate_text(model, "é" + "dog fox " * 5)
     assert result.tokens == 40
-    assert result.bits_per_byte == pytest.approx(result.loss * 40 / math.log(2) / 40, rel=1e-6), "é is two bytes, and not predicted"
+    assert result.bits_per_byte == pytest.approx(result.loss * 40 / math.log(2) / 40, rel=1e-6), (
+        "é is two bytes, and not predicted"
+    )
 
 
 def test_files_that_hold_no_text_are_named(model: LanguageModel, tmp_path: Path) -> None:

@@ -23,14 +23,18 @@ IDS = torch.tensor([[1, 5, 2, 7]])
 @pytest.fixture
 def adapted(tmp_path: Path) -> Transformer:
     tokenizer = Tokenizer.train("char", ["abcdefghij"], 20)
-    shape = ModelConfig(vocab_size=tokenizer.vocab_size, hidden_size=16, num_layers=2, num_heads=2, max_position_embeddings=32)
+    shape = ModelConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=16, num_layers=2, num_heads=2, max_position_embeddings=32
+    )
     model = Transformer(shape, torch.Generator().manual_seed(0)).eval()
     add_adapters(model, "poetry", LoraConfig(ranks={"attn.0": 2, "mlp.1": 2}))
     add_adapters(model, "law", LoraConfig(ranks={"attn.1": 3}))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if is_adapter_parameter(name):
-                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+                parameter.copy_(
+                    torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+                )
     save_pretrained(model, tmp_path / "model")
     tokenizer.save(tmp_path / "model")
     return model
@@ -52,7 +56,9 @@ def test_a_folder_of_adapters_goes_over_its_base(adapted: Transformer, tmp_path:
     torch.testing.assert_close(loaded.model(IDS), adapted(IDS))
 
 
-def test_an_unknown_adapter_is_refused_with_those_that_are_there(adapted: Transformer, tmp_path: Path) -> None:
+def test_an_unknown_adapter_is_refused_with_those_that_are_there(
+    adapted: Transformer, tmp_path: Path
+) -> None:
     with pytest.raises(UsageError, match="poetry, law, base"):
         load_model(tmp_path / "model", device="cpu", adapter="prose")
 

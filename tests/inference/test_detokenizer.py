@@ -29,7 +29,9 @@ def whole(text: str, stops: list[str]) -> str:
     stops=st.lists(st.text(ALPHABET, min_size=1, max_size=5), max_size=3),
     cuts=st.lists(st.integers(0, 120), max_size=20),
 )
-def test_streamed_pieces_joined_are_the_text_cut_at_the_first_stop(text: str, stops: list[str], cuts: list[int]) -> None:
+def test_streamed_pieces_joined_are_the_text_cut_at_the_first_stop(
+    text: str, stops: list[str], cuts: list[int]
+) -> None:
     stream = TextStream(stops)
     given_out = "".join(stream.push(piece) for piece in pieces_of(text.encode(), cuts)) + stream.finish()
     assert given_out == whole(text, stops)
@@ -40,7 +42,9 @@ def test_streamed_pieces_joined_are_the_text_cut_at_the_first_stop(text: str, st
 @given(data=st.binary(max_size=40), cuts=st.lists(st.integers(0, 40), max_size=12))
 def test_invalid_bytes_stream_as_they_decode(data: bytes, cuts: list[int]) -> None:
     stream = TextStream()
-    assert "".join(stream.push(piece) for piece in pieces_of(data, cuts)) + stream.finish() == data.decode("utf-8", errors="replace")
+    assert "".join(stream.push(piece) for piece in pieces_of(data, cuts)) + stream.finish() == data.decode(
+        "utf-8", errors="replace"
+    )
 
 
 def test_half_a_character_is_held_back() -> None:

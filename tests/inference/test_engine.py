@@ -22,9 +22,17 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.train_bpe([TEXT], 300)
 
 
-def make(shape: str, tokenizer: Tokenizer | None, *, context: int = 48, seed: int = 0, **own: object) -> LanguageModel:
+def make(
+    shape: str, tokenizer: Tokenizer | None, *, context: int = 48, seed: int = 0, **own: object
+) -> LanguageModel:
     rows = 300 if tokenizer is None else tokenizer.vocab_size + 7  # the embedding has padding rows
-    size = {"vocab_size": rows, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": context}
+    size = {
+        "vocab_size": rows,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": context,
+    }
     config = ModelConfig(**{**size, **SHAPES[shape], "initializer_range": 0.3, **own})
     return LanguageModel(Transformer(config, torch.Generator().manual_seed(seed)), tokenizer)
 
@@ -59,7 +67,9 @@ def test_a_batch_of_ragged_prompts_equals_each_alone(shape: str) -> None:
     ragged = prompts((3, 1, 11, 24, 3))
     counts = [20, 3, 9, 24, 1]  # rows end at different steps and leave the batch
     together = model.generate_ids(ragged, [greedy(count) for count in counts])
-    alone = [model.generate_ids([prompt], greedy(count))[0] for prompt, count in zip(ragged, counts, strict=True)]
+    alone = [
+        model.generate_ids([prompt], greedy(count))[0] for prompt, count in zip(ragged, counts, strict=True)
+    ]
     assert together == alone
     assert [len(answer.ids) for answer in together] == counts
 
@@ -67,7 +77,9 @@ def test_a_batch_of_ragged_prompts_equals_each_alone(shape: str) -> None:
 def test_more_prompts_than_one_batch_holds() -> None:
     model = make("llama", None)
     many = prompts(tuple(1 + index % 5 for index in range(40)))
-    assert model.generate_ids(many, greedy(3)) == [model.generate_ids([prompt], greedy(3))[0] for prompt in many]
+    assert model.generate_ids(many, greedy(3)) == [
+        model.generate_ids([prompt], greedy(3))[0] for prompt in many
+    ]
 
 
 def test_sampled_text_depends_on_its_seed_alone() -> None:
@@ -76,7 +88,9 @@ def test_sampled_text_depends_on_its_seed_alone() -> None:
     settings = GenerationConfig(seed=11, temperature=1.2, top_k=50, top_p=0.95, max_new_tokens=16)
     company = [GenerationConfig(seed=seed, temperature=2.0, max_new_tokens=5 * seed) for seed in (1, 2, 3)]
     alone = model.generate_ids(mine, settings)[0]
-    assert model.generate_ids([others[0], *mine, *others[1:]], [company[0], settings, *company[1:]])[1] == alone
+    assert (
+        model.generate_ids([others[0], *mine, *others[1:]], [company[0], settings, *company[1:]])[1] == alone
+    )
     assert model.generate_ids(mine, settings)[0] == alone
     assert model.generate_ids(mine, GenerationConfig(**{**settings.model_dump(), "seed": 12}))[0] != alone
 
@@ -92,7 +106,10 @@ def test_samples_of_one_prompt_differ_and_the_first_is_the_single_one(tokenizer:
 def test_generate_takes_one_prompt_or_several_and_any_name_of_a_setting(tokenizer: Tokenizer) -> None:
     model = make("gpt2", tokenizer)
     one = model.generate("The fox", max_tokens=5, temperature=0)
-    assert model.generate(["The fox", "dog"], max_new_tokens=5, temperature=0) == [one, model.generate("dog", max_tokens=5, temperature=0)]
+    assert model.generate(["The fox", "dog"], max_new_tokens=5, temperature=0) == [
+        one,
+        model.generate("dog", max_tokens=5, temperature=0),
+    ]
     with pytest.raises(UsageError, match="temprature"):
         model.generate("The fox", temprature=1)
     with pytest.raises(UsageError, match="temperature"):
@@ -101,7 +118,9 @@ def test_generate_takes_one_prompt_or_several_and_any_name_of_a_setting(tokenize
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("stops", [[], ["e", " q"], ["東", "🙂", "\ufffd"]])
-def test_streamed_pieces_joined_are_the_generated_text(tokenizer: Tokenizer, seed: int, stops: list[str]) -> None:
+def test_streamed_pieces_joined_are_the_generated_text(
+    tokenizer: Tokenizer, seed: int, stops: list[str]
+) -> None:
     model = make("llama", tokenizer, seed=seed)
     settings = GenerationConfig(seed=seed, temperature=1.0, max_new_tokens=40, stop=stops)
     whole = model.generate("The", settings)
@@ -165,7 +184,9 @@ def test_padding_rows_of_the_embedding_are_never_drawn(tokenizer: Tokenizer) -> 
     model = make("gpt2", tokenizer)
     with torch.no_grad():
         model.model.wte.weight[tokenizer.vocab_size :] *= 50
-    answers = model.generate_ids(prompts((3, 5)), GenerationConfig(temperature=3.0, seed=0, max_new_tokens=30))
+    answers = model.generate_ids(
+        prompts((3, 5)), GenerationConfig(temperature=3.0, seed=0, max_new_tokens=30)
+    )
     assert max(max(answer.ids) for answer in answers) < tokenizer.vocab_size
 
 

@@ -20,7 +20,12 @@ TEXT = "The quick brown fox jumps over the lazy dog. " * 8
 
 def saved(folder: Path, seed: int = 0, **shape: object) -> Path:
     tokenizer = Tokenizer.train_bpe([TEXT], 280)
-    size = {"vocab_size": tokenizer.vocab_size, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    size = {
+        "vocab_size": tokenizer.vocab_size,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     config = ModelConfig(**{**size, "max_position_embeddings": 64, "initializer_range": 0.3, **shape})
     save_pretrained(Transformer(config, torch.Generator().manual_seed(seed)), folder)
     tokenizer.save(folder)
@@ -37,7 +42,9 @@ def test_every_spelling_of_a_checkpoint_gives_the_same_text(tmp_path: Path) -> N
     run = tmp_path / "run"
     saved(run / "checkpoint-10", seed=1)
     saved(run / "final_model", seed=2)
-    by_final, by_step = (load_model(run / name)[0].generate("The", temperature=0) for name in ("final_model", "checkpoint-10"))
+    by_final, by_step = (
+        load_model(run / name)[0].generate("The", temperature=0) for name in ("final_model", "checkpoint-10")
+    )
     assert by_final != by_step
     for spelling in (run, run / "final_model" / "model.safetensors", run / "final_model.pt"):
         assert load_model(spelling)[0].generate("The", temperature=0) == by_final
@@ -46,7 +53,9 @@ def test_every_spelling_of_a_checkpoint_gives_the_same_text(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("shape", [{"model_type": "gpt2"}, {"model_type": "llama", "num_key_value_heads": 2}])
-def test_greedy_text_is_that_of_transformers_on_the_same_folder(tmp_path: Path, shape: dict[str, object]) -> None:
+def test_greedy_text_is_that_of_transformers_on_the_same_folder(
+    tmp_path: Path, shape: dict[str, object]
+) -> None:
     transformers = pytest.importorskip("transformers")
     folder = saved(tmp_path / "model", **shape)
     model, tokenizer = load_model(folder)
@@ -55,7 +64,9 @@ def test_greedy_text_is_that_of_transformers_on_the_same_folder(tmp_path: Path, 
     for prompt in ("The quick", "dog", "lazy fox jumps over"):
         inputs = their_tokenizer(prompt, return_tensors="pt")
         assert inputs.input_ids[0].tolist() == tokenizer.encode(prompt)
-        expected = theirs.generate(**inputs, max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0)[0]
+        expected = theirs.generate(
+            **inputs, max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0
+        )[0]
         settings = GenerationConfig(temperature=0, max_new_tokens=30, ignore_eos=True)
         assert model.answers([prompt], settings)[0].ids == expected[inputs.input_ids.shape[1] :].tolist()
 
@@ -77,16 +88,28 @@ def test_a_model_of_the_hub_may_name_several_ends(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["out", "data/mine"])
-def test_nanogpts_checkpoint_takes_the_vocabulary_of_its_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+def test_nanogpts_checkpoint_takes_the_vocabulary_of_its_dataset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
     monkeypatch.chdir(tmp_path)
-    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 5, "bias": False, "dropout": 0.0}
+    sizes = {
+        "n_layer": 1,
+        "n_head": 2,
+        "n_embd": 16,
+        "block_size": 16,
+        "vocab_size": 5,
+        "bias": False,
+        "dropout": 0.0,
+    }
     model = Transformer(ModelConfig(model_type="gpt2", activation="gelu", **sizes))
     weights = {entry.theirs: entry.join(dict(model.named_parameters())) for entry in unmatched_entries(model)}
     Path("out").mkdir()
     torch.save({"model_args": sizes, "model": weights, "config": {"dataset": "mine"}}, "out/ckpt.pt")
     Path(place).mkdir(parents=True, exist_ok=True)
     characters = "abc\n "
-    Path(place, "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 5, "itos": dict(enumerate(characters)), "stoi": {}}))
+    Path(place, "meta.pkl").write_bytes(
+        pickle.dumps({"vocab_size": 5, "itos": dict(enumerate(characters)), "stoi": {}})
+    )
     loaded, tokenizer = load_model("out")
     assert tokenizer.encode("cab") == [2, 0, 1]
     ids = torch.tensor([[2, 0, 1]])
@@ -98,7 +121,9 @@ def test_nanogpts_checkpoint_takes_the_vocabulary_of_its_dataset(tmp_path: Path,
     ("spec", "named"),
     [("no/such/folder", "no/such/folder"), ("empty", "empty"), ("model/model.pt", "model.pt")],
 )
-def test_what_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str, named: str) -> None:
+def test_what_is_not_there_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str, named: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     saved(tmp_path / "model")

@@ -16,7 +16,9 @@ def logits(rows: int, seed: int = 0, vocab: int = VOCAB) -> torch.Tensor:
     return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-def sampler(*settings: GenerationConfig, prompts: list[list[int]] | None = None, vocab: int = VOCAB) -> Sampler:
+def sampler(
+    *settings: GenerationConfig, prompts: list[list[int]] | None = None, vocab: int = VOCAB
+) -> Sampler:
     prompts = prompts or [[] for _ in settings]
     return Sampler([SamplingRow(each, prompt) for each, prompt in zip(settings, prompts, strict=True)], vocab)
 
@@ -25,7 +27,9 @@ def sampler(*settings: GenerationConfig, prompts: list[list[int]] | None = None,
 @pytest.mark.parametrize("top_k", [None, 1, 5, VOCAB, 10_000])
 @pytest.mark.parametrize("top_p", [None, 0.05, 0.9, 1.0])
 @pytest.mark.parametrize("min_p", [None, 0.0, 0.1])
-def test_restriction_equals_transformers_warpers(temperature: float, top_k: int | None, top_p: float | None, min_p: float | None) -> None:
+def test_restriction_equals_transformers_warpers(
+    temperature: float, top_k: int | None, top_p: float | None, min_p: float | None
+) -> None:
     warpers = pytest.importorskip("transformers.generation.logits_process")
     expected = warpers.TemperatureLogitsWarper(temperature)(None, logits(4))
     if top_k is not None:
@@ -43,7 +47,9 @@ def test_restriction_equals_transformers_warpers(temperature: float, top_k: int 
 def test_repetition_penalty_equals_transformers(penalty: float) -> None:
     processors = pytest.importorskip("transformers.generation.logits_process")
     prompts = [[1, 2, 3], [5, 5, 5]]
-    expected = processors.RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor(prompts), logits(2)).argmax(-1)
+    expected = processors.RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor(prompts), logits(2)).argmax(
+        -1
+    )
     each = GenerationConfig(temperature=0, repetition_penalty=penalty)
     assert torch.equal(sampler(each, each, prompts=prompts)(logits(2)), expected)
 
@@ -52,7 +58,9 @@ def test_repetition_penalty_remembers_what_was_drawn() -> None:
     ours = sampler(GenerationConfig(temperature=0, repetition_penalty=1e6), prompts=[[]])
     positive = logits(1).abs() + 1
     drawn = [int(ours(positive)) for _ in range(VOCAB)]
-    assert sorted(drawn) == list(range(VOCAB)), "a huge penalty on positive logits must visit every token once"
+    assert sorted(drawn) == list(range(VOCAB)), (
+        "a huge penalty on positive logits must visit every token once"
+    )
 
 
 def test_settings_hold_row_by_row() -> None:
@@ -90,7 +98,9 @@ def test_greedy_is_the_first_argmax() -> None:
 
 @pytest.mark.parametrize("temperature", [1e-40, 1e-30, 1e-7, 1e-6])
 @pytest.mark.parametrize("top_p", [None, 0.9])
-def test_a_temperature_that_numbers_cannot_be_divided_by_is_greedy(temperature: float, top_p: float | None) -> None:
+def test_a_temperature_that_numbers_cannot_be_divided_by_is_greedy(
+    temperature: float, top_p: float | None
+) -> None:
     logits = torch.tensor([[0.0, -8e4, 9e4, 8.9e4], [1.0, 0.0, -1.0, 2.0]])
     cold = SamplingRow(GenerationConfig(temperature=temperature, top_p=top_p, seed=1))
     assert Sampler([cold, cold], 4)(logits).tolist() == [2, 3]
@@ -99,7 +109,9 @@ def test_a_temperature_that_numbers_cannot_be_divided_by_is_greedy(temperature: 
 
 
 def test_top_k_1_is_greedy_at_any_temperature() -> None:
-    assert torch.equal(sampler(*[GenerationConfig(temperature=5.0, top_k=1)] * 8)(logits(8)), logits(8).argmax(-1))
+    assert torch.equal(
+        sampler(*[GenerationConfig(temperature=5.0, top_k=1)] * 8)(logits(8)), logits(8).argmax(-1)
+    )
 
 
 @hypothesis_settings(max_examples=60)
@@ -131,7 +143,14 @@ def test_min_p_is_relative_to_the_likeliest() -> None:
 
 def test_draw_inverts_the_cumulative_distribution() -> None:
     probabilities = torch.tensor([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]])
-    for uniform, token in [(0.0, 1), (0.2499, 1), (0.25, 3), (0.7499, 3), (0.75, 4), (math.nextafter(1.0, 0.0), 4)]:
+    for uniform, token in [
+        (0.0, 1),
+        (0.2499, 1),
+        (0.25, 3),
+        (0.7499, 3),
+        (0.75, 4),
+        (math.nextafter(1.0, 0.0), 4),
+    ]:
         assert draw(probabilities, [uniform]).tolist() == [token]
 
 

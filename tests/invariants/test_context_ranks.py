@@ -25,8 +25,14 @@ RUNS = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs on one rank and on two, all started once only."""
     base = tmp_path_factory.mktemp("context")
-    on_ranks(1, base, [a_run("plain"), a_run("plain-packed") | PACKED, a_run("plain-window", WINDOW) | PACKED])
-    on_ranks(2, base, [*RUNS.values(), a_run("resumed-on-2", resume_from=str(base / "plain/checkpoint-12"), **CONTEXT)])
+    on_ranks(
+        1, base, [a_run("plain"), a_run("plain-packed") | PACKED, a_run("plain-window", WINDOW) | PACKED]
+    )
+    on_ranks(
+        2,
+        base,
+        [*RUNS.values(), a_run("resumed-on-2", resume_from=str(base / "plain/checkpoint-12"), **CONTEXT)],
+    )
     return base
 
 
@@ -69,7 +75,11 @@ def test_ranks_that_share_sequences_hold_and_save_shards(folder: Path) -> None:
 @pytest.mark.slow
 def test_adapters_tied_embeddings_and_one_pass_have_the_losses_of_one_rank(folder: Path) -> None:
     others = {"lora": LORA, "tied": TIED, "one-pass": {}}
-    on_ranks(1, folder, [a_run("plain-lora", LORA), a_run("plain-tied", TIED), a_run("plain-one-pass", micro_batch_size=16)])
+    on_ranks(
+        1,
+        folder,
+        [a_run("plain-lora", LORA), a_run("plain-tied", TIED), a_run("plain-one-pass", micro_batch_size=16)],
+    )
     shared = [a_run(f"context-{name}", model, **CONTEXT) for name, model in others.items()]
     shared[-1]["settings"] = shared[-1]["settings"] | {"micro_batch_size": 16}  # type: ignore[operator]
     on_ranks(2, folder, shared)
@@ -87,7 +97,10 @@ def test_four_ranks_that_share_sequences_have_the_losses_of_one(folder: Path) ->
         "context-tensor": CONTEXT | {"tensor_parallel": 2},
     }
     on_ranks(4, folder, [a_run(name, WINDOW, **plan) | PACKED for name, plan in mixed.items()])
-    resumed = [a_run(f"resumed-{name}", WINDOW, resume_from=str(folder / name / "checkpoint-12")) | PACKED for name in mixed]
+    resumed = [
+        a_run(f"resumed-{name}", WINDOW, resume_from=str(folder / name / "checkpoint-12")) | PACKED
+        for name in mixed
+    ]
     on_ranks(1, folder, resumed)
     plain = folder / "plain-window"
     for name in mixed:

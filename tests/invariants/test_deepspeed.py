@@ -1,4 +1,6 @@
-"""A run through DeepSpeed is the run without it: the same losses, the same checkpoints, and each goes on from the other's."""
+"""A run through DeepSpeed is the run without it: the same losses, the same checkpoints, and each goes on from
+the other's.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,20 @@ FILE = {
     "train_batch_size": 16,
     "train_micro_batch_size_per_gpu": 2,
     "gradient_accumulation_steps": "auto",
-    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0},
+    "zero_optimization": {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_prefetch_bucket_size": 0,
+    },
 }
-RULE = {"max_rollbacks": 1, "spike_window": 6, "spike_sigma": 12.0, "spike_patience": 1, "spike_distance": 1, "save_interval": 3}
+RULE = {
+    "max_rollbacks": 1,
+    "spike_window": 6,
+    "spike_sigma": 12.0,
+    "spike_patience": 1,
+    "spike_distance": 1,
+    "save_interval": 3,
+}
 SPIKE = {"poisoned_step": 8, "poison": 20}
 
 
@@ -30,13 +43,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("deepspeed")
     (base / "whole.json").write_text(json.dumps(FILE), encoding="utf-8")
     zero = {"use_deepspeed": True}
-    runs = [a_run("ddp"), a_run("ddp-poisoned") | POISON, a_run("ddp-bf16", precision="bf16"), a_run("ddp-spike", **RULE) | SPIKE]
+    runs = [
+        a_run("ddp"),
+        a_run("ddp-poisoned") | POISON,
+        a_run("ddp-bf16", precision="bf16"),
+        a_run("ddp-spike", **RULE) | SPIKE,
+    ]
     runs += [a_run(f"zero-{stage}", zero_stage=stage, **zero) for stage in STAGES]
     runs += [a_run(f"zero-{stage}-poisoned", zero_stage=stage, **zero) | POISON for stage in (1, 3)]
     runs += [a_run("zero-file", deepspeed_config=str(base / "whole.json"), **zero)]
-    runs += [a_run("zero-bf16", precision="bf16", **zero), a_run("zero-spike", zero_stage=3, **RULE, **zero) | SPIKE]
-    runs += [a_run(f"plain-from-{stage}", resume_from=str(base / f"zero-{stage}/checkpoint-12")) for stage in GOES_ON]
-    runs += [a_run(f"zero-{stage}-on", zero_stage=stage, resume_from=str(base / "ddp/checkpoint-12"), **zero) for stage in GOES_ON]
+    runs += [
+        a_run("zero-bf16", precision="bf16", **zero),
+        a_run("zero-spike", zero_stage=3, **RULE, **zero) | SPIKE,
+    ]
+    runs += [
+        a_run(f"plain-from-{stage}", resume_from=str(base / f"zero-{stage}/checkpoint-12"))
+        for stage in GOES_ON
+    ]
+    runs += [
+        a_run(f"zero-{stage}-on", zero_stage=stage, resume_from=str(base / "ddp/checkpoint-12"), **zero)
+        for stage in GOES_ON
+    ]
     on_ranks(2, base, runs)
     on_ranks(1, base, [a_run("one", resume_from=str(base / "zero-2/checkpoint-12"), **zero)])
     return base
@@ -47,8 +74,13 @@ def test_zero_has_the_loss_of_plain_replicas(folder: Path, name: str) -> None:
     off = differences(series(folder / "ddp"), series(folder / name))
     assert len(off) == STEPS
     assert max(off) <= TOLERANCE
-    assert max(differences(series(folder / "ddp", "val_loss"), series(folder / name, "val_loss"))) <= TOLERANCE
-    assert max(differences(series(folder / "ddp", "gradient_norm"), series(folder / name, "gradient_norm"))) <= 10 * TOLERANCE
+    assert (
+        max(differences(series(folder / "ddp", "val_loss"), series(folder / name, "val_loss"))) <= TOLERANCE
+    )
+    assert (
+        max(differences(series(folder / "ddp", "gradient_norm"), series(folder / name, "gradient_norm")))
+        <= 10 * TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -64,14 +96,19 @@ def test_its_checkpoint_holds_what_a_plain_one_holds(folder: Path, stage: int) -
             assert (value - theirs[key]).abs().max() <= 1e-5, key
 
 
-@pytest.mark.parametrize("name", [*(f"plain-from-{stage}" for stage in GOES_ON), *(f"zero-{stage}-on" for stage in GOES_ON), "one"])
+@pytest.mark.parametrize(
+    "name", [*(f"plain-from-{stage}" for stage in GOES_ON), *(f"zero-{stage}-on" for stage in GOES_ON), "one"]
+)
 def test_a_run_goes_on_with_and_without_it(folder: Path, name: str) -> None:
     assert max(differences(series(folder / "ddp")[12:], series(folder / name))) <= TOLERANCE
 
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_zero_leaves_out_a_step_that_is_not_finite(folder: Path, stage: int) -> None:
-    assert max(differences(series(folder / "ddp-poisoned"), series(folder / f"zero-{stage}-poisoned"))) <= TOLERANCE
+    assert (
+        max(differences(series(folder / "ddp-poisoned"), series(folder / f"zero-{stage}-poisoned")))
+        <= TOLERANCE
+    )
 
 
 def test_zero_in_bf16_stays_near_plain_replicas(folder: Path) -> None:

@@ -1,4 +1,6 @@
-"""What goes wrong on one rank is dealt with by all alike: numbers that are none, spikes, signals, deaths, a full disk."""
+"""What goes wrong on one rank is dealt with by all alike: numbers that are none, spikes, signals, deaths, a
+full disk.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,22 @@ from llm_trainer.training.logging.metrics import read_metrics
 from llm_trainer.training.preemption import EXIT_PREEMPTED
 
 RUNNER = SUPPORT.joinpath("faulty_ranks.py")
-SETTINGS = {"max_steps": 12, "batch_size": 8, "micro_batch_size": 2, "gradient_accumulation_steps": None, "eval_interval": 4}
+SETTINGS = {
+    "max_steps": 12,
+    "batch_size": 8,
+    "micro_batch_size": 2,
+    "gradient_accumulation_steps": None,
+    "eval_interval": 4,
+}
 SETTINGS |= {"save_interval": 3, "save_total_limit": None, "warmup_steps": 1}
-RULE = {"max_rollbacks": 1, "spike_window": 6, "spike_sigma": 12.0, "spike_patience": 2, "spike_distance": 1, "spike_rate_factor": 0.5}
+RULE = {
+    "max_rollbacks": 1,
+    "spike_window": 6,
+    "spike_sigma": 12.0,
+    "spike_patience": 2,
+    "spike_distance": 1,
+    "spike_rate_factor": 0.5,
+}
 KINDS = {"ddp": 1, "fsdp": 2}
 WRITERS = [("ddp", 0), ("fsdp", 0), ("fsdp", 1)]  # who writes files of a save
 SAVES = ["off", "on"]  # in the background or not
@@ -36,18 +51,34 @@ def a_run(name: str, **settings: object) -> Run:
     return {"name": name, "settings": SETTINGS | settings}
 
 
-def launch(folder: Path, runs: list[Run], *flags: str, ranks: int = 2, before: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+def launch(
+    folder: Path, runs: list[Run], *flags: str, ranks: int = 2, before: tuple[str, ...] = ()
+) -> subprocess.Popen[str]:
     """Start the runs under torchrun."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "runs.json").write_text(json.dumps(runs), encoding="utf-8")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={ranks}",
+        *flags,
+    ]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
     command = [*before, *torchrun, str(RUNNER), str(folder)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def outcomes(folder: Path, name: str) -> list[Run]:
-    return [json.loads((folder / f"{name}-outcome-{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)]
+    return [
+        json.loads((folder / f"{name}-outcome-{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)
+    ]
 
 
 def losses(run: Path) -> list[float]:
@@ -64,7 +95,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind, fsdp in KINDS.items():
         runs += [
             a_run(f"{kind}-whole", fsdp=fsdp),
-            a_run(f"{kind}-nan", fsdp=fsdp, max_skipped_steps=3) | {"factor": on_one | {"by": "nan", "steps": list(range(5, 13))}},
+            a_run(f"{kind}-nan", fsdp=fsdp, max_skipped_steps=3)
+            | {"factor": on_one | {"by": "nan", "steps": list(range(5, 13))}},
             a_run(f"{kind}-spike", fsdp=fsdp, **RULE) | {"factor": on_both | {"by": 20, "steps": [8, 9]}},
         ]
     for place, step in PLACES.items():
@@ -73,7 +105,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             a_run(f"signal-in-{place}", resume_from="auto") | {"outcome": f"resumed-in-{place}"},
         ]
     for (kind, rank), how in itertools.product(WRITERS, SAVES):
-        run = a_run(f"refused-{kind}-{rank}-{how}", fsdp=KINDS[kind], asynchronous_saves=how, eval_interval=100)
+        run = a_run(
+            f"refused-{kind}-{rank}-{how}", fsdp=KINDS[kind], asynchronous_saves=how, eval_interval=100
+        )
         runs.append(run | {"full_disk": {"place": "file of a save", "rank": rank, "step": 6}})
     process = launch(base, runs)
     said, _ = process.communicate(timeout=400)
@@ -82,13 +116,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_where_one_rank_has_no_numbers_all_stop_after_as_many_steps_and_name_the_samples(folder: Path, kind: str) -> None:
+def test_where_one_rank_has_no_numbers_all_stop_after_as_many_steps_and_name_the_samples(
+    folder: Path, kind: str
+) -> None:
     for outcome in outcomes(folder, f"{kind}-nan"):
         assert outcome["error"] == "TrainingDiverged"
-        assert outcome["message"].startswith("3 steps in a row without a finite loss and gradient, the last on samples 48 to 55")
+        assert outcome["message"].startswith(
+            "3 steps in a row without a finite loss and gradient, the last on samples 48 to 55"
+        )
     said = outcomes(folder, f"{kind}-nan")[0]["said"]
     named = [re.search(r"samples \d+ to \d+", line) for line in said if "left everything as it was" in line]
-    assert [match[0] for match in named if match] == ["samples 32 to 39", "samples 40 to 47", "samples 48 to 55"]
+    assert [match[0] for match in named if match] == [
+        "samples 32 to 39",
+        "samples 40 to 47",
+        "samples 48 to 55",
+    ]
     assert losses(folder / f"{kind}-nan")[:4] == losses(folder / f"{kind}-whole")[:4]
 
 
@@ -110,9 +152,13 @@ def test_a_spike_ends_alike_by_replicas_and_by_shards(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_signal_to_one_rank_saves_on_all_and_the_resumed_run_is_the_uninterrupted_one(folder: Path, place: str) -> None:
+def test_a_signal_to_one_rank_saves_on_all_and_the_resumed_run_is_the_uninterrupted_one(
+    folder: Path, place: str
+) -> None:
     run = folder / f"signal-in-{place}"
-    assert [one.step for one in list_checkpoints(run) if one.path.name.startswith("emergency-")] == [PLACES[place]]
+    assert [one.step for one in list_checkpoints(run) if one.path.name.startswith("emergency-")] == [
+        PLACES[place]
+    ]
     for outcome in outcomes(folder, f"signal-in-{place}"):
         assert (outcome["ended_by"], outcome["status"]) == ("preempted", EXIT_PREEMPTED)
     assert compare_checkpoints(run / "final_model", folder / "ddp-whole/final_model") == []
@@ -123,13 +169,17 @@ def check_full_disk(folder: Path, name: str) -> None:
         assert outcome["error"] == "CheckpointError"
         assert "checkpoint-6 could not be saved" in outcome["message"]
         assert "Earlier checkpoints are untouched" in outcome["message"]
-    assert [one.path.name for one in list_checkpoints(folder / name) if not verify(one.path)][-1] == "checkpoint-3"
+    assert [one.path.name for one in list_checkpoints(folder / name) if not verify(one.path)][
+        -1
+    ] == "checkpoint-3"
     assert not list((folder / name).glob(".tmp-*"))
 
 
 @pytest.mark.parametrize("how", SAVES)
 @pytest.mark.parametrize(("kind", "rank"), WRITERS)
-def test_a_save_that_one_rank_cannot_write_ends_all_with_the_earlier_one_whole(folder: Path, kind: str, rank: int, how: str) -> None:
+def test_a_save_that_one_rank_cannot_write_ends_all_with_the_earlier_one_whole(
+    folder: Path, kind: str, rank: int, how: str
+) -> None:
     check_full_disk(folder, f"refused-{kind}-{rank}-{how}")
 
 
@@ -157,7 +207,10 @@ DEATHS = {
         {"place": "file of a save", "rank": 0, "step": 6},
         {"place": "save", "rank": 1, "step": 9},
     ],
-    "fsdp": [{"place": "before backward", "rank": 0, "step": 5}, {"place": "file of a save", "rank": 1, "step": 6}],
+    "fsdp": [
+        {"place": "before backward", "rank": 0, "step": 5},
+        {"place": "file of a save", "rank": 1, "step": 6},
+    ],
 }
 
 
@@ -166,8 +219,8 @@ DEATHS = {
 def test_a_rank_that_dies_anywhere_ends_all_in_ten_seconds_by_name_and_restarted_the_run_is_whole(
     folder: Path, tmp_path: Path, kind: str, how: str
 ) -> None:
-    """Killed before a backward pass, in the middle of an all-reduce, while it writes its part of a save (in the background, too) and while
-    it waits for others who do; after each torchrun starts all ranks again.
+    """Killed before a backward pass, in the middle of an all-reduce, while it writes its part of a save (in
+    the background, too) and while it waits for others who do; after each torchrun starts all ranks again.
     """
     deaths = DEATHS[kind]
     run = a_run("whole", fsdp=KINDS[kind], resume_from="auto", asynchronous_saves=how) | {"deaths": deaths}

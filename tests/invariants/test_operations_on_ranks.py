@@ -1,4 +1,6 @@
-"""A schedule with every operation in it: the same losses on one rank, on two replicas, on two shards, compiled, and after a resume."""
+"""A schedule with every operation in it: the same losses on one rank, on two replicas, on two shards,
+compiled, and after a resume.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,12 @@ from llm_trainer.training.logging.metrics import read_metrics
 
 RUNNER = SUPPORT.joinpath("operations_run.py")
 STEPS = 21
-COMMON: dict[str, object] = {"max_steps": STEPS, "batch_size": 16, "micro_batch_size": 4, "gradient_accumulation_steps": None}
+COMMON: dict[str, object] = {
+    "max_steps": STEPS,
+    "batch_size": 16,
+    "micro_batch_size": 4,
+    "gradient_accumulation_steps": None,
+}
 COMMON |= {"eval_interval": 7, "learning_rate": 3e-3, "save_interval": 8, "save_total_limit": None}
 TOLERANCE = {"adamw": 2e-6, "muon": 1e-2}  # Muon's iteration is in bf16
 
@@ -48,7 +55,8 @@ SCHEDULE = [
 ]
 
 
-# What two ranks of a tensor group can cut at every point: heads and units in pairs, adapters outside the blocks alone.
+# What two ranks of a tensor group can cut at every point: heads and units in pairs, adapters outside the
+# blocks alone.
 EVEN_SCHEDULE = [
     {**one, "value": ["attn.1", 0.5]} if one["name"] == "prune_heads" else {**one, "value": ["wte", one["value"][1]]}
     if one["name"] == "set_layer_lora_rank" else one
@@ -68,8 +76,19 @@ def a_run(name: str, schedule: list[Run] = SCHEDULE, **settings: object) -> Run:
 def on_ranks(count: int, folder: Path, runs: list[Run]) -> None:
     """Train the runs under torchrun."""
     (folder / "runs.json").write_text(json.dumps(runs), encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", str(RUNNER), str(folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={count}",
+        str(RUNNER),
+        str(folder),
+    ]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -89,12 +108,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("operations")
     plain = [a_run(f"plain-{optimizer}", optimizer=optimizer) for optimizer in TOLERANCE]
     plain += [a_run(f"plain-even-{optimizer}", EVEN_SCHEDULE, optimizer=optimizer) for optimizer in TOLERANCE]
-    sets = {"schedule": SETS_SCHEDULE, "model": {"dropout": 0.0, **SETS}, "settings": COMMON | {"max_steps": 5}}
+    sets = {
+        "schedule": SETS_SCHEDULE,
+        "model": {"dropout": 0.0, **SETS},
+        "settings": COMMON | {"max_steps": 5},
+    }
     plain += [sets | {"name": "plain-sets"}]
     on_ranks(1, base, plain)
     two = [a_run(f"ddp-{optimizer}", optimizer=optimizer) for optimizer in TOLERANCE]
     two += [a_run(f"fsdp-{optimizer}", optimizer=optimizer, fsdp=2) for optimizer in TOLERANCE]
-    two += [a_run(f"tensor-{optimizer}", EVEN_SCHEDULE, optimizer=optimizer, tensor_parallel=2) for optimizer in TOLERANCE]
+    two += [
+        a_run(f"tensor-{optimizer}", EVEN_SCHEDULE, optimizer=optimizer, tensor_parallel=2)
+        for optimizer in TOLERANCE
+    ]
     start = str(base / "plain-adamw/checkpoint-8")
     two += [a_run("resumed-fsdp", fsdp=2, resume_from=start), sets | {"name": "ddp-sets"}]
     on_ranks(2, base, two)
@@ -108,18 +134,26 @@ def test_every_operation_is_the_same_on_two_ranks(folder: Path, kind: str, optim
     assert len(series(plain)) == STEPS
     assert largest_difference(series(plain), series(run)) <= TOLERANCE[optimizer]
     assert largest_difference(series(plain, "val_loss"), series(run, "val_loss")) <= TOLERANCE[optimizer]
-    told = [[json.loads(line) for line in (one / "operations.jsonl").read_text(encoding="utf-8").splitlines()] for one in (plain, run)]
+    told = [
+        [json.loads(line) for line in (one / "operations.jsonl").read_text(encoding="utf-8").splitlines()]
+        for one in (plain, run)
+    ]
     assert [line["operation"] for line in told[1]] == [one["name"] for one in SCHEDULE]
     assert [line["parameters_after"] for line in told[0]] == [line["parameters_after"] for line in told[1]]
 
 
 def test_a_run_goes_on_in_the_middle_of_its_schedule_on_another_number_of_ranks(folder: Path) -> None:
-    assert largest_difference(series(folder / "plain-adamw")[8:], series(folder / "resumed-fsdp")) <= TOLERANCE["adamw"]
+    assert (
+        largest_difference(series(folder / "plain-adamw")[8:], series(folder / "resumed-fsdp"))
+        <= TOLERANCE["adamw"]
+    )
 
 
 def test_sets_of_adapters_of_which_some_count_are_trained_alike_on_two_ranks(folder: Path) -> None:
     assert len(series(folder / "ddp-sets")) == 5
-    assert largest_difference(series(folder / "plain-sets"), series(folder / "ddp-sets")) <= TOLERANCE["adamw"]
+    assert (
+        largest_difference(series(folder / "plain-sets"), series(folder / "ddp-sets")) <= TOLERANCE["adamw"]
+    )
 
 
 @pytest.mark.slow
@@ -132,10 +166,16 @@ def test_every_operation_is_the_same_where_ranks_share_sequences(folder: Path) -
 @pytest.mark.parametrize("optimizer", TOLERANCE)
 def test_every_operation_is_the_same_compiled(folder: Path, optimizer: str) -> None:
     on_ranks(1, folder, [a_run(f"compiled-{optimizer}", optimizer=optimizer, compile="on")])
-    assert largest_difference(series(folder / f"plain-{optimizer}"), series(folder / f"compiled-{optimizer}")) <= 5 * TOLERANCE[optimizer]
+    assert (
+        largest_difference(series(folder / f"plain-{optimizer}"), series(folder / f"compiled-{optimizer}"))
+        <= 5 * TOLERANCE[optimizer]
+    )
 
 
 @pytest.mark.slow
 def test_a_sharded_run_goes_on_on_one_rank(folder: Path) -> None:
     on_ranks(1, folder, [a_run("resumed-on-1", resume_from=str(folder / "fsdp-adamw/checkpoint-8"))])
-    assert largest_difference(series(folder / "fsdp-adamw")[8:], series(folder / "resumed-on-1")) <= TOLERANCE["adamw"]
+    assert (
+        largest_difference(series(folder / "fsdp-adamw")[8:], series(folder / "resumed-on-1"))
+        <= TOLERANCE["adamw"]
+    )

@@ -20,7 +20,13 @@ RUNNER = SUPPORT.joinpath("ranked_run.py")
 STEPS = 24
 NO_DROPOUT = {"dropout": 0.0}
 # Sixteen sequences a step, whatever the ranks.
-COMMON = {"max_steps": STEPS, "batch_size": 16, "micro_batch_size": 2, "gradient_accumulation_steps": None, "eval_interval": 8}
+COMMON = {
+    "max_steps": STEPS,
+    "batch_size": 16,
+    "micro_batch_size": 2,
+    "gradient_accumulation_steps": None,
+    "eval_interval": 8,
+}
 COMMON |= {"learning_rate": 3e-3, "save_interval": 12, "save_total_limit": None}
 TOLERANCE = 1e-6
 
@@ -41,8 +47,20 @@ def on_ranks(count: int, folder: Path, runs: list[Run], *flags: str) -> None:
 
 def launched(count: int, folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     """What became of torchrun over the folder's list of runs."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", *flags, str(RUNNER), str(folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={count}",
+        *flags,
+        str(RUNNER),
+        str(folder),
+    ]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
@@ -70,8 +88,12 @@ RUNS = {
     "ddp-lora": a_run("ddp-lora", LORA),
     "fsdp-lora": a_run("fsdp-lora", LORA, fsdp=2),
     "pipeline": a_run("pipeline", pipeline_parallel=2),
-    "pipeline-tied": a_run("pipeline-tied", {"tie_word_embeddings": True}, pipeline_parallel=2, pipeline_schedule="gpipe"),
-    "interleaved-llama": a_run("interleaved-llama", LLAMA, pipeline_parallel=2, pipeline_schedule="interleaved"),
+    "pipeline-tied": a_run(
+        "pipeline-tied", {"tie_word_embeddings": True}, pipeline_parallel=2, pipeline_schedule="gpipe"
+    ),
+    "interleaved-llama": a_run(
+        "interleaved-llama", LLAMA, pipeline_parallel=2, pipeline_schedule="interleaved"
+    ),
 }
 PLANS: dict[str, dict[str, object]] = {
     "ddp": {},
@@ -103,9 +125,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             a_run(f"{kind}-muon", **plan, **MUON),
             a_run(f"{kind}-background", asynchronous_saves="on", **plan),
         ]
-    two += [a_run(f"resumed-on-2-{kind}", resume_from=str(base / "plain/checkpoint-12"), **PLANS[kind]) for kind in PLANS]
+    two += [
+        a_run(f"resumed-on-2-{kind}", resume_from=str(base / "plain/checkpoint-12"), **PLANS[kind])
+        for kind in PLANS
+    ]
     on_ranks(2, base, two)
-    on_ranks(1, base, [a_run(f"resumed-on-1-{kind}", resume_from=str(base / kind / "checkpoint-12")) for kind in PLANS])
+    on_ranks(
+        1,
+        base,
+        [a_run(f"resumed-on-1-{kind}", resume_from=str(base / kind / "checkpoint-12")) for kind in PLANS],
+    )
     return base
 
 
@@ -154,7 +183,9 @@ def test_each_rank_saves_its_shards_and_together_they_are_the_model_folder_of_on
     from llm_trainer.training.checkpoint.optimizer_state import read_tensors
 
     mine, theirs = folder / "fsdp/checkpoint-12", folder / "plain/checkpoint-12"
-    assert [path.name for path in sorted(mine.glob("*.safetensors"))] == [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    assert [path.name for path in sorted(mine.glob("*.safetensors"))] == [
+        f"model-0000{n}-of-00002.safetensors" for n in (1, 2)
+    ]
     sizes = [path.stat().st_size for path in sorted((mine / "optimizer").iterdir())]
     assert len(sizes) == 2
     assert max(sizes) < 1.2 * min(sizes)
@@ -165,7 +196,10 @@ def test_each_rank_saves_its_shards_and_together_they_are_the_model_folder_of_on
     moments = dict(read_tensors(theirs / "optimizer"))
     found = dict(read_tensors(mine / "optimizer"))
     assert found.keys() == moments.keys()
-    assert all(found[name].shape == moments[name].shape and torch.allclose(found[name], moments[name], atol=1e-5) for name in found)
+    assert all(
+        found[name].shape == moments[name].shape and torch.allclose(found[name], moments[name], atol=1e-5)
+        for name in found
+    )
 
 
 @pytest.mark.parametrize("name", ["pipeline", "pipeline-tied"])
@@ -198,7 +232,11 @@ def test_torchs_own_reader_takes_the_pieces_that_ranks_wrote(folder: Path) -> No
 
     ours = dict(read_tensors(folder / "fsdp/checkpoint-12/optimizer"))
     theirs = {name: torch.zeros_like(tensor) for name, tensor in ours.items() if tensor.ndim}
-    dcp.load(theirs, storage_reader=HuggingFaceStorageReader(str(folder / "fsdp/checkpoint-12/optimizer")), no_dist=True)
+    dcp.load(
+        theirs,
+        storage_reader=HuggingFaceStorageReader(str(folder / "fsdp/checkpoint-12/optimizer")),
+        no_dist=True,
+    )
     assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
 
 
@@ -218,7 +256,9 @@ def test_restarted_after_a_death_the_run_is_as_if_nothing_had_been(folder: Path)
 
 @pytest.mark.slow
 def test_four_ranks_have_the_loss_of_one(folder: Path) -> None:
-    """Replicas of shards, either of cut matrices or of stages, and each kind of checkpoint from two ranks going on on four."""
+    """Replicas of shards, either of cut matrices or of stages, and each kind of checkpoint from two ranks
+    going on on four.
+    """
     mixed = {
         "mixed": {"fsdp": 2, "data_parallel": 2},
         "tensor-fsdp": {"tensor_parallel": 2, "fsdp": 2},
@@ -226,9 +266,16 @@ def test_four_ranks_have_the_loss_of_one(folder: Path) -> None:
         "pipeline-fsdp": {"pipeline_parallel": 2, "fsdp": 2},
     }
     runs = [a_run(name, **plan) for name, plan in mixed.items()]
-    runs += [a_run(f"resumed-on-4-{kind}", fsdp=4, resume_from=str(folder / kind / "checkpoint-12")) for kind in PLANS]
-    runs += [a_run("resumed-on-4-pipeline-fsdp", fsdp=4, resume_from=str(folder / "pipeline-fsdp/checkpoint-12"))]
-    runs += [a_run("resumed-mixed", tensor_parallel=2, fsdp=2, resume_from=str(folder / "fsdp/checkpoint-12"))]
+    runs += [
+        a_run(f"resumed-on-4-{kind}", fsdp=4, resume_from=str(folder / kind / "checkpoint-12"))
+        for kind in PLANS
+    ]
+    runs += [
+        a_run("resumed-on-4-pipeline-fsdp", fsdp=4, resume_from=str(folder / "pipeline-fsdp/checkpoint-12"))
+    ]
+    runs += [
+        a_run("resumed-mixed", tensor_parallel=2, fsdp=2, resume_from=str(folder / "fsdp/checkpoint-12"))
+    ]
     on_ranks(4, folder, runs)
     plain = series(folder / "plain")
     for name in mixed:

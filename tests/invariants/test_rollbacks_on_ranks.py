@@ -1,4 +1,6 @@
-"""Which checkpoint several ranks go on from, or back to: verified by all of them together, the same one on all, under every plan."""
+"""Which checkpoint several ranks go on from, or back to: verified by all of them together, the same one on
+all, under every plan.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,12 @@ from test_faulty_ranks import RULE, a_run, launch, losses, outcomes
 from llm_trainer.run_dir import read_json, verify
 
 Run = dict[str, Any]
-PLANS: dict[str, Run] = {"replicas": {}, "tensor": {"tensor_parallel": 2}, "pipeline": {"pipeline_parallel": 2}, "remote": {}}
+PLANS: dict[str, Run] = {
+    "replicas": {},
+    "tensor": {"tensor_parallel": 2},
+    "pipeline": {"pipeline_parallel": 2},
+    "remote": {},
+}
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +32,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         runs.append(a_run(name, **plan, **remote, **RULE) | spike)
     source = base / "replicas"
     runs.append(a_run("resumed", resume_from=str(source / "checkpoint-9")))
-    runs.append(a_run("damaged", resume_from=str(source / "checkpoint-6")) | {"garble": str(source / "checkpoint-6/config.json")})
+    runs.append(
+        a_run("damaged", resume_from=str(source / "checkpoint-6"))
+        | {"garble": str(source / "checkpoint-6/config.json")}
+    )
     process = launch(base, runs)
     said, _ = process.communicate(timeout=400)
     assert process.returncode == 0, said
@@ -46,7 +56,9 @@ def test_after_a_rollback_the_copy_elsewhere_holds_the_way_that_was_kept(folder:
     assert verify(there) == []
     assert read_json(there / "manifest.json") == read_json(here / "manifest.json")
     assert verify(folder / "elsewhere/checkpoint-9") == []
-    assert read_json(folder / "elsewhere/checkpoint-9/manifest.json") == read_json(folder / "remote/checkpoint-9/manifest.json")
+    assert read_json(folder / "elsewhere/checkpoint-9/manifest.json") == read_json(
+        folder / "remote/checkpoint-9/manifest.json"
+    )
 
 
 def test_a_resume_reads_each_file_once_on_all_ranks_together(folder: Path) -> None:

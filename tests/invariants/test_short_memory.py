@@ -1,4 +1,6 @@
-"""One of two ranks runs out of memory: both go on with the same smaller micro-batch, and the result is that of a run that began so."""
+"""One of two ranks runs out of memory: both go on with the same smaller micro-batch, and the result is that
+of a run that began so.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,13 @@ from safetensors.torch import load_file
 from llm_trainer.run_dir import list_checkpoints
 
 RUNNER = SUPPORT.joinpath("short_ranks.py")
-SETTINGS = {"max_steps": 6, "batch_size": 16, "micro_batch_size": 8, "gradient_accumulation_steps": None, "eval_interval": 100}
+SETTINGS = {
+    "max_steps": 6,
+    "batch_size": 16,
+    "micro_batch_size": 8,
+    "gradient_accumulation_steps": None,
+    "eval_interval": 100,
+}
 SETTINGS |= {"save_interval": 3, "save_total_limit": None, "warmup_steps": 1}
 
 Run = dict[str, Any]
@@ -30,13 +38,26 @@ def a_run(name: str, short: Run | None = None, **settings: object) -> Run:
 def launch(folder: Path, runs: list[Run]) -> subprocess.CompletedProcess[str]:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "runs.json").write_text(json.dumps(runs), encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(RUNNER), str(folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(RUNNER),
+        str(folder),
+    ]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
 
 
 def outcomes(folder: Path, name: str) -> list[Run]:
-    return [json.loads((folder / f"{name}-outcome-{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)]
+    return [
+        json.loads((folder / f"{name}-outcome-{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)
+    ]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -68,14 +89,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", ["at first forward", "at first backward"])
-def test_the_first_step_tried_again_leads_to_the_very_weights_of_smaller_micro_batches(folder: Path, name: str) -> None:
+def test_the_first_step_tried_again_leads_to_the_very_weights_of_smaller_micro_batches(
+    folder: Path, name: str
+) -> None:
     assert outcomes(folder, name) == [{"ended_by": "finished", "micro_batch_size": 4, "step": 6}] * 2
     assert difference(folder / name, folder / "small") == 0.0
 
 
-def test_a_later_step_is_tried_again_as_a_run_resumed_from_the_emergency_checkpoint_does_it(folder: Path) -> None:
+def test_a_later_step_is_tried_again_as_a_run_resumed_from_the_emergency_checkpoint_does_it(
+    folder: Path,
+) -> None:
     assert outcomes(folder, "later") == [{"ended_by": "finished", "micro_batch_size": 4, "step": 6}] * 2
-    assert [one.step for one in list_checkpoints(folder / "later") if one.path.name.startswith("emergency")] == [4]
+    assert [
+        one.step for one in list_checkpoints(folder / "later") if one.path.name.startswith("emergency")
+    ] == [4]
     assert difference(folder / "later", folder / "again") == 0.0
 
 
@@ -88,12 +115,19 @@ def test_ranks_agree_on_what_fits(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("plan", "place"), [({}, "backward"), ({"fsdp": 2}, "forward")])
-def test_where_ranks_cannot_agree_the_run_ends_and_goes_on_smaller(tmp_path: Path, plan: Run, place: str) -> None:
+def test_where_ranks_cannot_agree_the_run_ends_and_goes_on_smaller(
+    tmp_path: Path, plan: Run, place: str
+) -> None:
     done = launch(tmp_path, [a_run("run", {"sequences": 4, "from_step": 4, "place": place}, **plan)])
     assert done.returncode != 0
     assert "go on with --resume auto, which takes micro_batch_size 4 then" in done.stderr + done.stdout
-    again = launch(tmp_path, [a_run("run", {"sequences": 4, "from_step": 0, "place": place}, resume_from="auto", **plan)])
+    again = launch(
+        tmp_path, [a_run("run", {"sequences": 4, "from_step": 0, "place": place}, resume_from="auto", **plan)]
+    )
     assert again.returncode == 0, again.stderr[-3000:]
     assert [one["micro_batch_size"] for one in outcomes(tmp_path, "run")] == [4, 4]
-    launch(tmp_path / "small", [a_run("run", micro_batch_size=4, resume_from=str(tmp_path / "run" / "checkpoint-3"), **plan)])
+    launch(
+        tmp_path / "small",
+        [a_run("run", micro_batch_size=4, resume_from=str(tmp_path / "run" / "checkpoint-3"), **plan)],
+    )
     assert difference(tmp_path / "run", tmp_path / "small" / "run") == 0.0

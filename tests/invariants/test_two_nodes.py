@@ -1,4 +1,5 @@
-"""Two nodes, each in a network namespace of its own, with the manual's own command line; and what happens when the cable is pulled.
+"""Two nodes, each in a network namespace of its own, with the manual's own command line; and what happens
+when the cable is pulled.
 
 Skipped where the system allows no user namespaces; no root is needed.
 """
@@ -47,7 +48,14 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, tiny_texts: list[str]) ->
     folder = tmp_path_factory.mktemp("nodes")
     (folder / "raw").mkdir()
     (folder / "raw/text.txt").write_text("\n\n".join(tiny_texts), encoding="utf-8")
-    command = [sys.executable, ROOT / "data_prep_tool.py", "--input_dir", "raw", "--output_dir", "processed_data"]
+    command = [
+        sys.executable,
+        ROOT / "data_prep_tool.py",
+        "--input_dir",
+        "raw",
+        "--output_dir",
+        "processed_data",
+    ]
     command += ["--vocab_size", "300", "--max_length", "32", "--tokenizer_type", "bpe"]
     subprocess.run(command, cwd=folder, env=environment(), check=True, capture_output=True)
     return folder
@@ -83,7 +91,9 @@ def test_two_nodes_train_as_two_ranks_of_one_do(prepared: Path) -> None:
     assert "2 ranks" in ends[0][2]
     assert "run folder" not in ends[1][2]  # one rank talks
     one_node = f"{BIN}/torchrun --standalone --nproc_per_node=2 {train_command('one')}"
-    subprocess.run(["sh", "-c", one_node], cwd=prepared, env=environment(), check=True, capture_output=True, timeout=120)
+    subprocess.run(
+        ["sh", "-c", one_node], cwd=prepared, env=environment(), check=True, capture_output=True, timeout=120
+    )
     assert len(losses(prepared / "two")) == 12
     assert losses(prepared / "two") == losses(prepared / "one")
 
@@ -95,7 +105,9 @@ def test_when_the_cable_is_pulled_both_nodes_end_in_ten_seconds_by_name(prepared
     for node, (status, _, said) in enumerate(ends):
         assert status != 0
         assert re.search(rf"rank {1 - node} |launcher of rank {node} cannot be reached", said), said
-        ended = re.search(r"time +: (\S+)", said)  # of the rank; its launcher takes its own time on a busy machine
+        ended = re.search(
+            r"time +: (\S+)", said
+        )  # of the rank; its launcher takes its own time on a busy machine
         assert ended is not None, said
         assert datetime.strptime(ended[1], "%Y-%m-%d_%H:%M:%S").timestamp() - pulled <= 10, said
     assert not [one for one in list_checkpoints(prepared / "cut") if verify(one.path)]

@@ -1,7 +1,7 @@
 """Every command that the five manuals tell a user to type, scaled down, in a clone of its own.
 
-What is not built yet is a strict expected failure, and only for the refusal that says so: a crash in its place fails the test, and so does
-a command that has begun to work, until its case is changed from owed.
+What is not built yet is a strict expected failure, and only for the refusal that says so: a crash in its
+place fails the test, and so does a command that has begun to work, until its case is changed from owed.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
 from manuals.cases import CASES, Case, scaled
 from manuals.extract import Command, commands
 from manuals.stages import Stages, run
@@ -33,7 +32,11 @@ def _parameters() -> list[object]:
     for command in COMMANDS:
         case = CASES[command.manual].get(command.text)
         is_owed = case is not None and case.owed
-        marks = [pytest.mark.xfail(strict=True, raises=NotBuiltYet, reason=case.owed)] if is_owed else [pytest.mark.slow]
+        marks = (
+            [pytest.mark.xfail(strict=True, raises=NotBuiltYet, reason=case.owed)]
+            if is_owed
+            else [pytest.mark.slow]
+        )
         made.append(pytest.param(command, id=str(command), marks=marks))
     return made
 

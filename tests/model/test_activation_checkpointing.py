@@ -19,8 +19,16 @@ FORMS: list[dict[str, object]] = [
 
 
 def _gradients(dropout: float, mode: str = "off", **changes: object) -> list[torch.Tensor]:
-    shape = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 64, "max_position_embeddings": 16}
-    model = Transformer(ModelConfig.model_validate({**shape, "dropout": dropout, **changes}), torch.Generator().manual_seed(0)).train()
+    shape = {
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "vocab_size": 64,
+        "max_position_embeddings": 16,
+    }
+    model = Transformer(
+        ModelConfig.model_validate({**shape, "dropout": dropout, **changes}), torch.Generator().manual_seed(0)
+    ).train()
     if mode == "blocks":
         compile_model(model, "blocks")
     ids = torch.arange(32).view(2, 16)
@@ -43,5 +51,7 @@ def test_gradients_are_the_plain_ones(form: dict[str, object], dropout: float) -
 @pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_gradients_are_the_plain_ones_when_compiled(form: dict[str, object]) -> None:
-    for one, other in zip(_gradients(0.0), _gradients(0.0, "blocks", gradient_checkpointing=True, **form), strict=True):
+    for one, other in zip(
+        _gradients(0.0), _gradients(0.0, "blocks", gradient_checkpointing=True, **form), strict=True
+    ):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

@@ -8,7 +8,9 @@ import torch
 from llm_trainer.model.activations import ACTIVATIONS, relu_squared
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 0.0), (torch.float32, 0.0), (torch.bfloat16, 2**-7)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 0.0), (torch.float32, 0.0), (torch.bfloat16, 2**-7)]
+)
 def test_relu_squared_and_its_gradient_are_autograds(dtype: torch.dtype, tolerance: float) -> None:
     generator = torch.Generator().manual_seed(0)
     ours = torch.randn(4, 33, generator=generator).to(dtype).requires_grad_()

@@ -12,7 +12,10 @@ from llm_trainer.model.positional import sequence_mask
 
 def _inputs(kv_heads: int, dtype: torch.dtype) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(2, heads, 24, 8, generator=generator).to(dtype).requires_grad_() for heads in (4, kv_heads, kv_heads)]
+    return [
+        torch.randn(2, heads, 24, 8, generator=generator).to(dtype).requires_grad_()
+        for heads in (4, kv_heads, kv_heads)
+    ]
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])

@@ -1,4 +1,6 @@
-"""The model compiles whole and by block, without breaks, once for all layers, and computes what it computes without."""
+"""The model compiles whole and by block, without breaks, once for all layers, and computes what it computes
+without.
+"""
 
 import pytest
 import torch
@@ -17,7 +19,10 @@ def gradients(model: Transformer, autocast: bool, documents: torch.Tensor | None
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         loss = model(IDS, document_ids=documents).float().logsumexp(-1).mean()
     loss.backward()
-    return [loss.detach(), *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)]
+    return [
+        loss.detach(),
+        *(parameter.grad for parameter in model.parameters() if parameter.grad is not None),
+    ]
 
 
 @pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["whole", "packed"])
@@ -31,7 +36,9 @@ def test_all_blocks_share_one_graph_without_breaks(shape, autocast, documents):
     for block in model.blocks:
         block.compile(backend=counter, fullgraph=True)
     for compiled, plain in zip(gradients(model, autocast, documents), eager, strict=True):
-        torch.testing.assert_close(compiled, plain, atol=2e-2 if autocast else 1e-5, rtol=2e-2 if autocast else 1e-4)
+        torch.testing.assert_close(
+            compiled, plain, atol=2e-2 if autocast else 1e-5, rtol=2e-2 if autocast else 1e-4
+        )
     assert counter.frame_count == 1
     gradients(model, autocast, documents)
     assert counter.frame_count == 1
@@ -57,7 +64,12 @@ def test_a_budget_of_two_graphs_serves_ragged_lengths():
     compiled = torch.compile(model, backend=counter)
     with torch.no_grad():
         for length in (16, 9, 30, 12, 41):
-            torch.testing.assert_close(compiled(IDS[:1, :1].expand(1, length)), model(IDS[:1, :1].expand(1, length)), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                compiled(IDS[:1, :1].expand(1, length)),
+                model(IDS[:1, :1].expand(1, length)),
+                atol=1e-5,
+                rtol=1e-5,
+            )
     assert counter.frame_count == 2  # the first length, then any length
 
 

@@ -34,9 +34,14 @@ def test_tied_weights_count_once():
 def test_the_flop_estimate_is_what_pytorch_counts(shape):
     config = small_config(**SHAPES[shape])
     model, ids = Transformer(config), torch.zeros(2, 16, dtype=torch.long)
-    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+    ):
         model(ids).sum().backward()
-    vectors = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() < 2)  # biases and norms, which it leaves out
+    vectors = sum(
+        parameter.numel() for parameter in model.parameters() if parameter.dim() < 2
+    )  # biases and norms, which it leaves out
     ours = estimate_flops(config, context=16) - 6 * vectors
     counted = counter.get_total_flops() / ids.numel()
     assert ours == pytest.approx(counted, rel=1e-6)

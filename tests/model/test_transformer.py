@@ -1,4 +1,6 @@
-"""Two ways to one result: cached and not, packed and alone, batched and alone, compiled and eager, checkpointed and not."""
+"""Two ways to one result: cached and not, packed and alone, batched and alone, compiled and eager,
+checkpointed and not.
+"""
 
 import math
 
@@ -32,7 +34,9 @@ def close(one: torch.Tensor, other: torch.Tensor) -> None:
     torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("chunks", [[20], [1] * 20, [7, 1, 1, 5, 6]], ids=["at once", "one by one", "in pieces"])
+@pytest.mark.parametrize(
+    "chunks", [[20], [1] * 20, [7, 1, 1, 5, 6]], ids=["at once", "one by one", "in pieces"]
+)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_with_a_cache_are_those_without(shape, chunks):
     model, ids = model_of(shape), some_ids()
@@ -97,7 +101,8 @@ def test_no_gradient_passes_between_packed_documents(shape):
 
 
 @pytest.mark.parametrize(
-    "backend", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+    "backend",
+    [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION],
 )
 def test_every_attention_kernel_masks_documents_or_is_refused(backend):
     model, ids = model_of("grouped"), some_ids(1)
@@ -132,7 +137,10 @@ def test_a_sliding_window_sees_so_many_tokens_and_no_more():
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_recomputed_activations_give_the_same_gradients(shape):
-    plain, saving = model_of(shape, dropout=0.1).train(), model_of(shape, dropout=0.1, gradient_checkpointing=True).train()
+    plain, saving = (
+        model_of(shape, dropout=0.1).train(),
+        model_of(shape, dropout=0.1, gradient_checkpointing=True).train(),
+    )
     ids = some_ids()
     for model in (plain, saving):
         torch.manual_seed(3)
@@ -177,7 +185,11 @@ def test_residual_outputs_start_smaller_with_depth_or_at_zero():
     assert model.blocks[3].attn.o_proj.bias.abs().max() == 0
     assert model.ln_f.weight.min() == model.ln_f.weight.max() == 1
     silent = Transformer(small_config(**wide, zero_init_outputs=True))
-    assert silent.blocks[3].mlp.down_proj.weight.abs().max() == silent.blocks[3].attn.o_proj.weight.abs().max() == 0
+    assert (
+        silent.blocks[3].mlp.down_proj.weight.abs().max()
+        == silent.blocks[3].attn.o_proj.weight.abs().max()
+        == 0
+    )
     assert silent.blocks[3].mlp.up_proj.weight.abs().max() > 0
 
 

@@ -1,4 +1,6 @@
-"""Several sets of low-rank adapters in one run: those that count go on counting through an operation, a resume and a checkpoint."""
+"""Several sets of low-rank adapters in one run: those that count go on counting through an operation, a
+resume and a checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -21,17 +23,27 @@ from llm_trainer.orchestration.dry_run import simulate
 from llm_trainer.orchestration.orchestrator import Orchestrator
 from llm_trainer.orchestration.run_overrides import Settings
 
-MINE = {"lora": {"mine": {"ranks": {"attn.0": 4, "mlp.1": 2}}, "spare": {"ranks": {"mlp.0": 2}}}, "lora_in_use": ["mine"]}
+MINE = {
+    "lora": {"mine": {"ranks": {"attn.0": 4, "mlp.1": 2}}, "spare": {"ranks": {"mlp.0": 2}}},
+    "lora_in_use": ["mine"],
+}
 SCHEDULE = [Operation(name="set_layer_lora_rank", value=["attn.1", 2], max_wait_iters=4, reevaluate=True)]
 
 
 def trained(folder: Path, *callbacks: StopAt, **settings: object) -> None:
-    tiny_trainer(folder, model=MINE, callbacks=[Orchestrator(SCHEDULE), *callbacks], learning_rate=3e-2, **settings).train()
+    tiny_trainer(
+        folder, model=MINE, callbacks=[Orchestrator(SCHEDULE), *callbacks], learning_rate=3e-2, **settings
+    ).train()
 
 
-def test_an_operation_that_brings_a_set_lets_the_others_count_on_and_a_resume_finds_them(tmp_path: Path) -> None:
+def test_an_operation_that_brings_a_set_lets_the_others_count_on_and_a_resume_finds_them(
+    tmp_path: Path,
+) -> None:
     trained(tmp_path / "whole")
-    (line,) = [json.loads(one) for one in (tmp_path / "whole/operations.jsonl").read_text(encoding="utf-8").splitlines()]
+    (line,) = [
+        json.loads(one)
+        for one in (tmp_path / "whole/operations.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert line["loss_after"] == pytest.approx(line["loss_before"], abs=1e-6)
     trained(tmp_path / "cut", StopAt(6))
     trained(tmp_path / "cut", resume_from="auto")
@@ -39,21 +51,32 @@ def test_an_operation_that_brings_a_set_lets_the_others_count_on_and_a_resume_fi
     early, late = (load_transformer(tmp_path / "cut" / name) for name in ("checkpoint-6", "final_model"))
     assert adapters_in_use(late) == ["mine", "default"]
     before = dict(early.named_parameters())
-    learned = {name for name, one in late.named_parameters() if ".lora." in name and not torch.equal(one, before[name])}
+    learned = {
+        name
+        for name, one in late.named_parameters()
+        if ".lora." in name and not torch.equal(one, before[name])
+    }
     assert {name.split(".lora.")[1].split(".")[0] for name in learned} == {"mine", "default"}
 
 
 def test_an_operation_on_a_set_that_does_not_count_is_refused_before_training() -> None:
     sets = {name: {"ranks": {"attn.0": 2}} for name in ("default", "mine")}
-    shape = ModelConfig(vocab_size=100, hidden_size=16, num_layers=2, num_heads=2, lora=sets, lora_in_use=["mine"])
-    with pytest.raises(UsageError, match=r"entry 1.*'default', whose ranks operations set, does not count; those that do: mine"):
+    shape = ModelConfig(
+        vocab_size=100, hidden_size=16, num_layers=2, num_heads=2, lora=sets, lora_in_use=["mine"]
+    )
+    with pytest.raises(
+        UsageError,
+        match=r"entry 1.*'default', whose ranks operations set, does not count; those that do: mine",
+    ):
         simulate(SCHEDULE, shape, Settings(1e-3, 8, 2, 10, None, 100))
 
 
 def test_a_set_beside_that_of_a_checkpoint_still_counts_in_the_next_one(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path / "first", model={"attn_lora_rank": 2})
     save_pretrained(trainer.model, tmp_path / "first")
-    model = pretrained_model(str(tmp_path / "first"), ModelConfig(lora={"second": {"ranks": {"mlp.0": 2}}})).eval()
+    model = pretrained_model(
+        str(tmp_path / "first"), ModelConfig(lora={"second": {"ranks": {"mlp.0": 2}}})
+    ).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if is_adapter_parameter(name):
@@ -63,7 +86,9 @@ def test_a_set_beside_that_of_a_checkpoint_still_counts_in_the_next_one(tmp_path
     assert adapters_in_use(read) == ["default", "second"]
     ids = torch.arange(8)[None]
     assert torch.equal(read(ids), model(ids))
-    with pytest.raises(UsageError, match="several adapters, of which --adapter names one; those that it has: default, second"):
+    with pytest.raises(
+        UsageError, match="several adapters, of which --adapter names one; those that it has: default, second"
+    ):
         chosen_adapter(read, None)
     use_adapters(read, ["second"])
     assert chosen_adapter(read, None) == "second"

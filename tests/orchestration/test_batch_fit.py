@@ -18,17 +18,35 @@ from llm_trainer.training.logging.metrics import read_metrics
 from llm_trainer.training.memory.batch_size_finder import largest_micro_batch
 from llm_trainer.training.trainer import Trainer
 
-WIDE = {"vocab_size": 20_000, "max_position_embeddings": 64, "hidden_size": 4, "num_layers": 1, "dropout": 0.0}
+WIDE = {
+    "vocab_size": 20_000,
+    "max_position_embeddings": 64,
+    "hidden_size": 4,
+    "num_layers": 1,
+    "dropout": 0.0,
+}
 """A sequence's logits are 5 MB, kept a few times, and nothing else counts."""
 
 
-def adjusted(folder: Path, value: object, *, spare: float = 1000.0, micro: int = 2, **settings: Any) -> Trainer:
+def adjusted(
+    folder: Path, value: object, *, spare: float = 1000.0, micro: int = 2, **settings: Any
+) -> Trainer:
     """A run whose operation fires after its first step with so many GB of memory to spare."""
-    said = {"micro_batch_size": micro, "batch_size": 8, "gradient_accumulation_steps": None, "loss": "dense", "max_steps": 2}
+    said = {
+        "micro_batch_size": micro,
+        "batch_size": 8,
+        "gradient_accumulation_steps": None,
+        "loss": "dense",
+        "max_steps": 2,
+    }
     config = tiny_config(folder, WIDE, **said | {"warmup_steps": 0} | settings)
     schedule = [Operation(name="adjust_batch_size", value=value, max_wait_iters=1)]
     trainer = Trainer(
-        tiny_model(config.model), config, tokens(64 * 40 + 1), callbacks=[Orchestrator(schedule)], console=Console(quiet=True)
+        tiny_model(config.model),
+        config,
+        tokens(64 * 40 + 1),
+        callbacks=[Orchestrator(schedule)],
+        console=Console(quiet=True),
     )
     trainer.watcher.machine.allowance = lambda ranks: trainer.watcher.machine.held() + int(spare * 1e9)  # type: ignore[method-assign]
     return trainer
@@ -47,7 +65,9 @@ def losses(folder: Path) -> list[float]:
         ({"target_vram_percent": 80}, BatchPlan(8, 1)),
     ],
 )
-def test_with_memory_to_spare_all_goes_at_once_up_to_the_bound(tmp_path: Path, value: object, plan: BatchPlan) -> None:
+def test_with_memory_to_spare_all_goes_at_once_up_to_the_bound(
+    tmp_path: Path, value: object, plan: BatchPlan
+) -> None:
     trainer = adjusted(tmp_path / "adjusted", value)
     trainer.train()
     assert (trainer.batches, trainer.state.samples) == (plan, 16)
@@ -78,18 +98,34 @@ def test_bounds_that_divide_nothing_do_not_end_the_run(tmp_path: Path) -> None:
     plain = adjusted(tmp_path, {"max_batch_size": 7}, file_logging=True)
     bounds = {"use_adaptive_batch_size": True, "min_batch_size": 5, "max_batch_size": 8}
     training = plain.training.model_dump() | {"use_computational_efficiency": True, "micro_batch_size": 8}
-    config = RunConfig(model=plain.config.model.model_dump(), training=training, computational_efficiency=bounds)
-    trainer = Trainer(tiny_model(config.model), config, tokens(64 * 40 + 1), callbacks=plain.callbacks, console=Console(quiet=True))
+    config = RunConfig(
+        model=plain.config.model.model_dump(), training=training, computational_efficiency=bounds
+    )
+    trainer = Trainer(
+        tiny_model(config.model),
+        config,
+        tokens(64 * 40 + 1),
+        callbacks=plain.callbacks,
+        console=Console(quiet=True),
+    )
     trainer.train()
     assert (trainer.batches, trainer.state.step) == (BatchPlan(8, 1), 2)
-    assert "adjust_batch_size changes nothing" in (tmp_path / "logs" / "train.log").read_text(encoding="utf-8")
+    assert "adjust_batch_size changes nothing" in (tmp_path / "logs" / "train.log").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_a_resumed_run_keeps_what_was_found(tmp_path: Path) -> None:
     first = adjusted(tmp_path / "run", {"max_batch_size": 4}, max_steps=4, save_interval=1)
     first.callbacks.append(StopAt(2))
     first.train()
-    second = adjusted(tmp_path / "run", {"max_batch_size": 4}, max_steps=4, save_interval=1, resume_from=str(tmp_path / "run"))
+    second = adjusted(
+        tmp_path / "run",
+        {"max_batch_size": 4},
+        max_steps=4,
+        save_interval=1,
+        resume_from=str(tmp_path / "run"),
+    )
     second.train()
     whole = adjusted(tmp_path / "whole", {"max_batch_size": 4}, max_steps=4)
     whole.train()
@@ -99,7 +135,16 @@ def test_a_resumed_run_keeps_what_was_found(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    ["0", "1.5", "true", "{}", "{max_batch_size: 0}", "{max_batch_size: 2.5}", "{target_vram_percent: 0}", "{target_vram_percent: 120}"],
+    [
+        "0",
+        "1.5",
+        "true",
+        "{}",
+        "{max_batch_size: 0}",
+        "{max_batch_size: 2.5}",
+        "{target_vram_percent: 0}",
+        "{target_vram_percent: 120}",
+    ],
 )
 def test_a_value_that_says_nothing_is_refused_before_training(tmp_path: Path, value: str) -> None:
     path = tmp_path / "schedule.yaml"

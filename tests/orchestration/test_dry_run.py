@@ -1,4 +1,6 @@
-"""A schedule is run through before training: what cannot be is said with its entry, and with the one that made it impossible."""
+"""A schedule is run through before training: what cannot be is said with its entry, and with the one that
+made it impossible.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from llm_trainer.model.surgery.model_state import form_of
 from llm_trainer.orchestration.dry_run import simulate
 from llm_trainer.orchestration.run_overrides import Settings
 
-SHAPE = ModelConfig(vocab_size=100, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=8)
+SHAPE = ModelConfig(
+    vocab_size=100, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=8
+)
 SETTINGS = Settings(1e-3, 8, 2, 10, None, 100)
 
 
@@ -25,18 +29,31 @@ def entry(name: str, value: object = None, **more: Any) -> Operation:
 
 
 def test_the_last_stage_is_what_the_run_will_be_like() -> None:
-    schedule = [entry("stack_layers", [0, 0, 1, 1]), entry("widen_mlp", 96), entry("widen_model", [32, 4]), entry("change_lr", 0.5)]
+    schedule = [
+        entry("stack_layers", [0, 0, 1, 1]),
+        entry("widen_mlp", 96),
+        entry("widen_model", [32, 4]),
+        entry("change_lr", 0.5),
+    ]
     stages = simulate(schedule, SHAPE, SETTINGS)
     assert len(stages) == 5
-    assert str(stages[-1]).startswith("4 layers × 32, 4 heads, MLPs of 96, 100 ids: 0.05 M parameters; learning rate 0.0005")
+    assert str(stages[-1]).startswith(
+        "4 layers × 32, 4 heads, MLPs of 96, 100 ids: 0.05 M parameters; learning rate 0.0005"
+    )
     assert stages[0].parameters < stages[1].parameters < stages[2].parameters < stages[3].parameters
 
 
 @pytest.mark.parametrize(
     ("schedule", "said"),
     [
-        ([entry("stack_layers", [0]), entry("freeze_layer", "attn.1")], r"entry 2.*no part 'attn.1'.*entry 1, stack_layers \[0\]"),
-        ([entry("widen_mlp", 96), entry("widen_mlp", 64)], "entry 2.*narrower.*96 units.*entry 1, widen_mlp 96"),
+        (
+            [entry("stack_layers", [0]), entry("freeze_layer", "attn.1")],
+            r"entry 2.*no part 'attn.1'.*entry 1, stack_layers \[0\]",
+        ),
+        (
+            [entry("widen_mlp", 96), entry("widen_mlp", 64)],
+            "entry 2.*narrower.*96 units.*entry 1, widen_mlp 96",
+        ),
         ([entry("widen_model", [24, 3])], "entry 1.*approximate"),
         ([entry("resize_vocabulary", 50)], "entry 1.*too small for the data, which uses 90 ids"),
         (
@@ -46,7 +63,10 @@ def test_the_last_stage_is_what_the_run_will_be_like() -> None:
         ([entry("enable_exit", 1)], "entry 1.*early exits come with adaptive reasoning"),
         ([entry("change_eval_iters", 2)], "entry 1.*eval_iters is not set"),
         ([entry("freeze_layer", ["attn.*", "mlp.*", "ln_*", "w?e"])], "entry 1.*every part is frozen"),
-        ([entry("prune_heads", ["attn.0", 0.5]), entry("widen_model", [32, 4])], "entry 2.*pruned.*entry 1, prune_heads"),
+        (
+            [entry("prune_heads", ["attn.0", 0.5]), entry("widen_model", [32, 4])],
+            "entry 2.*pruned.*entry 1, prune_heads",
+        ),
         ([entry("set_layer_lora_rank", ["ln_1.0", 4])], "entry 1.*LoRA cannot be on ln_1.0"),
         ([entry("stack_layers", [1, 0], mode="identity")], "entry 1.*reorders"),
     ],
@@ -58,7 +78,10 @@ def test_what_cannot_be_names_its_entry_and_the_one_before(schedule: list[Operat
 
 @pytest.mark.parametrize(
     "schedule",
-    [[entry("set_attn_lora_rank", 0)], [entry("set_layer_lora_rank", ["attn.0", 0]), entry("set_layer_lora_rank", ["attn.1", 0])]],
+    [
+        [entry("set_attn_lora_rank", 0)],
+        [entry("set_layer_lora_rank", ["attn.0", 0]), entry("set_layer_lora_rank", ["attn.1", 0])],
+    ],
 )
 def test_the_last_adapters_over_a_frozen_base_stay(schedule: list[Operation]) -> None:
     shape = SHAPE.model_copy(update={"attn_lora_rank": 2, "lora_train_base": False})
@@ -76,11 +99,16 @@ def test_the_last_adapters_over_a_frozen_base_stay(schedule: list[Operation]) ->
             "entry 2.*2 does not divide num_attention_heads 1",
         ),
         ([entry("widen_mlp", 97)], "entry 1.*tensor_parallel 2 does not divide intermediate_size 97"),
-        ([entry("set_layer_lora_rank", ["mlp.0", 4])], "entry 1.*cannot cut mlp.0, which has a low-rank adapter; use fsdp"),
+        (
+            [entry("set_layer_lora_rank", ["mlp.0", 4])],
+            "entry 1.*cannot cut mlp.0, which has a low-rank adapter; use fsdp",
+        ),
         ([entry("set_attn_lora_rank", 4)], "entry 1.*cannot cut attn.0"),
     ],
 )
-def test_a_shape_that_a_tensor_group_cannot_cut_is_refused_before_training(schedule: list[Operation], said: str) -> None:
+def test_a_shape_that_a_tensor_group_cannot_cut_is_refused_before_training(
+    schedule: list[Operation], said: str
+) -> None:
     even = [entry("widen_mlp", 96), entry("set_embedding_lora_rank", 4), entry("prune_mlp", ["mlp.0", 0.5])]
     check = partial(check_shape, ParallelPlan(tensor_parallel=2))
     assert len(simulate(even, SHAPE, SETTINGS, check=check)) == 4
@@ -89,6 +117,12 @@ def test_a_shape_that_a_tensor_group_cannot_cut_is_refused_before_training(sched
 
 
 def test_nothing_is_allocated_for_a_large_model(tmp_path: Path) -> None:
-    large = ModelConfig(hidden_size=8192, num_hidden_layers=16, num_attention_heads=64, intermediate_size=28672)  # 60 GB in fp32
-    schedule = [entry("stack_layers", [*range(16), *range(16)]), entry("widen_mlp", 57344), entry("prune_mlp", ["mlp.*", 0.5])]
+    large = ModelConfig(
+        hidden_size=8192, num_hidden_layers=16, num_attention_heads=64, intermediate_size=28672
+    )  # 60 GB in fp32
+    schedule = [
+        entry("stack_layers", [*range(16), *range(16)]),
+        entry("widen_mlp", 57344),
+        entry("prune_mlp", ["mlp.*", 0.5]),
+    ]
     assert simulate(schedule, large, SETTINGS)[-1].config.num_hidden_layers == 32

@@ -1,4 +1,6 @@
-"""What fires, when, what it does to the run, what is told of it, and that a run that was interrupted ends where the other ends."""
+"""What fires, when, what it does to the run, what is told of it, and that a run that was interrupted ends
+where the other ends.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def trained(folder: Path, schedule: list[Operation], *callbacks: Callback, **set
 
 
 def journal(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "operations.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line) for line in (folder / "operations.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 @pytest.mark.parametrize(
@@ -55,7 +59,9 @@ def journal(folder: Path) -> list[dict[str, Any]]:
         ({"trigger_loss": 2.0, "max_wait_iters": 5}, 1.0, 0, True),
     ],
 )
-def test_an_entry_fires_below_its_loss_or_after_its_wait(entry: dict[str, Any], loss: float | None, waited: int, fires: bool) -> None:
+def test_an_entry_fires_below_its_loss_or_after_its_wait(
+    entry: dict[str, Any], loss: float | None, waited: int, fires: bool
+) -> None:
     assert (reason(Operation(name="change_lr", value=0.5, **entry), loss, waited) is not None) == fires
 
 
@@ -66,13 +72,18 @@ def test_only_the_first_pending_entry_fires_and_waiting_begins_anew(tmp_path: Pa
 
 
 def test_the_first_loss_is_that_of_step_0(tmp_path: Path) -> None:
-    schedule = [Operation(name="set_lr", value=0.5, trigger_loss=NO_LOSS_YET), Operation(name="set_lr", value=0.25, trigger_loss=0.0)]
+    schedule = [
+        Operation(name="set_lr", value=0.5, trigger_loss=NO_LOSS_YET),
+        Operation(name="set_lr", value=0.25, trigger_loss=0.0),
+    ]
     trainer = trained(tmp_path, schedule)
     assert [line["step"] for line in journal(tmp_path)] == [0]
     assert trainer.state.operations.factor == pytest.approx(0.5 / 1e-2)
 
 
-def test_after_one_has_fired_the_next_is_judged_at_once_by_the_same_loss_or_the_new_one(tmp_path: Path) -> None:
+def test_after_one_has_fired_the_next_is_judged_at_once_by_the_same_loss_or_the_new_one(
+    tmp_path: Path,
+) -> None:
     loss = Operation(name="stack_layers", value=[0, 0, 1, 1], trigger_loss=NO_LOSS_YET, reevaluate=True)
     trained(tmp_path, [loss, Operation(name="change_lr", value=0.5, trigger_loss=NO_LOSS_YET)])
     first, second = journal(tmp_path)
@@ -112,7 +123,9 @@ def test_settings_take_effect(tmp_path: Path, name: str, value: float, field: st
         assert trainer.state.samples == 2 * 8 + 4 * trainer.sequences_per_step
     if field == "eval_interval":
         validated = [line["step"] for line in read_metrics(tmp_path) if "val_loss" in line]
-        assert validated == [step for step in range(1, 7) if step % expected == 0 and (step > 2 or step % 4 == 0)]
+        assert validated == [
+            step for step in range(1, 7) if step % expected == 0 and (step > 2 or step % 4 == 0)
+        ]
 
 
 def test_the_rate_warms_up_again_from_a_reset(tmp_path: Path) -> None:
@@ -137,7 +150,9 @@ def test_the_end_that_is_shown_follows_the_batches(tmp_path: Path) -> None:
 
 def test_the_line_in_console_journal_and_tensorboard_says_what_and_why(tmp_path: Path) -> None:
     console = Console(width=400, file=(tmp_path / "console.txt").open("w", encoding="utf-8"))
-    schedule = [Operation(name="widen_mlp", value=96, trigger_loss=NO_LOSS_YET, reevaluate=True, desc="wider")]
+    schedule = [
+        Operation(name="widen_mlp", value=96, trigger_loss=NO_LOSS_YET, reevaluate=True, desc="wider")
+    ]
     trained(tmp_path / "run", schedule, console=console, report_to=["tensorboard"])
     (line,) = journal(tmp_path / "run")
     assert line["parameters_after"] - line["parameters_before"] == 2 * 32 * (2 * 16 + 1)
@@ -148,7 +163,9 @@ def test_the_line_in_console_journal_and_tensorboard_says_what_and_why(tmp_path:
     assert "(wider)" in text
     events = b"".join(path.read_bytes() for path in (tmp_path / "run/logs").glob("events*"))
     assert b"widen_mlp 96" in events
-    assert {"operation": 1.0}.items() <= next(one for one in read_metrics(tmp_path / "run") if "operation" in one).items()
+    assert {"operation": 1.0}.items() <= next(
+        one for one in read_metrics(tmp_path / "run") if "operation" in one
+    ).items()
 
 
 GROWTH = [
@@ -164,8 +181,12 @@ GROWTH = [
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_interrupted_anywhere_the_run_ends_where_the_uninterrupted_one_ends(tmp_path: Path, optimizer: str) -> None:
-    """Before, between and right after operations: a checkpoint of every step is gone on from, to the last bit."""
+def test_interrupted_anywhere_the_run_ends_where_the_uninterrupted_one_ends(
+    tmp_path: Path, optimizer: str
+) -> None:
+    """Before, between and right after operations: a checkpoint of every step is gone on from, to the last
+    bit.
+    """
     settings: dict[str, Any] = {"optimizer": optimizer, "save_interval": 1, "save_total_limit": None}
     trainer = trained(tmp_path / "straight", GROWTH, **settings)
     assert len(journal(tmp_path / "straight")) == len(GROWTH)
@@ -213,7 +234,9 @@ def test_a_run_stopped_and_resumed_in_its_own_folder_tells_each_operation_once(t
         ({"max_wait_iters": 3}, None),
     ],
 )
-def test_an_entry_that_needs_a_loss_is_refused_without_a_validation_split(tmp_path: Path, entry: dict[str, Any], said: str | None) -> None:
+def test_an_entry_that_needs_a_loss_is_refused_without_a_validation_split(
+    tmp_path: Path, entry: dict[str, Any], said: str | None
+) -> None:
     trainer = tiny_trainer(tmp_path)
     schedule = [after(1, "change_lr", 0.5), Operation(name="change_lr", value=0.5, **entry)]
     assert len(foreseen(schedule, trainer)) == 3
@@ -224,13 +247,22 @@ def test_an_entry_that_needs_a_loss_is_refused_without_a_validation_split(tmp_pa
 
 @pytest.mark.parametrize("comes", ["set_attn_lora_rank", "set_embedding_lora_rank"])
 def test_the_base_rests_when_adapters_come_that_are_to_be_trained_alone(tmp_path: Path, comes: str) -> None:
-    schedule = [after(2, comes, 2), after(2, "unfreeze_layer", "mlp.1"), after(1, "set_layer_lora_rank", ["mlp.0", 2])]
-    settings: dict[str, Any] = {"model": {"lora_train_base": False, "tie_word_embeddings": False}, "save_interval": 1}
+    schedule = [
+        after(2, comes, 2),
+        after(2, "unfreeze_layer", "mlp.1"),
+        after(1, "set_layer_lora_rank", ["mlp.0", 2]),
+    ]
+    settings: dict[str, Any] = {
+        "model": {"lora_train_base": False, "tie_word_embeddings": False},
+        "save_interval": 1,
+    }
     trainer = trained(tmp_path / "straight", schedule, **settings, save_total_limit=None)
     learning = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     assert all(is_adapter_parameter(name) or name.startswith("blocks.1.mlp.") for name in learning)
     assert any(is_adapter_parameter(name) for name in learning)
-    assert any(name.startswith("blocks.1.mlp.up_proj.weight") for name in learning), "what was let go stays so when more adapters come"
+    assert any(name.startswith("blocks.1.mlp.up_proj.weight") for name in learning), (
+        "what was let go stays so when more adapters come"
+    )
     trained(tmp_path / "resumed", schedule, **settings, resume_from=str(tmp_path / "straight/checkpoint-3"))
     assert compare_checkpoints(tmp_path / "straight/final_model", tmp_path / "resumed/final_model") == []
 
@@ -252,7 +284,10 @@ def test_a_frozen_part_stays_as_it_is_while_the_rest_moves(tmp_path: Path) -> No
             self.seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
         def on_step_end(self, trainer: Trainer, step: int) -> None:
-            parts = [dict(trainer.model.named_parameters())[f"blocks.{layer}.mlp.up_proj.weight"] for layer in (0, 1)]
+            parts = [
+                dict(trainer.model.named_parameters())[f"blocks.{layer}.mlp.up_proj.weight"]
+                for layer in (0, 1)
+            ]
             self.seen[step] = (parts[0].detach().clone(), parts[1].detach().clone())
 
     watch = Watch()
@@ -274,7 +309,13 @@ def test_each_merge_begins_adapters_anew_with_other_directions_and_no_averages(t
             self.state.append(set(form.state))
 
     watch, adapters = Watch(), {"attn_lora_rank": 2}
-    trained(tmp_path, [after(2, "merge_lora_weights"), after(2, "merge_lora_weights")], watch, model=adapters, max_steps=6)
+    trained(
+        tmp_path,
+        [after(2, "merge_lora_weights"), after(2, "merge_lora_weights")],
+        watch,
+        model=adapters,
+        max_steps=6,
+    )
     starts = [watch.a[0], watch.a[2], watch.a[4]]
     assert int(torch.linalg.matrix_rank(torch.cat(starts))) == 6
     assert not any(".lora." in name for name in watch.state[2] | watch.state[4])

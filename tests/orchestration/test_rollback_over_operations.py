@@ -1,4 +1,6 @@
-"""A loss spike after an operation takes the run back to before the operation: the old shape, the old place in the schedule."""
+"""A loss spike after an operation takes the run back to before the operation: the old shape, the old place in
+the schedule.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ class Depths(Callback):
 
 
 def growing(folder: Path, *callbacks: Callback, **settings: object) -> tuple[Trainer, list[str]]:
-    """Two layers become four at step 5 and the batches half as large at step 6; steps 19 to 22 spike the first time they come."""
+    """Two layers become four at step 5 and the batches half as large at step 6; steps 19 to 22 spike the
+    first time they come.
+    """
     schedule = [
         Operation(name="stack_layers", value=[0, 0, 1, 1], max_wait_iters=5),
         Operation(name="change_batch_size", value=0.5, max_wait_iters=1),
@@ -35,7 +39,9 @@ def growing(folder: Path, *callbacks: Callback, **settings: object) -> tuple[Tra
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_the_model_shrinks_to_what_it_was_and_the_operations_fire_again(tmp_path: Path, optimizer: str) -> None:
+def test_the_model_shrinks_to_what_it_was_and_the_operations_fire_again(
+    tmp_path: Path, optimizer: str
+) -> None:
     depths = Depths()
     trainer, said = growing(tmp_path, depths, optimizer=optimizer)
     assert trainer.train().step == 24
@@ -44,8 +50,13 @@ def test_the_model_shrinks_to_what_it_was_and_the_operations_fire_again(tmp_path
     assert first == [(step, 2 if step <= 5 else 4) for step in range(1, 21)]
     assert second == [(step, 2 if step <= 5 else 4) for step in range(4, 25)]
     assert trainer.state.samples == 104 + 3 * 8 + 18 * 4
-    entries = [json.loads(line) for line in (tmp_path / "operations.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [(entry["operation"], entry["step"]) for entry in entries] == [("stack_layers", 5), ("change_batch_size", 6)]
+    entries = [
+        json.loads(line) for line in (tmp_path / "operations.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    assert [(entry["operation"], entry["step"]) for entry in entries] == [
+        ("stack_layers", 5),
+        ("change_batch_size", 6),
+    ]
 
 
 @pytest.mark.parametrize("stop", [12, 19, 20, 22])
@@ -65,8 +76,12 @@ def test_a_warm_up_that_an_operation_had_doubled_is_doubled_once(tmp_path: Path)
     assert trainer.state.schedule.warmup_steps == 8
 
 
-def extended(folder: Path, fired: Operation, *callbacks: Callback, **settings: object) -> tuple[Trainer, list[str]]:
-    """A run of 12 steps that goes on to 24, is changed at step 13, and goes back at a spike (step 19) to where it was resumed."""
+def extended(
+    folder: Path, fired: Operation, *callbacks: Callback, **settings: object
+) -> tuple[Trainer, list[str]]:
+    """A run of 12 steps that goes on to 24, is changed at step 13, and goes back at a spike (step 19) to
+    where it was resumed.
+    """
     ends = {"max_steps": 24} if "num_epochs" not in settings else {}
     schedule = [fired]
     spiking(folder, 100, 100, Orchestrator(schedule), max_steps=12)[0].train()
@@ -75,7 +90,9 @@ def extended(folder: Path, fired: Operation, *callbacks: Callback, **settings: o
 
 
 @pytest.mark.parametrize("name", ["stack_layers", "set_eval_interval"])
-def test_a_rollback_to_before_the_end_was_moved_keeps_the_new_end_and_its_rates(tmp_path: Path, name: str) -> None:
+def test_a_rollback_to_before_the_end_was_moved_keeps_the_new_end_and_its_rates(
+    tmp_path: Path, name: str
+) -> None:
     rates = Rates()
     operation = Operation(name=name, value=[0, 0, 1, 1] if name == "stack_layers" else 50, max_wait_iters=13)
     trainer, said = extended(tmp_path, operation, rates)

@@ -1,4 +1,6 @@
-"""The report: one file that loads nothing, shows what the run folder holds, and is not fooled by text from a corpus."""
+"""The report: one file that loads nothing, shows what the run folder holds, and is not fooled by text from a
+corpus.
+"""
 
 from __future__ import annotations
 
@@ -41,15 +43,31 @@ def run_folder(tmp_path: Path) -> Path:
     folder = tmp_path / "run <b>&"
     tracker = MetricsTracker(folder)
     for step in range(1, 41):
-        tracker.update({"loss": 4 - step / 20, "learning_rate": 1e-3, "gradient_norm": 1.0, "tokens_per_second": 1000.0 + step}, step)
+        tracker.update(
+            {
+                "loss": 4 - step / 20,
+                "learning_rate": 1e-3,
+                "gradient_norm": 1.0,
+                "tokens_per_second": 1000.0 + step,
+            },
+            step,
+        )
         if step % 10 == 0:
-            tracker.update({"val_loss": 4 - step / 25, "perplexity": math.exp(4 - step / 25), "bits_per_byte": 1.5}, step)
+            tracker.update(
+                {"val_loss": 4 - step / 25, "perplexity": math.exp(4 - step / 25), "bits_per_byte": 1.5}, step
+            )
     tracker.update({"loss": math.nan}, 41)
     tracker.close()
     (folder / "run.json").write_text(
-        json.dumps(RunConfig(training={"learning_rate": 0.25, "run_name": EVIL}).model_dump(mode="json")), encoding="utf-8"
+        json.dumps(RunConfig(training={"learning_rate": 0.25, "run_name": EVIL}).model_dump(mode="json")),
+        encoding="utf-8",
     )
-    save_facts(folder, RunFacts(EVIL, {"parameters": EVIL}, {"shape": EVIL}, {EVIL: EVIL}, {"system": EVIL}, [Sample(EVIL, EVIL)]))
+    save_facts(
+        folder,
+        RunFacts(
+            EVIL, {"parameters": EVIL}, {"shape": EVIL}, {EVIL: EVIL}, {"system": EVIL}, [Sample(EVIL, EVIL)]
+        ),
+    )
     return folder
 
 
@@ -67,7 +85,9 @@ def test_the_page_loads_nothing_and_its_policy_forbids_it(run_folder: Path) -> N
     assert not [attributes for _, attributes in page.tags if "src" in attributes or "href" in attributes]
     assert "@import" not in text
     assert "url(http" not in text
-    policy = next(attributes["content"] for tag, attributes in page.tags if tag == "meta" and "http-equiv" in attributes)
+    policy = next(
+        attributes["content"] for tag, attributes in page.tags if tag == "meta" and "http-equiv" in attributes
+    )
     assert policy is not None
     assert "default-src 'none'" in policy
 
@@ -91,7 +111,11 @@ def test_curves_samples_settings_and_machine_are_there(run_folder: Path) -> None
     ]
     assert "2.4000" in page.text, "the best validation loss"
     assert "0.25" in page.text, "a setting"
-    charts_data = [json.loads(attributes["data-chart"] or "") for _, attributes in page.tags if "data-chart" in attributes]
+    charts_data = [
+        json.loads(attributes["data-chart"] or "")
+        for _, attributes in page.tags
+        if "data-chart" in attributes
+    ]
     validation = next(series for series in charts_data[0]["series"] if series["label"] == "validation")
     assert validation["points"] == [[10.0, 3.6], [20.0, 3.2], [30.0, 2.8], [40.0, 2.4]]
 
@@ -145,7 +169,8 @@ def test_ticks_are_few_round_and_inside(low: float, high: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "said"), [(0, "0"), (1234567, "1.23M"), (999_999, "1M"), (0.0003, "3e-4"), (2.5, "2.5"), (21100, "21.1k")]
+    ("number", "said"),
+    [(0, "0"), (1234567, "1.23M"), (999_999, "1M"), (0.0003, "3e-4"), (2.5, "2.5"), (21100, "21.1k")],
 )
 def test_numbers_are_short(number: float, said: str) -> None:
     assert short(number) == said
@@ -158,9 +183,14 @@ def test_an_empty_chart_is_left_out(run_folder: Path) -> None:
 
 
 def test_the_shares_of_a_mixture_are_drawn_and_named() -> None:
-    lines = [{"step": float(step), "loss": 2.0, **{f"share/c{n}": n / 15 for n in range(6)}} for step in range(1, 5)]
+    lines = [
+        {"step": float(step), "loss": 2.0, **{f"share/c{n}": n / 15 for n in range(6)}}
+        for step in range(1, 5)
+    ]
     chart = next(chart for chart in charts(lines) if "mixture" in chart.title)
     assert [series.label for series in chart.series] == [f"c{n}" for n in range(6)]
     assert {series.colour for series in chart.series} == {1, 2, 3, 4}
     assert ">c5<" in draw(chart)
-    assert next(draw(chart) for chart in charts([{"step": 1.0, "loss": 2.0}]) if "mixture" in chart.title) == ""
+    assert (
+        next(draw(chart) for chart in charts([{"step": 1.0, "loss": 2.0}]) if "mixture" in chart.title) == ""
+    )

@@ -1,4 +1,6 @@
-"""Small records with the fields of each data set of the loader table, as their cards and the code that loads them show them."""
+"""Small records with the fields of each data set of the loader table, as their cards and the code that loads
+them show them.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +9,62 @@ from collections.abc import Mapping
 Record = Mapping[str, object]
 
 TURNS = [
-    {"role": "user", "content": "How do bees find their way back to the hive?", "language": "English", "toxic": False, "redacted": False},
-    {"role": "assistant", "content": "By the sun and by landmarks.", "language": "English", "toxic": False, "redacted": False},
+    {
+        "role": "user",
+        "content": "How do bees find their way back to the hive?",
+        "language": "English",
+        "toxic": False,
+        "redacted": False,
+    },
+    {
+        "role": "assistant",
+        "content": "By the sun and by landmarks.",
+        "language": "English",
+        "toxic": False,
+        "redacted": False,
+    },
 ]
-OLYMPIC = {"prompt": "", "figure_urls": None, "answer_type": "NV", "unit": None, "language": "EN", "modality": "text-only"}
+OLYMPIC = {
+    "prompt": "",
+    "figure_urls": None,
+    "answer_type": "NV",
+    "unit": None,
+    "language": "EN",
+    "modality": "text-only",
+}
 
 RECORDS: Mapping[str, list[Record]] = {
     "load_math": [
-        {"problem": "What is $1+1$?", "level": "Level 1", "type": "Prealgebra", "solution": "It is $\\boxed{2}$."},
-        {"problem": "How many primes are even?", "level": "Level 5", "type": "Number Theory", "solution": "Only 2, so $\\boxed{1}$."},
+        {
+            "problem": "What is $1+1$?",
+            "level": "Level 1",
+            "type": "Prealgebra",
+            "solution": "It is $\\boxed{2}$.",
+        },
+        {
+            "problem": "How many primes are even?",
+            "level": "Level 5",
+            "type": "Number Theory",
+            "solution": "Only 2, so $\\boxed{1}$.",
+        },
     ],
     "load_numinamath": [
-        {"source": "synthetic_math", "problem": "Solve $x+2=5$.", "solution": "So $x=3$.", "messages": [{"content": "x", "role": "user"}]}
+        {
+            "source": "synthetic_math",
+            "problem": "Solve $x+2=5$.",
+            "solution": "So $x=3$.",
+            "messages": [{"content": "x", "role": "user"}],
+        }
     ],
     "load_olympic_arena": [
-        {"id": "Math_1", "problem": "Find $2^5$.", "answer": ["32"], "solution": "It is 32.", "subject": "Math", **OLYMPIC},
+        {
+            "id": "Math_1",
+            "problem": "Find $2^5$.",
+            "answer": ["32"],
+            "solution": "It is 32.",
+            "subject": "Math",
+            **OLYMPIC,
+        },
         {
             "id": "Phy_1",
             "problem": "What does a scale measure?",
@@ -30,10 +73,23 @@ RECORDS: Mapping[str, list[Record]] = {
             "subject": "Physics",
             **OLYMPIC,
         },
-        {"id": "Phy_2", "problem": "一", "answer": ["x"], "solution": "x", "subject": "Physics", **OLYMPIC, "language": "ZH"},
+        {
+            "id": "Phy_2",
+            "problem": "一",
+            "answer": ["x"],
+            "solution": "x",
+            "subject": "Physics",
+            **OLYMPIC,
+            "language": "ZH",
+        },
     ],
     "load_theoremqa": [
-        {"Question": "Is the sum of two odd numbers even?", "Answer": "True", "Answer_type": "bool", "Picture": None},
+        {
+            "Question": "Is the sum of two odd numbers even?",
+            "Answer": "True",
+            "Answer_type": "bool",
+            "Picture": None,
+        },
         {"Question": "See the picture.", "Answer": "1", "Answer_type": "integer", "Picture": "data"},
     ],
     "load_scieval": [
@@ -82,7 +138,14 @@ RECORDS: Mapping[str, list[Record]] = {
             "type": "MCQ",
             "question": "Which is noble?\n(A) N\n(B) Ne",
         },
-        {"subject": "math", "description": "JEE Adv 2016 Paper 1", "gold": "5", "index": 40, "type": "Integer", "question": "What is 2+3?"},
+        {
+            "subject": "math",
+            "description": "JEE Adv 2016 Paper 1",
+            "gold": "5",
+            "index": 40,
+            "type": "Integer",
+            "question": "What is 2+3?",
+        },
     ],
     "load_agieval": [
         {
@@ -118,24 +181,53 @@ RECORDS: Mapping[str, list[Record]] = {
             "platform": "leetcode",
         },
     ],
-    "load_quant": [{"Question": "Two coins, one head seen: is the other a head?", "Answer": "With probability 1/3."}],
-    "load_statsqual": [{"question": "Show that the mean is unbiased.", "solution": "By linearity of expectation."}],
+    "load_quant": [
+        {"Question": "Two coins, one head seen: is the other a head?", "Answer": "With probability 1/3."}
+    ],
+    "load_statsqual": [
+        {"question": "Show that the mean is unbiased.", "solution": "By linearity of expectation."}
+    ],
     "load_xword": [
-        {"instruction": "You solve cryptic crosswords.", "input": "### Clue: Noticed minor changes (3)", "output": "### Answer: SAW"}
+        {
+            "instruction": "You solve cryptic crosswords.",
+            "input": "### Clue: Noticed minor changes (3)",
+            "output": "### Answer: SAW",
+        }
     ],
     "load_usaco": [
-        {"id": "1_bronze", "question": " Count the cows. ", "difficulty": "bronze", "input_output": "{}", "samples": None},
-        {"id": "2_gold", "question": "Order the cows.", "difficulty": "gold", "input_output": "{}", "samples": None},
+        {
+            "id": "1_bronze",
+            "question": " Count the cows. ",
+            "difficulty": "bronze",
+            "input_output": "{}",
+            "samples": None,
+        },
+        {
+            "id": "2_gold",
+            "question": "Order the cows.",
+            "difficulty": "gold",
+            "input_output": "{}",
+            "samples": None,
+        },
     ],
     "load_curated_thoughts": [
-        {"problem": "Halve 8.", "solution": "4.", "answer": "4", "generations": ["<think>8/2</think> 4"], "source": "olympiads"},
+        {
+            "problem": "Halve 8.",
+            "solution": "4.",
+            "answer": "4",
+            "generations": ["<think>8/2</think> 4"],
+            "source": "olympiads",
+        },
         {
             "problem": "Double 8.",
             "solution": "16.",
             "system": "s",
             "generated_token_count": 9,
             "correct": True,
-            "conversations": [{"from": "user", "value": "Double 8."}, {"from": "assistant", "value": "Adding 8 and 8 gives 16."}],
+            "conversations": [
+                {"from": "user", "value": "Double 8."},
+                {"from": "assistant", "value": "Adding 8 and 8 gives 16."},
+            ],
         },
         {
             "problem": "Reverse a list.",

@@ -1,6 +1,8 @@
-"""Under torchrun: small runs in which one rank goes wrong in a given way; each rank leaves what came of it in `outcome-<rank>.json`.
+"""Under torchrun: small runs in which one rank goes wrong in a given way; each rank leaves what came of it in
+`outcome-<rank>.json`.
 
-Run as `torchrun … faulty_ranks.py FOLDER`: trains every run of `FOLDER/runs.json` there, one after another, in one process a rank.
+Run as `torchrun … faulty_ranks.py FOLDER`: trains every run of `FOLDER/runs.json` there, one after another,
+in one process a rank.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ SMALL_DISK, LEFT_FREE = 64 << 20, 1 << 20
 
 
 class Factor(NextToken):
-    """Losses of training steps at the `steps` (counted by samples, so that a rollback does not bring them back) times a number."""
+    """Losses of training steps at the `steps` (counted by samples, so that a rollback does not bring them
+    back) times a number.
+    """
 
     def __init__(self, trainer: Trainer, factor: float, steps: list[int]) -> None:
         super().__init__()
@@ -49,11 +53,17 @@ class Factor(NextToken):
     def of_hidden(self, model: Transformer, hidden: torch.Tensor, labels: torch.Tensor) -> LossSum:
         loss = super().of_hidden(model, hidden, labels)
         step = self.trainer.state.samples // self.trainer.sequences_per_step + 1
-        return LossSum(loss.total * self.factor, loss.tokens) if torch.is_grad_enabled() and step in self.steps else loss
+        return (
+            LossSum(loss.total * self.factor, loss.tokens)
+            if torch.is_grad_enabled() and step in self.steps
+            else loss
+        )
 
 
 class At(Callback):
-    """Does something at a step, in the place named: `step`, `validation`, `before backward`, `all-reduce`, `save` or `file of a save`."""
+    """Does something at a step, in the place named: `step`, `validation`, `before backward`, `all-reduce`,
+    `save` or `file of a save`.
+    """
 
     def __init__(self, trainer: Trainer, place: str, step: int, do: Callable[[], None]) -> None:
         self.trainer, self.place, self.step, self.do = trainer, place, step, do
@@ -67,7 +77,9 @@ class At(Callback):
             dist.all_reduce = self._after_beginning(dist.all_reduce)
 
     def _is_now(self, updates_done: int, or_later: bool = False) -> bool:
-        return self.trainer.current_step == updates_done or (or_later and self.trainer.current_step > updates_done)
+        return self.trainer.current_step == updates_done or (
+            or_later and self.trainer.current_step > updates_done
+        )
 
     def _before(self, objective: Callable[[Transformer, Batch], LossSum]) -> None:
         def call(model: Transformer, batch: Batch) -> LossSum:
@@ -104,7 +116,9 @@ class At(Callback):
 
 
 def die() -> None:
-    """As if the machine had gone; the test reads that it happened, once, though several threads may come here."""
+    """As if the machine had gone; the test reads that it happened, once, though several threads may come
+    here.
+    """
     _DYING.acquire()
     print(f"rank {os.environ['RANK']} dies now", flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -128,10 +142,17 @@ def plant(run: dict[str, Any], trainer: Trainer, ranks: Ranks) -> None:
         trainer.engine.objective = Factor(trainer, float(run["factor"]["by"]), run["factor"]["steps"])
     if "signal" in run and ranks.rank == run["signal"]["rank"]:
         trainer.callbacks.append(
-            At(trainer, run["signal"]["place"], run["signal"]["step"], lambda: signal.raise_signal(signal.SIGUSR1)),
+            At(
+                trainer,
+                run["signal"]["place"],
+                run["signal"]["step"],
+                lambda: signal.raise_signal(signal.SIGUSR1),
+            ),
         )
     if "full_disk" in run and ranks.rank == run["full_disk"]["rank"]:
-        trainer.callbacks.append(At(trainer, run["full_disk"]["place"], run["full_disk"]["step"], filler(trainer.run_dir)))
+        trainer.callbacks.append(
+            At(trainer, run["full_disk"]["place"], run["full_disk"]["step"], filler(trainer.run_dir))
+        )
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     if attempt < len(run.get("deaths", [])) and ranks.rank == run["deaths"][attempt]["rank"]:
         death = run["deaths"][attempt]
@@ -163,7 +184,9 @@ def train(folder: Path, run: dict[str, Any], ranks: Ranks) -> None:
     ranks = replace(ranks, plan=resolve_plan(config.training, ranks.count))
     heard = io.StringIO()
     console = Console(file=heard, width=1000)
-    trainer = Trainer(tiny_model(config.model), config, tokens(), tokens(65, seed=1), console=console, ranks=ranks)
+    trainer = Trainer(
+        tiny_model(config.model), config, tokens(), tokens(65, seed=1), console=console, ranks=ranks
+    )
     outcome: dict[str, object] = {}
     read: list[str] = []
     if "garble" in run and ranks.is_main:
@@ -182,7 +205,9 @@ def train(folder: Path, run: dict[str, Any], ranks: Ranks) -> None:
         run_folder._sha256 = hashed
     outcome["read"] = read
     outcome["said"] = heard.getvalue().splitlines()
-    (folder / f"{run.get('outcome', run['name'])}-outcome-{ranks.rank}.json").write_text(json.dumps(outcome), encoding="utf-8")
+    (folder / f"{run.get('outcome', run['name'])}-outcome-{ranks.rank}.json").write_text(
+        json.dumps(outcome), encoding="utf-8"
+    )
 
 
 def main(folder: Path) -> None:

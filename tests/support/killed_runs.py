@@ -1,8 +1,10 @@
-"""Trains a run again and again, each time killed at another system call of its saves, resumes it, and says where it ended.
+"""Trains a run again and again, each time killed at another system call of its saves, resumes it, and says
+where it ended.
 
-Run as a script: `killed_runs.py FOLDER on|off` (whether saves are written in the background). Forks and strace as in save_under_strace.py.
-What is killed: all that the run writes from its sixth step on: best model, checkpoint, rotation, final model.
-Prints one JSON object a trial: what differs, at the end, from the run that was never interrupted.
+Run as a script: `killed_runs.py FOLDER on|off` (whether saves are written in the background). Forks and
+strace as in save_under_strace.py. What is killed: all that the run writes from its sixth step on: best model,
+checkpoint, rotation, final model. Prints one JSON object a trial: what differs, at the end, from the run that
+was never interrupted.
 """
 
 from __future__ import annotations
@@ -23,7 +25,13 @@ from llm_trainer.training.callbacks import Callback
 from llm_trainer.training.checkpoint import store as checkpoints
 from llm_trainer.training.trainer import Trainer
 
-SETTINGS = {"max_steps": 8, "eval_interval": 6, "save_total_limit": 1, "logging_steps": 100, "file_logging": False}
+SETTINGS = {
+    "max_steps": 8,
+    "eval_interval": 6,
+    "save_total_limit": 1,
+    "logging_steps": 100,
+    "file_logging": False,
+}
 
 
 class WaitsForTracer(Callback):
@@ -36,7 +44,9 @@ class WaitsForTracer(Callback):
 
 def train(run_folder: Path, how: str, *callbacks: Callback) -> None:
     """Go on with the run until its end."""
-    tiny_trainer(run_folder, resume_from=str(run_folder), callbacks=callbacks, asynchronous_saves=how, **SETTINGS).train()  # type: ignore[arg-type]
+    tiny_trainer(
+        run_folder, resume_from=str(run_folder), callbacks=callbacks, asynchronous_saves=how, **SETTINGS
+    ).train()  # type: ignore[arg-type]
 
 
 def trials(folder: Path, how: str) -> Iterator[dict[str, object]]:
@@ -51,12 +61,29 @@ def trials(folder: Path, how: str) -> Iterator[dict[str, object]]:
 
     for call, count in calls_of(run_on, template, run_folder, folder / "log").items():
         for number in range(1, count + 1):
-            options = ["-e", f"trace={call}", "-e", f"inject={call}:signal=SIGKILL:when={number}", "-o", os.devnull]
+            options = [
+                "-e",
+                f"trace={call}",
+                "-e",
+                f"inject={call}:signal=SIGKILL:when={number}",
+                "-o",
+                os.devnull,
+            ]
             status = trial(run_on, template, run_folder, options)
-            left = sorted(path.name for path in run_folder.iterdir() if path.name.startswith((".", "checkpoint", "best", "final")))
+            left = sorted(
+                path.name
+                for path in run_folder.iterdir()
+                if path.name.startswith((".", "checkpoint", "best", "final"))
+            )
             train(run_folder, how)
             differences = compare_checkpoints(straight / "final_model", run_folder / "final_model")
-            yield {"call": call, "number": number, "status": os.waitstatus_to_exitcode(status), "left": left, "differences": differences}
+            yield {
+                "call": call,
+                "number": number,
+                "status": os.waitstatus_to_exitcode(status),
+                "left": left,
+                "differences": differences,
+            }
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""What one rank of a test does: one tiny run with a scaling schedule after another, in a process started once.
+"""What one rank of a test does: one tiny run with a scaling schedule after another, in a process started
+once.
 
-Usage: torchrun … operations_run.py FOLDER, where FOLDER/runs.json is a list of {name, settings, model, schedule}.
+Usage: torchrun … operations_run.py FOLDER, where FOLDER/runs.json is a list of {name, settings, model,
+schedule}.
 """
 
 from __future__ import annotations

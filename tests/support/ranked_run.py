@@ -1,4 +1,5 @@
-"""What one rank of a test does: one tiny run after another, in a process started once, since imports are most of its time.
+"""What one rank of a test does: one tiny run after another, in a process started once, since imports are most
+of its time.
 
 Usage: torchrun … ranked_run.py FOLDER, where FOLDER/runs.json is a list of {name, settings, model}; each run goes to FOLDER/<name>.
 `document_every`: the data are documents of so many tokens.
@@ -36,7 +37,9 @@ def train(folder: Path, run: dict[str, Any], ranks: Ranks) -> None:
     trainer = Trainer(model, config, *data, console=Console(quiet=True), ranks=ranks)
     is_last = ranks.rank == ranks.count - 1
     if is_last and "poisoned_step" in run:
-        trainer.engine.objective = Poisoned(int(str(run["poisoned_step"])), trainer, float(run.get("poison", "nan")))
+        trainer.engine.objective = Poisoned(
+            int(str(run["poisoned_step"])), trainer, float(run.get("poison", "nan"))
+        )
     if is_last and "dies_at" in run and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
         trainer.callbacks.append(DiesAt(int(str(run["dies_at"]))))
     trainer.train()

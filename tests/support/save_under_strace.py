@@ -1,9 +1,10 @@
-"""Saves a checkpoint again and again, each time with one system call of the save killed or failing, and says what was left.
+"""Saves a checkpoint again and again, each time with one system call of the save killed or failing, and says
+what was left.
 
-Run as a script: `save_under_strace.py RUN_FOLDER kill|full on|off` (on: the save is written in the background). One process imports torch
-and prepares the snapshot; each trial is a fork of it that strace attaches to, so that a trial costs tenths of a second. strace counts each
-kind of system call by itself, and in each thread, so every call of every kind gets its turn.
-Prints one JSON object a trial.
+Run as a script: `save_under_strace.py RUN_FOLDER kill|full on|off` (on: the save is written in the
+background). One process imports torch and prepares the snapshot; each trial is a fork of it that strace
+attaches to, so that a trial costs tenths of a second. strace counts each kind of system call by itself, and
+in each thread, so every call of every kind gets its turn. Prints one JSON object a trial.
 """
 
 from __future__ import annotations
@@ -32,7 +33,19 @@ from llm_trainer.run_dir import list_checkpoints, resolve_model_folder, resolve_
 from llm_trainer.training.checkpoint import store as checkpoints
 from llm_trainer.training.checkpoint.store import Asynchronous, CheckpointStore, Snapshot
 
-CALLS = ("openat", "write", "pwrite64", "writev", "fsync", "rename", "mkdir", "unlinkat", "rmdir", "ftruncate", "copy_file_range")
+CALLS = (
+    "openat",
+    "write",
+    "pwrite64",
+    "writev",
+    "fsync",
+    "rename",
+    "mkdir",
+    "unlinkat",
+    "rmdir",
+    "ftruncate",
+    "copy_file_range",
+)
 PR_SET_PTRACER, ANYBODY = 0x59616D61, -1
 REFUSED = 3
 
@@ -82,7 +95,9 @@ def trial(work: Callable[[], None], template: Path, run_folder: Path, options: l
     shutil.rmtree(run_folder, ignore_errors=True)
     shutil.copytree(template, run_folder)
     child = forked(work)
-    tracer = subprocess.Popen(["strace", "-f", "-qq", "-p", str(child), *options], stderr=subprocess.PIPE, text=True)
+    tracer = subprocess.Popen(
+        ["strace", "-f", "-qq", "-p", str(child), *options], stderr=subprocess.PIPE, text=True
+    )
     while f"TracerPid:\t{tracer.pid}" not in Path(f"/proc/{child}/status").read_text(encoding="utf-8"):
         if tracer.poll() is not None:
             os.kill(child, signal.SIGKILL)
@@ -98,14 +113,22 @@ def trial(work: Callable[[], None], template: Path, run_folder: Path, options: l
 def calls_of(work: Callable[[], None], template: Path, run_folder: Path, log: Path) -> dict[str, int]:
     """How often each kind of system call is made, at most, in one thread."""
     assert trial(work, template, run_folder, ["-e", f"trace={','.join(CALLS)}", "-o", str(log)]) == 0
-    made = collections.Counter(re.findall(r"^(\d+) +(\w+)\(", log.read_text(encoding="utf-8", errors="replace"), flags=re.M))
-    return {call: max(count for (_, one), count in made.items() if one == call) for call in {call for _, call in made}}
+    made = collections.Counter(
+        re.findall(r"^(\d+) +(\w+)\(", log.read_text(encoding="utf-8", errors="replace"), flags=re.M)
+    )
+    return {
+        call: max(count for (_, one), count in made.items() if one == call)
+        for call in {call for _, call in made}
+    }
 
 
 def trials(run_folder: Path, fault: str, how: Asynchronous) -> Iterator[dict[str, object]]:
     """Every call of every kind, one at a time."""
     template, log = run_folder.with_name("template"), run_folder.with_name("log")
-    before, after = snapshot(run_folder, seed=1, state={"step": 1}), snapshot(run_folder, seed=2, state={"step": 2})
+    before, after = (
+        snapshot(run_folder, seed=1, state={"step": 1}),
+        snapshot(run_folder, seed=2, state={"step": 2}),
+    )
     store = CheckpointStore(template)
     store.save_best(before)
     store.save(before, 1)
@@ -119,12 +142,20 @@ def trials(run_folder: Path, fault: str, how: Asynchronous) -> Iterator[dict[str
             what = "signal=SIGKILL" if fault == "kill" else "error=ENOSPC"
             options = ["-e", f"trace={call}", "-e", f"inject={call}:{what}:when={number}", "-o", os.devnull]
             status = trial(work, template, run_folder, options)
-            yield {"call": call, "number": number, "status": os.waitstatus_to_exitcode(status), **what_is_left(run_folder, after)}
+            yield {
+                "call": call,
+                "number": number,
+                "status": os.waitstatus_to_exitcode(status),
+                **what_is_left(run_folder, after),
+            }
 
 
 def what_is_left(run_folder: Path, taken: Snapshot) -> dict[str, object]:
     """What a person would find, and whether the next save puts the folder in order."""
-    resumed, model = resolve_resume_folder(run_folder, lambda _: None), resolve_model_folder(run_folder, lambda _: None)
+    resumed, model = (
+        resolve_resume_folder(run_folder, lambda _: None),
+        resolve_model_folder(run_folder, lambda _: None),
+    )
     left = {
         "resumable": hash_of_tensors(resumed),
         "best": hash_of_tensors(model) if "best_model" in model.name and not verify(model) else "damaged",

@@ -1,6 +1,8 @@
-"""Under torchrun: small runs in which one rank runs out of memory; each rank leaves what came of it in `outcome-<rank>.json`.
+"""Under torchrun: small runs in which one rank runs out of memory; each rank leaves what came of it in
+`outcome-<rank>.json`.
 
-Run as `torchrun … short_ranks.py FOLDER`: trains every run of `FOLDER/runs.json` there, one after another, in one process a rank.
+Run as `torchrun … short_ranks.py FOLDER`: trains every run of `FOLDER/runs.json` there, one after another, in
+one process a rank.
 """
 
 from __future__ import annotations
@@ -35,7 +37,11 @@ class Short(NextToken):
 
     def __call__(self, model: Transformer, batch: Batch) -> LossSum:
         loss = super().__call__(model, batch)
-        if len(batch) <= self.sequences or self.trainer.state.step < self.from_step or not torch.is_grad_enabled():
+        if (
+            len(batch) <= self.sequences
+            or self.trainer.state.step < self.from_step
+            or not torch.is_grad_enabled()
+        ):
             return loss
         if self.place == "forward":
             raise torch.OutOfMemoryError("out of memory")
@@ -52,11 +58,21 @@ def train(folder: Path, run: dict[str, Any], ranks: Ranks) -> None:
     """One of the runs."""
     config = tiny_config(folder / run["name"], {"dropout": 0.0}, **run["settings"])
     ranks = replace(ranks, plan=resolve_plan(config.training, ranks.count))
-    trainer = Trainer(tiny_model(config.model), config, tokens(), tokens(65, seed=1), console=Console(quiet=True), ranks=ranks)
+    trainer = Trainer(
+        tiny_model(config.model),
+        config,
+        tokens(),
+        tokens(65, seed=1),
+        console=Console(quiet=True),
+        ranks=ranks,
+    )
     if "short" in run and ranks.rank == 1:
         trainer.engine.objective = Short(trainer, **run["short"])
     if "allowance" in run and ranks.rank == 1:
-        machine, allowance = trainer.watcher.machine, trainer.watcher.machine.allowance  # the ranks of a machine ask each other there
+        machine, allowance = (
+            trainer.watcher.machine,
+            trainer.watcher.machine.allowance,
+        )  # the ranks of a machine ask each other there
         machine.allowance = lambda ranks: 0 * allowance(ranks) + machine.held() + int(run["allowance"])  # type: ignore[method-assign]
     outcome: dict[str, object] = {}
     try:
@@ -64,7 +80,9 @@ def train(folder: Path, run: dict[str, Any], ranks: Ranks) -> None:
     except OutOfMemory as error:
         outcome["error"] = str(error)
         if ranks.count > 1 and not error.is_agreed:
-            (folder / f"{run['name']}-outcome-{ranks.rank}.json").write_text(json.dumps(outcome), encoding="utf-8")
+            (folder / f"{run['name']}-outcome-{ranks.rank}.json").write_text(
+                json.dumps(outcome), encoding="utf-8"
+            )
             raise
     outcome |= {"micro_batch_size": trainer.batches.micro_batch_size, "step": trainer.state.step}
     (folder / f"{run['name']}-outcome-{ranks.rank}.json").write_text(json.dumps(outcome), encoding="utf-8")

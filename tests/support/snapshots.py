@@ -12,7 +12,9 @@ from llm_trainer.training.checkpoint.store import Snapshot
 from llm_trainer.training.optim.optimizers import build_optimizers
 
 
-def snapshot(run_folder: Path, seed: int = 7, state: dict[str, Any] | None = None, optimizer: str = "adamw") -> Snapshot:
+def snapshot(
+    run_folder: Path, seed: int = 7, state: dict[str, Any] | None = None, optimizer: str = "adamw"
+) -> Snapshot:
     """A model that has made two steps."""
     config = tiny_config(run_folder, optimizer=optimizer)
     model = tiny_model(config.model, seed)

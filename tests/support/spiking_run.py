@@ -15,7 +15,13 @@ from llm_trainer.training.trainer import Trainer
 
 SAMPLES_A_STEP = 8
 RULE = {"max_rollbacks": 2, "spike_window": 8, "spike_sigma": 12.0, "spike_patience": 2, "spike_distance": 3}
-RUN = RULE | {"max_steps": 24, "save_interval": 3, "eval_interval": 100, "save_total_limit": None, "warmup_steps": 1}
+RUN = RULE | {
+    "max_steps": 24,
+    "save_interval": 3,
+    "eval_interval": 100,
+    "save_total_limit": None,
+    "warmup_steps": 1,
+}
 
 
 class SpikesOn(NextToken):
@@ -41,10 +47,16 @@ class Rates(Callback):
         self.seen.append((step, trainer.engine.optimizers[-1].param_groups[0]["lr"]))
 
 
-def spiking(folder: Path, first_step: int = 13, last_step: int = 14, *callbacks: Callback, **settings: object) -> tuple[Trainer, list[str]]:
-    """A run of 24 steps whose steps from `first_step` to `last_step` spike the first time they come; and what it says."""
+def spiking(
+    folder: Path, first_step: int = 13, last_step: int = 14, *callbacks: Callback, **settings: object
+) -> tuple[Trainer, list[str]]:
+    """A run of 24 steps whose steps from `first_step` to `last_step` spike the first time they come; and what
+    it says.
+    """
     trainer = tiny_trainer(folder, callbacks=callbacks, **RUN | settings)  # type: ignore[arg-type]
-    trainer.engine.objective = SpikesOn(trainer, range((first_step - 1) * SAMPLES_A_STEP, last_step * SAMPLES_A_STEP))
+    trainer.engine.objective = SpikesOn(
+        trainer, range((first_step - 1) * SAMPLES_A_STEP, last_step * SAMPLES_A_STEP)
+    )
     said: list[str] = []
     trainer.say = said.append  # type: ignore[method-assign]
     return trainer, said

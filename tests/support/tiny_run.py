@@ -44,7 +44,12 @@ SETTINGS = {
 }
 
 
-def tokens(count: int = 40 * CONTEXT + 1, seed: int = 0, tokenizer_hash: str = "0" * 64, document_every: int | None = None) -> TokenDataset:
+def tokens(
+    count: int = 40 * CONTEXT + 1,
+    seed: int = 0,
+    tokenizer_hash: str = "0" * 64,
+    document_every: int | None = None,
+) -> TokenDataset:
     """Ids that repeat with noise, so that there is something to learn; in documents of so many, or in one."""
     generator = np.random.default_rng(seed)
     ids = (np.arange(count) * 3 + generator.integers(0, 2, count)) % VOCABULARY
@@ -59,7 +64,9 @@ def tokens(count: int = 40 * CONTEXT + 1, seed: int = 0, tokenizer_hash: str = "
 
 def tiny_config(output_dir: Path, model: Mapping[str, object] | None = None, **training: object) -> RunConfig:
     """The settings above with changes."""
-    return RunConfig(model=dict(SHAPE) | dict(model or {}), training=SETTINGS | {"output_dir": str(output_dir)} | training)
+    return RunConfig(
+        model=dict(SHAPE) | dict(model or {}), training=SETTINGS | {"output_dir": str(output_dir)} | training
+    )
 
 
 def tiny_model(config: ModelConfig, seed: int = 7) -> Transformer:
@@ -81,7 +88,14 @@ def tiny_trainer(
     """The trainer of such a run."""
     config = tiny_config(output_dir, model, **training)
     quiet = console or Console(quiet=True)
-    return Trainer(tiny_model(config.model), config, data or tokens(), tokens(65, seed=1), callbacks=callbacks, console=quiet)
+    return Trainer(
+        tiny_model(config.model),
+        config,
+        data or tokens(),
+        tokens(65, seed=1),
+        callbacks=callbacks,
+        console=quiet,
+    )
 
 
 def tiny_run(output_dir: Path, **settings: object) -> TrainingResult:

@@ -1,4 +1,6 @@
-"""Training on mixtures and on other packings: through the one loop, exact over a resume, with the achieved shares told."""
+"""Training on mixtures and on other packings: through the one loop, exact over a resume, with the achieved
+shares told.
+"""
 
 from __future__ import annotations
 
@@ -35,22 +37,34 @@ def documents(folder: Path) -> TokenDataset:
     return TokenDataset.open(folder, "train")
 
 
-def trainer(folder: Path, train: TokenDataset, data: dict[str, object] | None = None, **settings: object) -> Trainer:
+def trainer(
+    folder: Path, train: TokenDataset, data: dict[str, object] | None = None, **settings: object
+) -> Trainer:
     callbacks = settings.pop("callbacks", ())
     tokenizer = settings.pop("tokenizer", None)
     plain = tiny_config(folder, **settings)
     config = RunConfig(model=plain.model, training=plain.training, data=DataConfig(**(data or {})))
     return Trainer(
-        tiny_model(config.model), config, train, tokens(65, seed=1), callbacks=callbacks, console=Console(quiet=True), tokenizer=tokenizer
+        tiny_model(config.model),
+        config,
+        train,
+        tokens(65, seed=1),
+        callbacks=callbacks,
+        console=Console(quiet=True),
+        tokenizer=tokenizer,
     )  # type: ignore[arg-type]
 
 
-def run(folder: Path, train: TokenDataset, data: dict[str, object] | None = None, **settings: object) -> TrainingResult:
+def run(
+    folder: Path, train: TokenDataset, data: dict[str, object] | None = None, **settings: object
+) -> TrainingResult:
     return trainer(folder, train, data, **settings).train()
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_run_on_a_staged_mixture_resumes_to_the_bit_with_its_counts(tmp_path: Path, num_workers: int) -> None:
+def test_a_run_on_a_staged_mixture_resumes_to_the_bit_with_its_counts(
+    tmp_path: Path, num_workers: int
+) -> None:
     run(tmp_path / "straight", mixture(), num_workers=num_workers)
     for stop in (3, 6):  # within the first stage, and after it
         folder = tmp_path / f"cut{stop}"
@@ -82,14 +96,20 @@ def test_a_run_on_one_corpus_tells_no_shares(tmp_path: Path) -> None:
 def test_other_weights_or_a_moved_stage_cannot_be_resumed_silently(tmp_path: Path) -> None:
     run(tmp_path, mixture(), callbacks=[StopAt(3)])
     other = [MixtureStage(weights={"a": 1, "b": 1})]
-    with pytest.raises(CheckpointError, match=r"order 'mixture of .*from sample 40.*mixture, or stages in steps"):
+    with pytest.raises(
+        CheckpointError, match=r"order 'mixture of .*from sample 40.*mixture, or stages in steps"
+    ):
         run(tmp_path, mixture(other), resume_from=str(tmp_path))
     with pytest.raises(CheckpointError, match="another batch size"):
         run(tmp_path, mixture(), resume_from=str(tmp_path), batch_size=2)
 
 
-@pytest.mark.parametrize("data", [{"packing_strategy": "first_fit"}, {"pack_sequences": False}, {"stride": 3}])
-def test_each_packing_trains_validates_and_resumes_to_the_bit(tmp_path: Path, data: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    "data", [{"packing_strategy": "first_fit"}, {"pack_sequences": False}, {"stride": 3}]
+)
+def test_each_packing_trains_validates_and_resumes_to_the_bit(
+    tmp_path: Path, data: dict[str, object]
+) -> None:
     train = documents(tmp_path / "data")
     result = run(tmp_path / "straight", train, data)
     assert result.loss is not None
@@ -104,7 +124,10 @@ def test_each_packing_trains_validates_and_resumes_to_the_bit(tmp_path: Path, da
 def test_validation_covers_the_same_tokens_whatever_the_packing(tmp_path: Path) -> None:
     train = documents(tmp_path / "data")
     found = {}
-    for name, data in {"first_fit": {"packing_strategy": "first_fit"}, "none": {"pack_sequences": False}}.items():
+    for name, data in {
+        "first_fit": {"packing_strategy": "first_fit"},
+        "none": {"pack_sequences": False},
+    }.items():
         one = trainer(tmp_path / name, train, data)
         one.validation_tokens = train
         found[name] = one.evaluate()

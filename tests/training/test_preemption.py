@@ -1,4 +1,6 @@
-"""Signals: the step is finished, a checkpoint is saved, the exit status says so, and the resumed run is the uninterrupted one."""
+"""Signals: the step is finished, a checkpoint is saved, the exit status says so, and the resumed run is the
+uninterrupted one.
+"""
 
 from __future__ import annotations
 

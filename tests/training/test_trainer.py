@@ -20,9 +20,18 @@ from llm_trainer.training.trainer import Trainer
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_loss_falls_to_the_noise_of_the_data(tmp_path: Path, optimizer: str, precision: str) -> None:
     shape = {"dropout": 0.0}
-    result = tiny_run(tmp_path, model=shape, optimizer=optimizer, precision=precision, max_steps=120, save_interval=None, eval_interval=120)
+    result = tiny_run(
+        tmp_path,
+        model=shape,
+        optimizer=optimizer,
+        precision=precision,
+        max_steps=120,
+        save_interval=None,
+        eval_interval=120,
+    )
     assert result.validation is not None
-    # Each id is one of two, and the one before tells which pairs are left: at most ln 4 = 1.39 nats; ln 32 = 3.47 at the start.
+    # Each id is one of two, and the one before tells which pairs are left: at most ln 4 = 1.39 nats; ln 32 =
+    # 3.47 at the start.
     assert result.validation.loss < 1.4
     assert result.loss is not None
     assert result.loss < 1.4
@@ -49,7 +58,15 @@ def test_metrics_have_all_that_a_report_needs(tmp_path: Path) -> None:
     tiny_run(tmp_path)
     lines = read_metrics(tmp_path)
     training = next(line for line in lines if "loss" in line)
-    assert {"loss", "learning_rate", "gradient_norm", "tokens", "tokens_per_second", "mfu", "memory_gb"} <= training.keys()
+    assert {
+        "loss",
+        "learning_rate",
+        "gradient_norm",
+        "tokens",
+        "tokens_per_second",
+        "mfu",
+        "memory_gb",
+    } <= training.keys()
     assert all(math.isfinite(value) and value > 0 for value in training.values())
     validation = next(line for line in lines if "val_loss" in line)
     assert validation["perplexity"] == pytest.approx(math.exp(validation["val_loss"]))
@@ -65,16 +82,40 @@ def test_reported_rates_are_those_of_the_steps_updates(tmp_path: Path) -> None:
 def test_validation_and_saving_come_at_their_intervals_and_the_end_is_validated(tmp_path: Path) -> None:
     tiny_run(tmp_path, max_steps=10, eval_interval=4, save_interval=3, save_total_limit=None)
     assert [line["step"] for line in read_metrics(tmp_path) if "val_loss" in line] == [4, 8, 10]
-    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6", "checkpoint-9"]
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
+        "checkpoint-3",
+        "checkpoint-6",
+        "checkpoint-9",
+    ]
     assert (tmp_path / FINAL_MODEL).is_dir()
     assert (tmp_path / BEST_MODEL).is_dir()
 
 
 def test_checkpoints_by_minutes_and_at_every_validation(tmp_path: Path) -> None:
-    tiny_run(tmp_path / "minutes", max_steps=3, save_interval=None, save_minutes=1e-9, save_total_limit=None, eval_interval=100)
-    assert sorted(path.name for path in (tmp_path / "minutes").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
-    tiny_run(tmp_path / "always", max_steps=5, save_interval=None, always_save_checkpoint=True, eval_interval=2, save_total_limit=None)
-    assert sorted(path.name for path in (tmp_path / "always").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    tiny_run(
+        tmp_path / "minutes",
+        max_steps=3,
+        save_interval=None,
+        save_minutes=1e-9,
+        save_total_limit=None,
+        eval_interval=100,
+    )
+    assert sorted(path.name for path in (tmp_path / "minutes").glob("checkpoint-*")) == [
+        "checkpoint-1",
+        "checkpoint-2",
+    ]
+    tiny_run(
+        tmp_path / "always",
+        max_steps=5,
+        save_interval=None,
+        always_save_checkpoint=True,
+        eval_interval=2,
+        save_total_limit=None,
+    )
+    assert sorted(path.name for path in (tmp_path / "always").glob("checkpoint-*")) == [
+        "checkpoint-2",
+        "checkpoint-4",
+    ]
 
 
 def test_a_limit_in_minutes_saves_and_leaves(tmp_path: Path) -> None:
@@ -104,12 +145,18 @@ def test_accumulated_training_is_whole_training(tmp_path: Path) -> None:
     weights = []
     for micro, accumulation in ((8, 1), (4, 2), (2, 4)):
         trainer = tiny_trainer(
-            tmp_path / f"{micro}", model={"dropout": 0.0}, batch_size=micro, gradient_accumulation_steps=accumulation, save_interval=None
+            tmp_path / f"{micro}",
+            model={"dropout": 0.0},
+            batch_size=micro,
+            gradient_accumulation_steps=accumulation,
+            save_interval=None,
         )
         trainer.train()
         weights.append(torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()]))
     for other in weights[1:]:
-        torch.testing.assert_close(other, weights[0], rtol=0, atol=1e-4)  # a step moves each weight by up to 1e-2
+        torch.testing.assert_close(
+            other, weights[0], rtol=0, atol=1e-4
+        )  # a step moves each weight by up to 1e-2
 
 
 def test_bf16_follows_fp32_closely(tmp_path: Path) -> None:

@@ -23,11 +23,16 @@ class DownloadOptions(Section):
     datasets: list[str] = setting(list, "names from the list, or all; none: the small ones, 1.5 GB together")
     show_list: bool = setting(False, "print what there is, and leave", aliases=("list",))
     save_format: Literal["parquet", "jsonl", "txt"] = setting(
-        "parquet", "of the files that are written; txt: a document a line, its own line breaks as spaces", aliases=("format",)
+        "parquet",
+        "of the files that are written; txt: a document a line, its own line breaks as spaces",
+        aliases=("format",),
     )
-    output_dir: str = setting("data/raw", "each data set gets a folder of its name in it", aliases=("output",))
+    output_dir: str = setting(
+        "data/raw", "each data set gets a folder of its name in it", aliases=("output",)
+    )
     input: str | None = setting(
-        None, "a folder with the original files, in place of the network; for several data sets, one that has a folder of each one's name"
+        None,
+        "a folder with the original files, in place of the network; for several data sets, one that has a folder of each one's name",
     )
 
 
@@ -50,7 +55,11 @@ def run(argv: list[str]) -> int:
 
     rows = chosen(options.datasets)
     if options.show_list:
-        print("\n".join(described(name, row) for name, row in (rows if options.datasets else chosen(["all"])).items()))
+        print(
+            "\n".join(
+                described(name, row) for name, row in (rows if options.datasets else chosen(["all"])).items()
+            )
+        )
         return 0
     _fetch(rows, options, new_console())
     return 0
@@ -71,14 +80,19 @@ def _fetch(rows: dict[str, CataloguedSet], options: DownloadOptions, console: Co
     for name, row in rows.items():
         try:
             given = _given(name, options, len(rows))
-            _tell(name, collect(name, row, output, options.save_format, given=given, console=console), console)
+            _tell(
+                name, collect(name, row, output, options.save_format, given=given, console=console), console
+            )
         except NoConnectionError as error:
             raise DataError("\n".join([*failed, str(error)])) from None  # nor will the others be reached
         except DataError as error:
             failed.append(str(error))
     if failed:
         raise DataError("\n".join(failed))
-    console.print(f"next: python scripts/prepare_data.py --data_root {output} --output_root data/processed", markup=False)
+    console.print(
+        f"next: python scripts/prepare_data.py --data_root {output} --output_root data/processed",
+        markup=False,
+    )
 
 
 def _given(name: str, options: DownloadOptions, number: int) -> Path | None:
@@ -89,18 +103,26 @@ def _given(name: str, options: DownloadOptions, number: int) -> Path | None:
     if (place / name).is_dir():
         return place / name
     if number > 1:
-        raise DataError(f"{place} has no folder {name}; with several data sets each has one there, with one the folder itself is read")
+        raise DataError(
+            f"{place} has no folder {name}; with several data sets each has one there, with one the folder itself is read"
+        )
     return place
 
 
 def _tell(name: str, collected: Collected, console: Console) -> None:
     saved = collected.saved
     if saved is None:
-        console.print(f"{name}: {collected.folder} is there already (from {collected.source}); remove it to fetch it again", markup=False)
+        console.print(
+            f"{name}: {collected.folder} is there already (from {collected.source}); remove it to fetch it again",
+            markup=False,
+        )
         return
     rejected = ", ".join(f"{count} {reason}" for reason, count in sorted(saved.rejected.items()))
     documents = f"{saved.kept + saved.rejected.total()} documents in = {saved.kept} kept + {saved.rejected.total()} rejected"
-    console.print(f"{name}: {documents}{f' ({rejected})' if rejected else ''}, {saved.size / 1e6:.2f} MB of text", markup=False)
+    console.print(
+        f"{name}: {documents}{f' ({rejected})' if rejected else ''}, {saved.size / 1e6:.2f} MB of text",
+        markup=False,
+    )
     for example in saved.examples:
         console.print(f"  rejected: {example}", markup=False)
     if saved.broken_lines:

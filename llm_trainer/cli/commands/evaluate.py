@@ -34,7 +34,9 @@ def evaluate(door: Door, argv: Sequence[str]) -> int:
     assert isinstance(loaded.own, EvaluateOptions)
     inference, own = loaded.config.inference, loaded.own
     if inference.model is None:
-        raise UsageError("no model is named: give --model with a run folder, a checkpoint or the name of a model on the hub")
+        raise UsageError(
+            "no model is named: give --model with a run folder, a checkpoint or the name of a model on the hub"
+        )
     if own.data is None:
         raise UsageError("nothing to evaluate on: give --data with a text file or a prepared folder")
     if not Path(own.data).exists():
@@ -46,7 +48,9 @@ def evaluate(door: Door, argv: Sequence[str]) -> int:
     from llm_trainer.inference.load_model import load_model
 
     console = new_console()
-    model, _ = load_model(inference.model, device=inference.device, precision=inference.precision, adapter=inference.adapter)
+    model, _ = load_model(
+        inference.model, device=inference.device, precision=inference.precision, adapter=inference.adapter
+    )
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("windows", total=None)
         result = evaluate_source(

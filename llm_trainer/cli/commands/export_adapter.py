@@ -1,7 +1,9 @@
-"""`llm-trainer adapter MODEL`: a model's low-rank adapters as a folder of PEFT's, or folded into its matrices as a plain model.
+"""`llm-trainer adapter MODEL`: a model's low-rank adapters as a folder of PEFT's, or folded into its matrices
+as a plain model.
 
-An adapter is worth something over its own base alone. So the base that the folder names is compared with the weights under the adapter,
-tensor by tensor, unless it was said outright; where they have been trained too, the base is to be written beside it.
+An adapter is worth something over its own base alone. So the base that the folder names is compared with the
+weights under the adapter, tensor by tensor, unless it was said outright; where they have been trained too,
+the base is to be written beside it.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ def run(argv: list[str]) -> int:
     assert isinstance(loaded.own, AdapterOptions)
     own, inference = loaded.own, loaded.config.inference
     if inference.model is None:
-        raise UsageError("no model is named: give --model with a run folder, a checkpoint or the name of a model on the hub")
+        raise UsageError(
+            "no model is named: give --model with a run folder, a checkpoint or the name of a model on the hub"
+        )
     for folder in (own.merged_output, own.base_output, own.output if own.merged_output is None else None):
         _refuse_filled(folder)
     from llm_trainer.inference.load_model import find_model, load_transformer
@@ -41,7 +45,9 @@ def run(argv: list[str]) -> int:
 
 
 def chosen_adapter(model: Transformer, said: str | None) -> str:
-    """The set that is meant: by its name, read from a folder of PEFT's, or the only one that counts. Raises UsageError where it is none."""
+    """The set that is meant: by its name, read from a folder of PEFT's, or the only one that counts. Raises
+    UsageError where it is none.
+    """
     from llm_trainer.model.adapters.lora import adapters_in_use
     from llm_trainer.model.interop.peft_format import is_adapter_folder, load_adapter
 
@@ -54,8 +60,16 @@ def chosen_adapter(model: Transformer, said: str | None) -> str:
         return "folder"
     if said in known:
         return said
-    there = f"those that it has: {', '.join(known)}" if known else "it has none; train with --attn_lora_rank, or name a folder of PEFT's"
-    wanted = "several adapters, of which --adapter names one" if said is None and known else f"no adapter{f' {said!r}' if said else ''}"
+    there = (
+        f"those that it has: {', '.join(known)}"
+        if known
+        else "it has none; train with --attn_lora_rank, or name a folder of PEFT's"
+    )
+    wanted = (
+        "several adapters, of which --adapter names one"
+        if said is None and known
+        else f"no adapter{f' {said!r}' if said else ''}"
+    )
     raise UsageError(f"the model has {wanted}; {there}")
 
 
@@ -93,7 +107,9 @@ def _write_plain(model: Transformer, source: Path, folder: Path) -> None:
 
 
 def _base_of(model: Transformer, source: Path) -> str:
-    """What the run of a checkpoint began from, where that is what lies under its adapters still. Raises UsageError where it is not."""
+    """What the run of a checkpoint began from, where that is what lies under its adapters still. Raises
+    UsageError where it is not.
+    """
     from llm_trainer.run_dir import read_run_config
 
     way_out = "write the base too with --base_output FOLDER, or name what peft shall open with --base"
@@ -104,7 +120,9 @@ def _base_of(model: Transformer, source: Path) -> str:
     if began in ("scratch", "resume"):
         raise UsageError(f"the run names no pretrained weights that lie under its adapter; {way_out}")
     if (other := _differs(model, began)) is not None:
-        raise UsageError(f"{other} under the adapter is not that of {began}, which the run began from; {way_out}")
+        raise UsageError(
+            f"{other} under the adapter is not that of {began}, which the run began from; {way_out}"
+        )
     return began
 
 
@@ -117,12 +135,24 @@ def _differs(model: Transformer, base: str) -> str | None:
     theirs = dict(load_transformer(find_model(base)).named_parameters())
     held = {name: one for name, one in model.named_parameters() if ".lora." not in name}
     pairs = [(name, theirs.get(name), one) for name, one in held.items()]
-    return next((name for name, one, other in pairs if one is None or one.shape != other.shape or not torch.equal(one, other)), None)
+    return next(
+        (
+            name
+            for name, one, other in pairs
+            if one is None or one.shape != other.shape or not torch.equal(one, other)
+        ),
+        None,
+    )
 
 
 def _refuse_filled(folder: str | None) -> None:
     """Raises UsageError for a folder with files in it, unless they are an adapter of before."""
     from llm_trainer.model.interop.peft_format import is_adapter_folder
 
-    if folder is not None and Path(folder).is_dir() and any(Path(folder).iterdir()) and not is_adapter_folder(folder):
+    if (
+        folder is not None
+        and Path(folder).is_dir()
+        and any(Path(folder).iterdir())
+        and not is_adapter_folder(folder)
+    ):
         raise UsageError(f"{folder} holds files already; give a new folder")

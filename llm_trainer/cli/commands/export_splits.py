@@ -21,16 +21,21 @@ def documents(tokens: TokenDataset, tokenizer: Tokenizer) -> Iterator[str]:
 
 
 def publish_shards(source: Path, target: Path) -> None:
-    """Give `target` the shards, tokenizer and metadata of the prepared folder `source`: hard links where the disk allows, else copies.
+    """Give `target` the shards, tokenizer and metadata of the prepared folder `source`: hard links where the
+    disk allows, else copies.
 
-    metadata.json comes last, so that an interrupted copy does not pass for prepared data. Of a mixture, each member goes into a folder of
-    its own.
+    metadata.json comes last, so that an interrupted copy does not pass for prepared data. Of a mixture, each
+    member goes into a folder of its own.
     """
     if (source / MIXTURE_FILE).is_file():
         _publish_mixture(source, target)
         return
     (target / MIXTURE_FILE).unlink(missing_ok=True)
-    files = [path for path in sorted(source.glob("dataset/*.tokens"))] + sorted(source.glob("tokenizer*.json")) + [source / "metadata.json"]
+    files = (
+        [path for path in sorted(source.glob("dataset/*.tokens"))]
+        + sorted(source.glob("tokenizer*.json"))
+        + [source / "metadata.json"]
+    )
     (target / "dataset").mkdir(parents=True, exist_ok=True)
     (target / "metadata.json").unlink(missing_ok=True)
     for stale in (target / "dataset").glob("*.tokens"):

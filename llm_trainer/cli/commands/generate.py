@@ -63,7 +63,9 @@ def model_source(loaded: LoadedRun) -> str:
     if isinstance(own, SampleOptions) and loaded.config.inference.model is None:
         return own.out_dir if own.init_from == "resume" else own.init_from
     if loaded.config.inference.model is None:
-        raise UsageError("no model is named: give --model with a run folder, a checkpoint or the name of a model on the hub")
+        raise UsageError(
+            "no model is named: give --model with a run folder, a checkpoint or the name of a model on the hub"
+        )
     return loaded.config.inference.model
 
 
@@ -83,7 +85,9 @@ def prompt_text(said: str | None) -> str:
 
 
 def print_samples(model: LanguageModel, prompt: str, settings: GenerationConfig) -> None:
-    """Print each sample after its prompt: a single one as it is drawn, several from one batch, a rule after each as nanoGPT has it."""
+    """Print each sample after its prompt: a single one as it is drawn, several from one batch, a rule after
+    each as nanoGPT has it.
+    """
     if settings.num_samples == 1 and settings.stream:
         pieces = model.stream(prompt, settings)  # what is wrong with the prompt is said before it is echoed
         sys.stdout.write(prompt)

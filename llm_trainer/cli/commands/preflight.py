@@ -1,4 +1,6 @@
-"""`llm-trainer preflight` and `debug_memory.py`: a step's memory by part, estimated, and for a model that is there measured as well."""
+"""`llm-trainer preflight` and `debug_memory.py`: a step's memory by part, estimated, and for a model that is
+there measured as well.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def run(argv: list[str]) -> int:
     replicas = training.data_parallel or 1
     batches, bounds = resolve_batches(training, replicas * training.fsdp), micro_batch_bounds(loaded.config)
     limit = int(own.memory_gb * GIGABYTE) if own.memory_gb is not None else _free_memory()
-    for division in [batches] if bounds is None else divisions(batches, bounds):  # the first that fits, or the last
+    for division in (
+        [batches] if bounds is None else divisions(batches, bounds)
+    ):  # the first that fits, or the last
         sequences, times = division.micro_batch_size, division.gradient_accumulation_steps
         plan = Plan(
             replicas, training.fsdp, training.tensor_parallel, sequences, times, training.offload_optimizer, training.pipeline_parallel,
@@ -45,7 +49,10 @@ def run(argv: list[str]) -> int:
         if memory.total <= limit * (1 - RESERVE):
             break
     console = new_console()
-    console.print(f"{parameter_count(shape):,} parameters, {_in_words(plan)}, context {shape.max_position_embeddings}\n", markup=False)
+    console.print(
+        f"{parameter_count(shape):,} parameters, {_in_words(plan)}, context {shape.max_position_embeddings}\n",
+        markup=False,
+    )
     _print_parts(console, memory)
     if len(places) > 1:
         each = ", ".join(_gb(place.total) for place in places)
@@ -62,10 +69,14 @@ def run(argv: list[str]) -> int:
         return 0
     advice = recommend(shape, training, plan.ranks, limit, plan)
     if advice is None:
-        console.print("Nothing fits on as many ranks: take more ranks, a smaller model or a shorter max_position_embeddings.")
+        console.print(
+            "Nothing fits on as many ranks: take more ranks, a smaller model or a shorter max_position_embeddings."
+        )
     else:
         recompute = ", gradient_checkpointing=True" if advice.recompute else ""
-        console.print(f"This would, with {_gb(advice.memory.total)}: {_in_words(advice.plan)}{recompute}", markup=False)
+        console.print(
+            f"This would, with {_gb(advice.memory.total)}: {_in_words(advice.plan)}{recompute}", markup=False
+        )
     return TOO_LARGE
 
 
@@ -77,7 +88,9 @@ def debug_memory(argv: list[str]) -> int:
     assert isinstance(loaded.own, MemoryOptions)
     own = loaded.own
     if own.model_path is None:
-        raise UsageError("no model is named: give --model_path with a run folder, a checkpoint or the name of a model on the hub")
+        raise UsageError(
+            "no model is named: give --model_path with a run folder, a checkpoint or the name of a model on the hub"
+        )
     from llm_trainer.diagnostics.measure_memory import measured_step
     from llm_trainer.diagnostics.memory_plan import Plan, rank_memory
     from llm_trainer.inference.load_model import find_model, load_transformer
@@ -87,7 +100,10 @@ def debug_memory(argv: list[str]) -> int:
     training = TrainingConfig(precision=own.precision, optimizer=own.optimizer, device="cpu")
     memory = rank_memory(shape, training, Plan(sequences=own.batch_size), own.precision)
     console = new_console()
-    console.print(f"{own.model_path}: a training step of {own.batch_size} × {shape.max_position_embeddings} tokens\n", markup=False)
+    console.print(
+        f"{own.model_path}: a training step of {own.batch_size} × {shape.max_position_embeddings} tokens\n",
+        markup=False,
+    )
     _print_parts(console, memory)
     estimated = memory.gradients + memory.activations
     measured = measured_step(shape, training, own.batch_size, model=model)

@@ -26,7 +26,9 @@ def splits(argv: list[str]) -> int:
 
 
 def prepare_door(door: Door, argv: Sequence[str], *, with_texts: bool = False) -> int:
-    """Prepare what one door's settings name (with the splits as texts too), and print what came of it and what to type next."""
+    """Prepare what one door's settings name (with the splits as texts too), and print what came of it and
+    what to type next.
+    """
     loaded = open_door(door, argv)
     if loaded is None:
         return 0

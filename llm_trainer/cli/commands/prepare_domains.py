@@ -1,4 +1,6 @@
-"""`llm-trainer domains` and `scripts/prepare_domain_datasets.py`: data sets by domain, or the list of those that are known."""
+"""`llm-trainer domains` and `scripts/prepare_domain_datasets.py`: data sets by domain, or the list of those
+that are known.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ class DomainOptions(DomainBridge):
     """What a domain bridge file says, and two ways to do without one."""
 
     list_loaders: bool = setting(False, "print the loaders that there are, and leave")
-    builtin: bool = setting(False, "the built-in domains in place of data sets: no network, no files", aliases=("built_in",))
+    builtin: bool = setting(
+        False, "the built-in domains in place of data sets: no network, no files", aliases=("built_in",)
+    )
 
 
 DOMAINS = Door(
@@ -62,17 +66,23 @@ def run(argv: list[str]) -> int:
 
 def _bridge(line: CommandLine, flags: dict[str, object]) -> DomainBridge:
     if line.positional:
-        raise UsageError(f"{DOMAINS.name} does not know what to do with {line.positional[0]!r}; a bridge file is given as --config FILE")
+        raise UsageError(
+            f"{DOMAINS.name} does not know what to do with {line.positional[0]!r}; a bridge file is given as --config FILE"
+        )
     values: dict[str, object] = {}
     for name in line.files:
         values |= bridge_content(Path(name))
     place = ", ".join([*line.files, *(["the command line"] if flags else [])]) or "the command line"
-    return domain_bridge({**values, **{DomainBridge.names()[name]: value for name, value in flags.items()}}, place)
+    return domain_bridge(
+        {**values, **{DomainBridge.names()[name]: value for name, value in flags.items()}}, place
+    )
 
 
 def _prepare(bridge: DomainBridge, builtin: bool) -> int:
     if not bridge.loaders and not builtin:
-        raise UsageError(f"no loaders are named: give --config FILE ({BRIDGE_FILE} is one), or --builtin for domains without a network")
+        raise UsageError(
+            f"no loaders are named: give --config FILE ({BRIDGE_FILE} is one), or --builtin for domains without a network"
+        )
     from llm_trainer.cli.setup.parse_command import new_console
     from llm_trainer.data.domains.pipeline import prepare_builtin_domains, prepare_domains
 
@@ -81,13 +91,19 @@ def _prepare(bridge: DomainBridge, builtin: bool) -> int:
     summary = prepare_builtin_domains(bridge, console) if builtin else prepare_domains(bridge, console)
     for text in summary.lines():
         console.print(text, markup=False)
-    console.print(f"next: python train_aio.py --use_domain_specific_data --domain_data_dir {bridge.output_dir}", markup=False)
+    console.print(
+        f"next: python train_aio.py --use_domain_specific_data --domain_data_dir {bridge.output_dir}",
+        markup=False,
+    )
     return 0
 
 
 def described(name: str, row: DomainLoader) -> str:
     """A loader as `--list_loaders` prints it."""
-    where = [f"{part.name}{f' ({len(part.configurations)} configurations)' if part.configurations else ''}" for part in row.hub]
+    where = [
+        f"{part.name}{f' ({len(part.configurations)} configurations)' if part.configurations else ''}"
+        for part in row.hub
+    ]
     hub = where[0] + (f" and {len(where) - 1} more" if len(where) > 1 else "") if where else str(row.path)
     facts = {
         "domains": ", ".join(row.domains()),
@@ -112,13 +128,19 @@ def domains_to_train_on(said: str | None, data: DataConfig, console: Console) ->
     wanted = Path(said or DOMAINS_FOLDER)
     if (wanted / MIXTURE_FILE).is_file():
         return wanted
-    console.print(f"no domains are prepared in {wanted}: the built-in ones are used, in {BUILTIN} (see docs/domain_data_bridge.md)")
     console.print(
-        f"for the data sets: python scripts/prepare_domain_datasets.py --config {BRIDGE_FILE} --output_dir {wanted}", markup=False
+        f"no domains are prepared in {wanted}: the built-in ones are used, in {BUILTIN} (see docs/domain_data_bridge.md)"
+    )
+    console.print(
+        f"for the data sets: python scripts/prepare_domain_datasets.py --config {BRIDGE_FILE} --output_dir {wanted}",
+        markup=False,
     )
     if not (BUILTIN / MIXTURE_FILE).is_file():
         bridge = DomainBridge(
-            output_dir=str(BUILTIN), tokenizer_path=data.tokenizer_path, tokenizer_vocab_size=data.vocab_size, num_workers=data.num_workers
+            output_dir=str(BUILTIN),
+            tokenizer_path=data.tokenizer_path,
+            tokenizer_vocab_size=data.vocab_size,
+            num_workers=data.num_workers,
         )
         for text in prepare_builtin_domains(bridge, console).lines():
             console.print(text, markup=False)

@@ -11,21 +11,50 @@ from llm_trainer.errors import UsageError
 def run(argv: list[str]) -> int:
     """Print the table; it takes no settings."""
     if argv and argv[0] not in ("-h", "--help"):
-        raise UsageError(f"llm-trainer presets takes no settings, not {argv[0]!r}; use one with --preset NAME")
-    header = ("preset", "family", "width", "layers", "heads", "kv", "inner", "vocabulary", "context", "parameters", "manual")
+        raise UsageError(
+            f"llm-trainer presets takes no settings, not {argv[0]!r}; use one with --preset NAME"
+        )
+    header = (
+        "preset",
+        "family",
+        "width",
+        "layers",
+        "heads",
+        "kv",
+        "inner",
+        "vocabulary",
+        "context",
+        "parameters",
+        "manual",
+    )
     rows: list[tuple[str, ...]] = [header]
     for preset in PRESETS.values():
         model = preset.model()
-        shape = (model.hidden_size, model.num_hidden_layers, model.num_attention_heads, model.kv_heads, model.mlp_width)
+        shape = (
+            model.hidden_size,
+            model.num_hidden_layers,
+            model.num_attention_heads,
+            model.kv_heads,
+            model.mlp_width,
+        )
         sizes = (model.vocab_size, model.max_position_embeddings)
         rows.append(
-            (preset.name, model.model_type, *map(str, (*shape, *sizes)), f"{preset.parameters() / 1e6:,.1f} M", preset.manual_figure or "–")
+            (
+                preset.name,
+                model.model_type,
+                *map(str, (*shape, *sizes)),
+                f"{preset.parameters() / 1e6:,.1f} M",
+                preset.manual_figure or "–",
+            )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     for row in rows:
         cells = [
-            cell.ljust(width) if column < 2 else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            cell.ljust(width) if column < 2 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         sys.stdout.write("  ".join(cells).rstrip() + "\n")
-    sys.stdout.write("\nUse one with --preset NAME; any part of it can be set beside it: --preset framework-tiny --num_layers 4\n")
+    sys.stdout.write(
+        "\nUse one with --preset NAME; any part of it can be set beside it: --preset framework-tiny --num_layers 4\n"
+    )
     return 0

@@ -1,4 +1,6 @@
-"""`scripts/process_data.py`: prepared splits → shards to train on, or a trained model's outputs on them with a validation report."""
+"""`scripts/process_data.py`: prepared splits → shards to train on, or a trained model's outputs on them with
+a validation report.
+"""
 
 from __future__ import annotations
 
@@ -45,14 +47,22 @@ def run(argv: list[str]) -> int:
 
 def refuse_idle_flags(loaded: LoadedRun, folder: Path) -> None:
     """Raises UsageError for flags about preparation where `folder` is prepared already."""
-    said = {name for name, origin in loaded.origins.items() if name.startswith("data.") and origin.startswith("--")}
+    said = {
+        name
+        for name, origin in loaded.origins.items()
+        if name.startswith("data.") and origin.startswith("--")
+    }
     idle = sorted(said - {"data.input", "data.output_dir"})
     if idle:
-        raise UsageError(f"--{idle[0]} has no effect: {folder} is prepared already; leave it out, or prepare the text again")
+        raise UsageError(
+            f"--{idle[0]} has no effect: {folder} is prepared already; leave it out, or prepare the text again"
+        )
 
 
 def shard(loaded: LoadedRun, output: Path, console: Console) -> None:
-    """Shards of the splits in `data.input`, in `output`: those that are there already, else made from train, val and test texts."""
+    """Shards of the splits in `data.input`, in `output`: those that are there already, else made from train,
+    val and test texts.
+    """
     from llm_trainer.cli.commands.export_splits import publish_shards
     from llm_trainer.data.mixture_dataset import MIXTURE_FILE
     from llm_trainer.data.pipeline.pipeline import prepare
@@ -70,16 +80,24 @@ def shard(loaded: LoadedRun, output: Path, console: Console) -> None:
         source = SplitSource(folder)
         (output / MIXTURE_FILE).unlink(missing_ok=True)  # of an older result
         settings = data.model_copy()
-        settings.train_ratio, settings.val_ratio, settings.test_ratio = None, source.share("validation"), source.share("test")
+        settings.train_ratio, settings.val_ratio, settings.test_ratio = (
+            None,
+            source.share("validation"),
+            source.share("test"),
+        )
         for line in prepare(settings, output, console=console, source=source).lines():
             console.print(line, markup=False)
     console.print(f"next: llm-trainer train --data_dir {output}", markup=False)
 
 
 def infer(data: DataConfig, own: ProcessOptions, output: Path, console: Console) -> None:
-    """Let the model go on from the beginnings of held-out documents and score it on them; both are written to `output`."""
+    """Let the model go on from the beginnings of held-out documents and score it on them; both are written to
+    `output`.
+    """
     if own.student_model_path is None:
-        raise UsageError("--mode inference needs a model: give --student_model_path with a run folder or a checkpoint")
+        raise UsageError(
+            "--mode inference needs a model: give --student_model_path with a run folder or a checkpoint"
+        )
     from llm_trainer.cli.setup.run_summary import in_words
     from llm_trainer.evaluation.perplexity import evaluate_text
     from llm_trainer.inference.load_model import load_model
@@ -89,14 +107,29 @@ def infer(data: DataConfig, own: ProcessOptions, output: Path, console: Console)
     result = evaluate_text(model, "\n".join(texts))
     prompts = [beginning(text, tokenizer) for text in islice(texts, own.num_samples)]
     answers = (
-        model.generate(prompts, max_new_tokens=min(own.max_new_tokens, model.context - PROMPT_TOKENS), temperature=0.0) if prompts else []
+        model.generate(
+            prompts, max_new_tokens=min(own.max_new_tokens, model.context - PROMPT_TOKENS), temperature=0.0
+        )
+        if prompts
+        else []
     )
     output.mkdir(parents=True, exist_ok=True)
     records = ({"prompt": prompt, "output": answer} for prompt, answer in zip(prompts, answers, strict=True))
-    _write(output / OUTPUTS_FILE, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-    report = {"model": own.student_model_path, "documents": len(texts), "tokens": result.tokens, **result.metrics, "outputs": len(answers)}
+    _write(
+        output / OUTPUTS_FILE, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    )
+    report = {
+        "model": own.student_model_path,
+        "documents": len(texts),
+        "tokens": result.tokens,
+        **result.metrics,
+        "outputs": len(answers),
+    }
     _write(output / REPORT_FILE, json.dumps(report, ensure_ascii=False, indent=1) + "\n")
-    console.print(f"validation  {in_words(result.metrics)} over {result.tokens:,} tokens of {len(texts):,} documents", markup=False)
+    console.print(
+        f"validation  {in_words(result.metrics)} over {result.tokens:,} tokens of {len(texts):,} documents",
+        markup=False,
+    )
     console.print(f"wrote       {output / OUTPUTS_FILE}, {output / REPORT_FILE}", markup=False)
 
 
@@ -104,7 +137,9 @@ def input_folder(data: DataConfig) -> Path:
     """The folder with the splits; raises UsageError where it is missing."""
     folder = Path(data.input or "")
     if not folder.is_dir():
-        raise UsageError(f"the folder {folder} does not exist; make it with scripts/prepare_data.py --output {folder}")
+        raise UsageError(
+            f"the folder {folder} does not exist; make it with scripts/prepare_data.py --output {folder}"
+        )
     return folder
 
 
@@ -117,16 +152,23 @@ def is_prepared(folder: Path) -> bool:
 
 
 def held_out_texts(folder: Path) -> Iterator[str]:
-    """The documents of the test split, else of validation, from shards or from texts; raises UsageError where there are none."""
+    """The documents of the test split, else of validation, from shards or from texts; raises UsageError where
+    there are none.
+    """
     from llm_trainer.cli.commands.export_splits import documents
     from llm_trainer.data.prepared_dataset import open_prepared
     from llm_trainer.data.sources.presplit_source import SplitSource
 
     if is_prepared(folder):
         prepared = open_prepared(folder)
-        tokens = next((split for split in (prepared.test, prepared.validation) if split is not None and len(split)), None)
+        tokens = next(
+            (split for split in (prepared.test, prepared.validation) if split is not None and len(split)),
+            None,
+        )
         if tokens is None or prepared.tokenizer is None:
-            raise UsageError(f"{folder} has no test and no validation split; prepare it with val_ratio or test_ratio above 0")
+            raise UsageError(
+                f"{folder} has no test and no validation split; prepare it with val_ratio or test_ratio above 0"
+            )
         yield from documents(tokens, prepared.tokenizer)
         return
     yield from SplitSource(folder).held_out()

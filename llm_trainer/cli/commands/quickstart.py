@@ -1,8 +1,8 @@
 """`llm-trainer quickstart`: the whole length of the house in minutes, with nothing to decide.
 
-Gather text (the built-in corpus, or the user's), learn a tokenizer from it, write shards, train a small Llama-shaped model, let it talk,
-write the report. The number of steps is what fits the time: a few steps are timed first, so a slow machine ends as soon as a fast one,
-with less trained.
+Gather text (the built-in corpus, or the user's), learn a tokenizer from it, write shards, train a small
+Llama-shaped model, let it talk, write the report. The number of steps is what fits the time: a few steps are
+timed first, so a slow machine ends as soon as a fast one, with less trained.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def run(argv: list[str]) -> int:
     run_folder = Path(own.output_dir)
     status = talk_and_report(parts, own, console, " ".join(["llm-trainer quickstart", *argv]))
     if status == 0:
-        console.print(f"\n{time.monotonic() - began:.0f} s in all. Open {run_folder / 'report.html'} in a browser.")
+        console.print(
+            f"\n{time.monotonic() - began:.0f} s in all. Open {run_folder / 'report.html'} in a browser."
+        )
         console.print(f"Talk to it:  llm-trainer generate {run_folder} --prompt 'def '", markup=False)
     return status
 
@@ -114,7 +116,9 @@ def plan(own: QuickstartOptions, data: RunData, console: Console) -> Assembled:
 
 
 def steps_that_fit(model: Transformer, data: RunData, training: TrainingConfig, seconds: float) -> int:
-    """How many steps the time holds and the text is worth; settles the precision in `training` by the same measurement."""
+    """How many steps the time holds and the text is worth; settles the precision in `training` by the same
+    measurement.
+    """
     from llm_trainer.data.sampling.samplers import WindowSampler
     from llm_trainer.training.engines.autotune import Probe, choose
     from llm_trainer.training.engines.precision import resolve_device
@@ -123,7 +127,13 @@ def steps_that_fit(model: Transformer, data: RunData, training: TrainingConfig, 
     device = resolve_device(training.device)
     model.to(device).train()
     sampler = WindowSampler(data.prepared.train, model.config.max_position_embeddings, training.seed)
-    probe = Probe(model, TrainingStep(model, NextToken()), sampler.batch(0, BATCH), device, micro_batches_left=MAX_STEPS // 10)
+    probe = Probe(
+        model,
+        TrainingStep(model, NextToken()),
+        sampler.batch(0, BATCH),
+        device,
+        micro_batches_left=MAX_STEPS // 10,
+    )
     plain = training.model_copy(update={"compile": "off"})
     training.precision = choose(probe, plain, say=lambda line: None).precision
     step = OPTIMIZER_SHARE * probe.seconds(training.precision) / probe.share
@@ -139,7 +149,14 @@ def talk_and_report(parts: Assembled, own: QuickstartOptions, console: Console, 
 
     prepared = parts.data.prepared
     keep_freed_memory()
-    trainer = Trainer(parts.model, parts.config, prepared.train, prepared.validation, tokenizer=prepared.tokenizer, console=console)
+    trainer = Trainer(
+        parts.model,
+        parts.config,
+        prepared.train,
+        prepared.validation,
+        tokenizer=prepared.tokenizer,
+        console=console,
+    )
     tell_start(trainer, parts.data.folder, console)
     result = trainer.train()
     if result.ended_by not in ("finished", "stopped"):
@@ -180,4 +197,6 @@ def prompts_for(own: QuickstartOptions, data: RunData) -> list[str]:
     if held_out is None or prepared.tokenizer is None or len(held_out) < 4 * PROMPT_TOKENS:
         return ["\n"]
     places = (len(held_out) // 4 * quarter for quarter in (0, 1, 2))
-    return [prepared.tokenizer.decode(held_out.read(place, PROMPT_TOKENS).tolist()) or "\n" for place in places]
+    return [
+        prepared.tokenizer.decode(held_out.read(place, PROMPT_TOKENS).tolist()) or "\n" for place in places
+    ]

@@ -16,5 +16,7 @@ def run(argv: list[str]) -> int:
     assert isinstance(loaded.own, ReportOptions)
     from llm_trainer.reporting.run_report import write_report
 
-    print(f"report: {write_report(Path(loaded.own.run), Path(loaded.own.output) if loaded.own.output else None)}")
+    print(
+        f"report: {write_report(Path(loaded.own.run), Path(loaded.own.output) if loaded.own.output else None)}"
+    )
     return 0

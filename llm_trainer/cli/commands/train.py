@@ -1,4 +1,6 @@
-"""`llm-trainer train` and the manuals' training scripts: settings, data, model, trainer, in that order, and what came of it."""
+"""`llm-trainer train` and the manuals' training scripts: settings, data, model, trainer, in that order, and
+what came of it.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,9 @@ class Assembled:
     source: Path | None = None
 
 
-def assemble(loaded: LoadedRun, console: Console, fallbacks: Sequence[str] = (), source: Path | None = None) -> Assembled:
+def assemble(
+    loaded: LoadedRun, console: Console, fallbacks: Sequence[str] = (), source: Path | None = None
+) -> Assembled:
     """Open the data, build or load the model, and write into the settings what was resolved on the way.
 
     `source`: the verified checkpoint that the run goes on from.
@@ -104,7 +108,9 @@ def assemble(loaded: LoadedRun, console: Console, fallbacks: Sequence[str] = (),
     if source is not None:
         model = new_model(config.model, config.training.seed)  # the checkpoint's weights replace these
     elif is_pretrained(config.training.init_from):
-        model = pretrained_model(config.training.init_from, config.model, corpora_of(data.prepared), config.training.adapter_from)
+        model = pretrained_model(
+            config.training.init_from, config.model, corpora_of(data.prepared), config.training.adapter_from
+        )
         refuse_other_tokens(config.training.init_from, data.prepared.tokenizer)
     else:
         model = new_model(shape_for(config.model, data.prepared, loaded.origins), config.training.seed)

@@ -1,7 +1,7 @@
 """`train_aio.py`: everything in one command, data included.
 
-Where no data is prepared, the built-in corpus is: splits into data/processed, shards into data/ready. Without an output_dir the result is
-also found as models/final/.
+Where no data is prepared, the built-in corpus is: splits into data/processed, shards into data/ready. Without
+an output_dir the result is also found as models/final/.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def _assembled(loaded: LoadedRun, console: Console, source: Path | None) -> Asse
     is_resumed = training.resume_from is not None
     if training.use_domain_specific_data and not is_resumed:
         training.domain_data_dir = str(domains_to_train_on(training.domain_data_dir, data, console))
-    elif not is_resumed and not any(data.is_said(name) for name in ("data_dir", "dataset", "input", "dataset_name")):
+    elif not is_resumed and not any(
+        data.is_said(name) for name in ("data_dir", "dataset", "input", "dataset_name")
+    ):
         make_ready(data, console)
     return assemble(loaded, console, (str(READY),), source)
 
@@ -84,6 +86,8 @@ def publish_final(final: Path) -> None:
         shutil.rmtree(PUBLISHED)
     PUBLISHED.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(OSError):
-        PUBLISHED.symlink_to(Path("..") / final if not final.is_absolute() else final, target_is_directory=True)
+        PUBLISHED.symlink_to(
+            Path("..") / final if not final.is_absolute() else final, target_is_directory=True
+        )
         return
     shutil.copytree(final, PUBLISHED)

@@ -31,7 +31,9 @@ def run(argv: list[str]) -> int:
 
 
 def builder(run_folder: Path) -> BuildTrainer:
-    """What makes trainers with a run's own settings, from one of its checkpoints or its beginning, writing elsewhere."""
+    """What makes trainers with a run's own settings, from one of its checkpoints or its beginning, writing
+    elsewhere.
+    """
     from llm_trainer.cli.setup.build_dataset import find_data
     from llm_trainer.cli.setup.build_model import new_model, pretrained_model, transferred
     from llm_trainer.cli.setup.scaling_schedule import orchestrator_for
@@ -44,7 +46,11 @@ def builder(run_folder: Path) -> BuildTrainer:
     def build(checkpoint: Path | None, folder: Path, callbacks: Sequence[Callback]) -> Trainer:
         config = saved.model_copy(deep=True)
         training = config.training
-        training.output_dir, training.remote_dir, training.report_to = str(folder), None, []  # the replay is nobody's but its own
+        training.output_dir, training.remote_dir, training.report_to = (
+            str(folder),
+            None,
+            [],
+        )  # the replay is nobody's but its own
         training.resume_from = str(checkpoint) if checkpoint else None
         source = training.init_from
         if checkpoint is not None or source in ("scratch", "resume"):
@@ -56,7 +62,13 @@ def builder(run_folder: Path) -> BuildTrainer:
         orchestrator = orchestrator_for(training)
         own = [orchestrator] if orchestrator else []
         return Trainer(
-            model, config, prepared.train, prepared.validation, tokenizer=prepared.tokenizer, callbacks=[*own, *callbacks], console=console
+            model,
+            config,
+            prepared.train,
+            prepared.validation,
+            tokenizer=prepared.tokenizer,
+            callbacks=[*own, *callbacks],
+            console=console,
         )
 
     return build

@@ -1,4 +1,6 @@
-"""Which data a run trains on: prepared folders are opened, texts and data sets are prepared first, through the cache."""
+"""Which data a run trains on: prepared folders are opened, texts and data sets are prepared first, through
+the cache.
+"""
 
 from __future__ import annotations
 
@@ -33,17 +35,27 @@ class RunData:
 
 
 def refuse_idle(loaded: LoadedRun) -> None:
-    """Raises UsageError for flags about data that would have no effect: two corpora named, or preparation asked of what is prepared."""
+    """Raises UsageError for flags about data that would have no effect: two corpora named, or preparation
+    asked of what is prepared.
+    """
     data = loaded.config.data
-    flags = {name for name in DataConfig.model_fields if loaded.origins.get(f"data.{name}", "").startswith("--")}
+    flags = {
+        name for name in DataConfig.model_fields if loaded.origins.get(f"data.{name}", "").startswith("--")
+    }
     named = [name for name in ("data_dir", "input", "dataset_name", "dataset") if name in flags]
     if loaded.config.training.use_domain_specific_data:
-        named = [name for name in ("data_dir", "input", "dataset_name", "dataset") if data.is_said(name)] or named
+        named = [
+            name for name in ("data_dir", "input", "dataset_name", "dataset") if data.is_said(name)
+        ] or named
         if named:
-            raise UsageError(f"{named[0]} and use_domain_specific_data each name the data to train on; give one")
+            raise UsageError(
+                f"{named[0]} and use_domain_specific_data each name the data to train on; give one"
+            )
     if len(named) > 1:
         raise UsageError(f"--{' and --'.join(named)} each name the data to train on; give one")
-    is_prepared_already = (data.input is None and data.dataset_name is None) or "data_dir" in named or "dataset" in named
+    is_prepared_already = (
+        (data.input is None and data.dataset_name is None) or "data_dir" in named or "dataset" in named
+    )
     idle = sorted(flags - {*OF_BOTH, *OF_TRAINING}) if is_prepared_already else []
     if idle:
         raise UsageError(
@@ -52,10 +64,11 @@ def refuse_idle(loaded: LoadedRun) -> None:
 
 
 def find_data(data: DataConfig, console: Console, fallbacks: Sequence[str] = ()) -> RunData:
-    """Open what `data` means: data_dir, else what is to be prepared, else nanoGPT's dataset, else the first of `fallbacks` there is.
+    """Open what `data` means: data_dir, else what is to be prepared, else nanoGPT's dataset, else the first
+    of `fallbacks` there is.
 
-    How it was packed and mixed holds, but for what `data` says; `data` then says all of it. Raises UsageError where nothing is named
-    and DataError where what is named cannot be used.
+    How it was packed and mixed holds, but for what `data` says; `data` then says all of it. Raises UsageError
+    where nothing is named and DataError where what is named cannot be used.
     """
     from llm_trainer.data.mixture_dataset import reweighed
 
@@ -78,12 +91,16 @@ def _find(data: DataConfig, console: Console, fallbacks: Sequence[str]) -> RunDa
     for fallback in fallbacks:
         if Path(fallback).is_dir():
             return RunData(Path(fallback), open_prepared(fallback))
-    missing = f"no data is named and there is no {' or '.join(fallbacks)}; " if fallbacks else "no data is named; "
+    missing = (
+        f"no data is named and there is no {' or '.join(fallbacks)}; " if fallbacks else "no data is named; "
+    )
     raise UsageError(missing + WAYS_OUT)
 
 
 def use_domains(training: TrainingConfig, data: DataConfig) -> None:
-    """With use_domain_specific_data, make the prepared domains the data. Raises UsageError where none are prepared."""
+    """With use_domain_specific_data, make the prepared domains the data. Raises UsageError where none are
+    prepared.
+    """
     if not training.use_domain_specific_data or data.data_dir is not None:
         return
     folder = Path(training.domain_data_dir or DOMAINS_FOLDER)
@@ -99,12 +116,17 @@ def prepared_folder(data: DataConfig) -> Path:
     """Where a text or data set is prepared to: output_dir, else `data/prepared/<name>`."""
     if data.output_dir is not None:
         return Path(data.output_dir)
-    name = "-".join(part for part in (data.dataset_name, data.dataset_config) if part) or Path(data.input or "text").resolve().stem
+    name = (
+        "-".join(part for part in (data.dataset_name, data.dataset_config) if part)
+        or Path(data.input or "text").resolve().stem
+    )
     return Path("data/prepared") / (re.sub(r"[^\w.-]+", "-", name).strip("-") or "text")
 
 
 def prepare_into(data: DataConfig, folder: Path, console: Console) -> None:
-    """Prepare what `data` names into `folder`; what lies there already from the same input and settings is kept."""
+    """Prepare what `data` names into `folder`; what lies there already from the same input and settings is
+    kept.
+    """
     from llm_trainer.data.pipeline.pipeline import prepare
 
     prepare(data, folder, console=console)
@@ -119,4 +141,6 @@ def _classic(dataset: str) -> RunData:
         return RunData(folder, open_prepared(folder))
     script = folder / "prepare.py"
     way_out = f"run: python {script}" if script.exists() else WAYS_OUT
-    raise UsageError(f"the data set {dataset!r} is not prepared ({folder} has no train.bin and no metadata.json); {way_out}")
+    raise UsageError(
+        f"the data set {dataset!r} is not prepared ({folder} has no train.bin and no metadata.json); {way_out}"
+    )

@@ -1,7 +1,7 @@
 """Which model a run trains: from scratch in the shape that is said, or from somebody's weights.
 
-The vocabulary and the context come from the data where they are not said: an embedding smaller than the tokenizer is an error here,
-before the first step, instead of a wrong index in the middle of the run.
+The vocabulary and the context come from the data where they are not said: an embedding smaller than the
+tokenizer is an error here, before the first step, instead of a wrong index in the middle of the run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,14 @@ if TYPE_CHECKING:
     from llm_trainer.model.transformer import Transformer
 
 # What may be said beside pretrained weights; everything else is the weights' own shape.
-CHANGEABLE = ("dropout", "attention_dropout", "embedding_dropout", "gradient_checkpointing", "checkpoint_every", "checkpoint_keep")
+CHANGEABLE = (
+    "dropout",
+    "attention_dropout",
+    "embedding_dropout",
+    "gradient_checkpointing",
+    "checkpoint_every",
+    "checkpoint_keep",
+)
 
 # Low-rank adapters: the settings beside a table, and with the tables themselves.
 SINGLE_LORA = (
@@ -36,7 +43,9 @@ BOTTLENECKS = ("use_adapter_modules", "use_domain_adaptation", "adapter_size", "
 
 
 def shape_for(model: ModelConfig, prepared: PreparedData, origins: Mapping[str, str]) -> ModelConfig:
-    """The shape to train on this data from scratch. Raises UsageError where the vocabulary that was said is too small."""
+    """The shape to train on this data from scratch. Raises UsageError where the vocabulary that was said is
+    too small.
+    """
     settled = model.model_copy()
     rows, needed = model.vocab_size, prepared.vocab_size
     if not _is_said(model, "vocab_size", origins):
@@ -65,8 +74,11 @@ def new_model(shape: ModelConfig, seed: int) -> Transformer:
     return model
 
 
-def pretrained_model(source: str, said: ModelConfig, corpora: Sequence[str] = (), adapter: str | None = None) -> Transformer:
-    """The model of a folder, a checkpoint or a hub name, with the dropout, context and adapters that were said.
+def pretrained_model(
+    source: str, said: ModelConfig, corpora: Sequence[str] = (), adapter: str | None = None
+) -> Transformer:
+    """The model of a folder, a checkpoint or a hub name, with the dropout, context and adapters that were
+    said.
 
     `corpora` are those of the data's mixture, which domain adapters are named after where nothing else was said; `adapter` is a folder
     of PEFT's. Raises UsageError where another shape was said than the weights have, CheckpointError where there are no weights.
@@ -102,16 +114,23 @@ def transferred(model: Transformer, source: str, parts: Sequence[str]) -> list[s
 def refuse_adapter_over_nothing(training: TrainingConfig) -> None:
     """Raises UsageError for an adapter that is to be trained on over no pretrained weights."""
     if training.adapter_from is not None and training.init_from == "scratch":
-        raise UsageError(f"adapter_from={training.adapter_from} needs the weights that it was trained over; name them with --init_from")
+        raise UsageError(
+            f"adapter_from={training.adapter_from} needs the weights that it was trained over; name them with --init_from"
+        )
 
 
 def refuse_untold_domains(model: ModelConfig, training: TrainingConfig, corpora: Sequence[str]) -> None:
-    """Raises UsageError for adapters of several domains that are to be trained on data that tells none apart: no row would take one."""
+    """Raises UsageError for adapters of several domains that are to be trained on data that tells none apart:
+    no row would take one.
+    """
     from llm_trainer.training.optim.param_groups import trained_sizes
 
     if len(model.domain_names) < 2 or corpora or training.eval_only:
         return
-    if any(trained and part.startswith("domain_adapter.") for part, trained in trained_sizes(model, training).items()):
+    if any(
+        trained and part.startswith("domain_adapter.")
+        for part, trained in trained_sizes(model, training).items()
+    ):
         raise UsageError(
             f"the model has adapters for {', '.join(model.domain_names)}, but the data is no mixture, so nothing says whose a text is; "
             "train on a mixture of corpora with these names (mixture.json), or let them be with --freeze_layers 'domain_adapter.*'"
@@ -124,8 +143,14 @@ def is_pretrained(init_from: str) -> bool:
 
 
 def use_tokenizer_of(source: str, data: DataConfig) -> None:
-    """Text that is prepared for a pretrained model is prepared with that model's tokenizer, unless another one was said."""
-    if data.tokenizer_path is None and data.tokenizer_type == "auto" and (data.input is not None or data.dataset_name is not None):
+    """Text that is prepared for a pretrained model is prepared with that model's tokenizer, unless another
+    one was said.
+    """
+    if (
+        data.tokenizer_path is None
+        and data.tokenizer_type == "auto"
+        and (data.input is not None or data.dataset_name is not None)
+    ):
         from llm_trainer.inference.load_model import find_model
 
         folder = find_model(source)
@@ -134,7 +159,9 @@ def use_tokenizer_of(source: str, data: DataConfig) -> None:
 
 
 def refuse_other_tokens(source: str, tokenizer: Tokenizer | None) -> None:
-    """Raises DataError where the data's ids mean other text than the ids that the pretrained model has learned."""
+    """Raises DataError where the data's ids mean other text than the ids that the pretrained model has
+    learned.
+    """
     from llm_trainer.data.tokenization.tokenizer import Tokenizer
     from llm_trainer.inference.load_model import find_model
 
@@ -159,7 +186,9 @@ def _with_changes(source: str, shape: ModelConfig, said: ModelConfig) -> ModelCo
         if name in CHANGEABLE or shorter:
             setattr(changed, name, wanted)
         elif wanted != present:
-            raise UsageError(f"{name}={wanted!r} was said, but {source} has {present!r}; leave it out, or train from scratch")
+            raise UsageError(
+                f"{name}={wanted!r} was said, but {source} has {present!r}; leave it out, or train from scratch"
+            )
     return changed
 
 
@@ -175,7 +204,9 @@ def _domains(said: ModelConfig, corpora: Sequence[str]) -> list[str]:
     return list(said.adapter_domains or corpora) if said.use_domain_adaptation else []
 
 
-def _with_adapters(model: Transformer, said: ModelConfig, corpora: Sequence[str], adapter: str | None) -> Transformer:
+def _with_adapters(
+    model: Transformer, said: ModelConfig, corpora: Sequence[str], adapter: str | None
+) -> Transformer:
     """The model with all adapters that it shall have: those that were said, and those in a folder of PEFT's."""
     model = _with_said_bottlenecks(model, said, corpora)
     if adapter is not None:
@@ -194,13 +225,18 @@ def _with_said_bottlenecks(model: Transformer, said: ModelConfig, corpora: Seque
     from llm_trainer.model.transformer import Transformer
 
     present = model.config
-    kinds = {name: getattr(present, name) or getattr(said, name) for name in ("use_adapter_modules", "use_domain_adaptation")}
+    kinds = {
+        name: getattr(present, name) or getattr(said, name)
+        for name in ("use_adapter_modules", "use_domain_adaptation")
+    }
     own: dict[str, object] = {name: True for name in kinds if getattr(present, name)}
     own |= {"adapter_size": present.adapter_size} if own else {}
     own |= {"adapter_domains": present.domain_names} if present.use_domain_adaptation else {}
     for name, value in own.items():
         if said.is_said(name) and getattr(said, name) not in ([], value):
-            raise _other_adapter(name, getattr(said, name), f"the bottleneck adapters of the weights have {value!r}", "")
+            raise _other_adapter(
+                name, getattr(said, name), f"the bottleneck adapters of the weights have {value!r}", ""
+            )
     if all(getattr(present, name) == value for name, value in kinds.items()):
         return model
     wanted = {"adapter_size": said.adapter_size, "adapter_domains": _domains(said, corpora)} | kinds | own
@@ -212,7 +248,8 @@ def _with_said_bottlenecks(model: Transformer, said: ModelConfig, corpora: Seque
 
 
 def _with_said_adapters(model: Transformer, said: ModelConfig) -> Transformer:
-    """The model with the low-rank adapters that were said, over weights that stay as they are unless `lora_train_base` says otherwise.
+    """The model with the low-rank adapters that were said, over weights that stay as they are unless
+    `lora_train_base` says otherwise.
 
     Raises UsageError where a set that it has is another than was said.
     """
@@ -222,7 +259,9 @@ def _with_said_adapters(model: Transformer, said: ModelConfig) -> Transformer:
     for name in SINGLE_LORA:
         if said.is_said(name):
             setattr(model.config, name, getattr(said, name))
-    wanted = model.config.model_copy(update={"lora": {**model.config.lora, **said.lora}}).with_lora_table().lora
+    wanted = (
+        model.config.model_copy(update={"lora": {**model.config.lora, **said.lora}}).with_lora_table().lora
+    )
     for name, table in wanted.items():
         if name not in model.config.lora:
             add_adapters(model, name, table)
@@ -239,17 +278,31 @@ def _refuse_other_lora(model: Transformer, said: ModelConfig) -> None:
         way_out = ", or give a new set another name (model.lora)"
         found = _lora_values(model, present)
         if name in said.lora:
-            wanted = _lora_values(model, said.lora[name].with_tied_head() if model.config.tie_word_embeddings else said.lora[name])
+            wanted = _lora_values(
+                model,
+                said.lora[name].with_tied_head() if model.config.tie_word_embeddings else said.lora[name],
+            )
             if wanted != found:
-                raise _other_adapter(f"model.lora.{name}", said.lora[name].ranks, f"the weights' adapter {name!r} is another", way_out)
+                raise _other_adapter(
+                    f"model.lora.{name}",
+                    said.lora[name].ranks,
+                    f"the weights' adapter {name!r} is another",
+                    way_out,
+                )
         elif name == DEFAULT_NAME:  # which the single settings describe
             shared = said.embedding_lora_rank or said.head_lora_rank
-            tied = dict.fromkeys(("embedding_lora_rank", "head_lora_rank"), shared) if model.config.tie_word_embeddings else {}
+            tied = (
+                dict.fromkeys(("embedding_lora_rank", "head_lora_rank"), shared)
+                if model.config.tie_word_embeddings
+                else {}
+            )
             for setting, values in found.items():
                 value = tied.get(setting, getattr(said, setting))
                 if said.is_said(setting) and value is not None and set(values) != {value}:
                     there = ", ".join(f"{one:g}" for one in dict.fromkeys(values))
-                    raise _other_adapter(setting, value, f"the adapter {name!r} that is there has {there or 'none'}", way_out)
+                    raise _other_adapter(
+                        setting, value, f"the adapter {name!r} that is there has {there or 'none'}", way_out
+                    )
 
 
 def _lora_values(model: Transformer, table: LoraConfig) -> dict[str, list[float]]:
@@ -258,12 +311,23 @@ def _lora_values(model: Transformer, table: LoraConfig) -> dict[str, list[float]
 
     shared = "wte" if model.config.tie_word_embeddings else "lm_head"
     names = [shared if target.name == "lm_head" else target.name for target in targets(model)]
-    kinds = {"attn_lora_rank": "attn", "mlp_lora_rank": "mlp", "embedding_lora_rank": "wte", "head_lora_rank": shared}
+    kinds = {
+        "attn_lora_rank": "attn",
+        "mlp_lora_rank": "mlp",
+        "embedding_lora_rank": "wte",
+        "head_lora_rank": shared,
+    }
     ranks: dict[str, list[float]] = {
-        setting: [table.rank_of(name) for name in names if name.partition(".")[0] == kind] for setting, kind in kinds.items()
+        setting: [table.rank_of(name) for name in names if name.partition(".")[0] == kind]
+        for setting, kind in kinds.items()
     }
     strengths = [round(table.strength_of(name), 6) for name in names if table.rank_of(name)]
-    return {**ranks, "lora_alpha": strengths, "lora_dropout": [table.dropout], "use_rslora": [table.use_rslora]}
+    return {
+        **ranks,
+        "lora_alpha": strengths,
+        "lora_dropout": [table.dropout],
+        "use_rslora": [table.use_rslora],
+    }
 
 
 def _other_adapter(name: str, value: object, there: str, way_out: str) -> UsageError:

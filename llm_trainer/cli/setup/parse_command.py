@@ -26,7 +26,9 @@ def open_door(door: Door, argv: Sequence[str]) -> LoadedRun | None:
 
 
 def new_console(*, is_quiet: bool = False) -> Console:
-    """Where a command tells what it does: stdout; bars appear on a terminal only. Quiet: for ranks that leave speech to the main one."""
+    """Where a command tells what it does: stdout; bars appear on a terminal only. Quiet: for ranks that leave
+    speech to the main one.
+    """
     from rich.console import Console
 
     return Console(highlight=False, soft_wrap=True, quiet=is_quiet)

@@ -17,11 +17,14 @@ if TYPE_CHECKING:
 
 
 def resume_source(training: TrainingConfig, ranks: Ranks) -> Path | None:
-    """The verified checkpoint folder that the settings mean, None for a run that begins. A collective call. Raises CheckpointError.
+    """The verified checkpoint folder that the settings mean, None for a run that begins. A collective call.
+    Raises CheckpointError.
 
     `resume_from: auto` is the newest checkpoint of output_dir, if there is one; nanoGPT's `init_from: resume` demands one.
     """
-    if training.remote_dir is not None or any("://" in str(said) for said in (training.output_dir, training.resume_from)):
+    if training.remote_dir is not None or any(
+        "://" in str(said) for said in (training.output_dir, training.resume_from)
+    ):
         from llm_trainer.training.checkpoint.remote import fetch_resumed
 
         ranks.main_first(lambda: fetch_resumed(training, lambda line: print(line, file=sys.stderr)))
@@ -48,7 +51,9 @@ def resumed_config(loaded: LoadedRun, source: Path, console: Console) -> RunConf
     ):
         config.data.data_dir = None
     config.training.resume_from = str(source)
-    if config.training.output_dir != base.training.output_dir and not loaded.config.training.is_said("remote_dir"):
+    if config.training.output_dir != base.training.output_dir and not loaded.config.training.is_said(
+        "remote_dir"
+    ):
         config.training.remote_dir = None  # another run; the copy is the first one's
     if not loaded.config.training.is_said("output_dir"):
         config.training.output_dir = str(source.parent)

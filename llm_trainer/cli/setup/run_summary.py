@@ -1,4 +1,6 @@
-"""What training tells the person who started it: what is about to happen, what came of it, and what to type next."""
+"""What training tells the person who started it: what is about to happen, what came of it, and what to type
+next.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,11 @@ def tell_start(trainer: Trainer, folder: Path, console: Console) -> None:
         "step": f"{batches.micro_batch_size} sequences × {batches.gradient_accumulation_steps} micro-batches × "
         f"{on_ranks}{trainer.context} tokens",
         "device": f"{trainer.device}, precision {trainer.training.precision}, compile {trainer.training.compile}",
-        **({"DeepSpeed": f"ZeRO, stage {trainer.training.zero_stage}"} if trainer.training.use_deepspeed else {}),
+        **(
+            {"DeepSpeed": f"ZeRO, stage {trainer.training.zero_stage}"}
+            if trainer.training.use_deepspeed
+            else {}
+        ),
         **({"plan": f"{plan} = {plan.ranks} ranks"} if plan.ranks > 1 else {}),
         "run folder": str(trainer.run_dir),
     }
@@ -52,7 +58,9 @@ def _rows_of(trainer: Trainer) -> dict[str, str]:
     if isinstance(trainer.train_tokens, TokenMixture):
         told["mixture"] = trainer.train_tokens.describe()
     if packing != Packing(mask_documents=packing.mask_documents):
-        told["rows"] = f"{packing}; {trainer.sampler.tokens_per_sample / trainer.context:.1%} of the places are learned from"
+        told["rows"] = (
+            f"{packing}; {trainer.sampler.tokens_per_sample / trainer.context:.1%} of the places are learned from"
+        )
     return told
 
 
@@ -60,7 +68,9 @@ def tell_end(trainer: Trainer, result: TrainingResult, console: Console) -> None
     """How the run ended, its figures, where the model is, and the next command."""
     run_dir = trainer.run_dir
     folder = next((run_dir / name for name in (BEST_MODEL, FINAL_MODEL) if (run_dir / name).is_dir()), None)
-    rows = {f"{result.ended_by}": f"step {result.step:,} after {timedelta(seconds=round(result.seconds))}, {result.tokens:,} tokens"}
+    rows = {
+        f"{result.ended_by}": f"step {result.step:,} after {timedelta(seconds=round(result.seconds))}, {result.tokens:,} tokens"
+    }
     if result.validation is not None:
         rows["validation"] = in_words(result.validation.metrics)
     if result.best_validation_loss is not None:
@@ -95,7 +105,9 @@ def in_words(metrics: Mapping[str, float]) -> str:
     return ", ".join(words)
 
 
-def record_facts(trainer: Trainer, data: RunData, result: TrainingResult, command: str, samples: list[Sample] | None = None) -> None:
+def record_facts(
+    trainer: Trainer, data: RunData, result: TrainingResult, command: str, samples: list[Sample] | None = None
+) -> None:
     """Leave in the run folder what its report shows beside the metrics."""
     from llm_trainer.model.module_names import parameter_counts
 
@@ -103,10 +115,17 @@ def record_facts(trainer: Trainer, data: RunData, result: TrainingResult, comman
     config = trainer.model.config
     facts = RunFacts(
         command=command,
-        headline={"parameters": short(_parameters(trainer)), "training time": str(timedelta(seconds=round(result.seconds)))},
+        headline={
+            "parameters": short(_parameters(trainer)),
+            "training time": str(timedelta(seconds=round(result.seconds))),
+        },
         model={
             "shape": f"{config.model_type}, {config.num_hidden_layers} layers × {config.hidden_size}, {config.num_attention_heads} heads",
-            **{f"parameters in {part}": f"{count:,}" for part, count in _by_kind(parameter_counts(trainer.model)).items() if count},
+            **{
+                f"parameters in {part}": f"{count:,}"
+                for part, count in _by_kind(parameter_counts(trainer.model)).items()
+                if count
+            },
         },
         data={
             "folder": str(data.folder),

@@ -1,9 +1,10 @@
 """Reading settings from a command line.
 
-pydantic-settings' CLI source was tried for this (2.16): `cli_shortcuts` gives flat flags, but of two aliases with two values it silently
-takes the last, it does not equate `-` and `_`, its unknown flags carry no suggestion, and it cannot tell where a value came from. Each of
-these needs a pass over argv; with that done, what is left of its work is turning text into values, which pydantic itself does. It
-also costs 0.13 s of import.
+pydantic-settings' CLI source was tried for this (2.16): `cli_shortcuts` gives flat flags, but of two aliases
+with two values it silently takes the last, it does not equate `-` and `_`, its unknown flags carry no
+suggestion, and it cannot tell where a value came from. Each of these needs a pass over argv; with that done,
+what is left of its work is turning text into values, which pydantic itself does. It also costs 0.13 s of
+import.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ class CommandLine:
 
 
 def read_flags(argv: Sequence[str], names: Names) -> CommandLine:
-    """Take a command line apart; raises UsageError for unknown flags, flags of other commands and missing values."""
+    """Take a command line apart; raises UsageError for unknown flags, flags of other commands and missing
+    values.
+    """
     line = CommandLine()
     arguments = list(argv)
     while arguments:
@@ -76,7 +79,9 @@ def _read_flag(argument: str, arguments: list[str], names: Names, line: CommandL
             value = _next_value(flag, kind, spelled, arguments)
         said = Said(name, typed_value(kind, spelled, value), flag)
         before = next((item for item in line.said if item.name == name), None)
-        if before is not None and isinstance(before.value, list) and isinstance(said.value, list):  # --stop a --stop b
+        if (
+            before is not None and isinstance(before.value, list) and isinstance(said.value, list)
+        ):  # --stop a --stop b
             line.said.remove(before)
             said = Said(name, [*before.value, *said.value], flag)
         line.said.append(said)
@@ -87,7 +92,9 @@ def _find(flag: str, name: str, names: Names) -> tuple[str, str]:
     section, spelled = _resolve(flag, name, names)
     canonical = names.kind(section).names()[spelled.partition(".")[0]]
     if not names.reads(section, canonical):
-        raise UsageError(f"{flag}: this command does not read {section}.{canonical}; it reads {', '.join(names.sections)}")
+        raise UsageError(
+            f"{flag}: this command does not read {section}.{canonical}; it reads {', '.join(names.sections)}"
+        )
     return section, spelled
 
 
@@ -97,7 +104,9 @@ def _resolve(flag: str, name: str, names: Names) -> tuple[str, str]:
     except UsageError:
         elsewhere = [section for section, kind in section_types().items() if name in kind.names()]
         if elsewhere and "." not in name:
-            raise UsageError(f"{flag} is a setting of the section {elsewhere[0]!r}, which this command does not read") from None
+            raise UsageError(
+                f"{flag} is a setting of the section {elsewhere[0]!r}, which this command does not read"
+            ) from None
         raise
 
 
@@ -116,7 +125,9 @@ def _rank(flag: str, value: str) -> int:
 
 
 def _next_value(flag: str, kind: type[Section], spelled: str, arguments: list[str]) -> str:
-    """The value of a flag written without `=`: the next argument, but for switches only where that reads as one of theirs."""
+    """The value of a flag written without `=`: the next argument, but for switches only where that reads as
+    one of theirs.
+    """
     words = _switch_words(kind, spelled)
     ahead = arguments[0] if arguments else None
     if words is not None:
@@ -128,7 +139,9 @@ def _next_value(flag: str, kind: type[Section], spelled: str, arguments: list[st
 
 
 def _switch_words(kind: type[Section], spelled: str) -> frozenset[str] | None:
-    """The words that a flag takes if it may also stand alone (`--eval_only`, `--compile`, `--mixed_precision`), else None."""
+    """The words that a flag takes if it may also stand alone (`--eval_only`, `--compile`,
+    `--mixed_precision`), else None.
+    """
     name = kind.names().get(spelled.partition(".")[0], spelled)
     if "." in spelled:
         return None

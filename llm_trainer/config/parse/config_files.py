@@ -1,10 +1,11 @@
-"""Reading settings from files: JSON, YAML, and nanoGPT's Python files. Each becomes a list of what it says, with its place.
+"""Reading settings from files: JSON, YAML, and nanoGPT's Python files. Each becomes a list of what it says,
+with its place.
 
-JSON and YAML may hold sections, flat keys, or both; names that begin with an underscore are remarks. A name said twice in one mapping
-is an error, where the parsers would keep the last.
+JSON and YAML may hold sections, flat keys, or both; names that begin with an underscore are remarks. A name
+said twice in one mapping is an error, where the parsers would keep the last.
 
-A Python file is run by `runpy`, as nanoGPT runs its own by `exec`: it is the user's program. Names that begin with an underscore, modules,
-functions and classes are its own business; everything else must be a setting.
+A Python file is run by `runpy`, as nanoGPT runs its own by `exec`: it is the user's program. Names that begin
+with an underscore, modules, functions and classes are its own business; everything else must be a setting.
 """
 
 from __future__ import annotations
@@ -27,8 +28,14 @@ from llm_trainer.errors import UsageError
 def read_text(path: Path) -> str:
     """A file's text; raises UsageError where it is missing, a folder or not utf-8."""
     if not path.exists():
-        beside = sorted(item.name for item in path.parent.glob(f"*{path.suffix}"))[:8] if path.parent.is_dir() else []
-        raise UsageError(f"there is no file {path}" + (f"; {path.parent} has {', '.join(beside)}" if beside else ""))
+        beside = (
+            sorted(item.name for item in path.parent.glob(f"*{path.suffix}"))[:8]
+            if path.parent.is_dir()
+            else []
+        )
+        raise UsageError(
+            f"there is no file {path}" + (f"; {path.parent} has {', '.join(beside)}" if beside else "")
+        )
     if path.is_dir():
         raise UsageError(f"{path} is a folder; name a .json, .yaml or .py file in it")
     try:
@@ -45,7 +52,9 @@ def read_mapping_or_list(path: Path) -> object:
             return json.loads(text, object_pairs_hook=_without_twins)
         return yaml.load(text, Loader=_Loader)  # a SafeLoader
     except json.JSONDecodeError as error:
-        raise UsageError(f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
+        raise UsageError(
+            f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}"
+        ) from None
     except yaml.YAMLError as error:
         raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     except ValueError as error:  # a whole number of more digits than Python reads
@@ -64,7 +73,9 @@ def read_settings(path: Path) -> list[Said]:
     if content is None:
         return []
     if isinstance(content, list):
-        raise UsageError(f"{path} holds a list, which is a scaling schedule: pass it as --scaling_schedule_file={path}")
+        raise UsageError(
+            f"{path} holds a list, which is a scaling schedule: pass it as --scaling_schedule_file={path}"
+        )
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds {type(content).__name__}, not settings")
     return _from_mapping(content, str(path))
@@ -76,7 +87,9 @@ def _from_mapping(content: Mapping[str, object] | Mapping[object, object], place
     for key, value in content.items():
         name = str(key)
         if name in section_types() and (isinstance(value, Mapping) or value is None):
-            said += [Said(str(inner), inner_value, place, name) for inner, inner_value in (value or {}).items()]
+            said += [
+                Said(str(inner), inner_value, place, name) for inner, inner_value in (value or {}).items()
+            ]
         else:
             said.append(Said(name, value, place))
     return [item for item in said if not item.name.startswith("_")]
@@ -85,9 +98,13 @@ def _from_mapping(content: Mapping[str, object] | Mapping[object, object], place
 def _refuse_other_kinds(content: Mapping[str, object] | Mapping[object, object], place: str) -> None:
     """Files that a run names, or another command reads, are no settings of a run: say where they belong."""
     if "train_micro_batch_size_per_gpu" in content or "zero_optimization" in content:
-        raise UsageError(f"{place} is DeepSpeed's own configuration: pass it as --use_deepspeed --deepspeed_config={place}")
+        raise UsageError(
+            f"{place} is DeepSpeed's own configuration: pass it as --use_deepspeed --deepspeed_config={place}"
+        )
     if "loaders" in content:
-        raise UsageError(f"{place} is a domain bridge file: python scripts/prepare_domain_datasets.py --config {place}")
+        raise UsageError(
+            f"{place} is a domain bridge file: python scripts/prepare_domain_datasets.py --config {place}"
+        )
 
 
 def _from_python(path: Path) -> list[Said]:
@@ -98,7 +115,11 @@ def _from_python(path: Path) -> list[Said]:
         raise UsageError(f"{path} left with status {error.code} instead of setting names") from None
     except Exception as error:  # the file is the user's program: whatever it raises is theirs to read
         raise UsageError(f"{path} failed: {type(error).__name__}: {error}") from error
-    plain = {name: value for name, value in names.items() if not isinstance(value, (types.ModuleType, type)) and not callable(value)}
+    plain = {
+        name: value
+        for name, value in names.items()
+        if not isinstance(value, (types.ModuleType, type)) and not callable(value)
+    }
     said = _from_mapping(plain, str(path))
     for item in said:
         if not isinstance(item.value, (bool, int, float, str, list, tuple, dict, type(None))):
@@ -106,7 +127,11 @@ def _from_python(path: Path) -> list[Said]:
                 f"{path}: {item.name} is a {type(item.value).__name__}; begin its name with an underscore if it is not a setting"
             )
     if any(item.name in ("gradient_accumulation_steps", "grad_accum", "accumulation_steps") for item in said):
-        said.append(Said("accumulation_counts_all_ranks", True, f"{path} (nanoGPT's files count all ranks)", "training"))
+        said.append(
+            Said(
+                "accumulation_counts_all_ranks", True, f"{path} (nanoGPT's files count all ranks)", "training"
+            )
+        )
     return said
 
 
@@ -123,7 +148,9 @@ _MERGE = "tag:yaml.org,2002:merge"  # <<: *base
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people expect it: 5e-4 is a number (PyYAML follows YAML 1.1, where it is text), and a key said twice is an error."""
+    """YAML as people expect it: 5e-4 is a number (PyYAML follows YAML 1.1, where it is text), and a key said
+    twice is an error.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
         said: dict[Hashable, object] = {}
@@ -131,9 +158,14 @@ class _Loader(yaml.SafeLoader):
             if key_node.tag == _MERGE:  # what is merged may be said again
                 continue
             line = f"line {key_node.start_mark.line + 1}"
-            key, value = self.construct_object(key_node, deep=True), self.construct_object(value_node, deep=True)
+            key, value = (
+                self.construct_object(key_node, deep=True),
+                self.construct_object(value_node, deep=True),
+            )
             if not isinstance(key, Hashable):
-                raise UsageError(f"{line}: {key!r} cannot be a name; put a text with braces or brackets in quotes")
+                raise UsageError(
+                    f"{line}: {key!r} cannot be a name; put a text with braces or brackets in quotes"
+                )
             if key in said and said[key] != value:
                 raise UsageError(f"{line}: {key} is said twice, {said[key]!r} and {value!r}; keep one")
             said[key] = value
@@ -143,7 +175,11 @@ class _Loader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> object:
         try:
             return super().construct_object(node, deep)
-        except (ValueError, KeyError, AttributeError) as error:  # PyYAML lets through what its scalars' own readers raise
+        except (
+            ValueError,
+            KeyError,
+            AttributeError,
+        ) as error:  # PyYAML lets through what its scalars' own readers raise
             if not isinstance(node, yaml.ScalarNode):
                 raise
             problem = f"{node.value!r} is no {node.tag.rpartition(':')[2]}, as which YAML reads it; put a text in quotes"
@@ -151,5 +187,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(?:\d[\d_]*)(?:\.[\d_]*)?[eE][-+]?\d+|[-+]?\.\d+(?:[eE][-+]?\d+)?"), list("-+0123456789.")
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(?:\d[\d_]*)(?:\.[\d_]*)?[eE][-+]?\d+|[-+]?\.\d+(?:[eE][-+]?\d+)?"),
+    list("-+0123456789."),
 )

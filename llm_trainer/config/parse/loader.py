@@ -1,7 +1,7 @@
 """From a command line to a `RunConfig`: one way for every command and every manual's script.
 
-What is said later wins: the class's default, the door's default, a preset, files in their order, flags. `LoadedRun.origins` keeps
-where each value came from, for `--explain` and for messages.
+What is said later wins: the class's default, the door's default, a preset, files in their order, flags.
+`LoadedRun.origins` keeps where each value came from, for `--explain` and for messages.
 """
 
 from __future__ import annotations
@@ -32,11 +32,13 @@ MODEL_FILE = "model_config.json"
 class Door:
     """A command as its settings see it.
 
-    name: how it is called (`train.py`); sections: what it reads, a section (`training`) or a single setting (`data.data_dir`), in the
-    order in which flat flags look for their home; own: its own flags, which come first; defaults: dotted canonical name → value, above the
-    classes' defaults; positional_config: arguments without a flag are settings files; positional: names of settings that
-    arguments without a flag fill in order (`("run",)` for `llm-trainer report RUN`); is_a_plan: the settings are judged for as many
-    ranks as they speak of, not for the processes that run; may_resume: it goes on with a run, whose own settings lie under what is said.
+    name: how it is called (`train.py`); sections: what it reads, a section (`training`) or a single setting
+    (`data.data_dir`), in the order in which flat flags look for their home; own: its own flags, which come
+    first; defaults: dotted canonical name → value, above the classes' defaults; positional_config: arguments
+    without a flag are settings files; positional: names of settings that arguments without a flag fill in
+    order (`("run",)` for `llm-trainer report RUN`); is_a_plan: the settings are judged for as many ranks as
+    they speak of, not for the processes that run; may_resume: it goes on with a run, whose own settings lie
+    under what is said.
     """
 
     name: str
@@ -60,7 +62,9 @@ class Door:
 
 @dataclass
 class LoadedRun:
-    """Settings, the command's own flags, where each value came from, and what the user should be told about that."""
+    """Settings, the command's own flags, where each value came from, and what the user should be told about
+    that.
+    """
 
     config: RunConfig
     own: Section | None
@@ -79,15 +83,27 @@ class LoadedRun:
         """
         config = self.config if base is None else base
         said = self.said()
-        origins = self.origins if base is None else {name: origin for name, origin in self.origins.items() if name in said}
+        origins = (
+            self.origins
+            if base is None
+            else {name: origin for name, origin in self.origins.items() if name in said}
+        )
         config.model.check_shape()
-        check_whole(config, origins, self.door.read_sections(), self.ranks, "default" if base is None else "of the run")
+        check_whole(
+            config,
+            origins,
+            self.door.read_sections(),
+            self.ranks,
+            "default" if base is None else "of the run",
+        )
 
     def said(self) -> dict[str, object]:
         """Dotted name → value of everything that files, a preset or flags said, defaults aside."""
         sections = {name: getattr(self.config, name) for name in section_types()}
         return {
-            f"{section}.{name}": getattr(values, name) for section, values in sections.items() for name in sorted(values.model_fields_set)
+            f"{section}.{name}": getattr(values, name)
+            for section, values in sections.items()
+            for name in sorted(values.model_fields_set)
         }
 
     def over(self, base: RunConfig) -> RunConfig:
@@ -102,9 +118,9 @@ class LoadedRun:
 def load_run(door: Door, argv: Sequence[str]) -> LoadedRun:
     """Settings of one command from its arguments.
 
-    Raises UsageError for anything unknown, contradictory, out of bounds or not read by this command. What was said to a run that goes on
-    is judged by `LoadedRun.check` once the run's own settings lie under it. `--help` prints and leaves with 0.
-    Notes are printed to stderr, on the first rank only.
+    Raises UsageError for anything unknown, contradictory, out of bounds or not read by this command. What was
+    said to a run that goes on is judged by `LoadedRun.check` once the run's own settings lie under it.
+    `--help` prints and leaves with 0. Notes are printed to stderr, on the first rank only.
     """
     names = door.names()
     line = read_flags(argv, names)
@@ -135,7 +151,9 @@ def load_run(door: Door, argv: Sequence[str]) -> LoadedRun:
 
 
 def _take_positional(door: Door, line: CommandLine) -> None:
-    """Give arguments without a flag their meaning: a settings file, or the next of the door's positional names."""
+    """Give arguments without a flag their meaning: a settings file, or the next of the door's positional
+    names.
+    """
     waiting = list(door.positional)
     for argument in line.positional:
         if door.positional_config and Path(argument).suffix in (".py", ".json", ".yaml", ".yml"):
@@ -144,21 +162,32 @@ def _take_positional(door: Door, line: CommandLine) -> None:
             line.said.append(Said(waiting.pop(0), argument, f"the argument {argument!r}"))
         else:
             hint = (
-                f"; a settings file is given as --config={argument}" if Path(argument).suffix in (".py", ".json", ".yaml", ".yml") else ""
+                f"; a settings file is given as --config={argument}"
+                if Path(argument).suffix in (".py", ".json", ".yaml", ".yml")
+                else ""
             )
-            raise UsageError(f"{door.name} does not know what to do with {argument!r}{hint}; settings are given as --name=value")
+            raise UsageError(
+                f"{door.name} does not know what to do with {argument!r}{hint}; settings are given as --name=value"
+            )
 
 
 def _gather(door: Door, line: CommandLine, notes: list[str]) -> tuple[dict[Field, Value], set[Field]]:
     """All values said, later sources over earlier ones, and which of them are still the door's defaults."""
     names = door.names()
-    all_names = Names((*door.sections, *(name for name in section_types() if name not in door.sections)), door.own)
+    all_names = Names(
+        (*door.sections, *(name for name in section_types() if name not in door.sections)), door.own
+    )
     place = f"default of {door.name}"
     layers: list[list[Said]] = [[Said(name, value, place) for name, value in door.defaults.items()]]
     if line.preset is not None:
         if "model" not in door.sections:
             raise UsageError(f"--preset: {door.name} reads no model settings")
-        layers.append([Said(f"model.{name}", value, f"preset {line.preset}") for name, value in preset(line.preset).settings.items()])
+        layers.append(
+            [
+                Said(f"model.{name}", value, f"preset {line.preset}")
+                for name, value in preset(line.preset).settings.items()
+            ]
+        )
     files = [_with_wandb(read_settings(Path(name))) for name in line.files]
     if "model" in door.sections and line.preset is None:
         layers += _model_file([Path(name) for name in line.files], files, all_names, notes)
@@ -170,8 +199,13 @@ def _gather(door: Door, line: CommandLine, notes: list[str]) -> tuple[dict[Field
     for number, layer in enumerate(layers):
         kept = [item for item in layer if _gate(item) not in switched_off]
         if len(kept) < len(layer):
-            gates = sorted({gate for item in layer if (gate := _gate(item)) in switched_off and gate is not None})
-            notes += [f"{layer[0].place}: the section {gate} is not applied, since {SWITCHES[gate]} is off" for gate in gates]
+            gates = sorted(
+                {gate for item in layer if (gate := _gate(item)) in switched_off and gate is not None}
+            )
+            notes += [
+                f"{layer[0].place}: the section {gate} is not applied, since {SWITCHES[gate]} is off"
+                for gate in gates
+            ]
         settled = settle(kept, all_names)
         defaults -= set(settled) if number else set()
         values |= settled
@@ -181,7 +215,9 @@ def _gather(door: Door, line: CommandLine, notes: list[str]) -> tuple[dict[Field
 
 
 def _gate(item: Said) -> str | None:
-    """The section whose switch decides about a setting that stands in that section but lives elsewhere, else None."""
+    """The section whose switch decides about a setting that stands in that section but lives elsewhere, else
+    None.
+    """
     dotted = f"{item.section}.{item.name}" if item.section else item.name
     section = dotted.partition(".")[0]
     home = path_aliases().get(dotted)
@@ -194,7 +230,11 @@ def _switched_off(layers: Sequence[list[Said]], names: Names) -> set[str]:
     for layer in layers:
         final |= settle([item for item in layer if _gate(item) is None], names)
     truth = {section: final.get(("training", switch)) for section, switch in SWITCHES.items()}
-    return {section for section, value in truth.items() if value is None or str(value.value).lower() in ("false", "0", "no", "off")}
+    return {
+        section
+        for section, value in truth.items()
+        if value is None or str(value.value).lower() in ("false", "0", "no", "off")
+    }
 
 
 def _refuse_idle_flags(flags: Sequence[Said], settled: Mapping[Field, Value], switched_off: set[str]) -> None:
@@ -202,23 +242,34 @@ def _refuse_idle_flags(flags: Sequence[Said], settled: Mapping[Field, Value], sw
     for (section, name), value in settled.items():
         gate = "knowledge_distillation" if (section, name) == ("training", "teacher_model_path") else section
         if gate in switched_off:
-            raise UsageError(f"{value.origin} has no effect, since {SWITCHES[gate]} is off; add --{SWITCHES[gate]}")
+            raise UsageError(
+                f"{value.origin} has no effect, since {SWITCHES[gate]} is off; add --{SWITCHES[gate]}"
+            )
     for item in flags:
         gate = _gate(item) or ""
         if gate in switched_off:
-            raise UsageError(f"{item.place} has no effect, since {SWITCHES[gate]} is off; add --{SWITCHES[gate]}")
+            raise UsageError(
+                f"{item.place} has no effect, since {SWITCHES[gate]} is off; add --{SWITCHES[gate]}"
+            )
 
 
 def _with_wandb(said: list[Said]) -> list[Said]:
-    """In JSON and YAML a `wandb_project` switches Weights & Biases on, unless the file says where metrics go; nanoGPT has `wandb_log`."""
+    """In JSON and YAML a `wandb_project` switches Weights & Biases on, unless the file says where metrics go;
+    nanoGPT has `wandb_log`.
+    """
     names = {item.name for item in said}
     project = next((item for item in said if item.name == "wandb_project" and item.value), None)
     if project is None or names & {"wandb_log", "report_to"} or project.place.endswith(".py"):
         return said
-    return [*said, Said("report_to", ["tensorboard", "wandb"], f"{project.place} (wandb_project)", "training")]
+    return [
+        *said,
+        Said("report_to", ["tensorboard", "wandb"], f"{project.place} (wandb_project)", "training"),
+    ]
 
 
-def _model_file(paths: Sequence[Path], files: Sequence[list[Said]], names: Names, notes: list[str]) -> list[list[Said]]:
+def _model_file(
+    paths: Sequence[Path], files: Sequence[list[Said]], names: Names, notes: list[str]
+) -> list[list[Said]]:
     """The `model_config.json` beside a training file, where no file says anything about the model."""
     homes = [{names.find(item)[0] for item in said} for said in files]
     if not any("training" in home for home in homes) or any("model" in home for home in homes):
@@ -233,10 +284,14 @@ def _model_file(paths: Sequence[Path], files: Sequence[list[Said]], names: Names
 
 def _goes_on(values: Mapping[Field, Value]) -> bool:
     resumed, start = values.get(("training", "resume_from")), values.get(("training", "init_from"))
-    return (resumed is not None and resumed.value is not None) or (start is not None and start.value == "resume")
+    return (resumed is not None and resumed.value is not None) or (
+        start is not None and start.value == "resume"
+    )
 
 
-def _build(door: Door, values: Mapping[Field, Value], defaults: set[Field], is_resuming: bool) -> tuple[dict[str, Section], Section | None]:
+def _build(
+    door: Door, values: Mapping[Field, Value], defaults: set[Field], is_resuming: bool
+) -> tuple[dict[str, Section], Section | None]:
     """Validated sections; a value that does not fit its field is reported with the place it came from."""
     kinds: dict[str, type[Section]] = {**section_types(), **({OWN: door.own} if door.own else {})}
     built: dict[str, Section] = {}
@@ -251,12 +306,20 @@ def _build(door: Door, values: Mapping[Field, Value], defaults: set[Field], is_r
             built[section] = kind.model_construct(None, **checked) if in_part else kind(**checked)
         except UsageError as error:
             origins = ", ".join(
-                dict.fromkeys(value.origin for (home, name), value in values.items() if home == section and name in str(error))
+                dict.fromkeys(
+                    value.origin
+                    for (home, name), value in values.items()
+                    if home == section and name in str(error)
+                )
             )
             raise UsageError(f"{origins}: {error}" if origins else str(error)) from None
-        built[section].__pydantic_fields_set__.difference_update(name for home, name in defaults if home == section)
+        built[section].__pydantic_fields_set__.difference_update(
+            name for home, name in defaults if home == section
+        )
     return {name: section for name, section in built.items() if name != OWN}, built.get(OWN)
 
 
 def _origins(values: Mapping[Field, Value]) -> dict[str, str]:
-    return {(f"{section}.{name}" if section else name): value.origin for (section, name), value in values.items()}
+    return {
+        (f"{section}.{name}" if section else name): value.origin for (section, name), value in values.items()
+    }

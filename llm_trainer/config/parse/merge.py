@@ -1,8 +1,9 @@
-"""From what was said, wherever and under whatever name, to one canonical value a setting, and where it came from.
+"""From what was said, wherever and under whatever name, to one canonical value a setting, and where it came
+from.
 
-A source is one file, one command line, one preset. Each is settled by itself: every name finds its field, spellings are translated, two
-values for one setting are an error that names both places. Then sources are laid over one another, and there a later one simply wins:
-a flag over a file is not a contradiction.
+A source is one file, one command line, one preset. Each is settled by itself: every name finds its field,
+spellings are translated, two values for one setting are an error that names both places. Then sources are
+laid over one another, and there a later one simply wins: a flag over a file is not a contradiction.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ Field = tuple[str, str]  # section, canonical name
 
 @dataclass(frozen=True)
 class Said:
-    """One thing that was said: `name` may be flat, dotted or an alias; `section` is set where a file named it; `place` is for messages."""
+    """One thing that was said: `name` may be flat, dotted or an alias; `section` is set where a file named
+    it; `place` is for messages.
+    """
 
     name: str
     value: object
@@ -40,8 +43,9 @@ class Value:
 
 @dataclass(frozen=True)
 class Names:
-    """What names mean here: the sections (`training`) or single settings (`data.data_dir`), in the order in which a flat name looks them
-    up, and the command's own section."""
+    """What names mean here: the sections (`training`) or single settings (`data.data_dir`), in the order in
+    which a flat name looks them up, and the command's own section.
+    """
 
     sections: tuple[str, ...]
     own: type[Section] | None = None
@@ -62,7 +66,9 @@ class Names:
         found = [(OWN, name) for name in self.own.model_fields] if self.own else []
         for entry in self.sections:
             section, dot, name = entry.partition(".")
-            found += [(section, name)] if dot else [(section, name) for name in home_section(section).model_fields]
+            found += (
+                [(section, name)] if dot else [(section, name) for name in home_section(section).model_fields]
+            )
         return list(dict.fromkeys(found))
 
     def table(self) -> Mapping[str, Field]:
@@ -87,11 +93,15 @@ class Names:
                 raise UsageError(f"{said.place}: {unknown_name(name, 'this command', table)}")
             return table[name]
         if section not in section_types():
-            raise UsageError(f"{said.place}: {unknown_name(section, 'a run', section_types()).replace('setting', 'section')}")
+            raise UsageError(
+                f"{said.place}: {unknown_name(section, 'a run', section_types()).replace('setting', 'section')}"
+            )
         kind = home_section(section)
         head = rest.partition(".")[0]
         if head not in kind.names():
-            elsewhere = [f"{other}.{head}" for other, type_ in section_types().items() if head in type_.names()]
+            elsewhere = [
+                f"{other}.{head}" for other, type_ in section_types().items() if head in type_.names()
+            ]
             hint = f"; {' and '.join(elsewhere)} exist" if elsewhere else ""
             raise UsageError(f"{said.place}: {unknown_name(head, repr(section), kind.names())}{hint}")
         return section, rest
@@ -103,7 +113,9 @@ def _table(names: Names) -> Mapping[str, Field]:
 
 
 def settle(items: Iterable[Said], names: Names) -> dict[Field, Value]:
-    """One source's values by (section, canonical name); raises UsageError for unknown names and for contradictions, naming both places."""
+    """One source's values by (section, canonical name); raises UsageError for unknown names and for
+    contradictions, naming both places.
+    """
     grouped: dict[str, dict[str, Said]] = {}
     for item in items:
         section, name = names.find(item)
@@ -119,13 +131,17 @@ def settle(items: Iterable[Said], names: Names) -> dict[Field, Value]:
             where = ", ".join(dict.fromkeys(item.place for item in said.values() if item.name in str(error)))
             raise UsageError(f"{where}: {error}" if where else str(error)) from None
         for name, value in translated.items():
-            places = dict.fromkeys(item.place for given, item in said.items() if kind.names()[given.partition(".")[0]] == name)
+            places = dict.fromkeys(
+                item.place for given, item in said.items() if kind.names()[given.partition(".")[0]] == name
+            )
             settled[section, name] = Value(value, ", ".join(places))
     return settled
 
 
 def _keep(said: dict[str, Said], name: str, item: Said) -> None:
-    """Add an item under its name; the same name may be said again with the same value (by a path, or by a flag typed twice)."""
+    """Add an item under its name; the same name may be said again with the same value (by a path, or by a
+    flag typed twice).
+    """
     before = said.get(name)
     if before is not None and before.value != item.value:
         raise UsageError(_contradiction(before, item))
@@ -133,7 +149,9 @@ def _keep(said: dict[str, Said], name: str, item: Said) -> None:
 
 
 def _refuse_two_values(kind: type[Section], said: Mapping[str, Said]) -> None:
-    """Two aliases of one field with different values; spellings with a meaning of their own are judged by `translate`."""
+    """Two aliases of one field with different values; spellings with a meaning of their own are judged by
+    `translate`.
+    """
     first: dict[str, Said] = {}
     for name, item in said.items():
         canonical = kind.names()[name.partition(".")[0]]

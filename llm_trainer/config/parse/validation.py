@@ -13,7 +13,8 @@ from llm_trainer.errors import UsageError
 
 
 def check_start(config: RunConfig, origins: Mapping[str, str], sections: set[str], world_size: int) -> None:
-    """Raises UsageError for settings that contradict each other or the launcher, whatever run they go on with.
+    """Raises UsageError for settings that contradict each other or the launcher, whatever run they go on
+    with.
 
     Here as in `check_whole` only sections that the command reads are judged.
     """
@@ -26,8 +27,15 @@ def check_start(config: RunConfig, origins: Mapping[str, str], sections: set[str
         _check_reasoning(config, said)
 
 
-def check_whole(config: RunConfig, origins: Mapping[str, str], sections: set[str], world_size: int, unsaid: str = "default") -> None:
-    """Raises UsageError for settings that contradict each other once they are complete, with those of a run that goes on under them.
+def check_whole(
+    config: RunConfig,
+    origins: Mapping[str, str],
+    sections: set[str],
+    world_size: int,
+    unsaid: str = "default",
+) -> None:
+    """Raises UsageError for settings that contradict each other once they are complete, with those of a run
+    that goes on under them.
 
     `unsaid`: where a value comes from that `origins` does not have.
     """
@@ -88,7 +96,10 @@ def _check_ranks(config: RunConfig, said: _Places, world_size: int) -> None:
 def _check_length(config: RunConfig, said: _Places) -> None:
     training = config.training
     warmup = training.warmup_steps
-    is_settled = training.resume_from is not None and not {"training.warmup_steps", "training.lr_decay_steps"} & said.keys()
+    is_settled = (
+        training.resume_from is not None
+        and not {"training.warmup_steps", "training.lr_decay_steps"} & said.keys()
+    )
     if warmup is None or is_settled:  # a run that goes on may end early
         return
     ends = {"steps": training.max_steps, "epochs": training.num_epochs, "tokens": training.max_tokens}
@@ -113,7 +124,9 @@ def _check_saving(config: RunConfig, said: _Places) -> None:
             f"{said['training.learning_rate']} is {training.learning_rate}"
         )
     if training.init_from == "scratch" and training.resume_from is None and training.horizon is not None:
-        raise UsageError(f"{said['training.horizon']} is {training.horizon}, which is for resuming; add --resume, or leave it out")
+        raise UsageError(
+            f"{said['training.horizon']} is {training.horizon}, which is for resuming; add --resume, or leave it out"
+        )
 
 
 def _check_deepspeed(config: RunConfig, said: _Places, world_size: int) -> None:
@@ -122,7 +135,9 @@ def _check_deepspeed(config: RunConfig, said: _Places, world_size: int) -> None:
         read_deepspeed(Path(training.deepspeed_config)).check_ranks(world_size)
     for name in ("zero_stage", "deepspeed_config"):
         if not training.use_deepspeed and training.is_said(name) and f"training.{name}" in said:
-            raise UsageError(f"{said[f'training.{name}']} has no effect, since use_deepspeed is off; add --use_deepspeed")
+            raise UsageError(
+                f"{said[f'training.{name}']} has no effect, since use_deepspeed is off; add --use_deepspeed"
+            )
 
 
 def _check_named_files(config: RunConfig) -> None:
@@ -131,12 +146,19 @@ def _check_named_files(config: RunConfig) -> None:
         from llm_trainer.config.schema.scaling_schedule import read_schedule
 
         from_scratch = config.training.init_from == "scratch" and config.training.resume_from is None
-        read_schedule(Path(config.training.scaling_schedule_file), layers=config.model.num_hidden_layers if from_scratch else None)
+        read_schedule(
+            Path(config.training.scaling_schedule_file),
+            layers=config.model.num_hidden_layers if from_scratch else None,
+        )
 
 
 def _check_data_fits(config: RunConfig, said: _Places) -> None:
     model, data = config.model, config.data
-    if "data.max_length" in said and data.max_length is not None and data.max_length > model.max_position_embeddings:
+    if (
+        "data.max_length" in said
+        and data.max_length is not None
+        and data.max_length > model.max_position_embeddings
+    ):
         raise UsageError(
             f"{said['data.max_length']} is {data.max_length}, longer than the model's context: "
             f"{said['model.max_position_embeddings']} is {model.max_position_embeddings}"
@@ -164,12 +186,19 @@ def _check_shares(config: RunConfig, said: _Places) -> None:
             f"{said['data.packing_strategy']} is {data.packing_strategy}, but {said['data.pack_sequences']} is off; leave one of them out"
         )
     if data.max_length is not None and data.min_length > data.max_length:
-        raise UsageError(f"{said['data.min_length']} is {data.min_length}, above {said['data.max_length']}, {data.max_length}")
+        raise UsageError(
+            f"{said['data.min_length']} is {data.min_length}, above {said['data.max_length']}, {data.max_length}"
+        )
 
 
 def _check_reasoning(config: RunConfig, said: _Places) -> None:
     reasoning = config.adaptive_reasoning
-    pairs = (("low_complexity_threshold", "medium_complexity_threshold"), ("min_computation_budget", "max_computation_budget"))
+    pairs = (
+        ("low_complexity_threshold", "medium_complexity_threshold"),
+        ("min_computation_budget", "max_computation_budget"),
+    )
     for low, high in pairs:
         if getattr(reasoning, low) > getattr(reasoning, high):
-            raise UsageError(f"{said[f'adaptive_reasoning.{low}']} is above {said[f'adaptive_reasoning.{high}']}; swap them")
+            raise UsageError(
+                f"{said[f'adaptive_reasoning.{low}']} is above {said[f'adaptive_reasoning.{high}']}; swap them"
+            )

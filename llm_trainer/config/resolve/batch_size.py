@@ -1,11 +1,13 @@
-"""The two meanings of `batch_size`, settled once: everything behind this knows `micro_batch_size` and `gradient_accumulation_steps` only.
+"""The two meanings of `batch_size`, settled once: everything behind this knows `micro_batch_size` and
+`gradient_accumulation_steps` only.
 
-With `micro_batch_size` given, `batch_size` is the whole step's, over all ranks: accumulation = batch_size / (micro_batch_size × ranks).
-Otherwise `batch_size` is one rank's micro-batch and `gradient_accumulation_steps` multiplies it. In nanoGPT's files that counts all
-ranks together (`accumulation_counts_all_ranks`) and is divided by their number.
+With `micro_batch_size` given, `batch_size` is the whole step's, over all ranks: accumulation = batch_size /
+(micro_batch_size × ranks). Otherwise `batch_size` is one rank's micro-batch and `gradient_accumulation_steps`
+multiplies it. In nanoGPT's files that counts all ranks together (`accumulation_counts_all_ranks`) and is
+divided by their number.
 
-With `micro_batch_size: auto` or `use_adaptive_batch_size` the step is settled here and its division into micro-batches when the run
-starts: `micro_batch_bounds` says within which bounds, `divisions` which there are.
+With `micro_batch_size: auto` or `use_adaptive_batch_size` the step is settled here and its division into
+micro-batches when the run starts: `micro_batch_bounds` says within which bounds, `divisions` which there are.
 """
 
 from __future__ import annotations
@@ -51,11 +53,15 @@ def micro_batch_bounds(config: RunConfig) -> MicroBatchBounds | None:
 
 
 def divisions(plan: BatchPlan, bounds: MicroBatchBounds) -> list[BatchPlan]:
-    """The ways to divide a rank's part of the step within bounds, the largest micro-batch first. Raises UsageError where there is none."""
+    """The ways to divide a rank's part of the step within bounds, the largest micro-batch first. Raises
+    UsageError where there is none.
+    """
     sequences = plan.micro_batch_size * plan.gradient_accumulation_steps
     most = sequences if bounds.most is None else bounds.most
     found = [
-        BatchPlan(size, sequences // size) for size in range(min(most, sequences), 0, -1) if size >= bounds.least and sequences % size == 0
+        BatchPlan(size, sequences // size)
+        for size in range(min(most, sequences), 0, -1)
+        if size >= bounds.least and sequences % size == 0
     ]
     if not found:
         raise UsageError(
@@ -66,7 +72,9 @@ def divisions(plan: BatchPlan, bounds: MicroBatchBounds) -> list[BatchPlan]:
 
 
 def resolve_batches(training: TrainingConfig, ranks: int) -> BatchPlan:
-    """The pair behind `batch_size`, `micro_batch_size` and `gradient_accumulation_steps`; raises UsageError where they do not divide."""
+    """The pair behind `batch_size`, `micro_batch_size` and `gradient_accumulation_steps`; raises UsageError
+    where they do not divide.
+    """
     whole, micro = training.batch_size, training.micro_batch_size
     accumulation = _accumulation_per_rank(training, ranks)
     if micro == "auto":
@@ -101,7 +109,9 @@ def _part_of_step(training: TrainingConfig, ranks: int, accumulation: int | None
             "leave it out"
         )
     if whole % ranks:
-        raise UsageError(f"batch_size {whole} does not divide by {ranks} ranks; take {whole // ranks * ranks or ranks}")
+        raise UsageError(
+            f"batch_size {whole} does not divide by {ranks} ranks; take {whole // ranks * ranks or ranks}"
+        )
     return whole // ranks
 
 

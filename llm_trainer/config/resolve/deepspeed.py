@@ -1,8 +1,10 @@
-"""DeepSpeed's own configuration file: what it may say here, and whether its batch arithmetic fits the number of ranks.
+"""DeepSpeed's own configuration file: what it may say here, and whether its batch arithmetic fits the number
+of ranks.
 
-A backend file that contradicts the flags is how such runs go wrong unseen. So DeepSpeed's configuration is always generated from a run's
-settings, and a user's file is one more source of these: it says what nobody said, agrees with what was said, or is refused. Beside that
-only sizes of buffers are admitted, which change no result.
+A backend file that contradicts the flags is how such runs go wrong unseen. So DeepSpeed's configuration is
+always generated from a run's settings, and a user's file is one more source of these: it says what nobody
+said, agrees with what was said, or is refused. Beside that only sizes of buffers are admitted, which change
+no result.
 """
 
 from __future__ import annotations
@@ -50,16 +52,24 @@ class DeepSpeedZero(Section):
     reduce_bucket_size: int | None = setting(None, "gradients sent at once", unit="numbers", gt=0)
     allgather_bucket_size: int | None = setting(None, "weights gathered at once", unit="numbers", gt=0)
     stage3_prefetch_bucket_size: int | None = setting(None, "weights gathered ahead", unit="numbers", ge=0)
-    stage3_param_persistence_threshold: int | None = setting(None, "smaller tensors are kept whole", unit="numbers", ge=0)
-    stage3_max_live_parameters: int | None = setting(None, "weights that are whole at once", unit="numbers", ge=0)
+    stage3_param_persistence_threshold: int | None = setting(
+        None, "smaller tensors are kept whole", unit="numbers", ge=0
+    )
+    stage3_max_live_parameters: int | None = setting(
+        None, "weights that are whole at once", unit="numbers", ge=0
+    )
 
 
 class DeepSpeedConfig(Section):
     """The file as a whole."""
 
     train_batch_size: int | None = setting(None, "sequences a step, over all ranks", unit="sequences", gt=0)
-    train_micro_batch_size_per_gpu: int | None = setting(None, "sequences that one rank sends at once", unit="sequences", gt=0)
-    gradient_accumulation_steps: int | None = setting(None, "micro-batches a step", unit="micro-batches", gt=0)
+    train_micro_batch_size_per_gpu: int | None = setting(
+        None, "sequences that one rank sends at once", unit="sequences", gt=0
+    )
+    gradient_accumulation_steps: int | None = setting(
+        None, "micro-batches a step", unit="micro-batches", gt=0
+    )
     gradient_clipping: float | None = setting(None, "gradients are scaled down to this norm", ge=0)
     optimizer: DeepSpeedOptimizer | None = setting(None, "the optimizer")
     fp16: DeepSpeedPrecision = setting(DeepSpeedPrecision, "half precision; DeepSpeed has none on CPUs")
@@ -67,11 +77,21 @@ class DeepSpeedConfig(Section):
     zero_optimization: DeepSpeedZero = setting(DeepSpeedZero, "what is spread over the ranks")
 
     def check_ranks(self, ranks: int) -> None:
-        """Raises UsageError unless train_batch_size = micro-batch × accumulation × ranks, naming the ranks that would fit."""
-        whole, micro, steps = self.train_batch_size, self.train_micro_batch_size_per_gpu, self.gradient_accumulation_steps
+        """Raises UsageError unless train_batch_size = micro-batch × accumulation × ranks, naming the ranks
+        that would fit.
+        """
+        whole, micro, steps = (
+            self.train_batch_size,
+            self.train_micro_batch_size_per_gpu,
+            self.gradient_accumulation_steps,
+        )
         if whole is None or micro is None or steps is None or whole == micro * steps * ranks:
             return
-        fitting = f"it fits {whole // (micro * steps)} ranks" if whole % (micro * steps) == 0 else "it fits no number of ranks"
+        fitting = (
+            f"it fits {whole // (micro * steps)} ranks"
+            if whole % (micro * steps) == 0
+            else "it fits no number of ranks"
+        )
         raise UsageError(
             f"deepspeed_config: train_batch_size {whole} is not "
             f"train_micro_batch_size_per_gpu {micro} × gradient_accumulation_steps {steps} × {ranks} ranks "
@@ -91,12 +111,15 @@ def read_deepspeed(path: Path) -> DeepSpeedConfig:
     if found.fp16.enabled and found.bf16.enabled:
         raise UsageError(f"{path}: fp16 and bf16 are both enabled; keep one")
     if found.zero_optimization.stage == 0:
-        raise UsageError(f"{path}: zero_optimization.stage 0 is plain replicas; leave use_deepspeed out, or take stage 1, 2 or 3")
+        raise UsageError(
+            f"{path}: zero_optimization.stage 0 is plain replicas; leave use_deepspeed out, or take stage 1, 2 or 3"
+        )
     return found
 
 
 def with_deepspeed_file(config: RunConfig) -> RunConfig:
-    """The settings with what DeepSpeed's file adds to them; the same ones where no file is named, or DeepSpeed is not used.
+    """The settings with what DeepSpeed's file adds to them; the same ones where no file is named, or
+    DeepSpeed is not used.
 
     Raises UsageError for a file that says another value than the settings do, naming both.
     """
@@ -105,17 +128,29 @@ def with_deepspeed_file(config: RunConfig) -> RunConfig:
         return config
     path = Path(training.deepspeed_config)
     file = _as_settings(read_deepspeed(path))
-    said = {name: getattr(training, name) for name in training.model_fields_set if getattr(training, name) is not None}
+    said = {
+        name: getattr(training, name)
+        for name in training.model_fields_set
+        if getattr(training, name) is not None
+    }
     ours = {name: name for name in said}
-    if training.micro_batch_size is None and "batch_size" in said and file.keys() & {"micro_batch_size", "batch_size"}:
+    if (
+        training.micro_batch_size is None
+        and "batch_size" in said
+        and file.keys() & {"micro_batch_size", "batch_size"}
+    ):
         said["micro_batch_size"] = said.pop("batch_size")  # what batch_size alone means
         ours["micro_batch_size"] = "batch_size"
     for name, (there, value) in file.items():
         if said.get(name, value) != value:
-            raise UsageError(f"{path}: {there} is {value}, but training.{ours[name]} is {said[name]}; leave one of them out")
+            raise UsageError(
+                f"{path}: {there} is {value}, but training.{ours[name]} is {said[name]}; leave one of them out"
+            )
     settled = {**said, **{name: value for name, (_, value) in file.items()}}
     if "batch_size" in settled and "micro_batch_size" not in settled:
-        raise UsageError(f"{path}: train_batch_size needs train_micro_batch_size_per_gpu beside it, or micro_batch_size in the settings")
+        raise UsageError(
+            f"{path}: train_batch_size needs train_micro_batch_size_per_gpu beside it, or micro_batch_size in the settings"
+        )
     return config.model_copy(update={"training": TrainingConfig(**settled)})
 
 
@@ -123,7 +158,9 @@ def zero_settings(training: TrainingConfig) -> dict[str, object]:
     """DeepSpeed's section `zero_optimization`: our stage, and sizes of buffers from the user's file."""
     sizes: dict[str, object] = {}
     if training.deepspeed_config is not None:
-        sizes = read_deepspeed(Path(training.deepspeed_config)).zero_optimization.model_dump(exclude_none=True)
+        sizes = read_deepspeed(Path(training.deepspeed_config)).zero_optimization.model_dump(
+            exclude_none=True
+        )
     return {**sizes, "stage": training.zero_stage}
 
 
@@ -151,4 +188,8 @@ def _as_settings(file: DeepSpeedConfig) -> dict[str, tuple[str, object]]:
 
 def _without_auto(content: Mapping[str, object]) -> dict[str, object]:
     """Without the values `auto`, by which such a file leaves a thing to the trainer."""
-    return {name: _without_auto(value) if isinstance(value, Mapping) else value for name, value in content.items() if value != "auto"}
+    return {
+        name: _without_auto(value) if isinstance(value, Mapping) else value
+        for name, value in content.items()
+        if value != "auto"
+    }

@@ -1,4 +1,6 @@
-"""How the ranks of a run share the work: settled from the settings and the launcher's count before anything is built."""
+"""How the ranks of a run share the work: settled from the settings and the launcher's count before anything
+is built.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ class ParallelPlan:
     of ranks that see the same samples: `pipeline_parallel` stages of layers, whose matrices are cut over `tensor_parallel` ranks, or
     `context_parallel` ranks that see a part of each sequence, and cut the replica's state further.
 
-    Ranks are numbered with the tensor group innermost (it talks most), then those that share sequences, and stages outermost.
+    Ranks are numbered with the tensor group innermost (it talks most), then those that share sequences, and
+    stages outermost.
     """
 
     data_parallel: int = 1
@@ -40,8 +43,8 @@ class ParallelPlan:
 
     @property
     def shards(self) -> int:
-        """Ranks over which a replica's state (that of a stage, of a tensor group's part) is cut: ranks that share sequences hold no copies,
-        since it is for want of memory that sequences are shared.
+        """Ranks over which a replica's state (that of a stage, of a tensor group's part) is cut: ranks that
+        share sequences hold no copies, since it is for want of memory that sequences are shared.
         """
         return self.fsdp * self.context_parallel
 
@@ -50,7 +53,9 @@ class ParallelPlan:
         return self.token_rank(rank) // self.context_parallel
 
     def token_rank(self, rank: int) -> int:
-        """Whose tokens a rank sees: a number for each part of a sequence of each group. A tensor group and its stages see the same."""
+        """Whose tokens a rank sees: a number for each part of a sequence of each group. A tensor group and
+        its stages see the same.
+        """
         return rank // self.tensor_parallel % (self.data_ranks * self.context_parallel)
 
     def context_rank(self, rank: int) -> int:
@@ -62,7 +67,9 @@ class ParallelPlan:
         return rank // (self.tensor_parallel * self.context_parallel * self.data_ranks)
 
     def speaks(self, rank: int) -> bool:
-        """Whether a rank tells sums over its tokens: the first of its tensor group, in the last stage, which knows the loss."""
+        """Whether a rank tells sums over its tokens: the first of its tensor group, in the last stage, which
+        knows the loss.
+        """
         return rank % self.tensor_parallel == 0 and self.stage(rank) == self.pipeline_parallel - 1
 
     def __str__(self) -> str:
@@ -71,7 +78,10 @@ class ParallelPlan:
 
 
 def _others(plan: ParallelPlan | TrainingConfig) -> list[tuple[str, int]]:
-    return [(name, getattr(plan, name)) for name in ("fsdp", "tensor_parallel", "pipeline_parallel", "context_parallel")]
+    return [
+        (name, getattr(plan, name))
+        for name in ("fsdp", "tensor_parallel", "pipeline_parallel", "context_parallel")
+    ]
 
 
 def planned_ranks(training: TrainingConfig) -> int:
@@ -80,7 +90,9 @@ def planned_ranks(training: TrainingConfig) -> int:
 
 
 def resolve_plan(training: TrainingConfig, ranks: int) -> ParallelPlan:
-    """The plan for so many ranks; what is not said of data_parallel is what the others leave. Raises UsageError for a wrong product."""
+    """The plan for so many ranks; what is not said of data_parallel is what the others leave. Raises
+    UsageError for a wrong product.
+    """
     others = _others(training)
     taken, replicas = 1, training.data_parallel
     for _, size in others:
@@ -128,7 +140,9 @@ def stages_of(schedule: str, ranks: int) -> int:
 
 
 def check_stages(ranks: int, schedule: str, layers: int, micro_batches: int) -> None:
-    """Raises UsageError where a pipeline's schedule cannot cut so many layers, or cannot run a step of so many micro-batches."""
+    """Raises UsageError where a pipeline's schedule cannot cut so many layers, or cannot run a step of so
+    many micro-batches.
+    """
     check_depth(ranks, schedule, layers)
     check_rounds(ranks, schedule, micro_batches)
 
@@ -164,16 +178,24 @@ def _check_cut(tensor: int, model: ModelConfig) -> None:
                     f"tensor_parallel {tensor} does not divide {name} {width}; take one that divides the heads, the key-value heads "
                     "and the MLP"
                 )
-    adapted = [target for table in model.with_lora_table().lora.values() for target, rank in table.ranks.items() if rank]
+    adapted = [
+        target
+        for table in model.with_lora_table().lora.values()
+        for target, rank in table.ranks.items()
+        if rank
+    ]
     in_blocks = next((target for target in adapted if target.startswith(("attn.", "mlp."))), None)
     if tensor > 1 and in_blocks is not None:
-        raise UsageError(f"tensor_parallel cannot cut {in_blocks}, which has a low-rank adapter; use fsdp with it")
+        raise UsageError(
+            f"tensor_parallel cannot cut {in_blocks}, which has a low-rank adapter; use fsdp with it"
+        )
 
 
 def check_precision(plan: ParallelPlan, precision: str) -> None:
     """Raises UsageError for an arithmetic in which ranks of this plan cannot train.
 
-    fp16's scaler looks at the gradients of one rank, of one kind: stages hold others each, and a tensor group whole ones beside parts.
+    fp16's scaler looks at the gradients of one rank, of one kind: stages hold others each, and a tensor group
+    whole ones beside parts.
     """
     for name in ("tensor_parallel", "pipeline_parallel"):
         if precision == "fp16" and getattr(plan, name) > 1:
@@ -197,7 +219,9 @@ def check_plan(training: TrainingConfig, model: ModelConfig, ranks: int) -> None
     check_rounds(plan.pipeline_parallel, training.pipeline_schedule, batches.gradient_accumulation_steps)
     if training.quantize_base != "off" and (ranks > 1 or training.use_deepspeed):
         what = f"{ranks} ranks" if ranks > 1 else "use_deepspeed"
-        raise UsageError(f"quantize_base {training.quantize_base} does not go with {what}; train on one rank, or leave it off")
+        raise UsageError(
+            f"quantize_base {training.quantize_base} does not go with {what}; train on one rank, or leave it off"
+        )
 
 
 def _started(count: int) -> str:

@@ -1,7 +1,9 @@
-"""Many names, one setting: `fp16`, `bf16`, `use_amp`, `mixed_precision`, `mixed_precision_dtype`, `amp_dtype`, `dtype` → `precision`.
+"""Many names, one setting: `fp16`, `bf16`, `use_amp`, `mixed_precision`, `mixed_precision_dtype`,
+`amp_dtype`, `dtype` → `precision`.
 
-Names of a type decide. `mixed_precision` and `use_amp` say only that it is mixed: without a type beside them that means bf16, which needs
-no loss scaling and exists on every CPU and every recent GPU. An explicit `fp16: false` alone means fp32.
+Names of a type decide. `mixed_precision` and `use_amp` say only that it is mixed: without a type beside them
+that means bf16, which needs no loss scaling and exists on every CPU and every recent GPU. An explicit `fp16:
+false` alone means fp32.
 """
 
 from __future__ import annotations
@@ -20,11 +22,18 @@ PRECISION_SWITCHES = ("mixed_precision", "use_amp", "fp16", "bf16")
 
 
 def translate_precision(values: dict[str, Any]) -> None:
-    """Replace every spelling of precision in `values` by one `precision`; raises UsageError where two of them disagree."""
-    said = {name: _type_named(name, values.pop(name)) for name in PRECISION_NAMES if values.get(name) is not None}
+    """Replace every spelling of precision in `values` by one `precision`; raises UsageError where two of them
+    disagree.
+    """
+    said = {
+        name: _type_named(name, values.pop(name)) for name in PRECISION_NAMES if values.get(name) is not None
+    }
     switches = {name: values.pop(name) for name in PRECISION_SWITCHES if values.get(name) is not None}
     for name, value in list(switches.items()):
-        if str(value).lower() in PRECISIONS and str(value) not in ("0", "1"):  # mixed_precision: bf16, as accelerate writes it
+        if str(value).lower() in PRECISIONS and str(value) not in (
+            "0",
+            "1",
+        ):  # mixed_precision: bf16, as accelerate writes it
             said[name] = _type_named(name, switches.pop(name))
         else:
             switches[name] = as_boolean(name, value)
@@ -40,7 +49,9 @@ def translate_precision(values: dict[str, Any]) -> None:
         if not said:
             values["precision"] = "fp32"
         elif name in said.values():
-            raise UsageError(f"precision is said twice and differently: {name}=False, but {_means(said)}; keep one")
+            raise UsageError(
+                f"precision is said twice and differently: {name}=False, but {_means(said)}; keep one"
+            )
     if len(set(said.values())) > 1:
         raise UsageError(f"precision is said twice and differently: {_means(said)}; keep one")
     if said:

@@ -3,8 +3,9 @@
 `setting()` wraps pydantic's `Field`. `Section` is the base of every group of settings: it takes any alias as a keyword, in a
 file or in an assignment, refuses unknown names with a suggestion, and refuses two different values for one setting.
 
-An assignment validates the one field alone, and not the section as a whole as pydantic's `validate_assignment` would: a script may
-set `hidden_size` on one line and `num_attention_heads` on the next, though the shape fits only after both.
+An assignment validates the one field alone, and not the section as a whole as pydantic's
+`validate_assignment` would: a script may set `hidden_size` on one line and `num_attention_heads` on the next,
+though the shape fits only after both.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ LARGEST_SEED = 2**63 - 1  # what PyTorch's generators take
 class Setting:
     """What a field says about itself beyond its type.
 
-    aliases: other names in the same section; paths: dotted names in other sections (`training.gradient_checkpointing`) that mean this
-    field; spellings: names whose value must be translated (`fp16: true` → `precision: fp16`); unit: `tokens`, `steps`, `seconds`, …;
-    owed: a value other than the default switches on (or off) what is not built yet; bare: the value of a flag given without one
+    aliases: other names in the same section; paths: dotted names in other sections
+    (`training.gradient_checkpointing`) that mean this field; spellings: names whose value must be translated
+    (`fp16: true` → `precision: fp16`); unit: `tokens`, `steps`, `seconds`, …; owed: a value other than the
+    default switches on (or off) what is not built yet; bare: the value of a flag given without one
     (`--resume`); splits: a text for a list is cut at its commas.
     """
 
@@ -58,7 +60,9 @@ def setting(
     splits: bool = True,
     **bounds: Any,
 ) -> Any:
-    """Declare a setting; `bounds` are pydantic's (`ge`, `gt`, `le`, `lt`, `min_length`), a callable default is a factory."""
+    """Declare a setting; `bounds` are pydantic's (`ge`, `gt`, `le`, `lt`, `min_length`), a callable default
+    is a factory.
+    """
     extra = Setting(unit, aliases, paths, spellings, owed, bare, splits)
     keyword = "default_factory" if callable(default) else "default"
     return Field(description=meaning, json_schema_extra={"setting": extra}, **{keyword: default}, **bounds)  # type: ignore[dict-item]
@@ -67,7 +71,9 @@ def setting(
 class Section(BaseModel):
     """A group of settings. Keyword arguments, file keys and assignments work by any alias and are validated."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=(), use_enum_values=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", protected_namespaces=(), use_enum_values=True, allow_inf_nan=False
+    )
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -89,14 +95,17 @@ class Section(BaseModel):
 
     @classmethod
     def translate(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Turn spellings with a meaning of their own into canonical values; sections that have any override this."""
+        """Turn spellings with a meaning of their own into canonical values; sections that have any override
+        this.
+        """
         return dict(values)
 
     @classmethod
     def settle(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """Values by any name → values by canonical name.
 
-        Raises UsageError for a name that the section does not know and for two names of one setting with different values.
+        Raises UsageError for a name that the section does not know and for two names of one setting with
+        different values.
         """
         for given in values:
             if given not in cls.names():
@@ -113,13 +122,19 @@ class Section(BaseModel):
         return {name: _coerce(cls, name, value) for name, value in settled.items()}
 
     def is_said(self, name: str) -> bool:
-        """Whether this field was given by the user, rather than by a default of the class, the family or the door."""
+        """Whether this field was given by the user, rather than by a default of the class, the family or the
+        door.
+        """
         return name in self.model_fields_set
 
     @model_validator(mode="before")
     @classmethod
     def _accept_every_name(cls, values: Any) -> Any:
-        return cls.settle({str(key): value for key, value in values.items()}) if isinstance(values, Mapping) else values
+        return (
+            cls.settle({str(key): value for key, value in values.items()})
+            if isinstance(values, Mapping)
+            else values
+        )
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name.startswith("_"):
@@ -140,7 +155,9 @@ def _names(section: type[Section]) -> Mapping[str, str]:
     for name in section.model_fields:
         declared = section.setting_of(name)
         for spelling in (name, *declared.aliases, *declared.spellings):
-            assert table.setdefault(spelling, name) == name, f"{section.__name__}: {spelling} names two fields"
+            assert table.setdefault(spelling, name) == name, (
+                f"{section.__name__}: {spelling} names two fields"
+            )
     return table
 
 
@@ -148,11 +165,15 @@ def _names(section: type[Section]) -> Mapping[str, str]:
 def _adapter(section: type[Section], name: str) -> TypeAdapter[Any]:
     field = section.model_fields[name]
     bounded: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
-    return TypeAdapter(bounded, config=ConfigDict(allow_inf_nan=False) if float in kinds_of(section, name) else None)
+    return TypeAdapter(
+        bounded, config=ConfigDict(allow_inf_nan=False) if float in kinds_of(section, name) else None
+    )
 
 
 def check_value(section: type[Section], name: str, value: object, label: str | None = None) -> object:
-    """A value for one field, by its canonical name, as the field's type; raises UsageError that calls it `label`."""
+    """A value for one field, by its canonical name, as the field's type; raises UsageError that calls it
+    `label`.
+    """
     try:
         return _adapter(section, name).validate_python(value)
     except ValidationError as error:
@@ -161,7 +182,9 @@ def check_value(section: type[Section], name: str, value: object, label: str | N
 
 @functools.cache
 def kinds_of(section: type[Section], name: str) -> frozenset[object]:
-    """The types that a field takes, flattened: {int, NoneType}, {list, 'wandb', 'tensorboard'}; literals stand for themselves."""
+    """The types that a field takes, flattened: {int, NoneType}, {list, 'wandb', 'tensorboard'}; literals
+    stand for themselves.
+    """
 
     def flat(annotation: object) -> set[object]:
         origin = typing.get_origin(annotation)
@@ -187,7 +210,9 @@ def _coerce(section: type[Section], name: str, value: object) -> object:
 
 
 def split_list(said: str, splits: bool = True) -> list[Any]:
-    """`tensorboard,wandb`, `["a", "b"]`, `none` and the empty text as lists; without `splits` commas belong to the text."""
+    """`tensorboard,wandb`, `["a", "b"]`, `none` and the empty text as lists; without `splits` commas belong
+    to the text.
+    """
     text = said.strip()
     if text.startswith("["):
         try:
@@ -199,7 +224,16 @@ def split_list(said: str, splits: bool = True) -> list[Any]:
     return [] if text.lower() in ("", "none") else [part.strip() for part in text.split(",")]
 
 
-_TRUTH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+_TRUTH = {
+    "true": True,
+    "1": True,
+    "yes": True,
+    "on": True,
+    "false": False,
+    "0": False,
+    "no": False,
+    "off": False,
+}
 
 
 def as_boolean(name: str, value: object) -> bool:
@@ -220,7 +254,9 @@ _KINDS_IN_A_UNION = ("constrained-", "literal[")
 
 
 def validation_message(error: ValidationError, section: type[Section], *, label: str | None = None) -> str:
-    """pydantic's complaints in a user's words: setting, value, what is allowed. `label` names a value judged without its field."""
+    """pydantic's complaints in a user's words: setting, value, what is allowed. `label` names a value judged
+    without its field.
+    """
     lines = []
     for detail in error.errors(include_url=False):
         parts = (str(part) for part in detail["loc"] if not str(part).startswith(_KINDS_IN_A_UNION))
@@ -231,7 +267,9 @@ def validation_message(error: ValidationError, section: type[Section], *, label:
 
 def _complaint(detail: ErrorDetails) -> str:
     message = detail["msg"].removeprefix("Value error, ")
-    message = message.replace("Input should be a valid string", "must be text; put it in quotes").replace("Input should be", "must be")
+    message = message.replace("Input should be a valid string", "must be text; put it in quotes").replace(
+        "Input should be", "must be"
+    )
     return message[0].lower() + message[1:]
 
 

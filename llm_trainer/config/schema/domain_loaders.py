@@ -1,4 +1,5 @@
-"""The table of domain loaders: each a row of data, no code, in `domain_loaders.yaml`; a user's own rows have the same form.
+"""The table of domain loaders: each a row of data, no code, in `domain_loaders.yaml`; a user's own rows have
+the same form.
 
 A row says what a data set is called on the hub, which domain it is for, and how a record becomes a text. This module reads and judges rows;
 `llm_trainer.data.domains.loaders` reads the data sets themselves.
@@ -33,7 +34,9 @@ Scalar = str | bool | int | float | None
 
 @dataclass(frozen=True)
 class Place:
-    """A field in a template: `{name}`, `{name?}` where it may be missing, `{name|way}` where its value is not a text yet."""
+    """A field in a template: `{name}`, `{name?}` where it may be missing, `{name|way}` where its value is not
+    a text yet.
+    """
 
     name: str
     is_optional: bool
@@ -41,7 +44,9 @@ class Place:
 
 
 def parse_part(part: str) -> list[str | Place]:
-    """A template taken apart: text and places. Raises UsageError for a brace without its other half and for an unknown way."""
+    """A template taken apart: text and places. Raises UsageError for a brace without its other half and for
+    an unknown way.
+    """
     found: list[str | Place] = []
     position = 0
     for match in _PLACE.finditer(part):
@@ -50,7 +55,9 @@ def parse_part(part: str) -> list[str | Place]:
         if match[0] in ("{{", "}}"):
             found.append(match[0][0])
         elif match["name"] is None:
-            raise UsageError(f"the template {part!r} has a brace on its own at {match.start()}; write {{field}}, and {{{{ for a brace")
+            raise UsageError(
+                f"the template {part!r} has a brace on its own at {match.start()}; write {{field}}, and {{{{ for a brace"
+            )
         elif match["way"] is not None and match["way"] not in WAYS:
             raise UsageError(f"the template {part!r} says |{match['way']}; there are {', '.join(WAYS)}")
         else:
@@ -64,7 +71,9 @@ class HubPart(Section):
     name: str = setting("", "its name there", min_length=1)
     configurations: list[str] = setting(list, "its configurations, all of them read; none: the only one")
     split: str = setting("train", "its split")
-    files: list[str] = setting(list, "files of the repository that are read as they are, in place of its own form")
+    files: list[str] = setting(
+        list, "files of the repository that are read as they are, in place of its own form"
+    )
     revision: str | None = setting(None, "a commit of the repository; none: the newest")
     domain: str | None = setting(None, "the domain of this part; none: the loader's")
 
@@ -86,11 +95,15 @@ class DomainLoader(Section):
     about: str = setting("", "what it is, in a line")
     domain: str = setting("general", "the domain of its texts")
     domain_field: str | None = setting(None, "a field that decides the domain of each record")
-    domain_map: dict[str, str] = setting(dict, "value of domain_field → domain; other values: the loader's domain")
+    domain_map: dict[str, str] = setting(
+        dict, "value of domain_field → domain; other values: the loader's domain"
+    )
     hub: list[HubPart] = setting(list, "where it lies on the Hugging Face hub")
     path: str | None = setting(None, "a local file or folder in place of the hub")
     forms: list[Form] = setting(
-        list, "how a record becomes a text; the first form whose fields a record has", spellings=("text", "text_with_cot")
+        list,
+        "how a record becomes a text; the first form whose fields a record has",
+        spellings=("text", "text_with_cot"),
     )
     keep: dict[str, list[Scalar]] = setting(dict, "field → values; records with other values are left out")
     drop: dict[str, list[Scalar]] = setting(dict, "field → values; records with one of these are left out")
@@ -126,14 +139,20 @@ class DomainLoader(Section):
     def domains(self) -> list[str]:
         """Every domain that its texts can belong to."""
         parts = [part.domain or self.domain for part in self.hub] or [self.domain]
-        return list(dict.fromkeys([*parts, *([self.domain] if self.domain_field else []), *self.domain_map.values()]))
+        return list(
+            dict.fromkeys([*parts, *([self.domain] if self.domain_field else []), *self.domain_map.values()])
+        )
 
     def fields(self) -> list[str]:
         """The fields that a record must have, of every form, and those that filters read."""
-        texts = [part for form in self.forms for parts in (form.text, form.text_with_cot or []) for part in parts]
+        texts = [
+            part for form in self.forms for parts in (form.text, form.text_with_cot or []) for part in parts
+        ]
         places = [piece.name for part in texts for piece in parse_part(part) if isinstance(piece, Place)]
         others = [self.domain_field, self.difficulty_field]
-        return list(dict.fromkeys([*places, *(name for name in others if name is not None), *self.keep, *self.drop]))
+        return list(
+            dict.fromkeys([*places, *(name for name in others if name is not None), *self.keep, *self.drop])
+        )
 
     def options(self) -> Mapping[str, type]:
         """The options that this loader takes in a bridge file, and their types."""
@@ -157,15 +176,23 @@ _COMMON_OPTIONS: Mapping[str, type] = {
 def check_loader(name: str, row: DomainLoader) -> None:
     """Raises UsageError for a row that cannot work, naming the row and what is wrong."""
     if not row.forms:
-        raise UsageError(f'the loader {name} has no text; say how a record becomes one: text: ["{{question}}", "{{answer}}"]')
+        raise UsageError(
+            f'the loader {name} has no text; say how a record becomes one: text: ["{{question}}", "{{answer}}"]'
+        )
     if not row.hub and row.path is None:
-        raise UsageError(f"the loader {name} names no data; give hub (a name on the Hugging Face hub) or path (a file or folder)")
+        raise UsageError(
+            f"the loader {name} names no data; give hub (a name on the Hugging Face hub) or path (a file or folder)"
+        )
     for domain in row.domains():
         if not _DOMAIN.fullmatch(domain):
-            raise UsageError(f"the loader {name}: a domain is a folder's name of a-z, 0-9, - and _, not {domain!r}")
+            raise UsageError(
+                f"the loader {name}: a domain is a folder's name of a-z, 0-9, - and _, not {domain!r}"
+            )
     unknown = [level for level in row.difficulty_levels if level not in DIFFICULTIES]
     if unknown or (row.difficulty_levels and row.difficulty_field is None):
-        what = f"difficulty_levels has {unknown[0]!r}" if unknown else "difficulty_levels needs difficulty_field"
+        what = (
+            f"difficulty_levels has {unknown[0]!r}" if unknown else "difficulty_levels needs difficulty_field"
+        )
         raise UsageError(f"the loader {name}: {what}; the levels are {', '.join(DIFFICULTIES)}")
     try:
         row.fields()
@@ -174,7 +201,9 @@ def check_loader(name: str, row: DomainLoader) -> None:
 
 
 def read_rows(content: object, place: str) -> dict[str, DomainLoader]:
-    """Loaders by name from what a file or a setting holds; raises UsageError that names the place and the loader."""
+    """Loaders by name from what a file or a setting holds; raises UsageError that names the place and the
+    loader.
+    """
     if not isinstance(content, Mapping):
         raise UsageError(f"{place} holds no loaders: it must be a mapping of loader → its row")
     rows: dict[str, DomainLoader] = {}
@@ -186,7 +215,11 @@ def read_rows(content: object, place: str) -> dict[str, DomainLoader]:
             check_loader(str(name), rows[str(name)])
         except UsageError as error:
             message = str(error)
-            raise UsageError(f"{place}: {message}" if f"loader {name}" in message else f"{place}: the loader {name}: {message}") from None
+            raise UsageError(
+                f"{place}: {message}"
+                if f"loader {name}" in message
+                else f"{place}: the loader {name}: {message}"
+            ) from None
     return rows
 
 

@@ -22,7 +22,9 @@ class DistillationConfig(Section):
     distill_logits: bool = setting(True, "match the teacher's distribution")
     distill_hidden_states: bool = setting(False, "match the teacher's hidden states", owed=True)
     distill_attention: bool = setting(False, "match the teacher's attention maps", owed=True)
-    adaptation_type: Literal["none", "domain_specific"] = setting("none", "domain_specific: weight the loss by domain", owed=True)
+    adaptation_type: Literal["none", "domain_specific"] = setting(
+        "none", "domain_specific: weight the loss by domain", owed=True
+    )
 
 
 class EfficiencyConfig(Section):
@@ -32,7 +34,9 @@ class EfficiencyConfig(Section):
     use_quantization: bool = setting(False, "quantise the trained model", owed=True)
     quantization_bits: Literal[4, 8] = setting(8, "bits a weight")
     use_kv_cache: bool = setting(True, "keep keys and values while generating", owed=True)
-    use_adaptive_batch_size: bool = setting(False, "find the largest micro-batch that fits, as micro_batch_size auto does")
+    use_adaptive_batch_size: bool = setting(
+        False, "find the largest micro-batch that fits, as micro_batch_size auto does"
+    )
     min_batch_size: int = setting(1, "smallest micro-batch it may choose", unit="sequences", gt=0)
     max_batch_size: int | None = setting(None, "largest micro-batch it may choose", unit="sequences", gt=0)
 

@@ -1,7 +1,8 @@
 """Low-rank adapters of a model as settings: which matrices have one, of which rank and strength.
 
-A target is a part (`attn.2`: its four projections, `mlp.0`, `wte`, `lm_head`) or one projection of it (`attn.2.q_proj`), which then
-overrides its part. The table is part of the model's shape, and so of config.json: whoever reads it builds the same adapters.
+A target is a part (`attn.2`: its four projections, `mlp.0`, `wte`, `lm_head`) or one projection of it
+(`attn.2.q_proj`), which then overrides its part. The table is part of the model's shape, and so of
+config.json: whoever reads it builds the same adapters.
 """
 
 from __future__ import annotations
@@ -18,10 +19,15 @@ class LoraConfig(Section):
 
     ranks: dict[str, int] = setting(dict, "target → rank; 0: none")
     alpha: float | None = setting(
-        None, "strength; the product is scaled by alpha / rank; none: twice the rank", aliases=("lora_alpha",), gt=0
+        None,
+        "strength; the product is scaled by alpha / rank; none: twice the rank",
+        aliases=("lora_alpha",),
+        gt=0,
     )
     alphas: dict[str, float] = setting(dict, "target → alpha, where it is another")
-    dropout: float = setting(0.0, "dropout on what attention's and MLP's adapters read", aliases=("lora_dropout",), ge=0, lt=1)
+    dropout: float = setting(
+        0.0, "dropout on what attention's and MLP's adapters read", aliases=("lora_dropout",), ge=0, lt=1
+    )
     use_rslora: bool = setting(False, "scale by alpha / √rank (Kalajdzievski 2023, arXiv:2312.03732)")
 
     def rank_of(self, target: str) -> int:

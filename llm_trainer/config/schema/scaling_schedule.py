@@ -1,8 +1,8 @@
 """Scaling schedules: operations that change the run while it trains, read and judged entry by entry.
 
-An entry names an operation and its value, and fires below a validation loss (`trigger_loss`), after so many steps (`max_wait_iters`), or
-on whichever comes first. This module knows each operation's kind of value, and which parts exist; how operations change a
-model is `llm_trainer/orchestration`'s.
+An entry names an operation and its value, and fires below a validation loss (`trigger_loss`), after so many
+steps (`max_wait_iters`), or on whichever comes first. This module knows each operation's kind of value, and
+which parts exist; how operations change a model is `llm_trainer/orchestration`'s.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ class Operation(Section):
     )
     reevaluate: bool = setting(False, "evaluate again right after")
     desc: str | None = setting(None, "free text for the log", aliases=("description",))
-    mode: Literal["copy", "identity"] | None = setting(None, "stack_layers: identity keeps the function exactly; none: copy")
+    mode: Literal["copy", "identity"] | None = setting(
+        None, "stack_layers: identity keeps the function exactly; none: copy"
+    )
     approximate: bool = setting(False, "widen_model: allow a change that is not exact")
 
 
@@ -73,13 +75,21 @@ def _exists(part: Any, layers: int, pattern: re.Pattern[str] = _PART) -> bool:
     if not isinstance(part, str):
         return False
     if set(part) & set("*?["):
-        return any(fnmatch.fnmatch(name, part) for name in _names(min(layers, 1000)) if pattern.fullmatch(name))
+        return any(
+            fnmatch.fnmatch(name, part) for name in _names(min(layers, 1000)) if pattern.fullmatch(name)
+        )
     match = pattern.fullmatch(re.sub(r"\.\d+-(\d+)$", r".\1", part))
     return match is not None and (match[2] is None or int(match[2]) < layers)
 
 
 def _names(layers: int) -> list[str]:
-    return ["wte", "wpe", "ln_f", "lm_head", *(f"{kind}.{layer}" for kind in ("attn", "mlp", "ln_1", "ln_2") for layer in range(layers))]
+    return [
+        "wte",
+        "wpe",
+        "ln_f",
+        "lm_head",
+        *(f"{kind}.{layer}" for kind in ("attn", "mlp", "ln_1", "ln_2") for layer in range(layers)),
+    ]
 
 
 def _parts(value: Any, layers: int) -> str | None:
@@ -90,13 +100,26 @@ def _parts(value: Any, layers: int) -> str | None:
 
 def _part_and_rank(value: Any, layers: int) -> str | None:
     fits = (
-        isinstance(value, list) and len(value) == 2 and _exists(value[0], layers, _LORA_PART) and _count_or_zero(value[1], layers) is None
+        isinstance(value, list)
+        and len(value) == 2
+        and _exists(value[0], layers, _LORA_PART)
+        and _count_or_zero(value[1], layers) is None
     )
-    return None if fits else f"[part, rank] with a part attn.N, mlp.N (N below {layers}), wte or lm_head and a rank of 0 or more"
+    return (
+        None
+        if fits
+        else f"[part, rank] with a part attn.N, mlp.N (N below {layers}), wte or lm_head and a rank of 0 or more"
+    )
 
 
 def _part_and_share(value: Any, layers: int) -> str | None:
-    fits = isinstance(value, list) and len(value) == 2 and _exists(value[0], layers) and _number(value[1]) and 0 < value[1] < 1
+    fits = (
+        isinstance(value, list)
+        and len(value) == 2
+        and _exists(value[0], layers)
+        and _number(value[1])
+        and 0 < value[1] < 1
+    )
     return None if fits else "[part, share] with a share between 0 and 1"
 
 
@@ -110,7 +133,9 @@ def _layer_list(value: Any, layers: int) -> str | None:
 
 
 def _width_and_heads(value: Any, layers: int) -> str | None:
-    numbers = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    numbers = (
+        list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    )
     return (
         None
         if 1 <= len(numbers) <= 2 and all(_count(item, layers) is None for item in numbers)
@@ -132,15 +157,28 @@ def _vocabulary(value: Any, layers: int) -> str | None:
 def _batch_fit(value: Any, layers: int) -> str | None:
     if isinstance(value, dict):
         percent, most = value.get("target_vram_percent", 100), value.get("max_batch_size", 1)
-        fits = value and not set(value) - {"target_vram_percent", "max_batch_size"} and _number(percent) and 0 < percent <= 100
+        fits = (
+            value
+            and not set(value) - {"target_vram_percent", "max_batch_size"}
+            and _number(percent)
+            and 0 < percent <= 100
+        )
         fits = fits and _count(most, layers) is None
-        return None if fits else "{target_vram_percent, max_batch_size}: a percentage up to 100 and a number of sequences, or one of them"
+        return (
+            None
+            if fits
+            else "{target_vram_percent, max_batch_size}: a percentage up to 100 and a number of sequences, or one of them"
+        )
     fits = value is None or (_number(value) and 0 < value <= 1)
     return None if fits else "null, a factor above 0 and up to 1, or {target_vram_percent, max_batch_size}"
 
 
 def _layer(value: Any, layers: int) -> str | None:
-    return None if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < layers else f"a layer from 0 to {layers - 1}"
+    return (
+        None
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < layers
+        else f"a layer from 0 to {layers - 1}"
+    )
 
 
 OPERATIONS: Mapping[str, Callable[[Any, int], str | None]] = {
@@ -157,7 +195,9 @@ OPERATIONS: Mapping[str, Callable[[Any, int], str | None]] = {
     "resize_vocabulary": _vocabulary, "set_embedding_freeze_mode": _switch, "set_embedding_finetune_mode": _switch,
     "prune_heads": _part_and_share, "prune_mlp": _part_and_share, "enable_exit": _layer, "disable_exit": _layer,
 }  # fmt: skip
-"""Operation → what is wrong with its value: (value, layers of the model at that point) → what it should be, or None."""
+"""Operation → what is wrong with its value: (value, layers of the model at that point) → what it should be,
+or None.
+"""
 
 
 def read_schedule(path: Path, *, layers: int | None = None) -> list[Operation]:
@@ -191,7 +231,11 @@ def _operation(entry: object, place: str) -> Operation:
     except UsageError as error:
         raise UsageError(f"{place}: {error}") from None
     if operation.name not in OPERATIONS:
-        raise UsageError(f"{place}: {unknown_name(operation.name, 'a schedule', OPERATIONS).replace('setting', 'operation')}")
+        raise UsageError(
+            f"{place}: {unknown_name(operation.name, 'a schedule', OPERATIONS).replace('setting', 'operation')}"
+        )
     if operation.trigger_loss is None and operation.max_wait_iters is None:
-        raise UsageError(f"{place}: {operation.name} would never fire; give it trigger_loss, max_wait_iters or both")
+        raise UsageError(
+            f"{place}: {operation.name} would never fire; give it trigger_loss, max_wait_iters or both"
+        )
     return operation

@@ -1,8 +1,10 @@
-"""Opening archives that a stranger made: nothing lands outside the folder, nothing but plain files, and not more than fits.
+"""Opening archives that a stranger made: nothing lands outside the folder, nothing but plain files, and not
+more than fits.
 
-zip and tar (plain, or packed with gzip, bzip2, xz or zstd) are told apart by their first bytes. An archive is refused as a whole, by name
-and member, for `..`, absolute names, links, devices and pipes, names twice, encryption, and for unpacking to far more than it holds (a
-"bomb"): what counts is what is written, not what headers say. Files get this user's default permissions.
+zip and tar (plain, or packed with gzip, bzip2, xz or zstd) are told apart by their first bytes. An archive is
+refused as a whole, by name and member, for `..`, absolute names, links, devices and pipes, names twice,
+encryption, and for unpacking to far more than it holds (a "bomb"): what counts is what is written, not what
+headers say. Files get this user's default permissions.
 """
 
 from __future__ import annotations
@@ -29,12 +31,21 @@ _ZIP_MAGICS = (b"PK\x03\x04", b"PK\x05\x06")
 _LONGEST_HEADER = 2**20  # bytes of a tar's extended header; tarfile would hold whatever a header claims
 
 
-_DAMAGE = (*storage.UNREADABLE, zipfile.BadZipFile, tarfile.TarError, struct.error, ValueError, NotImplementedError)
+_DAMAGE = (
+    *storage.UNREADABLE,
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    struct.error,
+    ValueError,
+    NotImplementedError,
+)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What is still taken for an honest archive. Text packs to a fifth or a tenth; a hundredth is a bomb, if it is large at all."""
+    """What is still taken for an honest archive. Text packs to a fifth or a tenth; a hundredth is a bomb, if
+    it is large at all.
+    """
 
     ratio: float = 100.0
     free_bytes: int = 64 * 2**20  # up to here no ratio counts
@@ -56,7 +67,9 @@ def is_archive(path: Path) -> bool:
 
 
 def extract(archive: Path, target: Path, limits: Limits = Limits()) -> Path:
-    """Unpack into the new folder `target`, whole or not at all. Raises DataError for an archive that is damaged or refused."""
+    """Unpack into the new folder `target`, whole or not at all. Raises DataError for an archive that is
+    damaged or refused.
+    """
     kind = _kind(archive)
     if kind is None:
         raise DataError(f"{archive} is no archive: zip and tar (also .gz, .bz2, .xz, .zst) are opened")
@@ -71,14 +84,18 @@ def extract(archive: Path, target: Path, limits: Limits = Limits()) -> Path:
     except _DAMAGE as error:
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise  # the disk, not the archive (of which EINVAL tells that it names a place before its beginning)
-        raise DataError(f"{archive.name} is damaged: {error or type(error).__name__}; nothing of it was kept") from None
+        raise DataError(
+            f"{archive.name} is damaged: {error or type(error).__name__}; nothing of it was kept"
+        ) from None
     finally:
         shutil.rmtree(workplace, ignore_errors=True)
     return target
 
 
 def safe_path(folder: Path, name: str) -> Path:
-    """Where a file of this name, which a stranger chose, belongs inside `folder`. Raises DataError for one that leads elsewhere."""
+    """Where a file of this name, which a stranger chose, belongs inside `folder`. Raises DataError for one
+    that leads elsewhere.
+    """
     try:
         return folder.joinpath(*_parts(name))
     except _Refused as refused:
@@ -119,7 +136,9 @@ class _Allowance:
         """So many bytes more have been unpacked."""
         self._written += size
         if self._written > self._limits.allowance(self._packed):
-            raise _Refused(f"it unpacks to more than {self._limits.allowance(self._packed) / 1e6:.0f} MB, from {self._packed / 1e6:.1f} MB")
+            raise _Refused(
+                f"it unpacks to more than {self._limits.allowance(self._packed) / 1e6:.0f} MB, from {self._packed / 1e6:.1f} MB"
+            )
 
 
 def _unzip(archive: Path, folder: Path, allowance: _Allowance) -> None:
@@ -128,7 +147,9 @@ def _unzip(archive: Path, folder: Path, allowance: _Allowance) -> None:
             parts = allowance.member(member.filename)
             kind = stat.S_IFMT(member.external_attr >> 16)
             if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-                raise _Refused(f"{member.filename!r} is {'a link' if kind == stat.S_IFLNK else 'no plain file'}")
+                raise _Refused(
+                    f"{member.filename!r} is {'a link' if kind == stat.S_IFLNK else 'no plain file'}"
+                )
             if member.flag_bits & 1:
                 raise _Refused(f"{member.filename!r} is encrypted")
             if member.is_dir():
@@ -150,7 +171,9 @@ def _untar(archive: Path, folder: Path, allowance: _Allowance) -> None:
                     folder.joinpath(*parts).mkdir(parents=True, exist_ok=True)
                     continue
                 if not member.isreg() or member.issparse():
-                    raise _Refused(f"{member.name!r} is {'a link' if member.issym() or member.islnk() else 'no plain file'}")
+                    raise _Refused(
+                        f"{member.name!r} is {'a link' if member.issym() or member.islnk() else 'no plain file'}"
+                    )
                 allowance.once("/".join(parts))
                 source = opened.extractfile(member)
                 assert source is not None
@@ -160,7 +183,9 @@ def _untar(archive: Path, folder: Path, allowance: _Allowance) -> None:
 
 
 class _Guarded(io.RawIOBase):
-    """An unpacked tar. While headers are read, only so much is given: tarfile would hold an extended header of any length."""
+    """An unpacked tar. While headers are read, only so much is given: tarfile would hold an extended header
+    of any length.
+    """
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
@@ -195,7 +220,9 @@ def _kind(path: Path) -> str | None:
 
 
 def _parts(name: str) -> tuple[str, ...]:
-    """The parts of a member's name. Raises _Refused for one that leads out of the folder or that no honest archive has."""
+    """The parts of a member's name. Raises _Refused for one that leads out of the folder or that no honest
+    archive has.
+    """
     if "\\" in name or any(ord(character) < 32 for character in name) or name[1:2] == ":":
         raise _Refused(f"{name!r} is no name for a file")
     path = PurePosixPath(name)

@@ -1,4 +1,5 @@
-"""A data set of the catalogue onto the disk: fetched or taken from a local folder, unpacked, read, and saved in one format.
+"""A data set of the catalogue onto the disk: fetched or taken from a local folder, unpacked, read, and saved
+in one format.
 
 `<output>/<name>/` appears whole or not at all. Beside its files a hidden `.source.json` says where they are from and what became of the
 documents, so that a second call finds the set there. Fetched originals lie in `<output>/.downloads/<name>/` until the set is saved: what
@@ -39,24 +40,44 @@ class Collected:
 
 
 def collect(
-    name: str, row: CataloguedSet, output: Path, save_format: SaveFormat, *, given: Path | None = None, console: Console | None = None
+    name: str,
+    row: CataloguedSet,
+    output: Path,
+    save_format: SaveFormat,
+    *,
+    given: Path | None = None,
+    console: Console | None = None,
 ) -> Collected:
     """Make `<output>/<name>/`. `given` is a file or folder with the originals, in place of the network.
 
-    Raises NoConnectionError without a network, and DataError for what cannot be had or used; both say how to supply the set by hand.
+    Raises NoConnectionError without a network, and DataError for what cannot be had or used; both say how to
+    supply the set by hand.
     """
     target = output / name
     if given is None and (source := _found(target, save_format)) is not None:
         return Collected(target, source, None)
     downloads = output / _DOWNLOADS / name
     try:
-        originals, source = (given, f"local: {given.resolve().name}") if given is not None else _fetched(row, downloads, console)
+        originals, source = (
+            (given, f"local: {given.resolve().name}")
+            if given is not None
+            else _fetched(row, downloads, console)
+        )
     except DataError as error:  # of the same kind, so that the caller knows whether others can be had
-        raise type(error)(f"the data set {name!r} could not be fetched: {error}. {by_hand(name, row)}") from None
+        raise type(error)(
+            f"the data set {name!r} could not be fetched: {error}. {by_hand(name, row)}"
+        ) from None
     output.mkdir(parents=True, exist_ok=True)
     workplace = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=output))
     try:
-        saved = _save(name, row, _unpacked(originals, row, workplace / "unpacked"), workplace / "saved", save_format, console)
+        saved = _save(
+            name,
+            row,
+            _unpacked(originals, row, workplace / "unpacked"),
+            workplace / "saved",
+            save_format,
+            console,
+        )
         _describe(workplace / "saved", name, row, source, save_format, saved)
         if target.exists():
             target.replace(workplace / "before")
@@ -88,20 +109,32 @@ def _fetched(row: CataloguedSet, folder: Path, console: Console | None) -> tuple
     needed = sum(file.size or 0 for file in files)
     if console is not None:
         size = f", {needed / 1e6:.1f} MB" if needed else ""
-        console.print(f"fetching {len(files)} {'file' if len(files) == 1 else 'files'}{size} from {source}", highlight=False, markup=False)
+        console.print(
+            f"fetching {len(files)} {'file' if len(files) == 1 else 'files'}{size} from {source}",
+            highlight=False,
+            markup=False,
+        )
     folder.mkdir(parents=True, exist_ok=True)
     if needed > shutil.disk_usage(folder).free:
-        raise DataError(f"its files have {needed / 1e9:.1f} GB, {shutil.disk_usage(folder).free / 1e9:.1f} GB are free")
+        raise DataError(
+            f"its files have {needed / 1e9:.1f} GB, {shutil.disk_usage(folder).free / 1e9:.1f} GB are free"
+        )
     for file in files:
         fetch(file, folder, console, token)
     return folder, source
 
 
 def _unpacked(originals: Path, row: CataloguedSet, folder: Path) -> Path:
-    """The folder (or file) to read: archives among the originals are opened, and of them only the files that are text are kept."""
+    """The folder (or file) to read: archives among the originals are opened, and of them only the files that
+    are text are kept.
+    """
     if not originals.exists():
         raise DataError(f"the input {originals} does not exist; give the folder with the data set's files")
-    files = [originals] if originals.is_file() else sorted(path for path in originals.rglob("*") if path.is_file())
+    files = (
+        [originals]
+        if originals.is_file()
+        else sorted(path for path in originals.rglob("*") if path.is_file())
+    )
     archives = [file for file in files if row.members and is_archive(file)]
     if not archives:
         return originals
@@ -114,7 +147,14 @@ def _unpacked(originals: Path, row: CataloguedSet, folder: Path) -> Path:
     return folder
 
 
-def _save(name: str, row: CataloguedSet, folder: Path, target: Path, save_format: SaveFormat, console: Console | None) -> Saved:
+def _save(
+    name: str,
+    row: CataloguedSet,
+    folder: Path,
+    target: Path,
+    save_format: SaveFormat,
+    console: Console | None,
+) -> Saved:
     source = FileSource(folder, row.text_column)
     target.mkdir()
     with ByteProgress(console, f"writing {name}", source.size()) as progress:
@@ -123,8 +163,13 @@ def _save(name: str, row: CataloguedSet, folder: Path, target: Path, save_format
         else:
             saved = save(source.pieces(), target, save_format, progress)
     if not saved.kept:
-        counts = ", ".join(f"{count} {reason}" for reason, count in saved.rejected.items()) or "no documents at all"
-        raise DataError(f"nothing usable in the files of {name}: {counts}{' — ' + '; '.join(saved.examples) if saved.examples else ''}")
+        counts = (
+            ", ".join(f"{count} {reason}" for reason, count in saved.rejected.items())
+            or "no documents at all"
+        )
+        raise DataError(
+            f"nothing usable in the files of {name}: {counts}{' — ' + '; '.join(saved.examples) if saved.examples else ''}"
+        )
     return saved
 
 
@@ -133,7 +178,9 @@ def _copy(source: FileSource, target: Path, progress: ByteProgress) -> Saved:
     saved = Saved()
     root = source.path.parent if source.path.is_file() else source.path
     for file in source.files():
-        rejected = next((reading for reading in FileSource(file).pieces() if isinstance(reading, Rejected)), None)
+        rejected = next(
+            (reading for reading in FileSource(file).pieces() if isinstance(reading, Rejected)), None
+        )
         progress.advance(file.stat().st_size)
         if rejected is not None:
             saved.reject(rejected)
@@ -146,7 +193,9 @@ def _copy(source: FileSource, target: Path, progress: ByteProgress) -> Saved:
     return saved
 
 
-def _describe(folder: Path, name: str, row: CataloguedSet, source: str, save_format: SaveFormat, saved: Saved) -> None:
+def _describe(
+    folder: Path, name: str, row: CataloguedSet, source: str, save_format: SaveFormat, saved: Saved
+) -> None:
     facts = {
         "name": name,
         "source": source,
@@ -157,4 +206,6 @@ def _describe(folder: Path, name: str, row: CataloguedSet, source: str, save_for
         "rejected": dict(sorted(saved.rejected.items())),
         "files": {file: (folder / file).stat().st_size for file in saved.files},
     }
-    (folder / SOURCE_FILE).write_text(json.dumps(facts, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    (folder / SOURCE_FILE).write_text(
+        json.dumps(facts, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
+    )

@@ -1,8 +1,9 @@
-"""Files from the network: resumed where an earlier attempt ended, tried again, checked, and in place only when whole.
+"""Files from the network: resumed where an earlier attempt ended, tried again, checked, and in place only
+when whole.
 
-A part is kept beside its place as `<name>.part`, with what tells the server's version apart (an ETag) in `<name>.part.version`. The next
-attempt, in this run or a later one, asks for the rest by an HTTP range; a server that has another version by now, or knows no ranges, sends
-the whole.
+A part is kept beside its place as `<name>.part`, with what tells the server's version apart (an ETag) in
+`<name>.part.version`. The next attempt, in this run or a later one, asks for the rest by an HTTP range; a
+server that has another version by now, or knows no ranges, sends the whole.
 """
 
 from __future__ import annotations
@@ -34,7 +35,13 @@ _ATTEMPTS = 5  # in a row without a byte
 _ATTEMPTS_TO_BEGIN = 2  # before there was any
 _FIRST_PAUSE_SECONDS = 1.0
 _AGAIN = (408, 425, 429, 500, 502, 503, 504)  # statuses that may pass
-_NO_CONNECTION = (urllib.error.URLError, TimeoutError, ConnectionError, ssl.SSLError, http.client.HTTPException)
+_NO_CONNECTION = (
+    urllib.error.URLError,
+    TimeoutError,
+    ConnectionError,
+    ssl.SSLError,
+    http.client.HTTPException,
+)
 
 
 class NoConnectionError(DataError):
@@ -54,8 +61,8 @@ class RemoteFile:
 def fetch(remote: RemoteFile, folder: Path, console: Console | None = None, token: str | None = None) -> Path:
     """Download a file into `folder`, unless it is there already. `token` goes to the server of the url alone.
 
-    Raises NoConnectionError where the server cannot be reached, DataError where it refuses, where the disk has no room, and for contents
-    that are not those expected.
+    Raises NoConnectionError where the server cannot be reached, DataError where it refuses, where the disk
+    has no room, and for contents that are not those expected.
     """
     place = safe_path(folder, remote.name)
     if place.is_file() and remote.size in (None, place.stat().st_size):
@@ -80,7 +87,11 @@ def _difference(remote: RemoteFile, part: _Part) -> str | None:
     """How what has arrived differs from what was expected, or None."""
     if remote.size not in (None, part.size):
         return f"it has {part.size} bytes, not {remote.size}"
-    return "its sha256 differs" if remote.sha256 not in (None, part.sha256() if remote.sha256 else None) else None
+    return (
+        "its sha256 differs"
+        if remote.sha256 not in (None, part.sha256() if remote.sha256 else None)
+        else None
+    )
 
 
 class _Part:
@@ -135,7 +146,9 @@ def _fetch_all(remote: RemoteFile, part: _Part, token: str | None, progress: Byt
             reason = "the connection ended early"
         except urllib.error.HTTPError as error:
             if error.code not in _AGAIN:
-                raise DataError(f"{remote.url} answers {error.code} {error.reason}{_hint(error.code)}") from None
+                raise DataError(
+                    f"{remote.url} answers {error.code} {error.reason}{_hint(error.code)}"
+                ) from None
             reason = f"{error.code} {error.reason}"
         except _NO_CONNECTION as error:
             cause = getattr(error, "reason", error)
@@ -148,7 +161,9 @@ def _fetch_all(remote: RemoteFile, part: _Part, token: str | None, progress: Byt
 
 def _attempt(remote: RemoteFile, part: _Part, token: str | None, progress: ByteProgress) -> bool:
     """One request for what is missing; whether the file is whole afterwards."""
-    if part.size and (part.size > (remote.size or part.size) or (part.version is None and remote.sha256 is None)):
+    if part.size and (
+        part.size > (remote.size or part.size) or (part.version is None and remote.sha256 is None)
+    ):
         part.drop()  # nothing would tell whether the rest fits to it
     if part.size and part.size == remote.size:
         return True
@@ -174,7 +189,9 @@ def _attempt(remote: RemoteFile, part: _Part, token: str | None, progress: ByteP
 
 
 def _request(remote: RemoteFile, part: _Part, token: str | None) -> urllib.request.Request:
-    request = urllib.request.Request(remote.url, headers={"Accept-Encoding": "identity", "User-Agent": "llm-trainer"})
+    request = urllib.request.Request(
+        remote.url, headers={"Accept-Encoding": "identity", "User-Agent": "llm-trainer"}
+    )
     if part.size:
         request.add_header("Range", f"bytes={part.size}-")
         if part.version is not None and not part.version.startswith("W/"):
@@ -198,13 +215,17 @@ def _room(place: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise DataError(f"no space left for {place}; what was fetched is kept, and the next attempt goes on from there") from None
+        raise DataError(
+            f"no space left for {place}; what was fetched is kept, and the next attempt goes on from there"
+        ) from None
 
 
 def _check_room(remote: RemoteFile, part: _Part, place: Path) -> None:
     free = shutil.disk_usage(place.parent).free
     if remote.size is not None and remote.size - part.size > free:
-        raise DataError(f"{remote.url} needs {remote.size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in {place.parent}; free some first")
+        raise DataError(
+            f"{remote.url} needs {remote.size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in {place.parent}; free some first"
+        )
 
 
 def _hint(status: int) -> str:

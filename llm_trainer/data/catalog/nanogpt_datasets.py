@@ -1,7 +1,9 @@
-"""nanoGPT's classic data sets, as `data/<name>/prepare.py` makes them: Tiny Shakespeare by character or with GPT-2's BPE, and OpenWebText.
+"""nanoGPT's classic data sets, as `data/<name>/prepare.py` makes them: Tiny Shakespeare by character or with
+GPT-2's BPE, and OpenWebText.
 
-Each is downloaded, or taken from `--input`. GPT-2's vocabulary is downloaded through tiktoken, or taken from `--ranks`. The shares are
-nanoGPT's: the last tenth of Shakespeare is held out, and 0.05 % of OpenWebText's documents.
+Each is downloaded, or taken from `--input`. GPT-2's vocabulary is downloaded through tiktoken, or taken from
+`--ranks`. The shares are nanoGPT's: the last tenth of Shakespeare is held out, and 0.05 % of OpenWebText's
+documents.
 """
 
 from __future__ import annotations
@@ -39,12 +41,16 @@ class Classic:
 CLASSICS = {
     "shakespeare_char": Classic("Tiny Shakespeare by character", 0.1, 1337, uses_gpt2=False, is_on_hub=False),
     "shakespeare": Classic("Tiny Shakespeare with GPT-2's BPE", 0.1, 1337, uses_gpt2=True, is_on_hub=False),
-    "openwebtext": Classic("OpenWebText with GPT-2's BPE (54 GB of disk)", 0.0005, 2357, uses_gpt2=True, is_on_hub=True),
+    "openwebtext": Classic(
+        "OpenWebText with GPT-2's BPE (54 GB of disk)", 0.0005, 2357, uses_gpt2=True, is_on_hub=True
+    ),
 }
 
 
 def run(name: str, folder: Path, argv: Sequence[str]) -> int:
-    """`python data/<name>/prepare.py`: prepare into `folder`, where the script lies. Raises DataError where something cannot be had."""
+    """`python data/<name>/prepare.py`: prepare into `folder`, where the script lies. Raises DataError where
+    something cannot be had.
+    """
     classic = CLASSICS[name]
     arguments = _parser(name, classic, folder).parse_args([_with_underscores(word) for word in argv])
     console = Console()
@@ -52,7 +58,9 @@ def run(name: str, folder: Path, argv: Sequence[str]) -> int:
     source: Source | None = None
     text: Path | None = arguments.input
     if text is None and classic.is_on_hub:
-        source = HubSource("Skylion007/openwebtext", "plain_text", "train", None, "text", revision="refs/convert/parquet")
+        source = HubSource(
+            "Skylion007/openwebtext", "plain_text", "train", None, "text", revision="refs/convert/parquet"
+        )
     elif text is None:
         text = fetch_shakespeare(arguments.output_dir, console)
     config = DataConfig(
@@ -69,21 +77,35 @@ def run(name: str, folder: Path, argv: Sequence[str]) -> int:
 
 
 def fetch_shakespeare(folder: Path, console: Console | None = None) -> Path:
-    """`input.txt` in the folder, downloaded unless it is there. Raises DataError without a network, and for other contents."""
+    """`input.txt` in the folder, downloaded unless it is there. Raises DataError without a network, and for
+    other contents.
+    """
     try:
         return fetch(RemoteFile(SHAKESPEARE_URL, "input.txt", sha256=SHAKESPEARE_SHA256), folder, console)
     except DataError as error:
         place = folder / "input.txt"
-        raise DataError(f"{error}. Fetch it elsewhere and save it as {place}, or give a text of your own with --input FILE") from None
+        raise DataError(
+            f"{error}. Fetch it elsewhere and save it as {place}, or give a text of your own with --input FILE"
+        ) from None
 
 
 def _parser(name: str, classic: Classic, folder: Path) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"data/{name}/prepare.py", description=f"Prepare {classic.summary}.", allow_abbrev=False)
-    parser.add_argument("--input", type=Path, help="a text file, or a folder of them, instead of the download")
+    parser = argparse.ArgumentParser(
+        prog=f"data/{name}/prepare.py", description=f"Prepare {classic.summary}.", allow_abbrev=False
+    )
+    parser.add_argument(
+        "--input", type=Path, help="a text file, or a folder of them, instead of the download"
+    )
     if classic.uses_gpt2:
-        parser.add_argument("--ranks", type=Path, help="GPT-2's vocabulary as a file: tiktoken ranks (r50k_base.tiktoken) or vocab.bpe")
+        parser.add_argument(
+            "--ranks",
+            type=Path,
+            help="GPT-2's vocabulary as a file: tiktoken ranks (r50k_base.tiktoken) or vocab.bpe",
+        )
     parser.add_argument("--output_dir", type=Path, default=folder, help="where to (default: %(default)s)")
-    parser.add_argument("--num_workers", type=int, default=1, help="workers that tokenise at once (default: %(default)s)")
+    parser.add_argument(
+        "--num_workers", type=int, default=1, help="workers that tokenise at once (default: %(default)s)"
+    )
     return parser
 
 

@@ -1,7 +1,9 @@
-"""Data sets that `scripts/download_datasets.py` knows: public corpora of plain text, where their files lie and what may be done with them.
+"""Data sets that `scripts/download_datasets.py` knows: public corpora of plain text, where their files lie
+and what may be done with them.
 
-A row names files on the Hugging Face hub by pattern (their sizes and sha256 come from the hub when they are asked for) or by url. What is
-large says so; `is_small` rows are fetched where none is named. Rows for single domains are elsewhere: `prepare_domain_datasets.py`.
+A row names files on the Hugging Face hub by pattern (their sizes and sha256 come from the hub when they are
+asked for) or by url. What is large says so; `is_small` rows are fetched where none is named. Rows for single
+domains are elsewhere: `prepare_domain_datasets.py`.
 """
 
 from __future__ import annotations
@@ -38,9 +40,22 @@ _HUB = "https://huggingface.co/datasets/"
 
 
 def _on_hub(
-    name: str, patterns: str, about: str, gigabytes: float, licence: str, verified: str, text_column: str = "text", **more: object
+    name: str,
+    patterns: str,
+    about: str,
+    gigabytes: float,
+    licence: str,
+    verified: str,
+    text_column: str = "text",
+    **more: object,
 ) -> CataloguedSet:
-    facts: dict[str, object] = {"hub": name, "patterns": (patterns,), "page": _HUB + name, "text_column": text_column, **more}
+    facts: dict[str, object] = {
+        "hub": name,
+        "patterns": (patterns,),
+        "page": _HUB + name,
+        "text_column": text_column,
+        **more,
+    }
     return CataloguedSet(about, gigabytes, licence, verified=verified, **facts)  # type: ignore[arg-type]
 
 
@@ -55,7 +70,14 @@ CATALOGUE: dict[str, CataloguedSet] = {
         "public domain",
         "https://github.com/karpathy/char-rnn",
         "karpathy/nanoGPT on GitHub, data/shakespeare_char/prepare.py (url)",
-        urls=(RemoteFile(_SHAKESPEARE, "input.txt", 1_115_394, "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),),
+        urls=(
+            RemoteFile(
+                _SHAKESPEARE,
+                "input.txt",
+                1_115_394,
+                "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+            ),
+        ),
         is_small=True,
     ),
     "gutenberg_selection": CataloguedSet(
@@ -176,11 +198,17 @@ def chosen(names: Sequence[str]) -> dict[str, CataloguedSet]:
         close = difflib.get_close_matches(unknown[0], CATALOGUE, n=2, cutoff=0.4)
         hint = f"did you mean {' or '.join(close)}? " if close else ""
         raise UsageError(f"the catalogue has no data set {unknown[0]!r}; {hint}--list shows what it has")
-    return {name: CATALOGUE[name] for name in names} if names else {name: row for name, row in CATALOGUE.items() if row.is_small}
+    return (
+        {name: CATALOGUE[name] for name in names}
+        if names
+        else {name: row for name, row in CATALOGUE.items() if row.is_small}
+    )
 
 
 def remote_files(row: CataloguedSet) -> tuple[list[RemoteFile], str]:
-    """(files to fetch, what stands for their version). Raises NoConnectionError without a network, DataError where the hub has none."""
+    """(files to fetch, what stands for their version). Raises NoConnectionError without a network, DataError
+    where the hub has none.
+    """
     if row.hub is None:
         return list(row.urls), row.urls[0].url
     from huggingface_hub import HfApi
@@ -190,7 +218,10 @@ def remote_files(row: CataloguedSet) -> tuple[list[RemoteFile], str]:
     hub = HfApi()
     try:
         commit = hub.dataset_info(row.hub, revision=row.revision).sha
-        listed = [entry for entry in hub.list_repo_tree(row.hub, recursive=True, revision=commit, repo_type="dataset")]
+        listed = [
+            entry
+            for entry in hub.list_repo_tree(row.hub, recursive=True, revision=commit, repo_type="dataset")
+        ]
     except HfHubHTTPError as error:
         raise DataError(f"the hub answers for {row.hub}: {str(error).strip().splitlines()[0]}") from None
     except (HTTPError, OfflineModeIsEnabled, OSError) as error:
@@ -204,7 +235,8 @@ def remote_files(row: CataloguedSet) -> tuple[list[RemoteFile], str]:
             entry.lfs.sha256 if entry.lfs is not None else None,
         )
         for entry in listed
-        if isinstance(entry, RepoFile) and any(fnmatch.fnmatchcase(entry.path, pattern) for pattern in row.patterns)
+        if isinstance(entry, RepoFile)
+        and any(fnmatch.fnmatchcase(entry.path, pattern) for pattern in row.patterns)
     ]
     if not found:
         raise DataError(f"{row.hub} has no files {' or '.join(row.patterns)} any more")
@@ -216,6 +248,18 @@ def by_hand(name: str, row: CataloguedSet) -> str:
     if row.hub is None:
         fetching = f"fetch {' and '.join(file.url for file in row.urls)} into a folder"
     else:
-        said = ["hf", "download", row.hub, "--repo-type", "dataset", "--include", *row.patterns, "--local-dir", name]
-        fetching = f"`{shlex.join([*said, *([] if row.revision == 'main' else ['--revision', row.revision])])}`"
+        said = [
+            "hf",
+            "download",
+            row.hub,
+            "--repo-type",
+            "dataset",
+            "--include",
+            *row.patterns,
+            "--local-dir",
+            name,
+        ]
+        fetching = (
+            f"`{shlex.join([*said, *([] if row.revision == 'main' else ['--revision', row.revision])])}`"
+        )
     return f"On a machine with a network: {fetching}; bring the folder here, and add --datasets {name} --input FOLDER"

@@ -1,7 +1,8 @@
-"""Documents into files: parquet (a column `text`), jsonl (an object with a `text` a line) or txt (a document a line).
+"""Documents into files: parquet (a column `text`), jsonl (an object with a `text` a line) or txt (a document
+a line).
 
-A line of txt cannot hold a line break, so breaks within a document become spaces there, and that is counted; the other two keep everything.
-Files hold about `SHARD_BYTES` of text each.
+A line of txt cannot hold a line break, so breaks within a document become spaces there, and that is counted;
+the other two keep everything. Files hold about `SHARD_BYTES` of text each.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ class Writer(Protocol):
 
 
 def save(readings: Iterable[Reading], folder: Path, save_format: SaveFormat, progress: ByteProgress) -> Saved:
-    """Write every document into files `train-00000.<format>` and so on in the folder, which is there and empty."""
+    """Write every document into files `train-00000.<format>` and so on in the folder, which is there and
+    empty.
+    """
     saved = Saved()
     writer: Writer | None = None
     held = 0
@@ -80,7 +83,9 @@ def save(readings: Iterable[Reading], folder: Path, save_format: SaveFormat, pro
 
 
 def whole_texts(readings: Iterable[Reading]) -> Iterator[str | Rejected]:
-    """Documents in one piece each; one that is longer than a record may be is rejected, since it could not be read again."""
+    """Documents in one piece each; one that is longer than a record may be is rejected, since it could not be
+    read again.
+    """
     pieces: list[str] = []
     size = 0
     for reading in readings:
@@ -91,7 +96,11 @@ def whole_texts(readings: Iterable[Reading]) -> Iterator[str | Rejected]:
         pieces = [*pieces, reading.text] if size <= storage.LONGEST_RECORD else []
         if reading.is_last:
             longest = storage.LONGEST_RECORD >> 20
-            yield "".join(pieces) if pieces else Rejected(f"document longer than {longest} MB", f"a document of {size / 1e6:.0f} MB")
+            yield (
+                "".join(pieces)
+                if pieces
+                else Rejected(f"document longer than {longest} MB", f"a document of {size / 1e6:.0f} MB")
+            )
             pieces, size = [], 0
 
 
@@ -120,7 +129,9 @@ class _Parquet:
             import pyarrow as pa
             import pyarrow.parquet as pq
         except ImportError:
-            raise DataError("parquet needs the extra 'formats': pip install 'llm-trainer[formats]', or give --save-format jsonl") from None
+            raise DataError(
+                "parquet needs the extra 'formats': pip install 'llm-trainer[formats]', or give --save-format jsonl"
+            ) from None
         self._schema = pa.schema([("text", pa.large_string())])
         self._to_table = pa.Table.from_pydict
         self._writer = pq.ParquetWriter(file, self._schema, compression="zstd", write_page_checksum=True)

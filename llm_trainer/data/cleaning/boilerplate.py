@@ -1,10 +1,12 @@
-"""Lines that are the furniture of web pages and scans: cookie notices, menus, invitations to share, page numbers.
+"""Lines that are the furniture of web pages and scans: cookie notices, menus, invitations to share, page
+numbers.
 
-Only whole lines go, and only such as begin and end like one of the patterns below: a sentence that mentions cookies stays, and so does a
-list that is merely short. They are English, as the pages are whose furniture would be counted as text most often.
+Only whole lines go, and only such as begin and end like one of the patterns below: a sentence that mentions
+cookies stays, and so does a list that is merely short. They are English, as the pages are whose furniture
+would be counted as text most often.
 
-All patterns begin with a letter or sign of their own, so that the search passes over most lines after looking at one character; and it
-runs on bytes, because only ASCII needs to be lower-cased, which is fast there.
+All patterns begin with a letter or sign of their own, so that the search passes over most lines after looking
+at one character; and it runs on bytes, because only ASCII needs to be lower-cased, which is fast there.
 """
 
 from __future__ import annotations

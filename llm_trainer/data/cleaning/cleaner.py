@@ -1,11 +1,13 @@
 """Cleaning: readings of a unit in, readings out, each document normalised and judged, none lost on the way.
 
-It is a pure function of the texts and the settings, and has no state from one document to the next. So whoever needs a text a second
-time, to tokenise it, cleans it again rather than keeping a copy, in any process. Documents out = documents in, one for one and in the
-same order: as pieces, or as `Rejected` with the reason and the text.
+It is a pure function of the texts and the settings, and has no state from one document to the next. So
+whoever needs a text a second time, to tokenise it, cleans it again rather than keeping a copy, in any
+process. Documents out = documents in, one for one and in the same order: as pieces, or as `Rejected` with the
+reason and the text.
 
-A document of more than `documents.PIECE_BYTES` is never held whole: it is judged by its first piece. Normalisation is the same for
-pieces as for the whole; a filter that changes texts (`c4`) leaves such a document as it is.
+A document of more than `documents.PIECE_BYTES` is never held whole: it is judged by its first piece.
+Normalisation is the same for pieces as for the whole; a filter that changes texts (`c4`) leaves such a
+document as it is.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ class Cleaning:
 
     @classmethod
     def of(cls, config: DataConfig) -> Cleaning:
-        """What the settings ask for. Filters judge in the setting's order, the language last; the first that refuses gives the reason.
+        """What the settings ask for. Filters judge in the setting's order, the language last; the first that
+        refuses gives the reason.
 
         Raises UsageError, naming the extra, for a filter whose library is missing.
         """
@@ -59,21 +62,26 @@ class Cleaning:
         form = self.normalization
         return {
             "version": _VERSION,
-            "normalization": None if form is None else {**asdict(form), "unicode": unicodedata.unidata_version},
+            "normalization": None
+            if form is None
+            else {**asdict(form), "unicode": unicodedata.unidata_version},
             "filters": [chosen.key for chosen in self.filters],
         }
 
     def apply(self, readings: Iterator[Reading], judge: bool = True, where: str = "") -> Iterator[Reading]:
         """Clean every document of `readings`; what was rejected before stays so.
 
-        Without `judge` no filter refuses anything, for texts whose verdict is known: the others come out exactly as with it. `where` is
-        what rejected documents' places begin with: "<where>document 3" is the third of these readings, rejected ones counted.
+        Without `judge` no filter refuses anything, for texts whose verdict is known: the others come out
+        exactly as with it. `where` is what rejected documents' places begin with: "<where>document 3" is the
+        third of these readings, rejected ones counted.
         """
         if self.is_identity:
             yield from readings
             return
         readings = iter(readings)
-        for number, reading in enumerate(readings, 1):  # `_long` takes the rest of its document from the same iterator
+        for number, reading in enumerate(
+            readings, 1
+        ):  # `_long` takes the rest of its document from the same iterator
             if isinstance(reading, Rejected):
                 yield reading
             elif reading.is_last:

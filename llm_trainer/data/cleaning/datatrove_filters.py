@@ -1,11 +1,13 @@
-"""Published quality filters, as datatrove has them (the extra 'quality'): Gopher's two sets, C4's, and what FineWeb added.
+"""Published quality filters, as datatrove has them (the extra 'quality'): Gopher's two sets, C4's, and what
+FineWeb added.
 
-They run in the library that made FineWeb, with its defaults, and not in a copy: gopher_repetition and gopher_quality (Rae et al. 2021,
-arXiv:2112.11446), c4 (Raffel et al. 2020, arXiv:1910.10683), fineweb (Penedo et al. 2024, arXiv:2406.17557). All are made for
-English web pages: they count English stop words and sentences, and refuse most code. c4 also drops the lines that its rules refuse.
+They run in the library that made FineWeb, with its defaults, and not in a copy: gopher_repetition and
+gopher_quality (Rae et al. 2021, arXiv:2112.11446), c4 (Raffel et al. 2020, arXiv:1910.10683), fineweb (Penedo
+et al. 2024, arXiv:2406.17557). All are made for English web pages: they count English stop words and
+sentences, and refuse most code. c4 also drops the lines that its rules refuse.
 
-Words are spaCy's, whose arrays take some hundred bytes a word; so a text is judged by its first million characters, and c4 leaves
-longer ones as they are.
+Words are spaCy's, whose arrays take some hundred bytes a word; so a text is judged by its first million
+characters, and c4 leaves longer ones as they are.
 """
 
 from __future__ import annotations
@@ -36,7 +38,13 @@ class DatatroveFilter:
     def named(cls, name: str) -> DatatroveFilter:
         """By name; raises UsageError where datatrove, or the spaCy that splits its words, is not installed."""
         what = f"the filter {name!r}"
-        return cls(name, (f"datatrove {require('datatrove', 'quality', what)}", f"spacy {require('spacy', 'quality', what)}"))
+        return cls(
+            name,
+            (
+                f"datatrove {require('datatrove', 'quality', what)}",
+                f"spacy {require('spacy', 'quality', what)}",
+            ),
+        )
 
     @property
     def changes_text(self) -> bool:
@@ -56,8 +64,12 @@ class DatatroveFilter:
         said = _filter(self.name).filter(document)
         is_kept, reason = said if isinstance(said, tuple) else (said, "")
         if not is_kept:
-            return Judgement(f"{self.name}: {reason.removeprefix('gopher_').replace('_', ' ')}".removesuffix(": "), text)
-        return Judgement(None, document.text if self.changes_text and len(text) <= _JUDGED_CHARACTERS else text)
+            return Judgement(
+                f"{self.name}: {reason.removeprefix('gopher_').replace('_', ' ')}".removesuffix(": "), text
+            )
+        return Judgement(
+            None, document.text if self.changes_text and len(text) <= _JUDGED_CHARACTERS else text
+        )
 
 
 @functools.cache

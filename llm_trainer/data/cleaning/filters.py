@@ -1,8 +1,10 @@
-"""Filters that judge whole documents by name: three built-in ones here, datatrove's and the language's in modules of their own.
+"""Filters that judge whole documents by name: three built-in ones here, datatrove's and the language's in
+modules of their own.
 
-A filter looks at a text and says why it refuses it, in a few fixed words that can be counted, or None. The built-in rules are simple ones
-in the spirit of Gopher (Rae et al. 2021, arXiv:2112.11446, appendix A.1), meant for any kind of text, code included, in any language; the
-published sets are for English web pages, and are to be had from datatrove, whose implementation made FineWeb.
+A filter looks at a text and says why it refuses it, in a few fixed words that can be counted, or None. The
+built-in rules are simple ones in the spirit of Gopher (Rae et al. 2021, arXiv:2112.11446, appendix A.1),
+meant for any kind of text, code included, in any language; the published sets are for English web pages, and
+are to be had from datatrove, whose implementation made FineWeb.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ class Filter(Protocol):
 
     @property
     def changes_text(self) -> bool:
-        """Whether a kept text may come back changed; such a filter also runs where verdicts are already known."""
+        """Whether a kept text may come back changed; such a filter also runs where verdicts are already
+        known.
+        """
 
     @property
     def key(self) -> JsonValue:
@@ -66,15 +70,18 @@ class LengthFilter:
         length = len(text.strip())
         if length < self.min_characters:
             return Judgement(f"shorter than {self.min_characters} characters", text)
-        return Judgement(f"longer than {self.max_characters} characters" if length > self.max_characters else None, text)
+        return Judgement(
+            f"longer than {self.max_characters} characters" if length > self.max_characters else None, text
+        )
 
 
 @dataclass(frozen=True)
 class SymbolFilter:
-    """Refuses documents in which signs (neither letters, digits nor blanks) are too large a share of all characters but blanks.
+    """Refuses documents in which signs (neither letters, digits nor blanks) are too large a share of all
+    characters but blanks.
 
-    Shakespeare's plays have 0.06 of them, files of Python's standard library 0.16 (median; 99 % are under 0.32), tables in ASCII art,
-    operators and markup 0.5 and more.
+    Shakespeare's plays have 0.06 of them, files of Python's standard library 0.16 (median; 99 % are under
+    0.32), tables in ASCII art, operators and markup 0.5 and more.
     """
 
     max_symbol_share: float
@@ -94,8 +101,9 @@ class SymbolFilter:
 class RepetitionFilter:
     """Refuses documents that say the same over and over.
 
-    Two shares are taken: of characters that stand in lines which were there before, and of runs of 5 words that were there before. Of the
-    files of Python's standard library 99 % are under 0.25 in both, and none is over 0.44.
+    Two shares are taken: of characters that stand in lines which were there before, and of runs of 5 words
+    that were there before. Of the files of Python's standard library 99 % are under 0.25 in both, and none is
+    over 0.44.
     """
 
     max_repeated_share: float
@@ -110,7 +118,9 @@ class RepetitionFilter:
         """By repeated lines, then by repeated runs of words."""
         if repeated_line_share(text) > self.max_repeated_share:
             return Judgement("repeated lines", text)
-        return Judgement("repeated words" if repeated_run_share(text) > self.max_repeated_share else None, text)
+        return Judgement(
+            "repeated words" if repeated_run_share(text) > self.max_repeated_share else None, text
+        )
 
 
 def symbol_share(text: str) -> float:
@@ -128,7 +138,9 @@ def symbol_share(text: str) -> float:
 
 
 def repeated_line_share(text: str) -> float:
-    """Characters of lines (blanks at their ends aside) that stood in the text before, over those of all lines."""
+    """Characters of lines (blanks at their ends aside) that stood in the text before, over those of all
+    lines.
+    """
     lines = [line for line in map(str.strip, text.splitlines()) if line]
     total = sum(map(len, lines))
     return 1 - sum(map(len, set(lines))) / total if total else 0.0
@@ -143,7 +155,9 @@ def repeated_run_share(text: str) -> float:
 
 
 def build(name: str, config: DataConfig) -> Filter:
-    """The filter of that name with the settings' bounds; raises UsageError, naming the extra, where its library is missing."""
+    """The filter of that name with the settings' bounds; raises UsageError, naming the extra, where its
+    library is missing.
+    """
     if name == "length":
         return LengthFilter(config.min_characters, config.max_characters)
     if name == "symbols":

@@ -1,12 +1,15 @@
-"""Text in one form: Unicode, line ends, blanks, invisible characters, and lines that are a web page's furniture.
+"""Text in one form: Unicode, line ends, blanks, invisible characters, and lines that are a web page's
+furniture.
 
-What is done, in this order: every kind of line end becomes "\\n" and every kind of space " "; control and invisible characters go;
-Unicode is composed (NFC, so that é is one character however it was typed); blanks at the ends of lines go; boilerplate lines go; of
-many empty lines two stay, and none at the ends of the document. What carries meaning stays: indentation and inner spaces (code,
-tables), tabs, the joiners of Indic scripts and emoji, left-to-right and right-to-left marks. To do it twice is to do it once.
+What is done, in this order: every kind of line end becomes "\\n" and every kind of space " "; control and
+invisible characters go; Unicode is composed (NFC, so that é is one character however it was typed); blanks at
+the ends of lines go; boilerplate lines go; of many empty lines two stay, and none at the ends of the
+document. What carries meaning stays: indentation and inner spaces (code, tables), tabs, the joiners of Indic
+scripts and emoji, left-to-right and right-to-left marks. To do it twice is to do it once.
 
-Most text needs little of it, and Python is slow character by character: each step first asks in one fast search whether it has
-anything to do. A document in pieces is normalised line by line, so the result is that of the whole, and memory that of a piece.
+Most text needs little of it, and Python is slow character by character: each step first asks in one fast
+search whether it has anything to do. A document in pieces is normalised line by line, so the result is that
+of the whole, and memory that of a piece.
 """
 
 from __future__ import annotations
@@ -23,15 +26,20 @@ from llm_trainer.data.cleaning.boilerplate import without_boilerplate
 _LINE_ENDS = re.compile("\r\n?|[\v\f\x1c-\x1e\x85\u2028\u2029]")
 _ANY_LINE_END = re.compile("[\r\v\f\x1c-\x1e\x85\u2028\u2029]")
 _CONTROLS = re.compile("[\x00-\x08\x0e-\x1b\x1f\x7f]")
-# All controls, soft hyphens, zero-width spaces, byte order marks, embeddings of direction, noncharacters; other kinds of spaces.
+# All controls, soft hyphens, zero-width spaces, byte order marks, embeddings of direction, noncharacters;
+# other kinds of spaces.
 _SPECIAL = re.compile(
     "[\x00-\x08\x0e-\x1b\x1f\x7f-\x84\x86-\x9f\xa0\xad\u1680\u2000-\u200b\u202a-\u202f\u205f\u2060\u2066-\u2069\u3000\ufeff\ufff9-\ufffb"
     "\ufdd0-\ufdef\ufffe\uffff]"
 )
-_SPACES = frozenset("\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000")
+_SPACES = frozenset(
+    "\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
+)
 _BLANKS_AT_ENDS = re.compile("[ \t]+(?=\n)")
 _MANY_EMPTY_LINES = re.compile("\n{4,}")
-_SAFE_TO_CUT = re.compile(r"[^\W\d_](?= )|[!-~](?=[!-~])|[\u3400-\u9fff](?=[\u3400-\u9fff])")  # nothing composes, nothing is at an end
+_SAFE_TO_CUT = re.compile(
+    r"[^\W\d_](?= )|[!-~](?=[!-~])|[\u3400-\u9fff](?=[\u3400-\u9fff])"
+)  # nothing composes, nothing is at an end
 _LONGEST_LINE = 2**20  # characters; a longer one is normalised in parts
 
 
@@ -104,7 +112,9 @@ def _with_one_line_end(pieces: Iterable[str]) -> Iterator[str]:
 
 
 def _whole_lines(pieces: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """(text, whether it is only part of a line): cut after line ends, and within very long lines where a word ends."""
+    """(text, whether it is only part of a line): cut after line ends, and within very long lines where a word
+    ends.
+    """
     held, is_inside = "", False
     for piece in _with_one_line_end(pieces):
         held += piece

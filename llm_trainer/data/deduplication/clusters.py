@@ -1,14 +1,17 @@
-"""Which documents are the same, or nearly: groups of them from keys on disk, in memory of a stated size, whatever the order of workers.
+"""Which documents are the same, or nearly: groups of them from keys on disk, in memory of a stated size,
+whatever the order of workers.
 
-A document has a number (its place in the corpus) and keys: its content's hash for exact duplicates, one key a band (`minhash`) for near
-ones. Two documents with an equal key in any column belong together, and groups are the connected components of that relation, as in
-FineWeb: a and b may be alike, b and c too, and a and c less so. The label of a group is the least number in it. Which documents
-are in a group follows from the keys alone, so neither workers nor the order of files changes it.
+A document has a number (its place in the corpus) and keys: its content's hash for exact duplicates, one key a
+band (`minhash`) for near ones. Two documents with an equal key in any column belong together, and groups are
+the connected components of that relation, as in FineWeb: a and b may be alike, b and c too, and a and c less
+so. The label of a group is the least number in it. Which documents are in a group follows from the keys
+alone, so neither workers nor the order of files changes it.
 
-Equal keys are found by sorting, one column and one range of the keys' values at a time, as many columns at once as the memory holds; the
-keys are read from disk again for each. No text, no signature and no index of all keys is in memory, but 4 bytes a document (its label)
-and the share that is being sorted: `sort_bytes`, or 3 bytes a document where that is more. Indexes of bands in memory, as datasketch
-and rensa keep them, have 14 entries a document, and reading keys again is the cheapest of all there is to do here.
+Equal keys are found by sorting, one column and one range of the keys' values at a time, as many columns at
+once as the memory holds; the keys are read from disk again for each. No text, no signature and no index of
+all keys is in memory, but 4 bytes a document (its label) and the share that is being sorted: `sort_bytes`, or
+3 bytes a document where that is more. Indexes of bands in memory, as datasketch and rensa keep them, have 14
+entries a document, and reading keys again is the cheapest of all there is to do here.
 """
 
 from __future__ import annotations
@@ -39,7 +42,8 @@ _ROWS_A_BLOCK = 2**13
 
 @dataclass(frozen=True)
 class KeyTable:
-    """The keys of all documents: `blocks()` gives them in order, (rows, columns × width) at a time, the same on each call.
+    """The keys of all documents: `blocks()` gives them in order, (rows, columns × width) at a time, the same
+    on each call.
 
     A key is `width` neighbouring numbers; keys of different columns are not compared.
     """
@@ -63,7 +67,9 @@ class KeyTable:
         sizes = [file.stat().st_size for file in files]
         for file, size in zip(files, sizes, strict=True):
             if size % (8 * bands):
-                raise DataError(f"{file} is cut short: {size} bytes are no multiple of {8 * bands}; delete it to have it made again")
+                raise DataError(
+                    f"{file} is cut short: {size} bytes are no multiple of {8 * bands}; delete it to have it made again"
+                )
 
         def blocks() -> Iterator[Keys]:
             for file in files:
@@ -74,22 +80,40 @@ class KeyTable:
         return cls(blocks, sum(sizes) // (8 * bands), bands)
 
 
-def near_duplicate_groups(files: Sequence[Path], bands: int, *, console: Console | None = None, sort_bytes: int = SORT_BYTES) -> Labels:
-    """For each document of these files of band keys the least number in its group; one without near-duplicates has its own."""
-    return groups(KeyTable.of_files(files, bands), "finding near-duplicates", console=console, sort_bytes=sort_bytes)
+def near_duplicate_groups(
+    files: Sequence[Path], bands: int, *, console: Console | None = None, sort_bytes: int = SORT_BYTES
+) -> Labels:
+    """For each document of these files of band keys the least number in its group; one without
+    near-duplicates has its own.
+    """
+    return groups(
+        KeyTable.of_files(files, bands), "finding near-duplicates", console=console, sort_bytes=sort_bytes
+    )
 
 
 def exact_groups(
-    hashes: Callable[[], Iterator[Keys]], documents: int, *, console: Console | None = None, sort_bytes: int = SORT_BYTES
+    hashes: Callable[[], Iterator[Keys]],
+    documents: int,
+    *,
+    console: Console | None = None,
+    sort_bytes: int = SORT_BYTES,
 ) -> Labels:
-    """For each document the least number among those with the same hash of 16 bytes; `hashes()` gives blocks of (rows, 2)."""
-    return groups(KeyTable.of_hashes(hashes, documents), "finding duplicates", console=console, sort_bytes=sort_bytes)
+    """For each document the least number among those with the same hash of 16 bytes; `hashes()` gives blocks
+    of (rows, 2).
+    """
+    return groups(
+        KeyTable.of_hashes(hashes, documents), "finding duplicates", console=console, sort_bytes=sort_bytes
+    )
 
 
-def groups(table: KeyTable, what: str, *, console: Console | None = None, sort_bytes: int = SORT_BYTES) -> Labels:
+def groups(
+    table: KeyTable, what: str, *, console: Console | None = None, sort_bytes: int = SORT_BYTES
+) -> Labels:
     """(documents,) the label of each document's group: the least number in it."""
     if table.documents >= 2**32:
-        raise DataError(f"{table.documents} documents are too many to deduplicate at once; prepare them in parts of fewer than 2^32")
+        raise DataError(
+            f"{table.documents} documents are too many to deduplicate at once; prepare them in parts of fewer than 2^32"
+        )
     parents = np.arange(table.documents, dtype=np.uint32)
     for numbers, is_same in _runs(table, None, what, console, sort_bytes):
         pairs = np.flatnonzero(is_same)
@@ -98,7 +122,13 @@ def groups(table: KeyTable, what: str, *, console: Console | None = None, sort_b
     return parents
 
 
-def leak_count(table: KeyTable, splits: NDArray[np.uint8], *, console: Console | None = None, sort_bytes: int = SORT_BYTES) -> int:
+def leak_count(
+    table: KeyTable,
+    splits: NDArray[np.uint8],
+    *,
+    console: Console | None = None,
+    sort_bytes: int = SORT_BYTES,
+) -> int:
     """How many held-out documents have a key in common with a document of another split.
 
     `splits` has each document's: 0 for training, other numbers for what is held out, LEFT_OUT for what was dropped. Zero where
@@ -119,9 +149,11 @@ def leak_count(table: KeyTable, splits: NDArray[np.uint8], *, console: Console |
 def _runs(
     table: KeyTable, is_in: NDArray[np.bool_] | None, what: str, console: Console | None, sort_bytes: int
 ) -> Iterator[tuple[Labels, NDArray[np.bool_]]]:
-    """For each column, and range of values in it: document numbers with equal keys side by side, and whether each equals the next.
+    """For each column, and range of values in it: document numbers with equal keys side by side, and whether
+    each equals the next.
 
-    So many columns are held at once as fit into `sort_bytes`; where not even one does, the keys' highest bits divide it.
+    So many columns are held at once as fit into `sort_bytes`; where not even one does, the keys' highest bits
+    divide it.
     """
     room = sort_bytes / (max(1, table.documents) * table.width)  # bytes for each document
     bits = (min(max(1, math.ceil(_BYTES_SORTED / room)), _RANGES) - 1).bit_length()
@@ -135,7 +167,12 @@ def _runs(
 
 
 def _sorted_pass(
-    table: KeyTable, columns: range, bits: int, part: int, is_in: NDArray[np.bool_] | None, progress: ByteProgress
+    table: KeyTable,
+    columns: range,
+    bits: int,
+    part: int,
+    is_in: NDArray[np.bool_] | None,
+    progress: ByteProgress,
 ) -> Iterator[tuple[Labels, NDArray[np.bool_]]]:
     keys: list[list[Keys]] = [[] for _ in columns]
     numbers: list[list[Labels]] = [[] for _ in columns]
@@ -167,13 +204,17 @@ def _sorted(keys: Keys, numbers: Labels) -> tuple[Labels, NDArray[np.bool_]]:
 
 
 def _join(parents: Labels, left: Labels, right: Labels) -> None:
-    """Unite the groups of each pair, in place: roots hang on smaller ones until no pair's differ, then all hang on their roots."""
+    """Unite the groups of each pair, in place: roots hang on smaller ones until no pair's differ, then all
+    hang on their roots.
+    """
     while left.size:
         left, right = _roots(parents, left), _roots(parents, right)
         differ = left != right
         left, right = left[differ], right[differ]
         np.minimum.at(parents, np.maximum(left, right), np.minimum(left, right))
-    for begin in range(0, parents.size, _ROWS_A_BLOCK):  # what is above stands before, and so hangs on its root by now
+    for begin in range(
+        0, parents.size, _ROWS_A_BLOCK
+    ):  # what is above stands before, and so hangs on its root by now
         block = parents[begin : begin + _ROWS_A_BLOCK]
         block[:] = _roots(parents, block)
 

@@ -1,12 +1,13 @@
 """MinHash signatures of documents, and the keys of their bands for locality-sensitive hashing.
 
-The scheme is FineWeb's (Penedo et al. 2024, arXiv:2406.17557): runs of 5 words, 112 hash functions in 14 bands of 8 rows. Two documents
-whose sets of runs have the Jaccard similarity s agree in all rows of a band with probability s^8, and so in at least one band
-with probability 1 - (1 - s^8)^14: 0.2111 at s = 0.6, 0.5645 at 0.7, 0.9235 at 0.8, 0.9996 at 0.9. The curve is steepest near
-(1/14)^(1/8) = 0.72, which is called the threshold. Broder 1997 has the method.
+The scheme is FineWeb's (Penedo et al. 2024, arXiv:2406.17557): runs of 5 words, 112 hash functions in 14
+bands of 8 rows. Two documents whose sets of runs have the Jaccard similarity s agree in all rows of a band
+with probability s^8, and so in at least one band with probability 1 - (1 - s^8)^14: 0.2111 at s = 0.6, 0.5645
+at 0.7, 0.9235 at 0.8, 0.9996 at 0.9. The curve is steepest near (1/14)^(1/8) = 0.72, which is called the
+threshold. Broder 1997 has the method.
 
-Only the keys of bands are stored, 8 bytes a band, 112 bytes a document: what the search for duplicates compares is whether they are
-equal, and no text and no signature is needed again.
+Only the keys of bands are stored, 8 bytes a band, 112 bytes a document: what the search for duplicates
+compares is whether they are equal, and no text and no signature is needed again.
 """
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ class MinHasher:
         return long.end()
 
     def signatures(self, texts: Sequence[str]) -> Signatures:
-        """(texts, bands × rows) of many short texts at once; together they should not be much longer than shingles.BLOCK_BYTES."""
+        """(texts, bands × rows) of many short texts at once; together they should not be much longer than
+        shingles.BLOCK_BYTES.
+        """
         if not texts:
             return np.zeros((0, self.bands * self.rows), np.uint32)
         return self.least(*shingle_hashes(texts, self.ngram))
@@ -86,12 +89,16 @@ class MinHasher:
         """(n, bands × rows): for each hash function the least value over each document's hashes."""
         from rensa import RMinHash
 
-        found = RMinHash.digest_matrix_from_flat_token_hashes(hashes, offsets.astype(np.uint64), self.bands * self.rows, self.seed)
+        found = RMinHash.digest_matrix_from_flat_token_hashes(
+            hashes, offsets.astype(np.uint64), self.bands * self.rows, self.seed
+        )
         return np.array(found.to_rows(), np.uint32)
 
 
 class LongSignature:
-    """The signature of a document that comes in pieces: each value is the least of the pieces', and so that of the whole."""
+    """The signature of a document that comes in pieces: each value is the least of the pieces', and so that
+    of the whole.
+    """
 
     def __init__(self, hasher: MinHasher) -> None:
         self._hasher, self._text = hasher, LongText(hasher.ngram)
@@ -114,7 +121,8 @@ class LongSignature:
 
 
 class BandWriter:
-    """Writes the band keys of one document after the other: little-endian uint64, `bands` of them a document, nothing else.
+    """Writes the band keys of one document after the other: little-endian uint64, `bands` of them a document,
+    nothing else.
 
     with BandWriter(file, hasher) as writer:
         writer.add(piece.text, piece.is_last)      # for each piece of each document
@@ -145,7 +153,9 @@ class BandWriter:
             self._write(self._long.end()[None])
             self._long = None
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         with self._file:
             if error is None:
                 self._flush()

@@ -1,13 +1,14 @@
 """Texts as sets of hashed word 5-grams ("shingles"), all of them at once in numpy.
 
-Near-duplicates are found, and repetition is measured, by which runs of words texts share. Python would make a string for each run; here
-the bytes of many documents lie end to end in one array, a word's hash is the value of a polynomial in its bytes, and a run's hash is a
-mix of its words'. That is several times as fast, and depends on neither the process nor the machine (Python's own `hash` differs from
-one process to the next).
+Near-duplicates are found, and repetition is measured, by which runs of words texts share. Python would make a
+string for each run; here the bytes of many documents lie end to end in one array, a word's hash is the value
+of a polynomial in its bytes, and a run's hash is a mix of its words'. That is several times as fast, and
+depends on neither the process nor the machine (Python's own `hash` differs from one process to the next).
 
-What a word is: letters, digits and underscores, lower-cased; everything else separates. In scripts that do not put spaces between words
-(Chinese, Japanese, Korean, Thai, Lao, Khmer, Burmese), and for emoji, each character is a word. A text of fewer words than a run has
-is one run; a text without any word, of nothing but punctuation, is one run of its bytes.
+What a word is: letters, digits and underscores, lower-cased; everything else separates. In scripts that do
+not put spaces between words (Chinese, Japanese, Korean, Thai, Lao, Khmer, Burmese), and for emoji, each
+character is a word. A text of fewer words than a run has is one run; a text without any word, of nothing but
+punctuation, is one run of its bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ Hashes: TypeAlias = NDArray[np.uint64]
 BLOCK_BYTES = 2**18  # hashed at once: the arrays beside it, 8 bytes a byte, stay in the processor's cache
 _BASE = 0x9E3779B97F4A7C15  # of the polynomial; odd, so it has an inverse modulo 2^64
 _WORD_BYTES = bytes(  # lower-cased; what separates words becomes 0
-    byte if byte >= 0x80 or chr(byte) == "_" else ord(chr(byte).lower()) if chr(byte).isalnum() else 0 for byte in range(256)
+    byte if byte >= 0x80 or chr(byte) == "_" else ord(chr(byte).lower()) if chr(byte).isalnum() else 0
+    for byte in range(256)
 )
 
 
@@ -40,7 +42,8 @@ def mix(values: Hashes) -> Hashes:
 
 
 def shingle_hashes(texts: Sequence[str], words: int) -> tuple[Hashes, NDArray[np.int64]]:
-    """The hashes of all runs of so many words in each text, repeats included, end to end, and where each text's begin (n + 1 offsets).
+    """The hashes of all runs of so many words in each text, repeats included, end to end, and where each
+    text's begin (n + 1 offsets).
 
     The texts together should be of about BLOCK_BYTES or less; a longer text goes through `LongText`.
     """
@@ -57,14 +60,18 @@ def shingle_hashes(texts: Sequence[str], words: int) -> tuple[Hashes, NDArray[np
         is_long[offsets[index]] = False
     if hashed.size >= words:
         is_whole = np.ones(hashed.size - words + 1, np.bool_)
-        across = (bounds[1:-1, None] - np.arange(1, words)).ravel()  # runs that begin here go over the end of a text
+        across = (
+            bounds[1:-1, None] - np.arange(1, words)
+        ).ravel()  # runs that begin here go over the end of a text
         is_whole[across[(across >= 0) & (across < is_whole.size)]] = False
         found[is_long] = _mixed(hashed, words)[is_whole]
     return found, offsets
 
 
 def word_hashes(lowered: bytes) -> tuple[Hashes, NDArray[np.int64]]:
-    """The hash of each word in lower-cased utf-8, and where each begins; equal words have equal hashes wherever they stand."""
+    """The hash of each word in lower-cased utf-8, and where each begins; equal words have equal hashes
+    wherever they stand.
+    """
     raw = np.frombuffer(lowered.translate(_WORD_BYTES), np.uint8)
     alone = np.zeros(0, np.int64)
     if not lowered.isascii():
@@ -77,7 +84,9 @@ def word_hashes(lowered: bytes) -> tuple[Hashes, NDArray[np.int64]]:
     if not first.size:
         return np.zeros(0, np.uint64), first
     powers, inverses = _powers(max(BLOCK_BYTES, 1 << (raw.size - 1).bit_length()))
-    return mix(np.add.reduceat(np.multiply(raw, powers[: raw.size], dtype=np.uint64), first) * inverses[first]), first
+    return mix(
+        np.add.reduceat(np.multiply(raw, powers[: raw.size], dtype=np.uint64), first) * inverses[first]
+    ), first
 
 
 class LongText:
@@ -141,15 +150,21 @@ def _mixed(hashed: Hashes, words: int) -> Hashes:
 
 
 def _beyond_ascii(lowered: bytes, raw: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """`raw` with signs beyond ASCII set to 0 as well, and where a word may begin though there is no separator before it."""
+    """`raw` with signs beyond ASCII set to 0 as well, and where a word may begin though there is no separator
+    before it.
+    """
     given = np.frombuffer(lowered, np.uint8)
     leads = np.flatnonzero(given >= 0xC2)  # the first byte of each character
     lead, follows = given[leads], given[leads + 1]
-    signs = (lead == 0xE2) & (follows <= 0x81) | (lead == 0xE3) & (follows == 0x80)  # U+2000-207F and U+3000-303F
+    signs = (lead == 0xE2) & (follows <= 0x81) | (lead == 0xE3) & (
+        follows == 0x80
+    )  # U+2000-207F and U+3000-303F
     two = leads[(lead == 0xC2) | signs]  # U+0080-00BF: signs and the no-break space
     raw = raw.copy()
     raw[two], raw[two + 1], raw[leads[signs] + 2] = 0, 0, 0
-    wide = (lead >= 0xE3) & (lead <= 0xED) | (lead == 0xE0) & (follows >= 0xB8) & (follows <= 0xBB)  # east Asia; Thai and Lao
+    wide = (lead >= 0xE3) & (lead <= 0xED) | (lead == 0xE0) & (follows >= 0xB8) & (
+        follows <= 0xBB
+    )  # east Asia; Thai and Lao
     wide |= (lead == 0xE1) & ((follows == 0x9E) | (follows == 0x9F) | (follows <= 0x82))  # Khmer; Burmese
     pictures = leads[lead >= 0xF0]  # four bytes: emoji, rare ideographs
     alone = np.concatenate([leads[wide], leads[wide] + 3, pictures, pictures + 4])

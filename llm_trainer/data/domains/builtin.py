@@ -1,7 +1,8 @@
 """The domains that need no network: what every Python installation holds, and exercises made from a seed.
 
-coding is the standard library's sources, general the language reference as `help()` shows it. The others have no text on a machine
-without a network, so theirs is made: worked exercises, right but of a few kinds. They stand in for the data sets; they do not replace them.
+coding is the standard library's sources, general the language reference as `help()` shows it. The others have
+no text on a machine without a network, so theirs is made: worked exercises, right but of a few kinds. They
+stand in for the data sets; they do not replace them.
 """
 
 from __future__ import annotations

@@ -31,7 +31,9 @@ class Example:
 
 @dataclass
 class Reading:
-    """One loader at work: what it read from, and what came of it. Records read = texts + left out, each with its reason."""
+    """One loader at work: what it read from, and what came of it. Records read = texts + left out, each with
+    its reason.
+    """
 
     loader: str
     origin: str = ""
@@ -56,7 +58,8 @@ class Reading:
 def read_loader(
     reading: Reading, row: DomainLoader, options: LoaderOptions, local_dir: Path, seed: int, most: int | None
 ) -> Iterator[Example]:
-    """The texts of one loader; `reading` is filled on the way. Reading stops after `most` texts, or after `max_samples`.
+    """The texts of one loader; `reading` is filled on the way. Reading stops after `most` texts, or after
+    `max_samples`.
 
     Raises DataError where the data set can neither be found locally nor be had from the hub.
     """
@@ -66,14 +69,20 @@ def read_loader(
     if options.n_examples is None:
         yield from examples
         return
-    drawn = heapq.nsmallest(options.n_examples, enumerate(examples), key=lambda numbered: unit_hash(numbered[1].text, f"examples {seed}"))
+    drawn = heapq.nsmallest(
+        options.n_examples,
+        enumerate(examples),
+        key=lambda numbered: unit_hash(numbered[1].text, f"examples {seed}"),
+    )
     if reading.texts > len(drawn):
         reading.left_out["not among the n_examples drawn"] += reading.texts - len(drawn)
         reading.texts = len(drawn)
     yield from (example for _, example in sorted(drawn, key=lambda numbered: numbered[0]))
 
 
-def _examples(reading: Reading, found: Iterator[Record | Rejected], maker: TextMaker, limit: int | None) -> Iterator[Example]:
+def _examples(
+    reading: Reading, found: Iterator[Record | Rejected], maker: TextMaker, limit: int | None
+) -> Iterator[Example]:
     for record in found:
         reading.records += 1
         if isinstance(record, Rejected):
@@ -90,12 +99,18 @@ def _examples(reading: Reading, found: Iterator[Record | Rejected], maker: TextM
             return
 
 
-def records(reading: Reading, row: DomainLoader, options: LoaderOptions, local_dir: Path) -> Iterator[Record | Rejected]:
-    """The records of a loader, and where they are from noted in `reading`: the path that was said, else a local copy, else the hub."""
+def records(
+    reading: Reading, row: DomainLoader, options: LoaderOptions, local_dir: Path
+) -> Iterator[Record | Rejected]:
+    """The records of a loader, and where they are from noted in `reading`: the path that was said, else a
+    local copy, else the hub.
+    """
     path = local_path(reading.loader, row, options, local_dir)
     if path is not None:
         if options.split is not None:
-            raise DataError(f"split={options.split} is for the hub, and the texts are read from {path}; leave it out")
+            raise DataError(
+                f"split={options.split} is for the hub, and the texts are read from {path}; leave it out"
+            )
         reading.origin = str(path)
         yield from local_records(path)
         return
@@ -111,7 +126,9 @@ def local_path(loader: str, row: DomainLoader, options: LoaderOptions, local_dir
     said = options.path or row.path
     if said is not None:
         if not Path(said).exists():
-            raise DataError(f"{said} does not exist; its path must be a file or a folder of them ({', '.join(SUFFIXES)})")
+            raise DataError(
+                f"{said} does not exist; its path must be a file or a folder of them ({', '.join(SUFFIXES)})"
+            )
         return Path(said)
     names = [name + suffix for name in (loader, loader.removeprefix("load_")) for suffix in ("", *SUFFIXES)]
     return next((local_dir / name for name in names if (local_dir / name).exists()), None)
@@ -122,7 +139,9 @@ def _hub_records(part: HubPart, configuration: str | None, split: str) -> Iterat
     try:
         import datasets
     except ImportError:
-        raise DataError("reading data sets from the hub needs the extra 'hub': pip install 'llm-trainer[hub]'") from None
+        raise DataError(
+            "reading data sets from the hub needs the extra 'hub': pip install 'llm-trainer[hub]'"
+        ) from None
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # HTTPError is its client's, whose name changed
 
     name = f"{part.name}, {configuration}" if configuration else part.name
@@ -138,7 +157,10 @@ def _stream(part: HubPart, configuration: str | None, split: str) -> Iterable[Ma
     import datasets
 
     if part.files:  # one by one, since their fields may differ
-        streams = (datasets.load_dataset("json", data_files=hub_address(part, file), split="train", streaming=True) for file in part.files)
+        streams = (
+            datasets.load_dataset("json", data_files=hub_address(part, file), split="train", streaming=True)
+            for file in part.files
+        )
         return itertools.chain.from_iterable(streams)
     rows: Iterable[Mapping[str, object]] = datasets.load_dataset(
         part.name, configuration, split=split, revision=part.revision, streaming=True

@@ -1,4 +1,5 @@
-"""Domains: texts of several data sets gathered by what they are about, split, tokenised with one tokenizer, and mixed by weight.
+"""Domains: texts of several data sets gathered by what they are about, split, tokenised with one tokenizer,
+and mixed by weight.
 
     output_dir/
       mixture.json                     written last: training takes the folder as one corpus in these shares
@@ -7,9 +8,9 @@
       math/vocabulary.json             the domain's terms with their scores, where asked for
       math/dataset/, tokenizer.json, metadata.json     the prepared folder
 
-Texts are streamed to disk as they come, so memory does not grow with them but for about a hundred bytes each. The same text from two data
-sets counts once, in the domain of the first. What a cap leaves and what is held out is decided by hashes of the text and the seed: it
-depends on no order.
+Texts are streamed to disk as they come, so memory does not grow with them but for about a hundred bytes each.
+The same text from two data sets counts once, in the domain of the first. What a cap leaves and what is held
+out is decided by hashes of the text and the seed: it depends on no order.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ _ENOUGH_GENERAL = 100_000  # bytes of general text to hold the domains' words ag
 
 @dataclass
 class DomainFacts:
-    """One domain: examples and tokens by split, how much there is of each source, its weight, and its first terms."""
+    """One domain: examples and tokens by split, how much there is of each source, its weight, and its first
+    terms.
+    """
 
     weight: float
     examples: dict[str, int]
@@ -93,13 +96,17 @@ def prepare_domains(bridge: DomainBridge, console: Console | None = None) -> Dom
     """
     if not bridge.loaders:
         raise DataError("the domain bridge names no loaders; `--list_loaders` prints those that there are")
-    return _prepare(bridge, lambda gathered, readings: _read_all(bridge, gathered, readings, console), console)
+    return _prepare(
+        bridge, lambda gathered, readings: _read_all(bridge, gathered, readings, console), console
+    )
 
 
 def prepare_builtin_domains(
     bridge: DomainBridge, console: Console | None = None, exercises: int = builtin_domains.EXERCISES
 ) -> DomainsSummary:
-    """The built-in domains in the bridge's `output_dir`, by its weights, ratios and caps; its loaders are not read."""
+    """The built-in domains in the bridge's `output_dir`, by its weights, ratios and caps; its loaders are not
+    read.
+    """
 
     def read(gathered: Gathered, readings: list[Reading]) -> list[str]:
         reading = Reading(builtin_domains.NAME, "this Python installation, and exercises made from the seed")
@@ -122,17 +129,25 @@ def _prepare(bridge: DomainBridge, read: _Reader, console: Console | None) -> Do
         with staging.staged(folder) as workplace, ExitStack() as stack:
             gathered = stack.enter_context(Gathered(workplace))
             notes = read(gathered, readings)
-            (folder / MIXTURE_FILE).unlink(missing_ok=True)  # until the end the folder does not pass for whole
+            (folder / MIXTURE_FILE).unlink(
+                missing_ok=True
+            )  # until the end the folder does not pass for whole
             domains = _split(bridge, gathered, folder, readings)
-        tokenizer = _with_terms(bridge, domains, folder, _tokenizer(bridge, list(domains), folder, console), notes)
+        tokenizer = _with_terms(
+            bridge, domains, folder, _tokenizer(bridge, list(domains), folder, console), notes
+        )
         for name, facts in domains.items():
             _tell(console, f"{name}: tokenising")
             config = _data_config(bridge)
-            summary = prepare(config, folder / name, console=console, tokenizer=tokenizer, source=_texts(folder, name))
+            summary = prepare(
+                config, folder / name, console=console, tokenizer=tokenizer, source=_texts(folder, name)
+            )
             notes += [f"{name}: {note}" for note in summary.metadata.notes]
             facts.tokens = {split: found.tokens for split, found in summary.metadata.splits.items()}
             if facts.tokens["train"] < _FEW_TOKENS:
-                notes.append(f"{name}: only {facts.tokens['train']:,} training tokens; the model's context must be shorter than that")
+                notes.append(
+                    f"{name}: only {facts.tokens['train']:,} training tokens; the model's context must be shorter than that"
+                )
         result = DomainsSummary(folder, domains, readings, tokenizer.vocab_size, notes)
         _write_json(folder / DOMAINS_FILE, _as_json(result, bridge))
         weights = {name: facts.weight for name, facts in domains.items()}
@@ -157,7 +172,9 @@ def _data_config(bridge: DomainBridge) -> DataConfig:
     )
 
 
-def _read_all(bridge: DomainBridge, gathered: Gathered, readings: list[Reading], console: Console | None) -> list[str]:
+def _read_all(
+    bridge: DomainBridge, gathered: Gathered, readings: list[Reading], console: Console | None
+) -> list[str]:
     """Read every loader; returns notes. Raises DataError that names each data set that cannot be had."""
     rows, local_dir = bridge.rows(), Path(bridge.local_dir)
     missing = []
@@ -166,11 +183,15 @@ def _read_all(bridge: DomainBridge, gathered: Gathered, readings: list[Reading],
         _tell(console, f"{name}: reading")
         try:
             with ByteProgress(console, name, None) as progress:
-                for example in read_loader(reading, rows[name], bridge.options(name), local_dir, bridge.seed, most):
+                for example in read_loader(
+                    reading, rows[name], bridge.options(name), local_dir, bridge.seed, most
+                ):
                     progress.advance(len(example.text))
                     _keep(gathered, example, reading)
         except DataError as error:
-            missing.append(f"  {name}: {error}" + (f", after {reading.texts:,} texts" if reading.texts else ""))
+            missing.append(
+                f"  {name}: {error}" + (f", after {reading.texts:,} texts" if reading.texts else "")
+            )
             if not reading.records:
                 continue
         readings.append(reading)
@@ -196,25 +217,34 @@ def _keep(gathered: Gathered, example: Example, reading: Reading) -> None:
         reading.texts -= 1
 
 
-def _split(bridge: DomainBridge, gathered: Gathered, folder: Path, readings: Sequence[Reading]) -> dict[str, DomainFacts]:
+def _split(
+    bridge: DomainBridge, gathered: Gathered, folder: Path, readings: Sequence[Reading]
+) -> dict[str, DomainFacts]:
     """Write each domain's splits; raises DataError where no domain has a text."""
     domains = {}
     for name in gathered.domains():
         counts, sources = write_splits(gathered, name, folder / name / TEXTS, bridge)
         domains[name] = DomainFacts(bridge.domain_weights.get(name, 1.0), counts, sources)
     if not domains:
-        raise DataError("no text is left in any domain:\n" + "\n".join(f"  {reading.line()}" for reading in readings))
+        raise DataError(
+            "no text is left in any domain:\n" + "\n".join(f"  {reading.line()}" for reading in readings)
+        )
     return domains
 
 
-def _tokenizer(bridge: DomainBridge, domains: Sequence[str], folder: Path, console: Console | None) -> Tokenizer:
+def _tokenizer(
+    bridge: DomainBridge, domains: Sequence[str], folder: Path, console: Console | None
+) -> Tokenizer:
     """The tokenizer that is named, else one learned from the training texts of all domains."""
     if bridge.tokenizer_path is not None:
         return Tokenizer.load(bridge.tokenizer_path)
     sources = [_texts(folder, name) for name in domains]
     size = sum(source.size() * source.share("train") for source in sources)
     megabytes = min(size, _SAMPLE_BYTES) / 1e6
-    _tell(console, f"learning a tokenizer of at most {bridge.tokenizer_vocab_size:,} ids from {megabytes:.1f} MB of training text")
+    _tell(
+        console,
+        f"learning a tokenizer of at most {bridge.tokenizer_vocab_size:,} ids from {megabytes:.1f} MB of training text",
+    )
     return Tokenizer.train("bpe", _sample(sources, size), bridge.tokenizer_vocab_size)
 
 
@@ -227,32 +257,51 @@ def _sample(sources: Iterable[SplitSource], size: float) -> Iterator[str]:
 
 
 def _with_terms(
-    bridge: DomainBridge, domains: Mapping[str, DomainFacts], folder: Path, tokenizer: Tokenizer, notes: list[str]
+    bridge: DomainBridge,
+    domains: Mapping[str, DomainFacts],
+    folder: Path,
+    tokenizer: Tokenizer,
+    notes: list[str],
 ) -> Tokenizer:
-    """Collect and write each domain's terms, where asked for; the tokenizer, with these as words if that was asked for too."""
+    """Collect and write each domain's terms, where asked for; the tokenizer, with these as words if that was
+    asked for too.
+    """
     if not bridge.extract_vocab:
         for name in domains:
             (folder / name / VOCABULARY_FILE).unlink(missing_ok=True)
         return tokenizer
     found = extract_terms({name: _texts(folder, name) for name in domains}, bridge.vocab_size)
     for name, (general, ranked) in found.items():
-        content: dict[str, JsonValue] = {"domain": name, "score": SCORE, "general": general, "terms": [asdict(term) for term in ranked]}
+        content: dict[str, JsonValue] = {
+            "domain": name,
+            "score": SCORE,
+            "general": general,
+            "terms": [asdict(term) for term in ranked],
+        }
         _write_json(folder / name / VOCABULARY_FILE, content)
         domains[name].terms, domains[name].first_terms = len(ranked), [term.term for term in ranked[:5]]
     if not bridge.add_terms:
         return tokenizer
     candidates = new_tokens([ranked for _, ranked in found.values()], ())
-    split_words = [word for word, ids in zip(candidates, tokenizer.encode_batch(candidates), strict=True) if len(ids) > 1]
-    notes.append(f"{len(split_words):,} of {len(candidates):,} terms were several tokens, and are one each now")
+    split_words = [
+        word for word, ids in zip(candidates, tokenizer.encode_batch(candidates), strict=True) if len(ids) > 1
+    ]
+    notes.append(
+        f"{len(split_words):,} of {len(candidates):,} terms were several tokens, and are one each now"
+    )
     return tokenizer.with_words(split_words)
 
 
 def extract_terms(sources: Mapping[str, SplitSource], limit: int) -> dict[str, tuple[str, list[Term]]]:
-    """Domain → (what its words were held against, its terms). That is the domain `general`, where there is enough of it; for `general`
-    itself, and without one, Python's language reference."""
+    """Domain → (what its words were held against, its terms). That is the domain `general`, where there is
+    enough of it; for `general` itself, and without one, Python's language reference.
+    """
     counts = {name: WordCounts.of(source.texts("train")) for name, source in sources.items()}
     reference = WordCounts.of(text for _, text in language_reference())
-    has_general = "general" in sources and sources["general"].size() * sources["general"].share("train") >= _ENOUGH_GENERAL
+    has_general = (
+        "general" in sources
+        and sources["general"].size() * sources["general"].share("train") >= _ENOUGH_GENERAL
+    )
     found = {}
     for name, words in counts.items():
         uses_general = has_general and name != "general"
@@ -272,11 +321,19 @@ def _as_json(result: DomainsSummary, bridge: DomainBridge) -> dict[str, JsonValu
             "records": reading.records,
             "texts": reading.texts,
             "left_out": dict(reading.left_out),
-            "licence": row.licence if row is not None else "of the Python installation; made exercises have none",
+            "licence": row.licence
+            if row is not None
+            else "of the Python installation; made exercises have none",
         }
         loaders.append(entry)
     domains: dict[str, JsonValue] = {name: asdict(facts) for name, facts in result.domains.items()}
-    return {"domains": domains, "loaders": loaders, "tokenizer_ids": result.tokenizer_ids, "seed": bridge.seed, "notes": list(result.notes)}
+    return {
+        "domains": domains,
+        "loaders": loaders,
+        "tokenizer_ids": result.tokenizer_ids,
+        "seed": bridge.seed,
+        "notes": list(result.notes),
+    }
 
 
 def _write_json(file: Path, content: dict[str, JsonValue]) -> None:

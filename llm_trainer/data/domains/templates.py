@@ -1,7 +1,7 @@
 """From a record to a text: a loader's template filled in, and its filters.
 
-Values are texts, numbers, lists, or conversations; a template says how a value that is not a text becomes one. A CSV cell that holds a list
-as JSON counts as that list.
+Values are texts, numbers, lists, or conversations; a template says how a value that is not a text becomes
+one. A CSV cell that holds a list as JSON counts as that list.
 """
 
 from __future__ import annotations
@@ -14,7 +14,14 @@ from dataclasses import dataclass
 from llm_trainer.config.schema.domain_loaders import DomainLoader, Place, parse_part
 from llm_trainer.config.schema.domains import LoaderOptions
 
-_SPEAKERS = {"human": "User", "user": "User", "prompter": "User", "gpt": "Assistant", "assistant": "Assistant", "model": "Assistant"}
+_SPEAKERS = {
+    "human": "User",
+    "user": "User",
+    "prompter": "User",
+    "gpt": "Assistant",
+    "assistant": "Assistant",
+    "model": "Assistant",
+}
 
 
 class Unfit(Exception):
@@ -27,7 +34,12 @@ class _Form:
 
     @property
     def required(self) -> set[str]:
-        return {piece.name for part in self.parts for piece in part if isinstance(piece, Place) and not piece.is_optional}
+        return {
+            piece.name
+            for part in self.parts
+            for piece in part
+            if isinstance(piece, Place) and not piece.is_optional
+        }
 
 
 class TextMaker:
@@ -35,11 +47,15 @@ class TextMaker:
 
     def __init__(self, row: DomainLoader, options: LoaderOptions) -> None:
         self._row, self._options = row, options
-        self._forms = [_Form([parse_part(part) for part in form.parts(options.include_cot)]) for form in row.forms]
+        self._forms = [
+            _Form([parse_part(part) for part in form.parts(options.include_cot)]) for form in row.forms
+        ]
         wanted = "hard" if options.filter_hard else options.difficulty
         levels = None if wanted is None else row.difficulty_levels.get(wanted, [wanted])
         self._levels = None if levels is None else {level.casefold() for level in levels}
-        self._domains = {part.name.rpartition("/")[2]: part.domain for part in row.hub if part.domain is not None}
+        self._domains = {
+            part.name.rpartition("/")[2]: part.domain for part in row.hub if part.domain is not None
+        }
 
     def text(self, fields: Mapping[str, object]) -> str:
         """The text of a record; raises Unfit."""
@@ -49,7 +65,10 @@ class TextMaker:
         for name, values in self._row.drop.items():
             if _is_one_of(fields.get(name), values):
                 raise Unfit(f"other {name}")
-        if self._levels is not None and str(fields.get(self._row.difficulty_field or "")).casefold() not in self._levels:
+        if (
+            self._levels is not None
+            and str(fields.get(self._row.difficulty_field or "")).casefold() not in self._levels
+        ):
             raise Unfit("other difficulty")
         try:
             text = self._filled(fields)
@@ -96,7 +115,9 @@ def _part(pieces: Sequence[str | Place], fields: Mapping[str, object]) -> str | 
 
 
 def as_text(value: object, way: str | None) -> str:
-    """A field's value as text, in the way that the template says; nothing for None. Raises Unfit for what that way cannot take."""
+    """A field's value as text, in the way that the template says; nothing for None. Raises Unfit for what
+    that way cannot take.
+    """
     return _plain(value) if way is None else _WAYS[way](_parsed(value))
 
 
@@ -139,7 +160,10 @@ def _last(value: object) -> str:
 
 
 def _lettered(value: object) -> str:
-    return "\n".join(f"{letter}. {_plain(item)}" for letter, item in zip(string.ascii_uppercase, _items(value), strict=False))
+    return "\n".join(
+        f"{letter}. {_plain(item)}"
+        for letter, item in zip(string.ascii_uppercase, _items(value), strict=False)
+    )
 
 
 def _letter(value: object) -> str:
@@ -151,7 +175,11 @@ def _letter(value: object) -> str:
 
 def _turns(value: object) -> str:
     if isinstance(value, Mapping):  # a list of records stored as columns
-        columns = {str(name): column for name, column in value.items() if isinstance(column, Sequence) and not isinstance(column, str)}
+        columns = {
+            str(name): column
+            for name, column in value.items()
+            if isinstance(column, Sequence) and not isinstance(column, str)
+        }
         value = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=False)]
     said = [_turn(turn) for turn in _items(value) if isinstance(turn, Mapping)]
     return "\n\n".join(f"{speaker}: {text}" for speaker, text in said if text)

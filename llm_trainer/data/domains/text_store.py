@@ -35,7 +35,9 @@ class Gathered:
     def __enter__(self) -> Gathered:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stack.close()
 
     def add(self, example: Example) -> bool:
@@ -59,7 +61,9 @@ class Gathered:
         return list(self._files)
 
     def chosen(self, domain: str, most: int | None, seed: int) -> np.ndarray:
-        """Which texts of a domain a cap leaves, bool `(texts,)`: those of the smallest hashes, shifted by the seed."""
+        """Which texts of a domain a cap leaves, bool `(texts,)`: those of the smallest hashes, shifted by the
+        seed.
+        """
         draws = (np.array(self._draws[domain]) + unit_hash(str(seed), "cap")) % 1.0
         if most is None or len(draws) <= most:
             return np.ones(len(draws), dtype=bool)
@@ -75,11 +79,14 @@ class Gathered:
         return self._folder / f"{domain}.jsonl"
 
 
-def write_splits(gathered: Gathered, domain: str, folder: Path, bridge: DomainBridge) -> tuple[dict[str, int], dict[str, int]]:
-    """Write a domain's train, val and test as JSON lines into `folder`; (examples by split, examples by source).
+def write_splits(
+    gathered: Gathered, domain: str, folder: Path, bridge: DomainBridge
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Write a domain's train, val and test as JSON lines into `folder`; (examples by split, examples by
+    source).
 
-    A text's split is decided by its hash and the seed, as in `preparation/splits.py`; where there are too few texts for that to come
-    out in about the wanted shares, by the rank of its hash among them.
+    A text's split is decided by its hash and the seed, as in `preparation/splits.py`; where there are too few
+    texts for that to come out in about the wanted shares, by the rank of its hash among them.
     """
     shares = Shares(bridge.train_ratio, bridge.val_ratio, bridge.test_ratio)
     chosen = gathered.chosen(domain, bridge.cap(domain), bridge.seed)
@@ -88,7 +95,10 @@ def write_splits(gathered: Gathered, domain: str, folder: Path, bridge: DomainBr
     counts, sources = Counter({split: 0 for split in SPLITS}), Counter[str]()
     with ExitStack() as stack:
         partial = {split: folder / f".{FILE_NAMES[split]}.partial" for split in SPLITS}
-        writers = {split: stack.enter_context(path.open("w", encoding="utf-8", newline="\n")) for split, path in partial.items()}
+        writers = {
+            split: stack.enter_context(path.open("w", encoding="utf-8", newline="\n"))
+            for split, path in partial.items()
+        }
         for line, split in zip(_chosen_lines(gathered, domain, chosen), splits, strict=True):
             writers[split].write(line)
             counts[split] += 1
@@ -115,7 +125,9 @@ def _splits(gathered: Gathered, domain: str, chosen: np.ndarray, shares: Shares,
     count = len(places)
     if shares.can_split_by_hash(count):
         ends = (shares.validation, shares.validation + shares.test)
-        return ["validation" if place < ends[0] else "test" if place < ends[1] else "train" for place in places]
+        return [
+            "validation" if place < ends[0] else "test" if place < ends[1] else "train" for place in places
+        ]
     order = sorted(range(count), key=places.__getitem__)
     validation, test = _held_out(count, shares.validation), _held_out(count, shares.test)
     found = ["train"] * count

@@ -1,8 +1,9 @@
 """The terms of a domain: words that are commoner in its texts than in general text.
 
-The score is the log-likelihood ratio of Dunning (1993, "Accurate methods for the statistics of surprise and coincidence"): twice the
-logarithm of how much likelier the two counts are with a rate for each text than with one rate for both. Unlike a ratio of rates it does not
-prefer rare words, and unlike a difference it does not prefer common ones; from about 10.8 on, chance explains it once in a thousand.
+The score is the log-likelihood ratio of Dunning (1993, "Accurate methods for the statistics of surprise and
+coincidence"): twice the logarithm of how much likelier the two counts are with a rate for each text than with
+one rate for both. Unlike a ratio of rates it does not prefer rare words, and unlike a difference it does not
+prefer common ones; from about 10.8 on, chance explains it once in a thousand.
 """
 
 from __future__ import annotations
@@ -51,22 +52,31 @@ class WordCounts:
             counts.texts += 1
             if len(counts.words) > _MOST_WORDS:
                 counts.words = Counter({word: count for word, count in counts.words.items() if count > 1})
-                counts.texts_with = Counter({word: count for word, count in counts.texts_with.items() if word in counts.words})
+                counts.texts_with = Counter(
+                    {word: count for word, count in counts.texts_with.items() if word in counts.words}
+                )
         return counts
 
 
 def terms(domain: WordCounts, general: WordCounts, limit: int) -> list[Term]:
-    """The domain's highest scoring words, at most `limit`: those that are relatively commoner there, occur at least three times, and are
-    not in nearly every text."""
+    """The domain's highest scoring words, at most `limit`: those that are relatively commoner there, occur at
+    least three times, and are not in nearly every text.
+    """
     of_domain, of_general = domain.words.total(), general.words.total()
     found = []
     for word, count in domain.words.items():
         other = general.words[word]
-        is_rare = count < _LEAST_COUNT or len(word) < _LEAST_LETTERS or count * of_general <= other * of_domain
+        is_rare = (
+            count < _LEAST_COUNT or len(word) < _LEAST_LETTERS or count * of_general <= other * of_domain
+        )
         if is_rare or domain.texts_with[word] > _FORM * domain.texts:
             continue
         score = log_likelihood_ratio(count, of_domain, other, of_general)
-        found.append(Term(word, round(score, 3), count, _per_million(count, of_domain), _per_million(other, of_general)))
+        found.append(
+            Term(
+                word, round(score, 3), count, _per_million(count, of_domain), _per_million(other, of_general)
+            )
+        )
     return sorted(found, key=lambda term: (-term.score, term.term))[:limit]
 
 
@@ -74,7 +84,11 @@ def log_likelihood_ratio(count: int, total: int, other_count: int, other_total: 
     """Dunning's statistic for `count` of `total` against `other_count` of `other_total`; 0 for equal rates."""
     pairs = [(count, total), (other_count, other_total)]
     together = sum(one for one, _ in pairs) / max(1, sum(size for _, size in pairs))
-    return 2 * sum(_log_likelihood(one, size, one / size) - _log_likelihood(one, size, together) for one, size in pairs if size)
+    return 2 * sum(
+        _log_likelihood(one, size, one / size) - _log_likelihood(one, size, together)
+        for one, size in pairs
+        if size
+    )
 
 
 def _log_likelihood(count: int, total: int, rate: float) -> float:
@@ -88,8 +102,12 @@ def _per_million(count: int, total: int) -> float:
 
 
 def new_tokens(found: Sequence[Sequence[Term]], is_known: Iterable[str]) -> list[str]:
-    """The terms of several domains as tokens that a tokenizer lacks: with the space before them, as they stand in a text, best first."""
+    """The terms of several domains as tokens that a tokenizer lacks: with the space before them, as they
+    stand in a text, best first.
+    """
     known = set(is_known)
-    ranked = sorted((term for terms_of_one in found for term in terms_of_one), key=lambda term: (-term.score, term.term))
+    ranked = sorted(
+        (term for terms_of_one in found for term in terms_of_one), key=lambda term: (-term.score, term.term)
+    )
     tokens = dict.fromkeys(f" {term.term}" for term in ranked)
     return [token for token in tokens if token not in known]

@@ -1,8 +1,10 @@
-"""Stage 1, `read`: what one unit of the corpus holds, as a table of its documents; the texts themselves are not kept.
+"""Stage 1, `read`: what one unit of the corpus holds, as a table of its documents; the texts themselves are
+not kept.
 
-A unit gives the same documents each time it is read, and cleaning is a pure function, so every later stage makes the text again where it
-needs it, and keeps of each document only what is here: a hash of its cleaned text, its size, whether it is kept, and which split it says it
-is for. Row n is the n-th document of the unit, kept or rejected.
+A unit gives the same documents each time it is read, and cleaning is a pure function, so every later stage
+makes the text again where it needs it, and keeps of each document only what is here: a hash of its cleaned
+text, its size, whether it is kept, and which split it says it is for. Row n is the n-th document of the unit,
+kept or rejected.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ TABLE = np.dtype([("hash", "<u8", (2,)), ("size", "<u8"), ("kept", "u1"), ("spli
 
 @dataclass(frozen=True)
 class ReadTask:
-    """Read, clean and judge one unit; with `min_hasher` the keys of each kept document's bands are written as well."""
+    """Read, clean and judge one unit; with `min_hasher` the keys of each kept document's bands are written as
+    well.
+    """
 
     unit: Unit
     cleaning: Cleaning
@@ -57,14 +61,22 @@ class ReadTask:
     def key(self, content_hash: str) -> str:
         """The key of the result, given the unit's content hash."""
         signatures = None if self.min_hasher is None else self.min_hasher.key
-        return key_of("read", content_hash, self.cleaning.key, signatures, self.with_alphabet, self.with_rejected)
+        return key_of(
+            "read", content_hash, self.cleaning.key, signatures, self.with_alphabet, self.with_rejected
+        )
 
     def run(self, folder: Path, advance: Advance) -> None:
         """Write the table, the facts, and what else is asked for."""
         rows, alphabet = _Rows(), set[str]()
         with contextlib.ExitStack() as stack:
-            rejected = stack.enter_context(contextlib.closing(_Rejections(folder if self.with_rejected else None)))
-            bands = stack.enter_context(BandWriter(folder / BANDS_FILE, self.min_hasher)) if self.min_hasher is not None else None
+            rejected = stack.enter_context(
+                contextlib.closing(_Rejections(folder if self.with_rejected else None))
+            )
+            bands = (
+                stack.enter_context(BandWriter(folder / BANDS_FILE, self.min_hasher))
+                if self.min_hasher is not None
+                else None
+            )
             for reading in self.cleaning.apply(self.unit.pieces(), where=f"{self.name}, "):
                 if isinstance(reading, Rejected):
                     rows.reject()
@@ -78,14 +90,21 @@ class ReadTask:
         rows.write(folder)
         reasons: dict[str, JsonValue] = dict(sorted(rejected.reasons.items()))
         examples: list[JsonValue] = list(rejected.examples)
-        write_facts(folder, {"rejected": reasons, "examples": examples, "alphabet": "".join(sorted(alphabet))})
+        write_facts(
+            folder, {"rejected": reasons, "examples": examples, "alphabet": "".join(sorted(alphabet))}
+        )
 
 
 class _Rows:
     """The table's columns, as they grow."""
 
     def __init__(self) -> None:
-        self._hashes, self._sizes, self._kept, self._splits = bytearray(), array("Q"), bytearray(), bytearray()
+        self._hashes, self._sizes, self._kept, self._splits = (
+            bytearray(),
+            array("Q"),
+            bytearray(),
+            bytearray(),
+        )
         self._digest, self._size = hashlib.blake2b(digest_size=16), 0
 
     def add(self, piece: Piece) -> int:
@@ -94,7 +113,12 @@ class _Rows:
         self._digest.update(raw)
         self._size += len(raw)
         if piece.is_last:
-            self._row(self._digest.digest(), self._size, 1, NO_SPLIT if piece.split is None else SPLITS.index(piece.split))
+            self._row(
+                self._digest.digest(),
+                self._size,
+                1,
+                NO_SPLIT if piece.split is None else SPLITS.index(piece.split),
+            )
         return len(raw)
 
     def reject(self) -> None:

@@ -1,8 +1,8 @@
 """Who does the jobs of a stage: this process, several processes, or a Ray cluster (`ray_executor.py`).
 
-A job writes its result to a file and gives nothing back, so neither texts nor ids travel between processes, and which executor ran it
-leaves no trace in the result. Processes are started afresh (`spawn`): forking a process that has threads, as the tokenizer libraries do,
-may hang.
+A job writes its result to a file and gives nothing back, so neither texts nor ids travel between processes,
+and which executor ran it leaves no trace in the result. Processes are started afresh (`spawn`): forking a
+process that has threads, as the tokenizer libraries do, may hang.
 """
 
 from __future__ import annotations
@@ -38,15 +38,21 @@ class Job(Protocol):
 
 
 class Executor(Protocol):
-    """Runs jobs, in any order. The first error ends the rest; where it is ours, its message gets the job's name."""
+    """Runs jobs, in any order. The first error ends the rest; where it is ours, its message gets the job's
+    name.
+    """
 
     def run(self, jobs: Sequence[Job], advance: Callable[[int], None]) -> None:
         """Do all jobs, telling `advance` of the bytes that are done."""
 
 
 @contextlib.contextmanager
-def open_executor(kind: Literal["local", "ray"], workers: int, ray_address: str | None = None) -> Iterator[Executor]:
-    """The executor of this kind; its processes end with the context. Raises UsageError where Ray is asked for and not installed."""
+def open_executor(
+    kind: Literal["local", "ray"], workers: int, ray_address: str | None = None
+) -> Iterator[Executor]:
+    """The executor of this kind; its processes end with the context. Raises UsageError where Ray is asked for
+    and not installed.
+    """
     if kind == "ray":
         from llm_trainer.data.pipeline.ray_executor import ray_executor
 
@@ -87,14 +93,18 @@ class InProcess:
 
 
 class Processes:
-    """So many processes, started when there is enough work for them. They end with this one, even if it is killed."""
+    """So many processes, started when there is enough work for them. They end with this one, even if it is
+    killed.
+    """
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
         self._pool: ProcessPoolExecutor | None = None
 
     def run(self, jobs: Sequence[Job], advance: Callable[[int], None]) -> None:
-        """Do all jobs, little or single ones here. Raises DataError where a process died, naming the jobs that it may have died of."""
+        """Do all jobs, little or single ones here. Raises DataError where a process died, naming the jobs
+        that it may have died of.
+        """
         if len(jobs) < 2 or sum(job.size for job in jobs) < _WORTH_PROCESSES:
             InProcess().run(jobs, advance)
             return

@@ -1,12 +1,14 @@
 """From text to a prepared folder, in six stages: read, deduplicate, split, tokenizer, encode, assemble.
 
-A source is a sequence of units (`reading/documents.py`). No copy of the text is kept: each stage that needs a unit's text reads and
-cleans it again, and leaves behind something small. Every result is found again by its key, a hash of what it was made from (`stages.py`),
-so a run that was killed goes on, a changed input or option redoes what depends on it and nothing else, and the bytes are the same whoever
-did the work and in whatever order (`executors.py`). Memory does not grow with the corpus but for a few bytes a document.
+A source is a sequence of units (`reading/documents.py`). No copy of the text is kept: each stage that needs a
+unit's text reads and cleans it again, and leaves behind something small. Every result is found again by its
+key, a hash of what it was made from (`stages.py`), so a run that was killed goes on, a changed input or
+option redoes what depends on it and nothing else, and the bytes are the same whoever did the work and in
+whatever order (`executors.py`). Memory does not grow with the corpus but for a few bytes a document.
 
-The prepared folder appears whole or not at all (`staging.py`), metadata.json last. Its own key is the hash of the contents and the
-options alone: the same again is a hit, in another folder or after touching the files too.
+The prepared folder appears whole or not at all (`staging.py`), metadata.json last. Its own key is the hash of
+the contents and the options alone: the same again is a hit, in another folder or after touching the files
+too.
 """
 
 from __future__ import annotations
@@ -46,7 +48,12 @@ from llm_trainer.data.sources.builtin_corpus import BuiltinSource
 from llm_trainer.data.sources.file_source import FileSource
 from llm_trainer.data.sources.hub_source import HubSource
 from llm_trainer.data.token_shards import TokenDataset
-from llm_trainer.data.tokenization.factory import given_tokenizer, kind_to_train, tokenizer_options, train_tokenizer
+from llm_trainer.data.tokenization.factory import (
+    given_tokenizer,
+    kind_to_train,
+    tokenizer_options,
+    train_tokenizer,
+)
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
 from llm_trainer.data.tokenization.vocab_training import training_estimate
 from llm_trainer.errors import DataError, UsageError
@@ -89,9 +96,14 @@ def prepare(
         found = _find_prepared(folder, key)
         if found is not None:
             return PreparedSummary(folder, found, from_cache=True)
-        with staging.clear_about_space(folder), open_executor(config.executor, config.num_workers, config.ray_address) as executor:
+        with (
+            staging.clear_about_space(folder),
+            open_executor(config.executor, config.num_workers, config.ray_address) as executor,
+        ):
             stages = Stages.under(folder, executor, console)
-            preparation = _Preparation(config, source.name, shares, given, cleaning, hasher, with_texts, stages, console)
+            preparation = _Preparation(
+                config, source.name, shares, given, cleaning, hasher, with_texts, stages, console
+            )
             with staging.staged(folder) as workplace:
                 result = preparation.run(units, hashes, workplace, options, key)
                 staging.publish(workplace, folder, result.metadata)
@@ -116,7 +128,12 @@ class _Preparation:
     examples: list[str] = field(default_factory=list)
 
     def run(
-        self, units: Sequence[Unit], hashes: Sequence[str], workplace: Path, options: dict[str, JsonValue], key: str
+        self,
+        units: Sequence[Unit],
+        hashes: Sequence[str],
+        workplace: Path,
+        options: dict[str, JsonValue],
+        key: str,
     ) -> PreparedSummary:
         """The six stages."""
         tables = self.read(units, hashes)
@@ -128,7 +145,10 @@ class _Preparation:
 
     def read(self, units: Sequence[Unit], hashes: Sequence[str]) -> list[UnitTable]:
         """1: each unit's documents as a table. Raises DataError where nothing in the corpus can be used."""
-        tasks = [ReadTask(unit, self.cleaning, self.hasher, self._is_character_level, self.config.keep_rejected) for unit in units]
+        tasks = [
+            ReadTask(unit, self.cleaning, self.hasher, self._is_character_level, self.config.keep_rejected)
+            for unit in units
+        ]
         keys = [task.key(content) for task, content in zip(tasks, hashes, strict=True)]
         folders = self.stages.results("read", dict(zip(keys, tasks, strict=True)), "reading")
         tables = [UnitTable(unit, key, folders[key]) for unit, key in zip(units, keys, strict=True)]
@@ -136,7 +156,10 @@ class _Preparation:
             self.rejected += table.rejected()
             self.examples += table.examples()[: EXAMPLES - len(self.examples)]
         if not any(table.rows()["kept"].any() for table in tables):
-            counts = ", ".join(f"{count} {reason}" for reason, count in self.rejected.items()) or "no documents at all"
+            counts = (
+                ", ".join(f"{count} {reason}" for reason, count in self.rejected.items())
+                or "no documents at all"
+            )
             where = f" — {'; '.join(self.examples)}" if self.examples else ""
             raise DataError(f"nothing usable in {self.source_name}: {counts}{where}. Give utf-8 text")
         return tables
@@ -156,29 +179,41 @@ class _Preparation:
         near: JsonValue = None if self.hasher is None else self.hasher.key
         key = key_of("deduplicate", near, [table.key for table in tables])
         states = duplicates.load_states(self.stages.result("deduplicate", key, make))
-        self.rejected += Counter({reason: int((states == state).sum()) for state, reason in duplicates.REASONS.items()})
+        self.rejected += Counter(
+            {reason: int((states == state).sum()) for state, reason in duplicates.REASONS.items()}
+        )
         return states
 
     def split(self, tables: Sequence[UnitTable], states: np.ndarray) -> tuple[Corpus, int]:
-        """3: each document's split; and how many held-out documents have an equal or near one in another split."""
+        """3: each document's split; and how many held-out documents have an equal or near one in another
+        split.
+        """
         with self.stages.timed("split"):
             corpus = plan_corpus(tables, states, self.cleaning, self.shares, self.config.seed)
             return corpus, duplicates.count_leaks(tables, states, corpus.codes, self.hasher, self.console)
 
     def tokenizer(self, tables: Sequence[UnitTable], corpus: Corpus) -> Path:
-        """4: the folder of the tokenizer: the given one, or one that has learned from a sample of the training split."""
+        """4: the folder of the tokenizer: the given one, or one that has learned from a sample of the
+        training split.
+        """
         config, given = self.config, self.given
         options = tokenizer_options(config, given)
         if given is not None:
             return self.stages.result("tokenizer", key_of("tokenizer", options), given.save)
-        if self._is_character_level:  # an alphabet is no statistic: characters of the held-out text get an id as well
+        if (
+            self._is_character_level
+        ):  # an alphabet is no statistic: characters of the held-out text get an id as well
             alphabet = sorted(set().union(*(table.alphabet() for table in tables)))
             characters = Tokenizer.from_alphabet(alphabet).with_special_tokens(config.special_tokens)
-            return self.stages.result("tokenizer", key_of("tokenizer", options, "".join(alphabet)), characters.save)
+            return self.stages.result(
+                "tokenizer", key_of("tokenizer", options, "".join(alphabet)), characters.save
+            )
         cap = config.tokenizer_sample_megabytes * 1e6
         size = min(cap, corpus.training_bytes)
         samples = self._sample(corpus, size / max(1, corpus.training_bytes))
-        if next(read_sample(samples.values(), cap), None) is None:  # a small cap, and documents that are all larger
+        if (
+            next(read_sample(samples.values(), cap), None) is None
+        ):  # a small cap, and documents that are all larger
             samples = self._sample(corpus, 1.0)
 
         def make(folder: Path) -> None:
@@ -194,7 +229,10 @@ class _Preparation:
         """5: the folder of each unit's token files."""
         states = corpus.states_of_units() if self.config.keep_rejected else itertools.repeat(None)
         digest, least = load_tokenizer(tokenizer).hash, self.config.min_length
-        tasks = [EncodeTask(unit, tokenizer, digest, least, own, self.with_texts) for unit, own in zip(corpus.units, states, strict=False)]
+        tasks = [
+            EncodeTask(unit, tokenizer, digest, least, own, self.with_texts)
+            for unit, own in zip(corpus.units, states, strict=False)
+        ]
         keys = [task.key for task in tasks]
         folders = self.stages.results("encode", dict(zip(keys, tasks, strict=True)), "encoding")
         return [folders[key] for key in keys]
@@ -203,7 +241,9 @@ class _Preparation:
         self, corpus: Corpus, leaks: int, tokenizer_folder: Path, encoded: list[Path], workplace: Path,
         options: dict[str, JsonValue], key: str,
     ) -> PreparedSummary:  # fmt: skip
-        """6: shards, metadata and summary in `workplace`. Raises DataError where the training split cannot be trained on."""
+        """6: shards, metadata and summary in `workplace`. Raises DataError where the training split cannot be
+        trained on.
+        """
         with self.stages.timed("assemble"):
             tokenizer = load_tokenizer(tokenizer_folder)
             tokenizer.save(workplace)
@@ -211,7 +251,10 @@ class _Preparation:
             if self.with_texts:
                 assembly.write_texts(encoded, corpus.splits, workplace, self.console)
             if self.config.keep_rejected:
-                assembly.write_rejected([*dict.fromkeys(unit.table.folder for unit in corpus.units), *dict.fromkeys(encoded)], workplace)
+                assembly.write_rejected(
+                    [*dict.fromkeys(unit.table.folder for unit in corpus.units), *dict.fromkeys(encoded)],
+                    workplace,
+                )
             cut, dropped = assembly.total(encoded, "cut"), assembly.total(encoded, "dropped")
             kept = int((corpus.states == duplicates.KEPT).sum())
             rejected = self.rejected + Counter({too_short(self.config.min_length): dropped})
@@ -231,7 +274,9 @@ class _Preparation:
             lengths = {split: assembly.document_lengths(tokens, _LENGTHS) for split, tokens in opened.items()}
             (workplace / PICTURE_FILE).write_text(lengths_picture(lengths), encoding="utf-8")
         packing = packing_lines(lengths["train"], self.config.max_length, Packing.of(self.config))
-        made = PreparedSummary(Path(), metadata, False, self.stages.made, self.stages.found, self.stages.seconds, packing)
+        made = PreparedSummary(
+            Path(), metadata, False, self.stages.made, self.stages.found, self.stages.seconds, packing
+        )
         made.write(workplace)
         return made
 
@@ -247,20 +292,32 @@ class _Preparation:
         """Notes on the splits."""
         if not len(opened["train"]):
             least = self.config.min_length
-            raise DataError(f"no training text is left of {self.source_name}; lower min_length ({least}) or give more text")
+            raise DataError(
+                f"no training text is left of {self.source_name}; lower min_length ({least}) or give more text"
+            )
         if self.config.max_length is not None and Packing.of(self.config).strategy == "greedy":
-            require_window(opened["train"], self.config.max_length, source=self.source_name, setting="max_length")
-        return [f"the {split} split is empty: give more text, or a larger share" for split, tokens in opened.items() if not len(tokens)]
+            require_window(
+                opened["train"], self.config.max_length, source=self.source_name, setting="max_length"
+            )
+        return [
+            f"the {split} split is empty: give more text, or a larger share"
+            for split, tokens in opened.items()
+            if not len(tokens)
+        ]
 
 
 def open_source(config: DataConfig, output_dir: Path) -> Source:
     """The documents that the settings name; raises UsageError where they name none or two."""
     if config.input is not None and config.dataset_name is not None:
-        raise UsageError(f"input={config.input!r} and dataset_name={config.dataset_name!r} both name a corpus; give one")
+        raise UsageError(
+            f"input={config.input!r} and dataset_name={config.dataset_name!r} both name a corpus; give one"
+        )
     if config.input is not None:
         if config.input == "builtin":
             return BuiltinSource()
-        return FileSource(Path(config.input), config.text_column, config.one_document_a_line, excluded=output_dir)
+        return FileSource(
+            Path(config.input), config.text_column, config.one_document_a_line, excluded=output_dir
+        )
     if config.dataset_name is not None:
         names = (config.dataset_name, config.dataset_config, config.dataset_split, config.validation_split)
         return HubSource(*names, config.text_column, streams=config.dataset_streaming)
@@ -270,14 +327,20 @@ def open_source(config: DataConfig, output_dir: Path) -> Source:
 
 def _refuse_overwriting(config: DataConfig, folder: Path) -> None:
     """Raises UsageError where the texts of the splits would take the place of the input."""
-    if config.input is not None and Path(config.input).resolve() in {(folder / name).resolve() for name in staging.OTHER_FORM}:
-        raise UsageError(f"{config.input} would be overwritten by the texts of a split; choose another --output_dir")
+    if config.input is not None and Path(config.input).resolve() in {
+        (folder / name).resolve() for name in staging.OTHER_FORM
+    }:
+        raise UsageError(
+            f"{config.input} would be overwritten by the texts of a split; choose another --output_dir"
+        )
 
 
 def _options(
     config: DataConfig, shares: Shares, given: Tokenizer | None, cleaning: Cleaning, hasher: MinHasher | None
 ) -> dict[str, JsonValue]:
-    """Every setting that decides the result, for the key and for metadata.json; paths and numbers of workers do not."""
+    """Every setting that decides the result, for the key and for metadata.json; paths and numbers of workers
+    do not.
+    """
     return {
         **tokenizer_options(config, given),
         "cleaning": cleaning.key,
@@ -294,7 +357,10 @@ def _options(
 
 def _content_hashes(units: Sequence[Unit], workers: int, console: Console | None) -> list[str]:
     """Each unit's content hash; threads suffice, since hashing lets go of the interpreter's lock."""
-    with ThreadPoolExecutor(workers) as pool, ByteProgress(console, "looking for changes", sum(unit.size for unit in units)) as progress:
+    with (
+        ThreadPoolExecutor(workers) as pool,
+        ByteProgress(console, "looking for changes", sum(unit.size for unit in units)) as progress,
+    ):
         hashes = []
         for unit, found in zip(units, pool.map(lambda unit: unit.content_hash(), units), strict=True):
             hashes.append(found)

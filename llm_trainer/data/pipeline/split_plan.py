@@ -12,7 +12,17 @@ from pydantic import JsonValue
 from llm_trainer.data.cleaning.cleaner import Cleaning
 from llm_trainer.data.pipeline.deduplicate import KEPT
 from llm_trainer.data.pipeline.document_index import NO_SPLIT, SPLITS, UnitTable, read_again
-from llm_trainer.data.pipeline.splits import BY_HASH, CONTIGUOUS, GIVEN, Part, Shares, UnitPlan, parts_of, plan_by_hash, plan_contiguous
+from llm_trainer.data.pipeline.splits import (
+    BY_HASH,
+    CONTIGUOUS,
+    GIVEN,
+    Part,
+    Shares,
+    UnitPlan,
+    parts_of,
+    plan_by_hash,
+    plan_contiguous,
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +42,9 @@ class PlannedUnit:
     @property
     def inputs(self) -> list[JsonValue]:
         """What a key of anything made of the unit's text depends on."""
-        cuts: dict[str, JsonValue] = {str(row): [list(cut) for cut in cuts] for row, cuts in self.plan.cuts.items()}
+        cuts: dict[str, JsonValue] = {
+            str(row): [list(cut) for cut in cuts] for row, cuts in self.plan.cuts.items()
+        }
         return [self.table.key, hashlib.sha256(self.plan.codes).hexdigest(), cuts]
 
     def parts(self, is_wanted: bytes) -> Iterator[Part]:
@@ -42,7 +54,9 @@ class PlannedUnit:
 
 @dataclass(frozen=True)
 class Corpus:
-    """All units, planned. `states` are stage 2's, uint8 `(documents,)`; `method` is in words; `splits` are those that there will be."""
+    """All units, planned. `states` are stage 2's, uint8 `(documents,)`; `method` is in words; `splits` are
+    those that there will be.
+    """
 
     units: list[PlannedUnit]
     states: np.ndarray
@@ -64,9 +78,18 @@ class Corpus:
             first = last
 
 
-def plan_corpus(tables: Sequence[UnitTable], states: np.ndarray, cleaning: Cleaning, shares: Shares, seed: int) -> Corpus:
-    """Decide every kept document's split: as its source says, else by hash, else, with too few documents for that, by its place."""
-    given = {SPLITS[code] for table in tables for code in np.unique(table.rows()["split"]).tolist() if code != NO_SPLIT}
+def plan_corpus(
+    tables: Sequence[UnitTable], states: np.ndarray, cleaning: Cleaning, shares: Shares, seed: int
+) -> Corpus:
+    """Decide every kept document's split: as its source says, else by hash, else, with too few documents for
+    that, by its place.
+    """
+    given = {
+        SPLITS[code]
+        for table in tables
+        for code in np.unique(table.rows()["split"]).tolist()
+        if code != NO_SPLIT
+    }
     is_by_hash = bool(given) or shares.can_split_by_hash(int((states == KEPT).sum()))
     sizes = [int(table.rows()["size"][own].sum()) for table, own in _with_kept(tables, states)]
     edges, start, training = shares.boundaries(sum(sizes)), 0, 0
@@ -75,7 +98,9 @@ def plan_corpus(tables: Sequence[UnitTable], states: np.ndarray, cleaning: Clean
         rows = table.rows()
         if is_by_hash:
             plan = plan_by_hash(rows["hash"], rows["split"], own, shares, seed)
-            training += int(rows["size"][np.frombuffer(plan.codes, dtype=np.uint8) == SPLITS.index("train")].sum())
+            training += int(
+                rows["size"][np.frombuffer(plan.codes, dtype=np.uint8) == SPLITS.index("train")].sum()
+            )
         else:
             plan = plan_contiguous(rows["size"], own, start, edges)
         units.append(PlannedUnit(table, cleaning, plan, size))

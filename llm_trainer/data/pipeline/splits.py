@@ -1,9 +1,10 @@
 """Stage 3, `split`: which document is for training, which for validation, which for testing.
 
-By hash: a document's split is decided by the hash of its own text and the seed, so it stays where it is when others come or go, and no
-order matters. Duplicates have been dropped before: with near-deduplication a document's near-duplicates cannot be in another split. A split
-by hash needs enough documents for the shares to come out; with few, or one, the text is cut in one place instead, the last part being held
-out, as nanoGPT does.
+By hash: a document's split is decided by the hash of its own text and the seed, so it stays where it is when
+others come or go, and no order matters. Duplicates have been dropped before: with near-deduplication a
+document's near-duplicates cannot be in another split. A split by hash needs enough documents for the shares
+to come out; with few, or one, the text is cut in one place instead, the last part being held out, as nanoGPT
+does.
 """
 
 from __future__ import annotations
@@ -38,13 +39,16 @@ class Shares:
 
     @classmethod
     def of(cls, config: DataConfig) -> Shares:
-        """The shares that the settings mean. What they leave is for training, or for testing where train_ratio and no test_ratio is said.
+        """The shares that the settings mean. What they leave is for training, or for testing where
+        train_ratio and no test_ratio is said.
 
         Raises UsageError where they do not add up to 1 or leave nothing for training.
         """
         validation, test = config.val_ratio, config.test_ratio
         train = config.train_ratio
-        if train is None or (not config.is_said("train_ratio") and train + validation + test != 1.0):  # a door's default gives way
+        if train is None or (
+            not config.is_said("train_ratio") and train + validation + test != 1.0
+        ):  # a door's default gives way
             train = 1.0 - validation - test
         elif not config.is_said("test_ratio"):
             test = max(0.0, round(1.0 - train - validation, 9))
@@ -67,16 +71,27 @@ class Shares:
         return codes
 
     def boundaries(self, size: int) -> tuple[int, int, int]:
-        """Where a text of `size` is cut: training ends at the first, validation at the second, testing at `size`."""
+        """Where a text of `size` is cut: training ends at the first, validation at the second, testing at
+        `size`.
+        """
         train_end = int(size * self.train) if self.validation + self.test > 0 else size
-        return train_end, min(size, int(size * (self.train + self.validation))) if self.test > 0 else size, size
+        return (
+            train_end,
+            min(size, int(size * (self.train + self.validation))) if self.test > 0 else size,
+            size,
+        )
 
 
 def places(hashes: NDArray[np.uint64], salt: str) -> np.ndarray:
-    """A number in [0, 1) for each content hash (uint64 `(n, 2)`), which depends on the hash and the salt alone: float64 `(n,)`."""
+    """A number in [0, 1) for each content hash (uint64 `(n, 2)`), which depends on the hash and the salt
+    alone: float64 `(n,)`.
+    """
     start = np.uint64(int.from_bytes(hashlib.blake2b(salt.encode("utf-8"), digest_size=8).digest(), "little"))
     mixed: NDArray[np.uint64] = (hashes[:, 0] ^ start) + hashes[:, 1] * _SPECIAL
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64's finalizer (Steele et al. 2014)
+    for shift, factor in (
+        (30, 0xBF58476D1CE4E5B9),
+        (27, 0x94D049BB133111EB),
+    ):  # splitmix64's finalizer (Steele et al. 2014)
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
     mixed = mixed ^ (mixed >> np.uint64(31))
     return (mixed >> np.uint64(11)).astype(np.float64) / 2.0**53
@@ -92,15 +107,20 @@ def unit_hash(text: str, salt: str) -> float:
 class UnitPlan:
     """What becomes of one unit's documents: `codes[row]` is a place in `SPLITS`, or `LEFT_OUT`.
 
-    A document over an edge between splits is in `cuts`: (bytes from its start at which a split ends, that split), ascending.
+    A document over an edge between splits is in `cuts`: (bytes from its start at which a split ends, that
+    split), ascending.
     """
 
     codes: bytes
     cuts: Mapping[int, tuple[tuple[int, int], ...]] = field(default_factory=dict)
 
 
-def plan_contiguous(sizes: np.ndarray, is_kept: np.ndarray, start: int, edges: tuple[int, int, int]) -> UnitPlan:
-    """The plan of a unit whose kept text begins `start` bytes into the corpus, which is cut at `edges`. Arrays are `(documents,)`."""
+def plan_contiguous(
+    sizes: np.ndarray, is_kept: np.ndarray, start: int, edges: tuple[int, int, int]
+) -> UnitPlan:
+    """The plan of a unit whose kept text begins `start` bytes into the corpus, which is cut at `edges`.
+    Arrays are `(documents,)`.
+    """
     lengths = np.where(is_kept, sizes, 0).astype(np.int64)
     ends = start + np.cumsum(lengths)
     begins = ends - lengths
@@ -109,13 +129,19 @@ def plan_contiguous(sizes: np.ndarray, is_kept: np.ndarray, start: int, edges: t
     for row in np.flatnonzero(is_kept & (ends > np.take(edges, codes))).tolist():
         begin, end = int(begins[row]), int(ends[row])
         first = next(edge for edge in range(3) if edges[edge] >= end)
-        cuts[row] = tuple((edges[code] - begin, code) for code in range(int(codes[row]), first + 1) if edges[code] > begin)
+        cuts[row] = tuple(
+            (edges[code] - begin, code) for code in range(int(codes[row]), first + 1) if edges[code] > begin
+        )
     codes[~is_kept] = LEFT_OUT
     return UnitPlan(codes.tobytes(), cuts)
 
 
-def plan_by_hash(hashes: np.ndarray, given: np.ndarray, is_kept: np.ndarray, shares: Shares, seed: int) -> UnitPlan:
-    """The plan of a unit by hash; documents that say a split (`given`) get it. Arrays are `(documents,)`, hashes `(documents, 2)`."""
+def plan_by_hash(
+    hashes: np.ndarray, given: np.ndarray, is_kept: np.ndarray, shares: Shares, seed: int
+) -> UnitPlan:
+    """The plan of a unit by hash; documents that say a split (`given`) get it. Arrays are `(documents,)`,
+    hashes `(documents, 2)`.
+    """
     codes = np.where(given == NO_SPLIT, shares.by_hash(hashes, seed), given).astype(np.uint8)
     codes[~is_kept] = LEFT_OUT
     return UnitPlan(codes.tobytes())
@@ -125,7 +151,8 @@ def plan_by_hash(hashes: np.ndarray, given: np.ndarray, is_kept: np.ndarray, sha
 class Part:
     """Text on its way into one split (a place in `SPLITS`). `ends` says that the document (or what of it this split gets) ends here;
     `is_cut`
-    that it does so only because the split does; `is_whole` that this is a whole document in one piece."""
+    that it does so only because the split does; `is_whole` that this is a whole document in one piece.
+    """
 
     row: int
     split: int

@@ -1,8 +1,9 @@
 """What stages leave behind, found again by key: a folder `<output>/.stages/<stage>/<key>/` each.
 
-A result's key is a hash of all that decides it: its inputs' keys, the options it reads, the version of the code. No path and no date is in
-it, so moving the texts or the folder keeps it, and any change misses. A result is written beside its place and renamed when it is whole: a
-run that is killed leaves whole results and scraps, the next one clears the scraps away and goes on from the results.
+A result's key is a hash of all that decides it: its inputs' keys, the options it reads, the version of the
+code. No path and no date is in it, so moving the texts or the folder keeps it, and any change misses. A
+result is written beside its place and renamed when it is whole: a run that is killed leaves whole results and
+scraps, the next one clears the scraps away and goes on from the results.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ class Task(Protocol):
 
 
 def key_of(stage: str, *inputs: JsonValue) -> str:
-    """The key of a stage's result: the hash of its inputs (which are keys and options) and of the stage's version."""
+    """The key of a stage's result: the hash of its inputs (which are keys and options) and of the stage's
+    version.
+    """
     said = json.dumps([stage, VERSIONS[stage], *inputs], sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(said.encode()).hexdigest()[:40]
 
@@ -127,10 +130,15 @@ class Stages:
         return cls(folder, executor, console)
 
     def results(self, stage: str, tasks: Mapping[str, Task], what: str) -> dict[str, Path]:
-        """The folder of each task's result, by key; the missing ones are made first. `what` is the progress bar's word."""
+        """The folder of each task's result, by key; the missing ones are made first. `what` is the progress
+        bar's word.
+        """
         folders = {key: self.folder / stage / key for key in tasks}
         missing = [_Making(tasks[key], folder) for key, folder in folders.items() if not folder.is_dir()]
-        with self.timed(stage), ByteProgress(self.console, what, sum(job.size for job in missing)) as progress:
+        with (
+            self.timed(stage),
+            ByteProgress(self.console, what, sum(job.size for job in missing)) as progress,
+        ):
             self.executor.run(missing, progress.advance)
         self._count(stage, made=len(missing), folders=folders.values())
         return folders

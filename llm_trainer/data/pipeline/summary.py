@@ -1,4 +1,6 @@
-"""What preparation came to: lines for a person, `summary.json` for programs, a picture of how long the documents are."""
+"""What preparation came to: lines for a person, `summary.json` for programs, a picture of how long the
+documents are.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ class PreparedSummary:
         facts = self.metadata
         number_rejected = facts.documents_in - facts.documents_kept
         lines = [
-            f"{self.folder} is up to date (same input, same options)" if self.from_cache else f"prepared {self.folder}",
+            f"{self.folder} is up to date (same input, same options)"
+            if self.from_cache
+            else f"prepared {self.folder}",
             f"documents: {facts.documents_in} in = {facts.documents_kept} kept + {number_rejected} rejected",
             *_columns([(f"{count:,}", reason) for reason, count in facts.documents_rejected.items()]),
             *(f"  rejected: {example}" for example in facts.rejected_examples),
@@ -45,10 +49,16 @@ class PreparedSummary:
             f"split: {facts.split_method}",
         ]
         if facts.leaks is not None:
-            lines.append(f"leak check: {facts.leaks:,} held-out documents {_LEAK_WORDS[facts.leak_check]} in another split")
+            lines.append(
+                f"leak check: {facts.leaks:,} held-out documents {_LEAK_WORDS[facts.leak_check]} in another split"
+            )
         rows = [("split", "documents", "tokens", "MB", "bytes a token")]
         for name, split in facts.splits.items():
-            sizes = ("", "") if split.bytes is None else (f"{split.bytes / 1e6:.2f}", f"{split.bytes / max(1, split.tokens):.2f}")
+            sizes = (
+                ("", "")
+                if split.bytes is None
+                else (f"{split.bytes / 1e6:.2f}", f"{split.bytes / max(1, split.tokens):.2f}")
+            )
             rows.append((name, f"{split.documents:,}", f"{split.tokens:,}", *sizes))
         lines += _columns(rows)
         if facts.tokenizer.eos_id is not None:
@@ -56,28 +66,58 @@ class PreparedSummary:
         return [*lines, *self.packing, *facts.notes, *self._stage_lines()]
 
     def to_json(self) -> dict[str, JsonValue]:
-        """The same for programs. The times are the only thing in a prepared folder that differs between two runs."""
+        """The same for programs. The times are the only thing in a prepared folder that differs between two
+        runs.
+        """
         facts: dict[str, JsonValue] = self.metadata.model_dump(mode="json")
-        wanted = ("key", "documents_in", "documents_kept", "documents_rejected", "split_method", "leaks", "supervised_end_share", "notes")
+        wanted = (
+            "key",
+            "documents_in",
+            "documents_kept",
+            "documents_rejected",
+            "split_method",
+            "leaks",
+            "supervised_end_share",
+            "notes",
+        )
         splits: dict[str, JsonValue] = {
-            name: split.model_dump(mode="json", include={"documents", "tokens", "bytes"}) for name, split in self.metadata.splits.items()
+            name: split.model_dump(mode="json", include={"documents", "tokens", "bytes"})
+            for name, split in self.metadata.splits.items()
         }
         stages: dict[str, JsonValue] = {
-            stage: {"made": self.made.get(stage, 0), "found": self.found.get(stage, 0), "seconds": round(self.seconds[stage], 3)}
+            stage: {
+                "made": self.made.get(stage, 0),
+                "found": self.found.get(stage, 0),
+                "seconds": round(self.seconds[stage], 3),
+            }
             for stage in STAGES
             if stage in self.seconds
         }
-        return {**{name: facts[name] for name in wanted}, "splits": splits, "packing": list(self.packing), "stages": stages}
+        return {
+            **{name: facts[name] for name in wanted},
+            "splits": splits,
+            "packing": list(self.packing),
+            "stages": stages,
+        }
 
     def write(self, folder: Path) -> None:
         """Write `summary.json`."""
-        (folder / SUMMARY_FILE).write_text(json.dumps(self.to_json(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        (folder / SUMMARY_FILE).write_text(
+            json.dumps(self.to_json(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
+        )
 
     def _stage_lines(self) -> list[str]:
         rows = [("stage", "made", "found", "seconds")]
         for stage in STAGES:
             if stage in self.seconds:
-                rows.append((stage, str(self.made.get(stage, 0)), str(self.found.get(stage, 0)), f"{self.seconds[stage]:.1f}"))
+                rows.append(
+                    (
+                        stage,
+                        str(self.made.get(stage, 0)),
+                        str(self.found.get(stage, 0)),
+                        f"{self.seconds[stage]:.1f}",
+                    )
+                )
         return _columns(rows) if len(rows) > 1 else []
 
 
@@ -90,14 +130,17 @@ def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
     return [
         "  "
         + "  ".join(
-            cell.rjust(width) if cell[:1].isdigit() else cell.ljust(width) for cell, width in zip(row, widths, strict=True)
+            cell.rjust(width) if cell[:1].isdigit() else cell.ljust(width)
+            for cell, width in zip(row, widths, strict=True)
         ).rstrip()
         for row in rows
     ]
 
 
 def lengths_picture(lengths: Mapping[str, np.ndarray]) -> str:
-    """A histogram (SVG) of document lengths in tokens for each split, over doublings: bars are shares of the split's documents."""
+    """A histogram (SVG) of document lengths in tokens for each split, over doublings: bars are shares of the
+    split's documents.
+    """
     most = max((int(values.max()) for values in lengths.values() if len(values)), default=1)
     bins = max(1, most.bit_length())
     bar, gap, height, left, top = 14, 10, 160, 44, 46
@@ -123,9 +166,7 @@ def lengths_picture(lengths: Mapping[str, np.ndarray]) -> str:
         drawn.append(f'<text x="{left + place * group}" y="{top + height + 14}">{_short(2**place)}</text>')
     for part in (0.0, 0.5, 1.0):
         drawn.append(f'<text x="4" y="{top + height - part * height + 4:.0f}">{part * highest:.0%}</text>')
-    opening = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{top + height + 24}" font-family="sans-serif" font-size="11">'
-    )
+    opening = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{top + height + 24}" font-family="sans-serif" font-size="11">'
     return "\n".join([opening, '<rect width="100%" height="100%" fill="white"/>', *drawn, "</svg>"]) + "\n"
 
 

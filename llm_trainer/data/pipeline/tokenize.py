@@ -1,6 +1,7 @@
 """Stages 4 and 5: a sample of the training text for the tokenizer, and each unit's documents as token files.
 
-Both make a unit's text again and write what comes of it where they run, so that neither texts nor ids travel between processes.
+Both make a unit's text again and write what comes of it where they run, so that neither texts nor ids travel
+between processes.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ _NO_LIMIT = 2**63
 
 @dataclass(frozen=True)
 class SampleTask:
-    """Text of one unit's training documents for the tokenizer: each piece is drawn with the probability `share`, by its document's hash."""
+    """Text of one unit's training documents for the tokenizer: each piece is drawn with the probability
+    `share`, by its document's hash.
+    """
 
     planned: PlannedUnit
     share: float
@@ -62,7 +65,9 @@ class SampleTask:
         hashes, sizes = rows["hash"], rows["size"]
         codes = np.frombuffer(self.planned.plan.codes, dtype=np.uint8)
         first_draw = places(hashes, _salt(0))
-        may_be_drawn = (first_draw < self.share) | (sizes > documents.PIECE_BYTES)  # a long document is drawn piece by piece
+        may_be_drawn = (first_draw < self.share) | (
+            sizes > documents.PIECE_BYTES
+        )  # a long document is drawn piece by piece
         is_wanted = (codes == SPLITS.index("train")) & may_be_drawn
         row, number = -1, 0
         with (folder / SAMPLE_FILE).open("w", encoding="utf-8") as file:
@@ -94,10 +99,11 @@ def read_sample(folders: Iterable[Path], most_bytes: float) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class EncodeTask:
-    """One unit's documents as ids: a token file for each split that gets any, which `ShardWriter` joins to shards.
+    """One unit's documents as ids: a token file for each split that gets any, which `ShardWriter` joins to
+    shards.
 
-    With `states` (of stage 2) the documents that are left out as duplicates or as too short are written down as well; `with_texts` the
-    texts beside the tokens.
+    With `states` (of stage 2) the documents that are left out as duplicates or as too short are written down
+    as well; `with_texts` the texts beside the tokens.
     """
 
     planned: PlannedUnit
@@ -121,10 +127,14 @@ class EncodeTask:
     def key(self) -> str:
         """The key of the result."""
         states = None if self.states is None else hashlib.sha256(self.states).hexdigest()
-        return key_of("encode", *self.planned.inputs, self.tokenizer_hash, self.min_length, states, self.with_texts)
+        return key_of(
+            "encode", *self.planned.inputs, self.tokenizer_hash, self.min_length, states, self.with_texts
+        )
 
     def run(self, folder: Path, advance: Advance) -> None:
-        """Write the token files, and in the facts how many documents were cut by a split and how many dropped as too short."""
+        """Write the token files, and in the facts how many documents were cut by a split and how many dropped
+        as too short.
+        """
         tokenizer = load_tokenizer(self.tokenizer)
         cut = dropped = 0
         with contextlib.ExitStack() as stack:
@@ -136,10 +146,14 @@ class EncodeTask:
                 if part.is_whole and len(ids) < self.min_length:
                     dropped += 1
                     if rejected is not None:
-                        write_rejected(rejected, Rejected(too_short(self.min_length), self._where(part.row), part.text))
+                        write_rejected(
+                            rejected, Rejected(too_short(self.min_length), self._where(part.row), part.text)
+                        )
                     continue
                 if part.split not in files:
-                    files[part.split] = stack.enter_context(_SplitFiles(folder, SPLITS[part.split], tokenizer, self.with_texts))
+                    files[part.split] = stack.enter_context(
+                        _SplitFiles(folder, SPLITS[part.split], tokenizer, self.with_texts)
+                    )
                 files[part.split].add(part, ids, size)
                 cut += part.ends and part.is_cut
         write_facts(folder, {"cut": cut, "dropped": dropped})
@@ -153,7 +167,9 @@ class EncodeTask:
         states = self.states
         for part in self.planned.parts(bytes(state != REJECTED for state in states)):
             if states[part.row] in REASONS:
-                write_rejected(rejected, Rejected(REASONS[states[part.row]], self._where(part.row), part.text))
+                write_rejected(
+                    rejected, Rejected(REASONS[states[part.row]], self._where(part.row), part.text)
+                )
             else:
                 yield part
 
@@ -177,8 +193,14 @@ class _SplitFiles:
 
     def __init__(self, folder: Path, split: str, tokenizer: Tokenizer, with_texts: bool) -> None:
         size, digest, end = tokenizer.vocab_size, tokenizer.hash, tokenizer.eos_id
-        self._tokens = ShardWriter(folder, split, vocab_size=size, tokenizer_hash=digest, end_id=end, shard_tokens=_NO_LIMIT)
-        self._texts = (folder / f"{split}{TEXTS_SUFFIX}").open("w", encoding="utf-8", newline="\n") if with_texts else None
+        self._tokens = ShardWriter(
+            folder, split, vocab_size=size, tokenizer_hash=digest, end_id=end, shard_tokens=_NO_LIMIT
+        )
+        self._texts = (
+            (folder / f"{split}{TEXTS_SUFFIX}").open("w", encoding="utf-8", newline="\n")
+            if with_texts
+            else None
+        )
         self._is_first = True
         self._waiting: list[np.ndarray] = []  # whole documents, which are written some at a time
         self._waiting_bytes = 0
@@ -208,7 +230,9 @@ class _SplitFiles:
             self._tokens.add_documents(self._waiting, self._waiting_bytes)
             self._waiting, self._waiting_bytes = [], 0
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._texts is not None:
             self._texts.close()
         if kind is None:

@@ -23,22 +23,39 @@ _LENGTHS_AT_ONCE = 2**20
 
 
 def write_shards(
-    encoded: Sequence[Path], splits: Iterable[str], tokenizer: Tokenizer, workplace: Path, console: Console | None
+    encoded: Sequence[Path],
+    splits: Iterable[str],
+    tokenizer: Tokenizer,
+    workplace: Path,
+    console: Console | None,
 ) -> dict[str, TokenDataset]:
-    """Join the token files of each split, in the order of `encoded`, to the shards of `workplace/dataset`, and open them."""
-    files = {split: [file for folder in encoded if (file := folder / f"{split}-00000{SUFFIX}").is_file()] for split in splits}
-    with ByteProgress(console, "writing shards", sum(file.stat().st_size for found in files.values() for file in found)) as progress:
+    """Join the token files of each split, in the order of `encoded`, to the shards of `workplace/dataset`,
+    and open them.
+    """
+    files = {
+        split: [file for folder in encoded if (file := folder / f"{split}-00000{SUFFIX}").is_file()]
+        for split in splits
+    }
+    with ByteProgress(
+        console, "writing shards", sum(file.stat().st_size for found in files.values() for file in found)
+    ) as progress:
         for split, found in files.items():
             size, end = tokenizer.vocab_size, tokenizer.eos_id
-            with ShardWriter(workplace / "dataset", split, vocab_size=size, tokenizer_hash=tokenizer.hash, end_id=end) as writer:
+            with ShardWriter(
+                workplace / "dataset", split, vocab_size=size, tokenizer_hash=tokenizer.hash, end_id=end
+            ) as writer:
                 for file in found:
                     writer.append(file)
                     progress.advance(file.stat().st_size)
     return {split: TokenDataset.open(workplace, split) for split in files}
 
 
-def write_texts(encoded: Sequence[Path], splits: Iterable[str], workplace: Path, console: Console | None) -> None:
-    """Write train, val and test to `workplace`: a document a line as .txt or, where documents have line breaks of their own, as .jsonl."""
+def write_texts(
+    encoded: Sequence[Path], splits: Iterable[str], workplace: Path, console: Console | None
+) -> None:
+    """Write train, val and test to `workplace`: a document a line as .txt or, where documents have line
+    breaks of their own, as .jsonl.
+    """
     for split in splits:
         files = [file for folder in encoded if (file := folder / f"{split}{TEXTS_SUFFIX}").is_file()]
         lines, objects = workplace / f"{FILE_NAMES[split]}.txt", workplace / f"{FILE_NAMES[split]}.jsonl"
@@ -86,7 +103,11 @@ def facts_of(tokens: TokenDataset, folder: Path, split: str) -> SplitFacts:
     """What metadata.json says of a split."""
     files = {file.name: file.stat().st_size for file in sorted(folder.glob(f"{split}-*{SUFFIX}"))}
     return SplitFacts(
-        documents=tokens.num_documents, tokens=len(tokens), bytes=tokens.num_bytes, fingerprint=tokens.fingerprint, files=files
+        documents=tokens.num_documents,
+        tokens=len(tokens),
+        bytes=tokens.num_bytes,
+        fingerprint=tokens.fingerprint,
+        files=files,
     )
 
 
@@ -98,5 +119,9 @@ def document_lengths(tokens: TokenDataset, most: int) -> np.ndarray:
         found.append(tokens.document_starts_in(start, count) + start)
         start += count
     starts = np.concatenate(found)
-    end = len(tokens) if start >= len(tokens) and len(starts) <= most else int(starts[most] if len(starts) > most else start)
+    end = (
+        len(tokens)
+        if start >= len(tokens) and len(starts) <= most
+        else int(starts[most] if len(starts) > most else start)
+    )
     return np.diff(np.append(starts[:most], end))

@@ -1,7 +1,7 @@
 """What a sampler gives: batches of rows for the model, by the number of the sample.
 
-Samplers differ in how documents become rows (`windows.py`: end to end; `rows.py`: whole documents; `mixture.py`: from several corpora);
-training sees this one face of all of them.
+Samplers differ in how documents become rows (`windows.py`: end to end; `rows.py`: whole documents;
+`mixture.py`: from several corpora); training sees this one face of all of them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ IGNORED = -100  # the label of an id that is not supervised: PyTorch's own ignor
 
 @dataclass(frozen=True)
 class Sources:
-    """Which corpora a batch is from: `numbers` int64 count in `names`, one a row, (B,), or where rows mix corpora one a place, (B, T)."""
+    """Which corpora a batch is from: `numbers` int64 count in `names`, one a row, (B,), or where rows mix
+    corpora one a place, (B, T).
+    """
 
     names: tuple[str, ...]
     numbers: Tensor
@@ -33,7 +35,8 @@ class Sources:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows for the model: `input_ids` and `labels` (B, T) int64, labels -100 where nothing is to be predicted.
+    """Rows for the model: `input_ids` and `labels` (B, T) int64, labels -100 where nothing is to be
+    predicted.
 
     `document_ids` (B, T) int64 count the documents within each row from 0, or None where a row is one document.
     `num_supervised` is the number of labels that are not -100. `sources` says which corpora of a mixture they are from.
@@ -64,7 +67,13 @@ class Batch:
         sources = self.sources
         if sources is not None:
             sources = replace(sources, numbers=sources.numbers[part[: sources.numbers.ndim]])
-        return replace(self, input_ids=self.input_ids[part], labels=self.labels[part], document_ids=documents, sources=sources)
+        return replace(
+            self,
+            input_ids=self.input_ids[part],
+            labels=self.labels[part],
+            document_ids=documents,
+            sources=sources,
+        )
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -72,14 +81,24 @@ class Batch:
     def rows(self, order: Tensor) -> Batch:
         """The rows in another order, `order` (B,) int64; what they are from is forgotten."""
         documents = None if self.document_ids is None else self.document_ids[order]
-        return replace(self, input_ids=self.input_ids[order], labels=self.labels[order], document_ids=documents, sources=None)
+        return replace(
+            self,
+            input_ids=self.input_ids[order],
+            labels=self.labels[order],
+            document_ids=documents,
+            sources=None,
+        )
 
 
 def joined(batches: Sequence[Batch], *, with_documents: bool) -> Batch:
-    """The rows of several batches as one; `with_documents`, rows of batches without document ids are one document each."""
+    """The rows of several batches as one; `with_documents`, rows of batches without document ids are one
+    document each.
+    """
     documents = None
     if with_documents:
-        documents = torch.cat([torch.zeros_like(b.input_ids) if b.document_ids is None else b.document_ids for b in batches])
+        documents = torch.cat(
+            [torch.zeros_like(b.input_ids) if b.document_ids is None else b.document_ids for b in batches]
+        )
     return Batch(
         torch.cat([batch.input_ids for batch in batches]),
         torch.cat([batch.labels for batch in batches]),
@@ -99,7 +118,9 @@ def unsupervised(batch: Batch) -> Batch:
 
 
 class Sampler(Protocol):
-    """A training order: sample i is a function of the shards, the seed and i. Stateless, safe to call from several threads."""
+    """A training order: sample i is a function of the shards, the seed and i. Stateless, safe to call from
+    several threads.
+    """
 
     @property
     def samples_per_epoch(self) -> int:

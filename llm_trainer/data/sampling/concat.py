@@ -1,4 +1,6 @@
-"""Several streams of ids read as one: the corpora of a mixture, or their held-out parts. Nothing is copied; the files stay mapped."""
+"""Several streams of ids read as one: the corpora of a mixture, or their held-out parts. Nothing is copied;
+the files stay mapped.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,11 @@ def joined_fields(parts: Mapping[str, TokenDataset], source: str) -> StreamField
     """Several streams end to end. Raises DataError where tokenizers or ends of text differ."""
     first_name, first = next(iter(parts.items()))
     for name, part in parts.items():
-        if (part.tokenizer_hash, part.vocab_size, part.end_id) != (first.tokenizer_hash, first.vocab_size, first.end_id):
+        if (part.tokenizer_hash, part.vocab_size, part.end_id) != (
+            first.tokenizer_hash,
+            first.vocab_size,
+            first.end_id,
+        ):
             raise DataError(
                 f"{name} ({part.source}) and {first_name} ({first.source}) were prepared with different tokenizers; "
                 "prepare one with the other's: --tokenizer_path FOLDER"

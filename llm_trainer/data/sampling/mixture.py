@@ -1,15 +1,17 @@
-"""Several corpora as one training order: shares exact over any long window, each sample a function of (seed, its number).
+"""Several corpora as one training order: shares exact over any long window, each sample a function of (seed,
+its number).
 
-Drawing each sample's corpus at random gives shares that wander off by the square root of the samples, and finding how far corpus A has been
-read at sample i would need the i draws before it. Here the weights become counts of a period of 65,536 samples, and within a period each
-corpus's samples stand at even distances from a phase that is keyed by seed, stage, period and corpus (a low-discrepancy sequence, as
-fair queueing of packets has it). So in any window a corpus is off its share by at most twice the number of corpora, in samples; sample i's
-corpus and place in it follow in O(1) from i alone, however many ranks ask and wherever a run resumes.
+Drawing each sample's corpus at random gives shares that wander off by the square root of the samples, and
+finding how far corpus A has been read at sample i would need the i draws before it. Here the weights become
+counts of a period of 65,536 samples, and within a period each corpus's samples stand at even distances from a
+phase that is keyed by seed, stage, period and corpus (a low-discrepancy sequence, as fair queueing of packets
+has it). So in any window a corpus is off its share by at most twice the number of corpora, in samples; sample
+i's corpus and place in it follow in O(1) from i alone, however many ranks ask and wherever a run resumes.
 
-Weights are shares of the supervised *tokens*: where rows of one corpus hold fewer of them (padding, overlaps), it gets more rows. Each
-corpus is read in its own order, epoch after epoch, and goes on from stage to stage where it was. Stages end at a step, an epoch or a
-number of tokens; a stage that is counted in steps ends elsewhere in the data when the batch size changes, so then a resume is refused
-and says so.
+Weights are shares of the supervised *tokens*: where rows of one corpus hold fewer of them (padding,
+overlaps), it gets more rows. Each corpus is read in its own order, epoch after epoch, and goes on from stage
+to stage where it was. Stages end at a step, an epoch or a number of tokens; a stage that is counted in steps
+ends elsewhere in the data when the batch size changes, so then a resume is refused and says so.
 """
 
 from __future__ import annotations
@@ -33,12 +35,15 @@ PERIOD = 2**16
 
 
 class TokenMixture(TokenDataset):
-    """Corpora of one tokenizer, as one stream for whoever counts or checks, and one by one for `MixtureSampler`.
+    """Corpora of one tokenizer, as one stream for whoever counts or checks, and one by one for
+    `MixtureSampler`.
 
     Raises DataError where their tokenizers differ and UsageError for stages that do not weigh each of them.
     """
 
-    def __init__(self, members: Mapping[str, TokenDataset], stages: Sequence[MixtureStage], source: str = "a mixture") -> None:
+    def __init__(
+        self, members: Mapping[str, TokenDataset], stages: Sequence[MixtureStage], source: str = "a mixture"
+    ) -> None:
         check_stages(stages, members.keys(), source)
         super().__init__(**joined_fields(members, source))
         self.members, self.stages = dict(members), list(stages)
@@ -49,7 +54,9 @@ class TokenMixture(TokenDataset):
         for stage in self.stages:
             whole = sum(stage.weights.values())
             shares = ", ".join(f"{name} {weight / whole:.1%}" for name, weight in stage.weights.items())
-            stages.append(shares if stage.until is None else f"{shares} until {stage.until.value:g} {stage.until.unit}")
+            stages.append(
+                shares if stage.until is None else f"{shares} until {stage.until.value:g} {stage.until.unit}"
+            )
         return "; then ".join(stages)
 
     def with_stages(self, stages: Sequence[MixtureStage]) -> TokenMixture:
@@ -61,32 +68,49 @@ class MixtureSampler:
     """The training order over several samplers; `locate` counts the corpora in the order of `names`."""
 
     def __init__(
-        self, members: Mapping[str, Sampler], stages: Sequence[MixtureStage], seed: int, *, context: int, sequences_per_step: int = 1
+        self,
+        members: Mapping[str, Sampler],
+        stages: Sequence[MixtureStage],
+        seed: int,
+        *,
+        context: int,
+        sequences_per_step: int = 1,
     ) -> None:
         check_stages(stages, members.keys(), "mixture")
         self.names, self._members, self._seed = list(members), list(members.values()), seed
-        used = [index for index, name in enumerate(self.names) if any(stage.weights[name] for stage in stages)]
+        used = [
+            index for index, name in enumerate(self.names) if any(stage.weights[name] for stage in stages)
+        ]
         self.samples_per_epoch = sum(self._members[index].samples_per_epoch for index in used)
         self._counts = [self._counts_of(stage) for stage in stages]
         ends = [stage.until for stage in stages if stage.until is not None]
         self._starts = [0, *(self._in_samples(end, context, sequences_per_step) for end in ends)]
         if any(early >= late for early, late in zip(self._starts, self._starts[1:], strict=False)):
-            said = ", ".join(f"{end} = sample {start:,}" for end, start in zip(ends, self._starts[1:], strict=True))
+            said = ", ".join(
+                f"{end} = sample {start:,}" for end, start in zip(ends, self._starts[1:], strict=True)
+            )
             raise UsageError(f"the stages of the mixture must end one after the other, not at {said}")
         self._patterns: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
-        self._bases = [np.zeros(len(self.names), dtype=np.int64)]  # how far each corpus has been read where a stage begins
+        self._bases = [
+            np.zeros(len(self.names), dtype=np.int64)
+        ]  # how far each corpus has been read where a stage begins
         for stage, length in enumerate(np.diff(self._starts).tolist()):
             self._bases.append(self._bases[-1] + self._read_in(stage, length))
         # All batches alike, whatever corpora are in them: a compiled model is not compiled again.
         self._masks = any(self._members[index].batch(0, 1).document_ids is not None for index in used)
         first = self._counts[0] / PERIOD
-        self.tokens_per_sample = float(sum(share * member.tokens_per_sample for share, member in zip(first, self._members, strict=True)))
+        self.tokens_per_sample = float(
+            sum(share * member.tokens_per_sample for share, member in zip(first, self._members, strict=True))
+        )
 
     @property
     def order(self) -> str:
-        """Counts of each corpus in a period, by the sample from which they hold, and how the corpora are packed."""
+        """Counts of each corpus in a period, by the sample from which they hold, and how the corpora are
+        packed.
+        """
         stages = [
-            f"from sample {start}: " + ", ".join(f"{name} {count}" for name, count in zip(self.names, counts.tolist(), strict=True))
+            f"from sample {start}: "
+            + ", ".join(f"{name} {count}" for name, count in zip(self.names, counts.tolist(), strict=True))
             for start, counts in zip(self._starts, self._counts, strict=True)
         ]
         return f"mixture of {PERIOD} ({'; '.join(stages)}) of {self._members[0].order}"
@@ -101,16 +125,22 @@ class MixtureSampler:
             # Numbers of one corpus follow each other without a gap.
             parts.append(self._members[source].batch(int(places[chosen[0]]), len(chosen)))
             rows.append(chosen)
-        whole = joined(parts, with_documents=self._masks).rows(torch.from_numpy(np.argsort(np.concatenate(rows))))
+        whole = joined(parts, with_documents=self._masks).rows(
+            torch.from_numpy(np.argsort(np.concatenate(rows)))
+        )
         return replace(whole, sources=Sources(tuple(self.names), torch.from_numpy(sources)))
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Which corpus each of these samples is from, and which of its samples it is; int64 of the same shape."""
+        """Which corpus each of these samples is from, and which of its samples it is; int64 of the same
+        shape.
+        """
         samples = np.asarray(samples, dtype=np.int64)
         stages = np.searchsorted(self._starts, samples, side="right") - 1
         periods, within = np.divmod(samples - np.array(self._starts)[stages], PERIOD)
         sources, places = np.empty_like(samples), np.empty_like(samples)
-        for stage, period in sorted(set(zip(stages.flatten().tolist(), periods.flatten().tolist(), strict=True))):
+        for stage, period in sorted(
+            set(zip(stages.flatten().tolist(), periods.flatten().tolist(), strict=True))
+        ):
             chosen = (stages == stage) & (periods == period)
             pattern, ranks = self._pattern(stage, period)
             sources[chosen] = pattern[within[chosen]]
@@ -150,7 +180,9 @@ class MixtureSampler:
             counts = self._counts[stage]
             owners = np.repeat(np.arange(len(counts)), counts)
             ranks = np.arange(PERIOD) - np.repeat(np.cumsum(counts) - counts, counts)
-            phases = np.array([combine(self._seed, stage, period, corpus) / 2**64 for corpus in range(len(counts))])
+            phases = np.array(
+                [combine(self._seed, stage, period, corpus) / 2**64 for corpus in range(len(counts))]
+            )
             order = np.argsort((ranks + phases[owners]) / counts[owners], kind="stable")
             found = owners[order], ranks[order]
             self._patterns = {(stage, period): found}  # a cache of the last one, as the members keep theirs

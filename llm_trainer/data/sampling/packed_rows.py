@@ -1,9 +1,10 @@
 """Rows of whole documents: the table of what lies in which row, and the samples made of it.
 
-The table is computed once from the lengths of the documents (`packing.py`) and then row i is found in O(1). It has 17 bytes a piece and 8 a
-row. Small ones are kept in memory; one of more than a million pieces is written as it is made and memory-mapped, so that memory stays flat:
-in the folder `.packing` beside the shards, where the next run, and the other ranks of this one, find it, or, where that cannot be
-written, in a temporary folder. Its name holds all that it follows from, so a table is never stale.
+The table is computed once from the lengths of the documents (`packing.py`) and then row i is found in O(1).
+It has 17 bytes a piece and 8 a row. Small ones are kept in memory; one of more than a million pieces is
+written as it is made and memory-mapped, so that memory stays flat: in the folder `.packing` beside the
+shards, where the next run, and the other ranks of this one, find it, or, where that cannot be written, in a
+temporary folder. Its name holds all that it follows from, so a table is never stale.
 """
 
 from __future__ import annotations
@@ -36,12 +37,16 @@ _BUFFERED = 2**16
 
 
 class PackedRows:
-    """The rows of a stream under `first_fit` or `none`. `count` rows of `context` places; `supervised` labels in all of them.
+    """The rows of a stream under `first_fit` or `none`. `count` rows of `context` places; `supervised` labels
+    in all of them.
 
-    Making the table of a large corpus is shown on `console`. Raises UsageError where the overlap is as long as a row.
+    Making the table of a large corpus is shown on `console`. Raises UsageError where the overlap is as long
+    as a row.
     """
 
-    def __init__(self, tokens: TokenDataset, context: int, packing: Packing, console: Console | None = None) -> None:
+    def __init__(
+        self, tokens: TokenDataset, context: int, packing: Packing, console: Console | None = None
+    ) -> None:
         self._tokens, self._context = tokens, context
         packing.step(context)
         self._masked = packing.mask_documents and packing.strategy == "first_fit"
@@ -50,7 +55,9 @@ class PackedRows:
         self.supervised = tokens.num_tokens - (tokens.num_documents if tokens.end_id is None else 0)
 
     def rows(self, numbers: np.ndarray, rows: int | None = None) -> Batch:
-        """The rows of these numbers, and rows without labels up to `rows`. Places that hold nothing are supervised nowhere."""
+        """The rows of these numbers, and rows without labels up to `rows`. Places that hold nothing are
+        supervised nowhere.
+        """
         shape = (len(numbers) if rows is None else rows, self._context)
         inputs, documents, places = (np.zeros(shape, dtype=np.int64) for _ in range(3))
         labels = np.full(shape, IGNORED, dtype=np.int64)
@@ -60,28 +67,41 @@ class PackedRows:
         supervised, sources = int((labels != IGNORED).sum()), sources_at(self._tokens, places)
         return Batch(torch.from_numpy(inputs), torch.from_numpy(labels), found, supervised, sources)
 
-    def _fill(self, number: int, inputs: np.ndarray, labels: np.ndarray, documents: np.ndarray, places: np.ndarray) -> None:
+    def _fill(
+        self, number: int, inputs: np.ndarray, labels: np.ndarray, documents: np.ndarray, places: np.ndarray
+    ) -> None:
         begin = int(self._ends[number - 1]) if number else 0
         place = 0
-        for document, (first, count, overlap, opens) in enumerate(self._pieces[begin : int(self._ends[number])].tolist()):
+        for document, (first, count, overlap, opens) in enumerate(
+            self._pieces[begin : int(self._ends[number])].tolist()
+        ):
             sequence = np.empty(count + 1, dtype=np.int64)
             if opens:
                 sequence[0] = self._tokens.end_id
             self._tokens.read_into(first - (not opens), sequence[opens:])
             inputs[place : place + count], labels[place : place + count] = sequence[:-1], sequence[1:]
             labels[place : place + overlap] = IGNORED
-            documents[place : place + count], places[place : place + count] = document, np.arange(first, first + count)
+            documents[place : place + count], places[place : place + count] = (
+                document,
+                np.arange(first, first + count),
+            )
             place += count
             documents[place:] = document + 1
 
 
 class RowSampler:
-    """The training order over packed rows: the same rows in every epoch, in another order. Raises DataError where there are none."""
+    """The training order over packed rows: the same rows in every epoch, in another order. Raises DataError
+    where there are none.
+    """
 
-    def __init__(self, tokens: TokenDataset, context: int, seed: int, packing: Packing, console: Console | None = None) -> None:
+    def __init__(
+        self, tokens: TokenDataset, context: int, seed: int, packing: Packing, console: Console | None = None
+    ) -> None:
         self._rows, self.seed, self.order = PackedRows(tokens, context, packing, console), seed, str(packing)
         if not self._rows.count or self._rows.supervised < 1:
-            raise DataError(f"{tokens.source} gives {tokens.num_tokens} training tokens, nothing to predict; give more text")
+            raise DataError(
+                f"{tokens.source} gives {tokens.num_tokens} training tokens, nothing to predict; give more text"
+            )
         self.samples_per_epoch = self._rows.count
         self.tokens_per_sample = self._rows.supervised / self._rows.count
         self._orders: dict[int, KeyedPermutation] = {}
@@ -115,19 +135,27 @@ def _table(tokens: TokenDataset, context: int, packing: Packing, console: Consol
     key = (context, packing.strategy, packing.stride)
     if key not in tokens.packed:
         at_most = tokens.num_documents + tokens.num_tokens // packing.step(context)
-        with ByteProgress(console, f"laying out rows ({packing})", tokens.num_tokens * tokens.item_bytes) as progress:
+        with ByteProgress(
+            console, f"laying out rows ({packing})", tokens.num_tokens * tokens.item_bytes
+        ) as progress:
             make = _in_files if at_most > IN_MEMORY_PIECES else _in_memory
             tokens.packed[key] = make(tokens, context, packing, progress)
     return tokens.packed[key]
 
 
-def _rows_of(tokens: TokenDataset, context: int, packing: Packing, progress: ByteProgress) -> Iterator[list[PieceFields]]:
+def _rows_of(
+    tokens: TokenDataset, context: int, packing: Packing, progress: ByteProgress
+) -> Iterator[list[PieceFields]]:
     def documents() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for starts, lengths in tokens.documents():
             yield starts, lengths
             progress.advance(int(lengths.sum()) * tokens.item_bytes)
 
-    return pack(cut_documents(documents(), context, packing.stride, has_end=tokens.end_id is not None), context, packing.strategy)
+    return pack(
+        cut_documents(documents(), context, packing.stride, has_end=tokens.end_id is not None),
+        context,
+        packing.strategy,
+    )
 
 
 def _in_memory(tokens: TokenDataset, context: int, packing: Packing, progress: ByteProgress) -> _Table:
@@ -160,7 +188,9 @@ def _in_files(tokens: TokenDataset, context: int, packing: Packing, progress: By
     place = Path(tokens.source) / INDEX_FOLDER
     if (found := _open_table(place / name)) is not None:
         return found
-    with contextlib.suppress(OSError):  # a folder that cannot be written, or a full disk: then a temporary one
+    with contextlib.suppress(
+        OSError
+    ):  # a folder that cannot be written, or a full disk: then a temporary one
         place.mkdir(exist_ok=True)
         shutil.rmtree(place / name, ignore_errors=True)  # a torn one, after a power failure
         workplace = Path(tempfile.mkdtemp(prefix=f"{name}.", dir=place))
@@ -172,7 +202,9 @@ def _in_files(tokens: TokenDataset, context: int, packing: Packing, progress: By
                 return found
         finally:
             shutil.rmtree(workplace, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix="llm-trainer-packing-") as folder:  # mapped files live on when their names are gone
+    with tempfile.TemporaryDirectory(
+        prefix="llm-trainer-packing-"
+    ) as folder:  # mapped files live on when their names are gone
         _write_table(Path(folder), _rows_of(tokens, context, packing, progress))
         found = _open_table(Path(folder))
     assert found is not None

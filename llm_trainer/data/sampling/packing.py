@@ -1,18 +1,21 @@
 """How documents share rows, and what each way wastes.
 
-greedy     documents end to end, cut where a row is full: no padding but in the last row; most documents of a row's length are cut
-first_fit  each document whole into the first open row with room, longer ones cut at the row's length: a little padding, few cuts
-none       each document a row of its own (a long one several): nothing is shared, short documents are mostly padding
+greedy     documents end to end, cut where a row is full: no padding but in the last row; most documents of a
+row's length are cut first_fit  each document whole into the first open row with room, longer ones cut at the
+row's length: a little padding, few cuts none       each document a row of its own (a long one several):
+nothing is shared, short documents are mostly padding
 
-first_fit is online, so that memory does not grow with the corpus: at most `OPEN_ROWS` rows are open at once, in the order in which they
-were opened; a document that fits none opens another, for which the fullest one is closed (the oldest of equals).
+first_fit is online, so that memory does not grow with the corpus: at most `OPEN_ROWS` rows are open at once,
+in the order in which they were opened; a document that fits none opens another, for which the fullest one is
+closed (the oldest of equals).
 
 `stride` is the overlap between neighbouring chunks of one text, in tokens. The repeated tokens are there to be seen: their labels count in
 the earlier chunk alone, so every token is still learned once a pass and no loss counts one twice.
 
-A *piece* is what one row holds of one document. Its labels are `count` tokens of the stream from `first` on; its inputs are the tokens
-one place earlier. Where texts end in an end of text, that token also opens each document (the piece says `opens`), as in `windows.py`: so
-every token of a document is a label in exactly one piece. Without one, a document's first token predicts but is not predicted.
+A *piece* is what one row holds of one document. Its labels are `count` tokens of the stream from `first` on;
+its inputs are the tokens one place earlier. Where texts end in an end of text, that token also opens each
+document (the piece says `opens`), as in `windows.py`: so every token of a document is a label in exactly one
+piece. Without one, a document's first token predicts but is not predicted.
 """
 
 from __future__ import annotations
@@ -38,7 +41,9 @@ _MEASURED = 200_000  # documents that the waste is measured on
 
 @dataclass(frozen=True)
 class Packing:
-    """How documents become rows. `stride`: overlap of neighbouring chunks in tokens; `mask_documents`: tokens see only their own."""
+    """How documents become rows. `stride`: overlap of neighbouring chunks in tokens; `mask_documents`: tokens
+    see only their own.
+    """
 
     strategy: Strategy = "greedy"
     stride: int = 0
@@ -73,9 +78,13 @@ class Packing:
             config.stride = self.stride
 
     def step(self, context: int) -> int:
-        """Tokens from one chunk's beginning to the next one's. Raises UsageError where the overlap leaves none."""
+        """Tokens from one chunk's beginning to the next one's. Raises UsageError where the overlap leaves
+        none.
+        """
         if self.stride >= context:
-            raise UsageError(f"stride={self.stride} must be below the length of a row, {context} tokens; lower it, or lengthen the rows")
+            raise UsageError(
+                f"stride={self.stride} must be below the length of a row, {context} tokens; lower it, or lengthen the rows"
+            )
         return context - self.stride
 
     def __str__(self) -> str:
@@ -84,7 +93,8 @@ class Packing:
 
 @dataclass(frozen=True)
 class PackingFacts:
-    """What a strategy makes of documents: `places` = rows × context = `supervised` + `repeated` (overlaps) + `padding`.
+    """What a strategy makes of documents: `places` = rows × context = `supervised` + `repeated` (overlaps) +
+    `padding`.
 
     `cut` documents lie in more than one row.
     """
@@ -107,7 +117,9 @@ class PackingFacts:
         return 1 - self.supervised / self.places if self.places else 0.0
 
 
-def packing_waste(document_lengths: Sequence[int] | np.ndarray, context: int, strategy: Strategy, stride: int = 0) -> float:
+def packing_waste(
+    document_lengths: Sequence[int] | np.ndarray, context: int, strategy: Strategy, stride: int = 0
+) -> float:
     """Share of the places in rows of `context` from which nothing is learned (padding, overlaps), 0 … 1.
 
     `document_lengths` are in tokens, ends of text included. Raises UsageError for a stride of a row's length or more.
@@ -115,20 +127,35 @@ def packing_waste(document_lengths: Sequence[int] | np.ndarray, context: int, st
     return measure_packing(document_lengths, context, Packing(strategy, stride)).waste
 
 
-def measure_packing(document_lengths: Sequence[int] | np.ndarray, context: int, packing: Packing) -> PackingFacts:
-    """What `packing` makes of documents of these lengths, in their order, without reading them. Raises as `packing_waste`."""
+def measure_packing(
+    document_lengths: Sequence[int] | np.ndarray, context: int, packing: Packing
+) -> PackingFacts:
+    """What `packing` makes of documents of these lengths, in their order, without reading them. Raises as
+    `packing_waste`.
+    """
     lengths = np.asarray(document_lengths, dtype=np.int64)
     ends = np.cumsum(lengths)
     tokens, step = int(lengths.sum()), packing.step(context)
     if packing.strategy == "greedy":
         labels = max(0, tokens - 1)  # of a stream its first token is seen only
         rows = greedy_rows(tokens, context, packing.stride)
-        first_row, last_row = (np.maximum(0, -(-(place - context) // step)) for place in (ends - lengths, ends - 1))
+        first_row, last_row = (
+            np.maximum(0, -(-(place - context) // step)) for place in (ends - lengths, ends - 1)
+        )
         return PackingFacts(
-            rows, rows * context, labels, max(0, rows - 1) * packing.stride, len(lengths), int((first_row != last_row).sum())
+            rows,
+            rows * context,
+            labels,
+            max(0, rows - 1) * packing.stride,
+            len(lengths),
+            int((first_row != last_row).sum()),
         )
     rows = repeated = 0
-    placed = pack(cut_documents([(ends - lengths, lengths)], context, packing.stride, has_end=True), context, packing.strategy)
+    placed = pack(
+        cut_documents([(ends - lengths, lengths)], context, packing.stride, has_end=True),
+        context,
+        packing.strategy,
+    )
     for row in placed:
         rows += 1
         repeated += sum(piece[2] for piece in row)
@@ -140,8 +167,11 @@ def greedy_rows(tokens: int, context: int, stride: int = 0) -> int:
     return 0 if tokens < 2 else 1 + -(-max(0, tokens - 1 - context) // (context - stride))
 
 
-def packing_lines(document_lengths: Sequence[int] | np.ndarray, context: int | None, chosen: Packing) -> list[str]:
-    """The waste of each strategy in words, for a summary; measured on the first 200,000 documents where there are more.
+def packing_lines(
+    document_lengths: Sequence[int] | np.ndarray, context: int | None, chosen: Packing
+) -> list[str]:
+    """The waste of each strategy in words, for a summary; measured on the first 200,000 documents where there
+    are more.
 
     Without a `context` (no max_length was said) it is that of rows of 1,024, if the overlap leaves such rows.
     """
@@ -161,10 +191,14 @@ def packing_lines(document_lengths: Sequence[int] | np.ndarray, context: int | N
     return lines
 
 
-def cut_documents(documents: Iterable[tuple[np.ndarray, np.ndarray]], context: int, stride: int, *, has_end: bool) -> Iterator[np.ndarray]:
-    """Pieces (PIECE) of at most `context` labels, in order, from blocks of (where documents begin, their lengths).
+def cut_documents(
+    documents: Iterable[tuple[np.ndarray, np.ndarray]], context: int, stride: int, *, has_end: bool
+) -> Iterator[np.ndarray]:
+    """Pieces (PIECE) of at most `context` labels, in order, from blocks of (where documents begin, their
+    lengths).
 
-    A chunk repeats the last `stride` tokens of the one before it. `has_end`: documents end with an end of text, which opens them as well.
+    A chunk repeats the last `stride` tokens of the one before it. `has_end`: documents end with an end of
+    text, which opens them as well.
     """
     step = Packing(stride=stride).step(context)
     for starts, lengths in documents:
@@ -188,7 +222,9 @@ PieceFields = tuple[int, int, int, bool]  # a PIECE as Python numbers
 
 
 def pack(pieces: Iterable[np.ndarray], context: int, strategy: Strategy) -> Iterator[list[PieceFields]]:
-    """Rows, each a list of pieces that together have at most `context` labels; memory does not grow with their number."""
+    """Rows, each a list of pieces that together have at most `context` labels; memory does not grow with
+    their number.
+    """
     if strategy == "none":
         for block in pieces:
             yield from ([piece] for piece in block.tolist())

@@ -1,11 +1,13 @@
 """A keyed permutation of 0 … n-1: a shuffled order that nobody stores.
 
-Shuffling a list of samples needs the list, and knowing where one is after a resume needs the whole shuffle again. A permutation computed
-from a key gives sample i of epoch e at once, in O(1) time and memory, on any rank and in any order of asking.
+Shuffling a list of samples needs the list, and knowing where one is after a resume needs the whole shuffle
+again. A permutation computed from a key gives sample i of epoch e at once, in O(1) time and memory, on any
+rank and in any order of asking.
 
-A Feistel network over a rectangle of a × b ≥ n cells (the generalised form of Black & Rogaway 2002, "Ciphers with arbitrary finite
-domains") is a bijection whatever its round function; cells outside 0 … n-1 are walked on until they fall inside. a and b are near √n, so
-that a walk is rare. It need not withstand an enemy, only look shuffled: eight rounds of a 64-bit mixer do.
+A Feistel network over a rectangle of a × b ≥ n cells (the generalised form of Black & Rogaway 2002, "Ciphers
+with arbitrary finite domains") is a bijection whatever its round function; cells outside 0 … n-1 are walked
+on until they fall inside. a and b are near √n, so that a walk is rare. It need not withstand an enemy, only
+look shuffled: eight rounds of a 64-bit mixer do.
 """
 
 from __future__ import annotations

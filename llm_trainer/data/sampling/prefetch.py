@@ -1,8 +1,9 @@
-"""Batches made ahead of the step that needs them, in threads, in an order that does not depend on the threads.
+"""Batches made ahead of the step that needs them, in threads, in an order that does not depend on the
+threads.
 
-Threads, not processes: making a batch is numpy copying from memory maps, which holds the interpreter's lock for microseconds, and a thread
-costs neither start-up nor pickling. Each thread takes the next number, makes that batch and puts it under its number; the reader waits for
-the number it is at.
+Threads, not processes: making a batch is numpy copying from memory maps, which holds the interpreter's lock
+for microseconds, and a thread costs neither start-up nor pickling. Each thread takes the next number, makes
+that batch and puts it under its number; the reader waits for the number it is at.
 """
 
 from __future__ import annotations
@@ -16,20 +17,26 @@ _JOIN_SECONDS = 2.0
 
 
 class Prefetcher(Generic[Item]):
-    """Iterates over `load(first)`, `load(first + 1)`, … without end; with `threads` 0 each is made when asked for.
+    """Iterates over `load(first)`, `load(first + 1)`, … without end; with `threads` 0 each is made when asked
+    for.
 
-    At most `ahead` items (twice the threads) are kept. What `load` raises is raised to the reader at that item's turn. `close()` (or
-    leaving the `with` block) stops the threads; it waits for a load in progress for two seconds at most, never for the reader.
+    At most `ahead` items (twice the threads) are kept. What `load` raises is raised to the reader at that
+    item's turn. `close()` (or leaving the `with` block) stops the threads; it waits for a load in progress
+    for two seconds at most, never for the reader.
     """
 
-    def __init__(self, load: Callable[[int], Item], first: int, threads: int, ahead: int | None = None) -> None:
+    def __init__(
+        self, load: Callable[[int], Item], first: int, threads: int, ahead: int | None = None
+    ) -> None:
         self._load = load
         self._next_read = self._next_load = first
         self._ahead = ahead or 2 * threads
         self._ready: dict[int, Item | BaseException] = {}
         self._changed = threading.Condition()
         self._is_closed = False
-        self._threads = [threading.Thread(target=self._work, name=f"prefetch-{n}", daemon=True) for n in range(threads)]
+        self._threads = [
+            threading.Thread(target=self._work, name=f"prefetch-{n}", daemon=True) for n in range(threads)
+        ]
         for thread in self._threads:
             thread.start()
 
@@ -74,7 +81,9 @@ class Prefetcher(Generic[Item]):
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._is_closed or self._next_load < self._next_read + self._ahead)
+                self._changed.wait_for(
+                    lambda: self._is_closed or self._next_load < self._next_read + self._ahead
+                )
                 if self._is_closed:
                     return
                 number = self._next_load

@@ -1,7 +1,8 @@
 """From shards to batches: sample i is a function of the shards, the seed and i.
 
-Which sampler it is, follows from the data and the settings: windows over one stream (`windows.py`), rows of whole documents (`rows.py`), or
-several corpora mixed (`mixture.py`). Validation shows the same rows in their order, each once.
+Which sampler it is, follows from the data and the settings: windows over one stream (`windows.py`), rows of
+whole documents (`rows.py`), or several corpora mixed (`mixture.py`). Validation shows the same rows in their
+order, each once.
 """
 
 from __future__ import annotations
@@ -38,15 +39,21 @@ def open_sampler(
     sequences_per_step: int = 1,
     console: Console | None = None,
 ) -> Sampler:
-    """The training order over a stream or a mixture; `sequences_per_step` is what stages given in steps are counted by.
+    """The training order over a stream or a mixture; `sequences_per_step` is what stages given in steps are
+    counted by.
 
-    What takes longer than two seconds is shown on `console`. Raises DataError where the data is shorter than one row, UsageError for
-    settings that do not fit it.
+    What takes longer than two seconds is shown on `console`. Raises DataError where the data is shorter than
+    one row, UsageError for settings that do not fit it.
     """
     packing = packing or Packing()
     if isinstance(tokens, TokenMixture):
-        members = {name: open_sampler(member, context, seed, packing, console=console) for name, member in tokens.members.items()}
-        return MixtureSampler(members, tokens.stages, seed, context=context, sequences_per_step=sequences_per_step)
+        members = {
+            name: open_sampler(member, context, seed, packing, console=console)
+            for name, member in tokens.members.items()
+        }
+        return MixtureSampler(
+            members, tokens.stages, seed, context=context, sequences_per_step=sequences_per_step
+        )
     if packing.strategy == "greedy":
         return WindowSampler(tokens, context, seed, packing.mask_documents, packing.stride)
     return RowSampler(tokens, context, seed, packing, console)
@@ -62,8 +69,12 @@ def training_sampler(
     sequences_per_step: int = 1,
     console: Console | None = None,
 ) -> Sampler:
-    """The order of a training run: packed, mixed and noised as the settings say. `tokenizer` writes the noise; raises as `open_sampler`."""
-    sampler = open_sampler(tokens, context, seed, Packing.of(config), sequences_per_step=sequences_per_step, console=console)
+    """The order of a training run: packed, mixed and noised as the settings say. `tokenizer` writes the
+    noise; raises as `open_sampler`.
+    """
+    sampler = open_sampler(
+        tokens, context, seed, Packing.of(config), sequences_per_step=sequences_per_step, console=console
+    )
     return augmented(sampler, Augmentation.of(config), tokenizer, seed)
 
 
@@ -79,18 +90,24 @@ def validation_batches(
 ) -> Iterator[Batch]:
     """All rows in order; with `limit`, that many batches spread evenly over them.
 
-    Of several `ranks` each takes every so-many-th batch. All get equally many: those past the end are rows without labels.
+    Of several `ranks` each takes every so-many-th batch. All get equally many: those past the end are rows
+    without labels.
 
-    Every token is a label once, but for a stream's first under greedy and a document's first where no end of text opens it. The last batch
-    is filled with rows without labels where there were full ones before it, so that shapes stay the same (a compiled model is not compiled
-    again). Raises DataError where there is nothing to predict.
+    Every token is a label once, but for a stream's first under greedy and a document's first where no end of
+    text opens it. The last batch is filled with rows without labels where there were full ones before it, so
+    that shapes stay the same (a compiled model is not compiled again). Raises DataError where there is
+    nothing to predict.
     """
     if tokens.num_tokens < 2:
-        raise DataError(f"the validation split of {tokens.source} has {tokens.num_tokens} tokens; raise val_ratio, or give more text")
+        raise DataError(
+            f"the validation split of {tokens.source} has {tokens.num_tokens} tokens; raise val_ratio, or give more text"
+        )
     rows = _rows(tokens, context, packing)
     chosen = rows.count if limit is None else min(rows.count, limit * batch_size)
     numbers = np.arange(chosen, dtype=np.int64) * rows.count // max(1, chosen)
-    for first in range(rank * batch_size, -(-chosen // (batch_size * ranks)) * batch_size * ranks, batch_size * ranks):
+    for first in range(
+        rank * batch_size, -(-chosen // (batch_size * ranks)) * batch_size * ranks, batch_size * ranks
+    ):
         part = numbers[first : first + batch_size]
         if len(part) == 0:
             yield unsupervised(rows.rows(numbers[:batch_size], rows=batch_size))
@@ -105,4 +122,8 @@ def validation_row_count(tokens: TokenDataset, context: int, packing: Packing | 
 
 def _rows(tokens: TokenDataset, context: int, packing: Packing | None) -> Windows | PackedRows:
     packing = packing or Packing()
-    return Windows(tokens, context, packing) if packing.strategy == "greedy" else PackedRows(tokens, context, packing)
+    return (
+        Windows(tokens, context, packing)
+        if packing.strategy == "greedy"
+        else PackedRows(tokens, context, packing)
+    )

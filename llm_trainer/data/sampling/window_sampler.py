@@ -6,10 +6,12 @@ starts at another place each epoch too, so that an id does not always meet the s
 has the same virtue but repeats some ids and never shows others within an epoch). Nothing is stored and nothing depends on who asks: ranks,
 workers, a resume and a changed batch size read the same samples, in O(1).
 
-Documents. With `mask_documents` and more than one document `document_ids` tell the attention what belongs together. The end of text that
-closes a document opens the next one: as a label it belongs to the document that it ends, as an input to the one that follows. So every
-document is seen as `<end> text <end>`, each label is predicted from its own document alone, the first id of a text is learned as well, and
-a model can write from nothing but `<end>`. Where documents have no end of text (characters), a document's last id predicts nothing.
+Documents. With `mask_documents` and more than one document `document_ids` tell the attention what belongs
+together. The end of text that closes a document opens the next one: as a label it belongs to the document
+that it ends, as an input to the one that follows. So every document is seen as `<end> text <end>`, each label
+is predicted from its own document alone, the first id of a text is learned as well, and a model can write
+from nothing but `<end>`. Where documents have no end of text (characters), a document's last id predicts
+nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ class WindowSampler:
     sequence of epochs. With a `stride` neighbouring windows share so many ids, whose labels count in the earlier one.
     """
 
-    def __init__(self, tokens: TokenDataset, context: int, seed: int, mask_documents: bool = True, stride: int = 0) -> None:
+    def __init__(
+        self, tokens: TokenDataset, context: int, seed: int, mask_documents: bool = True, stride: int = 0
+    ) -> None:
         require_window(tokens, context)
         self.tokens, self.context, self.seed = tokens, context, seed
         packing = Packing("greedy", stride, mask_documents)
@@ -75,15 +79,21 @@ class WindowSampler:
         order = self._orders.get(epoch)
         if order is None:
             order = KeyedPermutation(self.samples_per_epoch, combine(self.seed, epoch))
-            self._orders = {epoch: order}  # a cache of the last one; losing a race between threads only costs making it again
+            self._orders = {
+                epoch: order
+            }  # a cache of the last one; losing a race between threads only costs making it again
         return order
 
     def _shift(self, epoch: int) -> int:
         return combine(self.seed, epoch, 1) % (self._room + 1)
 
 
-def require_window(tokens: TokenDataset, context: int, *, source: str | None = None, setting: str = "max_position_embeddings") -> None:
-    """Raise DataError where the stream does not hold one window and its last label; `setting` is what the user may lower."""
+def require_window(
+    tokens: TokenDataset, context: int, *, source: str | None = None, setting: str = "max_position_embeddings"
+) -> None:
+    """Raise DataError where the stream does not hold one window and its last label; `setting` is what the
+    user may lower.
+    """
     if tokens.num_tokens < context + 1:
         raise DataError(
             f"{source or tokens.source} gives {tokens.num_tokens} training tokens, fewer than one window of {context} and its last label; "
@@ -92,10 +102,17 @@ def require_window(tokens: TokenDataset, context: int, *, source: str | None = N
 
 
 class Windows:
-    """Turns places in the stream into rows; window `i` of `count` begins at `i` steps, and the last may be shorter than the others."""
+    """Turns places in the stream into rows; window `i` of `count` begins at `i` steps, and the last may be
+    shorter than the others.
+    """
 
     def __init__(self, tokens: TokenDataset, context: int, packing: Packing) -> None:
-        self._tokens, self._context, self._stride, self._step = tokens, context, packing.stride, packing.step(context)
+        self._tokens, self._context, self._stride, self._step = (
+            tokens,
+            context,
+            packing.stride,
+            packing.step(context),
+        )
         self._masked = packing.mask_documents and tokens.num_documents > 1
         self._opens = 1 if tokens.end_id is not None else 0  # a document begins with the end that precedes it
         self.count = greedy_rows(tokens.num_tokens, context, packing.stride)
@@ -111,7 +128,9 @@ class Windows:
         return self.load(numbers * self._step, rows, is_first=numbers == 0)
 
     def load(self, starts: np.ndarray, rows: int | None = None, is_first: np.ndarray | None = None) -> Batch:
-        """One row for each of `starts`, and rows without labels up to `rows`; with a stride all but a pass's first leave some to others."""
+        """One row for each of `starts`, and rows without labels up to `rows`; with a stride all but a pass's
+        first leave some to others.
+        """
         rows = len(starts) if rows is None else rows
         ids = np.zeros((rows, self._context + 1), dtype=np.int64)
         lengths = np.minimum(self._context, self._tokens.num_tokens - 1 - starts)
@@ -142,10 +161,14 @@ class Windows:
             documents[row, length:] = documents[row, length - 1] + 1
 
     def _documents(self, starts: np.ndarray, rows: int, labels: np.ndarray) -> np.ndarray:
-        """Document of each input, counted within its row (B, T); where nothing opens a document, its first id is not a label."""
+        """Document of each input, counted within its row (B, T); where nothing opens a document, its first id
+        is not a label.
+        """
         begins = np.zeros((rows, self._context), dtype=np.int64)
         for row, start in enumerate(starts.tolist()):
-            places = self._tokens.document_starts_in(start + 1, self._context)  # relative to start + 1: the place that ends the one before
+            places = self._tokens.document_starts_in(
+                start + 1, self._context
+            )  # relative to start + 1: the place that ends the one before
             if self._opens:
                 begins[row, places] = 1
             else:

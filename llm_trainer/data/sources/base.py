@@ -1,12 +1,14 @@
 """What readers give: pieces of documents and rejected ones, in units that any number of workers may share.
 
-A reader yields `Piece`s of text and `Rejected` documents, so that documents in = documents kept + documents rejected, each with its reason.
-A document of ordinary size is one piece; a longer one comes in pieces of about `PIECE_BYTES`, cut where a letter is followed by a
-space: there byte-level BPE has a boundary of words in any case, so the ids are those of the whole text.
+A reader yields `Piece`s of text and `Rejected` documents, so that documents in = documents kept + documents
+rejected, each with its reason. A document of ordinary size is one piece; a longer one comes in pieces of
+about `PIECE_BYTES`, cut where a letter is followed by a space: there byte-level BPE has a boundary of words
+in any case, so the ids are those of the whole text.
 
-A source is a sequence of *units*: a byte range of a file of lines, some small files, row groups of a table. A unit is a small, frozen,
-picklable value that gives the same documents each time it is read, in whichever process; a document never spans two. So what depends on
-a unit alone can be computed by any worker, kept, and found again, while the texts themselves are never stored twice.
+A source is a sequence of *units*: a byte range of a file of lines, some small files, row groups of a table. A
+unit is a small, frozen, picklable value that gives the same documents each time it is read, in whichever
+process; a document never spans two. So what depends on a unit alone can be computed by any worker, kept, and
+found again, while the texts themselves are never stored twice.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ _CUT = re.compile(r"[^\W\d_](?= )")
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Text of a document; the document ends with the piece that `is_last`. `split` is set where the source itself has splits."""
+    """Text of a document; the document ends with the piece that `is_last`. `split` is set where the source
+    itself has splits.
+    """
 
     text: str
     is_last: bool = True
@@ -32,7 +36,9 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A document that was left out: for which reason (a few fixed words, counted), where, and its text where that could be read."""
+    """A document that was left out: for which reason (a few fixed words, counted), where, and its text where
+    that could be read.
+    """
 
     reason: str
     where: str
@@ -140,7 +146,9 @@ def judged(text: str, where: str, split: str | None = None) -> Iterator[Reading]
 
 
 def in_pieces(blocks: Iterator[str], split: str | None = None) -> Iterator[Piece]:
-    """Join `blocks` of one document into pieces of about PIECE_BYTES characters, cut where words end; the last one says so."""
+    """Join `blocks` of one document into pieces of about PIECE_BYTES characters, cut where words end; the
+    last one says so.
+    """
     held = ""
     for block in blocks:
         held += block
@@ -152,6 +160,8 @@ def in_pieces(blocks: Iterator[str], split: str | None = None) -> Iterator[Piece
 
 
 def _cut_before(text: str, limit: int) -> int:
-    """The last place up to `limit`, and in the text's second half, where a letter stands before a space; else `limit`."""
+    """The last place up to `limit`, and in the text's second half, where a letter stands before a space; else
+    `limit`.
+    """
     ends = [match.end() for match in _CUT.finditer(text, max(limit - 65536, limit // 2), limit)]
     return ends[-1] if ends else limit

@@ -1,8 +1,9 @@
 """The corpus that needs no network: text that every Python installation holds.
 
-The language reference as `help()` shows it (`pydoc_data.topics`, about half a megabyte of English) and the standard library's own sources
-(about ten megabytes of code with prose in it). Tests, vendored copies and tables of character codes are left out: they are long
-and say little. What is there differs a little between versions of Python, so the version belongs to the contents' hash.
+The language reference as `help()` shows it (`pydoc_data.topics`, about half a megabyte of English) and the
+standard library's own sources (about ten megabytes of code with prose in it). Tests, vendored copies and
+tables of character codes are left out: they are long and say little. What is there differs a little between
+versions of Python, so the version belongs to the contents' hash.
 """
 
 from __future__ import annotations
@@ -19,7 +20,18 @@ from llm_trainer.data.sources import base as documents
 from llm_trainer.data.sources.base import Reading, Unit, judged
 from llm_trainer.errors import DataError
 
-_LEFT_OUT = {"test", "tests", "idle_test", "lib2to3", "site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data", "_vendor"}
+_LEFT_OUT = {
+    "test",
+    "tests",
+    "idle_test",
+    "lib2to3",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "encodings",
+    "pydoc_data",
+    "_vendor",
+}
 _UNIT_BYTES = 2 * 2**20
 
 
@@ -51,7 +63,9 @@ class BuiltinUnit:
 
 
 class BuiltinSource:
-    """The language reference, topic by topic, then the standard library, file by file; always in the same order."""
+    """The language reference, topic by topic, then the standard library, file by file; always in the same
+    order.
+    """
 
     name = "builtin"
 
@@ -85,7 +99,10 @@ class BuiltinSource:
         """Bytes of each of the two parts, for the console."""
         reference, *library = (unit.size for unit in self.units())
         python = ".".join(map(str, sys.version_info[:2]))
-        return {f"language reference of Python {python}": reference, f"standard library of Python {python}": sum(library)}
+        return {
+            f"language reference of Python {python}": reference,
+            f"standard library of Python {python}": sum(library),
+        }
 
 
 def language_reference() -> list[tuple[str, str]]:
@@ -93,7 +110,9 @@ def language_reference() -> list[tuple[str, str]]:
     try:
         from pydoc_data.topics import topics
     except ImportError:
-        raise DataError("this Python has no pydoc_data.topics (the built-in corpus); give a text with --input") from None
+        raise DataError(
+            "this Python has no pydoc_data.topics (the built-in corpus); give a text with --input"
+        ) from None
     return sorted((str(name), str(text)) for name, text in topics.items())
 
 
@@ -102,8 +121,12 @@ def library_files() -> list[str]:
     root = _library()
     found: list[str] = []
     for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in _LEFT_OUT]  # site-packages alone may hold a hundred thousand files
-        found += [(Path(folder) / name).relative_to(root).as_posix() for name in names if name.endswith(".py")]
+        folders[:] = [
+            name for name in folders if name not in _LEFT_OUT
+        ]  # site-packages alone may hold a hundred thousand files
+        found += [
+            (Path(folder) / name).relative_to(root).as_posix() for name in names if name.endswith(".py")
+        ]
     return sorted(found)
 
 

@@ -40,7 +40,9 @@ class _Record:
 
 
 def csv_table(extent: Extent, column: str) -> Iterator[Reading]:
-    """The texts of a column that the first record names. The delimiter is the one that makes a column of that name."""
+    """The texts of a column that the first record names. The delimiter is the one that makes a column of that
+    name.
+    """
     header = _header(extent, column)
     if isinstance(header, Rejected):
         yield header
@@ -53,7 +55,9 @@ def csv_table(extent: Extent, column: str) -> Iterator[Reading]:
         elif number == 0:
             continue
         elif len(record.fields) != len(names):
-            yield Rejected("not CSV", f"{record.where}: {len(record.fields)} fields, the header has {len(names)}")
+            yield Rejected(
+                "not CSV", f"{record.where}: {len(record.fields)} fields, the header has {len(names)}"
+            )
         else:
             try:
                 yield from judged(record.fields[index].decode("utf-8"), record.where)
@@ -75,12 +79,16 @@ def _header(extent: Extent, column: str) -> tuple[bytes, list[str]] | Rejected:
         if column in names:
             return delimiter, names
         seen = max(seen, names, key=len)
-    return Rejected(f"no text in the column {column!r}", f"{extent.name}: its first record is {', '.join(seen)[:200]}")
+    return Rejected(
+        f"no text in the column {column!r}", f"{extent.name}: its first record is {', '.join(seen)[:200]}"
+    )
 
 
 def _records(extent: Extent, delimiter: bytes) -> Iterator[_Record | Rejected]:
     """Every record; blank lines are none."""
-    field = re.compile(rb'(?:"((?:[^"]++|"")*+)"|([^%b"][^%b]*+|))(?:(%b)|\Z)' % ((re.escape(delimiter),) * 3))
+    field = re.compile(
+        rb'(?:"((?:[^"]++|"")*+)"|([^%b"][^%b]*+|))(?:(%b)|\Z)' % ((re.escape(delimiter),) * 3)
+    )
     lines = _Lines(storage.lines(extent, keeps_ends=True))
     while (first := lines.first()) is not None:
         where, offset, line = first
@@ -92,7 +100,9 @@ def _records(extent: Extent, delimiter: bytes) -> Iterator[_Record | Rejected]:
 
 
 def _fields(line: bytes, lines: _Lines, field: re.Pattern[bytes]) -> list[bytes] | None:
-    """The fields of the record that begins with `line`; None where it is not CSV, and then the lines after it are as if unread."""
+    """The fields of the record that begins with `line`; None where it is not CSV, and then the lines after it
+    are as if unread.
+    """
     fields: list[bytes] = []
     at, record = 0, line
     try:
@@ -137,7 +147,8 @@ class _Lines:
 
     def up_to_odd_quote(self, most: int) -> bytes:
         """The next lines up to one with an odd number of quotes, where a quoted field may end. Raises _NotCSVError where none comes in
-        `most` bytes."""
+        `most` bytes.
+        """
         found: list[bytes] = []
         while (line := self._next()) is not None:
             self._taken.append(line)

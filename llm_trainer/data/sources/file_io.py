@@ -18,14 +18,17 @@ from typing import IO
 from llm_trainer.errors import DataError
 
 COMPRESSIONS = (".gz", ".bz2", ".zst")
-LONGEST_RECORD = 64 * 2**20  # bytes of a line or record; what is longer is set aside, since one is held at a time
+LONGEST_RECORD = (
+    64 * 2**20
+)  # bytes of a line or record; what is longer is set aside, since one is held at a time
 BLOCK = 2**20
 UNREADABLE = (OSError, EOFError, zlib.error)  # what a damaged or missing file raises while it is read
 
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """A file, or the part of it that begins in [start, stop): bytes of a file of lines, row groups or batches of a table.
+    """A file, or the part of it that begins in [start, stop): bytes of a file of lines, row groups or batches
+    of a table.
 
     `name` is what messages call the file: relative to what the user gave.
     """
@@ -36,7 +39,9 @@ class Extent:
     stop: int | None = None
 
     def stored(self) -> io.BufferedReader:
-        """The whole file's bytes as they are stored. Raises OSError, also for a pipe, which would be waited for without end."""
+        """The whole file's bytes as they are stored. Raises OSError, also for a pipe, which would be waited
+        for without end.
+        """
         if not stat.S_ISREG(self.path.stat().st_mode):
             raise OSError("not a regular file")
         return self.path.open("rb")
@@ -64,9 +69,11 @@ def compression_of(path: Path) -> str | None:
 
 
 def line_bounds(opened: IO[bytes], extent: Extent) -> tuple[int, int | None]:
-    """(first byte, byte after the last, None for the end) of the lines that begin in the extent of a plain file.
+    """(first byte, byte after the last, None for the end) of the lines that begin in the extent of a plain
+    file.
 
-    Every line belongs to exactly one of several extents side by side, and no scan goes past a line that began in the extent.
+    Every line belongs to exactly one of several extents side by side, and no scan goes past a line that began
+    in the extent.
     """
     begin = _next_line(opened, extent.start, extent.stop)
     if extent.stop is None:
@@ -87,10 +94,11 @@ def _next_line(opened: IO[bytes], offset: int, stop: int | None) -> int:
 
 
 def lines(extent: Extent, *, keeps_ends: bool = False) -> Iterator[tuple[str, int, bytes | None]]:
-    """(where, byte offset, line) of each line that begins in the extent; None for one longer than LONGEST_RECORD.
+    """(where, byte offset, line) of each line that begins in the extent; None for one longer than
+    LONGEST_RECORD.
 
-    The line comes without its end unless `keeps_ends`, and without a byte order mark. `where` is a line number in a file read from its
-    start, else the byte at which the line begins.
+    The line comes without its end unless `keeps_ends`, and without a byte order mark. `where` is a line
+    number in a file read from its start, else the byte at which the line begins.
     """
     with extent.open() as opened:
         offset, number = 0, 0
@@ -104,7 +112,11 @@ def lines(extent: Extent, *, keeps_ends: bool = False) -> Iterator[tuple[str, in
                 return
             start, number = offset, number + 1
             offset += len(line)
-            where = f"{extent.name}, line {number}" if extent.start == 0 else f"{extent.name}, the line at byte {start}"
+            where = (
+                f"{extent.name}, line {number}"
+                if extent.start == 0
+                else f"{extent.name}, the line at byte {start}"
+            )
             if len(line) > LONGEST_RECORD and not line.endswith(b"\n"):
                 while line and not line.endswith(b"\n"):
                     line = opened.readline(BLOCK)
@@ -124,14 +136,20 @@ def _open_zstd(stored: io.BufferedReader, name: str) -> io.BufferedReader:
             from backports import zstd
     except ImportError:
         stored.close()
-        raise DataError(f"reading {name} needs the extra 'formats': pip install 'llm-trainer[formats]'") from None
+        raise DataError(
+            f"reading {name} needs the extra 'formats': pip install 'llm-trainer[formats]'"
+        ) from None
     return _Stream(zstd.ZstdFile(stored), stored, zstd.ZstdError)
 
 
 class _Stream(io.BufferedReader):
-    """Decompressed bytes. Closing closes the file below too; an error of the library's own kind becomes an OSError."""
+    """Decompressed bytes. Closing closes the file below too; an error of the library's own kind becomes an
+    OSError.
+    """
 
-    def __init__(self, raw: io.BufferedIOBase, stored: io.BufferedReader, error: type[Exception] = OSError) -> None:
+    def __init__(
+        self, raw: io.BufferedIOBase, stored: io.BufferedReader, error: type[Exception] = OSError
+    ) -> None:
         super().__init__(_Translated(raw, error), BLOCK)
         self._stored = stored
 

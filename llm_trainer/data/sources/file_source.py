@@ -1,7 +1,8 @@
-"""Documents from files: of several kinds, each plain or compressed, one file or a folder of them, read in a fixed order with flat memory.
+"""Documents from files: of several kinds, each plain or compressed, one file or a folder of them, read in a
+fixed order with flat memory.
 
-Small files share a unit, a large one of lines is cut into ranges of bytes, so that any number of workers can share either. A compressed
-file cannot be entered midway: it is one unit, however large.
+Small files share a unit, a large one of lines is cut into ranges of bytes, so that any number of workers can
+share either. A compressed file cannot be entered midway: it is one unit, however large.
 """
 
 from __future__ import annotations
@@ -18,7 +19,14 @@ from llm_trainer.data.sources.base import Reading, Rejected, Unit
 from llm_trainer.data.sources.csv_files import csv_table
 from llm_trainer.data.sources.file_io import COMPRESSIONS, Extent, compression_of
 from llm_trainer.data.sources.json_files import json_file, json_lines
-from llm_trainer.data.sources.parquet_arrow import arrow_hash, arrow_parts, arrow_table, parquet_hash, parquet_parts, parquet_table
+from llm_trainer.data.sources.parquet_arrow import (
+    arrow_hash,
+    arrow_parts,
+    arrow_table,
+    parquet_hash,
+    parquet_parts,
+    parquet_table,
+)
 from llm_trainer.data.sources.text_files import text_lines, whole_text
 from llm_trainer.errors import DataError
 
@@ -48,7 +56,9 @@ _HASHES = {"parquet": parquet_hash, "arrow": arrow_hash}
 
 @dataclass(frozen=True, slots=True)
 class FilePart:
-    """A file by its name relative to the root, or the part of it that begins in [start, stop), and how it is read."""
+    """A file by its name relative to the root, or the part of it that begins in [start, stop), and how it is
+    read.
+    """
 
     name: str
     kind: str
@@ -112,12 +122,15 @@ class FileUnit:
         if part.stop is None:
             with extent.stored() as opened:
                 return hashlib.file_digest(opened, "sha256").digest()
-        return _HASHES[part.kind](extent, self.text_column) if part.kind in _HASHES else _hash_of_lines(extent)
+        return (
+            _HASHES[part.kind](extent, self.text_column) if part.kind in _HASHES else _hash_of_lines(extent)
+        )
 
 
 @dataclass(frozen=True)
 class FileSource:
-    """A file, or every file of a known kind in a folder (by relative path, hidden ones and `excluded` left out).
+    """A file, or every file of a known kind in a folder (by relative path, hidden ones and `excluded` left
+    out).
 
     With `one_document_a_line`, each line of a .txt file is a document.
     """
@@ -142,7 +155,9 @@ class FileSource:
         found, other = [], set()
         for folder, folders, names in os.walk(self.path):
             place = Path(folder)
-            folders[:] = sorted(name for name in folders if not name.startswith(".") and not self._is_excluded(place / name))
+            folders[:] = sorted(
+                name for name in folders if not name.startswith(".") and not self._is_excluded(place / name)
+            )
             for name in names:
                 if name.startswith("."):
                     continue
@@ -159,7 +174,9 @@ class FileSource:
         return sorted(found, key=lambda file: file.relative_to(self.path).as_posix())
 
     def units(self) -> Sequence[Unit]:
-        """Files in the order of their paths: neighbours of less than `unit_bytes` together, larger ones alone or in parts."""
+        """Files in the order of their paths: neighbours of less than `unit_bytes` together, larger ones alone
+        or in parts.
+        """
         root = self.path.parent if self.path.is_file() else self.path
         units: list[Unit] = []
         group: list[FilePart] = []
@@ -192,7 +209,11 @@ class FileSource:
 
     def _parts(self, file: Path, name: str) -> list[FilePart]:
         kind, size = _kind(file) or "text", _size(file)
-        if kind == "text" and self.one_document_a_line and _suffix(file) not in set(TEXT_SUFFIXES) - set(LINE_SUFFIXES):
+        if (
+            kind == "text"
+            and self.one_document_a_line
+            and _suffix(file) not in set(TEXT_SUFFIXES) - set(LINE_SUFFIXES)
+        ):
             kind = "lines"
         if size > self.unit_bytes and kind in _PARTS:
             cut = _PARTS[kind](Extent(file, name), size, self.unit_bytes)
@@ -200,7 +221,12 @@ class FileSource:
                 return [FilePart(name, kind, share, start, stop) for start, stop, share in cut]
         if size > self.unit_bytes and kind in _OF_LINES and not compression_of(file):
             starts = range(0, size, self.unit_bytes)
-            return [FilePart(name, kind, min(size, start + self.unit_bytes) - start, start, start + self.unit_bytes) for start in starts]
+            return [
+                FilePart(
+                    name, kind, min(size, start + self.unit_bytes) - start, start, start + self.unit_bytes
+                )
+                for start in starts
+            ]
         return [FilePart(name, kind, size)]
 
     def _is_excluded(self, folder: Path) -> bool:

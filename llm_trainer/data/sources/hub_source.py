@@ -1,8 +1,9 @@
-"""Documents from a data set on the Hugging Face hub, or a folder laid out like one, through the `datasets` library (an extra).
+"""Documents from a data set on the Hugging Face hub, or a folder laid out like one, through the `datasets`
+library (an extra).
 
-Either it is downloaded, and its units are runs of rows, or it is streamed: then a unit is one of the files that it is stored in, read over
-the network each time it is needed and kept nowhere. What is streamed is known by its commit, which stands for the contents; hashing the
-texts would take the whole download.
+Either it is downloaded, and its units are runs of rows, or it is streamed: then a unit is one of the files
+that it is stored in, read over the network each time it is needed and kept nowhere. What is streamed is known
+by its commit, which stands for the contents; hashing the texts would take the whole download.
 """
 
 from __future__ import annotations
@@ -103,7 +104,11 @@ class HubShard:
             for column in (column for _, column in self._columns() if column is not None):
                 hash_texts(column, digest)
         else:
-            digest.update(repr((self.rows.revision, self.rows.configuration, self.rows.split, self.rows.text_column)).encode())
+            digest.update(
+                repr(
+                    (self.rows.revision, self.rows.configuration, self.rows.split, self.rows.text_column)
+                ).encode()
+            )
             digest.update(f"{self.index} of {self.count}".encode())
         return digest.hexdigest()
 
@@ -122,7 +127,11 @@ class HubShard:
         with _explained(self.rows.dataset):
             shard = _load(self.rows, streams=True).shard(self.count, self.index).with_format("arrow")
             for table in shard.iter(_MOST_ROWS):
-                chunks = table.column(self.rows.text_column).chunks if self.rows.text_column in table.column_names else [None]
+                chunks = (
+                    table.column(self.rows.text_column).chunks
+                    if self.rows.text_column in table.column_names
+                    else [None]
+                )
                 for chunk in chunks:
                     yield row, chunk
                     row += table.num_rows if chunk is None else len(chunk)
@@ -151,7 +160,10 @@ class HubSource:
         if self.validation_split is None:
             return training
         validation = self._units_of(self.validation_split)
-        return [*(UnitOfSplit(unit, "train") for unit in training), *(UnitOfSplit(unit, "validation") for unit in validation)]
+        return [
+            *(UnitOfSplit(unit, "train") for unit in training),
+            *(UnitOfSplit(unit, "validation") for unit in validation),
+        ]
 
     def pieces(self) -> Iterator[Reading]:
         """Every row's text."""
@@ -176,16 +188,23 @@ class HubSource:
         row_bytes = max(1, loaded.data.nbytes // max(1, len(loaded)))
         step = max(1, _UNIT_BYTES // row_bytes)
         starts = range(0, len(loaded), step)
-        return [HubRows(rows, start, min(start + step, len(loaded)), min(step, len(loaded) - start) * row_bytes) for start in starts]
+        return [
+            HubRows(rows, start, min(start + step, len(loaded)), min(step, len(loaded) - start) * row_bytes)
+            for start in starts
+        ]
 
 
 @lru_cache(maxsize=4)  # a worker opens a data set once, not for each unit
 def _load(rows: HubSplit, streams: bool = False) -> Dataset | IterableDataset:
     with _explained(rows.dataset) as datasets:
-        loaded = datasets.load_dataset(rows.dataset, rows.configuration, split=rows.split, revision=rows.revision, streaming=streams)
+        loaded = datasets.load_dataset(
+            rows.dataset, rows.configuration, split=rows.split, revision=rows.revision, streaming=streams
+        )
     if loaded.column_names is not None and rows.text_column not in loaded.column_names:
         columns = ", ".join(loaded.column_names)
-        raise DataError(f"{rows.label} has no column {rows.text_column!r}, it has {columns}; name one with --text_column")
+        raise DataError(
+            f"{rows.label} has no column {rows.text_column!r}, it has {columns}; name one with --text_column"
+        )
     return loaded
 
 
@@ -205,7 +224,9 @@ def _explained(dataset: str) -> Iterator[ModuleType]:
     try:
         import datasets
     except ImportError:
-        raise DataError("reading data sets from the hub needs the extra 'hub': pip install 'llm-trainer[hub]'") from None
+        raise DataError(
+            "reading data sets from the hub needs the extra 'hub': pip install 'llm-trainer[hub]'"
+        ) from None
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # HTTPError is its client's, whose name changed
 
     try:

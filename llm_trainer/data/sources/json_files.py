@@ -1,7 +1,8 @@
 """Documents from JSON: a record a line, or one value that is a record or a list of them.
 
-A long list is never held whole: a scan that knows strings and brackets alone finds where each element ends, and each is parsed by
-itself. So one element that is broken, too long or not utf-8 is set aside and the others are read.
+A long list is never held whole: a scan that knows strings and brackets alone finds where each element ends,
+and each is parsed by itself. So one element that is broken, too long or not utf-8 is set aside and the others
+are read.
 """
 
 from __future__ import annotations
@@ -19,8 +20,12 @@ from llm_trainer.data.sources.base import Reading, Rejected, judged
 from llm_trainer.data.sources.file_io import Extent
 from llm_trainer.data.sources.text_files import decoded_line, not_utf8
 
-_TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["\[\]{},]', re.DOTALL)  # a whole string, or one character that matters
-_IN_STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+("|\\\Z|\Z)', re.DOTALL)  # on to the string's end, or the block's
+_TOKEN = re.compile(
+    rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["\[\]{},]', re.DOTALL
+)  # a whole string, or one character that matters
+_IN_STRING = re.compile(
+    rb'[^"\\]*+(?:\\.[^"\\]*+)*+("|\\\Z|\Z)', re.DOTALL
+)  # on to the string's end, or the block's
 _BLANK = b" \t\r\n"
 _HEAD = 2**16
 
@@ -72,14 +77,18 @@ class _Elements:
 
     def __init__(self, opened: IO[bytes], head: bytes) -> None:
         self._opened, self._block = opened, head
-        self._at = self._begin = head.index(b"[") + 1  # in the block: what is scanned, and what of it belongs to the element
+        self._at = self._begin = (
+            head.index(b"[") + 1
+        )  # in the block: what is scanned, and what of it belongs to the element
         self._depth, self._in_string, self._is_too_long = 1, False, False
         self._offset = 0  # of the block in the file
         self._held: list[bytes] = []  # the element's part in blocks before
         self._size = 0
 
     def found(self) -> Iterator[tuple[int, bytes | None]]:
-        """(byte offset, element), None for one longer than LONGEST_RECORD. A torn end, and what follows the list, come as one more."""
+        """(byte offset, element), None for one longer than LONGEST_RECORD. A torn end, and what follows the
+        list, come as one more.
+        """
         while self._block:
             while (end := self._next_end()) is not None:
                 yield from self._element(end)
@@ -91,7 +100,9 @@ class _Elements:
         yield from self._element(0)
 
     def _next_end(self) -> int | None:
-        """Where the element ends in this block, or None with the block scanned to its end; `_at` is -1 behind a torn escape."""
+        """Where the element ends in this block, or None with the block scanned to its end; `_at` is -1 behind
+        a torn escape.
+        """
         while self._depth and 0 <= self._at < len(self._block):
             match = (_IN_STRING.match if self._in_string else _TOKEN.search)(self._block, self._at)
             if match is None:

@@ -1,8 +1,9 @@
 """Documents from a column of a parquet or arrow file, a few megabytes of it at a time.
 
-Texts are taken as bytes and decoded one by one, so that a row that is not utf-8 is set aside and the rows around it are kept. In a damaged
-parquet file the rest of a row group is given up and the next one is read; an arrow file is given up from the damage on. A data page of
-parquet and a record batch of arrow are held whole, as those formats want it.
+Texts are taken as bytes and decoded one by one, so that a row that is not utf-8 is set aside and the rows
+around it are kept. In a damaged parquet file the rest of a row group is given up and the next one is read; an
+arrow file is given up from the damage on. A data page of parquet and a record batch of arrow are held whole,
+as those formats want it.
 """
 
 from __future__ import annotations
@@ -46,18 +47,25 @@ def parquet_table(extent: Extent, column: str) -> Iterator[Reading]:
         yield Rejected("unreadable file", f"{extent.name}: {_first_line(error)}")
 
 
-def _row_group(table: ParquetFile, group: int, rows: int, first_row: int, column: str, extent: Extent) -> Iterator[Reading]:
+def _row_group(
+    table: ParquetFile, group: int, rows: int, first_row: int, column: str, extent: Extent
+) -> Iterator[Reading]:
     done = 0
     try:
         for batch in _row_group_batches(table, group, column):
             yield from read_texts(batch.column(0), column, f"{extent.name}, row", first_row + done)
             done += batch.num_rows
     except _damage(extent) as error:
-        yield Rejected("unreadable rows", f"{extent.name}, rows {first_row + done} to {first_row + rows - 1}: {_first_line(error)}")
+        yield Rejected(
+            "unreadable rows",
+            f"{extent.name}, rows {first_row + done} to {first_row + rows - 1}: {_first_line(error)}",
+        )
 
 
 def _row_group_batches(table: ParquetFile, group: int, column: str) -> Iterator[pyarrow.RecordBatch]:
-    """The column a few megabytes at a time, so that a row group of any size takes no more memory than that and a page."""
+    """The column a few megabytes at a time, so that a row group of any size takes no more memory than that
+    and a page.
+    """
     facts = table.metadata.row_group(group)
     row_bytes = facts.total_byte_size / max(1, facts.num_rows)
     at_once = int(max(1, min(_MOST_ROWS, _BATCH_BYTES / max(1.0, row_bytes))))
@@ -78,7 +86,9 @@ def arrow_table(extent: Extent, column: str) -> Iterator[Reading]:
 
 
 def parquet_parts(extent: Extent, size: int, most: int) -> list[tuple[int, int, int]]:
-    """(first row group, the one after the last, bytes) of parts of about `most` stored bytes; empty where the file is damaged."""
+    """(first row group, the one after the last, bytes) of parts of about `most` stored bytes; empty where the
+    file is damaged.
+    """
     try:
         with _opened_parquet(extent) as table:
             sizes = [table.metadata.row_group(group).total_byte_size for group in range(table.num_row_groups)]
@@ -88,7 +98,9 @@ def parquet_parts(extent: Extent, size: int, most: int) -> list[tuple[int, int, 
 
 
 def arrow_parts(extent: Extent, size: int, most: int) -> list[tuple[int, int, int]]:
-    """(first batch, the one after the last, bytes) of parts of about `most` stored bytes; empty where the file is damaged."""
+    """(first batch, the one after the last, bytes) of parts of about `most` stored bytes; empty where the
+    file is damaged.
+    """
     try:
         sizes = [_stored_size(batch) for _, batch in _batches(extent)]
     except _damage(extent):
@@ -102,14 +114,18 @@ def parquet_hash(extent: Extent, column: str) -> bytes:
     try:
         with _opened_parquet(extent) as table:
             if column in table.schema_arrow.names:
-                for group in range(extent.start, min(table.num_row_groups, extent.stop or table.num_row_groups)):
+                for group in range(
+                    extent.start, min(table.num_row_groups, extent.stop or table.num_row_groups)
+                ):
                     _hash_row_group(table, group, column, digest, extent)
     except _damage(extent):
         digest.update(b"unreadable file")
     return digest.digest()
 
 
-def _hash_row_group(table: ParquetFile, group: int, column: str, digest: hashlib._Hash, extent: Extent) -> None:
+def _hash_row_group(
+    table: ParquetFile, group: int, column: str, digest: hashlib._Hash, extent: Extent
+) -> None:
     try:
         for batch in _row_group_batches(table, group, column):
             hash_texts(batch.column(0), digest)
@@ -137,7 +153,9 @@ def hash_texts(column: pyarrow.Array, digest: hashlib._Hash) -> None:
 
 
 def texts_of(column: pyarrow.Array) -> Iterator[pyarrow.Buffer | None]:
-    """Each value's bytes, not copied; None for what is no text. Raises ArrowInvalid where the column's offsets are damaged."""
+    """Each value's bytes, not copied; None for what is no text. Raises ArrowInvalid where the column's
+    offsets are damaged.
+    """
     import pyarrow as pa
 
     kind = pa.types
@@ -172,14 +190,18 @@ def read_texts(column: pyarrow.Array, name: str, where: str, first: int) -> Iter
 
 
 def _batches(extent: Extent) -> Iterator[tuple[int, pyarrow.RecordBatch]]:
-    """(number, batch) of each in the extent. The file is mapped, so that passing over batches costs nothing, and unmapped at the end."""
+    """(number, batch) of each in the extent. The file is mapped, so that passing over batches costs nothing,
+    and unmapped at the end.
+    """
     pa = _pyarrow(extent)
     with extent.stored() as stored:
         is_file = stored.read(len(_ARROW_FILE)) == _ARROW_FILE
     with pa.memory_map(str(extent.path)) as mapped:
         if is_file:
             with pa.ipc.open_file(mapped) as table:
-                for number in range(extent.start, min(table.num_record_batches, extent.stop or table.num_record_batches)):
+                for number in range(
+                    extent.start, min(table.num_record_batches, extent.stop or table.num_record_batches)
+                ):
                     yield number, table.get_batch(number)
             return
         with pa.ipc.open_stream(mapped) as stream:
@@ -196,12 +218,17 @@ def _opened_parquet(extent: Extent) -> Iterator[ParquetFile]:
     _pyarrow(extent)
     import pyarrow.parquet as pq
 
-    with extent.stored() as stored, pq.ParquetFile(stored, buffer_size=storage.BLOCK, page_checksum_verification=True) as table:
+    with (
+        extent.stored() as stored,
+        pq.ParquetFile(stored, buffer_size=storage.BLOCK, page_checksum_verification=True) as table,
+    ):
         yield table
 
 
 def _stored_size(batch: pyarrow.RecordBatch) -> int:
-    """Bytes of a batch's buffers. (`nbytes` looks into offsets that nobody has checked yet: a garbled file would end the process.)"""
+    """Bytes of a batch's buffers. (`nbytes` looks into offsets that nobody has checked yet: a garbled file
+    would end the process.)
+    """
     return sum(buffer.size for column in batch.columns for buffer in column.buffers() if buffer is not None)
 
 
@@ -226,7 +253,9 @@ def _pyarrow(extent: Extent) -> ModuleType:
     try:
         return importlib.import_module("pyarrow")
     except ImportError:
-        raise DataError(f"reading {extent.name} needs the extra 'formats': pip install 'llm-trainer[formats]'") from None
+        raise DataError(
+            f"reading {extent.name} needs the extra 'formats': pip install 'llm-trainer[formats]'"
+        ) from None
 
 
 def _damage(extent: Extent) -> tuple[type[Exception], ...]:

@@ -23,18 +23,24 @@ def split_texts(folder: Path) -> list[Path]:
 
 
 class SplitSource:
-    """Documents of a folder that is split already: train, val (or validation) and test, as .txt (a document a line), .jsonl or a table with
-    a column `text`, compressed or not.
+    """Documents of a folder that is split already: train, val (or validation) and test, as .txt (a document a
+    line), .jsonl or a table with a column `text`, compressed or not.
 
     `name` is what it is called; none: as its folder. Raises DataError for a folder without a training split.
     """
 
     def __init__(self, folder: Path, name: str | None = None) -> None:
         self.name = name or folder.resolve().name
-        self._files = {split: source for split, names in READ_NAMES.items() if (source := _split_file(folder, names)) is not None}
+        self._files = {
+            split: source
+            for split, names in READ_NAMES.items()
+            if (source := _split_file(folder, names)) is not None
+        }
         if "train" not in self._files:
             way_out = f"make them with scripts/prepare_data.py --output {folder}"
-            raise DataError(f"{folder} holds no splits (no train.txt, train.jsonl, train.parquet, …); {way_out}")
+            raise DataError(
+                f"{folder} holds no splits (no train.txt, train.jsonl, train.parquet, …); {way_out}"
+            )
 
     def units(self) -> Sequence[Unit]:
         """The units of each split's file, marked with the split."""
@@ -58,16 +64,25 @@ class SplitSource:
         return source.path.stat().st_size / max(1, self.size()) if source is not None else 0.0
 
     def texts(self, split: str) -> Iterator[str]:
-        """The texts of a split; none where there is no such split. A document above a few megabytes comes in pieces."""
+        """The texts of a split; none where there is no such split. A document above a few megabytes comes in
+        pieces.
+        """
         source = self._files.get(split)
         if source is not None:
             yield from (piece.text for piece in source.pieces() if isinstance(piece, Piece))
 
     def held_out(self) -> Iterator[str]:
         """The texts of the test split, else of validation, else of training."""
-        yield from self.texts(next(split for split in ("test", "validation", "train") if split in self._files))
+        yield from self.texts(
+            next(split for split in ("test", "validation", "train") if split in self._files)
+        )
 
 
 def _split_file(folder: Path, names: Sequence[str]) -> FileSource | None:
-    paths = (folder / f"{name}{suffix}{compression}" for name in names for suffix in SUFFIXES for compression in ("", *COMPRESSIONS))
+    paths = (
+        folder / f"{name}{suffix}{compression}"
+        for name in names
+        for suffix in SUFFIXES
+        for compression in ("", *COMPRESSIONS)
+    )
     return next((FileSource(path, one_document_a_line=True) for path in paths if path.is_file()), None)

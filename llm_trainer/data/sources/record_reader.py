@@ -28,7 +28,9 @@ _ROWS_AT_ONCE = 256
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One record: its fields, and where it stands (`part` is the file, or the part of the data set on the hub)."""
+    """One record: its fields, and where it stands (`part` is the file, or the part of the data set on the
+    hub).
+    """
 
     fields: Mapping[str, object]
     part: str
@@ -52,7 +54,11 @@ def record_files(path: Path) -> list[Path]:
     """The files to read; raises DataError where the path is missing or holds none of a known kind."""
     if path.is_file() and _suffix(path) in SUFFIXES:
         return [path]
-    found = [file for file in path.rglob("*") if file.is_file() and _suffix(file) in SUFFIXES and not _is_hidden(file, path)]
+    found = [
+        file
+        for file in path.rglob("*")
+        if file.is_file() and _suffix(file) in SUFFIXES and not _is_hidden(file, path)
+    ]
     if not found:
         kinds = f"{', '.join(SUFFIXES)} (text also with {', '.join(COMPRESSIONS)})"
         what = "holds no records" if path.exists() else "does not exist"
@@ -93,7 +99,10 @@ def _json(extent: Extent) -> Iterator[Record | Rejected]:
     with extent.open() as opened:
         raw = opened.read(_LARGEST_JSON + 1)
     if len(raw) > _LARGEST_JSON:
-        yield Rejected(f".json longer than {_LARGEST_JSON >> 20} MB", f"{extent.name}: write it as .jsonl, one record a line")
+        yield Rejected(
+            f".json longer than {_LARGEST_JSON >> 20} MB",
+            f"{extent.name}: write it as .jsonl, one record a line",
+        )
         return
     try:
         value: JsonValue = json.loads(raw.decode("utf-8-sig"))
@@ -113,7 +122,11 @@ def _csv(extent: Extent) -> Iterator[Record | Rejected]:
         index = 0
         try:
             for index, row in enumerate(rows):
-                yield Record({name: value for name, value in row.items() if name is not None}, extent.name, f"{extent.name}, row {index}")
+                yield Record(
+                    {name: value for name, value in row.items() if name is not None},
+                    extent.name,
+                    f"{extent.name}, row {index}",
+                )
         except csv.Error as error:
             yield Rejected("not CSV", f"{extent.name}, after row {index}: {error}")
         except UnicodeDecodeError as error:

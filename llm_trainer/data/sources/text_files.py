@@ -30,7 +30,11 @@ def whole_text(extent: Extent) -> Iterator[Reading]:
     if rejected is not None:
         yield rejected
     else:
-        yield from in_pieces(_decoded(extent, lambda offset: DataError(f"{extent.path} changed while it was read (byte {offset})")))
+        yield from in_pieces(
+            _decoded(
+                extent, lambda offset: DataError(f"{extent.path} changed while it was read (byte {offset})")
+            )
+        )
 
 
 def text_lines(extent: Extent) -> Iterator[Reading]:

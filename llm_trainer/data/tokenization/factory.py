@@ -17,9 +17,11 @@ DEFAULT_ENCODING = "gpt2"
 
 
 def given_tokenizer(config: DataConfig) -> Tokenizer | None:
-    """The existing tokenizer that `tokenizer_path` or `tokenizer_type tiktoken` names, with `special_tokens`; None where one is trained.
+    """The existing tokenizer that `tokenizer_path` or `tokenizer_type tiktoken` names, with `special_tokens`;
+    None where one is trained.
 
-    Raises UsageError where the two settings contradict each other, DataError where the tokenizer cannot be had.
+    Raises UsageError where the two settings contradict each other, DataError where the tokenizer cannot be
+    had.
     """
     found = _named(config)
     return None if found is None else found.with_special_tokens(config.special_tokens)
@@ -66,7 +68,9 @@ def _named(config: DataConfig) -> Tokenizer | None:
         return None
     found = Tokenizer.load(path)
     if kind not in ("auto", found.kind):
-        raise UsageError(f"tokenizer_type is {kind}, but {path} is of the kind {found.kind}; leave one of the two out")
+        raise UsageError(
+            f"tokenizer_type is {kind}, but {path} is of the kind {found.kind}; leave one of the two out"
+        )
     return found
 
 
@@ -76,7 +80,11 @@ def _encoding(name: str) -> Tokenizer:
         return Tokenizer.tiktoken(name)
     if not Path(name).is_file():
         known = ", ".join(ENCODINGS)
-        raise DataError(f"tokenizer_path={name}: there is no such file of ranks, and tiktoken's encodings are {known}; give one of these")
+        raise DataError(
+            f"tokenizer_path={name}: there is no such file of ranks, and tiktoken's encodings are {known}; give one of these"
+        )
     if name.endswith(".json"):
-        raise UsageError(f"tokenizer_type is tiktoken, but {name} is no file of ranks; leave tokenizer_type out to use it")
+        raise UsageError(
+            f"tokenizer_type is tiktoken, but {name} is no file of ranks; leave tokenizer_type out to use it"
+        )
     return Tokenizer.load(name)

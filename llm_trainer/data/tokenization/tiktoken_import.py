@@ -1,8 +1,10 @@
-"""tiktoken's encodings as tokenizers of our form: by name through tiktoken's own loader, or from a local file of ranks.
+"""tiktoken's encodings as tokenizers of our form: by name through tiktoken's own loader, or from a local file
+of ranks.
 
-A file of ranks (`cl100k_base.tiktoken`: lines of base64 and a number) says neither how words are cut nor which special tokens there
-are. Those of OpenAI's four vocabularies are in the table below, which a test holds to tiktoken's own, and a file is recognised by its
-number of ranks. Any other file (Llama 3's `tokenizer.model` has this form, too) is taken to cut words as Llama 3 and GPT-4 do.
+A file of ranks (`cl100k_base.tiktoken`: lines of base64 and a number) says neither how words are cut nor
+which special tokens there are. Those of OpenAI's four vocabularies are in the table below, which a test holds
+to tiktoken's own, and a file is recognised by its number of ranks. Any other file (Llama 3's
+`tokenizer.model` has this form, too) is taken to cut words as Llama 3 and GPT-4 do.
 
 After a conversion both libraries encode a text of hard cases; ids that differ are an error, not a warning.
 """
@@ -47,9 +49,13 @@ ENCODINGS: Mapping[str, Encoding] = {
     "gpt2": _GPT2,
     "r50k_base": _GPT2,
     "p50k_base": Encoding(GPT2_PATTERN, {END_OF_TEXT: 50256}, 50280),
-    "p50k_edit": Encoding(GPT2_PATTERN, {END_OF_TEXT: 50256, **{token: 50281 + i for i, token in enumerate(_FIM)}}, 50280),
+    "p50k_edit": Encoding(
+        GPT2_PATTERN, {END_OF_TEXT: 50256, **{token: 50281 + i for i, token in enumerate(_FIM)}}, 50280
+    ),
     "cl100k_base": Encoding(
-        LLAMA3_PATTERN, {END_OF_TEXT: 100257, **{token: 100258 + i for i, token in enumerate(_FIM)}, _END_OF_PROMPT: 100276}, 100256
+        LLAMA3_PATTERN,
+        {END_OF_TEXT: 100257, **{token: 100258 + i for i, token in enumerate(_FIM)}, _END_OF_PROMPT: 100276},
+        100256,
     ),
     "o200k_base": Encoding(O200K_PATTERN, {END_OF_TEXT: 199999, _END_OF_PROMPT: 200018}, 199998),
 }
@@ -64,7 +70,9 @@ def encoding_by_name(name: str) -> Backend:
     import tiktoken
 
     if name not in ENCODINGS:
-        raise UsageError(f"{name!r} is not one of tiktoken's encodings: {', '.join(ENCODINGS)}; or give a local file of ranks")
+        raise UsageError(
+            f"{name!r} is not one of tiktoken's encodings: {', '.join(ENCODINGS)}; or give a local file of ranks"
+        )
     try:
         ranks: dict[bytes, int] = tiktoken.get_encoding(name)._mergeable_ranks
     except (OSError, requests.RequestException, ValueError) as error:
@@ -77,14 +85,18 @@ def encoding_by_name(name: str) -> Backend:
 
 
 def encoding_from_file(file: Path, name: str | None = None) -> Backend:
-    """A local file of ranks, or GPT-2's `vocab.bpe`, as the encoding `name`, or as what its number of ranks says it is.
+    """A local file of ranks, or GPT-2's `vocab.bpe`, as the encoding `name`, or as what its number of ranks
+    says it is.
 
     Raises DataError for a file that is neither, or damaged.
     """
     ranks = read_ranks(file)
     if name is None:
         is_gpt2 = file.name.endswith(".bpe")
-        name = next((known for known, encoding in ENCODINGS.items() if encoding.num_ranks == len(ranks)), "gpt2" if is_gpt2 else None)
+        name = next(
+            (known for known, encoding in ENCODINGS.items() if encoding.num_ranks == len(ranks)),
+            "gpt2" if is_gpt2 else None,
+        )
     if name is not None and ENCODINGS[name].num_ranks == len(ranks):
         return bpe_from_ranks(ranks, ENCODINGS[name].pattern, ENCODINGS[name].special_tokens)
     pattern = LLAMA3_PATTERN if name is None else ENCODINGS[name].pattern
@@ -103,13 +115,21 @@ def bpe_from_ranks(ranks: Mapping[bytes, int], pattern: str, special_tokens: Map
         if len(token) > 1:
             parts = merge_bytes(ranks, token, rank)
             if len(parts) != 2:
-                raise DataError(f"rank {rank} ({token!r}) cannot be merged from two smaller ranks; the vocabulary file is damaged")
+                raise DataError(
+                    f"rank {rank} ({token!r}) cannot be merged from two smaller ranks; the vocabulary file is damaged"
+                )
             merges.append((names[parts[0]], names[parts[1]]))
     vocabulary = {names[token]: rank for token, rank in ranks.items()}
     backend = Backend(models.BPE({**vocabulary, **special_tokens}, merges))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False) if pattern == GPT2_PATTERN else byte_level_words(pattern)
+    backend.pre_tokenizer = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False)
+        if pattern == GPT2_PATTERN
+        else byte_level_words(pattern)
+    )
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special_tokens])
+    backend.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in special_tokens]
+    )
     _compare(backend, ranks, pattern)
     return backend
 
@@ -119,8 +139,12 @@ def _compare(backend: Backend, ranks: Mapping[bytes, int], pattern: str) -> None
 
     theirs = tiktoken.Encoding("as-given", pat_str=pattern, mergeable_ranks=dict(ranks), special_tokens={})
     backend.encode_special_tokens = True
-    if backend.encode(_HARD_CASES, add_special_tokens=False).ids != theirs.encode(_HARD_CASES, disallowed_special=()):
-        raise DataError("this vocabulary cannot be converted: the tokenizers library and tiktoken give a test text different ids")
+    if backend.encode(_HARD_CASES, add_special_tokens=False).ids != theirs.encode(
+        _HARD_CASES, disallowed_special=()
+    ):
+        raise DataError(
+            "this vocabulary cannot be converted: the tokenizers library and tiktoken give a test text different ids"
+        )
 
 
 def merge_bytes(ranks: Mapping[bytes, int], token: bytes, limit: int) -> list[bytes]:
@@ -135,7 +159,9 @@ def merge_bytes(ranks: Mapping[bytes, int], token: bytes, limit: int) -> list[by
 
 
 def read_ranks(file: Path) -> dict[bytes, int]:
-    """Read tiktoken's lines `base64 rank`, or the merges of GPT-2's `vocab.bpe`. Raises DataError for anything else."""
+    """Read tiktoken's lines `base64 rank`, or the merges of GPT-2's `vocab.bpe`. Raises DataError for
+    anything else.
+    """
     if not file.is_file():
         raise DataError(f"no vocabulary file at {file}; give a .tiktoken file of ranks or GPT-2's vocab.bpe")
     try:
@@ -145,16 +171,22 @@ def read_ranks(file: Path) -> dict[bytes, int]:
         pairs = (line.split() for line in lines if line)
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     except (ValueError, KeyError, binascii.Error) as error:
-        raise DataError(f"{file} is neither tiktoken ranks (lines of base64 and a number) nor a vocab.bpe: {error}") from None
+        raise DataError(
+            f"{file} is neither tiktoken ranks (lines of base64 and a number) nor a vocab.bpe: {error}"
+        ) from None
     if len({*ranks.values()}) != len(ranks) or any(bytes([byte]) not in ranks for byte in range(256)):
-        raise DataError(f"{file} is damaged: ranks repeat or some of the 256 bytes are missing; fetch it again")
+        raise DataError(
+            f"{file} is damaged: ranks repeat or some of the 256 bytes are missing; fetch it again"
+        )
     return ranks
 
 
 def _ranks_of_merges(lines: Sequence[str]) -> dict[bytes, int]:
     stand_in = byte_characters()
     byte_of = {character: byte for byte, character in enumerate(stand_in)}
-    by_codepoint = sorted(range(256), key=lambda byte: ord(stand_in[byte]))  # GPT-2 numbers the bytes in this order
+    by_codepoint = sorted(
+        range(256), key=lambda byte: ord(stand_in[byte])
+    )  # GPT-2 numbers the bytes in this order
     ranks = {bytes([byte]): rank for rank, byte in enumerate(by_codepoint)}
     for line in lines:
         if line:

@@ -3,11 +3,12 @@
 Each tokenizer, a table of characters included, is a model of the `tokenizers` library and is kept as one `tokenizer.json`, so that
 `transformers.AutoTokenizer` opens what we save and we open what the hub holds. Training, evaluation and serving use the same `encode`.
 
-Names of special tokens in a text are text: a corpus or a prompt that says "<|endoftext|>" gets no end of text from it, and comes back
-as it was. Who wants them parsed says `allow_special=True`.
+Names of special tokens in a text are text: a corpus or a prompt that says "<|endoftext|>" gets no end of text
+from it, and comes back as it was. Who wants them parsed says `allow_special=True`.
 
-Two shortcuts make bulk encoding fast; tests hold each to the library's answer. Characters go through a numpy table, and where text is cut
-into words first, as byte-level BPE and WordPiece do, words that were seen before are looked up (`fast_encoding.py`).
+Two shortcuts make bulk encoding fast; tests hold each to the library's answer. Characters go through a numpy
+table, and where text is cut into words first, as byte-level BPE and WordPiece do, words that were seen before
+are looked up (`fast_encoding.py`).
 """
 
 from __future__ import annotations
@@ -35,7 +36,13 @@ Kind: TypeAlias = Literal["bpe", "wordpiece", "char"]
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 _ROLES = ("eos_token", "bos_token", "pad_token", "unk_token")
-_USUAL_ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[EOS]")  # of a bare tokenizer.json, which names no roles
+_USUAL_ENDS = (
+    "<|endoftext|>",
+    "</s>",
+    "<|end_of_text|>",
+    "<eos>",
+    "[EOS]",
+)  # of a bare tokenizer.json, which names no roles
 _END_ROLES = {"eos_token": vocabularies.END_OF_TEXT, "bos_token": vocabularies.END_OF_TEXT}
 _RANKS_SUFFIXES = (".tiktoken", ".bpe", ".model")
 _HUB_FILES = [TOKENIZER_FILE, CONFIG_FILE, "special_tokens_map.json", "config.json"]
@@ -47,7 +54,12 @@ class Tokenizer:
     `eos_id`, `bos_id` and `pad_id` are None where the tokenizer has no such token; `vocab_size` is the largest id plus one.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, roles: dict[str, str], saved_config: dict[str, Json] | None = None) -> None:
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        roles: dict[str, str],
+        saved_config: dict[str, Json] | None = None,
+    ) -> None:
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
@@ -62,12 +74,17 @@ class Tokenizer:
         self.eos_id = self._id_of("eos_token")
         self.bos_id = self._id_of("bos_token")
         self.pad_id = self._id_of("pad_token")
-        self.is_byte_level = '"ByteLevel"' in json.dumps([self._parts["pre_tokenizer"], self._parts["decoder"]])
-        self.is_character_level = self._model_type == "WordLevel" and all(len(token) == 1 for token in self._plain_tokens)
+        self.is_byte_level = '"ByteLevel"' in json.dumps(
+            [self._parts["pre_tokenizer"], self._parts["decoder"]]
+        )
+        self.is_character_level = self._model_type == "WordLevel" and all(
+            len(token) == 1 for token in self._plain_tokens
+        )
 
     @classmethod
     def load(cls, source: str | Path) -> Tokenizer:
-        """Open a folder, a `tokenizer.json`, a file of tiktoken ranks, or a tokenizer on the Hugging Face hub by its name.
+        """Open a folder, a `tokenizer.json`, a file of tiktoken ranks, or a tokenizer on the Hugging Face hub
+        by its name.
 
         Raises DataError where there is none, it is damaged, or the hub cannot be reached.
         """
@@ -79,31 +96,48 @@ class Tokenizer:
                 return cls(tiktoken_encodings.encoding_from_file(path), _END_ROLES)
             return cls._from_files(path, path.parent)
         if path.suffix or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
-            raise DataError(f"no tokenizer at {source}: give a tokenizer.json, a folder that holds one, or a name on the Hugging Face hub")
+            raise DataError(
+                f"no tokenizer at {source}: give a tokenizer.json, a folder that holds one, or a name on the Hugging Face hub"
+            )
         return cls.load(vocabularies.download_from_hub(str(source), _HUB_FILES))
 
     @classmethod
     def _from_files(cls, file: Path, folder: Path) -> Tokenizer:
         if not file.is_file():
-            raise DataError(f"{folder} holds no {TOKENIZER_FILE}; prepare the data again, or give the folder that holds the tokenizer")
+            raise DataError(
+                f"{folder} holds no {TOKENIZER_FILE}; prepare the data again, or give the folder that holds the tokenizer"
+            )
         backend = vocabularies.read_tokenizer_json(file)
         config = _read_object(folder / CONFIG_FILE)
-        return cls(backend, _roles_from({**_read_object(folder / "special_tokens_map.json"), **config}, backend), config)
+        return cls(
+            backend,
+            _roles_from({**_read_object(folder / "special_tokens_map.json"), **config}, backend),
+            config,
+        )
 
     @classmethod
-    def train(cls, kind: Kind, texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = ()) -> Tokenizer:
+    def train(
+        cls, kind: Kind, texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = ()
+    ) -> Tokenizer:
         """A tokenizer of at most `vocab_size` ids learned from `texts`, which are read once.
 
-        "bpe": byte-level BPE (`<|endoftext|>`, special tokens, 256 bytes, merges), from which every text comes back. "wordpiece": BERT's,
-        with case; from it come back words, not white space, and `[UNK]` for words with characters that were not among the frequent ones
-        or of more than 100. "char": one id a character, whatever `vocab_size`; the only special tokens are those given. Raises UsageError
-        for a vocabulary that is too small, DataError where there is no text.
+        "bpe": byte-level BPE (`<|endoftext|>`, special tokens, 256 bytes, merges), from which every text
+        comes back. "wordpiece": BERT's, with case; from it come back words, not white space, and `[UNK]` for
+        words with characters that were not among the frequent ones or of more than 100. "char": one id a
+        character, whatever `vocab_size`; the only special tokens are those given. Raises UsageError for a
+        vocabulary that is too small, DataError where there is no text.
         """
         if kind == "char":
             return cls.from_characters(texts).with_special_tokens(special_tokens)
-        train = vocabulary_training.train_byte_level_bpe if kind == "bpe" else vocabulary_training.train_word_piece
+        train = (
+            vocabulary_training.train_byte_level_bpe
+            if kind == "bpe"
+            else vocabulary_training.train_word_piece
+        )
         backend = train(texts, vocab_size, special_tokens)
-        return cls(backend, {**_END_ROLES, "unk_token": vocabularies.UNKNOWN} if kind == "wordpiece" else _END_ROLES)
+        return cls(
+            backend, {**_END_ROLES, "unk_token": vocabularies.UNKNOWN} if kind == "wordpiece" else _END_ROLES
+        )
 
     @classmethod
     def train_bpe(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -125,23 +159,30 @@ class Tokenizer:
 
     @classmethod
     def tiktoken(cls, name: str, ranks: Path | None = None) -> Tokenizer:
-        """One of tiktoken's encodings by name (gpt2, cl100k_base, o200k_base, …): downloaded by tiktoken, or from a local file of ranks.
+        """One of tiktoken's encodings by name (gpt2, cl100k_base, o200k_base, …): downloaded by tiktoken, or
+        from a local file of ranks.
 
-        Raises UsageError for an unknown name, DataError without a network and for a file that is no vocabulary.
+        Raises UsageError for an unknown name, DataError without a network and for a file that is no
+        vocabulary.
         """
         by_name, from_file = tiktoken_encodings.encoding_by_name, tiktoken_encodings.encoding_from_file
         return cls(by_name(name) if ranks is None else from_file(ranks, name), _END_ROLES)
 
     def with_special_tokens(self, tokens: Sequence[str]) -> Tokenizer:
-        """The same tokenizer with these tokens too, numbered on from its vocabulary's end; those that it has keep their ids."""
+        """The same tokenizer with these tokens too, numbered on from its vocabulary's end; those that it has
+        keep their ids.
+        """
         return self._with(tokens, special=True)
 
     def with_words(self, words: Sequence[str]) -> Tokenizer:
-        """The same tokenizer with an id for each of these words, by which they are encoded wherever they stand in a text, also inside
-        longer ones; a word that begins with a space is found with its space. Raises UsageError for one that is not byte-level BPE.
+        """The same tokenizer with an id for each of these words, by which they are encoded wherever they
+        stand in a text, also inside longer ones; a word that begins with a space is found with its space.
+        Raises UsageError for one that is not byte-level BPE.
         """
         if not self.is_byte_level:
-            raise UsageError(f"words can be added to a byte-level BPE tokenizer, not to one of the kind {self.kind}")
+            raise UsageError(
+                f"words can be added to a byte-level BPE tokenizer, not to one of the kind {self.kind}"
+            )
         return self._with(words, special=False)
 
     def _with(self, tokens: Sequence[str], *, special: bool) -> Tokenizer:
@@ -149,14 +190,17 @@ class Tokenizer:
         if not missing:
             return self
         backend = tokenizers.Tokenizer.from_str(self.to_json())
-        backend.add_tokens([tokenizers.AddedToken(token, special=special, normalized=False) for token in missing])
+        backend.add_tokens(
+            [tokenizers.AddedToken(token, special=special, normalized=False) for token in missing]
+        )
         roles = self._roles or {role: vocabularies.END_OF_TEXT for role in _END_ROLES}
         return Tokenizer(backend, roles, self._saved_config)
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Ids of `text`, with nothing added. `allow_special` parses names of special tokens.
 
-        Raises DataError for characters that a character tokenizer lacks, naming them, and for lone surrogates.
+        Raises DataError for characters that a character tokenizer lacks, naming them, and for lone
+        surrogates.
         """
         if allow_special:
             _check_text(text)
@@ -179,14 +223,22 @@ class Tokenizer:
             return [self._encode_characters(text) for text in texts]
         for text in texts:
             _check_text(text)
-        arrays: list[np.ndarray | None] = [None] * len(texts) if self._fast is None else self._fast.encode(texts)
+        arrays: list[np.ndarray | None] = (
+            [None] * len(texts) if self._fast is None else self._fast.encode(texts)
+        )
         left = [index for index, ids in enumerate(arrays) if ids is None]
-        for index, encoding in zip(left, self._backend.encode_batch_fast([texts[i] for i in left], add_special_tokens=False), strict=True):
+        for index, encoding in zip(
+            left,
+            self._backend.encode_batch_fast([texts[i] for i in left], add_special_tokens=False),
+            strict=True,
+        ):
             arrays[index] = np.array(encoding.ids, dtype=np.int64)
         return [ids for ids in arrays if ids is not None]
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of `ids`; bytes that are not utf-8 become U+FFFD. Raises DataError for an id outside the vocabulary."""
+        """Text of `ids`; bytes that are not utf-8 become U+FFFD. Raises DataError for an id outside the
+        vocabulary.
+        """
         wanted = [int(i) for i in ids]
         for i in wanted:
             if not 0 <= i < self.vocab_size:
@@ -195,7 +247,8 @@ class Tokenizer:
         return text
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that this id adds to the text: exact for byte-level and character tokenizers; none for special tokens.
+        """The bytes that this id adds to the text: exact for byte-level and character tokenizers; none for
+        special tokens.
 
         Raises DataError for an id outside the vocabulary.
         """
@@ -204,20 +257,29 @@ class Tokenizer:
         return self._bytes_by_id[token_id]
 
     def token_to_id(self, token: str) -> int | None:
-        """The id of a token by its name in the vocabulary, such as "<|endoftext|>"; None where there is no such token."""
+        """The id of a token by its name in the vocabulary, such as "<|endoftext|>"; None where there is no
+        such token.
+        """
         return self._tokens.get(token)
 
     @cached_property
     def hash(self) -> str:
-        """sha256 (hex) over what decides ids and text: the parts of tokenizer.json in one canonical form, and which token ends a text."""
+        """sha256 (hex) over what decides ids and text: the parts of tokenizer.json in one canonical form, and
+        which token ends a text.
+        """
         parts: dict[str, Json] = {
-            name: self._parts.get(name) for name in ("model", "normalizer", "pre_tokenizer", "decoder", "added_tokens")
+            name: self._parts.get(name)
+            for name in ("model", "normalizer", "pre_tokenizer", "decoder", "added_tokens")
         }
-        canonical = json.dumps([_without_nulls(parts), self.eos_id], sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+        canonical = json.dumps(
+            [_without_nulls(parts), self.eos_id], sort_keys=True, ensure_ascii=True, separators=(",", ":")
+        )
         return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
     def save(self, folder: str | Path) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json`, so that `AutoTokenizer.from_pretrained(folder)` gives equal ids."""
+        """Write `tokenizer.json` and `tokenizer_config.json`, so that `AutoTokenizer.from_pretrained(folder)`
+        gives equal ids.
+        """
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         config: dict[str, Json] = {
@@ -228,7 +290,9 @@ class Tokenizer:
             **dict(self._roles),
         }
         (path / TOKENIZER_FILE).write_text(self._backend.to_str(pretty=True), encoding="utf-8")
-        (path / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (path / CONFIG_FILE).write_text(
+            json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
     def to_json(self) -> str:
         """The whole tokenizer as the text of a tokenizer.json."""
@@ -252,7 +316,9 @@ class Tokenizer:
 
     @cached_property
     def _id_by_character(self) -> np.ndarray:
-        """int64 `(largest code point + 2,)`; -1 where there is no id, and always in the last place, where larger points land."""
+        """int64 `(largest code point + 2,)`; -1 where there is no id, and always in the last place, where
+        larger points land.
+        """
         table = np.full(max(map(ord, self._plain_tokens)) + 2, -1, dtype=np.int64)
         for character in self._plain_tokens:
             table[ord(character)] = self._tokens[character]
@@ -260,7 +326,9 @@ class Tokenizer:
 
     @property
     def kind(self) -> str:
-        """What it is in a word: bpe, char, wordpiece, or the model's type in the tokenizers library, in small letters."""
+        """What it is in a word: bpe, char, wordpiece, or the model's type in the tokenizers library, in small
+        letters.
+        """
         return "char" if self.is_character_level else self._model_type.lower()
 
     @property
@@ -270,7 +338,9 @@ class Tokenizer:
     @cached_property
     def _plain_tokens(self) -> set[str]:
         """The vocabulary without added tokens."""
-        return self._tokens.keys() - {token.content for token in self._backend.get_added_tokens_decoder().values()}
+        return self._tokens.keys() - {
+            token.content for token in self._backend.get_added_tokens_decoder().values()
+        }
 
     @cached_property
     def _parts(self) -> dict[str, dict[str, Json]]:
@@ -289,7 +359,9 @@ class Tokenizer:
 
     @cached_property
     def _bytes_by_id(self) -> list[bytes]:
-        special = {token.content for token in self._backend.get_added_tokens_decoder().values() if token.special}
+        special = {
+            token.content for token in self._backend.get_added_tokens_decoder().values() if token.special
+        }
         plain = {token.content for token in self._backend.get_added_tokens_decoder().values()}
         table = [b""] * self.vocab_size
         to_bytes = vocabularies.bytes_of_token(self.is_byte_level, json.dumps(self._parts["decoder"]))
@@ -328,7 +400,9 @@ def _read_object(file: Path) -> dict[str, Json]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} is not JSON ({error}); restore it, or remove it to use {TOKENIZER_FILE} alone") from None
+        raise DataError(
+            f"{file} is not JSON ({error}); restore it, or remove it to use {TOKENIZER_FILE} alone"
+        ) from None
     return found if isinstance(found, dict) else {}
 
 

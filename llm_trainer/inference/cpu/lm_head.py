@@ -34,7 +34,9 @@ class Head:
         self._tokens = 0
 
     def __call__(self, hidden: Tensor, largest: int | None = None) -> Scores:
-        """Hidden states (B, C); `largest`: how many of the largest logits of a row must be among the scores (none: all)."""
+        """Hidden states (B, C); `largest`: how many of the largest logits of a row must be among the scores
+        (none: all).
+        """
         if not self.is_plain:
             return Scores(self.model.logits(hidden)[:, : self.vocab_size])
         weight = self.model.lm_head.weight[: self.vocab_size]

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # x (B, in), weight (out, in), bias (out) or none → (B, out)
+Product = Callable[
+    [Tensor, Tensor, Tensor | None], Tensor
+]  # x (B, in), weight (out, in), bias (out) or none → (B, out)
 
 
 def product_of(weight: Tensor, rows: int) -> Product:
@@ -23,7 +25,11 @@ def product_of(weight: Tensor, rows: int) -> Product:
 
 def multiply_vector(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (1, in) → (1, out)."""
-    y: Tensor = torch.ops.llm_trainer.matrix_vector(weight, x[0]) if torch.compiler.is_compiling() else torch.mv(weight, x[0])
+    y: Tensor = (
+        torch.ops.llm_trainer.matrix_vector(weight, x[0])
+        if torch.compiler.is_compiling()
+        else torch.mv(weight, x[0])
+    )
     return (y if bias is None else y + bias)[None]
 
 

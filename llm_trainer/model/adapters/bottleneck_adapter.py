@@ -1,9 +1,11 @@
-"""Bottleneck adapters behind each block (Houlsby et al. 2019, arXiv:1902.00751), one for all texts or one for each domain.
+"""Bottleneck adapters behind each block (Houlsby et al. 2019, arXiv:1902.00751), one for all texts or one for
+each domain.
 
-An adapter adds up·gelu(down·x) to the residual stream. `up` starts at zero, so that a model with new adapters computes what it did
-without. The adapters of all domains are one tensor from which each row of a batch takes its own: a batch may mix domains in one product,
-and every rank has a gradient for every parameter whatever its batch holds. Where one row holds documents of several domains, each
-place goes through all adapters side by side and keeps what its own says: one product as wide as all, and no matrices gathered by place.
+An adapter adds up·gelu(down·x) to the residual stream. `up` starts at zero, so that a model with new adapters
+computes what it did without. The adapters of all domains are one tensor from which each row of a batch takes
+its own: a batch may mix domains in one product, and every rank has a gradient for every parameter whatever
+its batch holds. Where one row holds documents of several domains, each place goes through all adapters side
+by side and keeps what its own says: one product as wide as all, and no matrices gathered by place.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from torch import Tensor, nn
 
 from llm_trainer.errors import UsageError
 
-Choice = Tensor | int | None  # the adapter of each row (B,) int64, of each place (B, T), one for all rows, or none
+Choice = (
+    Tensor | int | None
+)  # the adapter of each row (B,) int64, of each place (B, T), one for all rows, or none
 
 
 class Bottleneck(nn.Module):
@@ -41,7 +45,9 @@ class Bottleneck(nn.Module):
 
     def _by_place(self, x: Tensor, choice: Tensor) -> Tensor:
         """x (B, T, C), choice (B, T), -1 for none → what each place's adapter adds, (B, T, C)."""
-        inner = F.gelu(F.linear(x, self.down.flatten(0, 1))).view(*x.shape[:2], *self.down.shape[:2])  # (B, T, count, inner)
+        inner = F.gelu(F.linear(x, self.down.flatten(0, 1))).view(
+            *x.shape[:2], *self.down.shape[:2]
+        )  # (B, T, count, inner)
         own = (choice[..., None] == torch.arange(self.down.size(0), device=choice.device)).to(inner.dtype)
         return F.linear((inner * own[..., None]).flatten(-2), self.up.transpose(0, 1).flatten(1))
 
@@ -50,14 +56,20 @@ class Bottleneck(nn.Module):
         """Draw `down` from a seed that is the adapter's name, alike on all ranks; `up` is zero."""
         if not self.down.is_meta:
             generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
-            self.down.copy_(torch.empty(self.down.shape, device="cpu", dtype=torch.float32).normal_(0.0, deviation, generator=generator))
+            self.down.copy_(
+                torch.empty(self.down.shape, device="cpu", dtype=torch.float32).normal_(
+                    0.0, deviation, generator=generator
+                )
+            )
             self.up.zero_()
 
 
 def chosen_domains(known: Sequence[str], names: Sequence[str], numbers: Tensor | None = None) -> Tensor:
-    """Numbers in `known` of rows, (B,), with these names, or with those that `numbers` count in `names`, by row (B,) or by place (B, T).
+    """Numbers in `known` of rows, (B,), with these names, or with those that `numbers` count in `names`, by
+    row (B,) or by place (B, T).
 
-    Places of a domain that is not known, as of held-out text of a corpus that nothing is learned from, get -1. Raises UsageError for rows.
+    Places of a domain that is not known, as of held-out text of a corpus that nothing is learned from, get
+    -1. Raises UsageError for rows.
     """
     if numbers is not None and numbers.dim() == 2:
         return torch.tensor([known.index(name) if name in known else -1 for name in names])[numbers]

@@ -1,9 +1,10 @@
 """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) on attention, MLP, embedding and head, in named sets.
 
-A matrix W (out, in) with adapters computes x·Wᵀ + scale · (x·Aᵀ)·Bᵀ for each set that is in use, A (rank, in) and B (out, rank). The
-matrix stays the module's own `weight` under its own name, so files, optimizers and joined products (`transformer.project`) see the same
-model with something beside it. Embedding and head have the same two factors over (V, C); where they share their matrix they share its
-adapters too, so that merging keeps both functions.
+A matrix W (out, in) with adapters computes x·Wᵀ + scale · (x·Aᵀ)·Bᵀ for each set that is in use, A (rank, in)
+and B (out, rank). The matrix stays the module's own `weight` under its own name, so files, optimizers and
+joined products (`transformer.project`) see the same model with something beside it. Embedding and head have
+the same two factors over (V, C); where they share their matrix they share its adapters too, so that merging
+keeps both functions.
 
 `model.config.lora` says which adapters there are, `lora_in_use` which of them count, and every function here keeps both true: the shape
 of a checkpoint is its config.json, and whoever builds the model again builds the same function.
@@ -32,7 +33,9 @@ PROJECTIONS = {"attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_p
 
 @dataclass(frozen=True)
 class Target:
-    """A matrix that can have adapters: its name (`attn.2.q_proj`, `wte`), the module that holds its module, and under which name."""
+    """A matrix that can have adapters: its name (`attn.2.q_proj`, `wte`), the module that holds its module,
+    and under which name.
+    """
 
     name: str
     owner: nn.Module
@@ -76,12 +79,18 @@ def targets(model: nn.Module) -> list[Target]:
     for number, block in enumerate(plain.blocks):
         for kind, names in PROJECTIONS.items():
             part = getattr(block, kind)
-            found += [Target(f"{kind}.{number}.{name}", part, name) for name in names if getattr(part, name, None) is not None]
+            found += [
+                Target(f"{kind}.{number}.{name}", part, name)
+                for name in names
+                if getattr(part, name, None) is not None
+            ]
     return [*found, Target("lm_head", plain, "lm_head")]
 
 
 def attach_all(model: Transformer) -> None:
-    """Give a new model the adapters that its configuration names, with those in use that it says. Raises UsageError for what cannot be."""
+    """Give a new model the adapters that its configuration names, with those in use that it says. Raises
+    UsageError for what cannot be.
+    """
     for name, table in model.config.lora.items():
         check_table(model, name, table)
         for target in targets(model):
@@ -93,19 +102,27 @@ def check_table(model: nn.Module, name: str, table: LoraConfig) -> None:
     """Raises UsageError for a set's name or a target that cannot be."""
     if not name or "." in name:
         raise UsageError(f"an adapter cannot be called {name!r}: give a name without a dot")
-    known = {target.name for target in targets(model)} | {target.name.rpartition(".")[0] for target in targets(model)}
+    known = {target.name for target in targets(model)} | {
+        target.name.rpartition(".")[0] for target in targets(model)
+    }
     for wanted, rank in table.ranks.items():
         if wanted not in known or not wanted:
-            raise UsageError(f"LoRA cannot be on {wanted!r}: give attn.N, mlp.N, a projection of them (attn.0.q_proj), wte or lm_head")
+            raise UsageError(
+                f"LoRA cannot be on {wanted!r}: give attn.N, mlp.N, a projection of them (attn.0.q_proj), wte or lm_head"
+            )
         if rank < 0:
             raise UsageError(f"LoRA rank {rank} of {wanted}: a rank is 0 or more")
 
 
-def set_lora_rank(model: nn.Module, parts: str | Sequence[str], rank: int, *, name: str = DEFAULT_NAME, seed: int = 0) -> list[str]:
-    """Give parts (names, ranges, globs of attn.N, mlp.N, wte, lm_head) adapters of this rank; returns the parts.
+def set_lora_rank(
+    model: nn.Module, parts: str | Sequence[str], rank: int, *, name: str = DEFAULT_NAME, seed: int = 0
+) -> list[str]:
+    """Give parts (names, ranges, globs of attn.N, mlp.N, wte, lm_head) adapters of this rank; returns the
+    parts.
 
-    A larger rank keeps the product to rounding, 0 merges and removes, a smaller one keeps what the singular values say matters most.
-    What is new is drawn from `seed`. New adapters are trained; whether their matrices are is left as it is.
+    A larger rank keeps the product to rounding, 0 merges and removes, a smaller one keeps what the singular
+    values say matters most. What is new is drawn from `seed`. New adapters are trained; whether their
+    matrices are is left as it is.
 
     Raises UsageError for parts that take no adapters.
     """
@@ -113,7 +130,9 @@ def set_lora_rank(model: nn.Module, parts: str | Sequence[str], rank: int, *, na
     chosen = matching_parts(plain, parts)
     refused = [part for part in chosen if part not in MATRICES and part.split(".")[0] not in PROJECTIONS]
     if refused:
-        raise UsageError(f"LoRA cannot be on {', '.join(refused)}: attn.N, mlp.N, wte and lm_head have matrices for it")
+        raise UsageError(
+            f"LoRA cannot be on {', '.join(refused)}: attn.N, mlp.N, wte and lm_head have matrices for it"
+        )
     if rank < 0:
         raise UsageError(f"LoRA rank {rank}: a rank is 0 or more")
     if plain.config.tie_word_embeddings and set(chosen) & set(MATRICES):
@@ -131,8 +150,11 @@ def set_lora_rank(model: nn.Module, parts: str | Sequence[str], rank: int, *, na
     return chosen
 
 
-def merge_lora(model: nn.Module, names: Sequence[str] | None = None, *, restart: bool = True, seed: int = 0) -> list[str]:
-    """Fold adapters (none: those in use) into the matrices; `restart`: let them begin again, drawn from `seed`, else remove them.
+def merge_lora(
+    model: nn.Module, names: Sequence[str] | None = None, *, restart: bool = True, seed: int = 0
+) -> list[str]:
+    """Fold adapters (none: those in use) into the matrices; `restart`: let them begin again, drawn from
+    `seed`, else remove them.
 
     Returns which they were.
     """
@@ -145,7 +167,9 @@ def merge_lora(model: nn.Module, names: Sequence[str] | None = None, *, restart:
             _fold(module, name)
     for target, module, name in _each(plain, chosen):
         if restart:
-            low_rank_of(module, name).restart(f"{name}.{'wte' if _is_second_of_tied(plain, target) else target.name}", seed)
+            low_rank_of(module, name).restart(
+                f"{name}.{'wte' if _is_second_of_tied(plain, target) else target.name}", seed
+            )
     if not restart:
         for name in chosen:
             remove_adapters(plain, name)
@@ -168,7 +192,9 @@ def use_adapters(model: nn.Module, names: Sequence[str]) -> None:
     """Let these sets, and no others, count. Raises UsageError for one that the model does not have."""
     plain, names = unwrapped(model), list(dict.fromkeys(names))
     _count(plain, names)
-    plain.config.lora_in_use = names if plain.config.lora else None  # sets that come to a model without any count again
+    plain.config.lora_in_use = (
+        names if plain.config.lora else None
+    )  # sets that come to a model without any count again
 
 
 def adapters_in_use(model: nn.Module) -> list[str]:
@@ -177,7 +203,9 @@ def adapters_in_use(model: nn.Module) -> list[str]:
 
 
 def add_adapters(model: nn.Module, name: str, table: LoraConfig) -> None:
-    """Give the model another set, at zero and in use beside what is in use. Raises UsageError where the name is taken."""
+    """Give the model another set, at zero and in use beside what is in use. Raises UsageError where the name
+    is taken.
+    """
     plain = unwrapped(model)
     if name in plain.config.lora:
         raise UsageError(f"the model has an adapter {name!r} already; give the new one another name")
@@ -227,11 +255,17 @@ def _count(model: Transformer, names: Sequence[str]) -> None:
 
 
 def _resize(model: Transformer, target: Target, name: str, table: LoraConfig, seed: int = 0) -> None:
-    """Bring one matrix's adapter of a set to the rank that `table` says, keeping what it computes as far as the rank allows."""
+    """Bring one matrix's adapter of a set to the rank that `table` says, keeping what it computes as far as
+    the rank allows.
+    """
     named = "wte" if _is_second_of_tied(model, target) else target.name
     rank = table.rank_of(named)
     module = target.module
-    held = low_rank_of(module, name) if isinstance(module, (LoraLinear, LoraEmbedding)) and name in module.lora else None
+    held = (
+        low_rank_of(module, name)
+        if isinstance(module, (LoraLinear, LoraEmbedding)) and name in module.lora
+        else None
+    )
     if held is None and rank == 0:
         return
     if held is not None and rank == 0:
@@ -241,7 +275,9 @@ def _resize(model: Transformer, target: Target, name: str, table: LoraConfig, se
         return
     adapted = target.adapted()
     if _is_second_of_tied(model, target):
-        assert isinstance(model.wte, LoraEmbedding), "the embedding comes before the head that shares its matrix"
+        assert isinstance(model.wte, LoraEmbedding), (
+            "the embedding comes before the head that shares its matrix"
+        )
         adapted.lora[name] = model.wte.lora[name]
     else:
         dropout = 0.0 if named in MATRICES else table.dropout
@@ -273,7 +309,9 @@ def _factors(held: LowRank, rank: int) -> tuple[Tensor, Tensor]:
     basis_a, inner_a = torch.linalg.qr(held.a.double().T)
     left, values, right = torch.linalg.svd(inner_b @ inner_a.T)
     roots = values[:rank].sqrt()
-    return (roots[:, None] * (right[:rank] @ basis_a.T)).to(held.a), ((basis_b @ left[:, :rank]) * roots).to(held.b)
+    return (roots[:, None] * (right[:rank] @ basis_a.T)).to(held.a), ((basis_b @ left[:, :rank]) * roots).to(
+        held.b
+    )
 
 
 @torch.no_grad()

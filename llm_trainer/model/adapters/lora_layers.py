@@ -1,4 +1,5 @@
-"""The modules of low-rank adapters: two factors, and the linear map and the embedding that have some beside their matrix.
+"""The modules of low-rank adapters: two factors, and the linear map and the embedding that have some beside
+their matrix.
 
 What they compute and how they are named is said in `lora`, which gives them to models.
 """
@@ -43,15 +44,19 @@ class LowRank(nn.Module):
 
     @torch.no_grad()
     def restart(self, named: str, seed: int = 0, first: int = 0) -> None:
-        """Draw rows of `a` from `first` on as `nn.Linear` draws its weights, and let the same columns of `b` be zero.
+        """Draw rows of `a` from `first` on as `nn.Linear` draws its weights, and let the same columns of `b`
+        be zero.
 
-        The rows before `first` are drawn too and left: each row has numbers of its own, whatever there was when it came.
+        The rows before `first` are drawn too and left: each row has numbers of its own, whatever there was
+        when it came.
         """
         if self.a.is_meta:
             return
         bound = 1.0 / math.sqrt(self.a.size(1))
         generator = torch.Generator().manual_seed(zlib.crc32(named.encode(), seed))
-        drawn = torch.empty(self.a.shape, device="cpu", dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+        drawn = torch.empty(self.a.shape, device="cpu", dtype=torch.float32).uniform_(
+            -bound, bound, generator=generator
+        )
         self.a[first:] = drawn[first:].to(self.a)
         self.b[:, first:] = 0.0
 
@@ -87,7 +92,11 @@ class LoraEmbedding(Embedding):
 
     def __init__(self, base: nn.Embedding) -> None:
         nn.Module.__init__(self)
-        self.num_embeddings, self.embedding_dim, self.padding_idx = base.num_embeddings, base.embedding_dim, base.padding_idx
+        self.num_embeddings, self.embedding_dim, self.padding_idx = (
+            base.num_embeddings,
+            base.embedding_dim,
+            base.padding_idx,
+        )
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
         self.weight = base.weight
         self.lora = nn.ModuleDict()

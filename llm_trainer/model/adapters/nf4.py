@@ -1,10 +1,12 @@
-"""Matrices of four bits under adapters: NormalFloat in blocks of 64 (QLoRA, Dettmers et al. 2023, arXiv:2305.14314), frozen.
+"""Matrices of four bits under adapters: NormalFloat in blocks of 64 (QLoRA, Dettmers et al. 2023,
+arXiv:2305.14314), frozen.
 
-Tensors and products are torchao's `NF4Tensor`: a parameter of the model under its own name, which is made whole for each product. Only the
-scales are chosen here and not by torchao. It subtracts their mean and rounds them to 8 bits; quantised again, what came out of that
-differs a little. Here a group's scales are 7 bits times a power of two, and what has been quantised once is left as it is to
-the last bit. So a checkpoint holds the matrices whole, as plain weights that everybody can open, and a run that goes on from it has
-the very matrices that it had. The scales' rounding (0.4 % of a scale) is lost in that of the weights (a tenth).
+Tensors and products are torchao's `NF4Tensor`: a parameter of the model under its own name, which is made
+whole for each product. Only the scales are chosen here and not by torchao. It subtracts their mean and rounds
+them to 8 bits; quantised again, what came out of that differs a little. Here a group's scales are 7 bits
+times a power of two, and what has been quantised once is left as it is to the last bit. So a checkpoint holds
+the matrices whole, as plain weights that everybody can open, and a run that goes on from it has the very
+matrices that it had. The scales' rounding (0.4 % of a scale) is lost in that of the weights (a tenth).
 """
 
 from __future__ import annotations
@@ -46,9 +48,11 @@ class QuantizedLinear(Linear):
 
 
 def quantize_blocks(model: Transformer) -> None:
-    """Quantise the matrices of attention and MLP, in place; embedding, head, norms and adapters stay as they are.
+    """Quantise the matrices of attention and MLP, in place; embedding, head, norms and adapters stay as they
+    are.
 
-    Raises UsageError for a matrix that is to be trained or is not made of blocks of 64, and where torchao is missing.
+    Raises UsageError for a matrix that is to be trained or is not made of blocks of 64, and where torchao is
+    missing.
     """
     check_base(model)
     for part, name, linear, _ in _base_matrices(model):
@@ -58,7 +62,9 @@ def quantize_blocks(model: Transformer) -> None:
 
 
 def check_base(model: Transformer) -> None:
-    """Raises UsageError for a matrix of attention or MLP that is to be trained or is not made of blocks of 64."""
+    """Raises UsageError for a matrix of attention or MLP that is to be trained or is not made of blocks of
+    64.
+    """
     for _, _, linear, title in _base_matrices(model):
         if linear.weight.requires_grad:
             raise UsageError(
@@ -66,17 +72,25 @@ def check_base(model: Transformer) -> None:
                 "weights (--init_from gpt2 --attn_lora_rank 8), without lora_train_base"
             )
         if linear.weight.numel() % BLOCK:
-            raise UsageError(f"quantize_base takes blocks of {BLOCK} weights, and {title} has {linear.weight.numel()}; leave it off")
+            raise UsageError(
+                f"quantize_base takes blocks of {BLOCK} weights, and {title} has {linear.weight.numel()}; leave it off"
+            )
 
 
 def bytes_saved(model: Transformer) -> int:
-    """How much less the model would hold with its base in four bits: half a byte a weight instead of its own, and the scales."""
-    sizes = [(linear.weight.numel(), linear.weight.element_size()) for _, _, linear, _ in _base_matrices(model)]
+    """How much less the model would hold with its base in four bits: half a byte a weight instead of its own,
+    and the scales.
+    """
+    sizes = [
+        (linear.weight.numel(), linear.weight.element_size()) for _, _, linear, _ in _base_matrices(model)
+    ]
     return sum(count * size - count // 2 - count // BLOCK for count, size in sizes)
 
 
 def _base_matrices(model: Transformer) -> Iterator[tuple[nn.Module, str, Linear, str]]:
-    """Each matrix of attention and MLP: the module that holds it, its name there, itself, and what to call it."""
+    """Each matrix of attention and MLP: the module that holds it, its name there, itself, and what to call
+    it.
+    """
     from llm_trainer.model.adapters.lora import PROJECTIONS
 
     for number, block in enumerate(model.blocks):
@@ -100,15 +114,24 @@ def quantized(weight: Tensor) -> NF4Tensor:
     scales, factors = _scales(blocks.abs().amax(dim=1), group)
     spread = (scales.view(-1, group) / factors[:, None]).view(-1, 1)
     scaled = torch.where(spread > 0, blocks / spread, torch.zeros(())).flatten()
-    codes = torch.cat([FourBits.quantize_tensor_nearest(part, levels).to(torch.uint8) for part in torch.split(scaled, _CHUNK)])
+    codes = torch.cat(
+        [
+            FourBits.quantize_tensor_nearest(part, levels).to(torch.uint8)
+            for part in torch.split(scaled, _CHUNK)
+        ]
+    )
     described = Described(weight.shape, weight.stride(), 0, torch.float32, weight.device, False)
     mean = torch.zeros((), device=weight.device)
     packed = codes[::2] << 4 | codes[1::2]
-    return FourBits(described, BLOCK, len(blocks), group, scales.to(torch.int8), factors, mean, packed, levels)
+    return FourBits(
+        described, BLOCK, len(blocks), group, scales.to(torch.int8), factors, mean, packed, levels
+    )
 
 
 def _torchao() -> tuple[type[NF4Tensor], type[SubclassTensorArgs]]:
-    """Its tensor, and what describes one; without its warnings of kernels for other machines, which nothing here uses."""
+    """Its tensor, and what describes one; without its warnings of kernels for other machines, which nothing
+    here uses.
+    """
     logger = logging.getLogger("torchao")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -125,10 +148,11 @@ def _torchao() -> tuple[type[NF4Tensor], type[SubclassTensorArgs]]:
 
 
 def _scales(largest: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """Scales 0 … 127 of blocks with these largest weights, and for each group the power of two by which they are divided.
+    """Scales 0 … 127 of blocks with these largest weights, and for each group the power of two by which they
+    are divided.
 
-    A scale is rounded down where rounding up would leave the largest weight nearer to another level than to the outermost: then the scale
-    would not be found again.
+    A scale is rounded down where rounding up would leave the largest weight nearer to another level than to
+    the outermost: then the scale would not be found again.
     """
     exponents = torch.frexp(largest.view(-1, group).amax(dim=1)).exponent.clamp(min=_LEAST_EXPONENT)
     factors = torch.ldexp(torch.ones(len(exponents), device=largest.device), 7 - exponents)

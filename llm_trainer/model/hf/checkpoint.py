@@ -1,4 +1,5 @@
-"""Models on disk and on the hub, in Hugging Face's own form: config.json and model.safetensors, sharded when large.
+"""Models on disk and on the hub, in Hugging Face's own form: config.json and model.safetensors, sharded when
+large.
 
 `transformers` opens what is saved here, and what it saved is loaded here; neither way needs transformers itself. Weights come from
 safetensors only: a pickle can run code, so a folder that holds nothing else is refused, and code that a config.json points to is never
@@ -64,8 +65,9 @@ def save_pretrained(
 ) -> None:
     """Write config.json and the weights, in the type that they have, into `folder`, which is made if need be.
 
-    A compiled or parallel wrapper is taken off first. The ids of the special tokens go into config.json, where transformers looks
-    for the one that ends a text. With a saved tokenizer beside it the folder is complete.
+    A compiled or parallel wrapper is taken off first. The ids of the special tokens go into config.json,
+    where transformers looks for the one that ends a text. With a saved tokenizer beside it the folder is
+    complete.
     """
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
@@ -79,7 +81,9 @@ def save_pretrained(
 
 @dataclass(frozen=True)
 class WeightLayout:
-    """Which tensors lie in which file of a model folder; `part_of` says whose part each file is, where several write one folder."""
+    """Which tensors lie in which file of a model folder; `part_of` says whose part each file is, where
+    several write one folder.
+    """
 
     files: Mapping[str, Sequence[Entry]]
     part_of: Mapping[str, int]
@@ -87,7 +91,9 @@ class WeightLayout:
 
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights as the model holds them, a tied matrix once, without the wrappers of compilation; what is in four bits as that."""
+    """The weights as the model holds them, a tied matrix once, without the wrappers of compilation; what is
+    in four bits as that.
+    """
     return {name: parameter.detach() for name, parameter in unwrapped(model).named_parameters()}
 
 
@@ -98,7 +104,8 @@ def weight_layout(
     writers: Mapping[str, Sequence[int]] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> WeightLayout:
-    """Files for the model's weights, in `parts` of about equal size, none above `max_shard_bytes` unless a tensor alone is.
+    """Files for the model's weights, in `parts` of about equal size, none above `max_shard_bytes` unless a
+    tensor alone is.
 
     `writers`: by parameter, which parts may have it (the same for those that lie in one tensor of a file); none: any.
     """
@@ -120,9 +127,16 @@ def weight_layout(
 
 
 def description_files(
-    model: nn.Module, layout: WeightLayout, *, bos_id: int | None = None, eos_id: int | None = None, pad_id: int | None = None
+    model: nn.Module,
+    layout: WeightLayout,
+    *,
+    bos_id: int | None = None,
+    eos_id: int | None = None,
+    pad_id: int | None = None,
 ) -> dict[str, str]:
-    """Name → text of what a model folder holds beside its weights: config.json, and an index where there are several files."""
+    """Name → text of what a model folder holds beside its weights: config.json, and an index where there are
+    several files.
+    """
     plain = unwrapped(model)
     content = config_to_huggingface(plain.config)
     content |= {"dtype": str(plain.wte.weight.dtype).removeprefix("torch.")}
@@ -130,13 +144,16 @@ def description_files(
     texts = {"config.json": json.dumps(content, indent=2) + "\n"}
     if len(layout.files) > 1:
         weight_map = {entry.theirs: name for name, shard in layout.files.items() for entry in shard}
-        texts[INDEX_NAME] = json.dumps({"metadata": {"total_size": layout.total_bytes}, "weight_map": weight_map}, indent=2) + "\n"
+        texts[INDEX_NAME] = (
+            json.dumps({"metadata": {"total_size": layout.total_bytes}, "weight_map": weight_map}, indent=2)
+            + "\n"
+        )
     return texts
 
 
 def write_weights(path: Path, shard: Sequence[Entry], parameters: Mapping[str, Tensor]) -> None:
-    """One file of a layout; `parameters` hold at least what it wants, whole. What is in four bits is written as floats, and is made such
-    one tensor at a time: the device need not hold them all.
+    """One file of a layout; `parameters` hold at least what it wants, whole. What is in four bits is written
+    as floats, and is made such one tensor at a time: the device need not hold them all.
     """
 
     def joined(entry: Entry) -> Tensor:
@@ -146,7 +163,10 @@ def write_weights(path: Path, shard: Sequence[Entry], parameters: Mapping[str, T
 
 
 def _by_part(
-    table: Sequence[Entry], parameters: Mapping[str, Tensor], parts: int, writers: Mapping[str, Sequence[int]] | None
+    table: Sequence[Entry],
+    parameters: Mapping[str, Tensor],
+    parts: int,
+    writers: Mapping[str, Sequence[int]] | None,
 ) -> Iterator[tuple[int, list[Entry]]]:
     """Each part and its tensors; a part comes once for each group of parts that share tensors among them."""
     if writers is None:
@@ -184,16 +204,21 @@ def _into_shards(table: Sequence[Entry], parameters: Mapping[str, Tensor], limit
     return shards
 
 
-def load_pretrained(source: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Transformer:
+def load_pretrained(
+    source: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> Transformer:
     """A model from a folder (or the model.safetensors in it) or by its name on the hub, in evaluation mode.
 
-    dtype: type of the weights; none: fp32, which training wants whatever the file holds. Raises CheckpointError where the folder is
-    missing, damaged, of an unknown kind, or its tensors are not exactly those that its config.json calls for.
+    dtype: type of the weights; none: fp32, which training wants whatever the file holds. Raises
+    CheckpointError where the folder is missing, damaged, of an unknown kind, or its tensors are not exactly
+    those that its config.json calls for.
     """
     folder = _folder_of(source)
     config = read_config(folder)
     with torch.device("meta"):
-        _tensors_for(Transformer(config), folder)  # a config.json that promises too much must not have its memory allocated
+        _tensors_for(
+            Transformer(config), folder
+        )  # a config.json that promises too much must not have its memory allocated
     model = empty_model(config, device, dtype or torch.float32)
     load_weights(model, folder)
     return model.eval()
@@ -204,7 +229,9 @@ def read_config(folder: Path) -> ModelConfig:
     return config_from_huggingface(_read_json(folder / "config.json"))
 
 
-def empty_model(config: ModelConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Transformer:
+def empty_model(
+    config: ModelConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Transformer:
     """A model whose weights are allocated and not yet filled.
 
     (`Module.to_empty` does the same, and imports sympy for it: half a second of a program's start.)
@@ -223,7 +250,9 @@ def empty_model(config: ModelConfig, device: torch.device | str = "cpu", dtype: 
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, folder: Path | str, fill: Callable[[nn.Parameter, Tensor], object] = nn.Parameter.copy_) -> None:
+def load_weights(
+    model: nn.Module, folder: Path | str, fill: Callable[[nn.Parameter, Tensor], object] = nn.Parameter.copy_
+) -> None:
     """Fill a model from a folder's safetensors, one tensor at a time, keeping the model's device and type.
 
     `fill` puts a whole tensor into a parameter; another one may keep a part of it.
@@ -252,7 +281,9 @@ class Stored:
 
 
 def _tensors_for(model: Transformer, folder: Path) -> list[tuple[Stored, Entry]]:
-    """What the folder holds for each of the model's parameters; raises CheckpointError where it is not exactly that."""
+    """What the folder holds for each of the model's parameters; raises CheckpointError where it is not
+    exactly that.
+    """
     family = str(_read_json(folder / "config.json").get("model_type"))
     table = {entry.theirs: entry for entry in entries((name for name, _ in model.named_parameters()), family)}
     with _reading(folder):
@@ -263,19 +294,31 @@ def _tensors_for(model: Transformer, folder: Path) -> list[tuple[Stored, Entry]]
     missing = sorted(table.keys() - found.keys())
     unexpected = sorted(found[name].name for name in found.keys() - table.keys())
     if missing or unexpected:
-        problems = [f"{word}: {_some(names)}" for word, names in (("missing", missing), ("unexpected", unexpected)) if names]
-        raise CheckpointError(f"the tensors in {folder} are not those of its config.json; {'; '.join(problems)}")
+        problems = [
+            f"{word}: {_some(names)}"
+            for word, names in (("missing", missing), ("unexpected", unexpected))
+            if names
+        ]
+        raise CheckpointError(
+            f"the tensors in {folder} are not those of its config.json; {'; '.join(problems)}"
+        )
     shape_of = {name: parameter.shape for name, parameter in model.named_parameters()}
     for name, entry in table.items():
         shape, wanted = found[name].shape, entry.shape(shape_of)
         if shape != wanted:
-            raise CheckpointError(f"{found[name].name} in {folder} has shape {shape}, where its config.json calls for {wanted}")
+            raise CheckpointError(
+                f"{found[name].name} in {folder} has shape {shape}, where its config.json calls for {wanted}"
+            )
     return [(found[name], entry) for name, entry in table.items()]
 
 
 def _their_name(stored: str, table: Mapping[str, Entry]) -> str:
-    """GPT-2's first files, and models saved without their head, leave out the `transformer.` or `model.` in front."""
-    return next((name for name in (stored, f"transformer.{stored}", f"model.{stored}") if name in table), stored)
+    """GPT-2's first files, and models saved without their head, leave out the `transformer.` or `model.` in
+    front.
+    """
+    return next(
+        (name for name in (stored, f"transformer.{stored}", f"model.{stored}") if name in table), stored
+    )
 
 
 def _tensors_in(folder: Path) -> Iterator[Stored]:
@@ -295,21 +338,29 @@ def _weight_files(folder: Path) -> list[Path]:
             raise CheckpointError(
                 f"{folder} holds weights as a pickle only ({', '.join(pickles)}), which is not opened: {_WAY_OUT_OF_PICKLE}"
             )
-        raise CheckpointError(f"{folder} has no {WEIGHTS_NAME} and no {INDEX_NAME}; it is not a model folder, or its weights are missing")
+        raise CheckpointError(
+            f"{folder} has no {WEIGHTS_NAME} and no {INDEX_NAME}; it is not a model folder, or its weights are missing"
+        )
     weight_map = _read_json(folder / INDEX_NAME).get("weight_map")
     values = list(weight_map.values()) if isinstance(weight_map, dict) else []
     if not values or any(not isinstance(name, str) or not name or Path(name).name != name for name in values):
-        raise CheckpointError(f"{folder / INDEX_NAME} does not name the files of this folder that hold the weights")
+        raise CheckpointError(
+            f"{folder / INDEX_NAME} does not name the files of this folder that hold the weights"
+        )
     names = sorted(set(values))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        raise CheckpointError(f"{folder} lacks {_some(missing)}, which {INDEX_NAME} names; copy the whole folder")
+        raise CheckpointError(
+            f"{folder} lacks {_some(missing)}, which {INDEX_NAME} names; copy the whole folder"
+        )
     return [folder / name for name in names]
 
 
 def _check_tied_head(folder: Path, found: Mapping[str, Stored]) -> None:
     """A head saved beside the embedding that it is tied to must be that embedding."""
-    embedding = next(stored for name, stored in found.items() if name.endswith(("wte.weight", "embed_tokens.weight")))
+    embedding = next(
+        stored for name, stored in found.items() if name.endswith(("wte.weight", "embed_tokens.weight"))
+    )
     if not torch.equal(_read_tensor(found["lm_head.weight"]), _read_tensor(embedding)):
         raise CheckpointError(
             f"{folder} says tie_word_embeddings but its lm_head.weight differs from {embedding.name}; set it to false in config.json"
@@ -333,7 +384,9 @@ def _reading(folder: Path) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        raise CheckpointError(f"the weights in {folder} are damaged ({error}); take another checkpoint, or fetch the file again") from error
+        raise CheckpointError(
+            f"the weights in {folder} are damaged ({error}); take another checkpoint, or fetch the file again"
+        ) from error
     except OSError as error:
         raise CheckpointError(f"the weights in {folder} cannot be read: {error}") from error
 
@@ -342,7 +395,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist; a model folder holds config.json and {WEIGHTS_NAME}") from None
+        raise CheckpointError(
+            f"{path} does not exist; a model folder holds config.json and {WEIGHTS_NAME}"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
@@ -358,15 +413,20 @@ def _folder_of(source: str | Path) -> Path:
     if path.is_file() and path.suffix == ".safetensors":
         return path.parent
     if path.is_file():
-        raise CheckpointError(f"{path} is not a model folder, and it is not opened as weights: {_WAY_OUT_OF_PICKLE}")
+        raise CheckpointError(
+            f"{path} is not a model folder, and it is not opened as weights: {_WAY_OUT_OF_PICKLE}"
+        )
     name = SHORT_NAMES.get(str(source), str(source))
     if isinstance(source, Path) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
-        raise CheckpointError(f"{name} does not exist; give a model folder, or a name on the Hugging Face hub (gpt2, or owner/name)")
+        raise CheckpointError(
+            f"{name} does not exist; give a model folder, or a name on the Hugging Face hub (gpt2, or owner/name)"
+        )
     return fetch_from_hub(name)
 
 
 def fetch_from_hub(name: str, files: Sequence[str] = MODEL_FILES) -> Path:
-    """The local snapshot of these `files` of a hub repository (configuration, safetensors, tokenizer); nothing else is downloaded.
+    """The local snapshot of these `files` of a hub repository (configuration, safetensors, tokenizer);
+    nothing else is downloaded.
 
     huggingface_hub shows progress, resumes, checks hashes and keeps the files for the next time.
     """

@@ -22,7 +22,13 @@ from llm_trainer.errors import CheckpointError, UsageError
 OWN_SECTION = "llm_trainer"
 FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 
-_GPT2_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "relu2": "relu2", "silu": "silu"}
+_GPT2_ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_tanh": "gelu_new",
+    "relu": "relu",
+    "relu2": "relu2",
+    "silu": "silu",
+}
 _GPT2_NAMES = {
     "n_embd": "hidden_size",
     "n_layer": "num_hidden_layers",
@@ -45,7 +51,11 @@ _LLAMA_NAMES = {
     "rms_norm_eps": "norm_epsilon",
     "attention_dropout": "attention_dropout",
 }
-_SHARED_NAMES = {"vocab_size": "vocab_size", "tie_word_embeddings": "tie_word_embeddings", "initializer_range": "initializer_range"}
+_SHARED_NAMES = {
+    "vocab_size": "vocab_size",
+    "tie_word_embeddings": "tie_word_embeddings",
+    "initializer_range": "initializer_range",
+}
 _ARCHITECTURES = {
     "gpt2": "GPT2LMHeadModel",
     "llama": "LlamaForCausalLM",
@@ -59,9 +69,18 @@ _GPT2_DEFAULTS = {
     "vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "activation_function": "gelu_new",
     "resid_pdrop": 0.1, "attn_pdrop": 0.1, "embd_pdrop": 0.1, "tie_word_embeddings": True,
 }  # fmt: skip
-_LLAMA_DEFAULTS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "hidden_act": "silu", "attention_dropout": 0.0}
+_LLAMA_DEFAULTS = {
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "attention_dropout": 0.0,
+}
 # Words that change what is computed, with the only values that we compute.
-_GPT2_FIXED = {"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)}
+_GPT2_FIXED = {
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+}
 _LLAMA_FIXED = {"hidden_act": ("silu",), "partial_rotary_factor": (None, 1.0)}
 
 
@@ -93,8 +112,19 @@ def family_of(config: ModelConfig) -> str | None:
     biases = (shape.qkv_bias, shape.attention_bias, shape.mlp_bias)
     even = shape.head_width * shape.num_attention_heads == shape.hidden_size
     if shape.positions == "learned":
-        plain = not shape.qk_norm and shape.sliding_window is None and shape.kv_heads == shape.num_attention_heads and even
-        fits = plain and shape.norm == "layernorm" and all(biases) and shape.norm_bias and shape.activation in _GPT2_ACTIVATIONS
+        plain = (
+            not shape.qk_norm
+            and shape.sliding_window is None
+            and shape.kv_heads == shape.num_attention_heads
+            and even
+        )
+        fits = (
+            plain
+            and shape.norm == "layernorm"
+            and all(biases)
+            and shape.norm_bias
+            and shape.activation in _GPT2_ACTIVATIONS
+        )
         return "gpt2" if fits else None
     if (shape.positions, shape.norm, shape.activation) != ("rope", "rmsnorm", "swiglu"):
         return None
@@ -142,7 +172,9 @@ def _left_over(shape: ModelConfig, content: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _rope_words(shape: ModelConfig) -> dict[str, Any]:
-    """Both spellings: `rope_parameters` of transformers 5, and `rope_theta` with `rope_scaling` of version 4 and of other readers."""
+    """Both spellings: `rope_parameters` of transformers 5, and `rope_theta` with `rope_scaling` of version 4
+    and of other readers.
+    """
     scaling = shape.rope_scaling
     theta = shape.rope_theta if scaling is None or scaling.rope_theta is None else scaling.rope_theta
     if scaling is None:
@@ -157,18 +189,24 @@ def _rope_words(shape: ModelConfig) -> dict[str, Any]:
 
 
 def config_from_huggingface(content: Mapping[str, Any]) -> ModelConfig:
-    """Read the content of a config.json; raises CheckpointError for a family or a word that we do not compute."""
+    """Read the content of a config.json; raises CheckpointError for a family or a word that we do not
+    compute.
+    """
     family = content.get("model_type")
     try:
         if family == OWN_SECTION:
             known = ModelConfig.model_fields.keys()
-            return ModelConfig(**{name: value for name, value in content.items() if name in known and name != "model_type"})
+            return ModelConfig(
+                **{name: value for name, value in content.items() if name in known and name != "model_type"}
+            )
         if family not in FAMILIES:
             raise CheckpointError(
                 f"config.json has model_type {family!r}; those that can be read are {', '.join(FAMILIES)} and {OWN_SECTION}"
             )
         if content.get("quantization_config"):
-            raise CheckpointError("the weights are quantised (config.json has quantization_config); take the model's unquantised version")
+            raise CheckpointError(
+                "the weights are quantised (config.json has quantization_config); take the model's unquantised version"
+            )
         values = _from_gpt2(content) if family == "gpt2" else _from_llama(family, content)
         return ModelConfig(**{**values, **content.get(OWN_SECTION, {})})
     except (UsageError, ValidationError, TypeError, KeyError) as error:
@@ -178,14 +216,20 @@ def config_from_huggingface(content: Mapping[str, Any]) -> ModelConfig:
 def _from_gpt2(content: Mapping[str, Any]) -> dict[str, Any]:
     words = {**_GPT2_DEFAULTS, **content}
     _refuse_unknown_computation(words, _GPT2_FIXED)
-    values = {ours: words[theirs] for theirs, ours in {**_SHARED_NAMES, **_GPT2_NAMES}.items() if theirs in words}
+    values = {
+        ours: words[theirs] for theirs, ours in {**_SHARED_NAMES, **_GPT2_NAMES}.items() if theirs in words
+    }
     return {"model_type": "gpt2", **values, "activation": words["activation_function"]}
 
 
 def _from_llama(family: str, content: Mapping[str, Any]) -> dict[str, Any]:
     words = {**_LLAMA_DEFAULTS, **content}
     _refuse_unknown_computation(words, _LLAMA_FIXED)
-    values = {ours: words[theirs] for theirs, ours in {**_SHARED_NAMES, **_LLAMA_NAMES}.items() if words.get(theirs) is not None}
+    values = {
+        ours: words[theirs]
+        for theirs, ours in {**_SHARED_NAMES, **_LLAMA_NAMES}.items()
+        if words.get(theirs) is not None
+    }
     if family == "qwen3":
         values.setdefault("head_dim", 128)
     bias = bool(words.get("attention_bias", False)) if family in ("llama", "qwen3") else False
@@ -207,15 +251,24 @@ def _from_rope_words(words: Mapping[str, Any]) -> dict[str, Any]:
     kind = said.get("rope_type", said.get("type", "default"))
     theta = said.get("rope_theta", words.get("rope_theta")) or 10000.0
     if kind not in ("default", "linear", "llama3"):
-        raise CheckpointError(f"config.json stretches positions by {kind!r}; those that can be read are default, linear and llama3")
+        raise CheckpointError(
+            f"config.json stretches positions by {kind!r}; those that can be read are default, linear and llama3"
+        )
     if said.get("partial_rotary_factor", 1.0) != 1.0:
-        raise CheckpointError("config.json rotates only a part of each head (partial_rotary_factor), which this model does not compute")
+        raise CheckpointError(
+            "config.json rotates only a part of each head (partial_rotary_factor), which this model does not compute"
+        )
     if kind == "default":
         return {"rope_theta": theta}
     scaling: dict[str, Any] = {"kind": kind, "factor": said["factor"]}
     if kind == "llama3":
-        scaling |= {"low_frequency_factor": said["low_freq_factor"], "high_frequency_factor": said["high_freq_factor"]}
-        scaling["original_context"] = said.get("original_max_position_embeddings") or words["max_position_embeddings"]
+        scaling |= {
+            "low_frequency_factor": said["low_freq_factor"],
+            "high_frequency_factor": said["high_freq_factor"],
+        }
+        scaling["original_context"] = (
+            said.get("original_max_position_embeddings") or words["max_position_embeddings"]
+        )
     return {"rope_theta": theta, "rope_scaling": scaling}
 
 
@@ -231,7 +284,9 @@ def _sliding_window(family: str, words: Mapping[str, Any]) -> int | None:
     first_windowed = words.get("max_window_layers", 28)
     if words.get("layer_types") is None and first_windowed >= words["num_hidden_layers"]:
         return None
-    if set(words.get("layer_types") or ()) == {"sliding_attention"} or (words.get("layer_types") is None and first_windowed == 0):
+    if set(words.get("layer_types") or ()) == {"sliding_attention"} or (
+        words.get("layer_types") is None and first_windowed == 0
+    ):
         return int(words["sliding_window"])
     raise CheckpointError(
         "config.json gives a sliding window to some layers only (max_window_layers, layer_types), which this model does not compute"
@@ -241,4 +296,6 @@ def _sliding_window(family: str, words: Mapping[str, Any]) -> int | None:
 def _refuse_unknown_computation(words: Mapping[str, Any], fixed: Mapping[str, tuple[Any, ...]]) -> None:
     for name, computed in fixed.items():
         if name in words and words[name] not in computed:
-            raise CheckpointError(f"config.json has {name} = {words[name]!r}; only {computed[-1]!r} is computed here")
+            raise CheckpointError(
+                f"config.json has {name} = {words[name]!r}; only {computed[-1]!r} is computed here"
+            )

@@ -1,7 +1,7 @@
 """Which tensor of a Hugging Face file holds which of our parameters.
 
-Llama's files and ours differ in names only: each of our parameters is one of theirs. GPT-2's files keep query, key and value in one
-matrix, and matrices as (inputs, outputs), the other way round from `nn.Linear`.
+Llama's files and ours differ in names only: each of our parameters is one of theirs. GPT-2's files keep
+query, key and value in one matrix, and matrices as (inputs, outputs), the other way round from `nn.Linear`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ _LLAMA = {
     "ln_2": "post_attention_layernorm",
     "attn": "self_attn",
 }
-_GPT2 = {"wte": "transformer.wte", "wpe": "transformer.wpe", "ln_f": "transformer.ln_f", "blocks": "transformer.h"}
+_GPT2 = {
+    "wte": "transformer.wte",
+    "wpe": "transformer.wpe",
+    "ln_f": "transformer.ln_f",
+    "blocks": "transformer.h",
+}
 _GPT2_LINEARS = {"attn.o_proj": "attn.c_proj", "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"}
 _QKV = ("q_proj", "k_proj", "v_proj")
 
@@ -30,7 +35,9 @@ IGNORED_ENDINGS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of theirs: our parameters stacked along the outputs, and then turned over where `transposed`."""
+    """One tensor of theirs: our parameters stacked along the outputs, and then turned over where
+    `transposed`.
+    """
 
     theirs: str
     ours: tuple[str, ...]
@@ -55,8 +62,13 @@ class Entry:
 
 
 def entries(parameter_names: Iterable[str], family: str) -> list[Entry]:
-    """The tensors that a file of this family (`gpt2`, `llm_trainer`, or any of Llama's relatives) has for these parameters."""
-    name_for: dict[str, Callable[[str], Entry | None]] = {"gpt2": _gpt2_entry, "llm_trainer": lambda name: Entry(name, (name,))}
+    """The tensors that a file of this family (`gpt2`, `llm_trainer`, or any of Llama's relatives) has for
+    these parameters.
+    """
+    name_for: dict[str, Callable[[str], Entry | None]] = {
+        "gpt2": _gpt2_entry,
+        "llm_trainer": lambda name: Entry(name, (name,)),
+    }
     found = (name_for.get(family, _llama_entry)(name) for name in parameter_names)
     return [entry for entry in found if entry is not None]
 
@@ -74,5 +86,9 @@ def _gpt2_entry(name: str) -> Entry | None:
         return Entry(theirs, ours, transposed=kind == "weight") if place[-1] == "q_proj" else None
     for ours_ending, theirs_ending in _GPT2_LINEARS.items():
         if prefix.endswith(ours_ending):
-            return Entry(f"{prefix.removesuffix(ours_ending)}{theirs_ending}.{kind}", (name,), transposed=kind == "weight")
+            return Entry(
+                f"{prefix.removesuffix(ours_ending)}{theirs_ending}.{kind}",
+                (name,),
+                transposed=kind == "weight",
+            )
     return Entry(f"{prefix}.{kind}", (name,))

@@ -1,7 +1,8 @@
 """nanoGPT's ckpt.pt, read without running what it may hold.
 
-The file is a pickle. PyTorch's `weights_only` reader builds tensors, numbers, texts and plain containers and refuses anything else, so
-a file with code in it is an error and the code does not run. Optimizer state is left alone: its order of parameters is not ours.
+The file is a pickle. PyTorch's `weights_only` reader builds tensors, numbers, texts and plain containers and
+refuses anything else, so a file with code in it is an error and the code does not run. Optimizer state is
+left alone: its order of parameters is not ours.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from llm_trainer.model.transformer import Transformer
 _SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 
 
-def load_nanogpt(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Transformer:
+def load_nanogpt(
+    path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> Transformer:
     """The model in a nanoGPT checkpoint, in evaluation mode; dtype none: fp32.
 
     Raises CheckpointError where the file is missing, damaged, holds more than data, or is not nanoGPT's.
@@ -42,7 +45,9 @@ def load_nanogpt(path: str | Path, device: torch.device | str = "cpu", dtype: to
 
 
 def dataset_of(path: str | Path) -> str | None:
-    """The name of the folder in `data/` that the checkpoint was trained on, where it says so: its vocabulary is there."""
+    """The name of the folder in `data/` that the checkpoint was trained on, where it says so: its vocabulary
+    is there.
+    """
     config = _unpickle_data(Path(path)).get("config")
     name = config.get("dataset") if isinstance(config, Mapping) else None
     return name if isinstance(name, str) and name and Path(name).name == name else None
@@ -59,7 +64,9 @@ def _unpickle_data(path: Path) -> Mapping[str, Any]:
             f"({str(error).strip().splitlines()[0]})"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be read as a PyTorch file: {str(error).strip().splitlines()[0]}") from error
+        raise CheckpointError(
+            f"{path} cannot be read as a PyTorch file: {str(error).strip().splitlines()[0]}"
+        ) from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} is not a nanoGPT checkpoint: it holds a {type(content).__name__}")
     return content
@@ -69,7 +76,9 @@ def _config_of(arguments: Mapping[str, Any]) -> ModelConfig:
     """nanoGPT's model: GPT-2's shape with exact GELU, with or without biases."""
     dropout = float(arguments.get("dropout") or 0.0)
     sizes = {name: arguments[name] for name in _SIZES}
-    return ModelConfig(model_type="gpt2", activation="gelu", bias=bool(arguments.get("bias", True)), dropout=dropout, **sizes)
+    return ModelConfig(
+        model_type="gpt2", activation="gelu", bias=bool(arguments.get("bias", True)), dropout=dropout, **sizes
+    )
 
 
 @torch.no_grad()
@@ -81,11 +90,15 @@ def _fill(model: Transformer, weights: Mapping[str, Any], path: Path) -> None:
     known = {entry.theirs for entry in table} | {"lm_head.weight"}
     unexpected = [name for name in weights if name not in known and not name.endswith(".attn.bias")]
     if unexpected:
-        raise CheckpointError(f"{path} holds {', '.join(unexpected[:5])}, which a nanoGPT model does not have")
+        raise CheckpointError(
+            f"{path} holds {', '.join(unexpected[:5])}, which a nanoGPT model does not have"
+        )
     for entry in table:
         tensor = weights.get(entry.theirs)
         if not isinstance(tensor, Tensor) or tuple(tensor.shape) != entry.shape(shape_of):
             found = "nothing" if tensor is None else f"{tuple(getattr(tensor, 'shape', ()))}"
-            raise CheckpointError(f"{path}: {entry.theirs} should have shape {entry.shape(shape_of)}, and has {found}")
+            raise CheckpointError(
+                f"{path}: {entry.theirs} should have shape {entry.shape(shape_of)}, and has {found}"
+            )
         for name, ours in entry.split(tensor).items():
             parameters[name].copy_(ours)

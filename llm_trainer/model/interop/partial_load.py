@@ -1,4 +1,6 @@
-"""Weights of a pretrained checkpoint for a model that is not quite that one: what fits is taken, and a report says what came from where."""
+"""Weights of a pretrained checkpoint for a model that is not quite that one: what fits is taken, and a report
+says what came from where.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from llm_trainer.model.module_names import matching_parts, part_of_parameter, un
 
 @dataclass(frozen=True)
 class TransferReport:
-    """Names of the model's parameters that were taken, of those that stayed as they were, with the reason, and what was not needed."""
+    """Names of the model's parameters that were taken, of those that stayed as they were, with the reason,
+    and what was not needed.
+    """
 
     source: Path
     taken: tuple[str, ...]
@@ -35,9 +39,11 @@ class TransferReport:
 
 @torch.no_grad()
 def load_partially(model: nn.Module, source: Path, parts: str | Sequence[str] = ("*",)) -> TransferReport:
-    """Copy the tensors of `source` that have the name and the shape of one of the model's, in these parts; the others stay.
+    """Copy the tensors of `source` that have the name and the shape of one of the model's, in these parts;
+    the others stay.
 
-    Raises CheckpointError where nothing fits or `source` cannot be read, UsageError for parts that the model does not have.
+    Raises CheckpointError where nothing fits or `source` cannot be read, UsageError for parts that the model
+    does not have.
     """
     plain = unwrapped(model)
     wanted = set(matching_parts(plain, parts))
@@ -55,5 +61,7 @@ def load_partially(model: nn.Module, source: Path, parts: str | Sequence[str] = 
             parameter.copy_(there[name])
             taken.append(name)
     if not taken:
-        raise CheckpointError(f"no tensor of {source} fits this model; {'; '.join(dict.fromkeys(kept.values()))}")
+        raise CheckpointError(
+            f"no tensor of {source} fits this model; {'; '.join(dict.fromkeys(kept.values()))}"
+        )
     return TransferReport(source, tuple(taken), kept, tuple(name for name in there if name not in taken))

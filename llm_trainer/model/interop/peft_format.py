@@ -1,4 +1,5 @@
-"""Adapters in PEFT's folder form: adapter_config.json and adapter_model.safetensors, written and read without peft.
+"""Adapters in PEFT's folder form: adapter_config.json and adapter_model.safetensors, written and read without
+peft.
 
 `peft` opens what is written here over the `transformers` model of the same base, and what it saved is read here, with equal logits.
 GPT-2's files hold query, key and value in one matrix: three adapters of ours become one with their factors side by side and B block by
@@ -39,8 +40,9 @@ _FIXED: dict[str, tuple[object, ...]] = {
     "alora_invocation_tokens": (None, []), "target_parameters": (None, []), "arrow_config": (None,), "megatron_config": (None,),
     "kasa_config": (None,), "monteclora_config": (None,),
 }  # fmt: skip
-# How peft can begin adapters without taking their product from the weights under them. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA do that,
-# and peft does it again to the base that an adapter is put on; the folder holds only what lies over that other base.
+# How peft can begin adapters without taking their product from the weights under them. PiSSA, OLoRA, CorDA,
+# LoftQ and LoRA-GA do that, and peft does it again to the base that an adapter is put on; the folder holds
+# only what lies over that other base.
 _KEEPING_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
@@ -58,39 +60,63 @@ class Factors:
         return self.a.size(0)
 
 
-def save_adapter(model: nn.Module, folder: Path | str, name: str = DEFAULT_NAME, *, base: str | None = None) -> None:
+def save_adapter(
+    model: nn.Module, folder: Path | str, name: str = DEFAULT_NAME, *, base: str | None = None
+) -> None:
     """Write one set of adapters into `folder`; `base` is what peft shall take for its model.
 
-    Raises UsageError for a set that the model does not have and for a shape that no class of transformers computes.
+    Raises UsageError for a set that the model does not have and for a shape that no class of transformers
+    computes.
     """
     plain, place = unwrapped(model), Path(folder)
     if name not in plain.config.lora:
-        raise UsageError(f"the model has no adapter {name!r}; those that it has: {', '.join(plain.config.lora) or 'none'}")
+        raise UsageError(
+            f"the model has no adapter {name!r}; those that it has: {', '.join(plain.config.lora) or 'none'}"
+        )
     if family_of(plain.config) is None:
-        raise UsageError("transformers has no class for this shape, so that peft has nothing to put the adapter on; merge it instead")
+        raise UsageError(
+            "transformers has no class for this shape, so that peft has nothing to put the adapter on; merge it instead"
+        )
     held = _low_ranks(plain, name)
-    factors = {theirs: joined for theirs, ours in _modules(plain).items() if (joined := _joined(plain, held, ours)) is not None}
+    factors = {
+        theirs: joined
+        for theirs, ours in _modules(plain).items()
+        if (joined := _joined(plain, held, ours)) is not None
+    }
     place.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     for theirs, one in factors.items():
         if theirs.endswith(("wte", "embed_tokens")):
-            tensors |= {f"{_PREFIX}{theirs}.lora_embedding_A": one.b.T, f"{_PREFIX}{theirs}.lora_embedding_B": one.a.T}
+            tensors |= {
+                f"{_PREFIX}{theirs}.lora_embedding_A": one.b.T,
+                f"{_PREFIX}{theirs}.lora_embedding_B": one.a.T,
+            }
         else:
             tensors |= {f"{_PREFIX}{theirs}.lora_A.weight": one.a, f"{_PREFIX}{theirs}.lora_B.weight": one.b}
-    save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, place / WEIGHTS_NAME, metadata={"format": "pt"})
-    content = _config_content(plain.config.lora[name], factors, base, is_gpt2=family_of(plain.config) == "gpt2")
+    save_file(
+        {key: value.detach().cpu().contiguous() for key, value in tensors.items()},
+        place / WEIGHTS_NAME,
+        metadata={"format": "pt"},
+    )
+    content = _config_content(
+        plain.config.lora[name], factors, base, is_gpt2=family_of(plain.config) == "gpt2"
+    )
     (place / CONFIG_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def load_adapter(model: nn.Module, folder: Path | str, name: str = DEFAULT_NAME) -> None:
-    """Add the adapters in a folder to the model as a set of this name, in use. Raises CheckpointError for one that does not fit it."""
+    """Add the adapters in a folder to the model as a set of this name, in use. Raises CheckpointError for one
+    that does not fit it.
+    """
     plain, place = unwrapped(model), Path(folder)
     config = _read_config(place)
     factors = _read_factors(place, config)
     modules = _modules(plain)
     strange = sorted(factors.keys() - modules.keys())
     if strange:
-        raise CheckpointError(f"{place} adapts {strange[0]}, which this model does not have; it belongs to another base")
+        raise CheckpointError(
+            f"{place} adapts {strange[0]}, which this model does not have; it belongs to another base"
+        )
     ours: dict[str, Factors] = {}
     for theirs, one in factors.items():
         ours |= _split(plain, modules[theirs], one, theirs)
@@ -99,10 +125,14 @@ def load_adapter(model: nn.Module, folder: Path | str, name: str = DEFAULT_NAME)
             f"{place} adapts only one of embedding and head, or each in another way, and this model shares one matrix between them"
         )
     use_rslora = bool(config.get("use_rslora"))
-    strength = {target: one.scale * (math.sqrt(one.rank) if use_rslora else one.rank) for target, one in ours.items()}
+    strength = {
+        target: one.scale * (math.sqrt(one.rank) if use_rslora else one.rank) for target, one in ours.items()
+    }
     ranks = {target: one.rank for target, one in ours.items()}
     dropout = float(config.get("lora_dropout") or 0.0)
-    add_adapters(plain, name, LoraConfig(ranks=ranks, alphas=strength, dropout=dropout, use_rslora=use_rslora))
+    add_adapters(
+        plain, name, LoraConfig(ranks=ranks, alphas=strength, dropout=dropout, use_rslora=use_rslora)
+    )
     with torch.no_grad():
         for target, low in _low_ranks(plain, name).items():
             one = ours["wte" if target == "lm_head" and plain.config.tie_word_embeddings else target]
@@ -117,7 +147,11 @@ def is_adapter_folder(folder: Path | str) -> bool:
 
 def _modules(model: Transformer) -> dict[str, list[str]]:
     """Module of theirs → the targets of ours that it is."""
-    names = [plain_name(name) for name, _ in model.named_parameters() if name.endswith(".weight") and ".lora." not in name]
+    names = [
+        plain_name(name)
+        for name, _ in model.named_parameters()
+        if name.endswith(".weight") and ".lora." not in name
+    ]
     places = {_weight_of(target.name): target.name for target in targets(model)}
     found = {
         entry.theirs.removesuffix(".weight"): [places[name] for name in entry.ours]
@@ -153,12 +187,19 @@ def _joined(model: Transformer, held: Mapping[str, LowRank], ours: list[str]) ->
         return Factors(there[0].a.detach(), there[0].b.detach(), there[0].scale)
     sizes = {target.name: target.module.weight.size(0) for target in targets(model)}
     scale = there[0].scale
-    blocks = [held[one].b.detach() * (held[one].scale / scale) if one in held else there[0].b.new_zeros(sizes[one], 0) for one in ours]
+    blocks = [
+        held[one].b.detach() * (held[one].scale / scale)
+        if one in held
+        else there[0].b.new_zeros(sizes[one], 0)
+        for one in ours
+    ]
     return Factors(torch.cat([low.a.detach() for low in there]), _block_diagonal(blocks), scale)
 
 
 def _split(model: Transformer, ours: list[str], one: Factors, theirs: str) -> dict[str, Factors]:
-    """Theirs as ours; the reverse of `_joined` where B is in blocks. Raises CheckpointError for other shapes than the matrix has."""
+    """Theirs as ours; the reverse of `_joined` where B is in blocks. Raises CheckpointError for other shapes
+    than the matrix has.
+    """
     shapes = {target.name: tuple(target.module.weight.shape) for target in targets(model)}
     outputs, inputs = sum(shapes[target][0] for target in ours), shapes[ours[0]][1]
     if one.a.size(1) != inputs or one.b.size(0) != outputs or one.a.size(0) != one.b.size(1):
@@ -169,7 +210,10 @@ def _split(model: Transformer, ours: list[str], one: Factors, theirs: str) -> di
     share = one.rank // len(ours)
     blocks = [row[:, number * share : (number + 1) * share] for number, row in enumerate(rows)]
     if len(ours) > 1 and share * len(ours) == one.rank and torch.equal(_block_diagonal(blocks), one.b):
-        return {target: Factors(a, b, one.scale) for target, a, b in zip(ours, torch.split(one.a, share), blocks, strict=True)}
+        return {
+            target: Factors(a, b, one.scale)
+            for target, a, b in zip(ours, torch.split(one.a, share), blocks, strict=True)
+        }
     return {target: Factors(one.a, row, one.scale) for target, row in zip(ours, rows, strict=True)}
 
 
@@ -181,13 +225,22 @@ def _block_diagonal(blocks: Sequence[Tensor]) -> Tensor:
 def _alike(embedding: Factors | None, head: Factors | None) -> bool:
     if embedding is None or head is None:
         return embedding is head
-    same = embedding.a.shape == head.a.shape and torch.equal(embedding.a, head.a) and torch.equal(embedding.b, head.b)
+    same = (
+        embedding.a.shape == head.a.shape
+        and torch.equal(embedding.a, head.a)
+        and torch.equal(embedding.b, head.b)
+    )
     return same and math.isclose(embedding.scale, head.scale)
 
 
-def _config_content(table: LoraConfig, factors: Mapping[str, Factors], base: str | None, *, is_gpt2: bool) -> dict[str, Any]:
+def _config_content(
+    table: LoraConfig, factors: Mapping[str, Factors], base: str | None, *, is_gpt2: bool
+) -> dict[str, Any]:
     ranks = {theirs: one.rank for theirs, one in factors.items()}
-    alphas = {theirs: one.scale * (math.sqrt(one.rank) if table.use_rslora else one.rank) for theirs, one in factors.items()}
+    alphas = {
+        theirs: one.scale * (math.sqrt(one.rank) if table.use_rslora else one.rank)
+        for theirs, one in factors.items()
+    }
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     return {
         "peft_type": "LORA",
@@ -215,12 +268,16 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; an adapter's folder holds {CONFIG_NAME} and {WEIGHTS_NAME}") from error
+        raise CheckpointError(
+            f"{path} cannot be read: {error}; an adapter's folder holds {CONFIG_NAME} and {WEIGHTS_NAME}"
+        ) from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} holds no JSON object")
     for word, computed in _FIXED.items():
         if word in config and config[word] not in computed:
-            raise CheckpointError(f"{path} has {word} = {config[word]!r}; only {computed[0]!r} is computed here")
+            raise CheckpointError(
+                f"{path} has {word} = {config[word]!r}; only {computed[0]!r} is computed here"
+            )
     beginning = config.get("init_lora_weights")
     if (beginning.lower() if isinstance(beginning, str) else beginning) not in _KEEPING_BASE:
         raise CheckpointError(
@@ -239,14 +296,23 @@ def _read_factors(folder: Path, config: Mapping[str, Any]) -> dict[str, Factors]
     for key, tensor in tensors.items():
         match = re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.lora_(embedding_)?([AB])(\.weight)?", key)
         if match is None:
-            raise CheckpointError(f"{folder / WEIGHTS_NAME} holds {key}, which is no factor of a low-rank adapter")
+            raise CheckpointError(
+                f"{folder / WEIGHTS_NAME} holds {key}, which is no factor of a low-rank adapter"
+            )
         turned = tensor.T if match[2] else tensor
-        kind = match[3] if not match[2] else {"A": "B", "B": "A"}[match[3]]  # an embedding's A is what ours has as B, turned over
+        kind = (
+            match[3] if not match[2] else {"A": "B", "B": "A"}[match[3]]
+        )  # an embedding's A is what ours has as B, turned over
         pairs.setdefault(match[1], {})[kind] = turned
     halves = [theirs for theirs, pair in pairs.items() if len(pair) < 2]
     if halves or not pairs:
-        raise CheckpointError(f"{folder / WEIGHTS_NAME} lacks a factor of {halves[0] if halves else 'every adapter'}")
-    return {theirs: Factors(pair["A"], pair["B"], _scale(theirs, pair["A"].size(0), config)) for theirs, pair in pairs.items()}
+        raise CheckpointError(
+            f"{folder / WEIGHTS_NAME} lacks a factor of {halves[0] if halves else 'every adapter'}"
+        )
+    return {
+        theirs: Factors(pair["A"], pair["B"], _scale(theirs, pair["A"].size(0), config))
+        for theirs, pair in pairs.items()
+    }
 
 
 def _scale(module: str, rank: int, config: Mapping[str, Any]) -> float:

@@ -1,7 +1,8 @@
 """A model apart from its modules: a shape, weights by name, and the optimizer's state of each weight.
 
-Changes of a model are functions from one form to another. They know nothing of wrappers, ranks, devices or compilers: whoever trains
-takes the model apart into its form, changes that, and builds, cuts, wraps and compiles the result as before.
+Changes of a model are functions from one form to another. They know nothing of wrappers, ranks, devices or
+compilers: whoever trains takes the model apart into its form, changes that, and builds, cuts, wraps and
+compiles the result as before.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ State = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Form:
-    """`weights` are whole and come once where they are tied; `state` is by parameter, then by the optimizer's key (`exp_avg`, `step`, …).
+    """`weights` are whole and come once where they are tied; `state` is by parameter, then by the optimizer's
+    key (`exp_avg`, `step`, …).
 
-    Parameters without state (never updated, frozen from the start) are missing in `state`. `frozen` are the names of those that are not
-    trained; where they have state, it rests until they are.
+    Parameters without state (never updated, frozen from the start) are missing in `state`. `frozen` are the
+    names of those that are not trained; where they have state, it rests until they are.
     """
 
     config: ModelConfig
@@ -44,7 +46,9 @@ def form_of(model: nn.Module, state: Mapping[str, State] | None = None) -> Form:
     plain = unwrapped(model)
     named = {plain_name(name): parameter for name, parameter in plain.named_parameters()}
     frozen = frozenset(name for name, parameter in named.items() if not parameter.requires_grad)
-    return Form(plain.config, {name: parameter.detach() for name, parameter in named.items()}, state or {}, frozen)
+    return Form(
+        plain.config, {name: parameter.detach() for name, parameter in named.items()}, state or {}, frozen
+    )
 
 
 @torch.no_grad()

@@ -1,8 +1,9 @@
-"""Fewer heads or MLP units, those that matter least going first (Michel et al. 2019, arXiv:1905.10650, for heads).
+"""Fewer heads or MLP units, those that matter least going first (Michel et al. 2019, arXiv:1905.10650, for
+heads).
 
-What a head or a unit matters is the size of what it can do: the norm of what it writes times the norm of what it writes from. Blocks may
-come to have unequal widths, which the shape says block by block (`mlp_widths`, `kv_head_counts`). Where queries share key-value
-heads, whole groups go.
+What a head or a unit matters is the size of what it can do: the norm of what it writes times the norm of what
+it writes from. Blocks may come to have unequal widths, which the shape says block by block (`mlp_widths`,
+`kv_head_counts`). Where queries share key-value heads, whole groups go.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from llm_trainer.model.transformer import Transformer
 
 
 def prune_mlp(form: Form, part: str, share: float) -> Form:
-    """The form without this share of the units of `mlp.N` (a range or glob: of each). Raises UsageError for other parts."""
+    """The form without this share of the units of `mlp.N` (a range or glob: of each). Raises UsageError for
+    other parts.
+    """
     config = form.config
     changes: dict[tuple[int | None, str], Tensor] = {}
     widths = [config.of_block(block).mlp_width for block in range(config.num_hidden_layers)]
@@ -34,7 +37,9 @@ def prune_mlp(form: Form, part: str, share: float) -> Form:
 
 
 def prune_heads(form: Form, part: str, share: float) -> Form:
-    """The form without this share of the heads of `attn.N` (a range or glob: of each), whole groups under GQA. Raises UsageError."""
+    """The form without this share of the heads of `attn.N` (a range or glob: of each), whole groups under
+    GQA. Raises UsageError.
+    """
     config = form.config
     changes: dict[tuple[int | None, str], Tensor] = {}
     counts = [config.of_block(block).kv_heads for block in range(config.num_hidden_layers)]
@@ -55,12 +60,16 @@ def _blocks(config: ModelConfig, part: str, kind: str) -> list[int]:
         names = matching_parts(Transformer(config), part)
     wrong = [name for name in names if name.partition(".")[0] != kind]
     if wrong:
-        raise UsageError(f"{wrong[0]} has no {'heads' if kind == 'attn' else 'units'} to prune; name {kind}.N")
+        raise UsageError(
+            f"{wrong[0]} has no {'heads' if kind == 'attn' else 'units'} to prune; name {kind}.N"
+        )
     return [int(name.partition(".")[2]) for name in names]
 
 
 def _kept(importance: Tensor, share: float) -> Tensor:
-    """Which entries stay, in their order: all but the least important, one at least going and one at least staying."""
+    """Which entries stay, in their order: all but the least important, one at least going and one at least
+    staying.
+    """
     count = len(importance)
     kept = count - max(1, int(share * count))
     if kept < 1:
@@ -83,7 +92,11 @@ def _with_widths(config: ModelConfig, widths: list[int]) -> ModelConfig:
 def _with_kv_heads(config: ModelConfig, counts: list[int]) -> ModelConfig:
     group = config.num_attention_heads // config.kv_heads
     if len(set(counts)) == 1:
-        new = {"num_attention_heads": counts[0] * group, "num_key_value_heads": counts[0], "kv_head_counts": []}
+        new = {
+            "num_attention_heads": counts[0] * group,
+            "num_key_value_heads": counts[0],
+            "kv_head_counts": [],
+        }
     else:
         new = {"kv_head_counts": counts}
     return config.model_copy(update={"head_dim": config.head_width, **new})

@@ -17,27 +17,40 @@ def widened_mlp_config(config: ModelConfig, width: int) -> ModelConfig:
     """The shape after `widen_mlp`. Raises UsageError for a width below the present one."""
     widest = max(config.mlp_widths, default=config.mlp_width)
     if width < widest:
-        raise UsageError(f"widen_mlp {width} is narrower than the MLP, which has {widest} units; prune_mlp shrinks it")
+        raise UsageError(
+            f"widen_mlp {width} is narrower than the MLP, which has {widest} units; prune_mlp shrinks it"
+        )
     return config.model_copy(update={"intermediate_size": width, "mlp_widths": []})
 
 
-def widen_mlp(form: Form, width: int, *, noise: float = SPLIT, generator: torch.Generator | None = None) -> Form:
-    """MLPs of `width` units: units are copied, what reads them is divided by the copies. The function is kept. Raises UsageError."""
+def widen_mlp(
+    form: Form, width: int, *, noise: float = SPLIT, generator: torch.Generator | None = None
+) -> Form:
+    """MLPs of `width` units: units are copied, what reads them is divided by the copies. The function is
+    kept. Raises UsageError.
+    """
     config = widened_mlp_config(form.config, width)
     blocks = range(config.num_hidden_layers)
-    changes: Changes = {(block, "mlp"): spread(form.config.of_block(block).mlp_width, width) for block in blocks}
+    changes: Changes = {
+        (block, "mlp"): spread(form.config.of_block(block).mlp_width, width) for block in blocks
+    }
     return sew(form, config, changes, noise=noise, generator=generator)
 
 
-def widened_model_config(config: ModelConfig, hidden_size: int, heads: int | None = None, *, approximate: bool = False) -> ModelConfig:
+def widened_model_config(
+    config: ModelConfig, hidden_size: int, heads: int | None = None, *, approximate: bool = False
+) -> ModelConfig:
     """The shape after `widen_model`; `heads` None: as many more as the stream gets wider.
 
-    MLPs keep their width, key-value heads grow as the query heads do, the size of a head stays. Raises UsageError for a width that
-    would not keep the function, unless `approximate`, and for one that cannot be built.
+    MLPs keep their width, key-value heads grow as the query heads do, the size of a head stays. Raises
+    UsageError for a width that would not keep the function, unless `approximate`, and for one that cannot be
+    built.
     """
     old, width, group = config.hidden_size, config.head_width, config.num_attention_heads // config.kv_heads
     if config.kv_head_counts:
-        raise UsageError(f"widen_model: blocks were pruned to {config.kv_head_counts} key-value heads, and only equal ones can be widened")
+        raise UsageError(
+            f"widen_model: blocks were pruned to {config.kv_head_counts} key-value heads, and only equal ones can be widened"
+        )
     heads = heads or config.num_attention_heads * hidden_size // old
     if hidden_size < old or heads < config.num_attention_heads:
         raise UsageError(
@@ -45,7 +58,9 @@ def widened_model_config(config: ModelConfig, hidden_size: int, heads: int | Non
             f"{config.num_attention_heads} heads"
         )
     if heads % group:
-        raise UsageError(f"widen_model: {heads} heads do not divide into groups of {group} that share a key-value head; take a multiple")
+        raise UsageError(
+            f"widen_model: {heads} heads do not divide into groups of {group} that share a key-value head; take a multiple"
+        )
     keeps_heads = config.head_dim is not None or hidden_size == heads * width
     exact = hidden_size % old == 0 and heads % config.num_attention_heads == 0 and keeps_heads
     if not exact and not approximate:
@@ -73,9 +88,11 @@ def widen_model(
     noise: float = SPLIT,
     generator: torch.Generator | None = None,
 ) -> Form:
-    """A residual stream of `hidden_size` features and `heads` heads: features and heads are copied, their readers divided.
+    """A residual stream of `hidden_size` features and `heads` heads: features and heads are copied, their
+    readers divided.
 
-    The function is kept for multiples; other widths change the statistics that norms see. Raises as `widened_model_config`.
+    The function is kept for multiples; other widths change the statistics that norms see. Raises as
+    `widened_model_config`.
     """
     old, config = form.config, widened_model_config(form.config, hidden_size, heads, approximate=approximate)
     width = config.head_width

@@ -1,7 +1,8 @@
-"""Work that goes on while the run trains, one piece after another, and whose failure is told to whoever asks next.
+"""Work that goes on while the run trains, one piece after another, and whose failure is told to whoever asks
+next.
 
-A daemon thread, and not an executor: on several ranks the work may wait for a rank that has died, and nothing must keep the process from
-leaving then.
+A daemon thread, and not an executor: on several ranks the work may wait for a rank that has died, and nothing
+must keep the process from leaving then.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ class Background:
             return self._failure is not None
 
     def do(self, task: Task) -> None:
-        """Begin a task, or put it behind those that are going on. After a failure the tasks behind it are left out."""
+        """Begin a task, or put it behind those that are going on. After a failure the tasks behind it are
+        left out.
+        """
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="save-checkpoints", daemon=True)
             self._thread.start()
@@ -60,7 +63,9 @@ class Background:
             self._change.wait_for(lambda: self._ended == self._given)
 
     def collect(self) -> list[Path]:
-        """What was written since the last time; waits. Raises the failure of a task, once, as a CheckpointError."""
+        """What was written since the last time; waits. Raises the failure of a task, once, as a
+        CheckpointError.
+        """
         self.wait()
         with self._change:
             done, failure = self._done, self._failure
@@ -68,7 +73,9 @@ class Background:
         if isinstance(failure, LLMTrainerError):
             raise failure
         if failure is not None:
-            raise CheckpointError(f"a checkpoint could not be saved in the background: {failure!r}") from failure
+            raise CheckpointError(
+                f"a checkpoint could not be saved in the background: {failure!r}"
+            ) from failure
         return done
 
     def _run(self) -> None:

@@ -1,4 +1,6 @@
-"""What a save asks of the file system: data on the disk, a name taken in one rename, nothing left of what failed, and errors in words."""
+"""What a save asks of the file system: data on the disk, a name taken in one rename, nothing left of what
+failed, and errors in words.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def sync_file(path: Path) -> None:
 
 
 def take_place(temporary: Path, place: Path) -> None:
-    """Rename a finished folder to its name; an earlier holder steps aside first, and goes once the name is on the disk."""
+    """Rename a finished folder to its name; an earlier holder steps aside first, and goes once the name is on
+    the disk.
+    """
     replaced = place.with_name(f"{REPLACED_PREFIX}{place.name}")
     if place.exists():
         place.rename(replaced)
@@ -42,7 +46,8 @@ def take_place(temporary: Path, place: Path) -> None:
 
 
 def copy_checkpoint(source: Path, place: Path) -> list[str]:
-    """Copy a checkpoint folder to a name that is free, where the copy is whole; returns what is wrong with it otherwise, a line each.
+    """Copy a checkpoint folder to a name that is free, where the copy is whole; returns what is wrong with it
+    otherwise, a line each.
 
     Raises CheckpointError for what the disk refuses.
     """
@@ -61,7 +66,9 @@ def copy_checkpoint(source: Path, place: Path) -> list[str]:
 
 
 def discard(folder: Path) -> None:
-    """Delete a checkpoint so that a kill midway leaves nothing that bears a checkpoint's name; what stays, the next save removes."""
+    """Delete a checkpoint so that a kill midway leaves nothing that bears a checkpoint's name; what stays,
+    the next save removes.
+    """
     with contextlib.suppress(OSError):
         if folder.exists():
             doomed = folder.with_name(f"{TEMPORARY_PREFIX}{folder.name.lstrip('.')}")
@@ -96,13 +103,19 @@ def removed_on_failure(temporary: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def told_as_checkpoint_error(place: Path, needed: int) -> Iterator[None]:
-    """Turn what the disk refuses into a message; safetensors wraps the system's errors in its own. `needed`: bytes of the whole save."""
+    """Turn what the disk refuses into a message; safetensors wraps the system's errors in its own. `needed`:
+    bytes of the whole save.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
-        full = (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or f"code: {errno.ENOSPC}" in str(error)
+        full = (
+            isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        ) or f"code: {errno.ENOSPC}" in str(error)
         reason = _lack_of_space(place, needed) if full else str(error)
-        raise CheckpointError(f"{place} could not be saved: {reason}. Earlier checkpoints are untouched") from error
+        raise CheckpointError(
+            f"{place} could not be saved: {reason}. Earlier checkpoints are untouched"
+        ) from error
 
 
 def _lack_of_space(place: Path, needed: int) -> str:

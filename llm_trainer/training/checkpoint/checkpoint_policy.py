@@ -23,7 +23,9 @@ def store_for(training: TrainingConfig, *, is_main: bool = True) -> CheckpointSt
         from llm_trainer.training.checkpoint.remote import RemoteRun
 
         remote = RemoteRun(training.remote_dir, folder, *limits)
-    return CheckpointStore(folder, limits[0], recent_limit=limits[1], asynchronous=training.asynchronous_saves, remote=remote)
+    return CheckpointStore(
+        folder, limits[0], recent_limit=limits[1], asynchronous=training.asynchronous_saves, remote=remote
+    )
 
 
 class Saving:
@@ -42,9 +44,17 @@ class Saving:
             self.save(recent=True)
 
     def save(self, *, emergency: bool = False, recent: bool = False) -> None:
-        """Save now; one that is neither is a lasting checkpoint. An emergency's is there on return, the others perhaps later."""
+        """Save now; one that is neither is a lasting checkpoint. An emergency's is there on return, the
+        others perhaps later.
+        """
         trainer, start = self._trainer, time.perf_counter()
-        save = self._store.save_emergency if emergency else self._store.save_recent if recent else self._store.save
+        save = (
+            self._store.save_emergency
+            if emergency
+            else self._store.save_recent
+            if recent
+            else self._store.save
+        )
         with trainer.engine.timings.of("saving"):
             save(trainer.snapshot(), trainer.state.step)
         self._last = time.monotonic()
@@ -55,7 +65,9 @@ class Saving:
         return self._store.progress
 
     def tell(self) -> None:
-        """Wait for what is going on, and tell the callbacks of each checkpoint. Raises CheckpointError for a save that failed."""
+        """Wait for what is going on, and tell the callbacks of each checkpoint. Raises CheckpointError for a
+        save that failed.
+        """
         for path in self._store.wait():
             if path.name not in (BEST_MODEL, FINAL_MODEL):
                 for callback in self._trainer.callbacks:
@@ -64,7 +76,9 @@ class Saving:
             self._trainer.say(line)
 
     def finish(self) -> None:
-        """At the run's end: tell of what was saved, and wait until its copy elsewhere is whole. Raises CheckpointError where it is not."""
+        """At the run's end: tell of what was saved, and wait until its copy elsewhere is whole. Raises
+        CheckpointError where it is not.
+        """
         self.tell()
         self._trainer.ranks.main_does(self._store.finish_uploads)
 
@@ -74,8 +88,12 @@ class Saving:
             self._trainer.say(problem)
 
     def _is_step_of(self, interval: Duration | None) -> bool:
-        return interval is not None and self._trainer.state.step % self._trainer.length.in_steps(interval) == 0
+        return (
+            interval is not None and self._trainer.state.step % self._trainer.length.in_steps(interval) == 0
+        )
 
     def _is_minute(self) -> bool:
         minutes = self._trainer.training.save_minutes
-        return minutes is not None and bool(self._trainer.ranks.largest([time.monotonic() - self._last >= 60 * minutes])[0])
+        return minutes is not None and bool(
+            self._trainer.ranks.largest([time.monotonic() - self._last >= 60 * minutes])[0]
+        )

@@ -1,9 +1,11 @@
-"""Which checkpoint a run goes on from, found by all ranks together: each file is read once on each machine, and all hear one verdict.
+"""Which checkpoint a run goes on from, found by all ranks together: each file is read once on each machine,
+and all hear one verdict.
 
-The main rank decides (it lists, and asks about one folder after another), and the ranks of each machine share out the files of that
-folder by size: on a file system that all share, as on machines with copies of their own, every machine is known to read what was written.
-The alternative not taken, to verify on each rank by itself, reads a checkpoint as often as there are ranks, all at once, before the first
-step; and ranks that found different things would go on from different places.
+The main rank decides (it lists, and asks about one folder after another), and the ranks of each machine share
+out the files of that folder by size: on a file system that all share, as on machines with copies of their
+own, every machine is known to read what was written. The alternative not taken, to verify on each rank by
+itself, reads a checkpoint as often as there are ranks, all at once, before the first step; and ranks that
+found different things would go on from different places.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ _ASKS, _FOUND, _FAILED = "?", "=", "!"
 
 
 def found_together(ranks: Ranks, find: Callable[[Verify], Path | None]) -> Path | None:
-    """What `find` finds on the main rank, on all of them; the check that it is given has all ranks verify. A collective call.
+    """What `find` finds on the main rank, on all of them; the check that it is given has all ranks verify. A
+    collective call.
 
     What `find` raises of ours there, all raise, as CheckpointError on the others.
     """
@@ -48,11 +51,15 @@ def found_together(ranks: Ranks, find: Callable[[Verify], Path | None]) -> Path 
 
 
 def found_to_resume(trainer: Trainer) -> Path | None:
-    """The checkpoint that a run's settings mean it to go on from; None for one that begins. A collective call."""
+    """The checkpoint that a run's settings mean it to go on from; None for one that begins. A collective
+    call.
+    """
     spec = trainer.training.resume_from
     if spec is None:
         return None
-    return found_together(trainer.ranks, lambda check: resume_folder(spec, trainer.run_dir, trainer.say, check))
+    return found_together(
+        trainer.ranks, lambda check: resume_folder(spec, trainer.run_dir, trainer.say, check)
+    )
 
 
 def _help(ranks: Ranks) -> Path | None:

@@ -1,4 +1,6 @@
-"""A model in training taken apart into a form (`model/surgery`), and a form's optimizer state given to optimizers."""
+"""A model in training taken apart into a form (`model/surgery`), and a form's optimizer state given to
+optimizers.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,14 @@ from llm_trainer.model.surgery.model_state import Form, State, form_of
 
 
 def taken_apart(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> Form:
-    """Weights and optimizer state by name, gathered where they are cut over ranks (a collective call, alike on all)."""
+    """Weights and optimizer state by name, gathered where they are cut over ranks (a collective call, alike
+    on all).
+    """
     state = {
-        name: {key: whole(value.detach()) if isinstance(value, Tensor) else torch.tensor(value) for key, value in kept.items()}
+        name: {
+            key: whole(value.detach()) if isinstance(value, Tensor) else torch.tensor(value)
+            for key, value in kept.items()
+        }
         for name, parameter, optimizer, _ in _held(model, optimizers)
         if (kept := optimizer.state.get(parameter))
     }
@@ -25,11 +32,15 @@ def taken_apart(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -
     return replace(form, weights={name: whole(weight) for name, weight in form.weights.items()})
 
 
-def give_state(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], state: Mapping[str, State]) -> None:
+def give_state(
+    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], state: Mapping[str, State]
+) -> None:
     """Give the optimizers the state of the parameters that they hold; what is said of others is left out."""
     for name, parameter, optimizer, group in _held(model, optimizers):
         for key, value in state.get(name, {}).items():
-            is_beside = value.ndim or group.get("fused") or group.get("capturable")  # where torch keeps a counter
+            is_beside = (
+                value.ndim or group.get("fused") or group.get("capturable")
+            )  # where torch keeps a counter
             held = value.to(parameter.device if is_beside else "cpu")
             optimizer.state[parameter][key] = placed_like(held, parameter) if value.ndim else held
 
@@ -38,7 +49,12 @@ def _held(
     model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
 ) -> Iterator[tuple[str, nn.Parameter, torch.optim.Optimizer, dict[str, Any]]]:
     """Name, parameter, optimizer and group of everything that is held, in the model's order."""
-    holders = {id(one): (optimizer, group) for optimizer in optimizers for group in optimizer.param_groups for one in group["params"]}
+    holders = {
+        id(one): (optimizer, group)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for one in group["params"]
+    }
     for name, parameter in model.named_parameters():
         if id(parameter) in holders:
             yield plain_name(name), parameter, *holders[id(parameter)]

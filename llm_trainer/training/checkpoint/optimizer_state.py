@@ -33,8 +33,12 @@ TENSORS_FILE = "model-00001-of-00001.safetensors"
 _PLACES = "DCP_SHARDING_INFO"  # torch.distributed.checkpoint's name for it
 
 
-def optimizer_state(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> tuple[dict[str, Tensor], dict[str, JSON]]:
-    """All state of `optimizers` by name: the tensors as they are held, cut over ranks or whole, and plain numbers as JSON."""
+def optimizer_state(
+    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+) -> tuple[dict[str, Tensor], dict[str, JSON]]:
+    """All state of `optimizers` by name: the tensors as they are held, cut over ranks or whole, and plain
+    numbers as JSON.
+    """
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, JSON] = {}
     for name, parameter, optimizer, _ in _held(model, optimizers):
@@ -65,14 +69,21 @@ def write_pieces(path: Path, pieces: Mapping[str, Piece]) -> None:
         save_file({name: _alone(piece.values) for name, piece in pieces.items()}, path, metadata=metadata)
 
 
-def load_optimizer_state(folder: Path, scalars: Mapping[str, JSON], model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Give `optimizers` the state that was written there, replacing theirs; their settings (rates, decay) stay.
+def load_optimizer_state(
+    folder: Path, scalars: Mapping[str, JSON], model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+) -> None:
+    """Give `optimizers` the state that was written there, replacing theirs; their settings (rates, decay)
+    stay.
 
-    Each rank reads what it holds. Raises CheckpointError where a file is damaged, a name is no parameter that an optimizer holds, a shape
-    is another, or a piece is missing.
+    Each rank reads what it holds. Raises CheckpointError where a file is damaged, a name is no parameter that
+    an optimizer holds, a shape is another, or a piece is missing.
     """
-    held = {name: (parameter, optimizer, group) for name, parameter, optimizer, group in _held(model, optimizers)}
-    elsewhere = {plain_name(name) for name, parameter in model.named_parameters() if is_elsewhere(parameter)} - held.keys()
+    held = {
+        name: (parameter, optimizer, group) for name, parameter, optimizer, group in _held(model, optimizers)
+    }
+    elsewhere = {
+        plain_name(name) for name, parameter in model.named_parameters() if is_elsewhere(parameter)
+    } - held.keys()
     for _, optimizer, _ in held.values():
         optimizer.state.clear()
     with _reading(folder), contextlib.ExitStack() as files:
@@ -82,15 +93,21 @@ def load_optimizer_state(folder: Path, scalars: Mapping[str, JSON], model: nn.Mo
             if parameter_name in elsewhere:
                 continue
             if parameter_name not in held:
-                raise CheckpointError(f"{folder} has optimizer state of {parameter_name!r}, which is not being trained now")
+                raise CheckpointError(
+                    f"{folder} has optimizer state of {parameter_name!r}, which is not being trained now"
+                )
             parameter, optimizer, group = held[parameter_name]
             if name in scalars:
                 optimizer.state[parameter][key] = scalars[name]
                 continue
             shape = stored[name].shape
             if shape and shape != tuple(parameter.shape):
-                raise CheckpointError(f"{folder}: {name} has shape {shape}, the parameter {tuple(parameter.shape)}")
-            optimizer.state[parameter][key] = _as_held(stored[name], parameter, _device_of(key, parameter, group))
+                raise CheckpointError(
+                    f"{folder}: {name} has shape {shape}, the parameter {tuple(parameter.shape)}"
+                )
+            optimizer.state[parameter][key] = _as_held(
+                stored[name], parameter, _device_of(key, parameter, group)
+            )
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -105,7 +122,9 @@ class _Stored:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._pieces: list[tuple[Any, tuple[int, ...], tuple[int, ...]]] = []  # a slice of safetensors', its place, its shape
+        self._pieces: list[
+            tuple[Any, tuple[int, ...], tuple[int, ...]]
+        ] = []  # a slice of safetensors', its place, its shape
 
     def add(self, values: Any, offsets: Sequence[int]) -> None:
         """Another piece."""
@@ -114,7 +133,10 @@ class _Stored:
     @property
     def shape(self) -> tuple[int, ...]:
         """The whole tensor's."""
-        ends = [[offset + size for offset, size in zip(place, shape, strict=True)] for _, place, shape in self._pieces]
+        ends = [
+            [offset + size for offset, size in zip(place, shape, strict=True)]
+            for _, place, shape in self._pieces
+        ]
         return tuple(max(of_dimension) for of_dimension in zip(*ends, strict=True))
 
     def read(self, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
@@ -134,7 +156,9 @@ class _Stored:
             part[tuple(slice(a - at, b - at) for a, b, at in zip(first, last, offsets, strict=True))] = found
             missing -= found.numel()
         if missing > 0:
-            raise CheckpointError(f"{self.name} is not whole: {missing:,} of its numbers are in no file; take another checkpoint")
+            raise CheckpointError(
+                f"{self.name} is not whole: {missing:,} of its numbers are in no file; take another checkpoint"
+            )
         return torch.empty(tuple(sizes)) if part is None else part
 
 
@@ -152,7 +176,9 @@ def _stored_in(folder: Path, files: contextlib.ExitStack) -> dict[str, _Stored]:
 
 
 def _as_held(stored: _Stored, parameter: Tensor, device: torch.device) -> Tensor:
-    """A parameter's state, cut as the parameter is cut; a number for the whole parameter (a count of steps) is whole."""
+    """A parameter's state, cut as the parameter is cut; a number for the whole parameter (a count of steps)
+    is whole.
+    """
     wanted = piece_of(parameter.detach()) if stored.shape else None
     if wanted is None or not hasattr(parameter, "full_tensor"):
         return stored.read([0] * len(stored.shape), stored.shape).to(device)
@@ -190,6 +216,8 @@ def _alone(tensor: Tensor) -> Tensor:
 
 
 def _device_of(key: str, parameter: Tensor, group: Mapping[str, Any]) -> torch.device:
-    """Where torch keeps this state: the step counter beside the parameter only for fused and capturable optimizers."""
+    """Where torch keeps this state: the step counter beside the parameter only for fused and capturable
+    optimizers.
+    """
     beside = key != "step" or group.get("fused") or group.get("capturable")
     return parameter.device if beside else torch.device("cpu")

@@ -1,11 +1,14 @@
-"""A run folder's copy in object storage, or wherever fsspec has a way to: checkpoints go there in the background and come back on a resume.
+"""A run folder's copy in object storage, or wherever fsspec has a way to: checkpoints go there in the
+background and come back on a resume.
 
-Object storage knows no rename, so a checkpoint there is what its manifest says: all other files are uploaded first and the manifest last,
-and what is replaced or deleted loses its manifest first. A folder without one is nothing to any reader. What a run does not go on from
-is set aside by renaming its manifest alone, since to move the rest would be to copy it.
+Object storage knows no rename, so a checkpoint there is what its manifest says: all other files are uploaded
+first and the manifest last, and what is replaced or deleted loses its manifest first. A folder without one is
+nothing to any reader. What a run does not go on from is set aside by renaming its manifest alone, since to
+move the rest would be to copy it.
 
-Everything is written to the local run folder first, with all that checkpoints.py promises. An upload that fails is told at the next edge
-of a step and tried again with the next checkpoint; a run whose copy is not whole at its end ends with an error.
+Everything is written to the local run folder first, with all that checkpoints.py promises. An upload that
+fails is told at the next edge of a step and tried again with the next checkpoint; a run whose copy is not
+whole at its end ends with an error.
 """
 
 from __future__ import annotations
@@ -48,18 +51,24 @@ def is_address(said: str | None) -> bool:
 
 
 def use_local_folders(training: TrainingConfig) -> None:
-    """Where `output_dir` is an address, it becomes `remote_dir`, and a folder in the user's cache takes its place."""
+    """Where `output_dir` is an address, it becomes `remote_dir`, and a folder in the user's cache takes its
+    place.
+    """
     if is_address(training.output_dir):
         if training.remote_dir not in (None, training.output_dir):
-            raise UsageError(f"output_dir {training.output_dir} and remote_dir {training.remote_dir} are two addresses; keep one")
+            raise UsageError(
+                f"output_dir {training.output_dir} and remote_dir {training.remote_dir} are two addresses; keep one"
+            )
         training.remote_dir = training.output_dir
         training.output_dir = str(folder_for_copy_of(training.remote_dir))
 
 
 def fetch_resumed(training: TrainingConfig, say: Say) -> None:
-    """Bring here what the settings resume from, where it lies at an address; `resume_from` is a folder (or auto) afterwards.
+    """Bring here what the settings resume from, where it lies at an address; `resume_from` is a folder (or
+    auto) afterwards.
 
-    Raises CheckpointError where there is no whole checkpoint at the address that was named, UsageError where it cannot be reached.
+    Raises CheckpointError where there is no whole checkpoint at the address that was named, UsageError where
+    it cannot be reached.
     """
     use_local_folders(training)
     said = training.resume_from
@@ -70,14 +79,20 @@ def fetch_resumed(training: TrainingConfig, say: Say) -> None:
         if found is None:
             raise CheckpointError(f"{said} holds no whole checkpoint")
         training.resume_from = str(found)
-    elif training.remote_dir is not None and (said == "auto" or (said is None and training.init_from == "resume")):
+    elif training.remote_dir is not None and (
+        said == "auto" or (said is None and training.init_from == "resume")
+    ):
         RemoteRun(training.remote_dir, Path(training.output_dir)).fetch_newer(say)
 
 
 class RemoteRun:
-    """The copy at `address` of the local `run_folder`. Limits as in the store: how many lasting and recent checkpoints are kept there."""
+    """The copy at `address` of the local `run_folder`. Limits as in the store: how many lasting and recent
+    checkpoints are kept there.
+    """
 
-    def __init__(self, address: str, run_folder: Path, save_total_limit: int | None = None, recent_limit: int = 1) -> None:
+    def __init__(
+        self, address: str, run_folder: Path, save_total_limit: int | None = None, recent_limit: int = 1
+    ) -> None:
         self.address, self.run_folder = address.rstrip("/"), run_folder
         self.save_total_limit, self.recent_limit = save_total_limit, recent_limit
         self._files, self._root = _opened(self.address)
@@ -88,7 +103,9 @@ class RemoteRun:
     # On the way there.
 
     def begin(self, resumed_step: int | None) -> None:
-        """Set aside what a run does not go on from: everything for a new one (None), else what is past its step."""
+        """Set aside what a run does not go on from: everything for a new one (None), else what is past its
+        step.
+        """
         stale = [name for name, step in self._names() if resumed_step is None or step > resumed_step]
         for name in stale:
             with self._reached():
@@ -139,7 +156,9 @@ class RemoteRun:
         local, there = self.run_folder / name, f"{self._root}/{name}"
         self._forget(name)
         try:
-            for path in sorted(path for path in local.rglob("*") if path.is_file() and path.name != MANIFEST_FILE):
+            for path in sorted(
+                path for path in local.rglob("*") if path.is_file() and path.name != MANIFEST_FILE
+            ):
                 place = f"{there}/{path.relative_to(local).as_posix()}"
                 self._files.makedirs(place.rpartition("/")[0], exist_ok=True)
                 self._files.put_file(str(path), place)
@@ -168,9 +187,21 @@ class RemoteRun:
     # On the way back.
 
     def fetch_newer(self, say: Say) -> Path | None:
-        """Bring the newest whole checkpoint here where it is further than what is here; None where nothing is."""
-        here = next((one.step for one in list_checkpoints(self.run_folder) if not verify(one.path, contents=False)), -1)
-        return next((found for name, step in self._names() if step > here and (found := self._fetched(name, say)) is not None), None)
+        """Bring the newest whole checkpoint here where it is further than what is here; None where nothing
+        is.
+        """
+        here = next(
+            (one.step for one in list_checkpoints(self.run_folder) if not verify(one.path, contents=False)),
+            -1,
+        )
+        return next(
+            (
+                found
+                for name, step in self._names()
+                if step > here and (found := self._fetched(name, say)) is not None
+            ),
+            None,
+        )
 
     def fetch(self, name: str | None, say: Say) -> Path | None:
         """Bring one checkpoint here (None: the newest that is whole); None where there is none."""
@@ -215,7 +246,10 @@ class RemoteRun:
             found = []
             for path in self._files.ls(self._root, detail=False):
                 name = str(path).rstrip("/").rpartition("/")[2]
-                if self._files.exists(f"{self._root}/{name}/{MANIFEST_FILE}") and (step := self._step_of(name)) is not None:
+                if (
+                    self._files.exists(f"{self._root}/{name}/{MANIFEST_FILE}")
+                    and (step := self._step_of(name)) is not None
+                ):
                     found.append((name, step))
         return sorted(found, key=lambda one: (-one[1], one[0] in (BEST_MODEL, FINAL_MODEL)))
 
@@ -229,13 +263,17 @@ class RemoteRun:
 
     @contextlib.contextmanager
     def _reached(self) -> Iterator[None]:
-        """What the storage and the ways to it refuse, in words; their clients' errors are no kind of their own."""
+        """What the storage and the ways to it refuse, in words; their clients' errors are no kind of their
+        own.
+        """
         try:
             yield
         except CheckpointError:
             raise
         except Exception as error:
-            raise CheckpointError(f"{self.address} could not be read or written: {type(error).__name__}: {error}") from error
+            raise CheckpointError(
+                f"{self.address} could not be read or written: {type(error).__name__}: {error}"
+            ) from error
 
 
 def _opened(address: str) -> tuple[AbstractFileSystem, str]:
@@ -264,4 +302,8 @@ def _plain(files: Any) -> AbstractFileSystem:
 def _run_and_name(address: str) -> tuple[str, str | None]:
     """The run's address and the checkpoint's name, where the last part of the address is one."""
     run, _, name = address.rstrip("/").rpartition("/")
-    return (run, name) if step_in_name(name) is not None or name in (BEST_MODEL, FINAL_MODEL) else (address.rstrip("/"), None)
+    return (
+        (run, name)
+        if step_in_name(name) is not None or name in (BEST_MODEL, FINAL_MODEL)
+        else (address.rstrip("/"), None)
+    )

@@ -1,9 +1,10 @@
-"""What may change when a run goes on, what its learning rate then does, and the proof that going on changed nothing.
+"""What may change when a run goes on, what its learning rate then does, and the proof that going on changed
+nothing.
 
-Rates, intervals, batch size and paths may change, and each change is told, old → new. Shape, optimizer, seed, tokenizer and data are
-what the saved state is about: to change them is to start another run from these weights, and the error says how. A moved end would
-silently bend a decay that was aimed at the old one, so the person says what is meant (`--horizon`), unless the decay has a length of its
-own.
+Rates, intervals, batch size and paths may change, and each change is told, old → new. Shape, optimizer, seed,
+tokenizer and data are what the saved state is about: to change them is to start another run from these
+weights, and the error says how. A moved end would silently bend a decay that was aimed at the old one, so the
+person says what is meant (`--horizon`), unless the decay has a length of its own.
 """
 
 from __future__ import annotations
@@ -17,7 +18,15 @@ from typing import cast
 from llm_trainer.config import CheckpointError, RunConfig, TrainingConfig, UsageError
 from llm_trainer.data.sampling.samplers import Sampler
 from llm_trainer.data.token_shards import TokenDataset
-from llm_trainer.run_dir import JSON, Report, Verify, list_checkpoints, read_run_config, resolve_resume_folder, verify
+from llm_trainer.run_dir import (
+    JSON,
+    Report,
+    Verify,
+    list_checkpoints,
+    read_run_config,
+    resolve_resume_folder,
+    verify,
+)
 from llm_trainer.training.checkpoint.store import read_state
 from llm_trainer.training.optim.lr_schedule import Length, Schedule, ScheduleState
 from llm_trainer.training.state import RunChanges, TrainingState
@@ -39,7 +48,9 @@ _FIXED_IN_TRAINING = {
     "resume_from": None,
     "horizon": None,
 }
-_SAYS_THE_BATCH = {f"training.{name}" for name in ("batch_size", "micro_batch_size", "gradient_accumulation_steps")}
+_SAYS_THE_BATCH = {
+    f"training.{name}" for name in ("batch_size", "micro_batch_size", "gradient_accumulation_steps")
+}
 _SAYS_THE_END = {"training.max_steps", "training.num_epochs", "training.max_tokens"}
 
 
@@ -67,7 +78,9 @@ class ResumePlan:
 
 @dataclass(frozen=True)
 class Resumption:
-    """What a checkpoint gives to the run that goes on from it, beside weights and optimizer; `lines` are to be told, `steps` is the end."""
+    """What a checkpoint gives to the run that goes on from it, beside weights and optimizer; `lines` are to
+    be told, `steps` is the end.
+    """
 
     state: TrainingState
     steps: int
@@ -76,8 +89,11 @@ class Resumption:
     callbacks: dict[str, dict[str, JSON]]
 
 
-def resume_folder(spec: str, run_folder: Path, report: Report | None = None, check: Verify = verify) -> Path | None:
-    """The checkpoint that `resume_from` means, verified by `check`; None when it is `auto` and `run_folder` holds none yet.
+def resume_folder(
+    spec: str, run_folder: Path, report: Report | None = None, check: Verify = verify
+) -> Path | None:
+    """The checkpoint that `resume_from` means, verified by `check`; None when it is `auto` and `run_folder`
+    holds none yet.
 
     A run folder whose checkpoints are all damaged is an error, not a fresh start. Raises CheckpointError.
     """
@@ -108,17 +124,23 @@ def compare_settings(old: RunConfig, new: RunConfig, checkpoint: Path) -> list[C
 
 
 def data_identity(train: TokenDataset, sampler: Sampler) -> dict[str, JSON]:
-    """What a checkpoint remembers of its data: the tokens, the tokenizer and the order of samples, wherever the files lie."""
+    """What a checkpoint remembers of its data: the tokens, the tokenizer and the order of samples, wherever
+    the files lie.
+    """
     return {"fingerprint": train.fingerprint, "tokenizer": train.tokenizer_hash, "order": sampler.order}
 
 
 def check_same_data(stored: JSON, train: TokenDataset, sampler: Sampler, checkpoint: Path) -> None:
-    """Raises CheckpointError when a run would go on with other data, another tokenizer or another order than it was trained with."""
+    """Raises CheckpointError when a run would go on with other data, another tokenizer or another order than
+    it was trained with.
+    """
     known = stored if isinstance(stored, Mapping) else {}
     now = data_identity(train, sampler)
     for name, what in (("tokenizer", "another tokenizer"), ("fingerprint", "other data")):
         if known.get(name) not in (None, now[name]):
-            raise CheckpointError(f"{checkpoint} was trained with {what} than the training split given now; {_new_run(checkpoint)}")
+            raise CheckpointError(
+                f"{checkpoint} was trained with {what} than the training split given now; {_new_run(checkpoint)}"
+            )
     if known.get("order") not in (None, now["order"]):
         raise CheckpointError(
             f"{checkpoint} was trained on the samples in the order {known['order']!r}, not {now['order']!r}; "
@@ -136,7 +158,8 @@ def read_resumption(
     length: Length,
     sequences_per_step: int,
 ) -> Resumption:
-    """What a verified checkpoint says to a run of these settings and data; `resolved` and `length` as in `plan_resume`.
+    """What a verified checkpoint says to a run of these settings and data; `resolved` and `length` as in
+    `plan_resume`.
 
     Raises UsageError and CheckpointError for what may not change, and for what does not fit.
     """
@@ -200,7 +223,9 @@ def plan_resume(
     if by_operation is not None and not changed & _SAYS_THE_END:
         total = stored.total_steps
     else:
-        total = _steps_until_end(length, stored, training, sequences_per_step, by_operation or sequences_per_step)
+        total = _steps_until_end(
+            length, stored, training, sequences_per_step, by_operation or sequences_per_step
+        )
     schedule = _with_changed_settings(stored.schedule, resolved, changed)
     operations, lines = stored.operations, [f"resuming {checkpoint} at step {stored.step:,} of {total:,}"]
     lines += [f"  {change}" for change in changes]
@@ -212,7 +237,9 @@ def plan_resume(
         schedule, operations = _moved(schedule, operations, stored.step, total, choice, training)
         lines.append(f"  end: step {stored.total_steps:,} → {total:,}; learning rate: {choice}")
     if stored.step >= total:
-        lines.append(f"  that is its end: there is nothing left to train; a later end needs max_steps above {stored.step} and --horizon")
+        lines.append(
+            f"  that is its end: there is nothing left to train; a later end needs max_steps above {stored.step} and --horizon"
+        )
     return ResumePlan(lines, total, schedule, operations)
 
 
@@ -220,9 +247,11 @@ def _new_run(checkpoint: Path) -> str:
     return f"keep it, or start a new run from these weights: --init_from={checkpoint} with another output_dir"
 
 
-def _steps_until_end(length: Length, stored: TrainingState, training: TrainingConfig, said: int, now: int) -> int:
-    """The last step. A length in steps is itself; one in epochs or tokens ends when as many samples have been consumed; what a rollback
-    left out does not count, as it did not when the run went back.
+def _steps_until_end(
+    length: Length, stored: TrainingState, training: TrainingConfig, said: int, now: int
+) -> int:
+    """The last step. A length in steps is itself; one in epochs or tokens ends when as many samples have been
+    consumed; what a rollback left out does not count, as it did not when the run went back.
 
     `said` and `now`: sequences a step, as `length` was resolved with, and as they are from here on.
     """
@@ -233,7 +262,9 @@ def _steps_until_end(length: Length, stored: TrainingState, training: TrainingCo
 
 
 def _with_changed_settings(stored: Schedule, resolved: Schedule, changed: Collection[str]) -> Schedule:
-    """The stored schedule, but for what the person changed: a default that was derived from the old end stays as it was."""
+    """The stored schedule, but for what the person changed: a default that was derived from the old end stays
+    as it was.
+    """
     said = {
         "kind": {"training.lr_scheduler"},
         "warmup_steps": {"training.warmup_steps"},
@@ -241,11 +272,18 @@ def _with_changed_settings(stored: Schedule, resolved: Schedule, changed: Collec
         "minimum_fraction": {"training.min_learning_rate", "training.learning_rate"},
         "wsd_decay_fraction": {"training.wsd_decay_fraction"},
     }
-    return replace(stored, **{field: getattr(resolved, field) for field, names in said.items() if names & set(changed)})
+    return replace(
+        stored, **{field: getattr(resolved, field) for field, names in said.items() if names & set(changed)}
+    )
 
 
 def _moved(
-    schedule: Schedule, operations: ScheduleState, step: int, total: int, choice: str, training: TrainingConfig
+    schedule: Schedule,
+    operations: ScheduleState,
+    step: int,
+    total: int,
+    choice: str,
+    training: TrainingConfig,
 ) -> tuple[Schedule, ScheduleState]:
     if choice == "keep":
         return schedule, operations

@@ -1,4 +1,5 @@
-"""The state of this process's random number generators, for those who draw from them: a callback, an objective of one's own.
+"""The state of this process's random number generators, for those who draw from them: a callback, an
+objective of one's own.
 
 The library itself does not: batches, dropout and generation are functions of a seed and a place (see `sampling/samplers.py`,
 `step.py`), and that is what makes a run the same on any number of ranks. What a person adds may draw from torch, numpy or Python's

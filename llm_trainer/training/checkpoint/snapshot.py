@@ -1,10 +1,13 @@
-"""What one rank writes of a run at a step's edge: taken there, written then or later, in a thread while the run goes on.
+"""What one rank writes of a run at a step's edge: taken there, written then or later, in a thread while the
+run goes on.
 
-Where nothing is cut over ranks the main one writes all. Where ranks hold shards each writes its part: of the weights whole tensors,
-gathered one at a time (as much traffic as a forward pass), so that the folder is the same model folder that one process writes; of the
-optimizer the pieces that it holds, which costs no traffic at all. In a pipeline each stage writes its own and sends nothing to others.
-A save that is written later is made from copies in the host's memory, as large as this rank's part: weights and optimizer state, which is
-12 bytes a parameter under AdamW. A base in four bits is copied as the floats that are written, a matrix at a time.
+Where nothing is cut over ranks the main one writes all. Where ranks hold shards each writes its part: of the
+weights whole tensors, gathered one at a time (as much traffic as a forward pass), so that the folder is the
+same model folder that one process writes; of the optimizer the pieces that it holds, which costs no traffic
+at all. In a pipeline each stage writes its own and sends nothing to others. A save that is written later is
+made from copies in the host's memory, as large as this rank's part: weights and optimizer state, which is 12
+bytes a parameter under AdamW. A base in four bits is copied as the floats that are written, a matrix at a
+time.
 """
 
 from __future__ import annotations
@@ -24,12 +27,31 @@ import torch
 from torch import Tensor, nn
 
 from llm_trainer.config import RunConfig
-from llm_trainer.distributed.parallelize import Piece, is_elsewhere, is_first_holder, is_sharded, piece_of, whole
+from llm_trainer.distributed.parallelize import (
+    Piece,
+    is_elsewhere,
+    is_first_holder,
+    is_sharded,
+    piece_of,
+    whole,
+)
 from llm_trainer.distributed.process_group import Ranks
 from llm_trainer.model.adapters.nf4 import dequantized
-from llm_trainer.model.hf.checkpoint import WeightLayout, description_files, named_weights, weight_layout, write_weights
+from llm_trainer.model.hf.checkpoint import (
+    WeightLayout,
+    description_files,
+    named_weights,
+    weight_layout,
+    write_weights,
+)
 from llm_trainer.run_dir import JSON, OPTIMIZER_FOLDER, RANDOM_FILE, RUN_FILE, STATE_FILE
-from llm_trainer.training.checkpoint.optimizer_state import TENSORS_FILE, optimizer_state, shard_file, write_pieces, write_tensors
+from llm_trainer.training.checkpoint.optimizer_state import (
+    TENSORS_FILE,
+    optimizer_state,
+    shard_file,
+    write_pieces,
+    write_tensors,
+)
 from llm_trainer.training.checkpoint.rng_state import random_state
 
 OPTIMIZER_SCALARS = "optimizer_scalars"
@@ -59,7 +81,8 @@ class SavedTokenizer(Protocol):
 class Snapshot:
     """A run at a step's edge. `state` is JSON and holds at least `step`; non-finite numbers in it survive.
 
-    On several `ranks` all save together: each writes what it holds of what is cut over them, the main one the rest.
+    On several `ranks` all save together: each writes what it holds of what is cut over them, the main one the
+    rest.
     """
 
     model: nn.Module
@@ -79,12 +102,18 @@ class Snapshot:
     @property
     def nbytes(self) -> int:
         """Of weights and optimizer state on this rank."""
-        tensors = [*self.model.parameters(), *self.model.buffers(), *optimizer_state(self.model, self.optimizers)[0].values()]
+        tensors = [
+            *self.model.parameters(),
+            *self.model.buffers(),
+            *optimizer_state(self.model, self.optimizers)[0].values(),
+        ]
         return sum(_held_part(tensor).nbytes for tensor in tensors)
 
 
 class HostCopies:
-    """The memory that copies are made into, kept from save to save: pages new to the process cost twenty times the copying."""
+    """The memory that copies are made into, kept from save to save: pages new to the process cost twenty
+    times the copying.
+    """
 
     def __init__(self) -> None:
         self._kept: dict[str, Tensor] = {}
@@ -128,7 +157,10 @@ class Capture:
     @property
     def nbytes(self) -> int:
         """How much this rank writes."""
-        return sum(tensor.nbytes for tensor in [*self.weights.values(), *(piece.values for piece in self.optimizer.values())])
+        return sum(
+            tensor.nbytes
+            for tensor in [*self.weights.values(), *(piece.values for piece in self.optimizer.values())]
+        )
 
     def write(self, folder: Path) -> list[Path]:
         """Write this rank's files into `folder`, which has the optimizer's folder already; which they are."""
@@ -149,10 +181,16 @@ class Capture:
 
 
 def capture(snapshot: Snapshot, step: int, copies: HostCopies | None = None) -> Capture:
-    """Take what this rank writes: into `copies`, or as it lies there, to be written before the next step. A collective call."""
+    """Take what this rank writes: into `copies`, or as it lies there, to be written before the next step. A
+    collective call.
+    """
     ranks, holders = snapshot.ranks, _holders(snapshot)
     is_cut = is_sharded(snapshot.model) or bool(holders)
-    layout = weight_layout(snapshot.model, parts=ranks.count if is_cut else 1, writers=_stage_ranks(holders, ranks) if holders else None)
+    layout = weight_layout(
+        snapshot.model,
+        parts=ranks.count if is_cut else 1,
+        writers=_stage_ranks(holders, ranks) if holders else None,
+    )
     files = [name for name, part in layout.part_of.items() if part == ranks.rank]
     wanted = {name for file in files for entry in layout.files[file] for name in entry.ours}
     weights: dict[str, Tensor] = {}
@@ -161,7 +199,9 @@ def capture(snapshot: Snapshot, step: int, copies: HostCopies | None = None) -> 
             continue
         value = whole(tensor)
         if name in wanted:
-            weights[name] = copies.of(name, dequantized(value)) if copies else value.cpu() if is_cut else value
+            weights[name] = (
+                copies.of(name, dequantized(value)) if copies else value.cpu() if is_cut else value
+            )
     tensors, _ = optimizer_state(snapshot.model, snapshot.optimizers)
     optimizer: dict[str, Piece] = {}
     for name, tensor in tensors.items():
@@ -172,7 +212,15 @@ def capture(snapshot: Snapshot, step: int, copies: HostCopies | None = None) -> 
         copies.finish()
     texts = _texts(snapshot, step, layout)
     return Capture(
-        layout, files, weights, optimizer, is_cut, texts, snapshot.tokenizer if ranks.is_main else None, ranks, _version(snapshot)
+        layout,
+        files,
+        weights,
+        optimizer,
+        is_cut,
+        texts,
+        snapshot.tokenizer if ranks.is_main else None,
+        ranks,
+        _version(snapshot),
     )
 
 
@@ -191,7 +239,10 @@ def _holders(snapshot: Snapshot) -> dict[str, int]:
 def _stage_ranks(holders: Mapping[str, int], ranks: Ranks) -> dict[str, list[int]]:
     """The ranks of the stage that each parameter is on, the first of its stages where it is on two."""
     stage_of = ranks.plan.stage
-    return {name: [rank for rank in range(ranks.count) if stage_of(rank) == stage_of(holder)] for name, holder in holders.items()}
+    return {
+        name: [rank for rank in range(ranks.count) if stage_of(rank) == stage_of(holder)]
+        for name, holder in holders.items()
+    }
 
 
 def _writes(name: str, tensor: Tensor, ranks: Ranks, holders: Mapping[str, int]) -> bool:
@@ -211,10 +262,12 @@ def described_anew(taken: Capture, snapshot: Snapshot, step: int) -> Capture:
 
 
 def has_spare_core(snapshot: Snapshot) -> bool:
-    """Whether a thread that writes takes no time from those that train: on an accelerator, or where these leave a core free.
+    """Whether a thread that writes takes no time from those that train: on an accelerator, or where these
+    leave a core free.
 
-    Where they do not, a save in the background loses a run as much time as one that it waits for (4.6 s against 4.0 to 5.4 for 98 M
-    parameters on two cores), and the copies would be for nothing; with one of the two to spare it loses 2.9 s against 5.2.
+    Where they do not, a save in the background loses a run as much time as one that it waits for (4.6 s
+    against 4.0 to 5.4 for 98 M parameters on two cores), and the copies would be for nothing; with one of the
+    two to spare it loses 2.9 s against 5.2.
     """
     on_processor = next(snapshot.model.parameters()).device.type == "cpu"
     return not on_processor or (os.cpu_count() or 1) > torch.get_num_threads() * snapshot.ranks.count
@@ -228,23 +281,39 @@ def host_memory_left() -> int:
 
 
 def _version(snapshot: Snapshot) -> tuple[tuple[int, int], ...]:
-    """Changes whenever weights or optimizer state do: the step, which tensors they are, and how often each was written to.
+    """Changes whenever weights or optimizer state do: the step, which tensors they are, and how often each
+    was written to.
 
     The step says most: fused optimizers write to weights without their being counted (torch 2.13).
     """
-    state = (value for one in snapshot.optimizers for held in one.state.values() for value in held.values() if isinstance(value, Tensor))
+    state = (
+        value
+        for one in snapshot.optimizers
+        for held in one.state.values()
+        for value in held.values()
+        if isinstance(value, Tensor)
+    )
     tensors = [*snapshot.model.parameters(), *state]
-    return ((snapshot.step, len(tensors)), *((id(tensor), _held_part(tensor.detach())._version) for tensor in tensors))
+    return (
+        (snapshot.step, len(tensors)),
+        *((id(tensor), _held_part(tensor.detach())._version) for tensor in tensors),
+    )
 
 
 def _texts(snapshot: Snapshot, step: int, layout: WeightLayout) -> dict[str, str]:
-    """On the main rank every file but the tensors and the tokenizer, written out now: the state they tell of is changing."""
+    """On the main rank every file but the tensors and the tokenizer, written out now: the state they tell of
+    is changing.
+    """
     generators = snapshot.ranks.texts(json.dumps(random_state()))
     if not snapshot.ranks.is_main:
         return {}
     scalars = optimizer_state(snapshot.model, snapshot.optimizers)[1]
     tokenizer = snapshot.tokenizer
-    ids = {} if tokenizer is None else {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
+    ids = (
+        {}
+        if tokenizer is None
+        else {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
+    )
     return description_files(snapshot.model, layout, **ids) | {
         STATE_FILE: json_text({**snapshot.state, "step": step, OPTIMIZER_SCALARS: scalars}),
         RUN_FILE: run_text(snapshot.config),
@@ -260,7 +329,10 @@ def run_text(config: RunConfig) -> str:
 @functools.cache
 def versions() -> dict[str, str]:
     """Python and the packages whose version can change a number."""
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in _RECORDED_PACKAGES}}
+    return {
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in _RECORDED_PACKAGES},
+    }
 
 
 def json_text(value: Mapping[str, JSON]) -> str:

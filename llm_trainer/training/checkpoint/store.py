@@ -1,13 +1,16 @@
-"""Saving and restoring everything that is state, so that a kill at any moment leaves a checkpoint that can be trusted.
+"""Saving and restoring everything that is state, so that a kill at any moment leaves a checkpoint that can be
+trusted.
 
-A save writes into `.tmp-<name>` beside its place, syncs every file to the disk, writes the manifest of sizes and hashes last, and takes
-its name in one rename. Before that there is nothing that could be mistaken for a checkpoint; after it the checkpoint is whole. Where the
-name is taken (`best_model`, or a step saved again) the earlier holder steps aside to `.old-<name>` first, which readers accept for the
-instant in which it is the only one. Older checkpoints are removed only after the new one lies verified in its place.
+A save writes into `.tmp-<name>` beside its place, syncs every file to the disk, writes the manifest of sizes
+and hashes last, and takes its name in one rename. Before that there is nothing that could be mistaken for a
+checkpoint; after it the checkpoint is whole. Where the name is taken (`best_model`, or a step saved again)
+the earlier holder steps aside to `.old-<name>` first, which readers accept for the instant in which it is the
+only one. Older checkpoints are removed only after the new one lies verified in its place.
 
-Each rank writes what it holds (capture.py); the main one makes the folder, and seals it when all have said what they wrote. All of this
-may go on in a thread while the run trains (background.py): from copies, on a line of its own between the ranks, one save after another.
-What fails there is raised by the next `wait` or save, on all ranks alike.
+Each rank writes what it holds (capture.py); the main one makes the folder, and seals it when all have said
+what they wrote. All of this may go on in a thread while the run trains (background.py): from copies, on a
+line of its own between the ranks, one save after another. What fails there is raised by the next `wait` or
+save, on all ranks alike.
 
 A checkpoint is a folder: weights and `config.json` as Hugging Face has them, the tokenizer, `optimizer/`,
 `state.json`, `run.json`, `random.json`, `manifest.json`. Nothing is pickled. The alternative not taken, `torch.save`, needs unpickling,
@@ -96,7 +99,15 @@ SPACE_BESIDE_TENSORS = 8 << 20
 BACKGROUND_FROM_BYTES = 64 << 20
 SYNC_THREADS = 8
 Asynchronous = Literal["auto", "on", "off"]
-_OF_ONE_RUN = (RUN_FILE, METRICS_FILE, OPERATIONS_FILE, LOGS_FOLDER, WANDB_ID_FILE, "report.html", "report.json")
+_OF_ONE_RUN = (
+    RUN_FILE,
+    METRICS_FILE,
+    OPERATIONS_FILE,
+    LOGS_FOLDER,
+    WANDB_ID_FILE,
+    "report.html",
+    "report.json",
+)
 
 
 class Progress(IntEnum):
@@ -133,21 +144,30 @@ class CheckpointStore:
         self._captured: Capture | None = None  # what is being written in the background
 
     def begin(self, resumed_step: int | None) -> Path | None:
-        """Make room for a run: what an earlier one left here, and the coming one would take for its own, moves to `earlier-<n>/`.
+        """Make room for a run: what an earlier one left here, and the coming one would take for its own,
+        moves to `earlier-<n>/`.
 
-        For a new run (None) that is every checkpoint, the metrics and the logs; for one that resumes, the checkpoints past its step.
-        Nothing is deleted. Returns the folder that they were moved to, or None when there was nothing to move.
+        For a new run (None) that is every checkpoint, the metrics and the logs; for one that resumes, the
+        checkpoints past its step. Nothing is deleted. Returns the folder that they were moved to, or None
+        when there was nothing to move.
         """
         self.run_folder.mkdir(parents=True, exist_ok=True)
         self._remove_leftovers()
         if self.remote is not None:
             self.remote.begin(resumed_step)
-        stale = [one.path for one in list_checkpoints(self.run_folder) if resumed_step is None or one.step > resumed_step]
+        stale = [
+            one.path
+            for one in list_checkpoints(self.run_folder)
+            if resumed_step is None or one.step > resumed_step
+        ]
         if resumed_step is None:
             stale += [self.run_folder / name for name in _OF_ONE_RUN if (self.run_folder / name).exists()]
         if not stale:
             return None
-        numbers = [int(path.name.removeprefix(EARLIER_PREFIX)) for path in self.run_folder.glob(f"{EARLIER_PREFIX}[0-9]*")]
+        numbers = [
+            int(path.name.removeprefix(EARLIER_PREFIX))
+            for path in self.run_folder.glob(f"{EARLIER_PREFIX}[0-9]*")
+        ]
         earlier = self.run_folder / f"{EARLIER_PREFIX}{max(numbers, default=0) + 1}"
         earlier.mkdir()
         for path in stale:
@@ -155,7 +175,9 @@ class CheckpointStore:
         return earlier
 
     def save(self, snapshot: Snapshot, step: int) -> Path:
-        """Write `checkpoint-<step>` and remove those past the limit. Raises CheckpointError, leaving the earlier ones as they were."""
+        """Write `checkpoint-<step>` and remove those past the limit. Raises CheckpointError, leaving the
+        earlier ones as they were.
+        """
         return self._save(checkpoint_name(step), snapshot, step)
 
     def save_recent(self, snapshot: Snapshot, step: int) -> Path:
@@ -167,7 +189,8 @@ class CheckpointStore:
         return self._save(BEST_MODEL, snapshot, snapshot.step)
 
     def save_emergency(self, snapshot: Snapshot, step: int) -> Path:
-        """Write `emergency-<step>`: a checkpoint between two regular ones, for a run that must leave now. It is there on return.
+        """Write `emergency-<step>`: a checkpoint between two regular ones, for a run that must leave now. It
+        is there on return.
 
         What failed in the background before is raised after it is written.
         """
@@ -195,7 +218,9 @@ class CheckpointStore:
         return Progress.WRITTEN if self._written or self._background.has_results else Progress.NOTHING
 
     def wait(self) -> list[Path]:
-        """Until nothing goes on in the background; what was written since the last time. Raises CheckpointError for what failed there."""
+        """Until nothing goes on in the background; what was written since the last time. Raises
+        CheckpointError for what failed there.
+        """
         self._settle()
         written, self._written = self._written, []
         return written
@@ -210,7 +235,8 @@ class CheckpointStore:
         self._written += self._background.collect()
 
     def leave(self, ranks: Ranks) -> str | None:
-        """At the end of a run that may have failed: let a save of one process end, and say what went wrong with it, if anything did.
+        """At the end of a run that may have failed: let a save of one process end, and say what went wrong
+        with it, if anything did.
 
         On several ranks it is not waited for, since another may be gone.
         """
@@ -223,7 +249,9 @@ class CheckpointStore:
         return None
 
     def _save(self, name: str, snapshot: Snapshot, step: int) -> Path:
-        """Now, or in the background behind what is being written from the same copies; other copies must have been written first."""
+        """Now, or in the background behind what is being written from the same copies; other copies must have
+        been written first.
+        """
         if not self._is_worth_copies(snapshot):
             self._settle()
             return self._write_now(name, snapshot, step)
@@ -245,7 +273,9 @@ class CheckpointStore:
         if self.asynchronous != "auto":
             return self.asynchronous == "on"
         size = snapshot.nbytes
-        no_room = not has_spare_core(snapshot) or (not self._copies.are_made and size > host_memory_left() // 2)
+        no_room = not has_spare_core(snapshot) or (
+            not self._copies.are_made and size > host_memory_left() // 2
+        )
         largest, lacking = snapshot.ranks.largest([size, no_room])
         return largest >= BACKGROUND_FROM_BYTES and not lacking
 
@@ -272,7 +302,9 @@ class CheckpointStore:
             parts = ranks.all_do(write_part)
             ranks.main_does(complete)
         if ranks.is_main:
-            with contextlib.suppress(OSError):  # the save has succeeded; what cannot be removed now waits for the next one
+            with contextlib.suppress(
+                OSError
+            ):  # the save has succeeded; what cannot be removed now waits for the next one
                 self._rotate(place)
             if self.remote is not None:
                 self.remote.upload_later(name)
@@ -298,7 +330,11 @@ class CheckpointStore:
         """
         if verify(newest, contents=False):
             return
-        numbered = [one.path for one in list_checkpoints(self.run_folder) if one.path.name not in (BEST_MODEL, FINAL_MODEL)]
+        numbered = [
+            one.path
+            for one in list_checkpoints(self.run_folder)
+            if one.path.name not in (BEST_MODEL, FINAL_MODEL)
+        ]
         recent = [path for path in numbered if path.name.startswith(RECENT_PREFIX)]
         lasting = [path for path in numbered if path not in recent]
         limit = len(lasting) if self.save_total_limit is None else max(1, self.save_total_limit)
@@ -306,7 +342,9 @@ class CheckpointStore:
             discard(path)
 
     def _remove_leftovers(self) -> None:
-        """Remove what crashed saves left, and give a name back to its earlier holder where the successor did not come."""
+        """Remove what crashed saves left, and give a name back to its earlier holder where the successor did
+        not come.
+        """
         for path in self.run_folder.glob(f"{REPLACED_PREFIX}*"):
             place = path.with_name(path.name.removeprefix(REPLACED_PREFIX))
             if place.exists():
@@ -317,23 +355,29 @@ class CheckpointStore:
             remove(path)
 
 
-def restore(path: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], *, verified: bool = False) -> dict[str, JSON]:
+def restore(
+    path: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], *, verified: bool = False
+) -> dict[str, JSON]:
     """Give `model` and `optimizers` the state of a checkpoint, to the bit, and return its `state`.
 
-    The optimizers' settings stay as they are now. `verified`: the caller has just verified the folder. Raises CheckpointError for one
-    that is damaged or does not fit.
+    The optimizers' settings stay as they are now. `verified`: the caller has just verified the folder. Raises
+    CheckpointError for one that is damaged or does not fit.
     """
     if not verified and (problems := verify(path)):
         raise CheckpointError(f"{path} cannot be restored: {'; '.join(problems[:3])}")
     state = read_state(path)
     load_model_weights(model, path)
     scalars = state.pop(OPTIMIZER_SCALARS, {})
-    load_optimizer_state(path / OPTIMIZER_FOLDER, scalars if isinstance(scalars, Mapping) else {}, model, optimizers)
+    load_optimizer_state(
+        path / OPTIMIZER_FOLDER, scalars if isinstance(scalars, Mapping) else {}, model, optimizers
+    )
     return state
 
 
 def restore_generators(path: Path, ranks: Ranks) -> None:
-    """Give this rank's random number generators the state that the checkpoint has for it, where it was saved on as many ranks."""
+    """Give this rank's random number generators the state that the checkpoint has for it, where it was saved
+    on as many ranks.
+    """
     if not (path / RANDOM_FILE).exists():
         return
     states = read_json(path / RANDOM_FILE).get("ranks")
@@ -365,7 +409,8 @@ def _finite_or_not(value: JSON) -> JSON:
 def _sealed(folder: Path, paths: Sequence[Path]) -> dict[str, FileEntry]:
     """Put files under `folder` on the disk; their entries for the manifest.
 
-    The disk is told of all files at once, and the hashes are computed meanwhile: of ten small files 6 ms instead of 25.
+    The disk is told of all files at once, and the hashes are computed meanwhile: of ten small files 6 ms
+    instead of 25.
     """
     with ThreadPoolExecutor(SYNC_THREADS) as pool:
         syncing = [pool.submit(sync_file, path) for path in paths]

@@ -1,13 +1,14 @@
 """What this machine does fastest over the steps that remain: `precision: auto` and `compile: auto`.
 
-Which arithmetic and whether to compile depend on the processor, the shape and the length of the run, so they are measured: forward and
-backward passes of real batches at the place where the run stands, whose gradients are thrown away. Weights, optimizer and data order do
-not notice. What is chosen goes into the checkpoint, and a resumed run keeps it.
+Which arithmetic and whether to compile depend on the processor, the shape and the length of the run, so they
+are measured: forward and backward passes of real batches at the place where the run stands, whose gradients
+are thrown away. Weights, optimizer and data order do not notice. What is chosen goes into the checkpoint, and
+a resumed run keeps it.
 
-A probe must not cost what it could gain. On a processor whose bf16 products are no faster than fp32 nothing more is asked; a probe
-takes rows enough for a fraction of a second; and a run too short to win back a compilation is not offered one. How long a compilation
-takes and what it gained is remembered beside the compiler's own cache (`memory`), so that the second run of a shape knows what the
-first had to find out.
+A probe must not cost what it could gain. On a processor whose bf16 products are no faster than fp32 nothing
+more is asked; a probe takes rows enough for a fraction of a second; and a run too short to win back a
+compilation is not offered one. How long a compilation takes and what it gained is remembered beside the
+compiler's own cache (`memory`), so that the second run of a shape knows what the first had to find out.
 """
 
 from __future__ import annotations
@@ -25,7 +26,14 @@ import torch
 from llm_trainer.config import TrainingConfig
 from llm_trainer.data.sampling.samplers import Batch
 from llm_trainer.model.transformer import Transformer
-from llm_trainer.training.engines.compile import CompileMode, best_mode, compile_model, has_compiler, uncompiled, undo_compile
+from llm_trainer.training.engines.compile import (
+    CompileMode,
+    best_mode,
+    compile_model,
+    has_compiler,
+    uncompiled,
+    undo_compile,
+)
 from llm_trainer.training.engines.precision import Precision, PrecisionName
 from llm_trainer.training.objectives.objective import TrainingStep
 
@@ -50,7 +58,9 @@ class Choice:
 
 @dataclass(frozen=True)
 class Remembered:
-    """A compilation of this shape on this machine: seconds a micro-batch without and with it, and seconds it took at last."""
+    """A compilation of this shape on this machine: seconds a micro-batch without and with it, and seconds it
+    took at last.
+    """
 
     eager: float
     compiled: float
@@ -69,7 +79,9 @@ class Probe:
     rows: int = 0
 
     def seconds(self, precision: PrecisionName, times: int = 2) -> float:
-        """The best of so many forward and backward passes over the probe's rows; the first, which sets things up, is not counted."""
+        """The best of so many forward and backward passes over the probe's rows; the first, which sets things
+        up, is not counted.
+        """
         if self.rows == 0:
             self.rows = self._affordable_rows(precision)
         self._once(precision, self.rows)
@@ -81,7 +93,9 @@ class Probe:
         return self.rows / len(self.batch)
 
     def _affordable_rows(self, precision: PrecisionName) -> int:
-        """Rows for which six passes take a hundredth of the run, but at least half a second and at most three."""
+        """Rows for which six passes take a hundredth of the run, but at least half a second and at most
+        three.
+        """
         self._once(precision, 1)
         one, rows = self._once(precision, 1), len(self.batch)
         budget = min(max(one * rows * self.micro_batches_left / 100, LEAST_SECONDS), MOST_SECONDS)
@@ -111,7 +125,8 @@ def choose(
     memory: Path | None = None,
     say: Callable[[str], None] = print,
 ) -> Choice:
-    """Settle precision and compilation for the rest of a run and leave the model compiled or not, accordingly.
+    """Settle precision and compilation for the rest of a run and leave the model compiled or not,
+    accordingly.
 
     `precision` and `compiled`: what the checkpoint of a resumed run says, which holds. `memory`: folder that keeps what was learned.
     The model's weights and gradients are as before.
@@ -148,10 +163,16 @@ def _choose_precision(probe: Probe) -> tuple[PrecisionName, float | None, str]:
         return "bf16", None, f"this processor multiplies bf16 {ratio:.1f} × as fast as fp32"
     narrow, wide = probe.seconds("bf16"), probe.seconds("fp32")
     name: PrecisionName = "bf16" if wide > _BF16_MUST_BE * narrow else "fp32"
-    return name, min(narrow, wide) / probe.share, f"a micro-batch takes {_ms(narrow)} in bf16, {_ms(wide)} in fp32{_of(probe)}"
+    return (
+        name,
+        min(narrow, wide) / probe.share,
+        f"a micro-batch takes {_ms(narrow)} in bf16, {_ms(wide)} in fp32{_of(probe)}",
+    )
 
 
-def _choose_compile(probe: Probe, name: PrecisionName, measured: float | None, memory: Path | None) -> tuple[CompileMode, str]:
+def _choose_compile(
+    probe: Probe, name: PrecisionName, measured: float | None, memory: Path | None
+) -> tuple[CompileMode, str]:
     if not has_compiler():
         return "off", "there is no C++ compiler (install g++ to compile)"
     mode = best_mode(probe.model, probe.batch.input_ids.numel())
@@ -172,9 +193,16 @@ def _choose_compile(probe: Probe, name: PrecisionName, measured: float | None, m
 
 
 def _try_compiling(
-    probe: Probe, name: PrecisionName, mode: CompileMode, memory: Path | None, key: str, known: Remembered | None
+    probe: Probe,
+    name: PrecisionName,
+    mode: CompileMode,
+    memory: Path | None,
+    key: str,
+    known: Remembered | None,
 ) -> tuple[CompileMode, str]:
-    """Compile; where it is not known which is faster, compare with the same micro-batch uncompiled and keep the faster."""
+    """Compile; where it is not known which is faster, compare with the same micro-batch uncompiled and keep
+    the faster.
+    """
     probe.rows = len(probe.batch)  # a compiled graph is for one shape: the run's
     start = time.perf_counter()
     if (failure := _compile(probe, name, mode)) is not None:
@@ -182,7 +210,10 @@ def _try_compiling(
     took = time.perf_counter() - start
     if known is not None:
         _remember(memory, key, replace(known, took=took))
-        return mode, f"{known.eager / known.compiled:.2f} × as fast as without, as an earlier run found; ready after {took:.1f} s"
+        return (
+            mode,
+            f"{known.eager / known.compiled:.2f} × as fast as without, as an earlier run found; ready after {took:.1f} s",
+        )
     compiled = probe.seconds(name)
     with uncompiled(mode):
         eager = probe.seconds(name)
@@ -236,7 +267,11 @@ def _bf16_products_ratio(size: int = 512) -> float:
 
 def _shape_key(probe: Probe, name: PrecisionName, mode: CompileMode) -> str:
     """What a compilation depends on."""
-    device = torch.cuda.get_device_name(probe.device) if probe.device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    device = (
+        torch.cuda.get_device_name(probe.device)
+        if probe.device.type == "cuda"
+        else torch.backends.cpu.get_cpu_capability()
+    )
     facts = [
         torch.__version__, device, torch.get_num_threads(), name, mode, list(probe.batch.input_ids.shape),
         probe.batch.document_ids is not None, probe.model.config.model_dump(mode="json"),
@@ -258,7 +293,9 @@ def _remember(memory: Path | None, key: str, what: Remembered) -> None:
     try:
         memory.mkdir(parents=True, exist_ok=True)
         temporary = memory / f".{MEMORY_FILE}"
-        temporary.write_text(json.dumps({**_read_memory(memory), key: asdict(what)}, indent=1), encoding="utf-8")
+        temporary.write_text(
+            json.dumps({**_read_memory(memory), key: asdict(what)}, indent=1), encoding="utf-8"
+        )
         temporary.replace(memory / MEMORY_FILE)
     except OSError:
         return  # a cache that cannot be written costs the next run a measurement, no more
@@ -268,7 +305,9 @@ def _read_memory(memory: Path | None) -> dict[str, dict[str, float]]:
     if memory is None:
         return {}
     try:
-        return cast("dict[str, dict[str, float]]", json.loads((memory / MEMORY_FILE).read_text(encoding="utf-8")))
+        return cast(
+            "dict[str, dict[str, float]]", json.loads((memory / MEMORY_FILE).read_text(encoding="utf-8"))
+        )
     except (OSError, ValueError):
         return {}
 

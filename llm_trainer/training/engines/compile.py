@@ -1,11 +1,14 @@
-"""torch.compile where it pays: the blocks, as one graph that every layer shares, or a small model's whole stack of them.
+"""torch.compile where it pays: the blocks, as one graph that every layer shares, or a small model's whole
+stack of them.
 
-By block, warm-up does not grow with depth. A shallow, narrow model spends much of its step on calling things, and there the stack as
-one graph is a fifth faster still (4 layers of 128: 37 thousand tokens/s against 30), at a bounded depth. The head with its loss stays
-outside: over a large vocabulary it is the chunked loss, which is as fast without a compiler (losses.py), over a small one it is a
-hundredth of the step. Validation runs uncompiled, so a run compiles one graph and shapes of validation batches cannot add others.
+By block, warm-up does not grow with depth. A shallow, narrow model spends much of its step on calling things,
+and there the stack as one graph is a fifth faster still (4 layers of 128: 37 thousand tokens/s against 30),
+at a bounded depth. The head with its loss stays outside: over a large vocabulary it is the chunked loss,
+which is as fast without a compiler (losses.py), over a small one it is a hundredth of the step. Validation
+runs uncompiled, so a run compiles one graph and shapes of validation batches cannot add others.
 
-Functions are replaced, not modules, so that weights keep their names (`_orig_mod.` in checkpoints is nanoGPT#325).
+Functions are replaced, not modules, so that weights keep their names (`_orig_mod.` in checkpoints is
+nanoGPT#325).
 """
 
 from __future__ import annotations

@@ -1,13 +1,16 @@
-"""Training through DeepSpeed's ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054): another way to run a step behind the same Engine.
+"""Training through DeepSpeed's ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054): another way to run a step
+behind the same Engine.
 
-What a run is stays ours: the order of data, the loss divided by the tokens of all ranks, the schedule, the folder of a checkpoint.
-DeepSpeed gets a configuration generated from the settings (a second file beside them would contradict them sooner or later) and does
-what it is known for: reduces gradients, keeps optimizer state (stage 1), gradients (2) and weights (3) in parts, clips, updates. It
-averages gradients over ranks, so each rank's loss is multiplied by their number: exact where that is a power of two.
+What a run is stays ours: the order of data, the loss divided by the tokens of all ranks, the schedule, the
+folder of a checkpoint. DeepSpeed gets a configuration generated from the settings (a second file beside them
+would contradict them sooner or later) and does what it is known for: reduces gradients, keeps optimizer state
+(stage 1), gradients (2) and weights (3) in parts, clips, updates. It averages gradients over ranks, so each
+rank's loss is multiplied by their number: exact where that is a power of two.
 
-Arithmetic is as everywhere here: fp32 weights and autocast, not DeepSpeed's narrow copies with fp32 masters, so a checkpoint holds the same
-tensors under the same names, with the moments of AdamW, and goes on without DeepSpeed, and the other way round. What AdamW counts, its
-steps, DeepSpeed keeps once for a whole group of parameters; a checkpoint says the same of each.
+Arithmetic is as everywhere here: fp32 weights and autocast, not DeepSpeed's narrow copies with fp32 masters,
+so a checkpoint holds the same tensors under the same names, with the moments of AdamW, and goes on without
+DeepSpeed, and the other way round. What AdamW counts, its steps, DeepSpeed keeps once for a whole group of
+parameters; a checkpoint says the same of each.
 """
 
 from __future__ import annotations
@@ -48,13 +51,19 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class DeepSpeedEngine(Engine):
-    """Until `start` a plain replica on each rank, into which weights are read; from then on cut as the stage says.
+    """Until `start` a plain replica on each rank, into which weights are read; from then on cut as the stage
+    says.
 
     Raises UsageError for what DeepSpeed does not do here, before anything is built.
     """
 
     def __init__(
-        self, model: Transformer, training: TrainingConfig, objective: Objective | None, ranks: Ranks, device: torch.device
+        self,
+        model: Transformer,
+        training: TrainingConfig,
+        objective: Objective | None,
+        ranks: Ranks,
+        device: torch.device,
     ) -> None:
         _refuse(training, device)
         super().__init__(model, training, objective, ranks, device)
@@ -74,23 +83,36 @@ class DeepSpeedEngine(Engine):
         say: Callable[[str], None] = print,
     ) -> Choice:
         """As for Engine; nothing is compiled, since DeepSpeed replaces what compiled blocks would hold on to."""
-        return super().tune(batch, micro_batches_left, precision=precision, compiled="off", cache_dir=cache_dir, say=say)
+        return super().tune(
+            batch, micro_batches_left, precision=precision, compiled="off", cache_dir=cache_dir, say=say
+        )
 
-    def start(self, precision: PrecisionName, compile_mode: CompileMode, scaler: dict[str, float | int] | None = None) -> None:
+    def start(
+        self,
+        precision: PrecisionName,
+        compile_mode: CompileMode,
+        scaler: dict[str, float | int] | None = None,
+    ) -> None:
         """Hand model and optimizer, as read so far, over to DeepSpeed."""
         if precision == "fp16":
             raise UsageError(_NO_FP16)
         self._is_started, self.compile_mode = True, compile_mode
         self.precision = Precision(precision, self.device)
-        before = {id(parameter): dict(self.optimizers[0].state.pop(parameter, {})) for parameter in self._parameters}
+        before = {
+            id(parameter): dict(self.optimizers[0].state.pop(parameter, {})) for parameter in self._parameters
+        }
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         with _quiet():
-            self._zero = _initialize(self._whole_step, self.optimizers[0], self.training, self.ranks, precision)
+            self._zero = _initialize(
+                self._whole_step, self.optimizers[0], self.training, self.ranks, precision
+            )
         self._step_module = cast(nn.Module, self._zero)
         self._set_moments({names[key]: state for key, state in before.items()})
 
     def step(self, batches: Sequence[Batch], tokens: int, *, rate_factor: float, index: int) -> StepResult:
-        """As for Engine; clipping and update are DeepSpeed's, and a step whose gradient is not finite it leaves out on all ranks."""
+        """As for Engine; clipping and update are DeepSpeed's, and a step whose gradient is not finite it
+        leaves out on all ranks.
+        """
         assert self._zero is not None, "start comes before the first step"
         set_rates(self.optimizers, self._peaks, rate_factor)
         is_empty = torch.full((), float(tokens == 0), device=self.device)
@@ -109,12 +131,16 @@ class DeepSpeedEngine(Engine):
         norm = self._zero.get_global_grad_norm()
         skipped = is_empty if self._zero.was_step_applied() else torch.ones_like(is_empty)
         return StepResult(
-            self.ranks.add_tensor(mean), torch.as_tensor(norm if norm is not None else float("nan"), device=self.device), skipped
+            self.ranks.add_tensor(mean),
+            torch.as_tensor(norm if norm is not None else float("nan"), device=self.device),
+            skipped,
         )
 
     def check_change(self, shape: ModelConfig) -> NoReturn:
         """Not while DeepSpeed trains it: raises UsageError."""
-        raise UsageError("use_deepspeed cannot train a model that is changed while it trains; leave it out (fsdp shares too)")
+        raise UsageError(
+            "use_deepspeed cannot train a model that is changed while it trains; leave it out (fsdp shares too)"
+        )
 
     def rebuild(self, form: Form) -> None:
         """As for Engine, until `start`. Raises UsageError after it."""
@@ -123,7 +149,9 @@ class DeepSpeedEngine(Engine):
         super().rebuild(form)
 
     def kept(self) -> tuple[Transformer, Sequence[torch.optim.Optimizer]]:
-        """Whole copies on the main rank's CPU, gathered one tensor at a time; others get a shell. A collective call."""
+        """Whole copies on the main rank's CPU, gathered one tensor at a time; others get a shell. A
+        collective call.
+        """
         if self._zero is None:
             return super().kept()
         if self._whole is None:
@@ -146,7 +174,9 @@ class DeepSpeedEngine(Engine):
         _freeze_alike(read, self.model)
         optimizers = build_optimizers(read, self.training)
         result = load(read, optimizers)
-        states = {name: dict(optimizers[0].state.get(parameter, {})) for name, parameter in read.named_parameters()}
+        states = {
+            name: dict(optimizers[0].state.get(parameter, {})) for name, parameter in read.named_parameters()
+        }
         values = dict(read.named_parameters())
         for name, parameter in self.model.named_parameters():
             value = values[name].detach().to(self.device)
@@ -163,7 +193,9 @@ class DeepSpeedEngine(Engine):
         from deepspeed.utils import safe_get_full_optimizer_state
 
         targets = dict(copy.named_parameters())
-        counted = max((float(self._state_of(flat).get("step", 0.0)) for flat in self._flat_parts()), default=0.0)
+        counted = max(
+            (float(self._state_of(flat).get("step", 0.0)) for flat in self._flat_parts()), default=0.0
+        )
         for name, parameter in self.model.named_parameters():
             with _gathered(parameter, None), torch.no_grad():
                 if self.ranks.is_main:
@@ -186,7 +218,9 @@ class DeepSpeedEngine(Engine):
             state = {key: torch.zeros_like(flat) for key in _MOMENTS}
             self.optimizers[0].state[flat] = {"step": torch.full((), counted, device=flat.device), **state}
         link = getattr(self._zero.optimizer, "_lazy_init_hp_params_optimizer_state", None)
-        if link is not None:  # stages 1 and 2 find a parameter's moments by views, which they make too early: after the first group's step
+        if (
+            link is not None
+        ):  # stages 1 and 2 find a parameter's moments by views, which they make too early: after the first group's step
             self._zero.optimizer._hp_optimizer_states_linked = False
             link()
         for name, parameter in self.model.named_parameters():
@@ -198,7 +232,11 @@ class DeepSpeedEngine(Engine):
         """The fp32 vectors that this rank updates."""
         assert self._zero is not None
         zero = self._zero.optimizer
-        return list(zero.fp32_partitioned_groups_flat if self.training.zero_stage == 3 else zero.single_partition_of_fp32_groups)
+        return list(
+            zero.fp32_partitioned_groups_flat
+            if self.training.zero_stage == 3
+            else zero.single_partition_of_fp32_groups
+        )
 
     def _state_of(self, flat: Tensor) -> dict[str, Any]:
         return dict(self.optimizers[0].state.get(flat, {}))
@@ -230,7 +268,11 @@ def _refuse(training: TrainingConfig, device: torch.device) -> None:
 
 
 def _initialize(
-    step: TrainingStep, optimizer: torch.optim.Optimizer, training: TrainingConfig, ranks: Ranks, precision: PrecisionName
+    step: TrainingStep,
+    optimizer: torch.optim.Optimizer,
+    training: TrainingConfig,
+    ranks: Ranks,
+    precision: PrecisionName,
 ) -> Zero:
     import torch.distributed as dist
 
@@ -242,11 +284,16 @@ def _initialize(
     # Only inference uses this one (an all-reduce in shared memory); it would be compiled for half a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # DeepSpeed's calls of torch, at every collective.
-    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    warnings.filterwarnings(
+        "ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning
+    )
     return cast(
         "Zero",
         deepspeed.initialize(
-            model=step, optimizer=optimizer, config=generated_config(training, ranks.count, precision), dist_init_required=False
+            model=step,
+            optimizer=optimizer,
+            config=generated_config(training, ranks.count, precision),
+            dist_init_required=False,
         )[0],
     )
 
@@ -263,17 +310,25 @@ def generated_config(training: TrainingConfig, ranks: int, precision: PrecisionN
         "zero_allow_untested_optimizer": True,  # ours is torch's fused AdamW, which can leave a step out
         "zero_force_ds_cpu_optimizer": False,
         # Autocast, but gradients are sent in fp32: modules named here would send theirs narrow.
-        "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16", "lower_precision_safe_modules": []},
+        "torch_autocast": {
+            "enabled": precision == "bf16",
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],
+        },
         "steps_per_print": _NEVER,
     }
 
 
 @contextmanager
 def _gathered(parameter: Tensor, writer: int | None) -> Iterator[None]:
-    """Within, the parameter is whole on every rank, also where stage 3 keeps parts; what rank `writer` changes is kept."""
+    """Within, the parameter is whole on every rank, also where stage 3 keeps parts; what rank `writer`
+    changes is kept.
+    """
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=writer, enabled=hasattr(parameter, "ds_id")):
+    with deepspeed.zero.GatheredParameters(
+        [parameter], modifier_rank=writer, enabled=hasattr(parameter, "ds_id")
+    ):
         yield
 
 

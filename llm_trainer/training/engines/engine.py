@@ -1,7 +1,9 @@
-"""The model in training: cut over the ranks, compiled, wrapped, with its optimizers; what a step runs and an operation replaces.
+"""The model in training: cut over the ranks, compiled, wrapped, with its optimizers; what a step runs and an
+operation replaces.
 
-The trainer knows what a run is (data, order, state, saving) and asks the engine to do a step or a validation. How a step is run (by whole
-replicas, by shards, by stages of a pipeline) is the engine's affair; `build_engine` is the one place where it is decided.
+The trainer knows what a run is (data, order, state, saving) and asks the engine to do a step or a validation.
+How a step is run (by whole replicas, by shards, by stages of a pipeline) is the engine's affair;
+`build_engine` is the one place where it is decided.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ Result = TypeVar("Result")
 
 
 class StepResult(NamedTuple):
-    """Tensors on the device: mean loss over the step's tokens in nats, the gradient's norm before clipping, 1 where nothing was changed."""
+    """Tensors on the device: mean loss over the step's tokens in nats, the gradient's norm before clipping, 1
+    where nothing was changed.
+    """
 
     loss: Tensor
     gradient_norm: Tensor
@@ -51,13 +55,19 @@ class StepResult(NamedTuple):
 
 
 class Engine:
-    """Trains `model` by replicas and shards, as the plan of `ranks` says. Made whole, it can validate; `start` makes it ready for steps.
+    """Trains `model` by replicas and shards, as the plan of `ranks` says. Made whole, it can validate;
+    `start` makes it ready for steps.
 
     `model` may be cut over the ranks from here on; `optimizers` hold what this rank holds. Raises UsageError where nothing can be trained.
     """
 
     def __init__(
-        self, model: Transformer, training: TrainingConfig, objective: Objective | None, ranks: Ranks, device: torch.device
+        self,
+        model: Transformer,
+        training: TrainingConfig,
+        objective: Objective | None,
+        ranks: Ranks,
+        device: torch.device,
     ) -> None:
         self.training, self.ranks, self.device = training, ranks, device
         prepare_trainable(model, training)
@@ -71,7 +81,9 @@ class Engine:
         self.precision = Precision("fp32" if training.precision == "auto" else training.precision, device)
 
     def _take(self, model: Transformer, objective: Objective, resting: Iterable[str] = ()) -> None:
-        """Make `model` the one in training: cut, with optimizers. `resting` are frozen parameters whose state the optimizers hold."""
+        """Make `model` the one in training: cut, with optimizers. `resting` are frozen parameters whose state
+        the optimizers hold.
+        """
         self.model = model.to(self.device)
         self._whole_step = TrainingStep(self.model, objective)
         self._shared = shard(self._whole_step, self.ranks)
@@ -83,30 +95,44 @@ class Engine:
         for parameter in frozen:  # without a gradient an optimizer passes over it
             parameter.requires_grad_(False)
         self._peaks = peak_rates(self.optimizers)
-        self.dropout_seed = self.training.seed if has_dropout(self.model) else None  # None: no need to seed at every micro-batch
+        self.dropout_seed = (
+            self.training.seed if has_dropout(self.model) else None
+        )  # None: no need to seed at every micro-batch
         self._step_module: torch.nn.Module = self._whole_step
 
     def check_change(self, shape: ModelConfig) -> None:
-        """Raises UsageError where an operation cannot make the model one of this shape, so that a schedule is refused before training."""
+        """Raises UsageError where an operation cannot make the model one of this shape, so that a schedule is
+        refused before training.
+        """
         if self.training.quantize_base != "off":
-            raise UsageError("operations that change the model do not go with quantize_base, whose matrices are fixed; leave one out")
+            raise UsageError(
+                "operations that change the model do not go with quantize_base, whose matrices are fixed; leave one out"
+            )
         check_shape(self.ranks.plan, shape)
 
     def check_batches(self, plan: BatchPlan) -> None:
         """Raises UsageError where this plan's ranks cannot run a step divided so."""
-        check_rounds(self.ranks.plan.pipeline_parallel, self.training.pipeline_schedule, plan.gradient_accumulation_steps)
+        check_rounds(
+            self.ranks.plan.pipeline_parallel,
+            self.training.pipeline_schedule,
+            plan.gradient_accumulation_steps,
+        )
 
     def check_search(self) -> None:
         """Raises UsageError where a micro-batch that fits cannot be looked for: not here."""
 
     def form(self) -> Form:
-        """The model and its optimizers' state apart from wrappers: whole tensors, gathered where they are cut. A collective call."""
+        """The model and its optimizers' state apart from wrappers: whole tensors, gathered where they are
+        cut. A collective call.
+        """
         return taken_apart(self.model, self.optimizers)
 
     def rebuild(self, form: Form) -> None:
-        """Train `form` from here on: built, cut, compiled and wrapped as the model before, which is let go of. A collective call.
+        """Train `form` from here on: built, cut, compiled and wrapped as the model before, which is let go
+        of. A collective call.
 
-        What `form` gives as weights is used, not copied. Raises UsageError where nothing in it can be trained.
+        What `form` gives as weights is used, not copied. Raises UsageError where nothing in it can be
+        trained.
         """
         if not set(form.weights) - form.frozen:
             raise UsageError("nothing to train: every parameter is frozen")
@@ -142,7 +168,8 @@ class Engine:
         cache_dir: Path | None = None,
         say: Callable[[str], None] = print,
     ) -> Choice:
-        """Precision and compilation for the steps that are left, alike on all ranks: as said, or as the main one's machine does it fastest.
+        """Precision and compilation for the steps that are left, alike on all ranks: as said, or as the main
+        one's machine does it fastest.
 
         `batch` makes the next micro-batch; `precision` and `compiled` are what a checkpoint says, which holds; `cache_dir` keeps what was
         learned. The model is compiled then, or not, accordingly; weights and gradients are as before.
@@ -150,12 +177,28 @@ class Engine:
 
         def measure() -> Choice:
             probe = Probe(self.model, self._whole_step, batch(), self.device, micro_batches_left)
-            return choose(probe, self.training, precision=precision, compiled=compiled, memory=cache_dir, say=say)
+            return choose(
+                probe, self.training, precision=precision, compiled=compiled, memory=cache_dir, say=say
+            )
 
-        return agreed_choice(self.model, self.training, self.ranks, self.device, measure, precision=precision, compiled=compiled)
+        return agreed_choice(
+            self.model,
+            self.training,
+            self.ranks,
+            self.device,
+            measure,
+            precision=precision,
+            compiled=compiled,
+        )
 
-    def start(self, precision: PrecisionName, compile_mode: CompileMode, scaler: dict[str, float | int] | None = None) -> None:
-        """Make ready for steps in this precision; `compile_mode` is how the model was compiled, `scaler` fp16's stored state.
+    def start(
+        self,
+        precision: PrecisionName,
+        compile_mode: CompileMode,
+        scaler: dict[str, float | int] | None = None,
+    ) -> None:
+        """Make ready for steps in this precision; `compile_mode` is how the model was compiled, `scaler`
+        fp16's stored state.
 
         Raises UsageError for a precision in which this plan's ranks cannot train.
         """
@@ -174,10 +217,11 @@ class Engine:
         return self._whole_step
 
     def step(self, batches: Sequence[Batch], tokens: int, *, rate_factor: float, index: int) -> StepResult:
-        """One update from this rank's micro-batches; `tokens` are the supervised ones of all ranks, `index` the updates done before.
+        """One update from this rank's micro-batches; `tokens` are the supervised ones of all ranks, `index`
+        the updates done before.
 
-        Peak rates are multiplied by `rate_factor`. Nothing here waits for the device. A collective call. Raises OutOfMemory where a
-        rank's memory did not do for it; nothing has changed then.
+        Peak rates are multiplied by `rate_factor`. Nothing here waits for the device. A collective call.
+        Raises OutOfMemory where a rank's memory did not do for it; nothing has changed then.
         """
         set_rates(self.optimizers, self._peaks, rate_factor)
         loss = self._within_memory(batches, tokens, index)
@@ -191,11 +235,15 @@ class Engine:
         return StepResult(loss, norm, skipped)
 
     def expect_other_memory(self) -> None:
-        """The next steps need more or less memory than those before: see that ranks can agree where it does not do."""
+        """The next steps need more or less memory than those before: see that ranks can agree where it does
+        not do.
+        """
         self._unproven_steps = _UNPROVEN_STEPS
 
     def trial(self, batch: Batch) -> None:
-        """A forward and backward pass of this rank alone, whose gradients are thrown away. Raises OutOfMemory."""
+        """A forward and backward pass of this rank alone, whose gradients are thrown away. Raises
+        OutOfMemory.
+        """
         try:
             with self.precision.autocast():
                 total = self._whole_step(batch.to(self.device)).total
@@ -203,16 +251,19 @@ class Engine:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise OutOfMemory(f"out of memory with {len(batch)} sequences") from None  # a traceback would hold on to tensors
+            raise OutOfMemory(
+                f"out of memory with {len(batch)} sequences"
+            ) from None  # a traceback would hold on to tensors
         finally:
             self.model.zero_grad(set_to_none=True)
 
     def _within_memory(self, batches: Sequence[Batch], tokens: int, index: int) -> Tensor:
         """Gradients and mean loss of a step. Raises OutOfMemory, on all ranks alike where that can be.
 
-        Whole replicas speak to each other only in the last micro-batch's backward pass. A rank that has no memory before that takes part
-        in it with a pass of one token, and then all hear of it. In the first steps, which need what later ones need, nothing is sent
-        before every rank is through, so they can agree wherever it was. Shards speak to each other all the time: there the run ends.
+        Whole replicas speak to each other only in the last micro-batch's backward pass. A rank that has no
+        memory before that takes part in it with a pass of one token, and then all hear of it. In the first
+        steps, which need what later ones need, nothing is sent before every rank is through, so they can
+        agree wherever it was. Shards speak to each other all the time: there the run ends.
         """
         has_replicas = 1 < self.ranks.count == self.ranks.plan.data_parallel and not is_sharded(self.model)
         sending = Sending(waits=has_replicas and self._unproven_steps > 0)
@@ -235,11 +286,15 @@ class Engine:
             send_gradients(self._step_module, batches[0], self.precision)
         if self.ranks.largest([bool(problem)])[0]:
             self.model.zero_grad(set_to_none=True)
-            raise OutOfMemory(problem or f"another rank was out of memory with {len(batches[0])} sequences at once")
+            raise OutOfMemory(
+                problem or f"another rank was out of memory with {len(batches[0])} sequences at once"
+            )
         return self.ranks.add_tensor(loss)
 
     def kept(self) -> tuple[Transformer, Sequence[torch.optim.Optimizer]]:
-        """What a checkpoint is made from: the model and its optimizers, whole or cut over the ranks. A collective call."""
+        """What a checkpoint is made from: the model and its optimizers, whole or cut over the ranks. A
+        collective call.
+        """
         return self.model, self.optimizers
 
     def load(self, load: Callable[[Transformer, Sequence[torch.optim.Optimizer]], Result]) -> Result:
@@ -255,7 +310,9 @@ class Engine:
         packing: Packing | None = None,
         on_batch: Callable[[int], None] | None = None,
     ) -> ValidationResult:
-        """Loss over a held-out split with the model as it is now; arguments as for `validation.validate`. A collective call."""
+        """Loss over a held-out split with the model as it is now; arguments as for `validation.validate`. A
+        collective call.
+        """
         with uncompiled(self.compile_mode):
             return validate(
                 self.model,
@@ -272,7 +329,13 @@ class Engine:
             )
 
 
-def build_engine(model: Transformer, training: TrainingConfig, objective: Objective | None, ranks: Ranks, device: torch.device) -> Engine:
+def build_engine(
+    model: Transformer,
+    training: TrainingConfig,
+    objective: Objective | None,
+    ranks: Ranks,
+    device: torch.device,
+) -> Engine:
     """The engine that the settings ask for."""
     if ranks.plan.pipeline_parallel > 1:
         from llm_trainer.training.engines.pipeline import PipelineEngine

@@ -12,7 +12,13 @@ from llm_trainer.config import UsageError
 from llm_trainer.config.resolve.parallelism import check_depth, check_shape
 from llm_trainer.config.schema.model import ModelConfig
 from llm_trainer.data.sampling.samplers import Batch
-from llm_trainer.distributed.parallelize import Shared, is_elsewhere, is_fully_sharded, shard_fully, sum_shared
+from llm_trainer.distributed.parallelize import (
+    Shared,
+    is_elsewhere,
+    is_fully_sharded,
+    shard_fully,
+    sum_shared,
+)
 from llm_trainer.distributed.pipeline import NOTHING_TRAINED, Pipeline
 from llm_trainer.distributed.tensor_parallel import cut_matrices, gradients_in_parts
 from llm_trainer.model.surgery.model_state import Form
@@ -26,7 +32,9 @@ from llm_trainer.training.optim.optimizers import build_optimizers, peak_rates, 
 
 
 class PipelineEngine(Engine):
-    """Trains `model` by stages, each of which may be cut by tensor groups, shards and replicas. The rest of the model is elsewhere."""
+    """Trains `model` by stages, each of which may be cut by tensor groups, shards and replicas. The rest of
+    the model is elsewhere.
+    """
 
     def _take(self, model: Transformer, objective: Objective, resting: Iterable[str] = ()) -> None:
         plan, kind = self.ranks.plan, self.device.type
@@ -36,13 +44,23 @@ class PipelineEngine(Engine):
         mesh = self.ranks.mesh(kind)
         if plan.tensor_parallel > 1:
             cut_matrices(model, mesh["tensor"])
-        self._pipeline = Pipeline(model, _next_token(objective), self.ranks, self.training.pipeline_schedule, self.device)
+        self._pipeline = Pipeline(
+            model, _next_token(objective), self.ranks, self.training.pipeline_schedule, self.device
+        )
         if is_fully_sharded(plan):
             for stage in self._pipeline.stages:
                 shard_fully(stage.window.blocks, stage, mesh["replicate", "shard"])  # type: ignore[union-attr,arg-type]
         self._shared = self._shared_parameters()
-        own = [parameter for parameter in model.parameters() if parameter.requires_grad and not is_elsewhere(parameter)]
-        others = [parameter for parameter in model.parameters() if parameter.requires_grad and is_elsewhere(parameter)]
+        own = [
+            parameter
+            for parameter in model.parameters()
+            if parameter.requires_grad and not is_elsewhere(parameter)
+        ]
+        others = [
+            parameter
+            for parameter in model.parameters()
+            if parameter.requires_grad and is_elsewhere(parameter)
+        ]
         if not own:
             raise UsageError(NOTHING_TRAINED)
         for parameter in others:
@@ -50,9 +68,15 @@ class PipelineEngine(Engine):
         self.optimizers = build_optimizers(model, self.training)
         for parameter in others:
             parameter.requires_grad_(True)
-        is_twin = plan.pipeline_parallel > 1 and self._pipeline.place == plan.pipeline_parallel - 1 and self._is_tied
+        is_twin = (
+            plan.pipeline_parallel > 1
+            and self._pipeline.place == plan.pipeline_parallel - 1
+            and self._is_tied
+        )
         self._parameters = own
-        self._counted = [one for one in own if not (is_twin and one is model.wte.weight)]  # the first stage counts the embedding
+        self._counted = [
+            one for one in own if not (is_twin and one is model.wte.weight)
+        ]  # the first stage counts the embedding
         self._peaks = peak_rates(self.optimizers)
         self.dropout_seed = self.training.seed if has_dropout(model) else None
 
@@ -67,7 +91,9 @@ class PipelineEngine(Engine):
         shared: list[Shared] = []
         if plan.tensor_parallel > 1:
             group = self.ranks.mesh(self.device.type).get_group("tensor")
-            shared += [Shared(one, group) for _, one in gradients_in_parts(self.model) if not is_elsewhere(one)]
+            shared += [
+                Shared(one, group) for _, one in gradients_in_parts(self.model) if not is_elsewhere(one)
+            ]
         if self._is_tied:
             of_stage = plan.ranks // plan.pipeline_parallel
             for first in range(of_stage):
@@ -88,11 +114,15 @@ class PipelineEngine(Engine):
 
     def check_change(self, shape: ModelConfig) -> NoReturn:
         """Not of a pipeline: raises UsageError."""
-        raise UsageError("operations that change the model do not go with a pipeline; use fsdp or tensor_parallel with a schedule")
+        raise UsageError(
+            "operations that change the model do not go with a pipeline; use fsdp or tensor_parallel with a schedule"
+        )
 
     def check_search(self) -> NoReturn:
         """Not of a pipeline: raises UsageError."""
-        raise UsageError("micro_batch_size auto does not go with pipeline_parallel, whose stages cannot be tried alone; give a number")
+        raise UsageError(
+            "micro_batch_size auto does not go with pipeline_parallel, whose stages cannot be tried alone; give a number"
+        )
 
     def form(self) -> Form:
         """Not of a pipeline: raises UsageError."""
@@ -113,7 +143,9 @@ class PipelineEngine(Engine):
         say: Callable[[str], None] = print,
     ) -> Choice:
         """As was said: a stage alone cannot be measured."""
-        return unmeasured_choice(self.model, precision or self.training.precision, compiled, self.training, self.device)
+        return unmeasured_choice(
+            self.model, precision or self.training.precision, compiled, self.training, self.device
+        )
 
     def _make_ready(self) -> None:
         pass
@@ -127,7 +159,11 @@ class PipelineEngine(Engine):
         set_rates(self.optimizers, self._peaks, rate_factor)
         ranks, seeds = self.ranks, None
         if self.dropout_seed is not None:
-            seeds = (self.dropout_seed, index, ranks.data_rank + ranks.data_count * (1 + self._pipeline.place))
+            seeds = (
+                self.dropout_seed,
+                index,
+                ranks.data_rank + ranks.data_count * (1 + self._pipeline.place),
+            )
         with self.timings.of("forward"):  # and backward: they overlap
             loss = ranks.add_tensor(self._pipeline.forward_backward(batches, tokens, self.precision, seeds))
         sum_shared(self._shared)
@@ -150,5 +186,7 @@ class PipelineEngine(Engine):
 
 def _next_token(objective: Objective) -> NextToken:
     if not isinstance(objective, NextToken):
-        raise UsageError(f"a pipeline trains on next tokens only, not on {type(objective).__name__}; leave pipeline_parallel out")
+        raise UsageError(
+            f"a pipeline trains on next tokens only, not on {type(objective).__name__}; leave pipeline_parallel out"
+        )
     return objective

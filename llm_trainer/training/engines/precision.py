@@ -1,7 +1,8 @@
 """Where and in which arithmetic the model runs.
 
-Weights, gradients and optimizer state are always fp32: in pure bf16 small updates are rounded away. bf16 and fp16
-mean autocast, PyTorch's own choice of which operations may be narrow; fp16 adds a GradScaler, whose state is in the checkpoint.
+Weights, gradients and optimizer state are always fp32: in pure bf16 small updates are rounded away. bf16 and
+fp16 mean autocast, PyTorch's own choice of which operations may be narrow; fp16 adds a GradScaler, whose
+state is in the checkpoint.
 """
 
 from __future__ import annotations
@@ -30,10 +31,16 @@ def resolve_device(said: str) -> torch.device:
     except RuntimeError as error:
         raise UsageError(f"device {said!r} is not one; choose auto, cpu, cuda, cuda:N or mps") from error
     if device.type not in ("cpu", "cuda", "mps"):
-        raise UsageError(f"device {said!r} is none that this trains on; choose auto, cpu, cuda, cuda:N or mps")
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise UsageError(
+            f"device {said!r} is none that this trains on; choose auto, cpu, cuda, cuda:N or mps"
+        )
+    if device.type == "cuda" and (
+        not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
+    ):
         there = torch.cuda.device_count()
-        raise UsageError(f"device {said!r}: this machine has {there} CUDA devices that PyTorch can use; choose another, or auto")
+        raise UsageError(
+            f"device {said!r}: this machine has {there} CUDA devices that PyTorch can use; choose another, or auto"
+        )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UsageError("device 'mps' is not available on this machine; choose cpu or auto")
     return device

@@ -1,9 +1,10 @@
 """One optimizer step: micro-batches forward and backward, one division, clipping, update.
 
-The tokens of the whole step are counted before the first backward pass, which the batches' labels allow, so each micro-batch's sum is
-divided by the same number and the gradient is that of one large batch. Nothing here waits for the device: a gradient that is not finite
-is found there and makes the optimizers leave everything as it is (`found_inf`, torch's own mechanism for fused optimizers), and the
-loop learns of it when it reads the outcome.
+The tokens of the whole step are counted before the first backward pass, which the batches' labels allow, so
+each micro-batch's sum is divided by the same number and the gradient is that of one large batch. Nothing here
+waits for the device: a gradient that is not finite is found there and makes the optimizers leave everything
+as it is (`found_inf`, torch's own mechanism for fused optimizers), and the loop learns of it when it reads
+the outcome.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ class SampleRange:
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What a step came to; tensors stay on the device until they are read. `loss` is the mean over `tokens` in nats."""
+    """What a step came to; tensors stay on the device until they are read. `loss` is the mean over `tokens`
+    in nats.
+    """
 
     step: int
     samples: SampleRange
@@ -58,8 +61,8 @@ class StepOutcome:
 
 @dataclass
 class Sending:
-    """What a rank sends to others in a step: where it `waits`, gradients stay its own until `send_gradients`; `began` is set when the pass
-    starts in which they are sent.
+    """What a rank sends to others in a step: where it `waits`, gradients stay its own until `send_gradients`;
+    `began` is set when the pass starts in which they are sent.
     """
 
     waits: bool = False
@@ -67,7 +70,9 @@ class Sending:
 
 
 class Outcomes:
-    """Outcomes of steps, left on the device until somebody looks: `last` is the last one read that was not skipped."""
+    """Outcomes of steps, left on the device until somebody looks: `last` is the last one read that was not
+    skipped.
+    """
 
     def __init__(self, training: TrainingConfig, say: Callable[[str], None]) -> None:
         self._training, self._say = training, say
@@ -79,7 +84,9 @@ class Outcomes:
         self._unread.append(outcome)
 
     def read(self, state: TrainingState) -> None:
-        """Look at the steps since the last look: name what was skipped. Raises TrainingDiverged for a run that only skips."""
+        """Look at the steps since the last look: name what was skipped. Raises TrainingDiverged for a run
+        that only skips.
+        """
         for outcome in self._unread:
             if not bool(outcome.skipped):
                 state.skipped_in_a_row = 0
@@ -87,7 +94,9 @@ class Outcomes:
                 state.spikes.see(outcome.step, float(outcome.loss), self._training)
                 continue
             reason = (
-                f"loss {float(outcome.loss):g}, gradient norm {float(outcome.gradient_norm):g}" if outcome.tokens else "no supervised token"
+                f"loss {float(outcome.loss):g}, gradient norm {float(outcome.gradient_norm):g}"
+                if outcome.tokens
+                else "no supervised token"
             )
             self._say(f"step {outcome.step} left everything as it was: {reason}, on {outcome.samples}")
             state.skipped_in_a_row += 1
@@ -111,7 +120,8 @@ def forward_backward(
     timings: Timings | None = None,
     sending: Sending | None = None,
 ) -> Tensor:
-    """Add the gradient of Σ loss / `tokens` over the micro-batches of all ranks to the parameters; returns that mean loss (detached).
+    """Add the gradient of Σ loss / `tokens` over the micro-batches of all ranks to the parameters; returns
+    that mean loss (detached).
 
     `tokens` are the supervised tokens of the whole step, on all ranks. `seed` (None: leave the generator alone) and the step's `index`
     fix dropout. With `sending` the returned loss is this rank's part; what was sent is noted there.
@@ -134,8 +144,8 @@ def forward_backward(
 
 
 def send_gradients(step: nn.Module, batch: Batch, precision: Precision) -> None:
-    """Sum gradients that were kept apart over the ranks, in the very order of an ordinary step: by a pass whose own gradient is zero, of
-    one token of `batch`.
+    """Sum gradients that were kept apart over the ranks, in the very order of an ordinary step: by a pass
+    whose own gradient is zero, of one token of `batch`.
     """
     with precision.autocast():
         nothing = step(batch.first(1, 1).to(precision.device)).total * 0.0
@@ -143,7 +153,9 @@ def send_gradients(step: nn.Module, batch: Batch, precision: Precision) -> None:
 
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float, norm_of: NormOf | None = None) -> Tensor:
-    """Scale gradients down to a joint 2-norm of `max_norm` (0: leave them); returns the norm before. `norm_of`: see `update`."""
+    """Scale gradients down to a joint 2-norm of `max_norm` (0: leave them); returns the norm before.
+    `norm_of`: see `update`.
+    """
     held = [parameter for parameter in parameters if parameter.grad is not None]
     norm = gradient_norm(held) if norm_of is None else norm_of(gradient_norm)
     if max_norm > 0:
@@ -154,7 +166,10 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float, norm_of: NormO
 
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
     """The joint 2-norm of the gradients of parameters, whole or cut over ranks in one way or several."""
-    norms = [whole(torch.nn.utils.get_total_norm([_gradient(one) for one in alike])) for alike in _by_mesh(parameters)]
+    norms = [
+        whole(torch.nn.utils.get_total_norm([_gradient(one) for one in alike]))
+        for alike in _by_mesh(parameters)
+    ]
     return norms[0] if len(norms) == 1 else torch.nn.utils.get_total_norm(norms)
 
 
@@ -183,11 +198,12 @@ def update(
     offload: bool = False,
     norm_of: NormOf | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Clip and let the optimizers step, unless loss or gradient is not finite or no token was supervised; clears the gradients.
+    """Clip and let the optimizers step, unless loss or gradient is not finite or no token was supervised;
+    clears the gradients.
 
-    With `offload` the optimizers' state is in host memory after it. `norm_of` makes the norm of all gradients, where other ranks hold
-    other parameters, from the function that makes it of some. Returns the gradient's norm before clipping and whether the step was
-    skipped (1) or taken (0).
+    With `offload` the optimizers' state is in host memory after it. `norm_of` makes the norm of all
+    gradients, where other ranks hold other parameters, from the function that makes it of some. Returns the
+    gradient's norm before clipping and whether the step was skipped (1) or taken (0).
     """
     if precision.scaler is not None:
         for optimizer in optimizers:

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 
 def tuned(trainer: Trainer) -> Choice:
-    """Precision and compilation of a run: as said, as before a resume, or as the main rank's machine does it fastest."""
+    """Precision and compilation of a run: as said, as before a resume, or as the main rank's machine does it
+    fastest.
+    """
     state, batches = trainer.state, trainer.batches
     if trainer.training.eval_only:
         return Choice(cast(PrecisionName, state.precision or trainer.engine.precision.name), "off")
@@ -62,8 +64,12 @@ def agreed_choice(
     return choice
 
 
-def unmeasured_choice(model: Transformer, said: str, compiled: str | None, training: TrainingConfig, device: torch.device) -> Choice:
-    """For a model cut over ranks, which cannot be run on one of them: bf16 where a GPU has it, compiled where that was asked for."""
+def unmeasured_choice(
+    model: Transformer, said: str, compiled: str | None, training: TrainingConfig, device: torch.device
+) -> Choice:
+    """For a model cut over ranks, which cannot be run on one of them: bf16 where a GPU has it, compiled where
+    that was asked for.
+    """
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     precision = ("bf16" if has_bf16 else "fp32") if said == "auto" else said
     mode = cast(CompileMode, compiled or ("blocks" if training.compile == "on" else "off"))

@@ -1,8 +1,9 @@
-"""Loss over a held-out split: every token once, in rows packed as training packs them, one sum over one count.
+"""Loss over a held-out split: every token once, in rows packed as training packs them, one sum over one
+count.
 
-The result does not depend on the batch size: sums are added and divided once, and rows that fill the last batch up (so that a compiled
-model sees one shape) carry no labels. Frameworks that average batches, or repeat samples, differ by batch size (transformers#39241).
-Only scalars are kept, so the split may be of any length.
+The result does not depend on the batch size: sums are added and divided once, and rows that fill the last
+batch up (so that a compiled model sees one shape) carry no labels. Frameworks that average batches, or repeat
+samples, differ by batch size (transformers#39241). Only scalars are kept, so the split may be of any length.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from llm_trainer.training.objectives.objective import NextToken, Objective, Trai
 
 @dataclass(frozen=True)
 class ValidationResult:
-    """`loss` in nats a token over `tokens` predicted tokens; `bits_per_byte` where the split knows how long its text was."""
+    """`loss` in nats a token over `tokens` predicted tokens; `bits_per_byte` where the split knows how long
+    its text was.
+    """
 
     loss: float
     tokens: int
@@ -62,7 +65,8 @@ def validate(
     step: nn.Module | None = None,
     ranks: Ranks | None = None,
 ) -> ValidationResult:
-    """Mean loss of `model` over the rows of `tokens`, packed so (default: greedy), in evaluation mode and without gradients.
+    """Mean loss of `model` over the rows of `tokens`, packed so (default: greedy), in evaluation mode and
+    without gradients.
 
     `limit`: only so many batches, spread over the split; `on_batch` is told after each batch how many there have been. `ranks` share the
     batches and get the same result; `step` is the module that training runs, which gathers a model that is cut over them. Raises
@@ -73,7 +77,15 @@ def validate(
     was_training = model.training
     model.eval()
     total, count = 0.0, 0
-    batches = validation_batches(tokens, context, batch_size, limit=limit, packing=packing, rank=ranks.data_rank, ranks=ranks.data_count)
+    batches = validation_batches(
+        tokens,
+        context,
+        batch_size,
+        limit=limit,
+        packing=packing,
+        rank=ranks.data_rank,
+        ranks=ranks.data_count,
+    )
     try:
         with torch.no_grad():
             for index, batch in enumerate(batches):
@@ -89,13 +101,19 @@ def validate(
     total, supervised = ranks.add([total, count])
     count = int(supervised)
     if count == 0:
-        raise DataError(f"the validation split has {tokens.num_tokens} tokens, nothing to predict; give it more text")
+        raise DataError(
+            f"the validation split has {tokens.num_tokens} tokens, nothing to predict; give it more text"
+        )
     mean = total / count
-    return ValidationResult(mean, count, math.exp(mean) if mean < 700 else math.inf, bits_per_byte(mean, tokens))
+    return ValidationResult(
+        mean, count, math.exp(mean) if mean < 700 else math.inf, bits_per_byte(mean, tokens)
+    )
 
 
 def bits_per_byte(loss: float, tokens: TokenDataset) -> float | None:
-    """Nats a token → bits a byte of the text: loss / ln 2 × tokens / bytes. Comparable across tokenizers, as a loss a token is not."""
+    """Nats a token → bits a byte of the text: loss / ln 2 × tokens / bytes. Comparable across tokenizers, as
+    a loss a token is not.
+    """
     if not tokens.num_bytes:
         return None
     return loss / math.log(2) * tokens.num_tokens / tokens.num_bytes

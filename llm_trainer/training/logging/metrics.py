@@ -1,12 +1,14 @@
-"""Where a run's numbers go: always `metrics.jsonl`, TensorBoard events beside it, Weights & Biases when asked for.
+"""Where a run's numbers go: always `metrics.jsonl`, TensorBoard events beside it, Weights & Biases when asked
+for.
 
 `metrics.jsonl` is the record: one JSON object a line, `step` and `time` (seconds since 1970) first, appended and flushed at once, so a
 kill costs at most the line being written. JSON has no NaN; such values are the strings "NaN", "Infinity" and "-Infinity", and
 `read_metrics` turns them back. A resumed run first drops the lines past the step it resumes from: every step is told once, by the run
 that the weights come from.
 
-TensorBoard events are written with TensorBoard's own record writer and protocol buffers. `torch.utils.tensorboard` would do the
-same through numpy, and through TensorFlow where that is installed, which alone takes seconds to import.
+TensorBoard events are written with TensorBoard's own record writer and protocol buffers.
+`torch.utils.tensorboard` would do the same through numpy, and through TensorFlow where that is installed,
+which alone takes seconds to import.
 """
 
 from __future__ import annotations
@@ -54,7 +56,12 @@ class MetricsTracker:
     """
 
     def __init__(
-        self, run_folder: Path | None, report_to: Sequence[str] = (), *, resumed_step: int | None = None, config: RunConfig | None = None
+        self,
+        run_folder: Path | None,
+        report_to: Sequence[str] = (),
+        *,
+        resumed_step: int | None = None,
+        config: RunConfig | None = None,
     ) -> None:
         self._sinks: list[Sink] = []
         if run_folder is None:
@@ -87,7 +94,9 @@ class MetricsTracker:
 
 
 def read_metrics(run_folder: Path) -> list[MetricLine]:
-    """The lines of a run's `metrics.jsonl` in order, `step` and `time` among them; a last line cut by a kill is left out."""
+    """The lines of a run's `metrics.jsonl` in order, `step` and `time` among them; a last line cut by a kill
+    is left out.
+    """
     path = run_folder / METRICS_FILE
     try:
         text = path.read_text(encoding="utf-8")
@@ -97,7 +106,9 @@ def read_metrics(run_folder: Path) -> list[MetricLine]:
     try:
         return [_decode(line) for line in complete.splitlines()]
     except ValueError as error:
-        raise CheckpointError(f"{path} has a line that is not a JSON object of numbers ({error}); mend or remove it") from error
+        raise CheckpointError(
+            f"{path} has a line that is not a JSON object of numbers ({error}); mend or remove it"
+        ) from error
 
 
 class JsonLines:
@@ -111,7 +122,9 @@ class JsonLines:
     def write(self, metrics: Mapping[str, float], step: int, seconds: float) -> None:
         """Append one line and flush it."""
         values = {name: value if math.isfinite(value) else _name_of(value) for name, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, "time": round(seconds, 3), **values}, allow_nan=False) + "\n")
+        self._file.write(
+            json.dumps({"step": step, "time": round(seconds, 3), **values}, allow_nan=False) + "\n"
+        )
         self._file.flush()
 
     def close(self) -> None:
@@ -120,7 +133,9 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Scalar events under `logs/`, which `tensorboard` is a link to; both `tensorboard --logdir`s of the manuals find them."""
+    """Scalar events under `logs/`, which `tensorboard` is a link to; both `tensorboard --logdir`s of the
+    manuals find them.
+    """
 
     def __init__(self, run_folder: Path, resumed_step: int | None) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -137,7 +152,13 @@ class TensorBoard:
         self._put(Event(wall_time=time.time(), file_version="brain.Event:2"))
         if resumed_step is not None:
             # TensorBoard then hides what earlier files say of this step and later ones.
-            self._put(Event(wall_time=time.time(), step=resumed_step + 1, session_log=SessionLog(status=SessionLog.START)))
+            self._put(
+                Event(
+                    wall_time=time.time(),
+                    step=resumed_step + 1,
+                    session_log=SessionLog(status=SessionLog.START),
+                )
+            )
 
     def write(self, metrics: Mapping[str, float], step: int, seconds: float) -> None:
         """Append one event with all the scalars, and flush it."""
@@ -169,8 +190,9 @@ class TensorBoard:
 class WeightsAndBiases:
     """A run on Weights & Biases; WANDB_MODE=offline keeps it on this machine.
 
-    A resumed run continues under the id that is kept in the run folder. The run's step is a number among the others, and what charts are
-    drawn over: W&B's own must never go back, and drops what does, which a run that goes back at a loss spike would lose.
+    A resumed run continues under the id that is kept in the run folder. The run's step is a number among the
+    others, and what charts are drawn over: W&B's own must never go back, and drops what does, which a run
+    that goes back at a loss spike would lose.
     """
 
     def __init__(self, run_folder: Path, config: RunConfig | None) -> None:
@@ -212,13 +234,18 @@ def _decode(line: str) -> MetricLine:
     values = json.loads(line)
     if not isinstance(values, dict) or not isinstance(values.get("step"), int):
         raise ValueError(f"no step in {line[:60]!r}")
-    return {name: _NOT_FINITE[value] if isinstance(value, str) and value in _NOT_FINITE else float(value) for name, value in values.items()}
+    return {
+        name: _NOT_FINITE[value] if isinstance(value, str) and value in _NOT_FINITE else float(value)
+        for name, value in values.items()
+    }
 
 
 def _keep_until(path: Path, step: int) -> None:
     """Drop the lines past `step` and a torn last line, replacing the file in one rename."""
     kept = [
-        line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n") and _step_of_line(line) <= step
+        line
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
+        if line.endswith("\n") and _step_of_line(line) <= step
     ]
     replacement = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
     replacement.write_text("".join(kept), encoding="utf-8")
@@ -233,7 +260,9 @@ def _step_of_line(line: str) -> float:
 
 
 def _link(link: Path, target: Path) -> None:
-    """Make `link` a relative link to `target`; where the system has no links, or something else bears the name, leave it."""
+    """Make `link` a relative link to `target`; where the system has no links, or something else bears the
+    name, leave it.
+    """
     if link.is_symlink() or link.exists():
         return
     try:

@@ -13,26 +13,36 @@ from llm_trainer.distributed.process_group import Ranks
 
 
 def count_sources(totals: dict[str, int], batches: Sequence[Batch], ranks: Ranks) -> None:
-    """Add the supervised tokens of each corpus, over all ranks, to `totals`; batches that are from no mixture add nothing."""
+    """Add the supervised tokens of each corpus, over all ranks, to `totals`; batches that are from no mixture
+    add nothing.
+    """
     if all(batch.sources is None for batch in batches):  # alike on all ranks
         return
     counted: dict[str, int] = {}
     for batch in batches:
         if batch.sources is None:
             continue
-        numbers = batch.sources.numbers.reshape(len(batch), -1).expand_as(batch.labels)[batch.labels != IGNORED]
-        for source, tokens in zip(batch.sources.names, numbers.bincount(minlength=len(batch.sources.names)).tolist(), strict=True):
+        numbers = batch.sources.numbers.reshape(len(batch), -1).expand_as(batch.labels)[
+            batch.labels != IGNORED
+        ]
+        for source, tokens in zip(
+            batch.sources.names, numbers.bincount(minlength=len(batch.sources.names)).tolist(), strict=True
+        ):
             if tokens:
                 counted[source] = counted.get(source, 0) + tokens
     for of_rank in (
-        [counted] if ranks.count == 1 else map(json.loads, ranks.texts(json.dumps(counted if ranks.plan.speaks(ranks.rank) else {})))
+        [counted]
+        if ranks.count == 1
+        else map(json.loads, ranks.texts(json.dumps(counted if ranks.plan.speaks(ranks.rank) else {})))
     ):
         for source, tokens in of_rank.items():
             totals[source] = totals.get(source, 0) + tokens
 
 
 class AchievedShares:
-    """Shares of the supervised tokens since the last reading, `share/<corpus>`, and all so far, `tokens/<corpus>`."""
+    """Shares of the supervised tokens since the last reading, `share/<corpus>`, and all so far,
+    `tokens/<corpus>`.
+    """
 
     def __init__(self, totals: dict[str, int]) -> None:
         self._totals, self._told = totals, dict(totals)
@@ -43,4 +53,7 @@ class AchievedShares:
         self._told = dict(self._totals)
         sum_of_new = max(1, sum(new.values()))
         shares = {f"share/{name}": tokens / sum_of_new for name, tokens in sorted(new.items())}
-        return {**shares, **{f"tokens/{name}": float(tokens) for name, tokens in sorted(self._totals.items())}}
+        return {
+            **shares,
+            **{f"tokens/{name}": float(tokens) for name, tokens in sorted(self._totals.items())},
+        }

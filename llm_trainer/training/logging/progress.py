@@ -1,7 +1,9 @@
-"""What a person sees while a run goes on: a bar on a terminal, plain lines off it, and the same lines in `logs/train.log`.
+"""What a person sees while a run goes on: a bar on a terminal, plain lines off it, and the same lines in
+`logs/train.log`.
 
-Only the main rank makes one of these, so one rank logs. Text from outside (paths, names, samples) is cleaned of control characters
-first: a line break in a run's name must not forge a line of the log, an escape sequence must not redraw the terminal.
+Only the main rank makes one of these, so one rank logs. Text from outside (paths, names, samples) is cleaned
+of control characters first: a line break in a run's name must not forge a line of the log, an escape sequence
+must not redraw the terminal.
 """
 
 from __future__ import annotations
@@ -21,9 +23,18 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 class ProgressReporter:
-    """Shows the steps of a run. `log_folder`: the run folder whose `logs/train.log` gets every line too; None: no file."""
+    """Shows the steps of a run. `log_folder`: the run folder whose `logs/train.log` gets every line too;
+    None: no file.
+    """
 
-    def __init__(self, total_steps: int, *, first_step: int = 0, console: Console | None = None, log_folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        total_steps: int,
+        *,
+        first_step: int = 0,
+        console: Console | None = None,
+        log_folder: Path | None = None,
+    ) -> None:
         self._console = console or Console()
         self._total = total_steps
         self._first, self._started = first_step, time.monotonic()
@@ -32,7 +43,13 @@ class ProgressReporter:
         self._task: TaskID | None = None
         if self._console.is_terminal:
             numbers = TextColumn("{task.fields[numbers]}", markup=False)
-            columns = (TextColumn("step"), BarColumn(), MofNCompleteColumn(), numbers, TimeRemainingColumn(compact=True))
+            columns = (
+                TextColumn("step"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                numbers,
+                TimeRemainingColumn(compact=True),
+            )
             self._bar = Progress(*columns, console=self._console, refresh_per_second=4, transient=True)
             self._task = self._bar.add_task("", total=total_steps, completed=first_step, numbers="")
             self._bar.start()
@@ -93,7 +110,9 @@ def clean(text: str) -> str:
 
 
 def describe(metrics: Mapping[str, float]) -> str:
-    """`loss 2.3456  lr 3.0e-04  12,345 tok/s` from a step's metrics; what a line has no room for stays in metrics.jsonl."""
+    """`loss 2.3456  lr 3.0e-04  12,345 tok/s` from a step's metrics; what a line has no room for stays in
+    metrics.jsonl.
+    """
     shown = []
     for name, (label, form) in _SHOWN.items():
         if name in metrics:
@@ -101,7 +120,12 @@ def describe(metrics: Mapping[str, float]) -> str:
     return "  ".join(shown)
 
 
-_SHOWN = {"loss": ("loss", ".4f"), "learning_rate": ("lr", ".2e"), "gradient_norm": ("norm", ".2f"), "tokens_per_second": ("", ",.0f")}
+_SHOWN = {
+    "loss": ("loss", ".4f"),
+    "learning_rate": ("lr", ".2e"),
+    "gradient_norm": ("norm", ".2f"),
+    "tokens_per_second": ("", ",.0f"),
+}
 
 
 def _clock(seconds: float) -> str:

@@ -1,8 +1,9 @@
-"""What this process and its machine use, and what one rank may use: resident memory, processor, the GPU's memory and load.
+"""What this process and its machine use, and what one rank may use: resident memory, processor, the GPU's
+memory and load.
 
-Resident memory is held against what the process may have: `memory_limit_gb`, a container's limit (cgroup v2), or the machine. A
-GPU's memory is held against it by what tensors took at most, and not by what PyTorch's allocator keeps, which fills the device in time
-on purpose and gives it back when asked.
+Resident memory is held against what the process may have: `memory_limit_gb`, a container's limit (cgroup v2),
+or the machine. A GPU's memory is held against it by what tensors took at most, and not by what PyTorch's
+allocator keeps, which fills the device in time on purpose and gives it back when asked.
 """
 
 from __future__ import annotations
@@ -104,7 +105,10 @@ class Machine:
             return None
         try:
             return float(torch.cuda.utilization(self.device))
-        except (ImportError, RuntimeError):  # without the package nvidia-ml-py, or in a container without NVML
+        except (
+            ImportError,
+            RuntimeError,
+        ):  # without the package nvidia-ml-py, or in a container without NVML
             self._has_nvml = False
             return None
 

@@ -1,8 +1,9 @@
 """How fast a run goes and how much of the machine it uses.
 
-MFU (model FLOPs utilisation, PaLM, arXiv:2204.02311) = tokens/s × training FLOPs a token (model/flops.py) ÷ the device's peak. The peak
-is NVIDIA's published dense tensor-core figure where the GPU is known, and otherwise the best of a few measured matrix products, which
-is what a CPU can really reach and differs between two of the same name.
+MFU (model FLOPs utilisation, PaLM, arXiv:2204.02311) = tokens/s × training FLOPs a token (model/flops.py) ÷
+the device's peak. The peak is NVIDIA's published dense tensor-core figure where the GPU is known, and
+otherwise the best of a few measured matrix products, which is what a CPU can really reach and differs between
+two of the same name.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import time
 
 import torch
 
-# Dense bf16/fp16 tensor-core peaks, FLOP/s; for fp32 inputs PyTorch's default (no TF32) is far below and is measured instead.
+# Dense bf16/fp16 tensor-core peaks, FLOP/s; for fp32 inputs PyTorch's default (no TF32) is far below and is
+# measured instead.
 _GPU_PEAKS = {
     "H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "A10": 125e12, "L40S": 362e12, "L4": 121e12,
     "V100": 125e12, "T4": 65e12, "RTX 4090": 165e12, "RTX 3090": 71e12,

@@ -1,7 +1,8 @@
 """Where a step's time goes: seconds of forward, backward, optimizer, data, evaluation, saving and operations.
 
-On a GPU the host runs ahead of the device, so what lies on the device is timed by events that are put into its queue and read when the
-run reports, where the host waits anyway: measuring makes nobody wait. Elsewhere the clock is enough.
+On a GPU the host runs ahead of the device, so what lies on the device is timed by events that are put into
+its queue and read when the run reports, where the host waits anyway: measuring makes nobody wait. Elsewhere
+the clock is enough.
 """
 
 from __future__ import annotations
@@ -55,11 +56,19 @@ class Timings:
         return seconds
 
     def describe(self) -> str:
-        """`forward 34 %, backward 52 %, …`: shares of all that was timed, the largest first; empty before anything was."""
+        """`forward 34 %, backward 52 %, …`: shares of all that was timed, the largest first; empty before
+        anything was.
+        """
         self._settle()
         whole = sum(self.totals.values())
         ordered = sorted(self.totals.items(), key=lambda item: -item[1])
-        return ", ".join(f"{what} {seconds / whole:.0%}" for what, seconds in ordered if seconds >= 0.005 * whole) if whole else ""
+        return (
+            ", ".join(
+                f"{what} {seconds / whole:.0%}" for what, seconds in ordered if seconds >= 0.005 * whole
+            )
+            if whole
+            else ""
+        )
 
     def _settle(self) -> None:
         for what, first, last in self._events:

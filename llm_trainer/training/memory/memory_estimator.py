@@ -1,12 +1,13 @@
 """What a training step holds in memory, found by running the step itself on tensors without contents.
 
-The run's own model, loss and optimizers go through two steps in torch's FakeTensorMode, where a tensor has a shape, a type and a life, but
-no memory, and a ledger notes what is alive after each operation. So the estimate follows the code (a chunked loss, recomputation, what
-autocast keeps) without a second description of it that could drift. A closed form was the alternative: faster still, and wrong after the
-next change of a kernel. What a kernel uses inside itself is not seen.
+The run's own model, loss and optimizers go through two steps in torch's FakeTensorMode, where a tensor has a
+shape, a type and a life, but no memory, and a ledger notes what is alive after each operation. So the
+estimate follows the code (a chunked loss, recomputation, what autocast keeps) without a second description of
+it that could drift. A closed form was the alternative: faster still, and wrong after the next change of a
+kernel. What a kernel uses inside itself is not seen.
 
-A deep stack is not run whole: blocks are alike, so two shallow stacks are, and the difference is carried on to the full depth.
-What a stage of a pipeline holds is found in the same way in `stage_footprint.py`.
+A deep stack is not run whole: blocks are alike, so two shallow stacks are, and the difference is carried on
+to the full depth. What a stage of a pipeline holds is found in the same way in `stage_footprint.py`.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ class StepMemory:
 
     def peak(self, gradient_share: float = 1.0) -> int:
         """The step's highest point above `between_steps`, where a rank keeps this share of the gradients."""
-        return max((int(gradients * gradient_share) + others for gradients, others in self.moments), default=0)
+        return max(
+            (int(gradients * gradient_share) + others for gradients, others in self.moments), default=0
+        )
 
     @property
     def activations(self) -> int:
@@ -67,10 +70,15 @@ class StepMemory:
 
 
 def step_memory(
-    shape: ModelConfig, training: TrainingConfig, *, sequences: int, micro_batches: int = 1, precision: PrecisionName | None = None
+    shape: ModelConfig,
+    training: TrainingConfig,
+    *,
+    sequences: int,
+    micro_batches: int = 1,
+    precision: PrecisionName | None = None,
 ) -> StepMemory:
-    """What a step of `micro_batches` × `sequences` at the full context needs, uncompiled, with kernels as on a CPU; where ranks share
-    sequences, what the rank needs that gathers most.
+    """What a step of `micro_batches` × `sequences` at the full context needs, uncompiled, with kernels as on
+    a CPU; where ranks share sequences, what the rank needs that gathers most.
 
     `precision` stands in for `auto` (default: bf16). From the third micro-batch on nothing is added, so two are run at most. Raises
     UsageError for a base that cannot be quantised where the settings ask for that.
@@ -79,7 +87,9 @@ def step_memory(
     unit = depth_unit(shape)
     if shape.num_hidden_layers <= 3 * unit or training.freeze_layers:  # frozen blocks are not like the others
         return _run_twice(shape, *run)
-    low, high = (_run_twice(shape.model_copy(update={"num_hidden_layers": times * unit}), *run) for times in (2, 3))
+    low, high = (
+        _run_twice(shape.model_copy(update={"num_hidden_layers": times * unit}), *run) for times in (2, 3)
+    )
     return _carried_on(low, high, (shape.num_hidden_layers - 3 * unit) / unit)
 
 
@@ -107,7 +117,9 @@ def _carried_on(low: StepMemory, high: StepMemory, times: float) -> StepMemory:
 
     moments = []
     for share in (1.0, 0.0):
-        first, second = (max(one.moments, key=lambda moment: share * moment[0] + moment[1]) for one in (low, high))
+        first, second = (
+            max(one.moments, key=lambda moment: share * moment[0] + moment[1]) for one in (low, high)
+        )
         moments.append((on(first[0], second[0]), on(first[1], second[1])))
     held = (on(low.weights, high.weights), on(low.optimizer, high.optimizer), on(low.kept, high.kept))
     return StepMemory(*held, tuple(moments), on(low.in_bits, high.in_bits))
@@ -123,7 +135,11 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known: weakref.WeakKeyDictionary[torch.UntypedStorage, list[str]] = weakref.WeakKeyDictionary()
 
     def __torch_dispatch__(
-        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             return 1  # whoever looks at a number here asks whether all is well
@@ -164,7 +180,9 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.moments[self.gradients] = max(self.moments.get(self.gradients, 0), self.others)
 
 
-def _run_twice(shape: ModelConfig, training: TrainingConfig, sequences: int, micro_batches: int, name: PrecisionName) -> StepMemory:
+def _run_twice(
+    shape: ModelConfig, training: TrainingConfig, sequences: int, micro_batches: int, name: PrecisionName
+) -> StepMemory:
     """The first step makes what the optimizers and the loss keep; the second is the one that is noted."""
     with FakeTensorMode(allow_non_fake_inputs=True), Ledger() as ledger:
         model = Transformer(shape).train()
@@ -188,7 +206,9 @@ def _run_twice(shape: ModelConfig, training: TrainingConfig, sequences: int, mic
         weights = sum(parameter.nbytes for parameter in model.parameters())
         held = state_bytes(optimizers)
         moments = tuple((gradients, others - base) for gradients, others in ledger.moments.items())
-        in_bits = bytes_saved(model) if training.quantize_base != "off" else 0  # a base in four bits is counted, not run
+        in_bits = (
+            bytes_saved(model) if training.quantize_base != "off" else 0
+        )  # a base in four bits is counted, not run
         return StepMemory(weights - in_bits, held, max(0, base - weights - held), moments, in_bits)
 
 
@@ -199,12 +219,22 @@ def precision_of(name: PrecisionName) -> Precision:
 
 def state_bytes(optimizers: Iterable[torch.optim.Optimizer]) -> int:
     """Bytes of the tensors that optimizers keep."""
-    state = (tensor for optimizer in optimizers for values in optimizer.state.values() for tensor in values.values())
+    state = (
+        tensor
+        for optimizer in optimizers
+        for values in optimizer.state.values()
+        for tensor in values.values()
+    )
     return sum(tensor.nbytes for tensor in state if isinstance(tensor, Tensor))
 
 
 def _step(
-    step: nn.Module, batch: Batch, micro_batches: int, precision: Precision, optimizers: list[torch.optim.Optimizer], max_norm: float
+    step: nn.Module,
+    batch: Batch,
+    micro_batches: int,
+    precision: Precision,
+    optimizers: list[torch.optim.Optimizer],
+    max_norm: float,
 ) -> None:
     for _ in range(micro_batches):
         with precision.autocast():

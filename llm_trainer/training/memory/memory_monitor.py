@@ -1,7 +1,8 @@
-"""Watching a run's memory and load: into its metrics, a warning when memory grows short, an emergency checkpoint before it is gone.
+"""Watching a run's memory and load: into its metrics, a warning when memory grows short, an emergency
+checkpoint before it is gone.
 
-It looks at the edges of steps, when the run reports and otherwise every `watch_seconds`: no thread competes with the training for the
-interpreter, and what is found is found where all ranks can act on it together.
+It looks at the edges of steps, when the run reports and otherwise every `watch_seconds`: no thread competes
+with the training for the interpreter, and what is found is found where all ranks can act on it together.
 """
 
 from __future__ import annotations
@@ -36,14 +37,21 @@ class Watcher:
         return self._look().metrics()
 
     def wants_emergency(self) -> bool:
-        """Whether memory has come over `memory_emergency` since the last time this was asked; looks when it is time to."""
-        if self._training.watch_seconds and time.monotonic() - self._last_look >= self._training.watch_seconds:
+        """Whether memory has come over `memory_emergency` since the last time this was asked; looks when it
+        is time to.
+        """
+        if (
+            self._training.watch_seconds
+            and time.monotonic() - self._last_look >= self._training.watch_seconds
+        ):
             self._look()
         wants, self._asks_to_save = self._asks_to_save, False
         return wants
 
     def rescue(self, saving: Saving) -> None:
-        """Memory is nearly used up on some rank: save while there is some. All ranks call this at a step's edge."""
+        """Memory is nearly used up on some rank: save while there is some. All ranks call this at a step's
+        edge.
+        """
         self._say(f"memory is nearly used up: {self.describe()}; saving an emergency checkpoint")
         saving.save(emergency=True)
 
@@ -60,7 +68,9 @@ class Watcher:
         self._last_look = time.monotonic()
         share, training = max(usage.memory_share, usage.gpu_share or 0.0), self._training
         if share >= training.memory_warning and not self._is_warned:
-            self._say(f"memory is getting short: {self.describe()}; a warning comes from memory_warning {training.memory_warning:g} on")
+            self._say(
+                f"memory is getting short: {self.describe()}; a warning comes from memory_warning {training.memory_warning:g} on"
+            )
         if share >= training.memory_emergency and not self._is_pressed:
             self._asks_to_save = True
         self._is_warned = share >= training.memory_warning - (_AGAIN if self._is_warned else 0.0)

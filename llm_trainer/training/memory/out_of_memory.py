@@ -8,7 +8,9 @@ from llm_trainer.config import LLMTrainerError
 
 
 class OutOfMemory(LLMTrainerError):
-    """There was not enough memory for a micro-batch. Where `is_agreed`, every rank raises this, and all can go on together."""
+    """There was not enough memory for a micro-batch. Where `is_agreed`, every rank raises this, and all can
+    go on together.
+    """
 
     def __init__(self, message: str, *, is_agreed: bool = True) -> None:
         super().__init__(message)
@@ -20,4 +22,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     said = str(error)
-    return isinstance(error, RuntimeError) and any(words in said for words in ("can't allocate memory", "out of memory"))
+    return isinstance(error, RuntimeError) and any(
+        words in said for words in ("can't allocate memory", "out of memory")
+    )

@@ -1,11 +1,14 @@
-"""What a rank of a pipeline holds in memory: its stages run on tensors without contents, and the order in which its schedule runs them.
+"""What a rank of a pipeline holds in memory: its stages run on tensors without contents, and the order in
+which its schedule runs them.
 
-One micro-batch through one stage is run as `footprint.py` runs a step, and what it leaves behind for its backward pass is noted. How many
-micro-batches wait for theirs at once is the schedule's affair: GPipe lets all of a step's wait, 1F1B at most as many as there are stages
-from here to the end, interleaved stages more than that, each of them smaller. Both together give the highest moment without running a
-schedule of a hundred micro-batches.
+One micro-batch through one stage is run as `footprint.py` runs a step, and what it leaves behind for its
+backward pass is noted. How many micro-batches wait for theirs at once is the schedule's affair: GPipe lets
+all of a step's wait, 1F1B at most as many as there are stages from here to the end, interleaved stages more
+than that, each of them smaller. Both together give the highest moment without running a schedule of a hundred
+micro-batches.
 
-Autocast makes its narrow copies of the weights anew for each micro-batch, and each waits with its own: that is counted, because it is so.
+Autocast makes its narrow copies of the weights anew for each micro-batch, and each waits with its own: that
+is counted, because it is so.
 """
 
 from __future__ import annotations
@@ -26,7 +29,14 @@ from llm_trainer.distributed.pipeline import NOTHING_TRAINED, Stage, leave_to_ot
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.engines.precision import Precision, PrecisionName
 from llm_trainer.training.engines.train_step import clip_gradients
-from llm_trainer.training.memory.memory_estimator import Ledger, alike_in_rate, counted_precision, depth_unit, precision_of, state_bytes
+from llm_trainer.training.memory.memory_estimator import (
+    Ledger,
+    alike_in_rate,
+    counted_precision,
+    depth_unit,
+    precision_of,
+    state_bytes,
+)
 from llm_trainer.training.objectives.objective import NextToken
 from llm_trainer.training.optim.optimizers import build_optimizers
 from llm_trainer.training.optim.param_groups import freeze, trained_sizes
@@ -36,7 +46,8 @@ Moments = tuple[tuple[int, int], ...]  # bytes of gradients, and the most of all
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Bytes of one stage. `kept` are the loss's buffers, `waiting` what a micro-batch leaves behind until its backward pass.
+    """Bytes of one stage. `kept` are the loss's buffers, `waiting` what a micro-batch leaves behind until its
+    backward pass.
 
     `forward` is the most that is held inside a forward pass, and `first` and `later` are the moments of the stage's first backward pass
     in a step and of those that add to its gradients; in each, what this micro-batch left behind is counted. `update` are the optimizer's.
@@ -59,7 +70,8 @@ class StageMemory:
 
 @dataclass(frozen=True)
 class PlaceMemory:
-    """Bytes on one rank of a pipeline: as for a step, and `buffers`, in which the schedule receives what its neighbours send.
+    """Bytes on one rank of a pipeline: as for a step, and `buffers`, in which the schedule receives what its
+    neighbours send.
 
     `moments` are the highest, where gradients are whole and where a rank keeps next to none of them.
     """
@@ -80,7 +92,8 @@ def place_memories(
     micro_batches: int,
     precision: PrecisionName | None = None,
 ) -> list[PlaceMemory]:
-    """What each rank of a pipeline of `ranks` needs for a step, in their order; otherwise as `footprint.step_memory`.
+    """What each rank of a pipeline of `ranks` needs for a step, in their order; otherwise as
+    `footprint.step_memory`.
 
     Raises UsageError where a rank would train nothing.
     """
@@ -106,7 +119,9 @@ def place_memories(
         stages = [stage(number) for number in numbers]
         neighbours = [(number > 0) + (number < count - 1) for number in numbers]
         order = schedule_order(schedule, ranks, place, micro_batches)
-        sent = [stream * number if schedule == "interleaved" else 0 for number in neighbours]  # torch lets go of it after the step
+        sent = [
+            stream * number if schedule == "interleaved" else 0 for number in neighbours
+        ]  # torch lets go of it after the step
         places.append(
             PlaceMemory(
                 sum(one.weights for one in stages),
@@ -128,21 +143,33 @@ def check_trained(shape: ModelConfig, training: TrainingConfig, ranks: int) -> N
     trains = set()
     for part in (part for part, size in trained_sizes(shape, training).items() if size):
         name, _, layer = part.partition(".")
-        stages = [number for number, (first, last) in enumerate(bounds) if layer and first <= int(layer) < last]
+        stages = [
+            number for number, (first, last) in enumerate(bounds) if layer and first <= int(layer) < last
+        ]
         stages += [0] if name in ("wte", "wpe") else []
-        stages += [count - 1] if name in ("ln_f", "lm_head") or (name == "wte" and shape.tie_word_embeddings) else []
+        stages += (
+            [count - 1]
+            if name in ("ln_f", "lm_head") or (name == "wte" and shape.tie_word_embeddings)
+            else []
+        )
         trains |= {number % ranks for number in stages}
     if len(trains) < ranks:
         raise UsageError(NOTHING_TRAINED)
 
 
 def schedule_order(schedule: str, ranks: int, place: int, micro_batches: int) -> list[tuple[str, int]]:
-    """What one rank does in a step: ("forward" or "backward", which of its stages), as torch's schedules of these names do it."""
+    """What one rank does in a step: ("forward" or "backward", which of its stages), as torch's schedules of
+    these names do it.
+    """
     if schedule == "gpipe":
         return [("forward", 0)] * micro_batches + [("backward", 0)] * micro_batches
     if schedule == "1f1b":
         ahead = min(micro_batches, ranks - place)
-        return [("forward", 0)] * ahead + [("backward", 0), ("forward", 0)] * (micro_batches - ahead) + [("backward", 0)] * ahead
+        return (
+            [("forward", 0)] * ahead
+            + [("backward", 0), ("forward", 0)] * (micro_batches - ahead)
+            + [("backward", 0)] * ahead
+        )
     own = stages_of(schedule, 1)
     each = micro_batches // max(1, micro_batches // ranks)  # so many of one stage, then as many of the next
     ahead = min((own - 1) * each + 2 * (ranks - 1 - place), own * micro_batches)
@@ -154,8 +181,11 @@ def schedule_order(schedule: str, ranks: int, place: int, micro_batches: int) ->
     return order
 
 
-def _highest(order: Sequence[tuple[str, int]], stages: Sequence[StageMemory], sent: Sequence[int], share: float) -> tuple[int, int]:
-    """The highest moment of a step where a rank keeps `share` of the gradients: bytes of these, and of all else.
+def _highest(
+    order: Sequence[tuple[str, int]], stages: Sequence[StageMemory], sent: Sequence[int], share: float
+) -> tuple[int, int]:
+    """The highest moment of a step where a rank keeps `share` of the gradients: bytes of these, and of all
+    else.
 
     `sent`: what stays of a micro-batch that has been through a stage in both directions.
     """
@@ -170,7 +200,10 @@ def _highest(order: Sequence[tuple[str, int]], stages: Sequence[StageMemory], se
             moments.append((there + stage.gradients * begun[own], others + stage.forward))
             waiting[own] += 1
         else:
-            moments += [(there + mine, others + beside) for mine, beside in (stage.later if begun[own] else stage.first)]
+            moments += [
+                (there + mine, others + beside)
+                for mine, beside in (stage.later if begun[own] else stage.first)
+            ]
             begun[own] = True
             left += sent[own]
     for at, stage in enumerate(stages):
@@ -184,14 +217,23 @@ def _largest(moments: Iterable[tuple[int, int]], share: float) -> tuple[int, int
 
 
 def _stage_memory(
-    shape: ModelConfig, training: TrainingConfig, kind: tuple[bool, bool, int], sequences: int, name: PrecisionName
+    shape: ModelConfig,
+    training: TrainingConfig,
+    kind: tuple[bool, bool, int],
+    sequences: int,
+    name: PrecisionName,
 ) -> StageMemory:
-    """`kind`: whether the stage is the first, whether the last, and its layers. A deep one is carried on from two shallow ones."""
+    """`kind`: whether the stage is the first, whether the last, and its layers. A deep one is carried on from
+    two shallow ones.
+    """
     is_first, is_last, layers = kind
     unit = depth_unit(shape)
     if layers <= 3 * unit:
         return _run_stage(_like(shape, kind), training, sequences, name)
-    low, high = (_run_stage(_like(shape, (is_first, is_last, times * unit)), training, sequences, name) for times in (2, 3))
+    low, high = (
+        _run_stage(_like(shape, (is_first, is_last, times * unit)), training, sequences, name)
+        for times in (2, 3)
+    )
     times = (layers - 3 * unit) / unit
 
     def on(first: int, second: int) -> int:
@@ -250,7 +292,9 @@ def _run_stage(part: _Part, training: TrainingConfig, sequences: int, name: Prec
         optimizers = build_optimizers(model, training) if is_trained else []
         objective, precision = NextToken(training.loss), precision_of(name)
         ids = torch.zeros((sequences, shape.max_position_embeddings), dtype=torch.int64)
-        sent = torch.zeros((*ids.shape, shape.hidden_size))  # by the neighbours: hidden states or their gradients
+        sent = torch.zeros(
+            (*ids.shape, shape.hidden_size)
+        )  # by the neighbours: hidden states or their gradients
         run = _Passes(stage, objective, precision, ids, sent, ledger)
         own = [parameter for parameter in model.parameters() if not is_elsewhere(parameter)]
         run.step(optimizers, own, training.max_grad_norm)
@@ -263,16 +307,35 @@ def _run_stage(part: _Part, training: TrainingConfig, sequences: int, name: Prec
 
 
 class _Passes:
-    """The passes of one stage over two micro-batches, one after the other, and what was noted of them above `base`."""
+    """The passes of one stage over two micro-batches, one after the other, and what was noted of them above
+    `base`.
+    """
 
-    def __init__(self, stage: Stage, objective: NextToken, precision: Precision, ids: Tensor, sent: Tensor, ledger: Ledger) -> None:
-        self._stage, self._objective, self._precision, self._ids, self._sent, self._ledger = stage, objective, precision, ids, sent, ledger
+    def __init__(
+        self,
+        stage: Stage,
+        objective: NextToken,
+        precision: Precision,
+        ids: Tensor,
+        sent: Tensor,
+        ledger: Ledger,
+    ) -> None:
+        self._stage, self._objective, self._precision, self._ids, self._sent, self._ledger = (
+            stage,
+            objective,
+            precision,
+            ids,
+            sent,
+            ledger,
+        )
         self.base = self.waiting = self.forward = 0
         self.first: Moments = ()
         self.later: Moments = ()
         self.update: Moments = ()
 
-    def step(self, optimizers: Sequence[torch.optim.Optimizer], parameters: Sequence[Tensor], max_norm: float) -> None:
+    def step(
+        self, optimizers: Sequence[torch.optim.Optimizer], parameters: Sequence[Tensor], max_norm: float
+    ) -> None:
         """One step: gradients from two micro-batches, and the update."""
         self._stage.begin_step(self._precision, None)
         self.first, self.later = self._micro_batch(), self._micro_batch()

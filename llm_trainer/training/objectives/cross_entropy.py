@@ -1,12 +1,14 @@
 """Cross-entropy of a linear head: dense, or in chunks that never hold all logits.
 
-With a vocabulary of 50,000 the logits of a batch outweigh everything else in memory, and what a step then waits for is mostly not
-arithmetic but fresh pages for them. The chunked form keeps one chunk of logits, turns it in place into its own gradient and multiplies
-that back at once, so that the forward pass leaves behind just the gradients of hidden states and weight, and the backward pass scales
-them (the idea of Liger Kernel, Hsu et al. 2024, arXiv:2410.10989). Its buffers are made once and reused: on a CPU with bf16 matrix
-units that makes it 2.5 to 3 times as fast as the dense form at 2048 × 256 × 50304, and compiling its softmax gains nothing more. It is
-also why `F.linear_cross_entropy` with `LinearCrossEntropyOptions` is not used: the same method, but without reused buffers, without a
-soft cap, and on CPUs with the products in fp32 (1.3 s there against 0.3).
+With a vocabulary of 50,000 the logits of a batch outweigh everything else in memory, and what a step then
+waits for is mostly not arithmetic but fresh pages for them. The chunked form keeps one chunk of logits, turns
+it in place into its own gradient and multiplies that back at once, so that the forward pass leaves behind
+just the gradients of hidden states and weight, and the backward pass scales them (the idea of Liger Kernel,
+Hsu et al. 2024, arXiv:2410.10989). Its buffers are made once and reused: on a CPU with bf16 matrix units that
+makes it 2.5 to 3 times as fast as the dense form at 2048 × 256 × 50304, and compiling its softmax gains
+nothing more. It is also why `F.linear_cross_entropy` with `LinearCrossEntropyOptions` is not used: the same
+method, but without reused buffers, without a soft cap, and on CPUs with the products in fp32 (1.3 s there
+against 0.3).
 """
 
 from __future__ import annotations
@@ -30,15 +32,17 @@ _CACHED_ELEMENTS = 1 << 20  # fp32 softmax of so many elements at once stays in 
 class Workspace:
     """Memory that the chunked loss keeps from step to step.
 
-    On a CPU fresh memory is paid for at first touch, page by page: for the buffers of a large vocabulary that is an eighth of the
-    loss's time.
+    On a CPU fresh memory is paid for at first touch, page by page: for the buffers of a large vocabulary that
+    is an eighth of the loss's time.
     """
 
     def __init__(self) -> None:
         self._held: dict[str, Tensor] = {}
 
     def take(self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
-        """An uninitialised tensor of this shape on `like`'s device; taking the same name again gives the same memory."""
+        """An uninitialised tensor of this shape on `like`'s device; taking the same name again gives the same
+        memory.
+        """
         count = math.prod(shape)
         held = self._held.get(name)
         if held is None or held.numel() < count or held.dtype != dtype or held.device != like.device:
@@ -55,11 +59,12 @@ def linear_cross_entropy_sum(
     soft_cap: float | None = None,
     workspace: Workspace | None = None,
 ) -> Tensor:
-    """Sum over tokens of −log softmax(cap(hidden · weightᵀ))[label] in nats, an fp32 scalar; cap(x) = soft_cap · tanh(x / soft_cap).
+    """Sum over tokens of −log softmax(cap(hidden · weightᵀ))[label] in nats, an fp32 scalar; cap(x) =
+    soft_cap · tanh(x / soft_cap).
 
-    hidden (N, C), weight (V, C), labels (N,) int64, -100 where nothing is supervised. Products run in autocast's type where it is on,
-    softmax and sums in fp32. A training loop gives the same `workspace` again and again. `auto` is chunked for more than 4 M logits.
-    The chunked form can be differentiated once.
+    hidden (N, C), weight (V, C), labels (N,) int64, -100 where nothing is supervised. Products run in
+    autocast's type where it is on, softmax and sums in fp32. A training loop gives the same `workspace` again
+    and again. `auto` is chunked for more than 4 M logits. The chunked form can be differentiated once.
     """
     if mode == "auto":
         mode = "dense" if hidden.size(0) * weight.size(0) <= _DENSE_UP_TO else "chunked"
@@ -88,17 +93,28 @@ class _ChunkedLoss(torch.autograd.Function):
         soft_cap: float | None,
         workspace: Workspace | None,
     ) -> Tensor:
-        result = _run_chunks(hidden, weight, labels, dtype, soft_cap, workspace, wanted=ctx.needs_input_grad[:2])
+        result = _run_chunks(
+            hidden, weight, labels, dtype, soft_cap, workspace, wanted=ctx.needs_input_grad[:2]
+        )
         ctx.gradients = (result.hidden_gradient, result.weight_gradient)
         return result.total
 
     @staticmethod
     def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
-            raise RuntimeError("the chunked loss can be differentiated once; use loss: dense for a second time")
+            raise RuntimeError(
+                "the chunked loss can be differentiated once; use loss: dense for a second time"
+            )
         hidden, weight = ctx.gradients
         ctx.gradients = None
-        return None if hidden is None else hidden.mul_(above), None if weight is None else weight.mul_(above), None, None, None, None
+        return (
+            None if hidden is None else hidden.mul_(above),
+            None if weight is None else weight.mul_(above),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 @dataclass
@@ -122,8 +138,13 @@ def _run_chunks(
     is_ignored = labels == IGNORED
     targets = labels.masked_fill(is_ignored, 0).unsqueeze(1)  # (N, 1)
     narrow_hidden = hidden.to(dtype)
-    narrow_weight = weight if weight.dtype == dtype else buffers.take("weight", tuple(weight.shape), weight, dtype).copy_(weight)
-    # Rows without a label are taken out of the small matrices: zeros in what multiplies the logits' gradient, and in the result.
+    narrow_weight = (
+        weight
+        if weight.dtype == dtype
+        else buffers.take("weight", tuple(weight.shape), weight, dtype).copy_(weight)
+    )
+    # Rows without a label are taken out of the small matrices: zeros in what multiplies the logits' gradient,
+    # and in the result.
     labelled = narrow_hidden.masked_fill(is_ignored.unsqueeze(1), 0.0) if wanted[1] else narrow_hidden
     rows = _rows_of_chunk(hidden, weight, dtype)
     logits = buffers.take("logits", (rows, weight.size(0)), hidden, dtype)
@@ -140,14 +161,22 @@ def _run_chunks(
             torch.mm(chunk, narrow_weight, out=hidden_gradient[span])
         if product is not None:
             torch.mm(chunk.t(), labelled[span], out=product)
-            weight_gradient = product.to(weight.dtype, copy=True) if weight_gradient is None else weight_gradient.add_(product)
+            weight_gradient = (
+                product.to(weight.dtype, copy=True)
+                if weight_gradient is None
+                else weight_gradient.add_(product)
+            )
     if hidden_gradient is not None:
         hidden_gradient = hidden_gradient.masked_fill_(is_ignored.unsqueeze(1), 0.0).to(hidden.dtype)
     return _ChunkedResult(losses.masked_fill_(is_ignored, 0.0).sum(), hidden_gradient, weight_gradient)
 
 
-def _softmax_in_place(logits: Tensor, targets: Tensor, soft_cap: float | None, buffers: Workspace, *, want_gradient: bool) -> Tensor:
-    """Replace logits (n, V) by the gradient of their losses, softmax − one-hot; returns the losses (n,), fp32. targets (n, 1)."""
+def _softmax_in_place(
+    logits: Tensor, targets: Tensor, soft_cap: float | None, buffers: Workspace, *, want_gradient: bool
+) -> Tensor:
+    """Replace logits (n, V) by the gradient of their losses, softmax − one-hot; returns the losses (n,),
+    fp32. targets (n, 1).
+    """
     count, vocabulary = logits.shape
     rows = count if logits.is_cuda else max(1, min(count, _CACHED_ELEMENTS // vocabulary))
     wide = buffers.take("softmax", (rows, vocabulary), logits, torch.float32)
@@ -190,7 +219,9 @@ def _cap_in_place(logits: Tensor, soft_cap: float | None, *, want_slope: bool) -
 
 def _rows_of_chunk(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> int:
     """A power of two of rows whose logits fit the device's budget; all of them when they do."""
-    affordable = _CHUNK_BYTES.get(hidden.device.type, _CHUNK_BYTES["cpu"]) // (weight.size(0) * dtype.itemsize)
+    affordable = _CHUNK_BYTES.get(hidden.device.type, _CHUNK_BYTES["cpu"]) // (
+        weight.size(0) * dtype.itemsize
+    )
     if affordable >= hidden.size(0):
         return max(1, hidden.size(0))
     return max(16, 1 << (affordable.bit_length() - 1)) if affordable else 16

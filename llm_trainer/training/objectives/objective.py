@@ -1,8 +1,9 @@
-"""What a model is trained to do: a function of the model and a batch that returns a sum of losses and the tokens it is over.
+"""What a model is trained to do: a function of the model and a batch that returns a sum of losses and the
+tokens it is over.
 
-A sum and a count, never a mean: the step divides once by the tokens of all its micro-batches (and ranks), so accumulation, packing and
-ragged labels cannot change the gradient. A mean of means would (transformers#34191). Distillation and early exits are other
-objectives for the same loop.
+A sum and a count, never a mean: the step divides once by the tokens of all its micro-batches (and ranks), so
+accumulation, packing and ragged labels cannot change the gradient. A mean of means would
+(transformers#34191). Distillation and early exits are other objectives for the same loop.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from llm_trainer.training.objectives.cross_entropy import LossMode, Workspace, l
 
 
 class LossSum(NamedTuple):
-    """A sum of losses over supervised tokens, in nats (fp32 scalar, differentiable), and their number (int64 scalar)."""
+    """A sum of losses over supervised tokens, in nats (fp32 scalar, differentiable), and their number (int64
+    scalar).
+    """
 
     total: Tensor
     tokens: Tensor
@@ -32,7 +35,9 @@ class Objective(Protocol):
 
 
 class NextToken:
-    """Cross-entropy of each next token, by `loss_mode` with all logits at once (dense) or in chunks that never hold them all."""
+    """Cross-entropy of each next token, by `loss_mode` with all logits at once (dense) or in chunks that
+    never hold them all.
+    """
 
     def __init__(self, loss_mode: LossMode = "auto") -> None:
         self.loss_mode: LossMode = loss_mode
@@ -40,8 +45,12 @@ class NextToken:
 
     def __call__(self, model: Transformer, batch: Batch) -> LossSum:
         """Labels are already shifted; -100 is not supervised."""
-        domains = None if batch.sources is None else model.domain_rows(batch.sources.names, batch.sources.numbers)
-        hidden = model.hidden_states(batch.input_ids, document_ids=batch.document_ids, domains=domains)  # (B, T, C)
+        domains = (
+            None if batch.sources is None else model.domain_rows(batch.sources.names, batch.sources.numbers)
+        )
+        hidden = model.hidden_states(
+            batch.input_ids, document_ids=batch.document_ids, domains=domains
+        )  # (B, T, C)
         return self.of_hidden(model, hidden, batch.labels)
 
     def of_hidden(self, model: Transformer, hidden: Tensor, labels: Tensor) -> LossSum:
@@ -58,7 +67,9 @@ class NextToken:
 
 
 class TrainingStep(nn.Module):
-    """Model and objective as one module, so that DDP, FSDP and compilation can wrap the whole forward pass of a micro-batch."""
+    """Model and objective as one module, so that DDP, FSDP and compilation can wrap the whole forward pass of
+    a micro-batch.
+    """
 
     def __init__(self, model: Transformer, objective: Objective) -> None:
         super().__init__()
@@ -73,10 +84,15 @@ class TrainingStep(nn.Module):
 def seed_dropout(seed: int, step: int, micro_batch: int, rank: int, device: torch.device) -> None:
     """Seed the generator that dropout draws from, as a function of the place in the run.
 
-    With this no generator's state has to be saved: a resumed run draws what the uninterrupted one would have drawn.
+    With this no generator's state has to be saved: a resumed run draws what the uninterrupted one would have
+    drawn.
     """
     mixed = seed
-    for part in (step, micro_batch, rank):  # splitmix64's increments and mixing keep neighbouring places unrelated
+    for part in (
+        step,
+        micro_batch,
+        rank,
+    ):  # splitmix64's increments and mixing keep neighbouring places unrelated
         mixed = (mixed + part + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
         mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
         mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF

@@ -1,8 +1,9 @@
 """How long a run is, and the learning rate at each of its steps.
 
-Both are pure functions: of the configuration, the size of the data and the step. Nothing is counted up on the way, so a resumed run, a
-run on other numbers of ranks and a run read backwards have the same rates. What operations may change while a run goes on (the rate's
-factor, where the schedule starts again) is the small `ScheduleState`, which is in the checkpoint.
+Both are pure functions: of the configuration, the size of the data and the step. Nothing is counted up on the
+way, so a resumed run, a run on other numbers of ranks and a run read backwards have the same rates. What
+operations may change while a run goes on (the rate's factor, where the schedule starts again) is the small
+`ScheduleState`, which is in the checkpoint.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ DEFAULT_MINIMUM_FRACTION = 0.1
 
 @dataclass(frozen=True)
 class ScheduleState:
-    """What operations change: the rate is multiplied by `factor`, and step `offset` is where warm-up and decay start."""
+    """What operations change: the rate is multiplied by `factor`, and step `offset` is where warm-up and
+    decay start.
+    """
 
     factor: float = 1.0
     offset: int = 0
@@ -57,7 +60,9 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Length:
-    """A run's length and what said so: `steps` updates, of `tokens_per_step` tokens, `steps_per_epoch` of them in one pass."""
+    """A run's length and what said so: `steps` updates, of `tokens_per_step` tokens, `steps_per_epoch` of
+    them in one pass.
+    """
 
     steps: int
     said_by: str
@@ -66,7 +71,9 @@ class Length:
 
     def in_steps(self, duration: Duration) -> int:
         """A duration in whole steps of this run, at least one."""
-        return max(1, duration.steps(steps_per_epoch=self.steps_per_epoch, tokens_per_step=self.tokens_per_step))
+        return max(
+            1, duration.steps(steps_per_epoch=self.steps_per_epoch, tokens_per_step=self.tokens_per_step)
+        )
 
 
 def learning_rate_factor(
@@ -80,9 +87,10 @@ def learning_rate_factor(
 ) -> float:
     """Share of the peak rate at `step` (the first is 0).
 
-    The warm-up is (step + 1) / (warmup_steps + 1), so that the first update is not wasted on a rate of zero and the peak is reached at
-    step `warmup_steps`. After `decay_steps` the rate stays at `minimum_fraction`. cosine: Loshchilov & Hutter 2017, arXiv:1608.03983;
-    wsd (warm-up, stable, decay: flat, then linear over the last `wsd_decay_fraction` of the steps): Hu et al. 2024, arXiv:2404.06395.
+    The warm-up is (step + 1) / (warmup_steps + 1), so that the first update is not wasted on a rate of zero
+    and the peak is reached at step `warmup_steps`. After `decay_steps` the rate stays at `minimum_fraction`.
+    cosine: Loshchilov & Hutter 2017, arXiv:1608.03983; wsd (warm-up, stable, decay: flat, then linear over
+    the last `wsd_decay_fraction` of the steps): Hu et al. 2024, arXiv:2404.06395.
     """
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
@@ -99,8 +107,12 @@ def learning_rate_factor(
     return minimum_fraction + (1.0 - minimum_fraction) * remaining
 
 
-def resolve_length(training: TrainingConfig, *, samples_per_epoch: int, sequences_per_step: int, context: int) -> Length:
-    """The run's length in steps: of `max_steps`, `num_epochs` and `max_tokens` whichever ends first; one epoch when none is given."""
+def resolve_length(
+    training: TrainingConfig, *, samples_per_epoch: int, sequences_per_step: int, context: int
+) -> Length:
+    """The run's length in steps: of `max_steps`, `num_epochs` and `max_tokens` whichever ends first; one
+    epoch when none is given.
+    """
     steps_per_epoch = samples_per_epoch / sequences_per_step
     tokens_per_step = sequences_per_step * context
     ends: list[tuple[int, str]] = []
@@ -116,8 +128,12 @@ def resolve_length(training: TrainingConfig, *, samples_per_epoch: int, sequence
 
 
 def resolve_schedule(training: TrainingConfig, length: Length) -> Schedule:
-    """Turn the settings into a schedule in steps. Raises UsageError for a warm-up that was said and is longer than the run."""
-    decay_steps = length.steps if training.lr_decay_steps is None else length.in_steps(training.lr_decay_steps)
+    """Turn the settings into a schedule in steps. Raises UsageError for a warm-up that was said and is longer
+    than the run.
+    """
+    decay_steps = (
+        length.steps if training.lr_decay_steps is None else length.in_steps(training.lr_decay_steps)
+    )
     warmup = training.warmup_steps
     if warmup is not None and not training.is_said("warmup_steps") and length.in_steps(warmup) > length.steps:
         training.warmup_steps = None  # a command's default longer than the run becomes a tenth of it, also in the settings that are saved
@@ -125,19 +141,31 @@ def resolve_schedule(training: TrainingConfig, length: Length) -> Schedule:
         warmup_steps = min(DEFAULT_WARMUP_STEPS, length.steps // 10)
     else:
         said = training.warmup_steps
-        warmup_steps = said.steps(steps_per_epoch=length.steps_per_epoch, tokens_per_step=length.tokens_per_step)
+        warmup_steps = said.steps(
+            steps_per_epoch=length.steps_per_epoch, tokens_per_step=length.tokens_per_step
+        )
         if warmup_steps > length.steps:
             raise UsageError(
                 f"warmup_steps {said} is longer than the run of {length.steps} steps ({length.said_by}); shorten it or train longer"
             )
         if training.lr_decay_steps is not None and warmup_steps > decay_steps:
-            raise UsageError(f"warmup_steps {said} is longer than lr_decay_steps {training.lr_decay_steps}; shorten it or decay longer")
-    return Schedule(training.lr_scheduler, warmup_steps, decay_steps, _minimum_fraction(training), training.wsd_decay_fraction)
+            raise UsageError(
+                f"warmup_steps {said} is longer than lr_decay_steps {training.lr_decay_steps}; shorten it or decay longer"
+            )
+    return Schedule(
+        training.lr_scheduler,
+        warmup_steps,
+        decay_steps,
+        _minimum_fraction(training),
+        training.wsd_decay_fraction,
+    )
 
 
 def _minimum_fraction(training: TrainingConfig) -> float:
     if training.min_learning_rate is None:
         return DEFAULT_MINIMUM_FRACTION
     if training.min_learning_rate > training.learning_rate:
-        raise UsageError(f"min_learning_rate {training.min_learning_rate:g} is above learning_rate {training.learning_rate:g}; lower it")
+        raise UsageError(
+            f"min_learning_rate {training.min_learning_rate:g} is above learning_rate {training.learning_rate:g}; lower it"
+        )
     return training.min_learning_rate / training.learning_rate if training.learning_rate else 0.0

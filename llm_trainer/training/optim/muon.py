@@ -1,8 +1,10 @@
-"""Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon/) as torch.optim.Muon has it, with equal shapes in one batch.
+"""Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon/) as torch.optim.Muon has it, with equal
+shapes in one batch.
 
-torch's own goes matrix by matrix; on narrow models the time is then spent on launching some thirty small operations for each of them.
-Here matrices of one shape are stacked and the Newton–Schulz iteration runs on the stack. The arithmetic is the same, so the result
-differs from torch's by the order of bf16 sums alone (tests/training/test_optimizers.py states how much).
+torch's own goes matrix by matrix; on narrow models the time is then spent on launching some thirty small
+operations for each of them. Here matrices of one shape are stacked and the Newton–Schulz iteration runs on
+the stack. The arithmetic is the same, so the result differs from torch's by the order of bf16 sums alone
+(tests/training/test_optimizers.py states how much).
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ _SMALL = 1 << 17  # elements; matrices up to this are orthogonalised together
 
 
 def undecorated(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of torch's optimizers without its wrapper for compiled optimizers, which imports torch._dynamo: 1.4 s at a run's start."""
+    """A method of torch's optimizers without its wrapper for compiled optimizers, which imports
+    torch._dynamo: 1.4 s at a run's start.
+    """
     return cast(Callable[..., Any], getattr(function, "__wrapped__", function))
 
 
@@ -65,7 +69,11 @@ class BatchedMuon(torch.optim.Muon):
         torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
         for parameter, direction in zip(parameters, orthogonal, strict=True):
             rows, columns = parameter.shape
-            ratio = 0.2 * max(rows, columns) ** 0.5 if group["adjust_lr_fn"] == "match_rms_adamw" else max(1.0, rows / columns) ** 0.5
+            ratio = (
+                0.2 * max(rows, columns) ** 0.5
+                if group["adjust_lr_fn"] == "match_rms_adamw"
+                else max(1.0, rows / columns) ** 0.5
+            )
             whole_direction = (direction.t() if _is_tall(parameter) else direction).to(parameter.dtype)
             parameter.add_(placed_like(whole_direction, parameter), alpha=-lr * ratio)
 
@@ -76,8 +84,12 @@ class BatchedMuon(torch.optim.Muon):
         return cast(Tensor, state["momentum_buffer"])
 
 
-def orthogonalise(wide: Tensor, coefficients: tuple[float, float, float], steps: int, epsilon: float) -> Tensor:
-    """Push the singular values of each of `wide` (count, rows ≤ columns), bf16, towards 1 by Newton–Schulz, as torch.optim.Muon does."""
+def orthogonalise(
+    wide: Tensor, coefficients: tuple[float, float, float], steps: int, epsilon: float
+) -> Tensor:
+    """Push the singular values of each of `wide` (count, rows ≤ columns), bf16, towards 1 by Newton–Schulz,
+    as torch.optim.Muon does.
+    """
     a, b, c = coefficients
     x: Tensor = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=epsilon)
     for _ in range(steps):

@@ -1,9 +1,10 @@
-"""Optimizer state that lies in host memory and visits the device for its update only, some parameters at a time.
+"""Optimizer state that lies in host memory and visits the device for its update only, some parameters at a
+time.
 
-Between updates the device then holds weights, gradients and activations only. The update itself is the optimizer's own, on the device,
-so the result is the same (Muon's products are made in other batches); the price is that the state crosses the bus twice a step. (Updating
-on the host instead, as DeepSpeed and torchao do, sends less and computes slower, with another rounding; FSDP2's own CPU offload moves the
-weights as well.)
+Between updates the device then holds weights, gradients and activations only. The update itself is the
+optimizer's own, on the device, so the result is the same (Muon's products are made in other batches); the
+price is that the state crosses the bus twice a step. (Updating on the host instead, as DeepSpeed and torchao
+do, sends less and computes slower, with another rounding; FSDP2's own CPU offload moves the weights as well.)
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ BYTES_AT_ONCE = 256 << 20
 
 
 def step_offloaded(optimizer: torch.optim.Optimizer, bytes_at_once: int = BYTES_AT_ONCE) -> None:
-    """`optimizer.step()`, with the state of at most so many bytes of parameters on the device at a time, and in host memory after it."""
+    """`optimizer.step()`, with the state of at most so many bytes of parameters on the device at a time, and
+    in host memory after it.
+    """
     groups = optimizer.param_groups
     try:
         for group in groups:
@@ -45,8 +48,8 @@ def _portions(parameters: Sequence[Tensor], limit: int) -> Iterator[list[Tensor]
 
 
 def _move(optimizer: torch.optim.Optimizer, parameter: Tensor, device: torch.device) -> None:
-    """Bring a parameter's averages to `device`; counters stay where the optimizer keeps them. To the host through pinned memory, which is
-    what makes the way back fast.
+    """Bring a parameter's averages to `device`; counters stay where the optimizer keeps them. To the host
+    through pinned memory, which is what makes the way back fast.
     """
     for key, value in optimizer.state.get(parameter, {}).items():
         if not isinstance(value, Tensor) or value.ndim == 0 or value.device == device:

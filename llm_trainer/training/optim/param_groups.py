@@ -12,7 +12,13 @@ from llm_trainer.config.param_count import part_sizes
 from llm_trainer.config.schema.model import ModelConfig
 from llm_trainer.model.adapters.lora import freeze_resting_adapters, train_adapters_only
 from llm_trainer.model.adapters.nf4 import quantize_blocks
-from llm_trainer.model.module_names import matching_parts, part_names, part_of_parameter, set_trainable, trainable_counts
+from llm_trainer.model.module_names import (
+    matching_parts,
+    part_names,
+    part_of_parameter,
+    set_trainable,
+    trainable_counts,
+)
 from llm_trainer.model.transformer import Transformer
 
 
@@ -39,7 +45,9 @@ def freeze(model: Transformer, training: TrainingConfig) -> None:
 def trained_sizes(shape: ModelConfig, training: TrainingConfig) -> dict[str, int]:
     """Trained parameters of each part, of a model that is only described."""
     tables = shape.with_lora_table()
-    is_all = set(tables.lora) == set(tables.counting_lora) and (shape.lora_train_base or not shape.has_adapters)
+    is_all = set(tables.lora) == set(tables.counting_lora) and (
+        shape.lora_train_base or not shape.has_adapters
+    )
     if is_all and not training.freeze_layers:
         return part_sizes(shape)
     with torch.device("meta"):
@@ -49,12 +57,17 @@ def trained_sizes(shape: ModelConfig, training: TrainingConfig) -> dict[str, int
 
 
 def rate_factors(model: Transformer, training: TrainingConfig) -> dict[str, float]:
-    """Part → what its learning rate is multiplied by: `learning_rate_factors` of it, times `layer_rate_decay` for each level above it.
+    """Part → what its learning rate is multiplied by: `learning_rate_factors` of it, times `layer_rate_decay`
+    for each level above it.
 
-    Levels are the embeddings, the blocks, and the last norm with the head (Howard and Ruder 2018, arXiv:1801.06146). Where several
-    spellings mean a part the last one counts. Raises UsageError for a spelling that means none.
+    Levels are the embeddings, the blocks, and the last norm with the head (Howard and Ruder 2018,
+    arXiv:1801.06146). Where several spellings mean a part the last one counts. Raises UsageError for a
+    spelling that means none.
     """
-    factors = {part: training.layer_rate_decay ** (model.config.num_hidden_layers + 1 - level) for part, level in _levels(model).items()}
+    factors = {
+        part: training.layer_rate_decay ** (model.config.num_hidden_layers + 1 - level)
+        for part, level in _levels(model).items()
+    }
     said: dict[str, float] = {}
     for spelled, factor in training.learning_rate_factors.items():
         said |= dict.fromkeys(matching_parts(model, spelled), factor)

@@ -23,14 +23,25 @@ def test_the_list_names_every_set_with_its_size_and_licence(capsys: pytest.Captu
     assert capsys.readouterr().out.startswith("imdb_reviews (80 MB, ")
 
 
-def test_sets_are_taken_from_a_folder_in_place_of_the_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sets_are_taken_from_a_folder_in_place_of_the_network(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("tiny_shakespeare", "tinystories"):
         (tmp_path / "here" / name).mkdir(parents=True)
         (tmp_path / "here" / name / "a.txt").write_text(f"a text of {name}\nwith a break", encoding="utf-8")
-    chosen = ["--datasets", "tiny_shakespeare,tinystories", "--output-dir", str(tmp_path / "raw"), "--save-format", "jsonl"]
+    chosen = [
+        "--datasets",
+        "tiny_shakespeare,tinystories",
+        "--output-dir",
+        str(tmp_path / "raw"),
+        "--save-format",
+        "jsonl",
+    ]
     assert script(SCRIPT, [*chosen, "--input", str(tmp_path / "here")]) == 0
     assert (
-        (tmp_path / "raw" / "tinystories" / "train-00000.jsonl").read_text(encoding="utf-8").startswith('{"text": "a text of tinystories')
+        (tmp_path / "raw" / "tinystories" / "train-00000.jsonl")
+        .read_text(encoding="utf-8")
+        .startswith('{"text": "a text of tinystories')
     )
     assert "tinystories: 1 documents in = 1 kept + 0 rejected" in capsys.readouterr().out
     assert script(SCRIPT, chosen) == 0, "they are there, so no network is needed"
@@ -52,10 +63,19 @@ def test_without_a_network_the_first_set_is_named_and_how_to_bring_it(
     assert not (tmp_path / "raw" / "tiny_shakespeare").exists()
 
 
-def test_one_set_that_cannot_be_had_does_not_keep_others_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_set_that_cannot_be_had_does_not_keep_others_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "here" / "tinystories").mkdir(parents=True)
     (tmp_path / "here" / "tinystories" / "a.txt").write_text("text", encoding="utf-8")
-    chosen = ["--datasets", "imdb_reviews,tinystories", "--output", str(tmp_path / "raw"), "--input", str(tmp_path / "here")]
+    chosen = [
+        "--datasets",
+        "imdb_reviews,tinystories",
+        "--output",
+        str(tmp_path / "raw"),
+        "--input",
+        str(tmp_path / "here"),
+    ]
     assert script(SCRIPT, chosen) == 1
     assert "has no folder imdb_reviews" in capsys.readouterr().err
     assert (tmp_path / "raw" / "tinystories" / "train-00000.parquet").is_file()

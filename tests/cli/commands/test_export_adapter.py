@@ -1,4 +1,6 @@
-"""`llm-trainer adapter`: what a run has learned as a folder of PEFT's, which peft opens, generate answers with and a run goes on from."""
+"""`llm-trainer adapter`: what a run has learned as a folder of PEFT's, which peft opens, generate answers
+with and a run goes on from.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,14 @@ from llm_trainer.model.hf.checkpoint import load_pretrained
 from llm_trainer.model.interop.peft_format import load_adapter
 
 IDS = torch.randint(60, (2, 12), generator=torch.Generator().manual_seed(3))
-TRAIN = ["train", "--data_dir=data/prepared/text", "--batch_size=4", "--max_steps=4", "--compile=off", "--learning_rate=0.02"]
+TRAIN = [
+    "train",
+    "--data_dir=data/prepared/text",
+    "--batch_size=4",
+    "--max_steps=4",
+    "--compile=off",
+    "--learning_rate=0.02",
+]
 OVER_BASE = [*TRAIN, "--init_from=checkpoints/final_model", "--warmup_steps=0"]
 
 
@@ -48,7 +57,9 @@ def there(tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_peft_opens_what_the_command_writes_with_the_logits_of_the_run(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_peft_opens_what_the_command_writes_with_the_logits_of_the_run(
+    there: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from peft import AutoPeftModelForCausalLM
 
     assert main(["adapter", "tuned", "mine"]) == 0
@@ -62,7 +73,11 @@ def test_peft_opens_what_the_command_writes_with_the_logits_of_the_run(there: Pa
 def test_generate_and_evaluate_read_it_again(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["adapter", "tuned", "mine"])
     said = {}
-    for name, model in {"run": ["tuned"], "folder": ["checkpoints", "--adapter=mine"], "base": ["checkpoints"]}.items():
+    for name, model in {
+        "run": ["tuned"],
+        "folder": ["checkpoints", "--adapter=mine"],
+        "base": ["checkpoints"],
+    }.items():
         capsys.readouterr()
         assert main(["generate", model[0], "line", *model[1:], "--temperature=0", "--max_new_tokens=20"]) == 0
         assert main(["evaluate", model[0], "text.txt", *model[1:]]) == 0
@@ -93,7 +108,9 @@ def test_merged_it_is_a_plain_model_with_its_tokenizer(there: Path) -> None:
         torch.testing.assert_close(logits(plain.model), wanted, rtol=0, atol=1e-5)
 
 
-def test_where_the_base_was_trained_too_it_is_written_beside_or_nothing_is(there: Path, fails: Callable[..., str]) -> None:
+def test_where_the_base_was_trained_too_it_is_written_beside_or_nothing_is(
+    there: Path, fails: Callable[..., str]
+) -> None:
     assert main([*OVER_BASE, "--attn_lora_rank=2", "--lora_train_base=true", "--output_dir=both"]) == 0
     assert "is not that of checkpoints/final_model" in fails("adapter", "both", "mine", status=2)
     assert not (there / "mine").exists()
@@ -102,13 +119,22 @@ def test_where_the_base_was_trained_too_it_is_written_beside_or_nothing_is(there
     assert not model.config.lora
     load_adapter(model, there / "mine")
     assert torch.equal(logits(model), logits(load_pretrained(there / "both" / "final_model")))
-    assert json.loads((there / "mine/adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"] == "base"
+    assert (
+        json.loads((there / "mine/adapter_config.json").read_text(encoding="utf-8"))[
+            "base_model_name_or_path"
+        ]
+        == "base"
+    )
 
 
-def test_over_a_base_of_four_bits_it_is_written_merged_and_resumed(there: Path, fails: Callable[..., str]) -> None:
+def test_over_a_base_of_four_bits_it_is_written_merged_and_resumed(
+    there: Path, fails: Callable[..., str]
+) -> None:
     run = [*OVER_BASE, "--attn_lora_rank=2", "--quantize_base=nf4", "--output_dir=four", "--save_interval=2"]
     assert main(run) == 0
-    assert "under the adapter is not that of checkpoints/final_model" in fails("adapter", "four", "mine", status=2)
+    assert "under the adapter is not that of checkpoints/final_model" in fails(
+        "adapter", "four", "mine", status=2
+    )
     assert main(["adapter", "four", "mine", "--base_output=base"]) == 0
     assert main(["adapter", "four", "--merged_output=merged"]) == 0
     wanted = logits(load_pretrained(there / "four" / "final_model"))
@@ -121,7 +147,9 @@ def test_over_a_base_of_four_bits_it_is_written_merged_and_resumed(there: Path, 
 
 def test_what_cannot_be_is_refused_before_anything_is_written(there: Path, fails: Callable[..., str]) -> None:
     assert "it has none" in fails("adapter", "checkpoints", "mine", status=2)
-    assert "no adapter 'other'; those that it has: default" in fails("adapter", "tuned", "mine", "--adapter=other", status=2)
+    assert "no adapter 'other'; those that it has: default" in fails(
+        "adapter", "tuned", "mine", "--adapter=other", status=2
+    )
     assert "data holds files already" in fails("adapter", "tuned", "data", status=2)
     assert "name them with --init_from" in fails(*TRAIN, "--adapter_from=mine", "--output_dir=new", status=2)
     assert not (there / "mine").exists()

@@ -14,16 +14,30 @@ def test_a_sample_a_line_is_split_without_loss(tmp_path: Path, monkeypatch) -> N
     monkeypatch.chdir(tmp_path)
     lines = [f"sample {number} says {number * number}" for number in range(300)]
     Path("text.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    assert script("scripts/prepare_data.py", ["--input", "text.txt", "--output", "out", "--vocab-size", "300"]) == 0
-    written = [line for name in ("train", "val", "test") for line in Path(f"out/{name}.txt").read_text(encoding="utf-8").splitlines()]
+    assert (
+        script("scripts/prepare_data.py", ["--input", "text.txt", "--output", "out", "--vocab-size", "300"])
+        == 0
+    )
+    written = [
+        line
+        for name in ("train", "val", "test")
+        for line in Path(f"out/{name}.txt").read_text(encoding="utf-8").splitlines()
+    ]
     assert sorted(written) == sorted(lines)
 
 
 def test_documents_with_line_breaks_become_json_lines(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.chdir(tmp_path)
     texts = [f"def f{number}():\n    return {number}" for number in range(100)]
-    Path("texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    assert script("scripts/prepare_data.py", ["--input", "texts.jsonl", "--output", "out", "--vocab-size", "300"]) == 0
+    Path("texts.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8"
+    )
+    assert (
+        script(
+            "scripts/prepare_data.py", ["--input", "texts.jsonl", "--output", "out", "--vocab-size", "300"]
+        )
+        == 0
+    )
     written = [
         json.loads(line)["text"]
         for name in ("train", "val", "test")
@@ -33,7 +47,9 @@ def test_documents_with_line_breaks_become_json_lines(tmp_path: Path, monkeypatc
     assert not Path("out/train.txt").exists()
 
 
-def test_the_door_to_splits_cleans_and_drops_near_duplicates_unless_told_not_to(tmp_path: Path, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
+def test_the_door_to_splits_cleans_and_drops_near_duplicates_unless_told_not_to(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.chdir(tmp_path)
     lines = [f"sample {number} says\u00a0{number * number}  " for number in range(300)]
     lines += ["Skip to content", "Sample 7 says: 49!"]
@@ -41,7 +57,11 @@ def test_the_door_to_splits_cleans_and_drops_near_duplicates_unless_told_not_to(
     command = ["--input", "text.txt", "--output", "out", "--vocab-size", "300"]
     assert script("scripts/prepare_data.py", command) == 0
     assert "302 in = 300 kept + 2 rejected" in capsys.readouterr().out
-    written = [line for name in ("train", "val", "test") for line in Path(f"out/{name}.txt").read_text(encoding="utf-8").splitlines()]
+    written = [
+        line
+        for name in ("train", "val", "test")
+        for line in Path(f"out/{name}.txt").read_text(encoding="utf-8").splitlines()
+    ]
     assert sorted(written) == sorted(f"sample {number} says {number * number}" for number in range(300))
     assert script("scripts/prepare_data.py", [*command, "--clean=False", "--deduplicate=none"]) == 0
     assert "302 in = 302 kept + 0 rejected" in capsys.readouterr().out
@@ -49,11 +69,21 @@ def test_the_door_to_splits_cleans_and_drops_near_duplicates_unless_told_not_to(
 
 def test_shards_made_from_split_texts_keep_each_document_in_its_split(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.chdir(tmp_path)
-    splits = {"train": [f"training {number}" for number in range(50)], "val": ["held out one", "held out two"], "test": ["a test"]}
+    splits = {
+        "train": [f"training {number}" for number in range(50)],
+        "val": ["held out one", "held out two"],
+        "test": ["a test"],
+    }
     Path("splits").mkdir()
     for name, lines in splits.items():
         Path(f"splits/{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    assert script("scripts/process_data.py", ["--input_dir=splits", "--output_dir=ready", "--mode=train", "--vocab_size=300"]) == 0
+    assert (
+        script(
+            "scripts/process_data.py",
+            ["--input_dir=splits", "--output_dir=ready", "--mode=train", "--vocab_size=300"],
+        )
+        == 0
+    )
     prepared = open_prepared("ready")
     assert prepared.tokenizer is not None
     assert prepared.validation is not None
@@ -78,7 +108,9 @@ def test_outputs_and_a_report_of_a_model_on_held_out_text(place: Path) -> None:
     ]
     assert script("scripts/process_data.py", command) == 0
     report = json.loads(Path("inference/validation_report.json").read_text(encoding="utf-8"))
-    outputs = [json.loads(line) for line in Path("inference/outputs.jsonl").read_text(encoding="utf-8").splitlines()]
+    outputs = [
+        json.loads(line) for line in Path("inference/outputs.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert report["outputs"] == len(outputs) > 0
     assert 0 < report["val_loss"] < 7
     assert main(["evaluate", "checkpoints", "data/prepared/text"]) == 0
@@ -86,11 +118,28 @@ def test_outputs_and_a_report_of_a_model_on_held_out_text(place: Path) -> None:
 
 def test_texts_are_those_that_were_read_whatever_the_tokenizer(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.chdir(tmp_path)
-    lines = [f"Sample  {number}   says “{number * number}” …" for number in range(300)]  # WordPiece gives no such spaces back
+    lines = [
+        f"Sample  {number}   says “{number * number}” …" for number in range(300)
+    ]  # WordPiece gives no such spaces back
     Path("text.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    command = ["--input", "text.txt", "--output", "out", "--vocab-size", "300", "--tokenizer_type", "wordpiece", "--clean", "False"]
+    command = [
+        "--input",
+        "text.txt",
+        "--output",
+        "out",
+        "--vocab-size",
+        "300",
+        "--tokenizer_type",
+        "wordpiece",
+        "--clean",
+        "False",
+    ]
     assert script("scripts/prepare_data.py", [*command, "--deduplicate", "none"]) == 0
-    written = [line for name in ("train", "val", "test") for line in Path(f"out/{name}.txt").read_text(encoding="utf-8").splitlines()]
+    written = [
+        line
+        for name in ("train", "val", "test")
+        for line in Path(f"out/{name}.txt").read_text(encoding="utf-8").splitlines()
+    ]
     assert sorted(written) == sorted(lines)
 
 

@@ -22,9 +22,16 @@ DOOR = "scripts/prepare_domain_datasets.py"
 def bridge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A bridge file for two loaders with local files, in the current folder."""
     monkeypatch.chdir(tmp_path)
-    sums = [{"problem": f"What is {number} and {number}?", "solution": f"{2 * number}", "level": "Level 1"} for number in range(100)]
+    sums = [
+        {"problem": f"What is {number} and {number}?", "solution": f"{2 * number}", "level": "Level 1"}
+        for number in range(100)
+    ]
     talks = [
-        {"conversation": [{"role": "user", "content": f"Hello number {number}, how are you?"}], "toxic": False} for number in range(100)
+        {
+            "conversation": [{"role": "user", "content": f"Hello number {number}, how are you?"}],
+            "toxic": False,
+        }
+        for number in range(100)
     ]
     Path("raw").mkdir()
     for name, records in (("load_math", sums), ("load_wildchat", talks)):
@@ -41,7 +48,9 @@ def bridge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return Path("bridge.json")
 
 
-def test_every_loader_is_listed_with_its_name_on_the_hub_and_its_licence(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_loader_is_listed_with_its_name_on_the_hub_and_its_licence(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert script(DOOR, ["--list_loaders"]) == 0
     said = capsys.readouterr().out
     for name, row in shipped_loaders().items():
@@ -52,12 +61,17 @@ def test_every_loader_is_listed_with_its_name_on_the_hub_and_its_licence(capsys:
 
 
 def test_a_loader_of_ones_own_is_listed_too(bridge: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Path("mine.yaml").write_text("load_recipes: {domain: general, path: recipes.csv, text: '{title}', licence: mine}\n", encoding="utf-8")
+    Path("mine.yaml").write_text(
+        "load_recipes: {domain: general, path: recipes.csv, text: '{title}', licence: mine}\n",
+        encoding="utf-8",
+    )
     assert script(DOOR, ["--config", str(bridge), "--loader_files", "mine.yaml", "--list_loaders"]) == 0
     assert "load_recipes  recipes.csv" in capsys.readouterr().out
 
 
-def test_domains_are_prepared_and_trained_on_in_their_shares(bridge: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_domains_are_prepared_and_trained_on_in_their_shares(
+    bridge: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert script(DOOR, ["--config", str(bridge), "--seed", "7", "--extract-vocab"]) == 0
     said = capsys.readouterr().out
     assert "load_math (raw/load_math.jsonl): 90 texts of 90 records" in said
@@ -74,16 +88,33 @@ def test_domains_are_prepared_and_trained_on_in_their_shares(bridge: Path, capsy
     assert main(["train", *command[:2], "--output_dir=other", *RUN]) == 0
     assert main(["train", "--resume=other", "--max_steps=3", "--horizon=extend"]) == 0
     assert "math 75.0%" in capsys.readouterr().out
-    assert script("train_aio.py", ["--resume=run", "--use_domain_specific_data", "--max_steps=3", "--horizon=extend"]) == 0
+    assert (
+        script(
+            "train_aio.py",
+            ["--resume=run", "--use_domain_specific_data", "--max_steps=3", "--horizon=extend"],
+        )
+        == 0
+    )
 
 
 def test_a_mixture_goes_through_process_data_whole(bridge: Path) -> None:
     assert script(DOOR, ["--config", str(bridge)]) == 0
-    assert script("scripts/process_data.py", ["--input_dir=domains", "--output_dir=ready", "--mode=train"]) == 0
+    assert (
+        script("scripts/process_data.py", ["--input_dir=domains", "--output_dir=ready", "--mode=train"]) == 0
+    )
     before, after = open_prepared("domains"), open_prepared("ready")
     assert after.train.fingerprint == before.train.fingerprint
-    assert json.loads(Path("ready/mixture.json").read_text(encoding="utf-8"))["weights"] == {"math": 3, "general": 1}
-    assert script("scripts/process_data.py", ["--input_dir=domains/math/texts", "--output_dir=ready", "--vocab_size=300"]) == 0
+    assert json.loads(Path("ready/mixture.json").read_text(encoding="utf-8"))["weights"] == {
+        "math": 3,
+        "general": 1,
+    }
+    assert (
+        script(
+            "scripts/process_data.py",
+            ["--input_dir=domains/math/texts", "--output_dir=ready", "--vocab_size=300"],
+        )
+        == 0
+    )
     assert not Path("ready/mixture.json").exists()
     assert open_prepared("ready").metadata.documents_kept == 90
 
@@ -95,8 +126,14 @@ def test_splits_in_tables_are_processed_as_texts_are(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     Path("splits").mkdir()
     for name, count in (("train", 60), ("val", 5)):
-        pq.write_table(pa.table({"text": [f"{name} text number {number}" for number in range(count)]}), f"splits/{name}.parquet")
-    assert script("scripts/process_data.py", ["--input_dir=splits", "--output_dir=ready", "--vocab_size=300"]) == 0
+        pq.write_table(
+            pa.table({"text": [f"{name} text number {number}" for number in range(count)]}),
+            f"splits/{name}.parquet",
+        )
+    assert (
+        script("scripts/process_data.py", ["--input_dir=splits", "--output_dir=ready", "--vocab_size=300"])
+        == 0
+    )
     splits = open_prepared("ready").metadata.splits
     assert {name: facts.documents for name, facts in splits.items()} == {"train": 60, "validation": 5}
 
@@ -135,7 +172,9 @@ def test_without_domains_and_without_a_network_the_built_in_ones_are_used_and_sa
         (["--config", "bridge.json", "--domain_weights", '{"maths": 2}'], "did you mean math"),
     ],
 )
-def test_what_cannot_be_done_is_said_in_one_message(arguments: list[str], message: str, bridge: Path, fails: Callable[..., str]) -> None:
+def test_what_cannot_be_done_is_said_in_one_message(
+    arguments: list[str], message: str, bridge: Path, fails: Callable[..., str]
+) -> None:
     assert message in fails("domains", *arguments, status=2)
 
 

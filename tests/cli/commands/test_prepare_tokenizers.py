@@ -1,4 +1,6 @@
-"""The Framework manual's `data_prep_tool.py` with each of its kinds of tokenizer, from the command line to ids."""
+"""The Framework manual's `data_prep_tool.py` with each of its kinds of tokenizer, from the command line to
+ids.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from llm_trainer.data.tokenization.fast.pretokenizer import LLAMA3_PATTERN
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
 from llm_trainer.errors import DataError
 
-TEXT = "".join(f"line {number}: the quick brown fox jumps over {number * 7} lazy dogs.\n" for number in range(300))
+TEXT = "".join(
+    f"line {number}: the quick brown fox jumps over {number * 7} lazy dogs.\n" for number in range(300)
+)
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +33,18 @@ def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def tool(*more: str) -> int:
     """`data_prep_tool.py` with the manual's flags."""
-    fixed = ["--input_dir", "raw", "--output_dir", "out", "--max_length", "32", "--stride", "4", "--num_workers", "1"]
+    fixed = [
+        "--input_dir",
+        "raw",
+        "--output_dir",
+        "out",
+        "--max_length",
+        "32",
+        "--stride",
+        "4",
+        "--num_workers",
+        "1",
+    ]
     return prepare_command.framework([*fixed, *more])
 
 
@@ -53,10 +68,14 @@ def test_a_local_file_of_ranks_is_prepared_with_tiktokens_ids(tiny_tokenizer: To
     assert prepared.tokenizer is not None
     theirs = tiktoken.Encoding("own", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={})
     assert prepared.tokenizer.encode(TEXT) == theirs.encode_ordinary(TEXT)
-    assert prepared.metadata.splits["train"].tokens + prepared.metadata.splits["validation"].tokens >= len(theirs.encode_ordinary(TEXT))
+    assert prepared.metadata.splits["train"].tokens + prepared.metadata.splits["validation"].tokens >= len(
+        theirs.encode_ordinary(TEXT)
+    )
 
 
-def test_tiktoken_by_name_without_a_network_says_what_to_do(monkeypatch: pytest.MonkeyPatch, fails: Callable[..., str]) -> None:
+def test_tiktoken_by_name_without_a_network_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, fails: Callable[..., str]
+) -> None:
     import requests
     import tiktoken.registry
 
@@ -69,7 +88,16 @@ def test_tiktoken_by_name_without_a_network_says_what_to_do(monkeypatch: pytest.
     with pytest.raises(DataError, match="--tokenizer_path r50k_base"):
         tool("--tokenizer_type", "tiktoken", "--vocab_size", "300")
     said = fails(
-        "prepare", "--input", "raw", "--output_dir", "out", "--tokenizer_type", "tiktoken", "--tokenizer_path", "o200k_base", status=1
+        "prepare",
+        "--input",
+        "raw",
+        "--output_dir",
+        "out",
+        "--tokenizer_type",
+        "tiktoken",
+        "--tokenizer_path",
+        "o200k_base",
+        status=1,
     )
     assert "--tokenizer_path o200k_base.tiktoken" in said
     assert not Path("out/metadata.json").exists()

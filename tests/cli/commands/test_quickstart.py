@@ -1,4 +1,6 @@
-"""The quick start, scaled down: it ends with figures, samples and a report, on the user's text and on the built-in corpus."""
+"""The quick start, scaled down: it ends with figures, samples and a report, on the user's text and on the
+built-in corpus.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,13 @@ def _samples(run: Path) -> list[dict[str, str]]:
 def test_the_quick_start_on_ones_own_text(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["quickstart", "--text=text.txt", "--steps=3", "--output_dir=quick", "--vocab_size=300"]) == 0
     said = capsys.readouterr().out
-    for words in ("training tokens", "perplexity", "bits per byte", "report.html", "llm-trainer generate quick"):
+    for words in (
+        "training tokens",
+        "perplexity",
+        "bits per byte",
+        "report.html",
+        "llm-trainer generate quick",
+    ):
         assert words in said, words
     assert len(_samples(place / "quick")) == 3
     assert "line" in (place / "quick/report.html").read_text(encoding="utf-8")

@@ -1,4 +1,6 @@
-"""`verify-resume` builds again all that made the run: its schedule, and the weights that it took from another model."""
+"""`verify-resume` builds again all that made the run: its schedule, and the weights that it took from another
+model.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,14 @@ import pytest
 
 from llm_trainer.cli.main import main
 
-RUN = ["--data_dir=data/prepared/text", "--hidden_size=32", "--num_layers=2", "--num_heads=4", "--max_length=32", "--batch_size=4"]
+RUN = [
+    "--data_dir=data/prepared/text",
+    "--hidden_size=32",
+    "--num_layers=2",
+    "--num_heads=4",
+    "--max_length=32",
+    "--batch_size=4",
+]
 RUN += ["--compile=off", "--max_steps=8", "--warmup_steps=1"]
 GROWTH = [
     {"name": "change_lr", "value": 0.5, "max_wait_iters": 3},
@@ -31,14 +40,21 @@ def test_a_run_with_a_schedule_is_exact_from_a_checkpoint_and_from_its_beginning
     place: Path, capsys: pytest.CaptureFixture[str], saves: int, steps: int
 ) -> None:
     (place / "growth.json").write_text(json.dumps(GROWTH), encoding="utf-8")
-    settings = ["--scaling_schedule_file=growth.json", f"--save_interval={saves}", "--eval_interval=100", "--output_dir=run"]
+    settings = [
+        "--scaling_schedule_file=growth.json",
+        f"--save_interval={saves}",
+        "--eval_interval=100",
+        "--output_dir=run",
+    ]
     assert main(["train", *RUN, *settings]) == 0
     said = verified(capsys, steps)
     assert f"steps {max(0, 8 - steps) if saves != 5 else 5} to 8: exact" in said
     assert "against final_model of the run: equal to the bit" in said
 
 
-def test_a_run_with_transferred_weights_is_exact_from_its_beginning(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_with_transferred_weights_is_exact_from_its_beginning(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = ["--transfer_from=checkpoints", "--save_interval=3", "--eval_interval=100", "--output_dir=run"]
     assert main(["train", *RUN, *settings]) == 0
     for name in ("checkpoint-6", "final_model"):
@@ -48,14 +64,27 @@ def test_a_run_with_transferred_weights_is_exact_from_its_beginning(place: Path,
     assert "against checkpoint-3" in said
 
 
-def test_the_copy_of_a_run_at_an_address_is_left_as_it_is(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_copy_of_a_run_at_an_address_is_left_as_it_is(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def there() -> dict[str, bytes]:
         copy = place / "bucket"
-        return {path.relative_to(copy).as_posix(): path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+        return {
+            path.relative_to(copy).as_posix(): path.read_bytes() for path in copy.rglob("*") if path.is_file()
+        }
 
-    settings = ["--save_interval=4", "--eval_interval=4", "--output_dir=run", f"--remote_dir=file://{place}/bucket"]
+    settings = [
+        "--save_interval=4",
+        "--eval_interval=4",
+        "--output_dir=run",
+        f"--remote_dir=file://{place}/bucket",
+    ]
     assert main(["train", *RUN, *settings]) == 0
     before = there()
-    assert {"checkpoint-4/manifest.json", "best_model/manifest.json", "final_model/manifest.json"} <= before.keys()
+    assert {
+        "checkpoint-4/manifest.json",
+        "best_model/manifest.json",
+        "final_model/manifest.json",
+    } <= before.keys()
     assert "exact" in verified(capsys, 8)
     assert there() == before

@@ -1,4 +1,6 @@
-"""Adapters that were said for a model that has some: the same ones are gone on with, other ones refused, others beside them added."""
+"""Adapters that were said for a model that has some: the same ones are gone on with, other ones refused,
+others beside them added.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,13 @@ from llm_trainer.model.hf.checkpoint import save_pretrained
 from llm_trainer.model.interop.peft_format import save_adapter
 from llm_trainer.model.transformer import Transformer
 
-SMALL = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 48}
+SMALL = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 48,
+}
 LORA = {"attn_lora_rank": 4, "embedding_lora_rank": 2, "lora_dropout": 0.1}
 TRAIN = ["train", "--data_dir=data/prepared/text", "--batch_size=4", "--max_steps=2", "--compile=off"]
 SHAPE = ["--hidden_size=32", "--num_layers=2", "--num_heads=4"]
@@ -30,7 +38,9 @@ def saved(folder: Path, **changes: object) -> Transformer:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if is_adapter_parameter(name):
-                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.2)
+                parameter.copy_(
+                    torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.2
+                )
     save_pretrained(model, folder)
     return model
 
@@ -52,7 +62,9 @@ def logits(model: Transformer) -> Tensor:
         {"lora": {"second": {"ranks": {"mlp.0": 3}}}},
     ],
 )
-def test_the_low_rank_adapters_that_are_there_are_gone_on_with(said: dict[str, object], tmp_path: Path) -> None:
+def test_the_low_rank_adapters_that_are_there_are_gone_on_with(
+    said: dict[str, object], tmp_path: Path
+) -> None:
     model = saved(tmp_path, **LORA)
     read = pretrained_model(str(tmp_path), ModelConfig(**said))
     assert torch.equal(logits(read), logits(model))
@@ -70,7 +82,10 @@ def test_the_low_rank_adapters_that_are_there_are_gone_on_with(said: dict[str, o
         ({"lora_alpha": 64.0}, "lora_alpha=64.0 .* has 4, 8"),
         ({"lora_dropout": 0.5}, "lora_dropout=0.5 .* has 0.1"),
         ({"use_rslora": True}, "use_rslora=True"),
-        ({"lora": {"default": {"ranks": {"attn.0": 4}}}}, "model.lora.default=.* is another; .* give a new set another name"),
+        (
+            {"lora": {"default": {"ranks": {"attn.0": 4}}}},
+            "model.lora.default=.* is another; .* give a new set another name",
+        ),
     ],
 )
 @pytest.mark.parametrize("place", ["checkpoint", "folder"])
@@ -80,7 +95,9 @@ def test_low_rank_adapters_other_than_those_that_are_there_are_refused(
     model = saved(tmp_path / "with", **LORA)
     saved(tmp_path / "base")
     save_adapter(model, tmp_path / "adapter")
-    source, adapter = (tmp_path / "with", None) if place == "checkpoint" else (tmp_path / "base", str(tmp_path / "adapter"))
+    source, adapter = (
+        (tmp_path / "with", None) if place == "checkpoint" else (tmp_path / "base", str(tmp_path / "adapter"))
+    )
     with pytest.raises(UsageError, match=why):
         pretrained_model(str(source), ModelConfig(**said), adapter=adapter)
 
@@ -88,12 +105,22 @@ def test_low_rank_adapters_other_than_those_that_are_there_are_refused(
 def test_bottleneck_adapters_are_added_beside_others_and_other_ones_refused(tmp_path: Path) -> None:
     model = saved(tmp_path, use_adapter_modules=True, adapter_size=8)
     beside = pretrained_model(str(tmp_path), ModelConfig(use_domain_adaptation=True), ["math", "law"])
-    assert (beside.config.domain_names, beside.config.use_adapter_modules, beside.config.adapter_size) == (["math", "law"], True, 8)
+    assert (beside.config.domain_names, beside.config.use_adapter_modules, beside.config.adapter_size) == (
+        ["math", "law"],
+        True,
+        8,
+    )
     assert torch.equal(logits(beside), logits(model))
     save_pretrained(beside, tmp_path / "both")
-    assert pretrained_model(str(tmp_path / "both"), ModelConfig(use_adapter_modules=True, adapter_size=8)).config.adapter_domains
+    assert pretrained_model(
+        str(tmp_path / "both"), ModelConfig(use_adapter_modules=True, adapter_size=8)
+    ).config.adapter_domains
     refused = [
-        (tmp_path, {"adapter_size": 4}, "adapter_size=4 was said, but the bottleneck adapters of the weights have 8"),
+        (
+            tmp_path,
+            {"adapter_size": 4},
+            "adapter_size=4 was said, but the bottleneck adapters of the weights have 8",
+        ),
         (tmp_path, {"use_domain_adaptation": True, "adapter_size": 4}, "adapter_size=4"),
         (tmp_path, {"use_adapter_modules": False}, "use_adapter_modules=False"),
         (
@@ -107,7 +134,9 @@ def test_bottleneck_adapters_are_added_beside_others_and_other_ones_refused(tmp_
             pretrained_model(str(folder), ModelConfig(**said))
 
 
-def test_adapters_of_several_domains_want_data_that_tells_them_apart(place: Path, fails: Callable[..., str]) -> None:
+def test_adapters_of_several_domains_want_data_that_tells_them_apart(
+    place: Path, fails: Callable[..., str]
+) -> None:
     for start in (SHAPE, ["--init_from=checkpoints/final_model"]):
         said = fails(*TRAIN, *start, *DOMAINS, "--output_dir=new", status=2)
         assert "the model has adapters for math, law, but the data is no mixture" in said

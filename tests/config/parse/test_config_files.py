@@ -41,10 +41,23 @@ def write(folder: Path, name: str, text: str) -> Path:
 def test_every_name_of_nanogpts_train_script_has_a_home(tmp_path: Path) -> None:
     config = load_run(DOOR, [str(write(tmp_path, "c.py", NANOGPT))]).config
     training = config.training
-    assert (training.output_dir, training.distributed_backend, training.precision, training.compile) == ("out-x", "gloo", "bf16", "off")
+    assert (training.output_dir, training.distributed_backend, training.precision, training.compile) == (
+        "out-x",
+        "gloo",
+        "bf16",
+        "off",
+    )
     assert (training.gradient_accumulation_steps, training.accumulation_counts_all_ranks) == (40, True)
-    assert (training.wandb_run_name, training.report_to, config.data.dataset) == ("gpt2-2", ["tensorboard"], "openwebtext")
-    assert (config.model.max_position_embeddings, config.model.bias, training.lr_scheduler) == (64, False, "cosine")
+    assert (training.wandb_run_name, training.report_to, config.data.dataset) == (
+        "gpt2-2",
+        ["tensorboard"],
+        "openwebtext",
+    )
+    assert (config.model.max_position_embeddings, config.model.bias, training.lr_scheduler) == (
+        64,
+        False,
+        "cosine",
+    )
 
 
 @pytest.mark.parametrize(
@@ -56,7 +69,11 @@ def test_every_name_of_nanogpts_train_script_has_a_home(tmp_path: Path) -> None:
         ("a.yaml", "training:\n  seed: 1\n  seed: 2\n", "line 3: seed is said twice"),
         ("a.yaml", "- name: change_lr\n", "pass it as --scaling_schedule_file"),
         ("a.yaml", "just words", "holds str, not settings"),
-        ("a.yaml", "learning_rate: {{ lr }}", "line 1: .* cannot be a name; put a text with braces or brackets in quotes"),
+        (
+            "a.yaml",
+            "learning_rate: {{ lr }}",
+            "line 1: .* cannot be a name; put a text with braces or brackets in quotes",
+        ),
         ("a.yaml", "? [a]\n: 1", "line 1: .* cannot be a name"),
         ("a.yaml", "x:\n  run_name: 2024-02-30", "'2024-02-30' is no timestamp.* in quotes.*line 2"),
         ("a.yaml", "seed: !!int five", "'five' is no int"),
@@ -151,7 +168,12 @@ def test_shipped_yaml_and_python_configurations_open_with_what_they_are() -> Non
 
 @pytest.mark.parametrize(
     ("name", "layers"),
-    [("basic_scaling.yaml", 6), ("progressive_scaling.yaml", 6), ("finetune_schedule.yaml", 48), ("growth_schedule.yaml", 2)],
+    [
+        ("basic_scaling.yaml", 6),
+        ("progressive_scaling.yaml", 6),
+        ("finetune_schedule.yaml", 48),
+        ("growth_schedule.yaml", 2),
+    ],
 )
 def test_shipped_schedules_are_valid(name: str, layers: int) -> None:
     path = CONFIGS / name
@@ -197,6 +219,8 @@ def test_the_whole_vocabulary_of_operations_is_known() -> None:
     import re
 
     rows = [
-        line.split("|")[1] for line in page.read_text(encoding="utf-8").split("| operation |")[1].splitlines() if line.startswith("| `")
+        line.split("|")[1]
+        for line in page.read_text(encoding="utf-8").split("| operation |")[1].splitlines()
+        if line.startswith("| `")
     ]
     assert set(re.findall(r"`(\w+)`", " ".join(rows))) == set(OPERATIONS)

@@ -18,7 +18,14 @@ from llm_trainer.config.parse.not_implemented import refuse_owed
 from llm_trainer.config.schema.base import Section, setting
 from llm_trainer.config.schema.run_config import section_types
 
-SECTIONS = ("model", "training", "data", "knowledge_distillation", "computational_efficiency", "adaptive_reasoning")
+SECTIONS = (
+    "model",
+    "training",
+    "data",
+    "knowledge_distillation",
+    "computational_efficiency",
+    "adaptive_reasoning",
+)
 
 
 class Own(Section):
@@ -29,8 +36,16 @@ class Own(Section):
     run: str = setting("", "a folder")
 
 
-TRAIN = Door("train.py", "Train.", SECTIONS, defaults={"training.warmup_steps": 2000, "training.batch_size": 32}, positional_config=True)
-GENERATE = Door("generate", "Generate.", ("generation", "inference", "data.data_dir"), own=Own, positional=("run",))
+TRAIN = Door(
+    "train.py",
+    "Train.",
+    SECTIONS,
+    defaults={"training.warmup_steps": 2000, "training.batch_size": 32},
+    positional_config=True,
+)
+GENERATE = Door(
+    "generate", "Generate.", ("generation", "inference", "data.data_dir"), own=Own, positional=("run",)
+)
 
 
 def train(*arguments: str) -> LoadedRun:
@@ -118,7 +133,12 @@ def test_a_preset_stands_between_door_and_file(tmp_path: Path) -> None:
     path = write(tmp_path, "a.json", {"n_layer": 2})
     loaded = train("--preset", "framework-tiny", f"--config={path}", "--n_head=4")
     model = loaded.config.model
-    assert (model.model_type, model.hidden_size, model.num_hidden_layers, model.num_attention_heads) == ("llama", 256, 2, 4)
+    assert (model.model_type, model.hidden_size, model.num_hidden_layers, model.num_attention_heads) == (
+        "llama",
+        256,
+        2,
+        4,
+    )
     with pytest.raises(UsageError, match="did you mean framework-tiny"):
         train("--preset=framwork-tiny")
 
@@ -128,7 +148,10 @@ def test_a_preset_stands_between_door_and_file(tmp_path: Path) -> None:
     [
         (["--n_embd=96", "--hidden_size=48"], r"--n_embd says .* and --hidden_size says .* two values"),
         (["--lr=1", "--lr=2"], "one setting with two values"),
-        (["--training.gradient_checkpointing=True", "--model.gradient_checkpointing=False"], "training.gradient_checkpointing says"),
+        (
+            ["--training.gradient_checkpointing=True", "--model.gradient_checkpointing=False"],
+            "training.gradient_checkpointing says",
+        ),
         (["--nembd=4"], "did you mean n_embd"),
         (["--model.hiden_size=4"], "did you mean hidden_size"),
         (["--modle.hidden_size=4"], "did you mean model"),
@@ -144,8 +167,14 @@ def test_a_preset_stands_between_door_and_file(tmp_path: Path) -> None:
         (["missing.json"], "no file missing.json"),
         (["--teacher_model_path=t"], "no effect, since use_knowledge_distillation is off"),
         (["--temperature=3"], "no effect, since use_knowledge_distillation is off"),
-        (["--computational_efficiency.use_activation_checkpointing=True"], "no effect, since use_computational_efficiency is off"),
-        (["--warmup_steps=200", "--max_steps=100"], r"warmup_steps \(--warmup_steps\) is 200, longer than the run"),
+        (
+            ["--computational_efficiency.use_activation_checkpointing=True"],
+            "no effect, since use_computational_efficiency is off",
+        ),
+        (
+            ["--warmup_steps=200", "--max_steps=100"],
+            r"warmup_steps \(--warmup_steps\) is 200, longer than the run",
+        ),
         (["--warmup_steps=3 epochs", "--num_epochs=2"], "longer than the run"),
         (["--world_size=4"], r"world_size \(--world_size\) is 4, but 1 process was started"),
         (["--batch_size=30", "--micro_batch_size=8"], "30 is not a multiple of micro_batch_size 8"),
@@ -174,7 +203,12 @@ def test_nested_settings_are_given_by_dots_or_as_json() -> None:
 
 def test_a_schedule_for_pretrained_weights_may_name_parts_that_only_they_have(tmp_path: Path) -> None:
     path = write(tmp_path, "s.yaml", "- {name: freeze_layer, value: mlp.20, max_wait_iters: 1}\n")
-    assert train("--init_from=gpt2-medium", f"--scaling_schedule_file={path}").config.training.scaling_schedule_file == path
+    assert (
+        train(
+            "--init_from=gpt2-medium", f"--scaling_schedule_file={path}"
+        ).config.training.scaling_schedule_file
+        == path
+    )
     with pytest.raises(UsageError, match="N below 12"):
         train(f"--scaling_schedule_file={path}")
 
@@ -223,11 +257,16 @@ def test_two_places_of_one_setting_in_a_file(tmp_path: Path) -> None:
     agreeing = {"model": {"gradient_checkpointing": True}, "training": {"gradient_checkpointing": True}}
     assert train("--config", write(tmp_path, "a.json", agreeing)).config.model.gradient_checkpointing
     differing = {"model": {"gradient_checkpointing": False}, "training": {"gradient_checkpointing": True}}
-    with pytest.raises(UsageError, match=r"model.gradient_checkpointing = False and .* training.gradient_checkpointing = True"):
+    with pytest.raises(
+        UsageError,
+        match=r"model.gradient_checkpointing = False and .* training.gradient_checkpointing = True",
+    ):
         train("--config", write(tmp_path, "b.json", differing))
 
 
-def test_the_efficiency_section_waits_for_its_switch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_efficiency_section_waits_for_its_switch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     section = {"use_activation_checkpointing": True, "use_model_compiler": False, "use_kv_cache": True}
     path = write(tmp_path, "a.json", {"computational_efficiency": section})
     off = train(f"--config={path}").config
@@ -243,7 +282,9 @@ def test_the_efficiency_section_waits_for_its_switch(tmp_path: Path, capsys: pyt
     assert not train(f"--config={path}", "--use_computational_efficiency").config.model.gradient_checkpointing
 
 
-def test_a_training_file_without_a_model_takes_the_one_beside_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_training_file_without_a_model_takes_the_one_beside_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write(tmp_path, "model_config.json", {"model": {"n_layer": 5}})
     path = write(tmp_path, "training_config.json", {"training": {"seed": 3}})
     assert train(f"--config={path}").config.model.num_hidden_layers == 5
@@ -271,7 +312,23 @@ def test_a_family_that_was_said_takes_its_whole_shape() -> None:
     assert (llama.activation, llama.bias) == ("swiglu", False)
 
 
-ODD_VALUES = (None, 5, -1, float("inf"), "x", "", True, [], [1], [[1]], ["a", {}], {}, {"a": [1]}, 2**70, -(2**70))
+ODD_VALUES = (
+    None,
+    5,
+    -1,
+    float("inf"),
+    "x",
+    "",
+    True,
+    [],
+    [1],
+    [[1]],
+    ["a", {}],
+    {},
+    {"a": [1]},
+    2**70,
+    -(2**70),
+)
 
 
 @pytest.mark.parametrize("section", section_types())
@@ -373,6 +430,9 @@ def test_a_default_warm_up_longer_than_a_run_in_epochs_becomes_a_tenth() -> None
         resolve_schedule(said, length)
 
 
-@pytest.mark.parametrize(("text", "seed"), [("1234567890123456789", 1234567890123456789), ("1_000", 1000), ("1e3", 1000), ("007", 7)])
+@pytest.mark.parametrize(
+    ("text", "seed"),
+    [("1234567890123456789", 1234567890123456789), ("1_000", 1000), ("1e3", 1000), ("007", 7)],
+)
 def test_whole_numbers_of_flags_keep_all_their_digits(text: str, seed: int) -> None:
     assert train(f"--seed={text}").config.training.seed == seed

@@ -29,8 +29,17 @@ def merged(folder: Path, content: dict[str, object], **said: object) -> Training
 
 def test_the_file_says_what_nobody_said(tmp_path: Path) -> None:
     training = merged(tmp_path, THE_MANUALS, max_steps=5)
-    assert (training.batch_size, training.micro_batch_size, training.gradient_accumulation_steps) == (64, 4, 4)
-    assert (training.learning_rate, training.weight_decay, training.precision, training.zero_stage) == (1e-4, 0.01, "fp16", 2)
+    assert (training.batch_size, training.micro_batch_size, training.gradient_accumulation_steps) == (
+        64,
+        4,
+        4,
+    )
+    assert (training.learning_rate, training.weight_decay, training.precision, training.zero_stage) == (
+        1e-4,
+        0.01,
+        "fp16",
+        2,
+    )
     assert training.max_steps == 5
     assert training.adam_beta2 == TrainingConfig().adam_beta2
 
@@ -46,7 +55,9 @@ def test_the_file_says_what_nobody_said(tmp_path: Path) -> None:
         ({"optimizer": "muon"}, ("optimizer.type is adamw", "optimizer is muon")),
     ],
 )
-def test_a_contradiction_names_both_values(tmp_path: Path, said: dict[str, object], both: tuple[str, str]) -> None:
+def test_a_contradiction_names_both_values(
+    tmp_path: Path, said: dict[str, object], both: tuple[str, str]
+) -> None:
     with pytest.raises(UsageError) as error:
         merged(tmp_path, THE_MANUALS, **said)
     for part in both:
@@ -59,7 +70,10 @@ def test_what_agrees_is_no_contradiction(tmp_path: Path) -> None:
 
 
 def test_auto_leaves_a_thing_to_the_settings(tmp_path: Path) -> None:
-    content: dict[str, object] = {"train_batch_size": "auto", "optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}
+    content: dict[str, object] = {
+        "train_batch_size": "auto",
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto"}},
+    }
     training = merged(tmp_path, content, learning_rate=2e-3)
     assert training.learning_rate == 2e-3
     assert training.batch_size is None
@@ -70,7 +84,9 @@ def test_sizes_of_buffers_are_passed_on(tmp_path: Path) -> None:
     assert zero_settings(training) == {"stage": 3, "reduce_bucket_size": 1000}
 
 
-@pytest.mark.parametrize("content", [{"zero_optimization": {"stage": 0}}, {"scheduler": {"type": "WarmupLR"}}])
+@pytest.mark.parametrize(
+    "content", [{"zero_optimization": {"stage": 0}}, {"scheduler": {"type": "WarmupLR"}}]
+)
 def test_what_has_no_counterpart_is_refused(tmp_path: Path, content: dict[str, object]) -> None:
     with pytest.raises(UsageError, match=r"ds\.json"):
         merged(tmp_path, content)

@@ -64,11 +64,22 @@ def test_each_group_of_ranks_with_its_own_samples_is_heard_once(plan: ParallelPl
         (ParallelPlan(tensor_parallel=3), "tensor_parallel 3 does not divide num_attention_heads 4"),
         (ParallelPlan(pipeline_parallel=3), "pipeline_parallel 3 is more stages than the model has layers"),
         (ParallelPlan(context_parallel=3), "context_parallel 3 .* 6 does not divide the context of 8 tokens"),
-        (ParallelPlan(pipeline_parallel=2, context_parallel=2), "context_parallel 2 and pipeline_parallel 2 do not go together"),
+        (
+            ParallelPlan(pipeline_parallel=2, context_parallel=2),
+            "context_parallel 2 and pipeline_parallel 2 do not go together",
+        ),
     ],
 )
-def test_a_model_that_cannot_be_cut_so_is_refused_by_what_does_not_divide(plan: ParallelPlan, words: str) -> None:
-    model = ModelConfig(hidden_size=16, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2, max_position_embeddings=8)
+def test_a_model_that_cannot_be_cut_so_is_refused_by_what_does_not_divide(
+    plan: ParallelPlan, words: str
+) -> None:
+    model = ModelConfig(
+        hidden_size=16,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_hidden_layers=2,
+        max_position_embeddings=8,
+    )
     with pytest.raises(UsageError, match=words):
         check_shape(plan, model)
 
@@ -97,8 +108,12 @@ def test_fp16_is_refused_where_ranks_hold_unlike_parts_of_a_layer_or_of_the_laye
 
 
 @pytest.mark.parametrize("unknown", ["init_from", "resume_from"])
-@pytest.mark.parametrize("said", [{"tensor_parallel": 8}, {"pipeline_parallel": 16, "batch_size": 1}, {"context_parallel": 3}])
-def test_a_shape_that_comes_with_the_weights_is_not_judged_before_they_are_there(unknown: str, said: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    "said", [{"tensor_parallel": 8}, {"pipeline_parallel": 16, "batch_size": 1}, {"context_parallel": 3}]
+)
+def test_a_shape_that_comes_with_the_weights_is_not_judged_before_they_are_there(
+    unknown: str, said: dict[str, int]
+) -> None:
     ranks = next(iter(said.values()))
     check_whole(RunConfig(training={**said, unknown: "somewhere"}), {}, {"training"}, ranks)
     with pytest.raises(UsageError):

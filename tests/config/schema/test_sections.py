@@ -11,7 +11,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from paths import ROOT
 
-from llm_trainer.config import DataConfig, Duration, GenerationConfig, ModelConfig, RunConfig, TrainingConfig, UsageError
+from llm_trainer.config import (
+    DataConfig,
+    Duration,
+    GenerationConfig,
+    ModelConfig,
+    RunConfig,
+    TrainingConfig,
+    UsageError,
+)
 from llm_trainer.config.reference import reference
 from llm_trainer.config.schema.base import Section
 from llm_trainer.config.schema.run_config import home_section, path_aliases, section_types
@@ -63,7 +71,15 @@ def test_a_value_out_of_bounds_is_named_with_its_bounds() -> None:
 
 
 @pytest.mark.parametrize(
-    "assign", [("max_iters", True), ("max_iters", 1.5), ("lr", -1), ("lr", "fast"), ("save_dir", 3), ("lr", float("inf"))]
+    "assign",
+    [
+        ("max_iters", True),
+        ("max_iters", 1.5),
+        ("lr", -1),
+        ("lr", "fast"),
+        ("save_dir", 3),
+        ("lr", float("inf")),
+    ],
 )
 def test_assignments_are_validated_and_leave_the_value_when_refused(assign: tuple[str, object]) -> None:
     config = TrainingConfig()
@@ -113,14 +129,21 @@ def test_lists_are_split_at_commas_but_stop_strings_are_not() -> None:
 
 @pytest.mark.parametrize(
     ("said", "meant"),
-    [(500, Duration(500)), ("500", Duration(500)), ("0.5 epochs", Duration(0.5, "epochs")), ("10M tokens", Duration(1e7, "tokens"))],
+    [
+        (500, Duration(500)),
+        ("500", Duration(500)),
+        ("0.5 epochs", Duration(0.5, "epochs")),
+        ("10M tokens", Duration(1e7, "tokens")),
+    ],
 )
 def test_durations_are_read_in_their_units(said: object, meant: Duration) -> None:
     assert TrainingConfig(eval_interval=said).eval_interval == meant
     assert Duration.parse(str(meant)) == meant
 
 
-@pytest.mark.parametrize("said", ["0.013937282 epochs", "1234567.5 tokens", "1e-07 epochs", "123456789012 tokens", 7, "2.5"])
+@pytest.mark.parametrize(
+    "said", ["0.013937282 epochs", "1234567.5 tokens", "1e-07 epochs", "123456789012 tokens", 7, "2.5"]
+)
 def test_a_saved_duration_keeps_every_digit(said: object) -> None:
     saved = TrainingConfig(eval_interval=said).model_dump(mode="json")["eval_interval"]
     assert TrainingConfig(eval_interval=saved).eval_interval == Duration.parse(said)
@@ -150,7 +173,13 @@ def test_a_rate_factor_that_would_train_uphill_is_refused(factor: float) -> None
 def test_run_config_survives_json() -> None:
     config = RunConfig(
         model={"model_type": "llama", "n_layer": 3, "rope_scaling": {"type": "llama3", "factor": 8}},
-        training={"fp16": True, "warmup_iters": "2 epochs", "decay_lr": False, "wandb_log": True, "compile": False},
+        training={
+            "fp16": True,
+            "warmup_iters": "2 epochs",
+            "decay_lr": False,
+            "wandb_log": True,
+            "compile": False,
+        },
         data={"max_length": 128},
         generation={"stop": ["a,b"]},
     )
@@ -162,13 +191,17 @@ def test_run_config_survives_json() -> None:
 def test_a_setting_may_stand_where_a_manual_puts_it() -> None:
     assert RunConfig(training={"gradient_checkpointing": True}).model.gradient_checkpointing
     assert RunConfig(adaptive_reasoning={"enabled": True}).training.use_adaptive_reasoning
-    with pytest.raises(UsageError, match=r"training.gradient_checkpointing=True and model.gradient_checkpointing=False"):
+    with pytest.raises(
+        UsageError, match=r"training.gradient_checkpointing=True and model.gradient_checkpointing=False"
+    ):
         RunConfig(model={"gradient_checkpointing": False}, training={"gradient_checkpointing": True})
 
 
 def test_the_settings_reference_is_up_to_date() -> None:
     page = ROOT / "docs" / "settings.md"
-    assert page.read_text(encoding="utf-8") == reference(), "run python -m llm_trainer.config.reference > docs/settings.md"
+    assert page.read_text(encoding="utf-8") == reference(), (
+        "run python -m llm_trainer.config.reference > docs/settings.md"
+    )
 
 
 @pytest.mark.parametrize(

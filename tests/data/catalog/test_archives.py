@@ -66,7 +66,17 @@ def test_an_honest_archive_is_unpacked(tmp_path: Path, kind: str) -> None:
     assert not (folder / "corpus/a.txt").stat().st_mode & 0o4111, "neither run nor run as someone else"
 
 
-BAD_NAMES = ["../x.txt", "a/../../x.txt", "/tmp/x.txt", "C:\\x.txt", "C:x.txt", "a\\..\\..\\x.txt", "a\nb.txt", "d/" * 40 + "x", "n" * 300]
+BAD_NAMES = [
+    "../x.txt",
+    "a/../../x.txt",
+    "/tmp/x.txt",
+    "C:\\x.txt",
+    "C:x.txt",
+    "a\\..\\..\\x.txt",
+    "a\nb.txt",
+    "d/" * 40 + "x",
+    "n" * 300,
+]
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar"])
@@ -99,7 +109,9 @@ def test_links_and_devices_in_a_tar_refuse_it(tmp_path: Path, kind: bytes, word:
     assert left(tmp_path) == ["x.tar"]
 
 
-@pytest.mark.parametrize(("mode", "word"), [(0o120777, "a link"), (0o020666, "no plain"), (0o010666, "no plain")])
+@pytest.mark.parametrize(
+    ("mode", "word"), [(0o120777, "a link"), (0o020666, "no plain"), (0o010666, "no plain")]
+)
 def test_links_and_devices_in_a_zip_refuse_it(tmp_path: Path, mode: int, word: str) -> None:
     file = tmp_path / "x.zip"
     file.write_bytes(zip_of(("door", b"/etc/passwd"), mode=mode))
@@ -117,7 +129,9 @@ def test_a_bomb_is_refused_by_what_it_unpacks_to(tmp_path: Path, kind: str) -> N
     with pytest.raises(DataError, match="unpacks to more than"):
         extract(file, tmp_path / "out", limits)
     assert left(tmp_path) == ["x"]
-    assert left(extract(file, tmp_path / "out")) == sorted(name for name, _ in members), "so little is no danger"
+    assert left(extract(file, tmp_path / "out")) == sorted(name for name, _ in members), (
+        "so little is no danger"
+    )
 
 
 def test_a_zip_that_lies_about_its_sizes_is_damaged_or_refused(tmp_path: Path) -> None:
@@ -163,7 +177,12 @@ def test_an_encrypted_zip_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_is_no_archive_is_said_to_be_none(tmp_path: Path) -> None:
-    for name, raw in {"a.zip": b"text", "b.tar.gz": gzip.compress(b"text"), "c.tar": b"", "d.tar.gz": b"\x1f\x8bcut"}.items():
+    for name, raw in {
+        "a.zip": b"text",
+        "b.tar.gz": gzip.compress(b"text"),
+        "c.tar": b"",
+        "d.tar.gz": b"\x1f\x8bcut",
+    }.items():
         (tmp_path / name).write_bytes(raw)
         assert not is_archive(tmp_path / name)
         with pytest.raises(DataError, match="is no archive"):
@@ -173,7 +192,9 @@ def test_what_is_no_archive_is_said_to_be_none(tmp_path: Path) -> None:
 def test_a_zip_whose_members_would_begin_before_it_is_damaged(tmp_path: Path) -> None:
     raw = bytearray(zip_of(("a.txt", b"text" * 500)))
     directory = raw.rindex(b"PK\x05\x06") + 16  # where the end record tells the directory's place
-    raw[directory : directory + 4] = (int.from_bytes(raw[directory : directory + 4], "little") + 1).to_bytes(4, "little")
+    raw[directory : directory + 4] = (int.from_bytes(raw[directory : directory + 4], "little") + 1).to_bytes(
+        4, "little"
+    )
     (tmp_path / "x.zip").write_bytes(raw)
     with pytest.raises(DataError, match="is damaged"):
         extract(tmp_path / "x.zip", tmp_path / "out")
@@ -190,7 +211,9 @@ def test_a_garbled_archive_is_an_error_or_is_unpacked_inside(
     raw = bytearray(zip_of(*members) if kind == "zip" else PACKERS[kind](tar_of(*members)))
     for _ in range(data.draw(st.integers(1, 3))):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
-    (folder / "x").write_bytes(raw[: data.draw(st.integers(1, len(raw)))] if data.draw(st.booleans()) else raw)
+    (folder / "x").write_bytes(
+        raw[: data.draw(st.integers(1, len(raw)))] if data.draw(st.booleans()) else raw
+    )
     try:
         extract(folder / "x", folder / "out")
     except DataError:

@@ -41,7 +41,9 @@ def parquet_of(texts: list[str | None], column: str = "text") -> bytes:
 
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bytes]]:
-    """Path → contents, as a server with the hub's two answers about a data set gives them; "url" says where, "asked" what was asked."""
+    """Path → contents, as a server with the hub's two answers about a data set gives them; "url" says where,
+    "asked" what was asked.
+    """
     files: dict[str, bytes] = {}
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(downloads, "_FIRST_PAUSE_SECONDS", 0.001)
@@ -52,10 +54,17 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bytes]]:
             if path.startswith("/api/datasets/someone/corpus/revision/"):
                 self.send(json.dumps({"id": "someone/corpus", "sha": COMMIT}).encode(), "application/json")
             elif path.startswith(f"/api/datasets/someone/corpus/tree/{COMMIT}"):
-                self.send(json.dumps([self.entry(name) for name in files if not name.startswith("/")]).encode(), "application/json")
+                self.send(
+                    json.dumps([self.entry(name) for name in files if not name.startswith("/")]).encode(),
+                    "application/json",
+                )
             else:
-                content = files.get(path.removeprefix(f"/datasets/someone/corpus/resolve/{COMMIT}/"), files.get(path))
-                self.send(content, "application/octet-stream") if content is not None else self.send_error(404)
+                content = files.get(
+                    path.removeprefix(f"/datasets/someone/corpus/resolve/{COMMIT}/"), files.get(path)
+                )
+                self.send(content, "application/octet-stream") if content is not None else self.send_error(
+                    404
+                )
 
         def entry(self, name: str) -> dict[str, object]:
             sha256 = hashlib.sha256(files[name]).hexdigest()
@@ -107,7 +116,9 @@ def test_a_data_set_of_the_hub_is_fetched_read_and_saved(tmp_path: Path, served:
     assert (facts["documents"], facts["licence"], facts["source"]) == (3, "CC0", f"someone/corpus@{COMMIT}")
 
 
-def test_what_is_there_is_not_fetched_again_unless_it_is_damaged_or_another_format(tmp_path: Path, served: dict[str, bytes]) -> None:
+def test_what_is_there_is_not_fetched_again_unless_it_is_damaged_or_another_format(
+    tmp_path: Path, served: dict[str, bytes]
+) -> None:
     served["data/train-00000.parquet"] = parquet_of(TEXTS)  # type: ignore[arg-type]
     collect("corpus", on_hub(), tmp_path, "jsonl")
     content = served.pop("data/train-00000.parquet")
@@ -124,7 +135,9 @@ def test_what_is_there_is_not_fetched_again_unless_it_is_damaged_or_another_form
 def test_every_format_holds_the_documents(tmp_path: Path, save_format: saving.SaveFormat) -> None:
     originals = tmp_path / "originals"
     originals.mkdir()
-    (originals / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*TEXTS, "", "nul \0"]), encoding="utf-8")
+    (originals / "a.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in [*TEXTS, "", "nul \0"]), encoding="utf-8"
+    )
     collected = collect("corpus", on_hub(), tmp_path / "raw", save_format, given=originals)
     saved = collected.saved
     assert saved is not None
@@ -164,7 +177,12 @@ def test_text_files_are_kept_as_they_are_where_txt_is_wanted(tmp_path: Path) -> 
 def test_archives_are_opened_and_only_their_texts_taken(tmp_path: Path, served: dict[str, bytes]) -> None:
     made = io.BytesIO()
     with tarfile.open(fileobj=made, mode="w") as opened:
-        for name, content in (("set/train/a.txt", b"one"), ("set/train/b.txt", b"two"), ("set/README.txt", b"about"), ("set/x.md", b"no")):
+        for name, content in (
+            ("set/train/a.txt", b"one"),
+            ("set/train/b.txt", b"two"),
+            ("set/README.txt", b"about"),
+            ("set/x.md", b"no"),
+        ):
             facts = tarfile.TarInfo(name)
             facts.size = len(content)
             opened.addfile(facts, io.BytesIO(content))
@@ -193,17 +211,23 @@ def test_a_download_that_broke_off_goes_on_in_the_next_run(tmp_path: Path, serve
     assert read(collect("corpus", on_hub(), tmp_path, "parquet").folder) == [*TEXTS, "other"]
 
 
-def test_without_a_network_the_error_names_the_set_and_how_to_supply_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_network_the_error_names_the_set_and_how_to_supply_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(downloads, "_FIRST_PAUSE_SECONDS", 0.001)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with pytest.raises(
-        NoConnectionError, match=r"'corpus' could not be fetched.*hf download someone/corpus.*--datasets corpus --input FOLDER"
+        NoConnectionError,
+        match=r"'corpus' could not be fetched.*hf download someone/corpus.*--datasets corpus --input FOLDER",
     ):
         collect("corpus", on_hub(), tmp_path, "parquet")
     row = on_hub(hub=None, urls=(RemoteFile("http://127.0.0.1:9/x.txt", "x.txt"),))
-    with pytest.raises(NoConnectionError, match=r"'corpus' could not be fetched.*fetch http://127\.0\.0\.1:9/x\.txt into a folder"):
+    with pytest.raises(
+        NoConnectionError,
+        match=r"'corpus' could not be fetched.*fetch http://127\.0\.0\.1:9/x\.txt into a folder",
+    ):
         collect("corpus", row, tmp_path, "parquet")
     assert not (tmp_path / "corpus").exists()
 
@@ -219,7 +243,14 @@ def test_a_set_with_nothing_usable_in_it_is_an_error_and_leaves_nothing(tmp_path
 
 def test_a_document_too_long_for_a_record_is_rejected_and_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "LONGEST_RECORD", 10)
-    readings = [Piece("12345", False), Piece("678"), Piece("123456", False), Piece("123456", False), Piece("1"), Piece("end")]
+    readings = [
+        Piece("12345", False),
+        Piece("678"),
+        Piece("123456", False),
+        Piece("123456", False),
+        Piece("1"),
+        Piece("end"),
+    ]
     texts = list(saving.whole_texts(iter(readings)))
     assert texts[0] == "12345678"
     assert isinstance(texts[1], Rejected)
@@ -236,10 +267,13 @@ def test_rows_of_the_catalogue_are_complete() -> None:
         assert all(url.url.startswith("https://") for url in row.urls)
         assert name in by_hand(name, row)
         readable = [
-            pattern.removesuffix(".gz") for pattern in (*row.patterns, *row.members, *(url.name for url in row.urls if not row.members))
+            pattern.removesuffix(".gz")
+            for pattern in (*row.patterns, *row.members, *(url.name for url in row.urls if not row.members))
         ]
         assert all(Path(pattern).suffix in KINDS for pattern in readable)
-    assert sum(row.gigabytes for row in chosen([]).values()) < 2, "what is fetched where none is named stays small"
+    assert sum(row.gigabytes for row in chosen([]).values()) < 2, (
+        "what is fetched where none is named stays small"
+    )
 
 
 def test_names_are_chosen_from_the_catalogue() -> None:
@@ -253,6 +287,8 @@ def test_files_of_the_hub_come_with_size_hash_and_commit(served: dict[str, bytes
     served["data/train-0 ä.parquet"] = b"content"
     files, version = remote_files(on_hub())
     assert version == f"someone/corpus@{COMMIT}"
-    assert files == [RemoteFile(files[0].url, "data/train-0 ä.parquet", 7, hashlib.sha256(b"content").hexdigest())]
+    assert files == [
+        RemoteFile(files[0].url, "data/train-0 ä.parquet", 7, hashlib.sha256(b"content").hexdigest())
+    ]
     assert f"resolve/{COMMIT}/data/train-0%20%C3%A4.parquet" in files[0].url
     assert catalogue.CATALOGUE["openwebtext"].revision == "refs/convert/parquet"

@@ -106,7 +106,9 @@ def test_a_connection_that_ends_early_is_taken_up_where_it_ended(
     assert server.asked == [None, *(f"bytes={70_000 * count}-" for count in range(1, 5))]
 
 
-def test_a_later_run_goes_on_with_what_is_there(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_later_run_goes_on_with_what_is_there(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server.breaks_after = 100_000
     monkeypatch.setattr(downloads, "_ATTEMPTS", 1)
     monkeypatch.setattr(downloads, "_ATTEMPTS_TO_BEGIN", 1)
@@ -120,8 +122,12 @@ def test_a_later_run_goes_on_with_what_is_there(tmp_path: Path, server: Server, 
     assert left(tmp_path) == ["a.bin"]
 
 
-@pytest.mark.parametrize(("version", "sha256"), [('"one"', None), ('"one"', SHA256), (None, SHA256), (None, None)])
-def test_a_part_of_another_version_is_not_mixed_in(tmp_path: Path, server: Server, version: str | None, sha256: str | None) -> None:
+@pytest.mark.parametrize(
+    ("version", "sha256"), [('"one"', None), ('"one"', SHA256), (None, SHA256), (None, None)]
+)
+def test_a_part_of_another_version_is_not_mixed_in(
+    tmp_path: Path, server: Server, version: str | None, sha256: str | None
+) -> None:
     server.version = version
     (tmp_path / "a.bin.part").write_bytes(b"x" * 1000)
     (tmp_path / "a.bin.part.version").write_text('"old"', encoding="utf-8") if version else None
@@ -180,7 +186,9 @@ def test_nobody_there_is_said_as_such(tmp_path: Path, server: Server) -> None:
         fetch(RemoteFile("http://nowhere.invalid/x", "a.bin"), tmp_path)
 
 
-def test_a_name_that_leads_out_and_a_file_that_does_not_fit_are_refused_before_anything_is_asked(tmp_path: Path, server: Server) -> None:
+def test_a_name_that_leads_out_and_a_file_that_does_not_fit_are_refused_before_anything_is_asked(
+    tmp_path: Path, server: Server
+) -> None:
     with pytest.raises(DataError, match="leads out"):
         fetch(RemoteFile(server.url, "../a.bin"), tmp_path / "inside")
     with pytest.raises(DataError, match="GB are free"):

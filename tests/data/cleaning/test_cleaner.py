@@ -1,4 +1,6 @@
-"""Cleaning: what normalisation does and leaves, that pieces come out like the whole, and that no document is lost."""
+"""Cleaning: what normalisation does and leaves, that pieces come out like the whole, and that no document is
+lost.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,14 @@ from llm_trainer.data.sources.base import Piece, Reading, Rejected
 ODD = "\r\n\t \x00\x07\x0b\x0c\x1c\x1f\x7f\x85\xa0\xad\u0301\u200b\u200d\u2028\u202e\u3000\ufeffe\u00e9aA\U0001f468\u1100\u1161\ufb01.|"
 odd_texts = st.one_of(st.text(st.sampled_from(ODD), max_size=60), st.text(max_size=60))
 furniture = st.sampled_from(
-    ["Skip to content", "We use cookies to serve you.", "page 3 of 10", "All rights reserved.", "Read more", "- 12 -"]
+    [
+        "Skip to content",
+        "We use cookies to serve you.",
+        "page 3 of 10",
+        "All rights reserved.",
+        "Read more",
+        "- 12 -",
+    ]
 )
 line_texts = st.lists(st.one_of(odd_texts, furniture), max_size=12).map("\n".join)
 
@@ -127,11 +136,16 @@ def test_a_text_in_pieces_is_normalised_like_the_whole(text: str, cuts: list[int
 
 
 @pytest.mark.parametrize("words", ["caf\u0065\u0301 ", "abc\u00ad", "\u65e5\u672c", "x. \t"])
-def test_very_long_lines_in_pieces_are_normalised_like_the_whole(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_very_long_lines_in_pieces_are_normalised_like_the_whole(
+    words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("llm_trainer.data.cleaning.normalization._LONGEST_LINE", 100)
     text = "page 3\n" + words * 300 + "   \nRead more\n" + words * 70 + "\nlast"
     whole = "\n".join(
-        [words.replace("e\u0301", "\u00e9").replace("\u00ad", "") * 300, words.replace("e\u0301", "\u00e9").replace("\u00ad", "") * 70]
+        [
+            words.replace("e\u0301", "\u00e9").replace("\u00ad", "") * 300,
+            words.replace("e\u0301", "\u00e9").replace("\u00ad", "") * 70,
+        ]
     )
     expected = "\n".join(line.rstrip() for line in whole.split("\n")) + "\nlast"
     for size in (1, 7, 64, 1000, len(text)):
@@ -141,7 +155,12 @@ def test_very_long_lines_in_pieces_are_normalised_like_the_whole(words: str, mon
 
 def test_without_a_wish_nothing_happens() -> None:
     cleaning = Cleaning.of(DataConfig())
-    readings: list[Reading] = [Piece("x \r\n", False), Piece(" y"), Rejected("empty", "f"), Piece("\x07", split="test")]
+    readings: list[Reading] = [
+        Piece("x \r\n", False),
+        Piece(" y"),
+        Rejected("empty", "f"),
+        Piece("\x07", split="test"),
+    ]
     assert cleaning.is_identity
     assert cleaning.key is None
     assert list(cleaning.apply(iter(readings))) == readings
@@ -156,8 +175,13 @@ def test_documents_out_are_documents_in_whatever_they_hold(corpus: list[list[str
             readings.append(Rejected("empty", "somewhere"))
         else:
             readings += [Piece(text, place == len(pieces) - 1) for place, text in enumerate(pieces)]
-    cleaning = Cleaning.of(DataConfig(clean=True, filters=["length", "symbols", "repetition"], min_characters=5))
-    judged, unjudged = text_of(list(cleaning.apply(iter(readings)))), text_of(list(cleaning.apply(iter(readings), judge=False)))
+    cleaning = Cleaning.of(
+        DataConfig(clean=True, filters=["length", "symbols", "repetition"], min_characters=5)
+    )
+    judged, unjudged = (
+        text_of(list(cleaning.apply(iter(readings)))),
+        text_of(list(cleaning.apply(iter(readings), judge=False))),
+    )
     assert len(judged) == len(unjudged) == len(corpus)
 
 
@@ -206,7 +230,10 @@ def test_a_long_document_is_cleaned_in_pieces_to_the_same_text(small_pieces: int
     assert text_of(readings) == ["before it", Normalization().text(text), "after it"]
     inner = readings[1:-1]
     assert len(inner) > 5
-    assert all(isinstance(piece, Piece) and piece.split == "test" and len(piece.text) <= small_pieces for piece in inner)
+    assert all(
+        isinstance(piece, Piece) and piece.split == "test" and len(piece.text) <= small_pieces
+        for piece in inner
+    )
 
 
 def test_a_long_document_is_judged_by_its_first_piece_and_refused_whole(small_pieces: int) -> None:
@@ -235,4 +262,6 @@ def test_it_travels_to_other_processes_and_its_key_tells_settings_apart() -> Non
     ]
     keys = [str(Cleaning.of(DataConfig(**{**config, **other})).key) for other in others]
     assert len({str(cleaning.key), *keys}) == 5
-    assert str(Cleaning.of(DataConfig(**config, num_workers=3, max_symbol_share=0.4)).key) == str(cleaning.key)
+    assert str(Cleaning.of(DataConfig(**config, num_workers=3, max_symbol_share=0.4)).key) == str(
+        cleaning.key
+    )

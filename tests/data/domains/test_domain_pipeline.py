@@ -13,14 +13,21 @@ from hypothesis import strategies as st
 from llm_trainer.config import DataError, UsageError
 from llm_trainer.config.schema.domains import DomainBridge
 from llm_trainer.data.domains.loaders import Example
-from llm_trainer.data.domains.pipeline import DOMAINS_FILE, VOCABULARY_FILE, prepare_builtin_domains, prepare_domains
+from llm_trainer.data.domains.pipeline import (
+    DOMAINS_FILE,
+    VOCABULARY_FILE,
+    prepare_builtin_domains,
+    prepare_domains,
+)
 from llm_trainer.data.domains.text_store import Gathered, write_splits
 from llm_trainer.data.domains.vocabulary import Term, WordCounts, log_likelihood_ratio, new_tokens, terms
 from llm_trainer.data.mixture_dataset import MIXTURE_FILE
 from llm_trainer.data.prepared_dataset import open_prepared
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
 
-GENERAL = "The cat sat on the mat and the dog looked at it for a while before it went out into the garden again."
+GENERAL = (
+    "The cat sat on the mat and the dog looked at it for a while before it went out into the garden again."
+)
 
 
 def records(name: str, count: int) -> list[dict[str, object]]:
@@ -42,7 +49,14 @@ def local(tmp_path: Path) -> Path:
     """A folder with fifty to a hundred records for the loaders of the manual's file."""
     folder = tmp_path / "raw"
     folder.mkdir()
-    counts = {"load_math": 100, "load_numinamath": 60, "load_scieval": 80, "load_livecodebench": 50, "load_quant": 50, "load_wildchat": 80}
+    counts = {
+        "load_math": 100,
+        "load_numinamath": 60,
+        "load_scieval": 80,
+        "load_livecodebench": 50,
+        "load_quant": 50,
+        "load_wildchat": 80,
+    }
     for name, count in counts.items():
         lines = "\n".join(json.dumps(record, ensure_ascii=False) for record in records(name, count))
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
@@ -51,7 +65,13 @@ def local(tmp_path: Path) -> Path:
 
 def bridge(local: Path, **settings: object) -> DomainBridge:
     values: dict[str, object] = {
-        "loaders": {"load_math": {}, "load_numinamath": {}, "load_scieval": {"n_examples": 70}, "load_quant": {}, "load_wildchat": {}},
+        "loaders": {
+            "load_math": {},
+            "load_numinamath": {},
+            "load_scieval": {"n_examples": 70},
+            "load_quant": {},
+            "load_wildchat": {},
+        },
         "domain_weights": {"math": 1.5, "science": 1.0, "general": 0.5},
         "local_dir": str(local),
         "output_dir": str(local.parent / "domains"),
@@ -61,7 +81,10 @@ def bridge(local: Path, **settings: object) -> DomainBridge:
 
 
 def lines_of(folder: Path, split: str) -> list[dict[str, str]]:
-    return [json.loads(line) for line in (folder / "texts" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (folder / "texts" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def test_domains_are_split_tokenised_alike_and_mixed_by_weight(local: Path) -> None:
@@ -92,7 +115,9 @@ def test_domains_are_split_tokenised_alike_and_mixed_by_weight(local: Path) -> N
 
 
 def test_records_in_are_texts_kept_and_records_left_out(local: Path) -> None:
-    summary = prepare_domains(bridge(local, loaders={"load_wildchat": {"min_length": 110}, "load_math": {"filter_hard": True}}))
+    summary = prepare_domains(
+        bridge(local, loaders={"load_wildchat": {"min_length": 110}, "load_math": {"filter_hard": True}})
+    )
     for reading in summary.readings:
         assert reading.records == reading.texts + reading.left_out.total()
     facts = json.loads((summary.folder / DOMAINS_FILE).read_text(encoding="utf-8"))
@@ -100,11 +125,15 @@ def test_records_in_are_texts_kept_and_records_left_out(local: Path) -> None:
     assert wildchat["licence"] == "ODC-BY"
     assert wildchat["left_out"]["other toxic"] == 40
     assert competition["left_out"] == {"other difficulty": 50}
-    assert sum(sum(domain["examples"].values()) for domain in facts["domains"].values()) == sum(one["texts"] for one in facts["loaders"])
+    assert sum(sum(domain["examples"].values()) for domain in facts["domains"].values()) == sum(
+        one["texts"] for one in facts["loaders"]
+    )
 
 
 def test_the_same_text_of_two_data_sets_counts_once(local: Path) -> None:
-    (local / "load_numinamath.jsonl").write_text((local / "load_math.jsonl").read_text(encoding="utf-8"), encoding="utf-8")
+    (local / "load_numinamath.jsonl").write_text(
+        (local / "load_math.jsonl").read_text(encoding="utf-8"), encoding="utf-8"
+    )
     summary = prepare_domains(bridge(local, loaders={"load_math": {}, "load_numinamath": {}}))
     assert summary.domains["math"].sources == {"load_math": 100}
     assert summary.readings[1].left_out == {"repeated": 100}
@@ -116,7 +145,11 @@ def test_a_cap_draws_evenly_and_reading_stops_early(local: Path) -> None:
     summary = prepare_domains(bridge(local, loaders={"load_quant": {}}, max_examples_per_domain=100))
     assert sum(summary.domains["logic"].examples.values()) == 100
     assert summary.readings[0].records == 400
-    texts = [record["text"] for split in ("train", "val", "test") for record in lines_of(summary.folder / "logic", split)]
+    texts = [
+        record["text"]
+        for split in ("train", "val", "test")
+        for record in lines_of(summary.folder / "logic", split)
+    ]
     places = [int(text.split()[2].rstrip("?")) for text in texts]
     assert 25 <= sum(place >= 200 for place in places) <= 75
     other = prepare_domains(bridge(local, loaders={"load_quant": {}}, max_examples_per_domain=100, seed=1))
@@ -126,24 +159,38 @@ def test_a_cap_draws_evenly_and_reading_stops_early(local: Path) -> None:
 
 def test_a_domain_may_have_a_cap_of_its_own(local: Path) -> None:
     loaders = {"load_math": {}, "load_wildchat": {}, "load_quant": {}}
-    summary = prepare_domains(bridge(local, loaders=loaders, max_examples_per_domain=30, domain_caps={"math": 50, "general": 10}))
-    assert {name: sum(facts.examples.values()) for name, facts in summary.domains.items()} == {"math": 50, "general": 10, "logic": 30}
+    summary = prepare_domains(
+        bridge(local, loaders=loaders, max_examples_per_domain=30, domain_caps={"math": 50, "general": 10})
+    )
+    assert {name: sum(facts.examples.values()) for name, facts in summary.domains.items()} == {
+        "math": 50,
+        "general": 10,
+        "logic": 30,
+    }
     with pytest.raises(UsageError, match="domain_caps"):
         bridge(local, domain_caps={"math": 0})
 
 
 def test_added_texts_move_none_of_those_that_were_there(local: Path) -> None:
     def splits(folder: Path) -> dict[str, str]:
-        return {record["text"]: split for split in ("train", "val", "test") for record in lines_of(folder, split)}
+        return {
+            record["text"]: split for split in ("train", "val", "test") for record in lines_of(folder, split)
+        }
 
     before = splits(prepare_domains(bridge(local, loaders={"load_math": {}})).folder / "math")
-    after = splits(prepare_domains(bridge(local, loaders={"load_numinamath": {}, "load_math": {}})).folder / "math")
+    after = splits(
+        prepare_domains(bridge(local, loaders={"load_numinamath": {}, "load_math": {}})).folder / "math"
+    )
     assert len(after) > len(before)
     assert all(after[text] == split for text, split in before.items())
 
 
-@pytest.mark.parametrize(("count", "expected"), [(2, [2, 0, 0]), (4, [2, 1, 1]), (10, [8, 1, 1]), (30, [24, 3, 3])])
-def test_few_texts_are_split_by_rank_so_that_none_is_left_empty(count: int, expected: list[int], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("count", "expected"), [(2, [2, 0, 0]), (4, [2, 1, 1]), (10, [8, 1, 1]), (30, [24, 3, 3])]
+)
+def test_few_texts_are_split_by_rank_so_that_none_is_left_empty(
+    count: int, expected: list[int], tmp_path: Path
+) -> None:
     with Gathered(tmp_path) as gathered:
         for number in range(count):
             assert gathered.add(Example(f"text {number}", "math", "load_math"))
@@ -157,7 +204,11 @@ def test_few_texts_are_split_by_rank_so_that_none_is_left_empty(count: int, expe
 def test_the_same_again_is_found_and_gives_the_same_bytes(local: Path) -> None:
     def contents(folder: Path) -> dict[str, bytes]:
         names = ("*/texts/*.jsonl", "*/dataset/*", "*/vocabulary.json", "mixture.json", "domains.json")
-        return {file.relative_to(folder).as_posix(): file.read_bytes() for name in names for file in folder.glob(name)}
+        return {
+            file.relative_to(folder).as_posix(): file.read_bytes()
+            for name in names
+            for file in folder.glob(name)
+        }
 
     settings = {"extract_vocab": True, "vocab_size": 20}
     first = prepare_domains(bridge(local, **settings))
@@ -171,11 +222,17 @@ def test_terms_are_words_of_the_domain_and_not_of_its_form(local: Path) -> None:
     lines = []
     for number in range(60):
         question = (
-            f"What is the hypotenuse of a triangle with legs {number} and 5?" if number % 2 else f"Is the integral of {number}x even?"
+            f"What is the hypotenuse of a triangle with legs {number} and 5?"
+            if number % 2
+            else f"Is the integral of {number}x even?"
         )
-        lines.append(json.dumps({"problem": question, "solution": f"The cat says {number}.", "level": "Level 1"}))
+        lines.append(
+            json.dumps({"problem": question, "solution": f"The cat says {number}.", "level": "Level 1"})
+        )
     (local / "load_math.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    summary = prepare_domains(bridge(local, loaders={"load_math": {}}, extract_vocab=True, vocab_size=10, add_terms=True))
+    summary = prepare_domains(
+        bridge(local, loaders={"load_math": {}}, extract_vocab=True, vocab_size=10, add_terms=True)
+    )
     content = json.loads((summary.folder / "math" / VOCABULARY_FILE).read_text(encoding="utf-8"))
     found = [term["term"] for term in content["terms"]]
     assert {"hypotenuse", "triangle", "integral"} <= set(found)
@@ -193,21 +250,32 @@ def test_terms_are_words_of_the_domain_and_not_of_its_form(local: Path) -> None:
 
 def test_the_score_is_dunnings() -> None:
     assert log_likelihood_ratio(10, 1000, 10, 1000) == pytest.approx(0.0, abs=1e-9)
-    cells = {110: 60, 10: 60, 9890: 9940, 9990: 9940}  # observed and expected: the word and all others, here and there
+    cells = {
+        110: 60,
+        10: 60,
+        9890: 9940,
+        9990: 9940,
+    }  # observed and expected: the word and all others, here and there
     by_cells = 2 * sum(observed * math.log(observed / expected) for observed, expected in cells.items())
     assert log_likelihood_ratio(110, 10_000, 10, 10_000) == pytest.approx(by_cells, rel=1e-9)
     assert log_likelihood_ratio(110, 10_000, 10, 10_000) > log_likelihood_ratio(11, 1000, 1, 1000)
 
 
 @given(st.integers(0, 50), st.integers(1, 500), st.integers(0, 50), st.integers(1, 500))
-def test_the_score_is_never_negative_and_the_same_both_ways(count: int, more: int, other: int, other_more: int) -> None:
+def test_the_score_is_never_negative_and_the_same_both_ways(
+    count: int, more: int, other: int, other_more: int
+) -> None:
     score = log_likelihood_ratio(count, count + more, other, other + other_more)
     assert score >= -1e-9
-    assert score == pytest.approx(log_likelihood_ratio(other, other + other_more, count, count + more), abs=1e-9)
+    assert score == pytest.approx(
+        log_likelihood_ratio(other, other + other_more, count, count + more), abs=1e-9
+    )
 
 
 def test_rare_and_short_words_and_words_of_general_text_are_no_terms() -> None:
-    domain = WordCounts.of(["photon photon photon spin spin ox ox ox cat", "cat cat photon quark"] * 3 + ["\\frac{1}{2}"] * 4)
+    domain = WordCounts.of(
+        ["photon photon photon spin spin ox ox ox cat", "cat cat photon quark"] * 3 + ["\\frac{1}{2}"] * 4
+    )
     found = terms(domain, WordCounts.of(["cat cat cat cat sat on mats"] * 3), 10)
     assert [term.term for term in found][:1] == ["photon"]
     assert {term.term for term in found} == {"photon", "spin", "quark", "\\frac"}
@@ -220,12 +288,19 @@ def test_terms_become_tokens_with_their_space_best_first() -> None:
     assert new_tokens([[one, other]], [" lemma"]) == [" axon"]
 
 
-def test_all_data_sets_that_cannot_be_had_are_named_in_one_error(local: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_data_sets_that_cannot_be_had_are_named_in_one_error(
+    local: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    loaders: dict[str, object] = {"load_math": {}, "load_usaco": {}, "load_xword": {"path": str(local / "gone")}}
+    loaders: dict[str, object] = {
+        "load_math": {},
+        "load_usaco": {},
+        "load_xword": {"path": str(local / "gone")},
+    }
     with pytest.raises(
-        DataError, match=r"(?s)2 of 3.*load_usaco: .*usacobench_formatted.*load_xword: .*gone does not exist.*load_math\.jsonl"
+        DataError,
+        match=r"(?s)2 of 3.*load_usaco: .*usacobench_formatted.*load_xword: .*gone does not exist.*load_math\.jsonl",
     ):
         prepare_domains(bridge(local, loaders=loaders))
     assert not (local.parent / "domains" / MIXTURE_FILE).exists()
@@ -235,7 +310,9 @@ def test_all_data_sets_that_cannot_be_had_are_named_in_one_error(local: Path, mo
 
 
 def test_a_domain_without_texts_says_why(local: Path) -> None:
-    with pytest.raises(DataError, match=r"no text is left(?s:.*)50 left out \(50 shorter than min_length 10000\)"):
+    with pytest.raises(
+        DataError, match=r"no text is left(?s:.*)50 left out \(50 shorter than min_length 10000\)"
+    ):
         prepare_domains(bridge(local, loaders={"load_quant": {"min_length": 10_000}}))
     with pytest.raises(DataError, match="names no loaders"):
         prepare_domains(bridge(local, loaders={}))
@@ -243,7 +320,9 @@ def test_a_domain_without_texts_says_why(local: Path) -> None:
 
 def test_near_duplicates_are_left_out_where_that_is_asked_for(local: Path) -> None:
     body = " ".join(f"word{number}" for number in range(120))
-    lines = [json.dumps({"Question": f"{body} and number {number}?", "Answer": "yes"}) for number in range(40)]
+    lines = [
+        json.dumps({"Question": f"{body} and number {number}?", "Answer": "yes"}) for number in range(40)
+    ]
     (local / "load_quant.jsonl").write_text("\n".join(lines), encoding="utf-8")
     exact = prepare_domains(bridge(local, loaders={"load_quant": {}}))
     assert open_prepared(exact.folder / "logic").metadata.documents_kept == 40
@@ -251,11 +330,15 @@ def test_near_duplicates_are_left_out_where_that_is_asked_for(local: Path) -> No
     assert open_prepared(near.folder / "logic").metadata.documents_kept < 5
 
 
-def test_a_given_tokenizer_is_used_for_all_domains(local: Path, tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_given_tokenizer_is_used_for_all_domains(
+    local: Path, tiny_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     tiny_tokenizer.save(tmp_path / "mine")
     summary = prepare_domains(bridge(local, tokenizer_path=str(tmp_path / "mine")))
     assert summary.tokenizer_ids == tiny_tokenizer.vocab_size
-    assert {open_prepared(summary.folder / name).metadata.tokenizer.hash for name in summary.domains} == {tiny_tokenizer.hash}
+    assert {open_prepared(summary.folder / name).metadata.tokenizer.hash for name in summary.domains} == {
+        tiny_tokenizer.hash
+    }
 
 
 def test_a_run_that_cannot_read_leaves_the_older_result_whole(local: Path) -> None:

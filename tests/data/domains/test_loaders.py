@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 from paths import ROOT
 
 from llm_trainer.config import DataError, UsageError
-from llm_trainer.config.schema.domain_loaders import DomainLoader, parse_part, read_loader_file, read_rows, shipped_loaders
+from llm_trainer.config.schema.domain_loaders import (
+    DomainLoader,
+    parse_part,
+    read_loader_file,
+    read_rows,
+    shipped_loaders,
+)
 from llm_trainer.config.schema.domains import DomainBridge, LoaderOptions
 from llm_trainer.data.domains.loaders import Example, Reading, hub_address, read_loader
 from llm_trainer.data.domains.templates import TextMaker, Unfit, as_text
@@ -34,9 +40,15 @@ def write_lines(folder: Path, name: str) -> None:
 
 
 EXPECTED = {
-    "load_math": [("math", "Problem: What is $1+1$?\n\nSolution: It is $\\boxed{2}$."), ("math", "Problem: How many primes")],
+    "load_math": [
+        ("math", "Problem: What is $1+1$?\n\nSolution: It is $\\boxed{2}$."),
+        ("math", "Problem: How many primes"),
+    ],
     "load_numinamath": [("math", "Problem: Solve $x+2=5$.\n\nSolution: So $x=3$.")],
-    "load_olympic_arena": [("math", "Problem: Find $2^5$.\n\nSolution: It is 32."), ("science", "Problem: What does a scale measure?")],
+    "load_olympic_arena": [
+        ("math", "Problem: Find $2^5$.\n\nSolution: It is 32."),
+        ("science", "Problem: What does a scale measure?"),
+    ],
     "load_theoremqa": [("math", "Question: Is the sum of two odd numbers even?\n\nAnswer: True")],
     "load_scieval": [("science", "What carries oxygen in blood?\n\nA. Iron\nB. Haemoglobin\n\nAnswer: B")],
     "load_olympiad_bench": [
@@ -47,24 +59,40 @@ EXPECTED = {
         ("science", "Question: Which is noble?\n(A) N\n(B) Ne\n\nAnswer: B"),
         ("math", "Question: What is 2+3?\n\nAnswer: 5"),
     ],
-    "load_agieval": [("reasoning", "Q: What is 3·3? Answer Choices: (A)6 (B)9\nA: Among A through B, the answer is B")],
+    "load_agieval": [
+        ("reasoning", "Q: What is 3·3? Answer Choices: (A)6 (B)9\nA: Among A through B, the answer is B")
+    ],
     "load_gpqa_extended": [
-        ("science", "Question: What binds nucleons?\n\nIt outweighs the repulsion of the protons.\n\nAnswer: The strong force")
+        (
+            "science",
+            "Question: What binds nucleons?\n\nIt outweighs the repulsion of the protons.\n\nAnswer: The strong force",
+        )
     ],
     "load_livecodebench": [
         ("coding", "# A. Sum\n\nRead two numbers and print their sum."),
         ("coding", "# B. Path\n\nPrint the longest path.\n\ndef f():"),
     ],
-    "load_quant": [("logic", "Question: Two coins, one head seen: is the other a head?\n\nAnswer: With probability 1/3.")],
-    "load_statsqual": [("math", "Question: Show that the mean is unbiased.\n\nSolution: By linearity of expectation.")],
-    "load_xword": [("logic", "You solve cryptic crosswords.\n\n### Clue: Noticed minor changes (3)\n\n### Answer: SAW")],
+    "load_quant": [
+        ("logic", "Question: Two coins, one head seen: is the other a head?\n\nAnswer: With probability 1/3.")
+    ],
+    "load_statsqual": [
+        ("math", "Question: Show that the mean is unbiased.\n\nSolution: By linearity of expectation.")
+    ],
+    "load_xword": [
+        ("logic", "You solve cryptic crosswords.\n\n### Clue: Noticed minor changes (3)\n\n### Answer: SAW")
+    ],
     "load_usaco": [("coding", "Count the cows."), ("coding", "Order the cows.")],
     "load_curated_thoughts": [
         ("reasoning", "Problem: Halve 8.\n\nSolution: 4."),
         ("reasoning", "Problem: Double 8.\n\nSolution: 16."),
         ("reasoning", "Problem: Reverse a list.\n\na[::-1]"),
     ],
-    "load_wildchat": [("general", "User: How do bees find their way back to the hive?\n\nAssistant: By the sun and by landmarks.")],
+    "load_wildchat": [
+        (
+            "general",
+            "User: How do bees find their way back to the hive?\n\nAssistant: By the sun and by landmarks.",
+        )
+    ],
 }
 
 
@@ -86,7 +114,9 @@ def test_a_loader_makes_texts_of_a_local_file_with_its_fields(name: str, tmp_pat
 
 @pytest.mark.parametrize("name", list(EXPECTED))
 def test_a_record_without_a_field_is_left_out_by_name(name: str, tmp_path: Path) -> None:
-    (tmp_path / f"{name}.jsonl").write_text('{"unrelated": 1, "language": "EN", "modality": "text-only"}\n', encoding="utf-8")
+    (tmp_path / f"{name}.jsonl").write_text(
+        '{"unrelated": 1, "language": "EN", "modality": "text-only"}\n', encoding="utf-8"
+    )
     examples, reading = read(name, tmp_path)
     assert not examples
     assert next(iter(reading.left_out)).startswith("no field ")
@@ -108,7 +138,10 @@ def test_every_form_of_file_gives_the_same_texts(form: str, tmp_path: Path) -> N
         pq.write_table(pa.Table.from_pylist(records), tmp_path / "wildchat.parquet")
     elif form == "arrow":
         table = pa.Table.from_pylist(records)
-        with pa.OSFile(str(tmp_path / "wildchat.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        with (
+            pa.OSFile(str(tmp_path / "wildchat.arrow"), "wb") as sink,
+            pa.ipc.new_stream(sink, table.schema) as writer,
+        ):
             writer.write_table(table)
     else:
         folder = tmp_path / "load_wildchat"
@@ -131,7 +164,13 @@ def test_lists_in_csv_cells_are_read_as_lists(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_read_is_counted_and_the_rest_is_kept(tmp_path: Path) -> None:
-    lines = [b'{"Question": "a", "Answer": "b"}', b"{", b"[1]", b'{"Question": "\xff", "Answer": "b"}', b'{"Question": "", "Answer": "b"}']
+    lines = [
+        b'{"Question": "a", "Answer": "b"}',
+        b"{",
+        b"[1]",
+        b'{"Question": "\xff", "Answer": "b"}',
+        b'{"Question": "", "Answer": "b"}',
+    ]
     (tmp_path / "load_quant.jsonl").write_bytes(b"\n".join([*lines, b'{"Question": "c", "Answer": 3}']))
     examples, reading = read("load_quant", tmp_path)
     assert [example.text for example in examples] == ["Question: a\n\nAnswer: b", "Question: c\n\nAnswer: 3"]
@@ -140,7 +179,9 @@ def test_what_cannot_be_read_is_counted_and_the_rest_is_kept(tmp_path: Path) -> 
 
 
 def test_limits_take_the_first_texts_and_draw_evenly(tmp_path: Path) -> None:
-    lines = [json.dumps({"Question": f"question {number}", "Answer": "x" * (number + 1)}) for number in range(200)]
+    lines = [
+        json.dumps({"Question": f"question {number}", "Answer": "x" * (number + 1)}) for number in range(200)
+    ]
     (tmp_path / "load_quant.jsonl").write_text("\n".join(lines), encoding="utf-8")
     everything = [example.text for example in read("load_quant", tmp_path)[0]]
     first, reading = read("load_quant", tmp_path, max_samples=7)
@@ -172,7 +213,9 @@ def test_limits_take_the_first_texts_and_draw_evenly(tmp_path: Path) -> None:
         ("load_usaco", {"difficulty": "Bronze"}, 1),
     ],
 )
-def test_difficulty_keeps_what_the_data_set_calls_so(name: str, options: dict[str, object], texts: int, tmp_path: Path) -> None:
+def test_difficulty_keeps_what_the_data_set_calls_so(
+    name: str, options: dict[str, object], texts: int, tmp_path: Path
+) -> None:
     write_lines(tmp_path, name)
     examples, reading = read(name, tmp_path, **options)
     assert len(examples) == texts
@@ -190,10 +233,16 @@ def test_include_cot_brings_the_chain_of_thought(tmp_path: Path) -> None:
 
 
 def test_the_parts_of_a_data_set_have_domains_of_their_own(tmp_path: Path) -> None:
-    for part, domain in (("agieval-sat-math", "math"), ("agieval-logiqa-en", "logic"), ("agieval-sat-en", "reasoning")):
+    for part, domain in (
+        ("agieval-sat-math", "math"),
+        ("agieval-logiqa-en", "logic"),
+        ("agieval-sat-en", "reasoning"),
+    ):
         folder = tmp_path / "load_agieval" / part
         folder.mkdir(parents=True)
-        (folder / "test.jsonl").write_text(json.dumps(dict(RECORDS["load_agieval"][0]) | {"query": domain}), encoding="utf-8")
+        (folder / "test.jsonl").write_text(
+            json.dumps(dict(RECORDS["load_agieval"][0]) | {"query": domain}), encoding="utf-8"
+        )
     examples, _ = read("load_agieval", tmp_path)
     assert {example.text: example.domain for example in examples} == {"math A": "math"} or all(
         example.text.startswith(example.domain) for example in examples
@@ -204,7 +253,9 @@ def test_the_parts_of_a_data_set_have_domains_of_their_own(tmp_path: Path) -> No
 def test_a_data_set_in_the_hubs_form_is_read_through_datasets(tmp_path: Path) -> None:
     folder = tmp_path / "somebody" / "puzzles"
     folder.mkdir(parents=True)
-    (folder / "train.jsonl").write_text("\n".join(json.dumps({"q": f"q{n}", "a": [f"a{n}"]}) for n in range(5)), encoding="utf-8")
+    (folder / "train.jsonl").write_text(
+        "\n".join(json.dumps({"q": f"q{n}", "a": [f"a{n}"]}) for n in range(5)), encoding="utf-8"
+    )
     row = DomainLoader(domain="logic", hub=str(folder), text=["{q}", "{a|first}"])
     examples, reading = read("load_puzzles", tmp_path / "nothing", row, max_samples=3)
     assert [example.text for example in examples] == ["q0\n\na0", "q1\n\na1", "q2\n\na2"]
@@ -213,11 +264,15 @@ def test_a_data_set_in_the_hubs_form_is_read_through_datasets(tmp_path: Path) ->
 
 def test_files_of_a_hub_repository_have_addresses() -> None:
     part = shipped_loaders()["load_livecodebench"].hub[0]
-    address = "hf://datasets/livecodebench/code_generation_lite@0fe84c3912ea0c4d4a78037083943e8f0c4dd505/test.jsonl"
+    address = (
+        "hf://datasets/livecodebench/code_generation_lite@0fe84c3912ea0c4d4a78037083943e8f0c4dd505/test.jsonl"
+    )
     assert hub_address(part, part.files[0]) == address
 
 
-def test_without_a_network_the_error_names_the_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_network_the_error_names_the_data_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match="simplescaling/s1-teasers"):
@@ -261,7 +316,11 @@ def test_a_path_that_is_said_must_be_there(tmp_path: Path) -> None:
         (["[1]"], "lines", "[1]"),
         ('["a", "b"]', "lines", "a\nb"),
         ("[not json", "first", "[not json"),
-        ([{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}], "turns", "User: hi\n\nAssistant: ho"),
+        (
+            [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}],
+            "turns",
+            "User: hi\n\nAssistant: ho",
+        ),
         ({"role": ["user"], "content": ["hi"]}, "turns", "User: hi"),
     ],
 )
@@ -282,7 +341,8 @@ VALUES = st.recursive(
     | st.text(max_size=20)
     | st.sampled_from(["²", "٣", "[1", "[[]]", '{"role": []}']),
     lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "from", "value", "x"]), inner, max_size=3)
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "from", "value", "x"]), inner, max_size=3)
     ),
     max_leaves=8,
 )
@@ -305,8 +365,13 @@ def test_whatever_is_in_a_record_it_is_a_text_or_left_out(name: str, data: st.Da
 
 
 @pytest.mark.parametrize("suffix", [*SUFFIXES, ".jsonl.gz", ".csv.bz2", ".json.zst"])
-@given(raw=st.binary(max_size=60) | st.sampled_from([b"", b"PAR1", b"ARROW1\0\0", b"a,b\n1,\0\n", b"\xef\xbb\xbf{}", b"[{}, 3]", b"{\n}"]))
-def test_whatever_is_in_a_file_reading_goes_on(suffix: str, raw: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
+@given(
+    raw=st.binary(max_size=60)
+    | st.sampled_from([b"", b"PAR1", b"ARROW1\0\0", b"a,b\n1,\0\n", b"\xef\xbb\xbf{}", b"[{}, 3]", b"{\n}"])
+)
+def test_whatever_is_in_a_file_reading_goes_on(
+    suffix: str, raw: bytes, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     folder = tmp_path_factory.mktemp("any")
     (folder / f"a{suffix}").write_bytes(raw)
     (folder / "z.jsonl").write_text('{"last": 1}', encoding="utf-8")
@@ -340,7 +405,9 @@ def test_a_loader_is_added_with_a_yaml_entry_and_no_code(tmp_path: Path) -> None
     examples, _ = read("load_recipes", tmp_path, row)
     assert examples == [Example("# Bread\n\nKnead it.", "cooking", "load_recipes")]
     bridge = DomainBridge(
-        loader_files=[str(tmp_path / "mine.yaml")], loaders={"load_recipes": {"min_length": 3}}, domain_weights={"cooking": 2}
+        loader_files=[str(tmp_path / "mine.yaml")],
+        loaders={"load_recipes": {"min_length": 3}},
+        domain_weights={"cooking": 2},
     )
     assert bridge.rows()["load_recipes"].domains() == ["cooking"]
 
@@ -353,7 +420,10 @@ def test_a_loader_is_added_with_a_yaml_entry_and_no_code(tmp_path: Path) -> None
         ({"text": "{a", "path": "p"}, "load_x: the template"),
         ({"text": "{a}", "path": "p", "domain": "../up"}, "a domain is a folder's name"),
         ({"text": "{a}", "path": "p", "difficulty_levels": {"hard": ["x"]}}, "needs difficulty_field"),
-        ({"text": "{a}", "path": "p", "difficulty_field": "d", "difficulty_levels": {"tough": ["x"]}}, "tough"),
+        (
+            {"text": "{a}", "path": "p", "difficulty_field": "d", "difficulty_levels": {"tough": ["x"]}},
+            "tough",
+        ),
         ({"text": "{a}", "path": "p", "colour": "red"}, "no setting named 'colour'"),
         ({"text": "{a}", "path": "p", "forms": [{"text": ["{b}"]}]}, "give one"),
         ("hub", "must be a mapping"),
@@ -378,8 +448,17 @@ def test_the_page_shows_the_table_and_its_examples_work() -> None:
         assert row.hub[0].name in line
         assert line.endswith(f"| {row.licence} |")
         assert ", ".join(row.domains()) in line
-    example = read_rows(yaml.safe_load(page.split("```yaml\n")[1].split("```")[0]), "the page")["load_recipes"]
-    record = {"title": "Bread", "minutes": 40, "steps": ["Knead.", "Bake."], "wine": None, "language": "en", "level": "chef"}
+    example = read_rows(yaml.safe_load(page.split("```yaml\n")[1].split("```")[0]), "the page")[
+        "load_recipes"
+    ]
+    record = {
+        "title": "Bread",
+        "minutes": 40,
+        "steps": ["Knead.", "Bake."],
+        "wine": None,
+        "language": "en",
+        "level": "chef",
+    }
     text = TextMaker(example, LoaderOptions(filter_hard=True)).text(record)
     assert text == "# Bread\n\nTakes 40 minutes.\n\nKnead.\nBake."
     bridge = DomainBridge(**json.loads(page.split("```json\n")[1].split("```")[0]))
@@ -389,4 +468,7 @@ def test_the_page_shows_the_table_and_its_examples_work() -> None:
 def test_local_records_name_the_file_and_the_row(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"x": 1}\n\n{"x": 2}\n', encoding="utf-8")
     found = list(local_records(tmp_path))
-    assert found == [Record({"x": 1}, "a.jsonl", "a.jsonl, line 1"), Record({"x": 2}, "a.jsonl", "a.jsonl, line 3")]
+    assert found == [
+        Record({"x": 1}, "a.jsonl", "a.jsonl, line 1"),
+        Record({"x": 2}, "a.jsonl", "a.jsonl, line 3"),
+    ]

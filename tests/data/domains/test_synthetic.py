@@ -1,4 +1,6 @@
-"""Each kind of exercise is worked a second time from the words of its question alone, in another way than the one that made it."""
+"""Each kind of exercise is worked a second time from the words of its question alone, in another way than the
+one that made it.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,20 @@ import pytest
 from llm_trainer.data.domains.synthetic.exercises import Exercise, exercise, exercises, kinds, listed, money
 
 MADE = ("math", "science", "logic", "reasoning")
-MONTHS = ["January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December"]
+MONTHS = [
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+]
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 
 
@@ -35,7 +50,8 @@ def dollars(text: str) -> list[Fraction]:
     return [Fraction(found) for found in re.findall(r"\$(\d+(?:\.\d+)?)", text)]
 
 
-# --- math ---------------------------------------------------------------------------------------------------------------------------------
+# --- math
+# ---------------------------------------------------------------------------------------------------------------------------------
 
 
 def python_value(text: str) -> object:
@@ -83,8 +99,13 @@ def check_factorization(question: str, answer: str) -> None:
 
 def check_linear_equation(question: str, answer: str) -> None:
     name, value = answer.split(" = ")
-    left, right = re.search(r"([-\w+ ]+) = ([-\w+ ]+?) (?:for|\?)", question.replace("satisfies ", "Solve ").replace("?", " ?")).groups()  # type: ignore[union-attr]
-    sides = [re.sub(rf"(\d){name}", r"\1*" + name, side.rpartition("Solve ")[2]).replace(name, f"({value})") for side in (left, right)]
+    left, right = re.search(
+        r"([-\w+ ]+) = ([-\w+ ]+?) (?:for|\?)", question.replace("satisfies ", "Solve ").replace("?", " ?")
+    ).groups()  # type: ignore[union-attr]
+    sides = [
+        re.sub(rf"(\d){name}", r"\1*" + name, side.rpartition("Solve ")[2]).replace(name, f"({value})")
+        for side in (left, right)
+    ]
     assert python_value(sides[0]) == python_value(sides[1])
 
 
@@ -136,7 +157,10 @@ def check_remainder_of_power(question: str, answer: str) -> None:
 
 def check_committee(question: str, answer: str) -> None:
     found = numbers(question)
-    ways = [sum(1 for _ in itertools.combinations(range(of), some)) for some, of in zip(found[::2], found[1::2], strict=True)]
+    ways = [
+        sum(1 for _ in itertools.combinations(range(of), some))
+        for some, of in zip(found[::2], found[1::2], strict=True)
+    ]
     assert int(answer) == math.prod(ways)
 
 
@@ -157,7 +181,8 @@ def check_right_triangle(question: str, answer: str) -> None:
         assert 2 * found[1] == one * other
 
 
-# --- science ------------------------------------------------------------------------------------------------------------------------------
+# --- science
+# ------------------------------------------------------------------------------------------------------------------------------
 
 
 def check_speed(question: str, answer: str) -> None:
@@ -175,12 +200,18 @@ def check_free_fall(question: str, answer: str) -> None:
 
 
 def check_newton(question: str, answer: str) -> None:
-    said = {unit: Fraction(value) for value, unit in re.findall(r"(\d+(?:\.\d+)?) (N|kg|m/s²)", question + " " + answer)}
+    said = {
+        unit: Fraction(value)
+        for value, unit in re.findall(r"(\d+(?:\.\d+)?) (N|kg|m/s²)", question + " " + answer)
+    }
     assert said["N"] == said["kg"] * said["m/s²"]
 
 
 def check_ohm(question: str, answer: str) -> None:
-    said = {unit: Fraction(value) for value, unit in re.findall(r"(\d+(?:\.\d+)?) (V|A|Ω|W)", question + " " + answer)}
+    said = {
+        unit: Fraction(value)
+        for value, unit in re.findall(r"(\d+(?:\.\d+)?) (V|A|Ω|W)", question + " " + answer)
+    }
     assert said["V"] == said["A"] * said["Ω"]
     assert said.get("W", said["V"] ** 2 / said["Ω"]) == said["V"] ** 2 / said["Ω"]
 
@@ -210,7 +241,10 @@ def check_half_life(question: str, answer: str) -> None:
 
 
 def check_molar_mass(question: str, answer: str) -> None:
-    masses = {element: Fraction(mass) for element, mass in re.findall(r"\b([A-Z][a-z]?) (\d+(?:\.\d+)?)", question.split("masses")[1])}
+    masses = {
+        element: Fraction(mass)
+        for element, mass in re.findall(r"\b([A-Z][a-z]?) (\d+(?:\.\d+)?)", question.split("masses")[1])
+    }
     formula = re.search(r", ([A-Za-z0-9]+)\?", question)[1]  # type: ignore[index]
     atoms = re.findall(r"([A-Z][a-z]?)(\d*)", formula)
     molar = sum(masses[element] * int(count or 1) for element, count in atoms)
@@ -236,7 +270,8 @@ def check_lever(question: str, answer: str) -> None:
     assert numbers(answer)[0] * other_arm == force * arm
 
 
-# --- logic --------------------------------------------------------------------------------------------------------------------------------
+# --- logic
+# --------------------------------------------------------------------------------------------------------------------------------
 
 
 def truth(formula: str, values: dict[str, bool]) -> bool:
@@ -269,7 +304,10 @@ def check_truth_value(question: str, answer: str) -> None:
 
 
 def results(formula: str) -> list[bool]:
-    return [truth(formula, dict(zip("pq", row, strict=True))) for row in itertools.product((True, False), repeat=2)]
+    return [
+        truth(formula, dict(zip("pq", row, strict=True)))
+        for row in itertools.product((True, False), repeat=2)
+    ]
 
 
 def check_tautology(question: str, answer: str) -> None:
@@ -296,8 +334,12 @@ def check_syllogism(question: str, answer: str) -> None:
         return not both if word == "no" else sets[a] <= sets[b]
 
     def follows() -> bool:
-        universe = range(4)  # three kinds of things, each inhabited, and a counterexample to a syllogism needs no more
-        subsets = [frozenset(chosen) for size in range(1, 5) for chosen in itertools.combinations(universe, size)]
+        universe = range(
+            4
+        )  # three kinds of things, each inhabited, and a counterexample to a syllogism needs no more
+        subsets = [
+            frozenset(chosen) for size in range(1, 5) for chosen in itertools.combinations(universe, size)
+        ]
         for chosen in itertools.product(subsets, repeat=3):
             sets = dict(zip(things, chosen, strict=True))
             if holds(claims[0], sets) and holds(claims[1], sets) and not holds(claims[2], sets):
@@ -324,9 +366,17 @@ def check_knights_and_knaves(question: str, answer: str) -> None:
         assert found is not None, words
         return len(knights) == int(found[1])
 
-    worlds = [set(chosen) for size in range(len(people) + 1) for chosen in itertools.combinations(people, size)]
-    fitting = [knights for knights in worlds if all(is_true(name, words, knights) == (name in knights) for name, words in said.items())]
-    assert fitting == [{name for name, kind in re.findall(r"(\w+) is a (knight|knave)", answer) if kind == "knight"}]
+    worlds = [
+        set(chosen) for size in range(len(people) + 1) for chosen in itertools.combinations(people, size)
+    ]
+    fitting = [
+        knights
+        for knights in worlds
+        if all(is_true(name, words, knights) == (name in knights) for name, words in said.items())
+    ]
+    assert fitting == [
+        {name for name, kind in re.findall(r"(\w+) is a (knight|knave)", answer) if kind == "knight"}
+    ]
 
 
 def check_ordering(question: str, answer: str) -> None:
@@ -334,9 +384,15 @@ def check_ordering(question: str, answer: str) -> None:
 
     def fits(line: tuple[str, ...]) -> bool:
         place = {name: index for index, name in enumerate(line)}
-        tests = [place[a] < place[b] for a, b in re.findall(r"(\w+) stands somewhere in front of (\w+)", question)]
-        tests += [place[a] > place[b] for a, b in re.findall(r"(\w+) stands somewhere behind (\w+)", question)]
-        tests += [place[a] == place[b] + 1 for a, b in re.findall(r"(\w+) stands directly behind (\w+)", question)]
+        tests = [
+            place[a] < place[b] for a, b in re.findall(r"(\w+) stands somewhere in front of (\w+)", question)
+        ]
+        tests += [
+            place[a] > place[b] for a, b in re.findall(r"(\w+) stands somewhere behind (\w+)", question)
+        ]
+        tests += [
+            place[a] == place[b] + 1 for a, b in re.findall(r"(\w+) stands directly behind (\w+)", question)
+        ]
         tests += [place[a] == len(line) - 1 for a in re.findall(r"(\w+) is the last", question)]
         tests += [place[a] != 0 for a in re.findall(r"(\w+) is not at the front", question)]
         assert len(tests) == question.count(". ") - 1
@@ -358,11 +414,15 @@ def check_two_clubs(question: str, answer: str) -> None:
     assert a + b - int(answer) + neither == total
 
 
-# --- reasoning ----------------------------------------------------------------------------------------------------------------------------
+# --- reasoning
+# ----------------------------------------------------------------------------------------------------------------------------
 
 
 def check_shopping(question: str, answer: str) -> None:
-    bill = sum(int(count) * Fraction(price) for count, price in re.findall(r"(\d+) [a-z ]+ at \$(\d+(?:\.\d+)?) each", question))
+    bill = sum(
+        int(count) * Fraction(price)
+        for count, price in re.findall(r"(\d+) [a-z ]+ at \$(\d+(?:\.\d+)?) each", question)
+    )
     percent = int((re.search(r"(\d+)% off", question) or re.search("(0)|$", "0"))[1])  # type: ignore[index]
     assert dollars(question)[-1] - bill * (100 - percent) / 100 == dollars(answer)[0]
 
@@ -373,7 +433,9 @@ def check_ages(question: str, answer: str) -> None:
 
 
 def minutes(span: str) -> int:
-    return sum(int(count) * (60 if unit == "h" else 1) for count, unit in re.findall(r"(\d+) (h|min)\b", span))
+    return sum(
+        int(count) * (60 if unit == "h" else 1) for count, unit in re.findall(r"(\d+) (h|min)\b", span)
+    )
 
 
 def check_timetable(question: str, answer: str) -> None:
@@ -419,7 +481,9 @@ def check_walk(question: str, answer: str) -> None:
     def complex_of(length: str, way: str) -> complex:
         return int(length) * {"north": 1j, "south": -1j, "east": 1, "west": -1}[way]
 
-    place = sum((complex_of(*found) for found in re.findall(r"(\d+) blocks? (north|south|east|west)", question)), 0j)
+    place = sum(
+        (complex_of(*found) for found in re.findall(r"(\d+) blocks? (north|south|east|west)", question)), 0j
+    )
     shown = sum((complex_of(*found) for found in re.findall(r"(\d+) (north|south|east|west)", answer)), 0j)
     assert shown == place
     assert numbers(answer)[0] == abs(place.real) + abs(place.imag)
@@ -432,7 +496,12 @@ def check_working_together(question: str, answer: str) -> None:
 
 
 def check_better_offer(question: str, answer: str) -> None:
-    weights = [int(found) for found in re.findall(r"(\d+) g of|sells (\d+) g for", question) for found in found if found]
+    weights = [
+        int(found)
+        for found in re.findall(r"(\d+) g of|sells (\d+) g for", question)
+        for found in found
+        if found
+    ]
     rates = [price / weight for price, weight in zip(dollars(question), weights, strict=True)]
     assert answer == ("shop A" if rates[0] < rates[1] else "shop B")
 
@@ -478,7 +547,10 @@ def test_exercises_are_many_varied_and_a_function_of_seed_and_number(domain: str
         assert one.text().startswith("Question: ")
         assert one.text().endswith(f"\n\nAnswer: {one.answer}")
         assert "  " not in one.text()
-        assert not re.search(r"\+ -|- -|\b1x\b|{|}", one.question.replace("{", "" if one.kind == "sets" else "{").replace("}", "")), one
+        assert not re.search(
+            r"\+ -|- -|\b1x\b|{|}",
+            one.question.replace("{", "" if one.kind == "sets" else "{").replace("}", ""),
+        ), one
 
 
 @pytest.mark.parametrize("kind", ["syllogism", "truth_value", "equivalence", "tautology"])

@@ -1,4 +1,6 @@
-"""Who does the work leaves no trace in it, and accidents cost no more than the work at hand: processes, Ray, SIGKILL."""
+"""Who does the work leaves no trace in it, and accidents cost no more than the work at hand: processes, Ray,
+SIGKILL.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def texts(tmp_path_factory: pytest.TempPathFactory, tiny_texts: list[str]) -> Pa
     lines = [line for text in tiny_texts for line in text.splitlines() if line.strip()]
     for file in range(12):
         shuffled = random.Random(file).sample(lines, k=min(600, len(lines)))
-        (folder / f"{file:02d}.txt").write_text("\n".join(f"{file} {line}" for line in shuffled), encoding="utf-8")
+        (folder / f"{file:02d}.txt").write_text(
+            "\n".join(f"{file} {line}" for line in shuffled), encoding="utf-8"
+        )
     return folder
 
 
@@ -70,15 +74,25 @@ def prepared(texts: Path, output: Path, **options: object) -> None:
 
 def result_of(folder: Path) -> dict[str, bytes]:
     """What was prepared: all files but those of the stages, and the times."""
-    files = (path for path in folder.rglob("*") if path.is_file() and ".stages" not in path.relative_to(folder).parts)
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files if path.name not in (".prepare.lock", "summary.json")}
+    files = (
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and ".stages" not in path.relative_to(folder).parts
+    )
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in files
+        if path.name not in (".prepare.lock", "summary.json")
+    }
 
 
 def start(texts: Path, output: Path, workers: int) -> subprocess.Popen[bytes]:
     """Prepare in another process; returns when it begins."""
     program = output.parent / "program.py"
     program.write_text(PROGRAM, encoding="utf-8")
-    process = subprocess.Popen([sys.executable, str(program), str(texts), str(output), str(workers)], stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, str(program), str(texts), str(output), str(workers)], stdout=subprocess.PIPE
+    )
     assert process.stdout is not None
     process.stdout.readline()
     return process
@@ -91,7 +105,9 @@ def wait_until(holds: Callable[[], bool], seconds: float = 30.0) -> None:
         time.sleep(0.01)
 
 
-def test_processes_change_no_byte(texts: Path, tmp_path: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_change_no_byte(
+    texts: Path, tmp_path: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(executors, "_WORTH_PROCESSES", 0)
     prepared(texts, tmp_path, num_workers=2)
     assert result_of(tmp_path) == expected
@@ -105,11 +121,19 @@ def test_ray_changes_no_byte(texts: Path, tmp_path: Path, expected: dict[str, by
     assert not ray.is_initialized()
     Tokenizer.from_characters(["abc "]).save(tmp_path / "tokenizer")
     with pytest.raises(DataError, match=r"\.txt.*: the character tokenizer has no id for"):
-        prepared(texts, tmp_path / "other", executor="ray", num_workers=2, tokenizer_path=str(tmp_path / "tokenizer"))
+        prepared(
+            texts,
+            tmp_path / "other",
+            executor="ray",
+            num_workers=2,
+            tokenizer_path=str(tmp_path / "tokenizer"),
+        )
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_an_error_names_the_unit(texts: Path, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_names_the_unit(
+    texts: Path, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(executors, "_WORTH_PROCESSES", 0)
     Tokenizer.from_characters(["abc "]).save(tmp_path / "tokenizer")
     with pytest.raises(DataError, match=r"\d\d\.txt.*: the character tokenizer has no id for"):
@@ -136,7 +160,9 @@ def test_a_worker_that_is_killed_is_told_of_with_its_jobs(monkeypatch: pytest.Mo
     workers.close()
 
 
-def test_workers_end_with_a_killed_command_and_the_next_one_goes_on(texts: Path, tmp_path: Path, expected: dict[str, bytes]) -> None:
+def test_workers_end_with_a_killed_command_and_the_next_one_goes_on(
+    texts: Path, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
     process = start(texts, tmp_path / "out", workers=2)
     made = tmp_path / "out" / ".stages" / "read"
     wait_until(lambda: any(not path.name.startswith(".") for path in made.glob("*")))
@@ -144,7 +170,9 @@ def test_workers_end_with_a_killed_command_and_the_next_one_goes_on(texts: Path,
     assert len(children) >= 2
     process.kill()
     process.communicate()
-    wait_until(lambda: not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children))
+    wait_until(
+        lambda: not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+    )
     assert not (tmp_path / "out" / "metadata.json").exists()
     prepared(texts, tmp_path / "out")
     assert result_of(tmp_path / "out") == expected
@@ -153,11 +181,15 @@ def test_workers_end_with_a_killed_command_and_the_next_one_goes_on(texts: Path,
 
 def test_ctrl_c_ends_all_of_it(texts: Path, tmp_path: Path) -> None:
     process = start(texts, tmp_path / "out", workers=2)
-    wait_until(lambda: len(psutil.Process(process.pid).children()) > 2)  # both, and the one that counts resources: long before the end
+    wait_until(
+        lambda: len(psutil.Process(process.pid).children()) > 2
+    )  # both, and the one that counts resources: long before the end
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
     assert process.wait(30) != 0
-    wait_until(lambda: not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children))
+    wait_until(
+        lambda: not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+    )
 
 
 @pytest.mark.slow

@@ -47,11 +47,21 @@ def whole(tokens: TokenDataset | None) -> list[int]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """What was prepared, without what stages left for another run and the times in summary.json."""
-    files = (path for path in folder.rglob("*") if path.is_file() and ".stages" not in path.relative_to(folder).parts)
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files if path.name not in (".prepare.lock", "summary.json")}
+    files = (
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and ".stages" not in path.relative_to(folder).parts
+    )
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in files
+        if path.name not in (".prepare.lock", "summary.json")
+    }
 
 
-def test_the_prepared_folder_holds_the_text_document_by_document(tiny_data: Path, tiny_texts: list[str]) -> None:
+def test_the_prepared_folder_holds_the_text_document_by_document(
+    tiny_data: Path, tiny_texts: list[str]
+) -> None:
     data = open_prepared(tiny_data)
     assert data.tokenizer is not None
     assert data.validation is not None
@@ -80,7 +90,11 @@ def test_many_documents_are_split_by_their_own_hash(tmp_path: Path) -> None:
         (tmp_path / place).mkdir()
         (tmp_path / place / "a.txt").write_text("\n".join(lines), encoding="utf-8")
         config = DataConfig(
-            input=str(tmp_path / place / "a.txt"), one_document_a_line=True, tokenizer_type="char", val_ratio=0.2, test_ratio=0.1
+            input=str(tmp_path / place / "a.txt"),
+            one_document_a_line=True,
+            tokenizer_type="char",
+            val_ratio=0.2,
+            test_ratio=0.1,
         )
         summary = prepare(config, tmp_path / place / "out")
         assert "hash" in summary.metadata.split_method
@@ -105,9 +119,13 @@ def test_many_documents_are_split_by_their_own_hash(tmp_path: Path) -> None:
 @settings(max_examples=150)
 @given(
     texts=st.lists(st.text("aé日🙂", min_size=1, max_size=9), min_size=1, max_size=6),
-    shares=st.sampled_from([(0.9, 0.1, 0.0), (0.5, 0.25, 0.25), (1.0, 0.0, 0.0), (0.8, 0.0, 0.2), (0.01, 0.99, 0.0)]),
+    shares=st.sampled_from(
+        [(0.9, 0.1, 0.0), (0.5, 0.25, 0.25), (1.0, 0.0, 0.0), (0.8, 0.0, 0.2), (0.01, 0.99, 0.0)]
+    ),
 )
-def test_a_cut_corpus_loses_nothing_and_keeps_its_order(texts: list[str], shares: tuple[float, float, float]) -> None:
+def test_a_cut_corpus_loses_nothing_and_keeps_its_order(
+    texts: list[str], shares: tuple[float, float, float]
+) -> None:
     sizes = np.array([len(text.encode()) for text in texts], dtype=np.uint64)
     size = int(sizes.sum())
     plan = plan_contiguous(sizes, np.ones(len(texts), bool), 0, Shares(*shares).boundaries(size))
@@ -125,13 +143,19 @@ def test_a_cut_corpus_loses_nothing_and_keeps_its_order(texts: list[str], shares
 def test_shares_must_add_up() -> None:
     assert Shares.of(DataConfig(train_ratio=0.8, val_ratio=0.1)) == Shares(0.8, 0.1, 0.1)
     assert Shares.of(DataConfig(val_ratio=0.2)) == Shares(0.8, 0.2, 0.0)
-    for wrong in ({"train_ratio": 0.95, "val_ratio": 0.1}, {"train_ratio": 0.5, "val_ratio": 0.1, "test_ratio": 0.1}, {"val_ratio": 1.0}):
+    for wrong in (
+        {"train_ratio": 0.95, "val_ratio": 0.1},
+        {"train_ratio": 0.5, "val_ratio": 0.1, "test_ratio": 0.1},
+        {"val_ratio": 1.0},
+    ):
         with pytest.raises(UsageError, match="add up"):
             Shares.of(DataConfig(**wrong))
 
 
 def test_the_tokenizer_learns_from_the_training_split_alone(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("plain words here and there. " * 300 + "zqzqzqzq " * 100, encoding="utf-8")
+    (tmp_path / "a.txt").write_text(
+        "plain words here and there. " * 300 + "zqzqzqzq " * 100, encoding="utf-8"
+    )
     prepare(DataConfig(input=str(tmp_path / "a.txt"), vocab_size=400, val_ratio=0.2), tmp_path / "out")
     tokenizer = open_prepared(tmp_path / "out").tokenizer
     assert tokenizer is not None
@@ -139,13 +163,17 @@ def test_the_tokenizer_learns_from_the_training_split_alone(tmp_path: Path) -> N
     assert len(tokenizer.encode("zqzq")) == 4
 
 
-def test_a_bounded_sample_bounds_what_the_tokenizer_sees(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bounded_sample_bounds_what_the_tokenizer_sees(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[int] = []
     train = pipeline.train_tokenizer
     monkeypatch.setattr(
         pipeline,
         "train_tokenizer",
-        lambda config, given, progress: train(config, [seen.append(len(t.encode())) or t for t in given], progress),
+        lambda config, given, progress: train(
+            config, [seen.append(len(t.encode())) or t for t in given], progress
+        ),
     )
     prepare(DataConfig(input=str(texts), vocab_size=300, tokenizer_sample_megabytes=0.02), tmp_path / "out")
     assert 5_000 < sum(seen) <= 20_000
@@ -163,7 +191,14 @@ def test_the_same_again_is_a_hit_and_any_change_a_miss(texts: Path, tmp_path: Pa
     shutil.move(tmp_path / "out", tmp_path / "moved")
     assert prepare(DataConfig(**{**options, "input": str(moved)}), tmp_path / "moved").from_cache
     assert contents(tmp_path / "moved") == before
-    for change in ({"vocab_size": 301}, {"seed": 7}, {"val_ratio": 0.2}, {"min_length": 3}, {"max_length": 8}, {"tokenizer_type": "char"}):
+    for change in (
+        {"vocab_size": 301},
+        {"seed": 7},
+        {"val_ratio": 0.2},
+        {"min_length": 3},
+        {"max_length": 8},
+        {"tokenizer_type": "char"},
+    ):
         shutil.rmtree(tmp_path / "copy", ignore_errors=True)
         shutil.copytree(tmp_path / "moved", tmp_path / "copy")
         assert not prepare(DataConfig(**{**options, **change}), tmp_path / "copy").from_cache, change
@@ -171,18 +206,26 @@ def test_the_same_again_is_a_hit_and_any_change_a_miss(texts: Path, tmp_path: Pa
     assert not prepare(DataConfig(**options), tmp_path / "moved").from_cache
 
 
-def test_workers_and_repetition_change_no_byte(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_and_repetition_change_no_byte(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(encoding, "_BATCH_CHARACTERS", 2000)
     for folder, workers in (("one", 1), ("again", 1), ("three", 3)):
         prepare(DataConfig(input=str(texts), vocab_size=300, num_workers=workers), tmp_path / folder)
     assert contents(tmp_path / "one") == contents(tmp_path / "again") == contents(tmp_path / "three")
 
 
-def test_a_long_document_in_pieces_gives_the_ids_of_the_whole(tmp_path: Path, tiny_text: str, tiny_tokenizer: Tokenizer) -> None:
+def test_a_long_document_in_pieces_gives_the_ids_of_the_whole(
+    tmp_path: Path, tiny_text: str, tiny_tokenizer: Tokenizer
+) -> None:
     (tmp_path / "a.txt").write_text(tiny_text, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(documents, "PIECE_BYTES", 3000)
-        prepare(DataConfig(input=str(tmp_path / "a.txt"), val_ratio=0.0), tmp_path / "out", tokenizer=tiny_tokenizer)
+        prepare(
+            DataConfig(input=str(tmp_path / "a.txt"), val_ratio=0.0),
+            tmp_path / "out",
+            tokenizer=tiny_tokenizer,
+        )
     data = open_prepared(tmp_path / "out")
     assert whole(data.train) == [*tiny_tokenizer.encode(tiny_text), tiny_tokenizer.eos_id]
     assert data.train.num_documents == 1
@@ -192,26 +235,44 @@ def test_a_long_document_in_pieces_gives_the_ids_of_the_whole(tmp_path: Path, ti
 def test_documents_in_are_documents_kept_and_rejected(tmp_path: Path) -> None:
     good = [f"a good document of some length, number {n}\n" for n in range(30)]
     (tmp_path / "a.txt").write_bytes("".join(good).encode() + b"\n\xff\xfe\nshort\nNUL \0\n")
-    config = DataConfig(input=str(tmp_path / "a.txt"), one_document_a_line=True, vocab_size=300, min_length=10)
+    config = DataConfig(
+        input=str(tmp_path / "a.txt"), one_document_a_line=True, vocab_size=300, min_length=10
+    )
     facts = prepare(config, tmp_path / "out").metadata
     assert (facts.documents_in, facts.documents_kept) == (34, 30)
-    assert facts.documents_rejected == {"contains NUL": 1, "empty": 1, "not utf-8": 1, "shorter than min_length 10": 1}
+    assert facts.documents_rejected == {
+        "contains NUL": 1,
+        "empty": 1,
+        "not utf-8": 1,
+        "shorter than min_length 10": 1,
+    }
     assert Metadata.read(tmp_path / "out") == facts
     assert any("line 32" in example for example in facts.rejected_examples)
-    assert sum(split.documents for split in facts.splits.values()) == facts.documents_kept + facts.documents_cut
+    assert (
+        sum(split.documents for split in facts.splits.values()) == facts.documents_kept + facts.documents_cut
+    )
 
 
-def test_the_share_of_documents_with_a_supervised_end_is_told(texts: Path, tmp_path: Path, tiny_data: Path) -> None:
+def test_the_share_of_documents_with_a_supervised_end_is_told(
+    texts: Path, tmp_path: Path, tiny_data: Path
+) -> None:
     facts = Metadata.read(tiny_data)
     assert facts.supervised_end_share == pytest.approx(40 / (40 + facts.documents_cut))
-    assert prepare(DataConfig(input=str(texts), tokenizer_type="char"), tmp_path / "char").metadata.supervised_end_share == 0.0
+    assert (
+        prepare(
+            DataConfig(input=str(texts), tokenizer_type="char"), tmp_path / "char"
+        ).metadata.supervised_end_share
+        == 0.0
+    )
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [(b"", "empty"), (b"  \n", "empty"), (b"\xff\xfe\x00", "not utf-8.*byte 0"), (b"a\0", "NUL")],
 )
-def test_a_corpus_with_nothing_usable_is_an_error_and_leaves_nothing(tmp_path: Path, content: bytes, message: str) -> None:
+def test_a_corpus_with_nothing_usable_is_an_error_and_leaves_nothing(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
     (tmp_path / "a.txt").write_bytes(content)
     with pytest.raises(DataError, match=message):
         prepare(DataConfig(input=str(tmp_path / "a.txt"), vocab_size=300), tmp_path / "out")
@@ -223,7 +284,11 @@ def test_what_cannot_be_prepared_says_why(tmp_path: Path, tiny_texts: list[str])
     text = str(tmp_path / "a.txt")
     for error, options, message in (
         (DataError, {"input": str(tmp_path / "none")}, "does not exist"),
-        (DataError, {"input": text, "vocab_size": 300, "max_length": 100_000}, "fewer than one window of 100000.*max_length of at most"),
+        (
+            DataError,
+            {"input": text, "vocab_size": 300, "max_length": 100_000},
+            "fewer than one window of 100000.*max_length of at most",
+        ),
         (DataError, {"input": text, "vocab_size": 300, "min_length": 10**6, "val_ratio": 0}, "min_length"),
         (DataError, {"input": text, "tokenizer_path": str(tmp_path / "nothing.json")}, "tokenizer"),
         (UsageError, {}, "builtin"),
@@ -239,10 +304,15 @@ def test_characters_outside_a_given_table_are_named(tmp_path: Path) -> None:
     Tokenizer.from_characters(["abc "]).save(tmp_path / "tokenizer")
     (tmp_path / "a.txt").write_text("abc x", encoding="utf-8")
     with pytest.raises(DataError, match="'x'"):
-        prepare(DataConfig(input=str(tmp_path / "a.txt"), tokenizer_path=str(tmp_path / "tokenizer")), tmp_path / "out")
+        prepare(
+            DataConfig(input=str(tmp_path / "a.txt"), tokenizer_path=str(tmp_path / "tokenizer")),
+            tmp_path / "out",
+        )
 
 
-def test_a_full_disk_leaves_the_old_result_whole(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_old_result_whole(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prepare(DataConfig(input=str(texts), vocab_size=300), tmp_path / "out")
     before = contents(tmp_path / "out")
 
@@ -255,7 +325,9 @@ def test_a_full_disk_leaves_the_old_result_whole(texts: Path, tmp_path: Path, mo
     assert contents(tmp_path / "out") == before
 
 
-def test_a_failure_while_moving_into_place_does_not_pass_for_a_result(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_while_moving_into_place_does_not_pass_for_a_result(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prepare(DataConfig(input=str(texts), vocab_size=300), tmp_path / "out")
 
     def killed(*_: object) -> None:
@@ -279,7 +351,9 @@ def test_killed_at_any_moment_it_leaves_a_whole_result_or_none(texts: Path, tmp_
     )
     for delay in (0.02, 0.05, 0.1, 0.15, 0.2, 0.3):
         out = tmp_path / f"out-{delay}"
-        process = subprocess.Popen([sys.executable, "-c", program, str(texts), str(out)], stdout=subprocess.PIPE)
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, str(texts), str(out)], stdout=subprocess.PIPE
+        )
         assert process.stdout is not None
         process.stdout.readline()
         time.sleep(delay)
@@ -305,7 +379,12 @@ def test_two_at_once_take_turns(texts: Path, tmp_path: Path) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda _: prepare(DataConfig(input=str(texts), vocab_size=300), tmp_path / "out").from_cache, range(2)))
+        found = list(
+            pool.map(
+                lambda _: prepare(DataConfig(input=str(texts), vocab_size=300), tmp_path / "out").from_cache,
+                range(2),
+            )
+        )
     assert sorted(found) == [False, True]
 
 
@@ -319,7 +398,9 @@ def damaged(tiny_data: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_data, tmp_path / "damaged"))
 
 
-def test_opening_refuses_what_does_not_belong_together(tiny_data: Path, tmp_path: Path, tiny_texts: list[str]) -> None:
+def test_opening_refuses_what_does_not_belong_together(
+    tiny_data: Path, tmp_path: Path, tiny_texts: list[str]
+) -> None:
     folder = damaged(tiny_data, tmp_path)
     Tokenizer.train_bpe(tiny_texts, 310).save(folder)
     with pytest.raises(DataError, match="tokenizer"):

@@ -1,4 +1,6 @@
-"""The stages of preparation: what is made again and what is found, where documents go, and what is said of them."""
+"""The stages of preparation: what is made again and what is found, where documents go, and what is said of
+them.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ def source_of(texts: Path) -> FileSource:
 
 
 def prepared(texts: Path, output: Path, **options: object) -> PreparedSummary:
-    return prepare(DataConfig(**{"vocab_size": 300, "val_ratio": 0.2, **options}), output, source=source_of(texts))  # type: ignore[arg-type]
+    return prepare(
+        DataConfig(**{"vocab_size": 300, "val_ratio": 0.2, **options}), output, source=source_of(texts)
+    )  # type: ignore[arg-type]
 
 
 def texts_of(folder: Path, split: str) -> set[str]:
@@ -82,11 +86,20 @@ def test_a_change_redoes_what_depends_on_it_and_nothing_else(
     assert made() == everything
     assert made(max_length=8) == {}
     assert made(packing_strategy="first_fit") == {}
-    assert made(num_workers=3, deduplicate="exact") == {"deduplicate": 1}  # nothing is equal, so nothing after it changes
+    assert made(num_workers=3, deduplicate="exact") == {
+        "deduplicate": 1
+    }  # nothing is equal, so nothing after it changes
     assert made(min_length=2) == {"encode": 4}
     assert made(min_length=2, vocab_size=310) == {"tokenizer": 1, "encode": 4}
-    assert made(min_length=2, tokenizer_path=tokenizer_in(tmp_path / "tokenizer")) == {"tokenizer": 1, "encode": 4}
-    assert made(tokenizer_type="char") == {"read": 4, "tokenizer": 1, "encode": 4}  # reading collects the alphabet
+    assert made(min_length=2, tokenizer_path=tokenizer_in(tmp_path / "tokenizer")) == {
+        "tokenizer": 1,
+        "encode": 4,
+    }
+    assert made(tokenizer_type="char") == {
+        "read": 4,
+        "tokenizer": 1,
+        "encode": 4,
+    }  # reading collects the alphabet
     assert made() == everything
     assert made(seed=7) == {"sample": 4, "tokenizer": 1, "encode": 4}
     assert made(clean=True, seed=7) == everything
@@ -106,7 +119,9 @@ def test_added_documents_move_none_of_those_that_were_there(texts: Path, tmp_pat
     options = {"test_ratio": 0.2, "deduplicate": "near"}
     prepared(texts, tmp_path / "before", **options)
     more = "\n".join(sentence(number) for number in range(5000, 5300))
-    (texts / "00.txt").write_text(more + "\n" + sentence(3) + "\n", encoding="utf-8")  # read first, with one that is there already
+    (texts / "00.txt").write_text(
+        more + "\n" + sentence(3) + "\n", encoding="utf-8"
+    )  # read first, with one that is there already
     summary = prepared(texts, tmp_path / "after", **options)
     assert summary.metadata.documents_rejected == {"exact duplicate": 1}
     for split in ("train", "validation", "test"):
@@ -122,9 +137,15 @@ def test_near_duplicates_are_dropped_and_never_straddle_splits(texts: Path, tmp_
     facts = summary.metadata
     assert (facts.leaks, facts.leak_check) == (0, "near")
     assert facts.documents_rejected["near duplicate"] > LINES_A_FILE // 2
-    assert facts.documents_in == 5 * LINES_A_FILE == facts.documents_kept + sum(facts.documents_rejected.values())
+    assert (
+        facts.documents_in
+        == 5 * LINES_A_FILE
+        == facts.documents_kept + sum(facts.documents_rejected.values())
+    )
     kept = set().union(*(texts_of(tmp_path / "dropped", split) for split in ("train", "validation")))
-    assert {sentence(number) for number in range(LINES_A_FILE)} <= kept  # the first of each group is the one that is kept
+    assert {
+        sentence(number) for number in range(LINES_A_FILE)
+    } <= kept  # the first of each group is the one that is kept
     assert any("leak check: 0" in line for line in summary.lines())
 
 
@@ -166,7 +187,12 @@ def test_leaks_between_splits_that_the_source_gives_are_counted(tmp_path: Path) 
     assert summary.metadata.split_method == "as the source says"
     assert set(summary.metadata.splits) == {"train", "validation"}
     assert texts_of(tmp_path / "out", "validation") == {*train[:3], sentence(99)}
-    assert prepare(DataConfig(vocab_size=300, deduplicate="exact"), tmp_path / "out", source=source).metadata.leaks == 0
+    assert (
+        prepare(
+            DataConfig(vocab_size=300, deduplicate="exact"), tmp_path / "out", source=source
+        ).metadata.leaks
+        == 0
+    )
 
 
 def test_shares_come_out_and_seeds_differ() -> None:

@@ -18,7 +18,9 @@ CONTEXT = 64
 
 
 @pytest.fixture(scope="module")
-def stream(tiny_texts: list[str], tiny_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> TokenDataset:
+def stream(
+    tiny_texts: list[str], tiny_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
+) -> TokenDataset:
     from llm_trainer.data.token_shards import ShardWriter
 
     folder = tmp_path_factory.mktemp("noise")
@@ -44,11 +46,15 @@ def test_nothing_asked_is_nothing_done(stream: TokenDataset, tiny_tokenizer: Tok
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_the_noise_is_a_function_of_the_seed_and_the_sample(stream: TokenDataset, tiny_tokenizer: Tokenizer, strategy: Strategy) -> None:
+def test_the_noise_is_a_function_of_the_seed_and_the_sample(
+    stream: TokenDataset, tiny_tokenizer: Tokenizer, strategy: Strategy
+) -> None:
     noise = Augmentation(span_drop=0.1, case=0.2, whitespace=0.2)
 
     def noised(seed: int) -> AugmentedSampler:
-        return AugmentedSampler(open_sampler(stream, CONTEXT, 0, Packing(strategy)), noise, tiny_tokenizer, seed)
+        return AugmentedSampler(
+            open_sampler(stream, CONTEXT, 0, Packing(strategy)), noise, tiny_tokenizer, seed
+        )
 
     whole, fresh = noised(1).batch(0, 30), noised(1)
     for first in (29, 7, 0):
@@ -62,7 +68,9 @@ def test_the_noise_is_a_function_of_the_seed_and_the_sample(stream: TokenDataset
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_case_and_whitespace_change_no_word(stream: TokenDataset, tiny_tokenizer: Tokenizer, strategy: Strategy) -> None:
+def test_case_and_whitespace_change_no_word(
+    stream: TokenDataset, tiny_tokenizer: Tokenizer, strategy: Strategy
+) -> None:
     plain = open_sampler(stream, CONTEXT, 0, Packing(strategy))
     noisy = AugmentedSampler(plain, Augmentation(case=0.5, whitespace=0.5), tiny_tokenizer, 0)
     before, after = plain.batch(0, 40), noisy.batch(0, 40)
@@ -77,7 +85,9 @@ def test_case_and_whitespace_change_no_word(stream: TokenDataset, tiny_tokenizer
 
 def test_inputs_and_labels_stay_one_text(stream: TokenDataset, tiny_tokenizer: Tokenizer) -> None:
     noise = Augmentation(span_drop=0.2, span_length=3, case=0.3, whitespace=0.3)
-    batch = AugmentedSampler(open_sampler(stream, CONTEXT, 0, Packing("first_fit")), noise, tiny_tokenizer, 0).batch(0, 40)
+    batch = AugmentedSampler(
+        open_sampler(stream, CONTEXT, 0, Packing("first_fit")), noise, tiny_tokenizer, 0
+    ).batch(0, 40)
     assert batch.document_ids is not None
     same = (batch.document_ids[:, 1:] == batch.document_ids[:, :-1]) & (batch.labels[:, :-1] != IGNORED)
     assert torch.equal(batch.labels[:, :-1][same], batch.input_ids[:, 1:][same])
@@ -94,15 +104,21 @@ def test_spans_are_left_out_in_the_share_that_was_asked_and_not_predicted_across
     kept = sum(int((row != IGNORED).nonzero().max()) + 1 for row in noisy.labels)
     assert kept / (150 * 100) == pytest.approx(0.7, abs=0.02)
     supervised = noisy.labels != IGNORED
-    assert bool(((noisy.labels - noisy.input_ids) % 250 == 1)[supervised].all())  # what is learned always follows from what is seen
+    assert bool(
+        ((noisy.labels - noisy.input_ids) % 250 == 1)[supervised].all()
+    )  # what is learned always follows from what is seen
     spans = 0.3 / 0.7 * kept / 5
-    assert int((~supervised[:, :-1] & supervised[:, 1:]).sum()) == pytest.approx(spans, rel=0.3)  # spans that touch are one
+    assert int((~supervised[:, :-1] & supervised[:, 1:]).sum()) == pytest.approx(
+        spans, rel=0.3
+    )  # spans that touch are one
 
 
 def test_characters_that_the_table_lacks_are_left_alone() -> None:
     tokenizer = Tokenizer.from_characters(["abc "])
     ids = TokenDataset.from_ids(tokenizer.encode("abc " * 100), vocab_size=tokenizer.vocab_size)
-    noisy = AugmentedSampler(open_sampler(ids, 16, 0), Augmentation(case=1.0, whitespace=1.0), tokenizer, 0).batch(0, 10)
+    noisy = AugmentedSampler(
+        open_sampler(ids, 16, 0), Augmentation(case=1.0, whitespace=1.0), tokenizer, 0
+    ).batch(0, 10)
     texts = [text_of(noisy, row, tokenizer) for row in range(10)]
     assert all(set(text) <= set("abc ") for text in texts)
     assert any("  " in text for text in texts)

@@ -1,4 +1,6 @@
-"""The mixed order: a function of (seed, sample), exact in its shares over every long window, the same at any number of ranks."""
+"""The mixed order: a function of (seed, sample), exact in its shares over every long window, the same at any
+number of ranks.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,12 @@ def corpora(number: int = 3) -> dict[str, TokenDataset]:
     return {f"c{index}": stream(1000 * index, 200 + 150 * index) for index in range(number)}
 
 
-def mixed(*stages: MixtureStage, seed: int = 0, sequences_per_step: int = 1, number: int = 3) -> MixtureSampler:
-    sampler = open_sampler(TokenMixture(corpora(number), stages), 8, seed, sequences_per_step=sequences_per_step)
+def mixed(
+    *stages: MixtureStage, seed: int = 0, sequences_per_step: int = 1, number: int = 3
+) -> MixtureSampler:
+    sampler = open_sampler(
+        TokenMixture(corpora(number), stages), 8, seed, sequences_per_step=sequences_per_step
+    )
     assert isinstance(sampler, MixtureSampler)
     return sampler
 
@@ -53,7 +59,8 @@ def test_shares_are_exact_over_any_window(values: list[float], seed: int, first:
     counted = np.bincount(sources, minlength=len(values))
     rates = np.array([1 / member.tokens_per_sample for member in sampler._members]) * values
     wanted = rates / rates.sum()
-    # A corpus is off by at most twice the number of corpora; the period rounds shares to 1/65,536, and raises the least to that.
+    # A corpus is off by at most twice the number of corpora; the period rounds shares to 1/65,536, and raises
+    # the least to that.
     assert np.abs(counted - wanted * size).max() <= 2 * len(values) + 2 + size * len(values) / PERIOD
 
 
@@ -66,11 +73,19 @@ def test_a_whole_period_has_exactly_the_counts_and_draws_would_not() -> None:
 
 
 @settings(max_examples=30)
-@given(seed=st.integers(0, 2**32), ends=st.lists(st.integers(1, 5000), min_size=0, max_size=3, unique=True), size=st.integers(1, 8000))
-def test_each_corpus_is_read_in_its_own_order_without_a_gap_through_all_stages(seed: int, ends: list[int], size: int) -> None:
+@given(
+    seed=st.integers(0, 2**32),
+    ends=st.lists(st.integers(1, 5000), min_size=0, max_size=3, unique=True),
+    size=st.integers(1, 8000),
+)
+def test_each_corpus_is_read_in_its_own_order_without_a_gap_through_all_stages(
+    seed: int, ends: list[int], size: int
+) -> None:
     shares = [(1, 2, 3), (5, 0, 1), (0, 1, 0), (1, 1, 1)]
     untils = [*(f"{end} steps" for end in sorted(ends)), None]
-    sampler = mixed(*(weights(*share, until=until) for share, until in zip(shares, untils, strict=False)), seed=seed)
+    sampler = mixed(
+        *(weights(*share, until=until) for share, until in zip(shares, untils, strict=False)), seed=seed
+    )
     sources, places = sampler.locate(np.arange(size))
     for source in range(3):
         read = places[sources == source]
@@ -78,7 +93,12 @@ def test_each_corpus_is_read_in_its_own_order_without_a_gap_through_all_stages(s
 
 
 def test_stages_end_where_they_say_and_a_weight_of_nothing_is_nothing() -> None:
-    sampler = mixed(weights(1, 0, 0, until="50 steps"), weights(0, 1, 0, until="4000 tokens"), weights(0, 0, 1), sequences_per_step=4)
+    sampler = mixed(
+        weights(1, 0, 0, until="50 steps"),
+        weights(0, 1, 0, until="4000 tokens"),
+        weights(0, 0, 1),
+        sequences_per_step=4,
+    )
     sources, _ = sampler.locate(np.arange(1000))
     assert sources.tolist() == [0] * 200 + [1] * 300 + [2] * 500  # 50 steps of 4; 4000 tokens in rows of 8
 
@@ -89,7 +109,11 @@ def test_any_number_of_ranks_and_any_start_read_the_same_samples() -> None:
     for ranks in (1, 2, 3, 4):
         fresh = mixed(*stages, seed=9, sequences_per_step=8)
         share = 24 // ranks
-        parts = [fresh.batch(step * 24 + rank * share, share) for step in reversed(range(10)) for rank in range(ranks)]
+        parts = [
+            fresh.batch(step * 24 + rank * share, share)
+            for step in reversed(range(10))
+            for rank in range(ranks)
+        ]
         order = [step * 24 + rank * share for step in reversed(range(10)) for rank in range(ranks)]
         for first, part in zip(order, parts, strict=True):
             assert torch.equal(part.input_ids, whole.input_ids[first : first + share])
@@ -125,7 +149,9 @@ def test_rows_are_those_of_the_corpora_and_say_where_they_are_from() -> None:
 
 def test_seeds_and_periods_give_other_orders() -> None:
     def pattern(seed: int, period: int) -> tuple[int, ...]:
-        return tuple(mixed(weights(1, 1.7, 3.1), seed=seed).locate(np.arange(200) + period * PERIOD)[0].tolist())
+        return tuple(
+            mixed(weights(1, 1.7, 3.1), seed=seed).locate(np.arange(200) + period * PERIOD)[0].tolist()
+        )
 
     assert len({pattern(seed, period) for seed, period in itertools.product((1, 2), (0, 1))}) == 4
 
@@ -133,7 +159,9 @@ def test_seeds_and_periods_give_other_orders() -> None:
 def test_weights_are_shares_of_the_tokens_also_where_rows_are_padded(tmp_path: Path) -> None:
     parts = {}
     for name, length in (("short", 3), ("long", 200)):
-        with ShardWriter(tmp_path / name, "train", vocab_size=VOCABULARY, tokenizer_hash="0" * 64, end_id=0) as writer:
+        with ShardWriter(
+            tmp_path / name, "train", vocab_size=VOCABULARY, tokenizer_hash="0" * 64, end_id=0
+        ) as writer:
             for _ in range(6000 // length):
                 writer.add([1 if name == "short" else 2] * (length - 1))
                 writer.end_document()
@@ -143,25 +171,32 @@ def test_weights_are_shares_of_the_tokens_also_where_rows_are_padded(tmp_path: P
     batch = sampler.batch(0, 2 * sampler.samples_per_epoch)
     assert batch.sources is not None
     tokens = {name: 0 for name in parts}
-    for name, count in zip(batch.sources.of_rows(), (batch.labels != IGNORED).sum(dim=1).tolist(), strict=True):
+    for name, count in zip(
+        batch.sources.of_rows(), (batch.labels != IGNORED).sum(dim=1).tolist(), strict=True
+    ):
         tokens[name] += count
     assert tokens["short"] / sum(tokens.values()) == pytest.approx(0.5, abs=0.01)
     assert batch.sources.of_rows().count("short") > 10 * batch.sources.of_rows().count("long")
 
 
 def test_corpora_with_and_without_documents_to_mask_go_into_one_batch(tmp_path: Path) -> None:
-    with ShardWriter(tmp_path, "train", vocab_size=VOCABULARY, tokenizer_hash="0" * 64, end_id=None) as writer:
+    with ShardWriter(
+        tmp_path, "train", vocab_size=VOCABULARY, tokenizer_hash="0" * 64, end_id=None
+    ) as writer:
         for _ in range(50):
             writer.add(range(1, 6))
             writer.end_document()
     tokens = TokenMixture(
-        {"many": TokenDataset.open(tmp_path, "train"), "one": stream(1000)}, [MixtureStage(weights={"many": 1, "one": 1})]
+        {"many": TokenDataset.open(tmp_path, "train"), "one": stream(1000)},
+        [MixtureStage(weights={"many": 1, "one": 1})],
     )
     batch = open_sampler(tokens, 8, 0).batch(0, 20)
     assert batch.document_ids is not None
     assert batch.sources is not None
     sampler = open_sampler(tokens, 8, 0)
-    assert all(sampler.batch(number, 1).document_ids is not None for number in range(8))  # one form for every batch
+    assert all(
+        sampler.batch(number, 1).document_ids is not None for number in range(8)
+    )  # one form for every batch
     for row, name in enumerate(batch.sources.of_rows()):
         assert (int(batch.document_ids[row].max()) > 0) == (name == "many")
 
@@ -171,7 +206,10 @@ def test_corpora_with_and_without_documents_to_mask_go_into_one_batch(tmp_path: 
     [
         ([], "needs weights"),
         ([MixtureStage(weights={"c0": 1, "c1": 1})], "do not name c2; give 0"),
-        ([MixtureStage(weights={"c0": 1, "c1": 1, "c2": 1, "x": 1})], "name x, but the mixture has c0, c1, c2"),
+        (
+            [MixtureStage(weights={"c0": 1, "c1": 1, "c2": 1, "x": 1})],
+            "name x, but the mixture has c0, c1, c2",
+        ),
         ([weights(1, 1, 1), weights(1, 1, 1)], r"every stage but the last says `until`.*stage 1"),
         ([weights(1, 1, 1, until="5 steps")], "the last one does not"),
     ],
@@ -183,11 +221,17 @@ def test_stages_that_do_not_fit_are_refused(stages: list[MixtureStage], complain
 
 def test_stages_that_do_not_follow_each_other_are_refused_with_their_places() -> None:
     with pytest.raises(UsageError, match=r"50 = sample 200, 80 tokens = sample 10"):
-        mixed(weights(1, 1, 1, until="50 steps"), weights(1, 1, 1, until="80 tokens"), weights(1, 1, 1), sequences_per_step=4)
+        mixed(
+            weights(1, 1, 1, until="50 steps"),
+            weights(1, 1, 1, until="80 tokens"),
+            weights(1, 1, 1),
+            sequences_per_step=4,
+        )
 
 
 @pytest.mark.parametrize(
-    ("said", "complaint"), [({"a": -1}, "0 or more"), ({"a": 0}, "all weights"), ({"a": float("inf")}, "finite|0 or more")]
+    ("said", "complaint"),
+    [({"a": -1}, "0 or more"), ({"a": 0}, "all weights"), ({"a": float("inf")}, "finite|0 or more")],
 )
 def test_weights_that_weigh_nothing_are_refused(said: dict[str, float], complaint: str) -> None:
     with pytest.raises(UsageError, match=complaint):
@@ -204,7 +248,9 @@ def test_as_a_stream_a_mixture_is_its_corpora_end_to_end() -> None:
     members = corpora()
     tokens = TokenMixture(members, [weights(1, 1, 1)])
     assert len(tokens) == sum(map(len, members.values()))
-    assert tokens.read(0, len(tokens)).tolist() == [i for member in members.values() for i in member.read(0, len(member)).tolist()]
+    assert tokens.read(0, len(tokens)).tolist() == [
+        i for member in members.values() for i in member.read(0, len(member)).tolist()
+    ]
     assert tokens.largest_id == max(member.largest_id for member in members.values())
     swapped = TokenMixture(dict(reversed(members.items())), [weights(1, 1, 1)])
     assert tokens.fingerprint != swapped.fingerprint

@@ -1,4 +1,6 @@
-"""Rows of whole documents as samples: the same whoever asks, whatever holds the table; a packed document is what it is alone."""
+"""Rows of whole documents as samples: the same whoever asks, whatever holds the table; a packed document is
+what it is alone.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,13 @@ from llm_trainer.data.prepared_dataset import open_prepared
 from llm_trainer.data.sampling import packed_rows as rows_module
 from llm_trainer.data.sampling.packed_rows import INDEX_FOLDER, PackedRows, RowSampler
 from llm_trainer.data.sampling.packing import STRATEGIES, Packing, Strategy, measure_packing
-from llm_trainer.data.sampling.samplers import IGNORED, Batch, open_sampler, validation_batches, validation_row_count
+from llm_trainer.data.sampling.samplers import (
+    IGNORED,
+    Batch,
+    open_sampler,
+    validation_batches,
+    validation_row_count,
+)
 from llm_trainer.data.token_shards import ShardWriter, TokenDataset
 from llm_trainer.errors import DataError, UsageError
 from llm_trainer.model.transformer import Transformer
@@ -28,10 +36,14 @@ from llm_trainer.training.objectives.objective import NextToken
 VOCABULARY = 5000
 
 
-def documents(folder: Path, lengths: list[int], *, end: int | None, shard_tokens: int = 2**27) -> TokenDataset:
+def documents(
+    folder: Path, lengths: list[int], *, end: int | None, shard_tokens: int = 2**27
+) -> TokenDataset:
     """Documents of distinct ids from 1 on; 0 ends them."""
     next_id = 1
-    with ShardWriter(folder, "train", vocab_size=VOCABULARY, tokenizer_hash="0" * 64, end_id=end, shard_tokens=shard_tokens) as writer:
+    with ShardWriter(
+        folder, "train", vocab_size=VOCABULARY, tokenizer_hash="0" * 64, end_id=end, shard_tokens=shard_tokens
+    ) as writer:
         for length in lengths:
             writer.add(range(next_id, next_id + length))
             writer.end_document()
@@ -49,7 +61,11 @@ def test_a_row_opens_each_document_with_the_end_and_supervises_no_padding(tmp_pa
     tokens = documents(tmp_path, [2, 3, 12], end=0)  # 1 2 0 | 3 4 5 0 | 6 … 17 0
     rows = PackedRows(tokens, 8, Packing("first_fit"))
     batch = rows.rows(np.arange(rows.count))
-    assert batch.input_ids.tolist() == [[0, 6, 7, 8, 9, 10, 11, 12], [0, 1, 2, 0, 3, 4, 5, 0], [13, 14, 15, 16, 17, 0, 0, 0]]
+    assert batch.input_ids.tolist() == [
+        [0, 6, 7, 8, 9, 10, 11, 12],
+        [0, 1, 2, 0, 3, 4, 5, 0],
+        [13, 14, 15, 16, 17, 0, 0, 0],
+    ]
     assert batch.labels.tolist() == [
         [6, 7, 8, 9, 10, 11, 12, 13],
         [1, 2, 0, 3, 4, 5, 0, IGNORED],
@@ -60,12 +76,19 @@ def test_a_row_opens_each_document_with_the_end_and_supervises_no_padding(tmp_pa
     assert batch.num_supervised == len(tokens) == rows.supervised
 
 
-def test_without_packing_each_document_has_rows_of_its_own_and_overlaps_are_learned_once(tmp_path: Path) -> None:
+def test_without_packing_each_document_has_rows_of_its_own_and_overlaps_are_learned_once(
+    tmp_path: Path,
+) -> None:
     tokens = documents(tmp_path, [2, 9], end=None)  # 1 2 | 3 … 11
     batch = PackedRows(tokens, 4, Packing("none", stride=1)).rows(np.arange(4))
     assert batch.document_ids is None  # causal attention sees no padding behind it
     assert batch.input_ids.tolist() == [[1, 0, 0, 0], [3, 4, 5, 6], [6, 7, 8, 9], [9, 10, 0, 0]]
-    assert batch.labels.tolist() == [[2, *[IGNORED] * 3], [4, 5, 6, 7], [IGNORED, 8, 9, 10], [IGNORED, 11, IGNORED, IGNORED]]
+    assert batch.labels.tolist() == [
+        [2, *[IGNORED] * 3],
+        [4, 5, 6, 7],
+        [IGNORED, 8, 9, 10],
+        [IGNORED, 11, IGNORED, IGNORED],
+    ]
 
 
 @settings(max_examples=60)
@@ -77,18 +100,29 @@ def test_without_packing_each_document_has_rows_of_its_own_and_overlaps_are_lear
     data=st.data(),
 )
 def test_validation_shows_every_token_once_under_each_strategy(
-    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], context: int, has_end: bool, strategy: Strategy, data: st.DataObject
+    tmp_path_factory: pytest.TempPathFactory,
+    lengths: list[int],
+    context: int,
+    has_end: bool,
+    strategy: Strategy,
+    data: st.DataObject,
 ) -> None:
     packing = Packing(strategy, data.draw(st.integers(0, context - 1)))
     tokens = documents(
-        tmp_path_factory.mktemp("d"), lengths, end=0 if has_end else None, shard_tokens=data.draw(st.sampled_from([1, 10**6]))
+        tmp_path_factory.mktemp("d"),
+        lengths,
+        end=0 if has_end else None,
+        shard_tokens=data.draw(st.sampled_from([1, 10**6])),
     )
     batches = list(validation_batches(tokens, context, data.draw(st.integers(1, 5)), packing=packing))
     pairs = [pair for batch in batches for pair in supervised(batch)]
     ids = tokens.read(0, len(tokens)).tolist()
     starts = set(np.cumsum([0, *(length + has_end for length in lengths)]).tolist())
     unseen = ({0} if has_end else starts) if strategy == "greedy" else (set() if has_end else starts)
-    before = {place: ids[place - 1] if place and (not has_end or place not in starts) else 0 for place in range(len(ids))}
+    before = {
+        place: ids[place - 1] if place and (not has_end or place not in starts) else 0
+        for place in range(len(ids))
+    }
     wanted = [(before[place], ids[place]) for place in range(len(ids)) if place not in unseen]
     assert sorted(pairs) == sorted(wanted)
     assert sum(batch.num_supervised for batch in batches) == len(wanted)
@@ -99,13 +133,19 @@ def test_validation_shows_every_token_once_under_each_strategy(
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("stride", [0, 3])
-def test_samples_are_the_same_however_they_are_asked_for(tmp_path: Path, strategy: Strategy, stride: int) -> None:
+def test_samples_are_the_same_however_they_are_asked_for(
+    tmp_path: Path, strategy: Strategy, stride: int
+) -> None:
     tokens = documents(tmp_path, [7, 30, 2, 50, 11, 5, 64] * 6, end=0)
     packing = Packing(strategy, stride)
     sampler, fresh = open_sampler(tokens, 16, 5, packing), open_sampler(tokens, 16, 5, packing)
     count = 2 * sampler.samples_per_epoch + 3
     whole = sampler.batch(0, count)
-    for first, size in ((count - 4, 4), (sampler.samples_per_epoch - 2, 5), (0, 1)):  # over an epoch's edge as well
+    for first, size in (
+        (count - 4, 4),
+        (sampler.samples_per_epoch - 2, 5),
+        (0, 1),
+    ):  # over an epoch's edge as well
         part = fresh.batch(first, size)
         assert torch.equal(part.input_ids, whole.input_ids[first : first + size])
         assert torch.equal(part.labels, whole.labels[first : first + size])
@@ -114,7 +154,9 @@ def test_samples_are_the_same_however_they_are_asked_for(tmp_path: Path, strateg
 
 
 @pytest.mark.parametrize("strategy", ["first_fit", "none"])
-def test_an_epoch_shows_every_row_once_and_the_next_one_in_another_order(tmp_path: Path, strategy: Strategy) -> None:
+def test_an_epoch_shows_every_row_once_and_the_next_one_in_another_order(
+    tmp_path: Path, strategy: Strategy
+) -> None:
     tokens = documents(tmp_path, [7, 30, 2, 50, 11, 5, 64] * 4, end=0)
     sampler = RowSampler(tokens, 16, 3, Packing(strategy))
     size = sampler.samples_per_epoch
@@ -132,7 +174,9 @@ def test_a_pass_with_a_stride_learns_each_token_once(tmp_path: Path) -> None:
     assert len(labels) == len(set(labels)) > 0.9 * 300
 
 
-def test_a_large_table_is_mapped_and_found_again_and_gives_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_table_is_mapped_and_found_again_and_gives_the_same_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lengths = np.random.default_rng(0).integers(1, 40, 100).tolist()
     folder = tmp_path / "dataset"
     tokens = documents(folder, lengths, end=0)
@@ -153,7 +197,9 @@ def test_a_large_table_is_mapped_and_found_again_and_gives_the_same_rows(tmp_pat
     assert list((folder / INDEX_FOLDER).iterdir()) == [made]
 
 
-def test_making_a_large_table_takes_no_more_memory_for_more_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_making_a_large_table_takes_no_more_memory_for_more_documents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(rows_module, "IN_MEMORY_PIECES", 10)
     monkeypatch.setattr(rows_module, "_BUFFERED", 2**12)
     peaks = []
@@ -170,7 +216,9 @@ def test_making_a_large_table_takes_no_more_memory_for_more_documents(tmp_path: 
     assert peaks[1] < 1.1 * peaks[0]
 
 
-def test_a_table_beside_shards_that_cannot_be_written_is_kept_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_beside_shards_that_cannot_be_written_is_kept_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokens = documents(tmp_path, [9] * 40, end=0)
     (tmp_path / INDEX_FOLDER).write_text("in the way", encoding="utf-8")
     monkeypatch.setattr(rows_module, "IN_MEMORY_PIECES", 10)
@@ -220,7 +268,9 @@ def alone(model: Transformer, ids: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("positions", ["learned", "rope"])
 @pytest.mark.parametrize("window", [None, 5])
-def test_packed_logits_are_those_of_each_document_alone(tmp_path: Path, positions: str, window: int | None) -> None:
+def test_packed_logits_are_those_of_each_document_alone(
+    tmp_path: Path, positions: str, window: int | None
+) -> None:
     tokens = documents(tmp_path, [5, 40, 9, 3, 14, 28, 7], end=0)
     model = network(positions, sliding_window=window)
     rows = PackedRows(tokens, 32, Packing("first_fit"))
@@ -233,7 +283,9 @@ def test_packed_logits_are_those_of_each_document_alone(tmp_path: Path, position
     for row in range(rows.count):
         for document in batch.document_ids[row].unique().tolist():
             chosen = batch.document_ids[row] == document
-            torch.testing.assert_close(packed[row, chosen], alone(model, batch.input_ids[row, chosen]), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                packed[row, chosen], alone(model, batch.input_ids[row, chosen]), rtol=1e-4, atol=1e-5
+            )
             compared += 1
     assert compared > 7
 
@@ -258,7 +310,11 @@ def test_gradients_over_packed_rows_are_those_over_padded_ones(tmp_path: Path) -
         rows = PackedRows(tokens, 32, Packing(strategy))
         loss = NextToken("dense")(model, rows.rows(np.arange(rows.count)))
         (loss.total / loss.tokens).backward()
-        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]))
+        gradients.append(
+            torch.cat(
+                [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
+            )
+        )
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-6)
 
 
@@ -279,7 +335,9 @@ def test_training_in_bf16_masks_across_documents_too(tmp_path: Path, positions: 
 def test_a_prepared_folder_remembers_how_it_is_packed(tmp_path: Path, tiny_text: str) -> None:
     text = tmp_path / "text.txt"
     text.write_text(tiny_text, encoding="utf-8")
-    config = DataConfig(input=str(text), tokenizer_type="char", packing_strategy="first_fit", stride=4, max_length=32)
+    config = DataConfig(
+        input=str(text), tokenizer_type="char", packing_strategy="first_fit", stride=4, max_length=32
+    )
     summary = prepare(config, tmp_path / "out")
     assert open_prepared(tmp_path / "out").packing == Packing("first_fit", 4)
     assert any("first_fit" in line and "padding" in line for line in summary.lines())

@@ -1,4 +1,6 @@
-"""How documents become rows: nothing lost, nothing twice, no row too long, and the waste that is told is the waste that is there."""
+"""How documents become rows: nothing lost, nothing twice, no row too long, and the waste that is told is the
+waste that is there.
+"""
 
 from __future__ import annotations
 
@@ -33,23 +35,40 @@ def blocks(lengths: list[int], size: int = 7) -> list[tuple[np.ndarray, np.ndarr
 
 
 @settings(max_examples=200)
-@given(lengths=LENGTHS, context=st.integers(1, 20), data=st.data(), has_end=st.booleans(), strategy=st.sampled_from(["first_fit", "none"]))
+@given(
+    lengths=LENGTHS,
+    context=st.integers(1, 20),
+    data=st.data(),
+    has_end=st.booleans(),
+    strategy=st.sampled_from(["first_fit", "none"]),
+)
 def test_every_token_is_a_label_in_exactly_one_piece(
     lengths: list[int], context: int, data: st.DataObject, has_end: bool, strategy: packing_module.Strategy
 ) -> None:
     stride = data.draw(st.integers(0, context - 1))
     rows = list(pack(cut_documents(blocks(lengths), context, stride, has_end=has_end), context, strategy))
     assert all(0 < sum(piece[1] for piece in row) <= context for row in rows)
-    labels = [token for row in rows for first, count, overlap, _ in row for token in range(first + overlap, first + count)]
+    labels = [
+        token
+        for row in rows
+        for first, count, overlap, _ in row
+        for token in range(first + overlap, first + count)
+    ]
     starts = np.cumsum([0, *lengths])
-    wanted = [token for begin, end in itertools.pairwise(starts) for token in range(begin + (not has_end), end)]
+    wanted = [
+        token for begin, end in itertools.pairwise(starts) for token in range(begin + (not has_end), end)
+    ]
     assert sorted(labels) == wanted
 
 
 @given(lengths=LENGTHS, context=st.integers(2, 20), data=st.data())
-def test_neighbouring_chunks_of_a_document_share_exactly_the_stride(lengths: list[int], context: int, data: st.DataObject) -> None:
+def test_neighbouring_chunks_of_a_document_share_exactly_the_stride(
+    lengths: list[int], context: int, data: st.DataObject
+) -> None:
     stride = data.draw(st.integers(0, context - 1))
-    pieces = np.concatenate([*cut_documents(blocks(lengths), context, stride, has_end=True), np.empty(0, packing_module.PIECE)])
+    pieces = np.concatenate(
+        [*cut_documents(blocks(lengths), context, stride, has_end=True), np.empty(0, packing_module.PIECE)]
+    )
     for before, after in itertools.pairwise(pieces):
         if after["opens"]:
             assert after["overlap"] == 0
@@ -71,12 +90,22 @@ def test_a_giant_document_comes_in_the_same_pieces_block_by_block(monkeypatch: p
 def test_first_fit_takes_the_first_row_with_room_and_cuts_only_what_is_longer_than_a_row() -> None:
     rows = list(pack(cut_documents(blocks([6, 5, 3, 4, 25, 10]), 10, 0, has_end=True), 10, "first_fit"))
     sizes = [[piece[1] for piece in row] for row in rows]
-    assert sizes == [[10], [10], [10], [6, 3], [5, 4], [5]]  # 25 is cut into 10 + 10 + 5; full rows come at once
+    assert sizes == [
+        [10],
+        [10],
+        [10],
+        [6, 3],
+        [5, 4],
+        [5],
+    ]  # 25 is cut into 10 + 10 + 5; full rows come at once
     assert packing_waste([6, 5, 3, 4, 25, 10], 10, "first_fit") == pytest.approx(7 / 60)
 
 
 def test_the_number_of_open_rows_is_bounded_and_the_fullest_is_closed_first() -> None:
-    lengths = [60] * (OPEN_ROWS - 1) + [70, 60]  # nothing fits beside another: the last one closes the row of 70
+    lengths = [60] * (OPEN_ROWS - 1) + [
+        70,
+        60,
+    ]  # nothing fits beside another: the last one closes the row of 70
     rows = pack(cut_documents(blocks(lengths), 100, 0, has_end=True), 100, "first_fit")
     assert [piece[1] for piece in next(rows)] == [70]
     assert len(list(rows)) == OPEN_ROWS
@@ -97,7 +126,9 @@ def test_places_are_labels_overlaps_and_padding(
 
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=60), context=st.integers(1, 20))
 def test_sharing_rows_never_wastes_more_than_padding_does(lengths: list[int], context: int) -> None:
-    greedy, first_fit, none = (measure_packing(lengths, context, Packing(strategy)).rows for strategy in STRATEGIES)
+    greedy, first_fit, none = (
+        measure_packing(lengths, context, Packing(strategy)).rows for strategy in STRATEGIES
+    )
     assert greedy <= first_fit <= none
 
 
@@ -108,7 +139,9 @@ def test_cut_documents_are_counted_for_each_strategy() -> None:
     assert measure_packing([4, 24, 4, 4], 10, Packing("none")).cut == 1
 
 
-def test_the_waste_is_told_for_every_strategy_and_says_when_it_is_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_waste_is_told_for_every_strategy_and_says_when_it_is_a_sample(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     lines = packing_lines([30, 70, 20], 100, Packing("first_fit"))
     assert [line.split(":")[0].strip() for line in lines[1:]] == list(STRATEGIES)
     assert "chosen: first_fit" in lines[0]
@@ -128,7 +161,9 @@ def test_a_stride_as_long_as_a_row_is_refused() -> None:
 
 
 def test_the_settings_of_the_manual_mean_what_they_say() -> None:
-    assert Packing.of(DataConfig(pack_sequences=True, packing_strategy="greedy", max_length=1024)) == Packing("greedy")
+    assert Packing.of(DataConfig(pack_sequences=True, packing_strategy="greedy", max_length=1024)) == Packing(
+        "greedy"
+    )
     assert Packing.of(DataConfig(packing_strategy="first_fit", stride=64)) == Packing("first_fit", 64)
     assert Packing.of(DataConfig(pack_sequences=False)).strategy == "none"
     whole = DataConfig(

@@ -56,7 +56,9 @@ def test_closing_ends_the_threads_and_the_iteration() -> None:
     assert list(items) == []
 
 
-def test_closing_frees_a_reader_that_waits_and_does_not_wait_for_a_stuck_load(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closing_frees_a_reader_that_waits_and_does_not_wait_for_a_stuck_load(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("llm_trainer.data.sampling.prefetch._JOIN_SECONDS", 0.1)
     stuck = threading.Event()
     items: Prefetcher[bool] = Prefetcher(lambda _: stuck.wait(30), 0, 1)

@@ -23,10 +23,14 @@ def stream(size: int) -> TokenDataset:
     return TokenDataset.from_ids(range(size), vocab_size=size)
 
 
-def documents(folder: Path, lengths: list[int], *, end: int | None, shard_tokens: int = 2**27) -> TokenDataset:
+def documents(
+    folder: Path, lengths: list[int], *, end: int | None, shard_tokens: int = 2**27
+) -> TokenDataset:
     """Documents of distinct ids from 1 on."""
     next_id = 1
-    with ShardWriter(folder, "train", vocab_size=10_000, tokenizer_hash="0" * 64, end_id=end, shard_tokens=shard_tokens) as writer:
+    with ShardWriter(
+        folder, "train", vocab_size=10_000, tokenizer_hash="0" * 64, end_id=end, shard_tokens=shard_tokens
+    ) as writer:
         for length in lengths:
             writer.add(range(next_id, next_id + length))
             writer.end_document()
@@ -61,7 +65,9 @@ def test_every_place_is_about_as_likely_under_many_keys() -> None:
     for key in range(keys):
         counts[np.arange(size), KeyedPermutation(size, combine(key, 0))(np.arange(size))] += 1
     expected = keys / size
-    chi_square = ((counts - expected) ** 2 / expected).sum(axis=1)  # 9 degrees of freedom each: 99.99 % lie below 33.7
+    chi_square = ((counts - expected) ** 2 / expected).sum(
+        axis=1
+    )  # 9 degrees of freedom each: 99.99 % lie below 33.7
     assert chi_square.max() < 40
 
 
@@ -82,19 +88,27 @@ def test_an_epoch_shows_every_window_once_and_no_id_twice_as_a_label(context: in
 
 
 @settings(max_examples=50)
-@given(first=st.integers(0, 400), cuts=st.lists(st.integers(1, 30), min_size=1, max_size=5), seed=st.integers(0, 2**32))
+@given(
+    first=st.integers(0, 400),
+    cuts=st.lists(st.integers(1, 30), min_size=1, max_size=5),
+    seed=st.integers(0, 2**32),
+)
 def test_any_slicing_gives_the_same_samples(first: int, cuts: list[int], seed: int) -> None:
     sampler, fresh = WindowSampler(stream(1000), 8, seed), WindowSampler(stream(1000), 8, seed)
     whole = sampler.batch(first, sum(cuts)).input_ids
     places = [first + sum(cuts[:n]) for n in range(len(cuts))]
-    parts = [fresh.batch(place, count).input_ids for place, count in reversed(list(zip(places, cuts, strict=True)))]
+    parts = [
+        fresh.batch(place, count).input_ids for place, count in reversed(list(zip(places, cuts, strict=True)))
+    ]
     assert torch.equal(whole, torch.cat(parts[::-1]))
 
 
 def test_seeds_and_epochs_give_other_orders() -> None:
     def order(seed: int, epoch: int) -> list[int]:
         sampler = WindowSampler(stream(1000), 8, seed)
-        return sampler.window_starts(np.arange(sampler.samples_per_epoch) + epoch * sampler.samples_per_epoch).tolist()
+        return sampler.window_starts(
+            np.arange(sampler.samples_per_epoch) + epoch * sampler.samples_per_epoch
+        ).tolist()
 
     orders = [order(seed, epoch) for seed in (1, 2) for epoch in (0, 1)]
     assert len({tuple(found) for found in orders}) == 4
@@ -103,7 +117,14 @@ def test_seeds_and_epochs_give_other_orders() -> None:
 
 def test_the_samples_of_a_seed_are_pinned() -> None:
     """A change here breaks every resume: it must be meant."""
-    assert WindowSampler(stream(1000), 8, 1337).window_starts(np.arange(6)).tolist() == [664, 208, 568, 56, 496, 96]
+    assert WindowSampler(stream(1000), 8, 1337).window_starts(np.arange(6)).tolist() == [
+        664,
+        208,
+        568,
+        56,
+        496,
+        96,
+    ]
 
 
 def test_a_short_stream_is_used_whole_and_one_too_short_is_refused() -> None:
@@ -121,7 +142,9 @@ def test_without_documents_to_tell_apart_there_are_no_document_ids(tmp_path: Pat
 
 @pytest.mark.parametrize("shard_tokens", [1, 2**27])
 def test_the_end_of_text_is_learned_and_opens_the_next_document(tmp_path: Path, shard_tokens: int) -> None:
-    tokens = documents(tmp_path, [2, 3, 1, 4], end=0, shard_tokens=shard_tokens)  # 1 2 0 | 3 4 5 0 | 6 0 | 7 8 9 10 0
+    tokens = documents(
+        tmp_path, [2, 3, 1, 4], end=0, shard_tokens=shard_tokens
+    )  # 1 2 0 | 3 4 5 0 | 6 0 | 7 8 9 10 0
     (batch,) = validation_batches(tokens, 13, 1)
     assert batch.input_ids.tolist() == [[1, 2, 0, 3, 4, 5, 0, 6, 0, 7, 8, 9, 10]]
     assert batch.labels.tolist() == [[2, 0, 3, 4, 5, 0, 6, 0, 7, 8, 9, 10, 0]]
@@ -157,11 +180,15 @@ def test_rows_and_labels_always_fit_the_documents(
     sampler = WindowSampler(tokens, context, seed)
     starts = sampler.window_starts(np.arange(7)).tolist()
     batch = sampler.batch(0, 7)
-    owner = np.repeat(np.arange(len(lengths)), [length + has_end for length in lengths])  # of each id as a label
+    owner = np.repeat(
+        np.arange(len(lengths)), [length + has_end for length in lengths]
+    )  # of each id as a label
     ids = tokens.read(0, len(tokens))
     assert batch.document_ids is not None
     for row, start in enumerate(starts):
-        reads = owner[start : start + context] + (ids[start : start + context] == 0)  # an end, as an input, is the next one's
+        reads = owner[start : start + context] + (
+            ids[start : start + context] == 0
+        )  # an end, as an input, is the next one's
         says = batch.document_ids[row].numpy()
         assert (says == np.searchsorted(np.unique(reads), reads)).all()
         crosses = reads != owner[start + 1 : start + context + 1]
@@ -177,9 +204,13 @@ def test_validation_shows_every_token_once_whatever_the_batch_size(tiny_data: Pa
     assert tokens is not None
     batches = list(validation_batches(tokens, 16, batch_size))
     labels = torch.cat([batch.labels.flatten() for batch in batches])
-    assert labels[labels != IGNORED].tolist() == tokens.read(1, len(tokens) - 1).tolist()  # a last part shorter than a window too
+    assert (
+        labels[labels != IGNORED].tolist() == tokens.read(1, len(tokens) - 1).tolist()
+    )  # a last part shorter than a window too
     assert sum(batch.num_supervised for batch in batches) == len(tokens) - 1
-    assert len({batch.input_ids.shape for batch in batches}) == 1  # no shape that a compiled model has not seen
+    assert (
+        len({batch.input_ids.shape for batch in batches}) == 1
+    )  # no shape that a compiled model has not seen
 
 
 def test_limited_validation_is_spread_over_the_set() -> None:
@@ -213,4 +244,6 @@ def test_several_threads_read_one_sampler(tiny_data: Path) -> None:
     jobs = [n * 5 for n in range(60)]
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(lambda first: sampler.batch(first, 5).input_ids, jobs))
-    assert all(torch.equal(ids, sampler.batch(first, 5).input_ids) for first, ids in zip(jobs, together, strict=True))
+    assert all(
+        torch.equal(ids, sampler.batch(first, 5).input_ids) for first, ids in zip(jobs, together, strict=True)
+    )

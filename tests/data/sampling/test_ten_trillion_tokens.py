@@ -1,4 +1,6 @@
-"""The order of training holds for 10¹³ tokens: shown on an index without data, arrays whose every id is the same byte of memory."""
+"""The order of training holds for 10¹³ tokens: shown on an index without data, arrays whose every id is the
+same byte of memory.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ def tokens() -> TokenDataset:
     """Shard i holds the id i throughout; its one document begins with it."""
     ids = [np.broadcast_to(np.uint16(number), (SHARD_TOKENS,)) for number in range(SHARDS)]
     starts = [np.zeros(1, dtype=np.uint64)] * SHARDS
-    return TokenDataset(ids, starts, vocab_size=SHARDS, tokenizer_hash="0" * 64, fingerprint="sparse", largest_id=SHARDS - 1)
+    return TokenDataset(
+        ids, starts, vocab_size=SHARDS, tokenizer_hash="0" * 64, fingerprint="sparse", largest_id=SHARDS - 1
+    )
 
 
 def test_a_stream_of_ten_trillion_tokens_is_counted_and_read_at_its_far_end(tokens: TokenDataset) -> None:
@@ -36,7 +40,10 @@ def test_samples_are_apart_and_inside_and_their_ids_are_those_of_their_place(tok
     assert np.diff(np.sort(starts)).min() >= CONTEXT  # none twice, none overlapping
     assert starts.max() > 0.99 * tokens.num_tokens  # spread over all of it
     batch = sampler.batch(sampler.samples_per_epoch - 4, 4)
-    expected = sampler.window_starts(np.arange(sampler.samples_per_epoch - 4, sampler.samples_per_epoch)) // SHARD_TOKENS
+    expected = (
+        sampler.window_starts(np.arange(sampler.samples_per_epoch - 4, sampler.samples_per_epoch))
+        // SHARD_TOKENS
+    )
     assert batch.input_ids[:, 0].tolist() == expected.tolist()
 
 

@@ -94,7 +94,9 @@ def test_a_file_that_is_not_utf8_is_rejected_with_its_byte(tmp_path: Path) -> No
         ("a.txt.gz", gzip.compress(b"cut short" * 1000)[:-20], "unreadable file"),
     ],
 )
-def test_what_cannot_be_used_is_rejected_with_a_reason(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
+def test_what_cannot_be_used_is_rejected_with_a_reason(
+    tmp_path: Path, name: str, content: bytes, reason: str
+) -> None:
     (tmp_path / name).write_bytes(content)
     texts, rejected = read(tmp_path / name)
     assert texts == []
@@ -103,8 +105,13 @@ def test_what_cannot_be_used_is_rejected_with_a_reason(tmp_path: Path, name: str
 
 
 @settings(max_examples=100)
-@given(lines=st.lists(st.binary(max_size=30).map(lambda raw: raw.replace(b"\n", b"")), min_size=1, max_size=20), block=st.integers(1, 40))
-def test_lines_in_are_lines_kept_and_rejected(tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], block: int) -> None:
+@given(
+    lines=st.lists(st.binary(max_size=30).map(lambda raw: raw.replace(b"\n", b"")), min_size=1, max_size=20),
+    block=st.integers(1, 40),
+)
+def test_lines_in_are_lines_kept_and_rejected(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], block: int
+) -> None:
     file = tmp_path_factory.mktemp("lines") / "a.txt"
     file.write_bytes(b"".join(line + b"\n" for line in lines))
     with pytest.MonkeyPatch.context() as patch:
@@ -120,7 +127,9 @@ def test_lines_in_are_lines_kept_and_rejected(tmp_path_factory: pytest.TempPathF
     block=st.integers(1, 9),
     limit=st.integers(1, 30),
 )
-def test_a_long_text_in_pieces_is_the_text(tmp_path_factory: pytest.TempPathFactory, text: str, block: int, limit: int) -> None:
+def test_a_long_text_in_pieces_is_the_text(
+    tmp_path_factory: pytest.TempPathFactory, text: str, block: int, limit: int
+) -> None:
     file = tmp_path_factory.mktemp("long") / "a.txt"
     file.write_bytes(text.encode("utf-8"))
     with pytest.MonkeyPatch.context() as patch:
@@ -133,7 +142,9 @@ def test_a_long_text_in_pieces_is_the_text(tmp_path_factory: pytest.TempPathFact
 
 @settings(max_examples=100)
 @given(raw=st.binary(min_size=1, max_size=60), block=st.integers(1, 9))
-def test_a_long_file_is_judged_like_a_short_one(tmp_path_factory: pytest.TempPathFactory, raw: bytes, block: int) -> None:
+def test_a_long_file_is_judged_like_a_short_one(
+    tmp_path_factory: pytest.TempPathFactory, raw: bytes, block: int
+) -> None:
     file = tmp_path_factory.mktemp("judged") / "a.txt"
     file.write_bytes(raw)
     short = read(file)
@@ -142,7 +153,10 @@ def test_a_long_file_is_judged_like_a_short_one(tmp_path_factory: pytest.TempPat
         patch.setattr(storage, "BLOCK", block)
         long = read(file)
     assert long[0] == short[0]
-    assert [r.where for r in long[1]] == [r.where for r in short[1]] or {r.reason for r in long[1]} <= {"contains NUL", "not utf-8"}
+    assert [r.where for r in long[1]] == [r.where for r in short[1]] or {r.reason for r in long[1]} <= {
+        "contains NUL",
+        "not utf-8",
+    }
 
 
 def test_pieces_are_cut_where_a_letter_meets_a_space() -> None:
@@ -172,7 +186,9 @@ def test_a_gigabyte_without_a_line_end_is_judged_in_little_memory(tmp_path: Path
         "resource.setrlimit(resource.RLIMIT_AS, (used + 400 * 2**20,) * 2)\n"
         "for lines in (True, False): print([r.reason for r in FileSource(Path(sys.argv[1]), one_document_a_line=lines).pieces()])"
     )
-    done = subprocess.run([sys.executable, "-c", program, str(file)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(file)], capture_output=True, text=True, check=True
+    )
     assert done.stdout.splitlines() == ["['line longer than 64 MB']", "['contains NUL']"]
 
 
@@ -208,4 +224,6 @@ def test_the_builtin_corpus_is_there_and_always_the_same() -> None:
     assert 5e6 < size <= source.size()
     assert source.content_hash() == BuiltinSource().content_hash()
     assert any('The "assert" statement' in text for text in texts)
-    assert not any("lib2to3" in r.where or "/test/" in r.where for r in source.pieces() if isinstance(r, Rejected))
+    assert not any(
+        "lib2to3" in r.where or "/test/" in r.where for r in source.pieces() if isinstance(r, Rejected)
+    )

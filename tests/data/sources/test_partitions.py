@@ -34,7 +34,9 @@ def of_units(units: Sequence[Unit]) -> list[Reading]:
 
 def write_all_kinds(folder: Path) -> None:
     (folder / "lines.txt").write_text("\n".join(TEXTS), encoding="utf-8")
-    (folder / "records.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS), encoding="utf-8")
+    (folder / "records.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in TEXTS), encoding="utf-8"
+    )
     (folder / "list.json").write_text(json.dumps([{"text": text} for text in TEXTS]), encoding="utf-8")
     (folder / "page.md").write_text("# Head\n\ntext", encoding="utf-8")
     table = pa.table({"text": TEXTS})
@@ -56,10 +58,14 @@ def test_units_together_are_the_source_whatever_their_size(tmp_path: Path, unit_
     assert len({unit.name for unit in parts.units()}) == len(parts.units())
 
 
-@pytest.mark.parametrize("name", ["lines.txt", "records.jsonl", "table.parquet", "table.arrow", "stream.arrow"])
+@pytest.mark.parametrize(
+    "name", ["lines.txt", "records.jsonl", "table.parquet", "table.arrow", "stream.arrow"]
+)
 def test_one_large_file_is_shared_by_several_units(tmp_path: Path, name: str) -> None:
     write_all_kinds(tmp_path)
-    source = FileSource(tmp_path / name, one_document_a_line=True, unit_bytes=(tmp_path / name).stat().st_size // 4)
+    source = FileSource(
+        tmp_path / name, one_document_a_line=True, unit_bytes=(tmp_path / name).stat().st_size // 4
+    )
     units = source.units()
     assert 3 <= len(units) <= 6
     shares = [len(list(unit.pieces())) for unit in units]
@@ -70,10 +76,14 @@ def test_one_large_file_is_shared_by_several_units(tmp_path: Path, name: str) ->
 
 @settings(max_examples=150)
 @given(
-    raw=st.lists(st.sampled_from([b"a", b"\n", b"\r", b"\xff", b"\xef\xbb\xbf", b"\0", b" "]), max_size=30).map(b"".join),
+    raw=st.lists(
+        st.sampled_from([b"a", b"\n", b"\r", b"\xff", b"\xef\xbb\xbf", b"\0", b" "]), max_size=30
+    ).map(b"".join),
     size=st.integers(1, 12),
 )
-def test_a_line_belongs_to_exactly_one_range(tmp_path_factory: pytest.TempPathFactory, raw: bytes, size: int) -> None:
+def test_a_line_belongs_to_exactly_one_range(
+    tmp_path_factory: pytest.TempPathFactory, raw: bytes, size: int
+) -> None:
     file = tmp_path_factory.mktemp("ranges") / "a.txt"
     file.write_bytes(raw)
     whole = FileSource(file, one_document_a_line=True, unit_bytes=2**20)
@@ -88,7 +98,11 @@ def test_a_line_over_many_ranges_is_scanned_once(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(storage, "BLOCK", 100)
     units = FileSource(file, one_document_a_line=True, unit_bytes=10_000).units()
     assert len(units) == 11
-    assert [facts(list(unit.pieces())) for unit in units] == [["short", "(line longer than 0 MB)"], *[[]] * 9, ["end"]]
+    assert [facts(list(unit.pieces())) for unit in units] == [
+        ["short", "(line longer than 0 MB)"],
+        *[[]] * 9,
+        ["end"],
+    ]
     first = units[1]
     with file.open("rb") as opened:
         begin, end = storage.line_bounds(opened, storage.Extent(file, "a.txt", 10_000, 20_000))
@@ -101,12 +115,19 @@ def test_small_files_share_a_unit_up_to_its_size(tmp_path: Path) -> None:
     for number in range(10):
         (tmp_path / f"{number}.txt").write_text("x" * 100, encoding="utf-8")
     units = FileSource(tmp_path, unit_bytes=350).units()
-    assert [unit.name for unit in units] == ["0.txt and 2 more", "3.txt and 2 more", "6.txt and 2 more", "9.txt"]
+    assert [unit.name for unit in units] == [
+        "0.txt and 2 more",
+        "3.txt and 2 more",
+        "6.txt and 2 more",
+        "9.txt",
+    ]
     assert [unit.size for unit in units] == [300, 300, 300, 100]
 
 
 @pytest.mark.parametrize("unit_bytes", [200, 2**20])
-def test_a_hash_tells_of_contents_and_ways_of_reading_but_not_of_places_and_dates(tmp_path: Path, unit_bytes: int) -> None:
+def test_a_hash_tells_of_contents_and_ways_of_reading_but_not_of_places_and_dates(
+    tmp_path: Path, unit_bytes: int
+) -> None:
     for folder in ("here", "there"):
         (tmp_path / folder).mkdir()
         write_all_kinds(tmp_path / folder)
@@ -122,7 +143,11 @@ def test_a_hash_tells_of_contents_and_ways_of_reading_but_not_of_places_and_date
         opened.write('"one more"\n')
     after = [unit.content_hash() for unit in FileSource(tmp_path / "there", unit_bytes=unit_bytes).units()]
     assert before != after
-    assert sum(a == b for a, b in zip(before, after, strict=False)) == len(before) - 1 if unit_bytes == 200 else True
+    assert (
+        sum(a == b for a, b in zip(before, after, strict=False)) == len(before) - 1
+        if unit_bytes == 200
+        else True
+    )
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
@@ -137,7 +162,9 @@ def test_a_part_of_a_table_has_the_hash_of_its_own_rows(tmp_path: Path, kind: st
         else:
             with pa.ipc.new_file(file, table.schema) as writer:
                 writer.write_table(table, max_chunksize=10)
-        hashes.append([unit.content_hash() for unit in FileSource(file, unit_bytes=file.stat().st_size // 5).units()])
+        hashes.append(
+            [unit.content_hash() for unit in FileSource(file, unit_bytes=file.stat().st_size // 5).units()]
+        )
     same, early, late = hashes
     assert early[0] != same[0]
     assert early[1:] == same[1:]
@@ -146,12 +173,16 @@ def test_a_part_of_a_table_has_the_hash_of_its_own_rows(tmp_path: Path, kind: st
 
 
 def check_units(source: Source) -> list[Reading]:
-    """A source's units are picklable, named apart, and together what the source gives; both ways of reading are returned once."""
+    """A source's units are picklable, named apart, and together what the source gives; both ways of reading
+    are returned once.
+    """
     units = source.units()
     assert len({unit.name for unit in units}) == len(units) > 0
     readings = of_units(units)
     assert readings == list(source.pieces())
-    assert [unit.content_hash() for unit in units] == [pickle.loads(pickle.dumps(unit)).content_hash() for unit in source.units()]
+    assert [unit.content_hash() for unit in units] == [
+        pickle.loads(pickle.dumps(unit)).content_hash() for unit in source.units()
+    ]
     return readings
 
 
@@ -160,14 +191,20 @@ def test_the_builtin_corpus_comes_in_units() -> None:
     units = source.units()
     assert len(units) > 3
     assert sum(unit.size for unit in units) == source.size()
-    assert facts(of_units(units[:1]))[0].startswith("Assignment expressions") or len(facts(of_units(units[:1]))) > 50
+    assert (
+        facts(of_units(units[:1]))[0].startswith("Assignment expressions")
+        or len(facts(of_units(units[:1]))) > 50
+    )
 
 
 def hub_folder(folder: Path) -> str:
     """A local folder as `datasets` reads it: two files for training, one for validation."""
     folder.mkdir()
     for number in range(2):
-        pq.write_table(pa.table({"text": TEXTS[30 * number : 30 * number + 30]}), folder / f"train-{number:05d}-of-00002.parquet")
+        pq.write_table(
+            pa.table({"text": TEXTS[30 * number : 30 * number + 30]}),
+            folder / f"train-{number:05d}-of-00002.parquet",
+        )
     pq.write_table(pa.table({"text": ["held out", None, ""]}), folder / "validation-00000-of-00001.parquet")
     return str(folder)
 
@@ -182,7 +219,10 @@ def test_a_data_set_of_the_hub_comes_in_units_downloaded_or_streamed(
     readings = check_units(source)
     assert [r.text for r in readings if isinstance(r, Piece)] == [*TEXTS, "held out"]
     assert {r.split for r in readings if isinstance(r, Piece)} == {"train", "validation"}
-    assert [r.reason for r in readings if isinstance(r, Rejected)] == ["no text in the column 'text'", "empty"]
+    assert [r.reason for r in readings if isinstance(r, Rejected)] == [
+        "no text in the column 'text'",
+        "empty",
+    ]
     assert all(str(tmp_path) not in r.where for r in readings if isinstance(r, Rejected))
     assert len(source.units()) == (3 if streams else 7)
 

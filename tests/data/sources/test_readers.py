@@ -26,7 +26,12 @@ from llm_trainer.data.sources import file_io as storage
 from llm_trainer.data.sources.base import Piece, Rejected
 from llm_trainer.data.sources.file_source import FileSource
 
-COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".zst": zstd.compress}
+COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".zst": zstd.compress,
+}
 
 
 def read(path: Path, **options: object) -> tuple[list[str], list[Rejected]]:
@@ -62,25 +67,41 @@ def read_bytes(folder: Path, name: str, raw: bytes, **options: object) -> tuple[
         ("a.tsv", b"text\tid\none, two\t1\n", ["one, two"]),
     ],
 )
-def test_every_kind_of_text_is_read_plain_and_compressed(tmp_path: Path, name: str, raw: bytes, texts: list[str], compression: str) -> None:
+def test_every_kind_of_text_is_read_plain_and_compressed(
+    tmp_path: Path, name: str, raw: bytes, texts: list[str], compression: str
+) -> None:
     assert read_bytes(tmp_path, name + compression, COMPRESSORS[compression](raw)) == (texts, [])
-    twice = COMPRESSORS[compression](raw) + COMPRESSORS[compression](b"\n")  # streams may follow each other in one file
+    twice = COMPRESSORS[compression](raw) + COMPRESSORS[compression](
+        b"\n"
+    )  # streams may follow each other in one file
     assert read_bytes(tmp_path, "b-" + name + compression, twice)[1] == []
 
 
 @pytest.mark.parametrize("compression", [".gz", ".bz2", ".zst"])
-def test_a_compressed_file_that_is_cut_short_or_is_none_is_said_to_be_unreadable(tmp_path: Path, compression: str) -> None:
+def test_a_compressed_file_that_is_cut_short_or_is_none_is_said_to_be_unreadable(
+    tmp_path: Path, compression: str
+) -> None:
     raw = "\n".join(f"line {random.Random(number).random()}" for number in range(20_000)).encode()
     packed = COMPRESSORS[compression](raw)
-    texts, rejected = read_bytes(tmp_path, f"a.txt{compression}", packed[: len(packed) // 2], one_document_a_line=True)
+    texts, rejected = read_bytes(
+        tmp_path, f"a.txt{compression}", packed[: len(packed) // 2], one_document_a_line=True
+    )
     assert rejected[-1].startswith("unreadable file @ a.txt")
     assert texts == raw.decode().split("\n")[: len(texts)], "what came before the damage is kept"
-    assert read_bytes(tmp_path, f"b.txt{compression}", packed[: len(packed) // 2])[0] == [], "half a document is none"
+    assert read_bytes(tmp_path, f"b.txt{compression}", packed[: len(packed) // 2])[0] == [], (
+        "half a document is none"
+    )
     assert read_bytes(tmp_path, f"c.txt{compression}", b"no such thing")[1][0].startswith("unreadable file")
 
 
 def test_tables_are_read_by_their_column(tmp_path: Path) -> None:
-    kinds = [pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.dictionary(pa.int32(), pa.string())]
+    kinds = [
+        pa.string(),
+        pa.large_string(),
+        pa.string_view(),
+        pa.binary(),
+        pa.dictionary(pa.int32(), pa.string()),
+    ]
     for number, kind in enumerate(kinds):
         values = pa.array(["one", None, "", "zwei ä"])
         column = values.dictionary_encode() if pa.types.is_dictionary(kind) else values.cast(kind)
@@ -118,7 +139,9 @@ def test_a_row_of_a_table_that_is_not_utf8_costs_that_row(tmp_path: Path, kind: 
 def test_a_damaged_row_group_costs_that_row_group(tmp_path: Path) -> None:
     texts = [f"{random.Random(number).random()} " * 20 for number in range(300)]
     file = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"text": texts}), file, row_group_size=100, compression="zstd", write_page_checksum=True)
+    pq.write_table(
+        pa.table({"text": texts}), file, row_group_size=100, compression="zstd", write_page_checksum=True
+    )
     facts = pq.ParquetFile(file).metadata.row_group(1).column(0)
     raw = bytearray(file.read_bytes())
     raw[(facts.dictionary_page_offset or facts.data_page_offset) + facts.total_compressed_size // 2] ^= 0xFF
@@ -132,7 +155,9 @@ def test_a_damaged_row_group_costs_that_row_group(tmp_path: Path) -> None:
 @settings(max_examples=60)
 @given(data=st.data())
 @pytest.mark.parametrize("kind", ["parquet", "arrow", "stream"])
-def test_garbled_tables_never_stop_the_reading(tmp_path_factory: pytest.TempPathFactory, kind: str, data: st.DataObject) -> None:
+def test_garbled_tables_never_stop_the_reading(
+    tmp_path_factory: pytest.TempPathFactory, kind: str, data: st.DataObject
+) -> None:
     folder = tmp_path_factory.mktemp("garbled")
     table = pa.table({"text": [f"text {number}" for number in range(40)]})
     file = folder / f"a.{'parquet' if kind == 'parquet' else 'arrow'}"
@@ -157,7 +182,11 @@ FIELD = st.lists(st.sampled_from([*'ab ,;"\n\t|ä', "\r\n"]), max_size=6).map(""
 
 
 @settings(max_examples=200)
-@given(rows=st.lists(st.tuples(FIELD, FIELD), max_size=8), delimiter=st.sampled_from(",;\t|"), end=st.sampled_from(["\n", "\r\n"]))
+@given(
+    rows=st.lists(st.tuples(FIELD, FIELD), max_size=8),
+    delimiter=st.sampled_from(",;\t|"),
+    end=st.sampled_from(["\n", "\r\n"]),
+)
 @example(rows=[("", "")], delimiter=",", end="\n")
 def test_csv_reads_what_the_standard_library_wrote(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]], delimiter: str, end: str
@@ -168,7 +197,10 @@ def test_csv_reads_what_the_standard_library_wrote(
         writer.writerow(["id", "text"])
         writer.writerows(rows)
     texts, rejected = read(file)
-    expected = [text for _, text in csv.reader(io.StringIO(file.read_bytes().decode(), newline=""), delimiter=delimiter)]
+    expected = [
+        text
+        for _, text in csv.reader(io.StringIO(file.read_bytes().decode(), newline=""), delimiter=delimiter)
+    ]
     assert expected[1:] == [text for _, text in rows]
     assert texts == [text for text in expected[1:] if text and not text.isspace()]
     assert len(texts) + len(rejected) == len(rows)
@@ -217,14 +249,21 @@ JSON = st.recursive(
 @settings(max_examples=200)
 @given(
     records=st.lists(
-        st.fixed_dictionaries({"text": st.text('ab"\\[]{},ä\n', min_size=1, max_size=12)}, optional={"more": JSON}), max_size=6
+        st.fixed_dictionaries(
+            {"text": st.text('ab"\\[]{},ä\n', min_size=1, max_size=12)}, optional={"more": JSON}
+        ),
+        max_size=6,
     ),
     block=st.integers(1, 9),
     indent=st.none() | st.integers(0, 2),
     plain=st.booleans(),
 )
 def test_a_long_list_of_json_is_read_element_by_element(
-    tmp_path_factory: pytest.TempPathFactory, records: list[dict[str, object]], block: int, indent: int | None, plain: bool
+    tmp_path_factory: pytest.TempPathFactory,
+    records: list[dict[str, object]],
+    block: int,
+    indent: int | None,
+    plain: bool,
 ) -> None:
     file = tmp_path_factory.mktemp("list") / "a.json"
     file.write_text(json.dumps(records, indent=indent, ensure_ascii=plain), encoding="utf-8")
@@ -232,7 +271,9 @@ def test_a_long_list_of_json_is_read_element_by_element(
         patch.setattr(storage, "BLOCK", block)
         patch.setattr("llm_trainer.data.sources.json_files._HEAD", block)
         texts, rejected = read(file)
-    if file.read_bytes()[:block].strip():  # with a smaller head than the first character the file would be taken for one value
+    if file.read_bytes()[
+        :block
+    ].strip():  # with a smaller head than the first character the file would be taken for one value
         assert texts == [record["text"] for record in records if not str(record["text"]).isspace()]
         assert len(texts) + len(rejected) == len(records)
 
@@ -256,12 +297,25 @@ def test_a_json_file_may_hold_a_record_a_line(tmp_path: Path) -> None:
     assert read_bytes(tmp_path, "c.json", b'{"text": "one"}\n') == (["one"], [])
 
 
-NAMES = ["a.txt", "a.md", "a.jsonl", "a.json", "a.csv", "a.txt.gz", "a.jsonl.zst", "a.csv.bz2", "a.parquet", "a.arrow"]
+NAMES = [
+    "a.txt",
+    "a.md",
+    "a.jsonl",
+    "a.json",
+    "a.csv",
+    "a.txt.gz",
+    "a.jsonl.zst",
+    "a.csv.bz2",
+    "a.parquet",
+    "a.arrow",
+]
 
 
 @settings(max_examples=150)
 @given(raw=st.binary(max_size=80), block=st.integers(1, 30), name=st.sampled_from(NAMES))
-def test_no_bytes_stop_the_reading_of_what_follows(tmp_path_factory: pytest.TempPathFactory, raw: bytes, block: int, name: str) -> None:
+def test_no_bytes_stop_the_reading_of_what_follows(
+    tmp_path_factory: pytest.TempPathFactory, raw: bytes, block: int, name: str
+) -> None:
     folder = tmp_path_factory.mktemp("hostile")
     (folder / name).write_bytes(raw)
     (folder / "b.txt").write_text("after it", encoding="utf-8")
@@ -274,7 +328,9 @@ def test_no_bytes_stop_the_reading_of_what_follows(tmp_path_factory: pytest.Temp
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt"])
-def test_what_is_longer_than_the_cap_costs_only_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_what_is_longer_than_the_cap_costs_only_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     monkeypatch.setattr(storage, "LONGEST_RECORD", 1000)
     monkeypatch.setattr(storage, "BLOCK", 100)
     records = ["before", "x" * 5000, 'y"\\' * 3000, "after"]
@@ -314,7 +370,9 @@ def test_what_is_no_file_is_rejected_and_not_waited_for(tmp_path: Path) -> None:
         ("a.txt.zst", b"one\n", ["one", "line longer than 64 MB"]),
     ],
 )
-def test_a_gigabyte_in_one_record_is_set_aside_in_little_memory(tmp_path: Path, name: str, head: bytes, told: list[str]) -> None:
+def test_a_gigabyte_in_one_record_is_set_aside_in_little_memory(
+    tmp_path: Path, name: str, head: bytes, told: list[str]
+) -> None:
     file = tmp_path / name
     if file.suffix in (".gz", ".zst"):
         with gzip.open(file, "wb", 1) if file.suffix == ".gz" else zstd.open(file, "wb") as packed:
@@ -337,6 +395,8 @@ def test_a_gigabyte_in_one_record_is_set_aside_in_little_memory(tmp_path: Path, 
     )
     small = tmp_path / f"small{''.join(file.suffixes)}"
     small.write_bytes(COMPRESSORS.get(file.suffix, bytes)(head))
-    done = subprocess.run([sys.executable, "-c", program, str(file), str(small)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(file), str(small)], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == told

@@ -12,7 +12,9 @@ from llm_trainer.data.tokenization.fast.pretokenizer import Words
 
 SOME_OF_EACH_CLASS = "aAst'' \n\r\t\x0b\x1c12.,_lLreVE"
 TEXTS = st.lists(st.text(alphabet=st.sampled_from(SOME_OF_EACH_CLASS), max_size=16), min_size=1, max_size=40)
-ANY_ASCII = st.lists(st.text(alphabet=st.characters(max_codepoint=0x7F), max_size=40), min_size=1, max_size=10)
+ANY_ASCII = st.lists(
+    st.text(alphabet=st.characters(max_codepoint=0x7F), max_size=40), min_size=1, max_size=10
+)
 
 
 def cut(pattern: str, texts: list[str]) -> list[list[str]]:

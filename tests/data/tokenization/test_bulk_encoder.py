@@ -55,7 +55,10 @@ def kind(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> Tokenizer:
     gpt2 = lambda backend: setattr(backend, "pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=False))  # noqa: E731
     patterns = {"llama3": LLAMA3_PATTERN, "o200k": O200K_PATTERN}
     if request.param == "qwen2":
-        return changed(changed(tokenizer, with_words(QWEN2_PATTERN)), lambda backend: setattr(backend, "normalizer", normalizers.NFC()))
+        return changed(
+            changed(tokenizer, with_words(QWEN2_PATTERN)),
+            lambda backend: setattr(backend, "normalizer", normalizers.NFC()),
+        )
     return (
         tokenizer
         if request.param == "ours"
@@ -65,7 +68,12 @@ def kind(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> Tokenizer:
 
 @settings(max_examples=150)
 @given(
-    text=st.text(alphabet=st.one_of(st.sampled_from("aAbt'sSlL  \n\r\t01.,é日🙂"), st.characters(exclude_categories=["Cs"])), max_size=80)
+    text=st.text(
+        alphabet=st.one_of(
+            st.sampled_from("aAbt'sSlL  \n\r\t01.,é日🙂"), st.characters(exclude_categories=["Cs"])
+        ),
+        max_size=80,
+    )
 )
 def test_fast_ids_are_the_librarys_ids(kind: Tokenizer, text: str) -> None:
     assert fast(kind, text) in (None, slow(kind, text))
@@ -80,7 +88,14 @@ def test_the_whole_language_reference_agrees(kind: Tokenizer) -> None:
 
 @settings(max_examples=50)
 @given(
-    texts=st.lists(st.text(alphabet=st.one_of(st.sampled_from("abc'sS  \n1.,é’日"), st.characters(exclude_categories=["Cs"])), max_size=30))
+    texts=st.lists(
+        st.text(
+            alphabet=st.one_of(
+                st.sampled_from("abc'sS  \n1.,é’日"), st.characters(exclude_categories=["Cs"])
+            ),
+            max_size=30,
+        )
+    )
 )
 def test_texts_together_have_the_ids_that_they_have_alone(kind: Tokenizer, texts: list[str]) -> None:
     assert kind._fast is not None
@@ -88,7 +103,9 @@ def test_texts_together_have_the_ids_that_they_have_alone(kind: Tokenizer, texts
     assert [None if ids is None else ids.tolist() for ids in found] == [fast(kind, text) for text in texts]
 
 
-def test_words_that_find_their_places_taken_are_right_too(kind: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_words_that_find_their_places_taken_are_right_too(
+    kind: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(word_table, "_SLOT_BITS", 2)
     monkeypatch.setattr(word_table, "_DROPPED", np.uint64(62))
     crowded = Tokenizer(Backend.from_str(kind.to_json()), {})
@@ -97,7 +114,10 @@ def test_words_that_find_their_places_taken_are_right_too(kind: Tokenizer, monke
             assert fast(crowded, text) == slow(crowded, text)
 
 
-@pytest.mark.parametrize("text", [" " * 50_000, "a" * 50_000, "\n" * 50_000, "ab " + chr(0x1FAFF) + chr(0x10FFFF), "<|endoftext|>", ""])
+@pytest.mark.parametrize(
+    "text",
+    [" " * 50_000, "a" * 50_000, "\n" * 50_000, "ab " + chr(0x1FAFF) + chr(0x10FFFF), "<|endoftext|>", ""],
+)
 def test_extreme_texts_agree(kind: Tokenizer, text: str) -> None:
     assert fast(kind, text) == slow(kind, text)
 
@@ -108,7 +128,9 @@ def test_text_that_the_tokenizer_would_compose_goes_the_slow_way(tokenizer: Toke
     assert composing.encode("cafe\u0301") == composing.encode("café") == fast(composing, "café")
 
 
-def test_a_full_memory_of_words_forgets_and_stays_right(kind: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_memory_of_words_forgets_and_stays_right(
+    kind: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(fast_encoding, "CACHE_WORDS", 10)
     monkeypatch.setattr(word_table, "CACHE_WORDS", 10)
     again = Tokenizer(Backend.from_str(kind.to_json()), {})
@@ -121,7 +143,9 @@ def test_a_full_memory_of_words_forgets_and_stays_right(kind: Tokenizer, monkeyp
 
 def unknown_words(backend: Backend) -> None:
     cut = pre_tokenizers.Split(Regex(r"\w+"), "isolated")
-    backend.pre_tokenizer = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
 
 
 def plain_added_token(backend: Backend) -> None:
@@ -137,7 +161,9 @@ def space_before(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("change", [unknown_words, plain_added_token, other_normalizer, space_before])
-def test_what_is_not_known_here_has_no_fast_way(tokenizer: Tokenizer, change: Callable[[Backend], None]) -> None:
+def test_what_is_not_known_here_has_no_fast_way(
+    tokenizer: Tokenizer, change: Callable[[Backend], None]
+) -> None:
     other = changed(tokenizer, change)
     assert other._fast is None
     text = "Still    right, 12345 of it"

@@ -38,7 +38,11 @@ AWKWARD = [
 
 
 def library(pattern: str, text: str) -> list[str]:
-    cutter = pre_tokenizers.BertPreTokenizer() if pattern == BERT_WORDS else pre_tokenizers.Split(Regex(pattern), "isolated")
+    cutter = (
+        pre_tokenizers.BertPreTokenizer()
+        if pattern == BERT_WORDS
+        else pre_tokenizers.Split(Regex(pattern), "isolated")
+    )
     return [word for word, _ in cutter.pre_tokenize_str(text)]
 
 
@@ -56,7 +60,10 @@ def test_awkward_texts_are_cut_as_the_library_cuts_them(pattern: str) -> None:
 @settings(max_examples=150)
 @given(
     text=st.text(
-        alphabet=st.one_of(st.sampled_from("aAbt'sSlLmdrRveE  \n\r\t01./_#é日🙂"), st.characters(exclude_categories=["Cs"])), max_size=60
+        alphabet=st.one_of(
+            st.sampled_from("aAbt'sSlLmdrRveE  \n\r\t01./_#é日🙂"), st.characters(exclude_categories=["Cs"])
+        ),
+        max_size=60,
     )
 )
 def test_any_text_is_cut_as_the_library_cuts_it(pattern: str, text: str) -> None:
@@ -64,7 +71,9 @@ def test_any_text_is_cut_as_the_library_cuts_it(pattern: str, text: str) -> None
 
 
 @every_pattern
-def test_a_long_text_is_cut_in_blocks_at_boundaries_of_words(pattern: str, monkeypatch: pytest.MonkeyPatch, tiny_text: str) -> None:
+def test_a_long_text_is_cut_in_blocks_at_boundaries_of_words(
+    pattern: str, monkeypatch: pytest.MonkeyPatch, tiny_text: str
+) -> None:
     text = tiny_text[:8000] + " " * 3000 + "a" * 3000 + "\n" * 3000 + tiny_text[:2000]
     monkeypatch.setattr(words_module, "_BLOCK", 64)
     blocks = list(Words(pattern).cut(text))
@@ -73,10 +82,16 @@ def test_a_long_text_is_cut_in_blocks_at_boundaries_of_words(pattern: str, monke
 
 
 @every_pattern
-def test_ordinary_text_of_many_scripts_needs_no_help_of_the_library(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ordinary_text_of_many_scripts_needs_no_help_of_the_library(
+    pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cutter = Words(pattern)
     monkeypatch.setattr(cutter, "_library", None)
-    for text in ("def f(x):\n\treturn x\n", "naïve “text” — Größe, 日本語, Привет, 12345 🙂", "עברית العربية ไทย"):
+    for text in (
+        "def f(x):\n\treturn x\n",
+        "naïve “text” — Größe, 日本語, Привет, 12345 🙂",
+        "עברית العربية ไทย",
+    ):
         assert [word for found in cutter.cut(text) for word in found] == library(pattern, text)
 
 
@@ -85,8 +100,14 @@ def test_ordinary_text_of_many_scripts_needs_no_help_of_the_library(pattern: str
 def test_every_character_that_counts_as_certain_has_one_class_in_both(pattern: str) -> None:
     """Between letters of either case and between digits, a character's class shows in how the words are cut."""
     _, uncertain = words_module._for_unicode(words_module._FOR_RE[pattern])
-    points = [p for p in range(sys.maxunicode + 1) if unicodedata.category(chr(p)) != "Cs" and not uncertain.match(chr(p))]
+    points = [
+        p
+        for p in range(sys.maxunicode + 1)
+        if unicodedata.category(chr(p)) != "Cs" and not uncertain.match(chr(p))
+    ]
     assert len(points) > 45_000
     for start in range(0, len(points), 2000):
-        text = "".join(f"x{chr(p)}x X{chr(p)}X 1{chr(p)}1 {chr(p)} .{chr(p)}.\n" for p in points[start : start + 2000])
+        text = "".join(
+            f"x{chr(p)}x X{chr(p)}X 1{chr(p)}1 {chr(p)} .{chr(p)}.\n" for p in points[start : start + 2000]
+        )
         assert ours(pattern, text) == library(pattern, text)

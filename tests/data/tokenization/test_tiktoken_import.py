@@ -31,7 +31,10 @@ def ranks(tiny_text: str) -> dict[bytes, int]:
 
 
 def written(file: Path, ranks: Mapping[bytes, int]) -> Path:
-    file.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()), encoding="utf-8")
+    file.write_text(
+        "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()),
+        encoding="utf-8",
+    )
     return file
 
 
@@ -49,7 +52,9 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ENCODINGS)
-def test_the_table_of_encodings_is_tiktokens_own(name: str, ranks: dict[bytes, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_of_encodings_is_tiktokens_own(
+    name: str, ranks: dict[bytes, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     for loader in ("load_tiktoken_bpe", "data_gym_to_mergeable_bpe_ranks"):
         monkeypatch.setattr(published, loader, lambda *_, **__: ranks)
     theirs = getattr(published, name)()
@@ -58,7 +63,9 @@ def test_the_table_of_encodings_is_tiktokens_own(name: str, ranks: dict[bytes, i
     if "explicit_n_vocab" in theirs:
         assert theirs["explicit_n_vocab"] == ours.num_ranks + 1
     peer = tiktoken.Encoding(name, pat_str=theirs["pat_str"], mergeable_ranks=ranks, special_tokens={})
-    assert peer.encode_ordinary(TEXT) == Tokenizer(tiktoken_encodings.bpe_from_ranks(ranks, ours.pattern, {}), {}).encode(TEXT)
+    assert peer.encode_ordinary(TEXT) == Tokenizer(
+        tiktoken_encodings.bpe_from_ranks(ranks, ours.pattern, {}), {}
+    ).encode(TEXT)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "cl100k_base", "o200k_base"])
@@ -66,13 +73,17 @@ def test_an_encoding_by_name_comes_from_tiktokens_registry_with_its_ids(
     name: str, tmp_path: Path, ranks: dict[bytes, int], tiny_text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     special = dict(ENCODINGS[name].special_tokens)
-    peer = tiktoken.Encoding(name, pat_str=ENCODINGS[name].pattern, mergeable_ranks=ranks, special_tokens=special)
+    peer = tiktoken.Encoding(
+        name, pat_str=ENCODINGS[name].pattern, mergeable_ranks=ranks, special_tokens=special
+    )
     monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {name: peer})
     ours = given_tokenizer(DataConfig(tokenizer_type="tiktoken", tokenizer_path=name))
     assert ours is not None
     assert (ours.eos_id, ours.vocab_size) == (special["<|endoftext|>"], max(special.values()) + 1)
     assert ours.encode(tiny_text + TEXT) == peer.encode_ordinary(tiny_text + TEXT)
-    assert ours.encode("a<|endoftext|>b", allow_special=True) == peer.encode("a<|endoftext|>b", allowed_special="all")
+    assert ours.encode("a<|endoftext|>b", allow_special=True) == peer.encode(
+        "a<|endoftext|>b", allowed_special="all"
+    )
     ours.save(tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path)(tiny_text)["input_ids"] == ours.encode(tiny_text)
     assert Tokenizer.load(tmp_path).hash == ours.hash
@@ -91,10 +102,17 @@ def test_tiktoken_with_no_name_is_gpt2s(tmp_path: Path) -> None:
         given_tokenizer(DataConfig(tokenizer_type="tiktoken"))
 
 
-def test_a_local_file_of_ranks_gives_tiktokens_ids(tmp_path: Path, ranks: dict[bytes, int], tiny_text: str) -> None:
+def test_a_local_file_of_ranks_gives_tiktokens_ids(
+    tmp_path: Path, ranks: dict[bytes, int], tiny_text: str
+) -> None:
     file = written(tmp_path / "own.tiktoken", ranks)
-    peer = tiktoken.Encoding("own", pat_str=tiktoken_encodings.LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={})
-    for config in (DataConfig(tokenizer_type="tiktoken", tokenizer_path=str(file)), DataConfig(tokenizer_path=str(file))):
+    peer = tiktoken.Encoding(
+        "own", pat_str=tiktoken_encodings.LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={}
+    )
+    for config in (
+        DataConfig(tokenizer_type="tiktoken", tokenizer_path=str(file)),
+        DataConfig(tokenizer_path=str(file)),
+    ):
         tokenizer = given_tokenizer(config)
         assert tokenizer is not None
         assert tokenizer.encode(tiny_text + TEXT) == peer.encode_ordinary(tiny_text + TEXT)
@@ -108,15 +126,27 @@ def test_a_file_with_the_number_of_ranks_of_a_known_encoding_is_that(
     known = tiktoken_encodings.Encoding(tiktoken_encodings.O200K_PATTERN, special, len(ranks))
     monkeypatch.setattr(tiktoken_encodings, "ENCODINGS", {"gpt2": ENCODINGS["gpt2"], "small": known})
     tokenizer = Tokenizer.load(written(tmp_path / "any.tiktoken", ranks))
-    assert (tokenizer.eos_id, tokenizer.token_to_id("<|endofprompt|>"), tokenizer.vocab_size) == (2000, 2010, 2011)
-    assert tiktoken_encodings.O200K_PATTERN in json.loads(tokenizer.to_json())["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
+    assert (tokenizer.eos_id, tokenizer.token_to_id("<|endofprompt|>"), tokenizer.vocab_size) == (
+        2000,
+        2010,
+        2011,
+    )
+    assert (
+        tiktoken_encodings.O200K_PATTERN
+        in json.loads(tokenizer.to_json())["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
+    )
 
 
 def test_gpt2s_vocab_bpe_gives_its_ranks(tmp_path: Path) -> None:
     file = tmp_path / "vocab.bpe"
     file.write_text("#version: 0.2\nĠ t\nh e\nĠt he\n", encoding="utf-8")
     ranks = read_ranks(file)
-    assert (ranks[b"!"], ranks[b" t"], ranks[b"he"], ranks[b" the"]) == (0, 256, 257, 258)  # ids of GPT-2: 0 is "!", 256 is " t"
+    assert (ranks[b"!"], ranks[b" t"], ranks[b"he"], ranks[b" the"]) == (
+        0,
+        256,
+        257,
+        258,
+    )  # ids of GPT-2: 0 is "!", 256 is " t"
     for tokenizer in (Tokenizer.tiktoken("gpt2", file), Tokenizer.load(file)):
         assert tokenizer.encode(" the") == [258]
         assert (tokenizer.eos_id, tokenizer.vocab_size) == (259, 260)
@@ -136,26 +166,36 @@ def test_ranks_that_are_no_order_of_merging_are_refused(ranks: dict[bytes, int])
         tiktoken_encodings.bpe_from_ranks({**ranks, b"qzxqzx": 5000}, tiktoken_encodings.LLAMA3_PATTERN, {})
 
 
-def test_ids_that_differ_from_tiktokens_are_refused(ranks: dict[bytes, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ids_that_differ_from_tiktokens_are_refused(
+    ranks: dict[bytes, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(
-        tiktoken_encodings, "byte_level_words", lambda _: tiktoken_encodings.pre_tokenizers.ByteLevel(add_prefix_space=True)
+        tiktoken_encodings,
+        "byte_level_words",
+        lambda _: tiktoken_encodings.pre_tokenizers.ByteLevel(add_prefix_space=True),
     )
     with pytest.raises(DataError, match="different ids"):
         tiktoken_encodings.bpe_from_ranks(ranks, tiktoken_encodings.LLAMA3_PATTERN, {})
 
 
-def test_what_is_neither_a_name_nor_ranks_is_refused_with_the_names(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+def test_what_is_neither_a_name_nor_ranks_is_refused_with_the_names(
+    tmp_path: Path, tiny_tokenizer: Tokenizer
+) -> None:
     with pytest.raises(DataError, match="cl100k_base"):
         given_tokenizer(DataConfig(tokenizer_type="tiktoken", tokenizer_path="cl200k_base"))
     tiny_tokenizer.save(tmp_path)
     with pytest.raises(UsageError, match="no file of ranks"):
-        given_tokenizer(DataConfig(tokenizer_type="tiktoken", tokenizer_path=str(tmp_path / "tokenizer.json")))
+        given_tokenizer(
+            DataConfig(tokenizer_type="tiktoken", tokenizer_path=str(tmp_path / "tokenizer.json"))
+        )
     with pytest.raises(UsageError, match="gpt3"):
         Tokenizer.tiktoken("gpt3")
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "char"])
-def test_a_given_tokenizer_must_be_of_the_kind_that_is_said(tmp_path: Path, tiny_tokenizer: Tokenizer, kind: str) -> None:
+def test_a_given_tokenizer_must_be_of_the_kind_that_is_said(
+    tmp_path: Path, tiny_tokenizer: Tokenizer, kind: str
+) -> None:
     tiny_tokenizer.save(tmp_path)
     with pytest.raises(UsageError, match="of the kind bpe"):
         given_tokenizer(DataConfig(tokenizer_type=kind, tokenizer_path=str(tmp_path)))

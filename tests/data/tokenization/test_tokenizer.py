@@ -33,14 +33,19 @@ def test_bpe_gives_every_text_back(tiny_tokenizer: Tokenizer, text: str) -> None
 
 
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))
-def test_bpe_gives_any_text_back_and_its_bytes_are_the_tokens_bytes(tiny_tokenizer: Tokenizer, text: str) -> None:
+def test_bpe_gives_any_text_back_and_its_bytes_are_the_tokens_bytes(
+    tiny_tokenizer: Tokenizer, text: str
+) -> None:
     ids = tiny_tokenizer.encode(text)
     assert tiny_tokenizer.decode(ids) == text
     assert b"".join(map(tiny_tokenizer.token_bytes, ids)) == text.encode("utf-8")
 
 
 def test_names_of_special_tokens_in_a_text_are_text_unless_allowed(tiny_tokenizer: Tokenizer) -> None:
-    plain, parsed = tiny_tokenizer.encode("a<|endoftext|>b"), tiny_tokenizer.encode("a<|endoftext|>b", allow_special=True)
+    plain, parsed = (
+        tiny_tokenizer.encode("a<|endoftext|>b"),
+        tiny_tokenizer.encode("a<|endoftext|>b", allow_special=True),
+    )
     assert tiny_tokenizer.eos_id not in plain
     assert parsed == [*tiny_tokenizer.encode("a"), tiny_tokenizer.eos_id, *tiny_tokenizer.encode("b")]
     assert tiny_tokenizer.encode("a<|endoftext|>b") == plain  # parsing once leaves no trace
@@ -67,7 +72,11 @@ def test_an_id_outside_the_vocabulary_is_an_error(tiny_tokenizer: Tokenizer) -> 
 @pytest.mark.parametrize("kind", ["bpe", "char"])
 @pytest.mark.parametrize("config", [None, GPT2Config(), LlamaConfig()])
 def test_transformers_opens_a_saved_tokenizer_with_equal_ids(
-    tmp_path: Path, tiny_tokenizer: Tokenizer, tiny_text: str, kind: str, config: GPT2Config | LlamaConfig | None
+    tmp_path: Path,
+    tiny_tokenizer: Tokenizer,
+    tiny_text: str,
+    kind: str,
+    config: GPT2Config | LlamaConfig | None,
 ) -> None:
     ours = tiny_tokenizer if kind == "bpe" else Tokenizer.from_characters([tiny_text])
     ours.save(tmp_path)
@@ -83,7 +92,9 @@ def test_transformers_opens_a_saved_tokenizer_with_equal_ids(
 
 
 @pytest.mark.parametrize("kind", ["bpe", "char"])
-def test_a_saved_tokenizer_comes_back_the_same(tmp_path: Path, tiny_tokenizer: Tokenizer, tiny_text: str, kind: str) -> None:
+def test_a_saved_tokenizer_comes_back_the_same(
+    tmp_path: Path, tiny_tokenizer: Tokenizer, tiny_text: str, kind: str
+) -> None:
     ours = tiny_tokenizer if kind == "bpe" else Tokenizer.from_characters([tiny_text])
     ours.save(tmp_path)
     for source in (tmp_path, str(tmp_path), tmp_path / "tokenizer.json"):
@@ -96,7 +107,11 @@ def test_a_saved_tokenizer_comes_back_the_same(tmp_path: Path, tiny_tokenizer: T
 
 
 def test_the_hash_tells_tokenizers_apart(tiny_texts: list[str], tiny_tokenizer: Tokenizer) -> None:
-    others = [Tokenizer.train_bpe(tiny_texts, 301), Tokenizer.train_bpe(tiny_texts[:20], 300), Tokenizer.from_characters(tiny_texts)]
+    others = [
+        Tokenizer.train_bpe(tiny_texts, 301),
+        Tokenizer.train_bpe(tiny_texts[:20], 300),
+        Tokenizer.from_characters(tiny_texts),
+    ]
     assert len({tiny_tokenizer.hash, *(other.hash for other in others)}) == 4
     assert Tokenizer.train_bpe(tiny_texts, 300).hash == tiny_tokenizer.hash
 
@@ -104,9 +119,14 @@ def test_the_hash_tells_tokenizers_apart(tiny_texts: list[str], tiny_tokenizer: 
 def test_the_configuration_of_a_loaded_tokenizer_is_kept(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
     tiny_tokenizer.save(tmp_path / "a")
     file = tmp_path / "a" / "tokenizer_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": "{{ messages }}"}), encoding="utf-8")
+    file.write_text(
+        json.dumps({**json.loads(file.read_text()), "chat_template": "{{ messages }}"}), encoding="utf-8"
+    )
     Tokenizer.load(tmp_path / "a").save(tmp_path / "b")
-    assert json.loads((tmp_path / "b" / "tokenizer_config.json").read_text())["chat_template"] == "{{ messages }}"
+    assert (
+        json.loads((tmp_path / "b" / "tokenizer_config.json").read_text())["chat_template"]
+        == "{{ messages }}"
+    )
 
 
 def test_characters_are_numbered_by_code_point_and_gives_text_back() -> None:
@@ -151,7 +171,9 @@ def test_a_hub_name_goes_through_the_hub_and_without_a_network_says_so(
 
     tiny_tokenizer.save(tmp_path)
     asked: list[str] = []
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: asked.append(name) or str(tmp_path))
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, **_: asked.append(name) or str(tmp_path)
+    )
     assert Tokenizer.load("someone/something").hash == tiny_tokenizer.hash
     assert asked == ["someone/something"]
 

@@ -1,4 +1,6 @@
-"""Learning a vocabulary from counted words gives what the tokenizers library learns from the texts, in bounded memory."""
+"""Learning a vocabulary from counted words gives what the tokenizers library learns from the texts, in
+bounded memory.
+"""
 
 from __future__ import annotations
 
@@ -29,26 +31,40 @@ def plainly_trained(texts: list[str], vocab_size: int) -> Backend:
     special = [AddedToken(END_OF_TEXT, special=True, normalized=False)]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     backend.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        ),
     )
     return backend
 
 
 def test_bpe_has_the_ids_and_merges_of_plain_training(tiny_texts: list[str]) -> None:
-    texts = [*tiny_texts, "naïve “text” — Größe, 日本語, Привет 🙂\n" * 20, "\U0001fac6 uncertain \u017f characters " * 10]
+    texts = [
+        *tiny_texts,
+        "naïve “text” — Größe, 日本語, Привет 🙂\n" * 20,
+        "\U0001fac6 uncertain \u017f characters " * 10,
+    ]
     for vocab_size in (300, 1500):
-        assert Tokenizer.train("bpe", texts, vocab_size)._backend.get_vocab() == plainly_trained(texts, vocab_size).get_vocab()
+        assert (
+            Tokenizer.train("bpe", texts, vocab_size)._backend.get_vocab()
+            == plainly_trained(texts, vocab_size).get_vocab()
+        )
     ours, plain = Tokenizer.train("bpe", texts, 1500), plainly_trained(texts, 1500)
     assert all(ours.encode(text) == plain.encode(text).ids for text in texts)
 
 
 @settings(max_examples=150)
 @given(
-    texts=st.lists(st.text(st.sampled_from("aaabbbc \n.1é"), max_size=120), min_size=1, max_size=10).filter(any),
+    texts=st.lists(st.text(st.sampled_from("aaabbbc \n.1é"), max_size=120), min_size=1, max_size=10).filter(
+        any
+    ),
     vocab_size=st.sampled_from([260, 280, 400]),
     lower_by=st.sampled_from([2, 8]),
 )
-def test_merges_of_any_text_are_those_of_plain_training(texts: list[str], vocab_size: int, lower_by: int) -> None:
+def test_merges_of_any_text_are_those_of_plain_training(
+    texts: list[str], vocab_size: int, lower_by: int
+) -> None:
     """Few letters, so that runs, overlaps, ties and tokens that two pairs make are frequent."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(merging, "_LOWER_BY", lower_by)
@@ -59,10 +75,14 @@ def test_merges_of_any_text_are_those_of_plain_training(texts: list[str], vocab_
 
 
 def test_word_pieces_are_as_frequent_as_plain_trainings(tiny_texts: list[str]) -> None:
-    """The library numbers letters by chance, so equal counts may be broken the other way: nearly all pieces are the same."""
+    """The library numbers letters by chance, so equal counts may be broken the other way: nearly all pieces
+    are the same.
+    """
     backend = Backend(models.WordPiece(unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(vocab_size=600, special_tokens=[END_OF_TEXT, "[UNK]"], show_progress=False)
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=600, special_tokens=[END_OF_TEXT, "[UNK]"], show_progress=False
+    )
     backend.train_from_iterator(tiny_texts, trainer)
     ours = Tokenizer.train("wordpiece", tiny_texts, 600)._backend.get_vocab().keys()
     assert len(ours ^ backend.get_vocab().keys()) < 30
@@ -78,7 +98,9 @@ def test_words_are_counted_as_the_library_cuts_them(tiny_texts: list[str], patte
     counts: Counter[str] = Counter()
     for text in tiny_texts:
         counts.update(
-            [word for word, _ in cutter.pre_tokenize_str(text)] if cutter else [w for found in Words(pattern).cut(text) for w in found]
+            [word for word, _ in cutter.pre_tokenize_str(text)]
+            if cutter
+            else [w for found in Words(pattern).cut(text) for w in found]
         )
     assert count_words(tiny_texts, Words(pattern)) == counts
 
@@ -89,7 +111,9 @@ def test_training_twice_gives_the_same(tiny_texts: list[str], kind: str) -> None
 
 
 @pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
-def test_a_vocabulary_has_the_size_that_was_asked_for_and_begins_with_special_tokens(tiny_texts: list[str], kind: str) -> None:
+def test_a_vocabulary_has_the_size_that_was_asked_for_and_begins_with_special_tokens(
+    tiny_texts: list[str], kind: str
+) -> None:
     tokenizer = Tokenizer.train(kind, tiny_texts, 400, ["<|user|>", "<|assistant|>"])
     assert tokenizer.vocab_size == 400
     assert tokenizer.eos_id == 0
@@ -109,7 +133,9 @@ def test_characters_with_special_tokens_number_those_last() -> None:
         tokenizer.encode("<|user|>")
 
 
-def test_special_tokens_are_added_to_a_tokenizer_that_exists(tmp_path: Path, tiny_tokenizer: Tokenizer, tiny_text: str) -> None:
+def test_special_tokens_are_added_to_a_tokenizer_that_exists(
+    tmp_path: Path, tiny_tokenizer: Tokenizer, tiny_text: str
+) -> None:
     more = tiny_tokenizer.with_special_tokens(["<|user|>", END_OF_TEXT])
     assert (more.vocab_size, more.token_to_id("<|user|>"), more.eos_id) == (301, 300, tiny_tokenizer.eos_id)
     assert more.encode(tiny_text) == tiny_tokenizer.encode(tiny_text)
@@ -131,7 +157,9 @@ def test_word_pieces_open_in_transformers_with_equal_ids(tmp_path: Path, tiny_te
 
 
 def test_what_comes_back_from_word_pieces_is_the_words(tiny_texts: list[str]) -> None:
-    """The limits that the documentation states: white space, characters that were not learned, words of more than 100 characters."""
+    """The limits that the documentation states: white space, characters that were not learned, words of more
+    than 100 characters.
+    """
     tokenizer = Tokenizer.train("wordpiece", tiny_texts, 500)
     text = "The value of a name, and\n\n   then another."
     assert tokenizer.decode(tokenizer.encode(text)) == "The value of a name, and then another."
@@ -150,7 +178,9 @@ def test_a_rare_alphabet_leaves_room_for_pieces() -> None:
     assert tokenizer.encode("the") == [tokenizer.token_to_id("the")]
 
 
-def test_the_number_of_different_words_is_bounded_and_frequent_ones_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_different_words_is_bounded_and_frequent_ones_stay(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(vocabulary_training, "MOST_WORDS", 100)
     texts = [f"the word{chr(97 + i % 26)}{chr(97 + i // 26 % 26)} of" for i in range(600)]
     counts = count_words(texts, Words(PATTERN))
@@ -161,7 +191,10 @@ def test_the_number_of_different_words_is_bounded_and_frequent_ones_stay(monkeyp
 def test_a_long_run_is_cut_for_training_only() -> None:
     run = "A" * 10_000
     tokenizer = Tokenizer.train("bpe", [run * 3, "some words"], 400)
-    assert max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)) <= vocabulary_training.LONGEST_WORD
+    assert (
+        max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size))
+        <= vocabulary_training.LONGEST_WORD
+    )
     assert tokenizer.decode(tokenizer.encode(run)) == run
 
 

@@ -20,12 +20,22 @@ SHAPES: dict[str, dict[str, object]] = {
 
 
 def make(shape: str, dtype: torch.dtype = torch.float32) -> Transformer:
-    size = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 40}
-    model = Transformer(ModelConfig(**{**size, **SHAPES[shape], "initializer_range": 0.2}), torch.Generator().manual_seed(0))
+    size = {
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 40,
+    }
+    model = Transformer(
+        ModelConfig(**{**size, **SHAPES[shape], "initializer_range": 0.2}), torch.Generator().manual_seed(0)
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:  # biases of zero and norms of one would hide mistakes
-                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.1)
+                parameter.add_(
+                    torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.1
+                )
     return model.to(dtype).eval()
 
 
@@ -57,11 +67,15 @@ def test_the_fused_step_is_the_models_in_bf16(shape: str) -> None:
     expected = run(model, ModelStep(model), [7]).float()
     found = run(model, FusedStep(model), [7]).float()
     rounding = (expected - exact).abs().mean()
-    assert (found - exact).abs().mean() < 1.5 * rounding, "not further from fp32 than the model in bf16 is itself"
+    assert (found - exact).abs().mean() < 1.5 * rounding, (
+        "not further from fp32 than the model in bf16 is itself"
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("shape", "dtype"), [("gpt2", torch.float32), ("windowed", torch.float32), ("qkv_bias", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [("gpt2", torch.float32), ("windowed", torch.float32), ("qkv_bias", torch.bfloat16)]
+)
 def test_the_compiled_step_is_the_fused_one(shape: str, dtype: torch.dtype) -> None:
     model = make(shape, dtype)
     expected = run(model, FusedStep(model), [7])
@@ -86,7 +100,10 @@ def test_fusing_leaves_the_model_as_it_was() -> None:
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
     attention = model.blocks[0].attn
-    assert attention.q_proj.weight.untyped_storage().data_ptr() == attention.v_proj.weight.untyped_storage().data_ptr()
+    assert (
+        attention.q_proj.weight.untyped_storage().data_ptr()
+        == attention.v_proj.weight.untyped_storage().data_ptr()
+    )
 
 
 def test_a_model_with_unknown_layers_is_run_as_it_is() -> None:

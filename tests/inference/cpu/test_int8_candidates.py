@@ -16,7 +16,11 @@ ROWS, WIDTH = 3000, 64
 def heads() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     plain = torch.randn(ROWS, WIDTH, generator=generator)
-    uneven = plain * torch.rand(ROWS, 1, generator=generator).exp() * torch.where(torch.arange(WIDTH) % 9 == 0, 20.0, 1.0)
+    uneven = (
+        plain
+        * torch.rand(ROWS, 1, generator=generator).exp()
+        * torch.where(torch.arange(WIDTH) % 9 == 0, 20.0, 1.0)
+    )
     with_zeros = plain.clone()
     with_zeros[::7] = 0
     twins = plain.clone()
@@ -28,7 +32,9 @@ def heads() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", heads())
 @pytest.mark.parametrize("count", [1, 20])
-def test_the_largest_products_and_their_ties_are_on_the_list(kind: str, dtype: torch.dtype, count: int) -> None:
+def test_the_largest_products_and_their_ties_are_on_the_list(
+    kind: str, dtype: torch.dtype, count: int
+) -> None:
     weight = heads()[kind].to(dtype)
     shortlist = Shortlist(weight)
     found = 0
@@ -80,9 +86,12 @@ def language_model(dtype: torch.dtype) -> LanguageModel:
 @needs_exact_bytes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "settings", [{"temperature": 0}, {"temperature": 1.0, "top_k": 20, "seed": 3}, {"top_k": 9, "top_p": 0.7, "seed": 1}]
+    "settings",
+    [{"temperature": 0}, {"temperature": 1.0, "top_k": 20, "seed": 3}, {"top_k": 9, "top_p": 0.7, "seed": 1}],
 )
-def test_a_text_is_the_same_with_and_without(settings: dict[str, float], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_is_the_same_with_and_without(
+    settings: dict[str, float], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = GenerationConfig(max_new_tokens=60, **settings)
     whole = language_model(dtype).generate_ids([[5, 6, 7]], config)[0].ids
     lists: list[int] = []

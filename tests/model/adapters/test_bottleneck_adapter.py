@@ -1,4 +1,6 @@
-"""Bottleneck adapters and those of domains: nothing at first, each row its own, the same alone as in a mixed batch."""
+"""Bottleneck adapters and those of domains: nothing at first, each row its own, the same alone as in a mixed
+batch.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def model_of(**changes: object) -> Transformer:
 def disturbed(model: Transformer) -> Transformer:
     for name, parameter in model.named_parameters():
         if is_adapter_parameter(name):
-            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.3)
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.3
+            )
     return model
 
 
@@ -41,7 +45,10 @@ def logits(model: Transformer, ids: Tensor = IDS, names: list[str] | None = None
 
 @pytest.mark.parametrize("pre_norm", [True, False])
 def test_new_adapters_change_nothing_and_trained_ones_do(pre_norm: bool) -> None:
-    plain, model = model_of(pre_norm=pre_norm), model_of(pre_norm=pre_norm, use_adapter_modules=True, **DOMAINS)
+    plain, model = (
+        model_of(pre_norm=pre_norm),
+        model_of(pre_norm=pre_norm, use_adapter_modules=True, **DOMAINS),
+    )
     assert torch.equal(logits(model, names=["law", "math", "law"]), logits(plain))
     disturbed(model)
     assert (logits(model) - logits(plain)).abs().max() > 1e-3
@@ -60,11 +67,15 @@ def test_each_row_takes_its_domains_adapter_alone_as_in_a_mixed_batch() -> None:
 
 @pytest.mark.parametrize("shape", [{}, {"model_type": "llama", "sliding_window": 3}])
 @pytest.mark.parametrize("recomputes", [False, True])
-def test_documents_packed_in_a_row_have_the_logits_and_gradients_of_documents_alone(shape: dict[str, object], recomputes: bool) -> None:
+def test_documents_packed_in_a_row_have_the_logits_and_gradients_of_documents_alone(
+    shape: dict[str, object], recomputes: bool
+) -> None:
     lengths, names = [3, 4, 5], ["code", "law", "math"]
     domains = model_of(**DOMAINS).config.domain_names
     documents = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths)).expand(3, -1)
-    numbers = torch.tensor([[1, 0, 2], [0, 2, 2], [2, 1, 1]])  # which of `names` each row's documents are from
+    numbers = torch.tensor(
+        [[1, 0, 2], [0, 2, 2], [2, 1, 1]]
+    )  # which of `names` each row's documents are from
     found = []
     for is_packed in (True, False):
         model = disturbed(model_of(**DOMAINS, gradient_checkpointing=recomputes, **shape)).train()

@@ -1,4 +1,6 @@
-"""Low-rank adapters: what they compute, that they start at nothing, grow, merge and go without changing the function."""
+"""Low-rank adapters: what they compute, that they start at nothing, grow, merge and go without changing the
+function.
+"""
 
 from __future__ import annotations
 
@@ -113,7 +115,9 @@ def test_a_smaller_rank_keeps_the_largest_singular_values() -> None:
     left, values, right = torch.linalg.svd(held.delta().detach())
     model.set_layer_lora_rank("attn.0", 2)
     best = left[:, :2] * values[:2] @ right[:2]
-    torch.testing.assert_close(model.blocks[0].attn.q_proj.lora["default"].delta().detach(), best, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        model.blocks[0].attn.q_proj.lora["default"].delta().detach(), best, rtol=0, atol=1e-12
+    )
 
 
 def test_a_rank_that_grows_reads_new_directions() -> None:

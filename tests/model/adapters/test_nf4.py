@@ -1,4 +1,6 @@
-"""Four-bit matrices: quantised twice they are what they were, as near as torchao's own, an eighth of the memory, and floats in a file."""
+"""Four-bit matrices: quantised twice they are what they were, as near as torchao's own, an eighth of the
+memory, and floats in a file.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,13 @@ SHAPES = {"gpt2": {}, "llama": {"model_type": "llama", "num_key_value_heads": 2,
 
 def drawn(kind: str, *shape: int) -> Tensor:
     values = torch.randn(shape, generator=torch.Generator().manual_seed(len(kind)))
-    spread = {"normal": values, "heavy": values**5, "tiny": values * 1e-20, "nothing": values * 1e-45, "trained": values * 0.02}
+    spread = {
+        "normal": values,
+        "heavy": values**5,
+        "tiny": values * 1e-20,
+        "nothing": values * 1e-45,
+        "trained": values * 0.02,
+    }
     found = spread.get(kind, values)
     if kind == "holes":
         found = torch.where(torch.arange(values.numel()).view(shape) // 64 % 3 == 0, 0.0, values)
@@ -44,7 +52,10 @@ def test_it_is_as_near_as_torchaos_own_which_changes_when_quantised_again() -> N
     from torchao.quantization import NF4Tensor
 
     weight = drawn("trained", 256, 256)
-    ours, theirs = dequantized(quantized(weight)), NF4Tensor.from_tensor(weight, 64, 256).get_original_weight()
+    ours, theirs = (
+        dequantized(quantized(weight)),
+        NF4Tensor.from_tensor(weight, 64, 256).get_original_weight(),
+    )
     assert (ours - weight).norm() <= 1.02 * (theirs - weight).norm()
     assert not torch.equal(NF4Tensor.from_tensor(theirs, 64, 256).get_original_weight(), theirs)
 
@@ -58,7 +69,9 @@ def of_four_bits(**changes: object) -> Transformer:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_products_and_gradients_are_those_of_the_floats(shape: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_products_and_gradients_are_those_of_the_floats(
+    shape: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
     model = of_four_bits(**SHAPES[shape])
     save_pretrained(model, tmp_path)
     plain = load_pretrained(tmp_path).train()  # the file holds floats
@@ -69,9 +82,16 @@ def test_products_and_gradients_are_those_of_the_floats(shape: str, dtype: torch
         with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
             logits = one(IDS)
         logits.float().square().sum().backward()
-        found.append([logits.detach(), *(parameter.grad for _, parameter in one.named_parameters() if parameter.requires_grad)])
+        found.append(
+            [
+                logits.detach(),
+                *(parameter.grad for _, parameter in one.named_parameters() if parameter.requires_grad),
+            ]
+        )
     assert len(found[0]) > 2
-    torch.testing.assert_close(*found, rtol=1e-5 if dtype is torch.float32 else 5e-2, atol=1e-5 if dtype is torch.float32 else 5e-2)
+    torch.testing.assert_close(
+        *found, rtol=1e-5 if dtype is torch.float32 else 5e-2, atol=1e-5 if dtype is torch.float32 else 5e-2
+    )
 
 
 def test_the_matrices_take_a_seventh_of_their_memory_and_all_else_stays() -> None:
@@ -94,7 +114,9 @@ def test_what_is_put_into_one_is_quantised_as_at_first() -> None:
 def test_what_cannot_be_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match=r"attn\.0\.q_proj is"):
         quantize_blocks(Transformer(small_config()))
-    odd = Transformer(small_config(intermediate_size=35, hidden_size=32, num_attention_heads=4, attn_lora_rank=1))
+    odd = Transformer(
+        small_config(intermediate_size=35, hidden_size=32, num_attention_heads=4, attn_lora_rank=1)
+    )
     train_adapters_only(odd)
     with pytest.raises(UsageError, match=r"blocks of 64 weights, and mlp\.0\.up_proj has 1120"):
         quantize_blocks(odd)

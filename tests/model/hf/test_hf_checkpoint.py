@@ -32,7 +32,8 @@ WITH_COUNTERPART = {
 
 
 def shaken(model: torch.nn.Module) -> torch.nn.Module:
-    """Random numbers in every parameter, biases and norms too, so that no mistake hides behind a zero or a one.
+    """Random numbers in every parameter, biases and norms too, so that no mistake hides behind a zero or a
+    one.
 
     Matrices keep the size of what passes through them, for 1e-5 to mean the same at every width.
     """
@@ -68,7 +69,13 @@ def test_transformers_computes_our_logits_from_our_folder(shape, tied, tmp_path)
 
 def sized(configuration: type, **more) -> transformers.PretrainedConfig:
     """A small configuration of a Llama-like family."""
-    small = {"hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 56,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     return configuration(**{**small, "vocab_size": 61, "max_position_embeddings": 64, **more})
 
 
@@ -85,13 +92,20 @@ THEIRS = {
     "gpt2": transformers.GPT2Config(**GPT2, n_inner=40),
     "gpt2_untied": transformers.GPT2Config(**GPT2, activation_function="relu", tie_word_embeddings=False),
     "llama": sized(transformers.LlamaConfig),
-    "llama_biases": sized(transformers.LlamaConfig, attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
+    "llama_biases": sized(
+        transformers.LlamaConfig, attention_bias=True, mlp_bias=True, tie_word_embeddings=True
+    ),
     "llama3": sized(transformers.LlamaConfig, rope_parameters=LLAMA3),
-    "llama_linear": sized(transformers.LlamaConfig, rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0}),
+    "llama_linear": sized(
+        transformers.LlamaConfig,
+        rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0},
+    ),
     "mistral": sized(transformers.MistralConfig, sliding_window=6),
     "mistral_without_window": sized(transformers.MistralConfig, sliding_window=None, head_dim=12),
     "qwen2": sized(transformers.Qwen2Config),
-    "qwen2_window": sized(transformers.Qwen2Config, use_sliding_window=True, sliding_window=6, max_window_layers=0),
+    "qwen2_window": sized(
+        transformers.Qwen2Config, use_sliding_window=True, sliding_window=6, max_window_layers=0
+    ),
     "qwen3": sized(transformers.Qwen3Config, head_dim=12),
     "qwen3_tied": sized(transformers.Qwen3Config, tie_word_embeddings=True, attention_bias=True),
 }
@@ -116,7 +130,9 @@ def test_we_compute_the_logits_of_transformers_from_its_folder(name, tmp_path):
     vocabulary=st.integers(2, 90),
     family=st.sampled_from(["gpt2", "llama"]),
 )
-def test_logits_agree_on_random_shapes(heads, groups, half_width, layers, inner, vocabulary, family, tmp_path_factory):
+def test_logits_agree_on_random_shapes(
+    heads, groups, half_width, layers, inner, vocabulary, family, tmp_path_factory
+):
     query_heads = heads * groups
     ours = shaken(
         Transformer(
@@ -157,7 +173,9 @@ def test_a_saved_model_reads_back_the_same_to_the_bit_whatever_its_shape(shape, 
     save_pretrained(model, tmp_path)
     back = load_pretrained(tmp_path)
     own_names = {name: value for name, value in resolved(config).model_dump().items() if name != "model_type"}
-    assert {name: value for name, value in resolved(back.config).model_dump().items() if name != "model_type"} == own_names
+    assert {
+        name: value for name, value in resolved(back.config).model_dump().items() if name != "model_type"
+    } == own_names
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, back.get_parameter(name)), name
     assert torch.equal(model(ids_for(model)), back(ids_for(model)))
@@ -192,7 +210,10 @@ def test_a_gpt2_file_without_prefix_and_with_mask_buffers_is_read_as_the_hubs_is
 
     ours = shaken(Transformer(small_config()))
     save_pretrained(ours, tmp_path)
-    tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    tensors = {
+        name.removeprefix("transformer."): tensor
+        for name, tensor in load_file(tmp_path / "model.safetensors").items()
+    }
     tensors["h.0.attn.bias"] = torch.ones(1, 1, 48, 48)
     save_file(tensors, tmp_path / "model.safetensors")
     assert torch.equal(load_pretrained(tmp_path)(ids_for(ours)), ours(ids_for(ours)))
@@ -218,7 +239,11 @@ def test_rope_settings_of_older_files_are_read():
     read = config_from_huggingface({**old, "rope_theta": 500000.0, "rope_scaling": scaling})
     assert read.rope_theta == 500000.0
     assert read.rope_scaling is not None
-    assert (read.rope_scaling.kind, read.rope_scaling.factor, read.rope_scaling.original_context) == ("llama3", 8.0, 32)
+    assert (read.rope_scaling.kind, read.rope_scaling.factor, read.rope_scaling.original_context) == (
+        "llama3",
+        8.0,
+        32,
+    )
     older = config_from_huggingface({**old, "rope_scaling": {"type": "linear", "factor": 2.0}})
     assert older.rope_scaling is not None
     assert (older.rope_scaling.kind, older.rope_theta) == ("linear", 10000.0)
@@ -233,15 +258,21 @@ def test_the_weights_type_is_kept_on_disk_and_chosen_on_loading(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrap", [torch.compile, torch.nn.Module.compile, lambda model: model], ids=["compiled", "compiled in place", "plain"]
+    "wrap",
+    [torch.compile, torch.nn.Module.compile, lambda model: model],
+    ids=["compiled", "compiled in place", "plain"],
 )
-@pytest.mark.parametrize("wrap_target", [torch.compile, lambda model: model], ids=["into compiled", "into plain"])
+@pytest.mark.parametrize(
+    "wrap_target", [torch.compile, lambda model: model], ids=["into compiled", "into plain"]
+)
 def test_wrappers_leave_no_trace_in_the_file(wrap, wrap_target, tmp_path):
     model, target = shaken(Transformer(small_config())), Transformer(small_config())
     wrapped = wrap(model)
     save_pretrained(model if wrapped is None else wrapped, tmp_path)
     load_weights(wrap_target(target), tmp_path)
-    assert all(torch.equal(target.get_parameter(name), parameter) for name, parameter in model.named_parameters())
+    assert all(
+        torch.equal(target.get_parameter(name), parameter) for name, parameter in model.named_parameters()
+    )
 
 
 def test_loading_into_a_model_of_another_shape_changes_nothing(tmp_path):
@@ -268,9 +299,13 @@ def test_a_folder_with_our_tokenizer_is_complete_for_transformers(tmp_path):
 
     tokenizer = Tokenizer.train_bpe(["the quick brown fox jumps over the lazy dog\n"] * 20, vocab_size=300)
     model = shaken(Transformer(small_config(**SHAPES["grouped"], vocab_size=tokenizer.vocab_size)))
-    save_pretrained(model, tmp_path, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+    save_pretrained(
+        model, tmp_path, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id
+    )
     tokenizer.save(tmp_path)
     text = "the lazy fox: naïve 🦊\n"
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)(text, return_tensors="pt")["input_ids"]
     assert theirs[0].tolist() == tokenizer.encode(text)
-    torch.testing.assert_close(opened_by_transformers(tmp_path)(theirs).logits, model(theirs), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        opened_by_transformers(tmp_path)(theirs).logits, model(theirs), atol=1e-5, rtol=1e-5
+    )

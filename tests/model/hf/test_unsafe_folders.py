@@ -1,4 +1,6 @@
-"""Model folders that are damaged, hostile or not what they say: one clear error, and nothing from them is run."""
+"""Model folders that are damaged, hostile or not what they say: one clear error, and nothing from them is
+run.
+"""
 
 import json
 import pickle
@@ -59,8 +61,13 @@ def test_a_pickle_in_the_clothes_of_safetensors_is_refused_unopened(folder):
 
 def test_code_that_a_configuration_names_is_not_run(folder):
     canary = folder / "canary"
-    (folder / "modeling_hostile.py").write_text(f"open({str(canary)!r}, 'w')\nclass Model: ...\nclass Config: ...\n")
-    change_config(folder, auto_map={"AutoConfig": "modeling_hostile.Config", "AutoModelForCausalLM": "modeling_hostile.Model"})
+    (folder / "modeling_hostile.py").write_text(
+        f"open({str(canary)!r}, 'w')\nclass Model: ...\nclass Config: ...\n"
+    )
+    change_config(
+        folder,
+        auto_map={"AutoConfig": "modeling_hostile.Config", "AutoModelForCausalLM": "modeling_hostile.Model"},
+    )
     load_pretrained(folder)
     change_config(folder, model_type="hostile")
     with pytest.raises(CheckpointError, match=r"'hostile'.*llama"):
@@ -74,7 +81,8 @@ def test_code_that_a_configuration_names_is_not_run(folder):
         struct.pack("<Q", 2**63) + b"{}",
         struct.pack("<Q", 200_000_000) + b"{" + b" " * 1000,
         struct.pack("<Q", 4) + b"junk",
-        struct.pack("<Q", 75) + b'{"a":{"dtype":"F32","shape":[1000000,1000000],"data_offsets":[0,4000000000]}}',
+        struct.pack("<Q", 75)
+        + b'{"a":{"dtype":"F32","shape":[1000000,1000000],"data_offsets":[0,4000000000]}}',
         b"",
     ],
     ids=["huge", "large", "garbled", "promises more than it holds", "empty"],
@@ -98,7 +106,10 @@ def test_a_truncated_file_is_an_error(folder, kept):
     [
         (lambda tensors: tensors.pop("model.norm.weight"), r"missing: model\.norm\.weight"),
         (lambda tensors: tensors.update(adapter=torch.ones(1)), "unexpected: adapter"),
-        (lambda tensors: tensors.update({"model.norm.weight": torch.ones(31)}), r"model\.norm\.weight .*\(31,\).*\(32,\)"),
+        (
+            lambda tensors: tensors.update({"model.norm.weight": torch.ones(31)}),
+            r"model\.norm\.weight .*\(31,\).*\(32,\)",
+        ),
     ],
 )
 def test_tensors_must_be_exactly_those_of_the_configuration(folder, change, message):
@@ -109,7 +120,10 @@ def test_tensors_must_be_exactly_those_of_the_configuration(folder, change, mess
 
 def test_a_head_beside_tied_embeddings_must_be_the_embedding(tmp_path):
     save_pretrained(Transformer(small_config()), tmp_path)
-    change_tensors(tmp_path, lambda tensors: tensors.update({"lm_head.weight": tensors["transformer.wte.weight"].clone()}))
+    change_tensors(
+        tmp_path,
+        lambda tensors: tensors.update({"lm_head.weight": tensors["transformer.wte.weight"].clone()}),
+    )
     load_pretrained(tmp_path)
     change_tensors(tmp_path, lambda tensors: tensors["lm_head.weight"].add_(1))
     with pytest.raises(CheckpointError, match="tie_word_embeddings"):
@@ -125,14 +139,20 @@ def test_an_index_cannot_point_outside_its_folder(folder, name):
 
 
 def test_a_lost_shard_is_named(folder):
-    save_pretrained(Transformer(small_config(**SHAPES["grouped"])), folder / "sharded", max_shard_bytes=20_000)
+    save_pretrained(
+        Transformer(small_config(**SHAPES["grouped"])), folder / "sharded", max_shard_bytes=20_000
+    )
     lost = sorted((folder / "sharded").glob("model-*.safetensors"))[1]
     lost.unlink()
     with pytest.raises(CheckpointError, match=lost.name):
         load_pretrained(folder / "sharded")
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"model_type": "llama"}', "[" * 100_000], ids=["empty", "list", "cut", "bare", "deep"])
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{", '{"model_type": "llama"}', "[" * 100_000],
+    ids=["empty", "list", "cut", "bare", "deep"],
+)
 def test_a_bad_config_is_an_error_that_names_it(folder, content):
     (folder / "config.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"config\.json"):
@@ -166,8 +186,20 @@ def test_a_config_that_promises_a_huge_model_allocates_nothing(folder):
 
 
 def test_layers_of_different_windows_are_refused():
-    qwen = {"model_type": "qwen2", "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 4}
-    qwen |= {"intermediate_size": 56, "max_position_embeddings": 64, "vocab_size": 61, "use_sliding_window": True, "sliding_window": 8}
+    qwen = {
+        "model_type": "qwen2",
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 4,
+    }
+    qwen |= {
+        "intermediate_size": 56,
+        "max_position_embeddings": 64,
+        "vocab_size": 61,
+        "use_sliding_window": True,
+        "sliding_window": 8,
+    }
     with pytest.raises(CheckpointError, match="some layers only"):
         config_from_huggingface({**qwen, "max_window_layers": 2})
     assert config_from_huggingface({**qwen, "max_window_layers": 4}).sliding_window is None
@@ -175,7 +207,13 @@ def test_layers_of_different_windows_are_refused():
 
 
 def test_a_missing_folder_is_an_error_at_once(tmp_path):
-    for missing in (tmp_path / "nowhere", str(tmp_path / "nowhere"), "no-such-model", "./owner/name", "a/b/c"):
+    for missing in (
+        tmp_path / "nowhere",
+        str(tmp_path / "nowhere"),
+        "no-such-model",
+        "./owner/name",
+        "a/b/c",
+    ):
         with pytest.raises(CheckpointError, match="does not exist"):
             load_pretrained(missing)
 

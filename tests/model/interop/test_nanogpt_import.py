@@ -25,9 +25,16 @@ class NanoGPT(nn.Module):
             return nn.ModuleDict(
                 {
                     "ln_1": nn.LayerNorm(width, bias=bias),
-                    "attn": nn.ModuleDict({"c_attn": nn.Linear(width, 3 * width, bias), "c_proj": nn.Linear(width, width, bias)}),
+                    "attn": nn.ModuleDict(
+                        {"c_attn": nn.Linear(width, 3 * width, bias), "c_proj": nn.Linear(width, width, bias)}
+                    ),
                     "ln_2": nn.LayerNorm(width, bias=bias),
-                    "mlp": nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width, bias), "c_proj": nn.Linear(4 * width, width, bias)}),
+                    "mlp": nn.ModuleDict(
+                        {
+                            "c_fc": nn.Linear(width, 4 * width, bias),
+                            "c_proj": nn.Linear(4 * width, width, bias),
+                        }
+                    ),
                 }
             )
 
@@ -58,7 +65,10 @@ class NanoGPT(nn.Module):
 def test_logits_are_nanogpts(bias, prefix, tmp_path):
     theirs = NanoGPT(bias).eval()
     weights = {f"{prefix}{name}": tensor for name, tensor in theirs.state_dict().items()}
-    torch.save({"model": weights, "model_args": {**ARGUMENTS, "bias": bias}, "iter_num": 7, "optimizer": {}}, tmp_path / "ckpt.pt")
+    torch.save(
+        {"model": weights, "model_args": {**ARGUMENTS, "bias": bias}, "iter_num": 7, "optimizer": {}},
+        tmp_path / "ckpt.pt",
+    )
     ours = load_nanogpt(tmp_path / "ckpt.pt")
     ids = torch.randint(0, 61, (2, 20))
     torch.testing.assert_close(ours(ids), theirs(ids), atol=1e-5, rtol=1e-5)
@@ -72,7 +82,11 @@ class Hostile:
         return (open, (str(self.canary), "w"))
 
 
-@pytest.mark.parametrize("save", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))], ids=["torch", "pickle"])
+@pytest.mark.parametrize(
+    "save",
+    [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))],
+    ids=["torch", "pickle"],
+)
 def test_code_in_a_checkpoint_is_refused_and_does_not_run(save, tmp_path):
     canary = tmp_path / "canary"
     save({"model": {}, "model_args": Hostile(canary)}, tmp_path / "ckpt.pt")

@@ -21,7 +21,9 @@ def source(tmp_path: Path) -> Path:
 
 
 def test_a_deeper_model_with_another_vocabulary_takes_what_fits_and_tells_the_rest(source: Path) -> None:
-    model = Transformer(small_config(num_hidden_layers=3, vocab_size=70, attn_lora_rank=2), torch.Generator().manual_seed(0))
+    model = Transformer(
+        small_config(num_hidden_layers=3, vocab_size=70, attn_lora_rank=2), torch.Generator().manual_seed(0)
+    )
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     report = load_partially(model, source)
     there = dict(load_pretrained(source).named_parameters())

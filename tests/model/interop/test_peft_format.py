@@ -1,4 +1,6 @@
-"""Adapter folders between this system and peft: the same logits over transformers' model, both ways, and what does not fit refused."""
+"""Adapter folders between this system and peft: the same logits over transformers' model, both ways, and what
+does not fit refused.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,9 @@ def test_peft_computes_what_we_do_from_our_folder(shape: str, tmp_path: Path) ->
     model = adapted(**SHAPES[shape])
     base = with_base(model, tmp_path)
     save_adapter(model, tmp_path / "adapter")
-    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter").eval()
+    theirs = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter"
+    ).eval()
     assert (logits(model) - logits(load_pretrained(base))).abs().max() > 1e-2
     torch.testing.assert_close(logits(theirs), logits(model), rtol=0, atol=1e-5)
 
@@ -78,17 +82,26 @@ def test_an_adapter_folder_reads_back_to_the_bit(shape: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("shape", "target_modules"),
-    [({}, ["c_attn", "c_proj", "c_fc"]), ({"model_type": "llama"}, ["q_proj", "v_proj", "embed_tokens", "lm_head"])],
+    [
+        ({}, ["c_attn", "c_proj", "c_fc"]),
+        ({"model_type": "llama"}, ["q_proj", "v_proj", "embed_tokens", "lm_head"]),
+    ],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_we_compute_what_peft_does_from_its_folder(shape: dict[str, object], target_modules: list[str], tmp_path: Path) -> None:
+def test_we_compute_what_peft_does_from_its_folder(
+    shape: dict[str, object], target_modules: list[str], tmp_path: Path
+) -> None:
     import peft
     from transformers import AutoModelForCausalLM
 
     save_pretrained(Transformer(small_config(**shape), torch.Generator().manual_seed(0)), tmp_path / "base")
     torch.manual_seed(0)
     settings = peft.LoraConfig(
-        r=4, lora_alpha=6, target_modules=target_modules, rank_pattern={target_modules[1]: 2}, init_lora_weights=False
+        r=4,
+        lora_alpha=6,
+        target_modules=target_modules,
+        rank_pattern={target_modules[1]: 2},
+        init_lora_weights=False,
     )
     theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), settings).eval()
     theirs.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
@@ -97,13 +110,19 @@ def test_we_compute_what_peft_does_from_its_folder(shape: dict[str, object], tar
     torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("beginning", ["gaussian", "eva", "orthogonal", "mica", "pissa", "pissa_niter_4", "olora"])
+@pytest.mark.parametrize(
+    "beginning", ["gaussian", "eva", "orthogonal", "mica", "pissa", "pissa_niter_4", "olora"]
+)
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-def test_an_adapter_that_began_by_changing_its_base_is_refused_and_any_other_is_computed(beginning: str, tmp_path: Path) -> None:
+def test_an_adapter_that_began_by_changing_its_base_is_refused_and_any_other_is_computed(
+    beginning: str, tmp_path: Path
+) -> None:
     import peft
     from transformers import AutoModelForCausalLM
 
-    save_pretrained(Transformer(small_config(model_type="llama"), torch.Generator().manual_seed(0)), tmp_path / "base")
+    save_pretrained(
+        Transformer(small_config(model_type="llama"), torch.Generator().manual_seed(0)), tmp_path / "base"
+    )
     torch.manual_seed(0)
     settings = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=beginning)
     trained = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), settings)
@@ -114,11 +133,16 @@ def test_an_adapter_that_began_by_changing_its_base_is_refused_and_any_other_is_
     trained.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     ours = load_pretrained(tmp_path / "base")
     if beginning.startswith(("pissa", "olora")):
-        with pytest.raises(CheckpointError, match=f"init_lora_weights = '{beginning}', which changes the weights under the adapter"):
+        with pytest.raises(
+            CheckpointError,
+            match=f"init_lora_weights = '{beginning}', which changes the weights under the adapter",
+        ):
             load_adapter(ours, tmp_path / "adapter")
         return
     load_adapter(ours, tmp_path / "adapter")
-    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter").eval()
+    theirs = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
+    ).eval()
     torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-5)
 
 

@@ -31,7 +31,9 @@ def logits(of: Form) -> torch.Tensor:
     return result
 
 
-@pytest.mark.parametrize("shape", [{}, {"model_type": "llama", "num_key_value_heads": 2}], ids=["gpt2", "grouped"])
+@pytest.mark.parametrize(
+    "shape", [{}, {"model_type": "llama", "num_key_value_heads": 2}], ids=["gpt2", "grouped"]
+)
 def test_what_does_nothing_goes_first_and_is_not_missed(shape: dict[str, object]) -> None:
     before = form(**shape)
     width, units = before.config.head_width, before.config.mlp_width
@@ -58,7 +60,11 @@ def test_an_uneven_model_is_saved_loaded_and_cached(tmp_path: Path) -> None:
     with torch.no_grad():
         torch.testing.assert_close(loaded(IDS), logits(uneven))
         cache = KVCache(loaded.config, batch_size=2, max_length=12)
-        parts = [loaded(IDS[:, :6], cache=cache), loaded(IDS[:, 6:9], cache=cache), loaded(IDS[:, 9:], cache=cache)]
+        parts = [
+            loaded(IDS[:, :6], cache=cache),
+            loaded(IDS[:, 6:9], cache=cache),
+            loaded(IDS[:, 9:], cache=cache),
+        ]
         torch.testing.assert_close(torch.cat(parts, dim=1), logits(uneven))
 
 

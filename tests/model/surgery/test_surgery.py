@@ -30,7 +30,11 @@ IDS = torch.arange(24).view(2, 12) * 5 % 19
 @st.composite
 def shapes(draw: st.DrawFn) -> ModelConfig:
     """GPT-2's, Llama's and everything between."""
-    groups, kv_heads, width = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2])), draw(st.sampled_from([2, 4]))
+    groups, kv_heads, width = (
+        draw(st.sampled_from([1, 2, 3])),
+        draw(st.sampled_from([1, 2])),
+        draw(st.sampled_from([2, 4])),
+    )
     heads = groups * kv_heads
     free_width = draw(st.booleans())
     return ModelConfig(
@@ -120,8 +124,18 @@ def test_a_wider_model_can_be_widened_and_stacked_again(config: ModelConfig) -> 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "bottlenecks": {"use_adapter_modules": True, "adapter_size": 3},
     "domains": {"use_domain_adaptation": True, "adapter_size": 3},
-    "bottlenecks after the last norm": {"use_adapter_modules": True, "use_domain_adaptation": True, "adapter_size": 3, "pre_norm": False},
-    "low rank": {"attn_lora_rank": 2, "mlp_lora_rank": 3, "embedding_lora_rank": 2, "tie_word_embeddings": False},
+    "bottlenecks after the last norm": {
+        "use_adapter_modules": True,
+        "use_domain_adaptation": True,
+        "adapter_size": 3,
+        "pre_norm": False,
+    },
+    "low rank": {
+        "attn_lora_rank": 2,
+        "mlp_lora_rank": 3,
+        "embedding_lora_rank": 2,
+        "tie_word_embeddings": False,
+    },
 }
 ADAPTED_SHAPE: dict[str, Any] = {
     "vocab_size": 19,
@@ -153,7 +167,11 @@ def test_adapters_of_silent_copies_learn_over_a_frozen_base(adapters: str) -> No
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(model(IDS).flatten(0, 1), IDS.roll(-1).flatten()).backward()
         optimizer.step()
-    copies = {name: one for name, one in model.named_parameters() if name.startswith(("blocks.2.", "blocks.3.")) and one.requires_grad}
+    copies = {
+        name: one
+        for name, one in model.named_parameters()
+        if name.startswith(("blocks.2.", "blocks.3.")) and one.requires_grad
+    }
     assert copies
     assert [name for name, parameter in copies.items() if torch.equal(parameter, start[name])] == []
 
@@ -167,7 +185,14 @@ def test_pruning_goes_with_bottleneck_adapters() -> None:
 
 
 def test_heads_may_grow_by_another_factor_than_the_stream() -> None:
-    config = ModelConfig(vocab_size=19, hidden_size=8, head_dim=4, num_attention_heads=2, num_hidden_layers=2, max_position_embeddings=16)
+    config = ModelConfig(
+        vocab_size=19,
+        hidden_size=8,
+        head_dim=4,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        max_position_embeddings=16,
+    )
     before = form_of(trained(config, torch.float64))
     after = widen_model(before, 16, 6)
     assert (after.config.num_attention_heads, after.config.head_width) == (6, 4)
@@ -178,19 +203,29 @@ def gradients(form: Form) -> dict[str, Tensor]:
     model = build(form).eval()
     loss = torch.nn.functional.cross_entropy(model(IDS)[..., :19].flatten(0, 1), IDS.roll(-1).flatten())
     torch.autograd.backward(loss)
-    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {
+        name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
 
 
-@pytest.mark.parametrize("change", [half_more_units(noise=0), multiple(2, noise=0)], ids=["wider MLP", "twice as wide"])
+@pytest.mark.parametrize(
+    "change", [half_more_units(noise=0), multiple(2, noise=0)], ids=["wider MLP", "twice as wide"]
+)
 @settings(max_examples=20)
 @given(config=shapes())
-def test_averages_of_gradients_become_those_of_the_grown_model(change: Callable[[Form], Form], config: ModelConfig) -> None:
-    """If the averages were the gradients themselves, they would be the grown model's gradients; their squares' likewise."""
+def test_averages_of_gradients_become_those_of_the_grown_model(
+    change: Callable[[Form], Form], config: ModelConfig
+) -> None:
+    """If the averages were the gradients themselves, they would be the grown model's gradients; their
+    squares' likewise.
+    """
     assert_averages_follow(change, config)
 
 
 @pytest.mark.parametrize("adapters", ADAPTERS)
-@pytest.mark.parametrize("change", [half_more_units(noise=0), multiple(2, noise=0)], ids=["wider MLP", "twice as wide"])
+@pytest.mark.parametrize(
+    "change", [half_more_units(noise=0), multiple(2, noise=0)], ids=["wider MLP", "twice as wide"]
+)
 def test_averages_of_adapters_gradients_do_too(change: Callable[[Form], Form], adapters: str) -> None:
     assert_averages_follow(change, ModelConfig(**ADAPTED_SHAPE | ADAPTERS[adapters]))
 
@@ -198,7 +233,10 @@ def test_averages_of_adapters_gradients_do_too(change: Callable[[Form], Form], a
 def assert_averages_follow(change: Callable[[Form], Form], config: ModelConfig) -> None:
     before = form_of(trained(config, torch.float64))
     found = gradients(before)
-    state = {name: {"exp_avg": g, "exp_avg_sq": g * g, "momentum_buffer": g, "step": torch.tensor(7.0)} for name, g in found.items()}
+    state = {
+        name: {"exp_avg": g, "exp_avg_sq": g * g, "momentum_buffer": g, "step": torch.tensor(7.0)}
+        for name, g in found.items()
+    }
     after = change(replace(before, state=state))
     for name, expected in gradients(after).items():
         kept = after.state[name]
@@ -211,14 +249,18 @@ def assert_averages_follow(change: Callable[[Form], Form], config: ModelConfig) 
 @pytest.mark.parametrize("change", [half_more_units(), multiple(2)], ids=["wider MLP", "twice as wide"])
 def test_copies_learn_different_things(change: Callable[[Form], Form]) -> None:
     """Equal copies with equal readers would have equal gradients for ever."""
-    config = ModelConfig(vocab_size=19, hidden_size=8, num_attention_heads=2, num_hidden_layers=2, max_position_embeddings=16)
+    config = ModelConfig(
+        vocab_size=19, hidden_size=8, num_attention_heads=2, num_hidden_layers=2, max_position_embeddings=16
+    )
     after = change(form_of(trained(config, torch.float64)))
     units = gradients(after)["blocks.0.mlp.up_proj.weight"]
     assert len({tuple(row) for row in units.round(decimals=12).tolist()}) == len(units)
 
 
 def test_widening_is_the_same_for_the_same_seed() -> None:
-    config = ModelConfig(vocab_size=19, hidden_size=8, num_attention_heads=2, num_hidden_layers=1, max_position_embeddings=16)
+    config = ModelConfig(
+        vocab_size=19, hidden_size=8, num_attention_heads=2, num_hidden_layers=1, max_position_embeddings=16
+    )
     form = form_of(trained(config))
     one, other = (widen_mlp(form, 48, generator=torch.Generator().manual_seed(3)) for _ in range(2))
     assert all(torch.equal(one.weights[name], other.weights[name]) for name in one.weights)
@@ -230,7 +272,9 @@ def with_state(model: Transformer) -> Form:
 
 
 def test_stacked_copies_copy_weights_and_state_and_share_nothing() -> None:
-    config = ModelConfig(vocab_size=19, hidden_size=8, num_attention_heads=2, num_hidden_layers=2, max_position_embeddings=16)
+    config = ModelConfig(
+        vocab_size=19, hidden_size=8, num_attention_heads=2, num_hidden_layers=2, max_position_embeddings=16
+    )
     form = with_state(trained(config))
     after = stack_layers(form, [0, 0, 1, 0])
     for place, source in enumerate([0, 0, 1, 0]):
@@ -243,17 +287,23 @@ def test_stacked_copies_copy_weights_and_state_and_share_nothing() -> None:
 
 
 def test_identity_is_refused_where_the_function_cannot_be_kept() -> None:
-    config = ModelConfig(vocab_size=19, hidden_size=8, num_attention_heads=2, num_hidden_layers=2, max_position_embeddings=16)
+    config = ModelConfig(
+        vocab_size=19, hidden_size=8, num_attention_heads=2, num_hidden_layers=2, max_position_embeddings=16
+    )
     form = form_of(trained(config))
     for sources in ([1, 0], [0, 0], [1, 1, 0]):
         with pytest.raises(UsageError, match="identity"):
             stack_layers(form, sources, identity=True)
     with pytest.raises(UsageError, match="pre_norm"):
-        stack_layers(form_of(trained(config.model_copy(update={"pre_norm": False}))), [0, 0, 1], identity=True)
+        stack_layers(
+            form_of(trained(config.model_copy(update={"pre_norm": False}))), [0, 0, 1], identity=True
+        )
 
 
 def test_widths_that_cannot_keep_the_function_need_approximate() -> None:
-    config = ModelConfig(vocab_size=19, hidden_size=8, num_attention_heads=2, num_hidden_layers=2, max_position_embeddings=16)
+    config = ModelConfig(
+        vocab_size=19, hidden_size=8, num_attention_heads=2, num_hidden_layers=2, max_position_embeddings=16
+    )
     form = form_of(trained(config))
     for hidden, heads in ((12, 3), (16, 2), (8, 4)):
         with pytest.raises(UsageError, match="approximate"):
@@ -268,7 +318,9 @@ def test_widths_that_cannot_keep_the_function_need_approximate() -> None:
 
 
 def test_a_remapping_file_moves_rows_and_gives_new_ids_the_mean(tmp_path: Path) -> None:
-    config = ModelConfig(vocab_size=19, hidden_size=8, num_attention_heads=2, num_hidden_layers=1, max_position_embeddings=16)
+    config = ModelConfig(
+        vocab_size=19, hidden_size=8, num_attention_heads=2, num_hidden_layers=1, max_position_embeddings=16
+    )
     form = with_state(trained(config))
     path = tmp_path / "remap.json"
     path.write_text(json.dumps({"3": 0, "0": 2}), encoding="utf-8")

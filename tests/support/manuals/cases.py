@@ -1,7 +1,8 @@
-"""What becomes of each command of the manuals: how it is scaled down, where it runs, what must be there afterwards, or why it is owed.
+"""What becomes of each command of the manuals: how it is scaled down, where it runs, what must be there
+afterwards, or why it is owed.
 
-Scaling changes sizes and paths only: values of flags are replaced by small ones, files that a network would bring are named. A command that
-is not in `CASES` fails the tests, so a manual cannot gain one unnoticed.
+Scaling changes sizes and paths only: values of flags are replaced by small ones, files that a network would
+bring are named. A command that is not in `CASES` fails the tests, so a manual cannot gain one unnoticed.
 """
 
 from __future__ import annotations
@@ -28,16 +29,18 @@ SMALL = {
 }
 TINY_SHAPE = "--hidden_size 32 --num_layers 2 --num_heads 4 --max_seq_len 32"
 TINY_RUN = f"{TINY_SHAPE} --vocab_size 300 --intermediate_size 64 --max_steps 4 --batch_size 4 --save_steps 2 --eval_steps 2 --compile off"
-TINY_NANOGPT = (
-    "--n_layer=2 --n_head=4 --n_embd=32 --block_size=32 --batch_size=4 --max_iters=4 --warmup_iters=1 --lr_decay_iters=4 --eval_iters=2"
+TINY_NANOGPT = "--n_layer=2 --n_head=4 --n_embd=32 --block_size=32 --batch_size=4 --max_iters=4 --warmup_iters=1 --lr_decay_iters=4 --eval_iters=2"
+TINY_NANOGPT += (
+    " --eval_interval=2 --gradient_accumulation_steps=1 --always_save_checkpoint=True --compile=False"
 )
-TINY_NANOGPT += " --eval_interval=2 --gradient_accumulation_steps=1 --always_save_checkpoint=True --compile=False"
 
 
 @dataclass(frozen=True)
 class Case:
-    """`stage`: the folder's state beforehand (see stages.py); `replace`: text → text; `add`: further arguments; `makes`: what must be there
-    afterwards; `says`: what must be printed; `owed`: why it is not built yet."""
+    """`stage`: the folder's state beforehand (see stages.py); `replace`: text → text; `add`: further
+    arguments; `makes`: what must be there afterwards; `says`: what must be printed; `owed`: why it is not
+    built yet.
+    """
 
     stage: str = "clone"
     replace: dict[str, str] = field(default_factory=dict)
@@ -54,8 +57,16 @@ def owed(reason: str, stage: str = "clone", *, replace: dict[str, str] | None = 
 
 MODEL = {"models/my_model/final_model": "checkpoints/final_model"}
 TEACHER = {"path/to/teacher/model": "checkpoints/final_model"}
-OWN_END = {"--master_addr=MASTER_IP": "--master_addr=127.0.0.1", '--master_addr="192.168.1.1"': "--master_addr=127.0.0.1"}
-ONE_NODE = {"--nnodes=4": "--nnodes=1", "--nnodes=2": "--nnodes=1", "--node_rank=1": "--node_rank=0", **OWN_END}
+OWN_END = {
+    "--master_addr=MASTER_IP": "--master_addr=127.0.0.1",
+    '--master_addr="192.168.1.1"': "--master_addr=127.0.0.1",
+}
+ONE_NODE = {
+    "--nnodes=4": "--nnodes=1",
+    "--nnodes=2": "--nnodes=1",
+    "--node_rank=1": "--node_rank=0",
+    **OWN_END,
+}
 TINY_FILE = {
     "config/training_config.json": "tiny/training_config.json",
     "config/domain_training_config.json": "tiny/domain_training_config.json",
@@ -64,24 +75,37 @@ TINY_DOMAINS = "--tokenizer_vocab_size 300"
 
 ENHANCED = {
     "python train_aio.py --use_knowledge_distillation --use_domain_specific_data "
-    "--use_computational_efficiency --use_adaptive_reasoning": owed("distillation and adaptive reasoning", "l1 data", add=TINY_RUN),
+    "--use_computational_efficiency --use_adaptive_reasoning": owed(
+        "distillation and adaptive reasoning", "l1 data", add=TINY_RUN
+    ),
     "python scripts/process_data.py --input_dir data/processed --output_dir data/inference --mode inference --student_model_path "
-    "models/final/model.safetensors": Case("all in one", makes=("data/inference/outputs.jsonl", "data/inference/validation_report.json")),
+    "models/final/model.safetensors": Case(
+        "all in one", makes=("data/inference/outputs.jsonl", "data/inference/validation_report.json")
+    ),
     "python scripts/download_datasets.py --save-format parquet --output-dir data/raw": Case(
         add="--datasets tiny_shakespeare --input data/raw/your_text.txt",  # what the network would bring
         makes=("data/raw/tiny_shakespeare/train-00000.parquet",),
         says=("1 documents in = 1 kept + 0 rejected",),
     ),
     "python scripts/prepare_data.py --data_root data/raw --output_root data/processed": Case(
-        add="--vocab_size 300", makes=("data/processed/train.txt", "data/processed/val.txt", "data/processed/test.txt")
+        add="--vocab_size 300",
+        makes=("data/processed/train.txt", "data/processed/val.txt", "data/processed/test.txt"),
     ),
     "python scripts/process_data.py --input_dir data/processed --output_dir data/ready --mode train": Case(
-        "l1 data", makes=("data/ready/dataset/train-00000.tokens", "data/ready/tokenizer.json", "data/ready/metadata.json")
+        "l1 data",
+        makes=(
+            "data/ready/dataset/train-00000.tokens",
+            "data/ready/tokenizer.json",
+            "data/ready/metadata.json",
+        ),
     ),
     "python scripts/prepare_domain_datasets.py --config config/domain_bridge_config.json": Case(
         add=TINY_DOMAINS,
         makes=(
-            *(f"data/domain_specific/{name}/dataset" for name in ("math", "science", "coding", "logic", "reasoning", "general")),
+            *(
+                f"data/domain_specific/{name}/dataset"
+                for name in ("math", "science", "coding", "logic", "reasoning", "general")
+            ),
             "data/domain_specific/math/vocabulary.json",
             "data/domain_specific/mixture.json",
         ),
@@ -95,7 +119,9 @@ ENHANCED = {
     ),
     "python scripts/process_data.py --input_dir data/processed --output_dir data/student_ready --mode student --student_model_path "
     ""
-    "models/my_model/final_model/model.safetensors": owed("the teacher's log-probabilities beside the shards", "l1 run", replace=MODEL),
+    "models/my_model/final_model/model.safetensors": owed(
+        "the teacher's log-probabilities beside the shards", "l1 run", replace=MODEL
+    ),
     "python scripts/process_data.py --input_dir data/student_ready --output_dir data/inference --mode inference --student_model_path "
     "models/my_model/final_model/model.safetensors": Case(
         "l1 run",
@@ -120,16 +146,24 @@ ENHANCED = {
         replace=TEACHER,
         add=TINY_RUN,
     ),
-    "python train_aio.py --use_computational_efficiency": Case("ready data", add=TINY_RUN, makes=("models/final/model.safetensors",)),
+    "python train_aio.py --use_computational_efficiency": Case(
+        "ready data", add=TINY_RUN, makes=("models/final/model.safetensors",)
+    ),
     "python train_aio.py --use_adaptive_reasoning": owed("adaptive reasoning", "ready data", add=TINY_RUN),
-    "python evaluate.py --model_path models/my_model/final_model --eval_datasets math,science": owed("benchmarks by domain"),
-    "python scripts/run_tests.py --model_path models/my_model/final_model --tests all": owed("checks of a trained model"),
+    "python evaluate.py --model_path models/my_model/final_model --eval_datasets math,science": owed(
+        "benchmarks by domain"
+    ),
+    "python scripts/run_tests.py --model_path models/my_model/final_model --tests all": owed(
+        "checks of a trained model"
+    ),
     "python scripts/test_all_reasoning.py --model_path models/my_model/final_model": owed("reasoning suites"),
     'python generate.py --model_path models/my_model/final_model --prompt "Explain quantum computing"': Case(
         "l1 run", MODEL, "--max_tokens 8", says=("Explain quantum computing",)
     ),
     "python serve.py --model_path models/my_model/final_model --port 8000": owed("the server"),
-    "python debug_memory.py --model_path models/my_model/final_model": Case("l1 run", MODEL, says=("KV cache", "measured")),
+    "python debug_memory.py --model_path models/my_model/final_model": Case(
+        "l1 run", MODEL, says=("KV cache", "measured")
+    ),
     "python profile_model.py --model_path models/my_model/final_model --batch_size 16": owed("time by layer"),
 }
 
@@ -140,7 +174,9 @@ FRAMEWORK = {
         makes=("processed_data/tokenizer.json", "processed_data/dataset", "processed_data/metadata.json")
     ),
     "python train.py --data_dir ./processed_data --save_dir ./checkpoints --hidden_size 768 --num_layers 12 --num_heads 12 --batch_size 32 "
-    "--max_steps 100000 --learning_rate 3e-4 --mixed_precision": Case("framework data", makes=FRAMEWORK_OUTPUT),
+    "--max_steps 100000 --learning_rate 3e-4 --mixed_precision": Case(
+        "framework data", makes=FRAMEWORK_OUTPUT
+    ),
     "torchrun --nproc_per_node=4 train.py --data_dir ./processed_data --save_dir ./checkpoints --hidden_size 768 --num_layers 12 "
     "--num_heads 12 --batch_size 128 --micro_batch_size 32 --max_steps 100000 --learning_rate 3e-4 --mixed_precision": Case(
         "framework data", makes=FRAMEWORK_OUTPUT, says=("2 ranks",)
@@ -152,7 +188,10 @@ FRAMEWORK = {
     ),
     'torchrun --nproc_per_node=8 --nnodes=4 --node_rank=1 --master_addr="192.168.1.1" --master_port=29500 train.py [same args...]': Case(
         "framework data",
-        {**ONE_NODE, "[same args...]": "--hidden_size 32 --num_heads 4 --num_layers 2 --max_steps 4 --batch_size 4 --micro_batch_size 2"},
+        {
+            **ONE_NODE,
+            "[same args...]": "--hidden_size 32 --num_heads 4 --num_layers 2 --max_steps 4 --batch_size 4 --micro_batch_size 2",
+        },
         makes=FRAMEWORK_OUTPUT,
         says=("2 ranks",),
     ),
@@ -177,7 +216,9 @@ TRAINER = {
     "python -m torch.distributed.launch --nproc_per_node=4 scripts/train.py --config config.json": Case(
         "clone", ROOT_CONFIG, makes=FRAMEWORK_OUTPUT, says=("2 ranks",)
     ),
-    "tensorboard --logdir ./checkpoints/logs": Case("l1 run", add="--inspect", says=("loss", "learning_rate")),
+    "tensorboard --logdir ./checkpoints/logs": Case(
+        "l1 run", add="--inspect", says=("loss", "learning_rate")
+    ),
     "python scripts/train.py --config config.json --resume_from_checkpoint ./checkpoints/checkpoint-10000.pt": Case(
         "trainer run",
         {**ROOT_CONFIG, "checkpoint-10000": "checkpoint-2"},
@@ -202,9 +243,15 @@ L1 = {
         "l1 data", add=TINY_RUN, makes=("checkpoints/best_model/model.safetensors",)
     ),
     "python scripts/train.py --config configs/base_config.yaml --resume checkpoints/checkpoint-1000.pt": Case(
-        "l1 run", {"checkpoint-1000": "checkpoint-2"}, TINY_RUN, makes=("checkpoints/final_model/model.safetensors",), says=("resuming",)
+        "l1 run",
+        {"checkpoint-1000": "checkpoint-2"},
+        TINY_RUN,
+        makes=("checkpoints/final_model/model.safetensors",),
+        says=("resuming",),
     ),
-    "tensorboard --logdir checkpoints/tensorboard": Case("l1 run", add="--inspect", says=("loss", "learning_rate")),
+    "tensorboard --logdir checkpoints/tensorboard": Case(
+        "l1 run", add="--inspect", says=("loss", "learning_rate")
+    ),
     "python -m torch.distributed.launch --nproc_per_node=2 scripts/train.py --config configs/base_config.yaml": Case(
         "l1 data", add=TINY_RUN, makes=("checkpoints/best_model/model.safetensors",), says=("2 ranks",)
     ),
@@ -217,7 +264,8 @@ L1 = {
 }
 
 NANOGPT_OUTPUT = ("out-shakespeare-char/best_model/model.safetensors", "out-shakespeare-char/logs/train.log")
-# The default data set is OpenWebText, which the network would bring; 2 micro-batches of all ranks are one of each.
+# The default data set is OpenWebText, which the network would bring; 2 micro-batches of all ranks are one of
+# each.
 NANOGPT_ON_TWO = f"{TINY_NANOGPT} --gradient_accumulation_steps=2 --dataset=shakespeare_char --out_dir=out --wandb_log=False".replace(
     " --gradient_accumulation_steps=1", ""
 )
@@ -228,7 +276,9 @@ ORCHESTRATOR = {
         add="--input data/raw/your_text.txt",
         makes=("data/shakespeare_char/dataset/train-00000.tokens", "data/shakespeare_char/tokenizer.json"),
     ),
-    "python train_refactored.py config/train_shakespeare_char.py": Case("character data", add=TINY_NANOGPT, makes=NANOGPT_OUTPUT),
+    "python train_refactored.py config/train_shakespeare_char.py": Case(
+        "character data", add=TINY_NANOGPT, makes=NANOGPT_OUTPUT
+    ),
     "python train_refactored.py config/train_shakespeare_char.py --scaling_schedule_file=configs/basic_scaling.yaml": Case(
         "character data",
         {"configs/basic_scaling.yaml": "tiny/basic_scaling.yaml"},
@@ -255,11 +305,14 @@ ORCHESTRATOR = {
         "character data", add=TINY_NANOGPT, makes=NANOGPT_OUTPUT
     ),
     "python data/shakespeare/prepare.py": Case(
-        add="--input data/raw/your_text.txt --ranks ranks.tiktoken", makes=("data/shakespeare/dataset/train-00000.tokens",)
+        add="--input data/raw/your_text.txt --ranks ranks.tiktoken",
+        makes=("data/shakespeare/dataset/train-00000.tokens",),
     ),
     "python train_refactored.py config/finetune_shakespeare.py --scaling_schedule_file=configs/finetune_schedule.yaml": Case(
         "character run",
-        {"config/finetune_shakespeare.py": "config/finetune_shakespeare.py --init_from=out-shakespeare-char --dataset=shakespeare_char"},
+        {
+            "config/finetune_shakespeare.py": "config/finetune_shakespeare.py --init_from=out-shakespeare-char --dataset=shakespeare_char"
+        },
         "--max_iters=12 --gradient_accumulation_steps=1 --batch_size=4 --compile=False",
         makes=("out-shakespeare/best_model/model.safetensors", "out-shakespeare/operations.jsonl"),
         says=('freeze_layer "wte"', 'unfreeze_layer "wte"'),
@@ -279,18 +332,30 @@ ORCHESTRATOR = {
     'python sample.py --init_from=gpt2-xl --start="What is the answer to life, the universe, and everything?" --num_samples=5 '
     "--max_new_tokens=100": Case(
         "l1 run",
-        {"gpt2-xl": "checkpoints/best_model", " to life, the universe, and everything?": ""},  # the tiny model's context is 32
+        {
+            "gpt2-xl": "checkpoints/best_model",
+            " to life, the universe, and everything?": "",
+        },  # the tiny model's context is 32
         says=("What is the answer",),
     ),
     'python sample.py --out_dir=out-shakespeare-char --start="ROMEO:"': Case(
         "character run", {"ROMEO:": "line"}, "--max_new_tokens=8", says=("line",)
     ),
     "python sample.py --start=FILE:prompt.txt --out_dir=path/to/model": Case(
-        "character run", {"path/to/model": "out-shakespeare-char"}, "--max_new_tokens=8 --num_samples=1", says=("line 7",)
+        "character run",
+        {"path/to/model": "out-shakespeare-char"},
+        "--max_new_tokens=8 --num_samples=1",
+        says=("line 7",),
     ),
 }
 
-CASES = {"Enhanced": ENHANCED, "Framework": FRAMEWORK, "Trainer": TRAINER, "L1": L1, "Orchestrator": ORCHESTRATOR}
+CASES = {
+    "Enhanced": ENHANCED,
+    "Framework": FRAMEWORK,
+    "Trainer": TRAINER,
+    "L1": L1,
+    "Orchestrator": ORCHESTRATOR,
+}
 
 
 def scaled(text: str, case: Case) -> str:

@@ -27,7 +27,9 @@ class Command:
 
 
 def commands(folder: Path = FOLDER) -> list[Command]:
-    """Every distinct command of each manual that runs something of this project's; empty when the manuals are not here."""
+    """Every distinct command of each manual that runs something of this project's; empty when the manuals are
+    not here.
+    """
     found = []
     for path in sorted(folder.glob("00*.txt")):
         manual = NAMES[path.name[:3]]

@@ -1,4 +1,6 @@
-"""Folders to run the manuals' commands in: a clone, and the states that earlier commands leave it in. Each is made once a session."""
+"""Folders to run the manuals' commands in: a clone, and the states that earlier commands leave it in. Each is
+made once a session.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,13 @@ from paths import ROOT
 from manuals.cases import L1, ORCHESTRATOR, TINY_DOMAINS, Case, scaled
 
 LINES = [f"line {number}: the quick brown fox jumps over {number * 7} lazy dogs." for number in range(400)]
-TINY_MODEL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 300}
+TINY_MODEL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "vocab_size": 300,
+}
 
 
 def _of_manual(cases: dict[str, Case], number: int) -> str:
@@ -35,10 +43,19 @@ STEPS: dict[str, tuple[str, str]] = {
         "python train.py --hidden_size 32 --num_layers 2 --num_heads 4 --batch_size 4 --max_steps 4 --save_interval 2 --compile off",
     ),
     "l1 data": ("clone", _of_manual(L1, 0)),
-    "ready data": ("l1 data", "python scripts/process_data.py --input_dir data/processed --output_dir data/ready --mode train"),
+    "ready data": (
+        "l1 data",
+        "python scripts/process_data.py --input_dir data/processed --output_dir data/ready --mode train",
+    ),
     "l1 run": ("ready data", _of_manual(L1, 1)),
-    "all in one": ("ready data", "python train_aio.py --config tiny/training_config.json --max_steps 2 --batch_size 2 --compile off"),
-    "domain data": ("clone", f"python scripts/prepare_domain_datasets.py --config config/domain_bridge_config.json {TINY_DOMAINS}"),
+    "all in one": (
+        "ready data",
+        "python train_aio.py --config tiny/training_config.json --max_steps 2 --batch_size 2 --compile off",
+    ),
+    "domain data": (
+        "clone",
+        f"python scripts/prepare_domain_datasets.py --config config/domain_bridge_config.json {TINY_DOMAINS}",
+    ),
     "trainer run": ("clone", "python scripts/train.py --config tiny/config.json"),
     "character data": ("clone", _of_manual(ORCHESTRATOR, 0)),
     "character run": ("character data", _of_manual(ORCHESTRATOR, 1)),
@@ -89,7 +106,8 @@ def make_clone(place: Path) -> None:
     (place / "prompt.txt").write_text("line 7", encoding="utf-8")
     ranks = [bytes([byte]) for byte in range(256)] + [b"th", b"the", b" f", b" fo"]
     (place / "ranks.tiktoken").write_text(
-        "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(ranks)), encoding="utf-8"
+        "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(ranks)),
+        encoding="utf-8",
     )
     _write_tiny_files(place / "tiny")
     _write_domain_records(place / "data/domain_raw")
@@ -132,9 +150,22 @@ def _write_tiny_files(folder: Path) -> None:
     model = {"model": {**TINY_MODEL, "max_position_embeddings": 32}}
     (folder / "model_config.json").write_text(json.dumps(model), encoding="utf-8")
     trainer = json.loads((ROOT / "configs/config.json").read_text(encoding="utf-8"))
-    trainer["model"] = {"d_model": 32, "n_layers": 2, "n_heads": 4, "d_ff": 64, "max_seq_len": 32, "vocab_size": 300}
+    trainer["model"] = {
+        "d_model": 32,
+        "n_layers": 2,
+        "n_heads": 4,
+        "d_ff": 64,
+        "max_seq_len": 32,
+        "vocab_size": 300,
+    }
     trainer["data"] = {"input": "data/raw/your_text.txt", "max_length": 32}
-    trainer["training"] |= {"max_steps": 4, "batch_size": 4, "save_steps": 2, "eval_steps": 2, "compile": "off"}
+    trainer["training"] |= {
+        "max_steps": 4,
+        "batch_size": 4,
+        "save_steps": 2,
+        "eval_steps": 2,
+        "compile": "off",
+    }
     (folder / "config.json").write_text(json.dumps(trainer), encoding="utf-8")
     for name in ("basic_scaling.yaml", "progressive_scaling.yaml"):
         shipped = (ROOT / "configs" / name).read_text(encoding="utf-8")
@@ -148,8 +179,23 @@ def run(command: str, folder: Path, seconds: int = 300) -> subprocess.CompletedP
     words = shlex.split(command)
     beside = Path(sys.executable).parent
     words[0] = sys.executable if words[0] == "python" else str(beside / words[0])
-    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "COLUMNS": "200", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "LLM_TRAINER_DEBUG")} | quiet
+    quiet = {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "WANDB_MODE": "offline",
+        "COLUMNS": "200",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "LLM_TRAINER_DEBUG")
+    } | quiet
     return subprocess.run(
-        words, cwd=folder, env=environment, capture_output=True, text=True, timeout=seconds, stdin=subprocess.DEVNULL, check=False
+        words,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        stdin=subprocess.DEVNULL,
+        check=False,
     )

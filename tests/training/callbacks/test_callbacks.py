@@ -98,12 +98,17 @@ def test_early_stopping_remembers_its_best_across_a_resume(tmp_path: Path) -> No
     tiny_run(tmp_path / "cut", callbacks=[StopAt(2)], **settings)
     resumed = tiny_run(tmp_path / "cut", resume_from=str(tmp_path / "cut"), **settings)
     assert resumed.step == straight.step == 3
-    assert read_state(tmp_path / "cut" / "final_model")["callbacks"] == read_state(tmp_path / "straight" / "final_model")["callbacks"]
+    assert (
+        read_state(tmp_path / "cut" / "final_model")["callbacks"]
+        == read_state(tmp_path / "straight" / "final_model")["callbacks"]
+    )
     assert compare_checkpoints(tmp_path / "cut" / "final_model", tmp_path / "straight" / "final_model") == []
 
 
 @pytest.mark.parametrize(("patience", "step"), [(2, 3), (4, 5), (None, 10)])
-def test_a_run_that_early_stopping_ended_goes_on_with_a_larger_patience_only(tmp_path: Path, patience: int | None, step: int) -> None:
+def test_a_run_that_early_stopping_ended_goes_on_with_a_larger_patience_only(
+    tmp_path: Path, patience: int | None, step: int
+) -> None:
     """The step that stops the run writes its checkpoint too."""
     settings = {"learning_rate": 0.0, "eval_interval": 1, "save_interval": 1}
     assert tiny_run(tmp_path, early_stopping_patience=2, **settings).step == 3

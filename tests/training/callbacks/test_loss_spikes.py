@@ -1,4 +1,6 @@
-"""A loss spike takes the run back to before it, past the data that led there; as often as is allowed, told, and the same after a resume."""
+"""A loss spike takes the run back to before it, past the data that led there; as often as is allowed, told,
+and the same after a resume.
+"""
 
 from __future__ import annotations
 
@@ -115,7 +117,9 @@ def test_random_numbers_of_ones_own_go_back_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stop", [11, 13, 14, 16])
-def test_interrupted_before_in_and_after_the_spike_the_run_ends_as_the_uninterrupted_one(tmp_path: Path, stop: int) -> None:
+def test_interrupted_before_in_and_after_the_spike_the_run_ends_as_the_uninterrupted_one(
+    tmp_path: Path, stop: int
+) -> None:
     straight, _ = spiking(tmp_path / "straight")
     straight.train()
 
@@ -132,11 +136,15 @@ def test_interrupted_before_in_and_after_the_spike_the_run_ends_as_the_uninterru
 
 
 @pytest.mark.parametrize("stop", [14, 15, 16])
-def test_where_losses_are_looked_at_now_and_then_a_save_between_two_looks_changes_nothing(tmp_path: Path, stop: int) -> None:
+def test_where_losses_are_looked_at_now_and_then_a_save_between_two_looks_changes_nothing(
+    tmp_path: Path, stop: int
+) -> None:
     """As on a GPU, where a look makes the host wait; saving looks too."""
     for name, callbacks in (("straight", []), ("cut", [StopAt(stop)]), ("cut", [])):
         resume = {"resume_from": "auto"} if name == "cut" else {}
-        trainer, said = spiking(tmp_path / name, 13, 14, *callbacks, logging_steps=100, save_interval=4, **resume)
+        trainer, said = spiking(
+            tmp_path / name, 13, 14, *callbacks, logging_steps=100, save_interval=4, **resume
+        )
         trainer._look_every = 4
         trainer.train()
     assert any("loss spike" in line and "back at step 8 " in line for line in said)
@@ -156,7 +164,10 @@ def test_the_rate_is_cut_at_each_rollback_where_that_is_asked_for(tmp_path: Path
 
 def test_when_the_rollbacks_are_used_up_the_run_ends_by_name_and_its_checkpoints_stay(tmp_path: Path) -> None:
     trainer, said = spiking(tmp_path, 13, 1000)
-    with pytest.raises(TrainingDiverged, match=r"loss spike at step \d+.*2 rollbacks of max_rollbacks are used up.*learning_rate"):
+    with pytest.raises(
+        TrainingDiverged,
+        match=r"loss spike at step \d+.*2 rollbacks of max_rollbacks are used up.*learning_rate",
+    ):
         trainer.train()
     assert sum("back at step" in line for line in said) == 2
     assert trainer.store.newest() is not None

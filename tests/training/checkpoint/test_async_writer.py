@@ -1,4 +1,6 @@
-"""Saves in the background: what is written is what was there at the step's edge, one after another, and a failure is always told."""
+"""Saves in the background: what is written is what was there at the step's edge, one after another, and a
+failure is always told.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def disk_is_full(*_: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_what_is_written_is_what_was_there_when_it_was_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_written_is_what_was_there_when_it_was_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for optimizer in ("adamw", "muon"):
         taken = snapshot(tmp_path, optimizer=optimizer)
         now = CheckpointStore(tmp_path / optimizer / "now").save(taken, 2)
@@ -67,7 +71,9 @@ def test_what_is_written_is_what_was_there_when_it_was_saved(tmp_path: Path, mon
         assert verify(place) == []
 
 
-def test_best_model_and_checkpoint_of_one_step_are_written_from_the_same_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_best_model_and_checkpoint_of_one_step_are_written_from_the_same_copies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     taken, go = snapshot(tmp_path), held_back(monkeypatch)
     store = CheckpointStore(tmp_path / "run", asynchronous="on")
     best = store.save_best(taken)
@@ -88,7 +94,9 @@ def test_changed_weights_of_the_same_step_are_copied_again(tmp_path: Path) -> No
     assert compare_checkpoints(place, CheckpointStore(tmp_path / "now").save(taken, 2)) == []
 
 
-def test_a_step_of_a_fused_optimizer_is_seen_while_an_earlier_save_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_of_a_fused_optimizer_is_seen_while_an_earlier_save_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Such a step leaves torch's counts of writes to the weights as they were."""
     taken = snapshot(tmp_path)
     with monkeypatch.context() as patch:
@@ -106,7 +114,9 @@ def test_a_step_of_a_fused_optimizer_is_seen_while_an_earlier_save_goes_on(tmp_p
     assert compare_checkpoints(place, CheckpointStore(tmp_path / "now").save(now, 3)) == []
 
 
-def test_a_failure_in_the_background_is_raised_once_and_leaves_no_litter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_in_the_background_is_raised_once_and_leaves_no_litter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     taken = snapshot(tmp_path)
     store = CheckpointStore(tmp_path / "run", asynchronous="on")
     store.save(taken, 1)
@@ -145,13 +155,17 @@ def test_an_emergency_save_is_made_though_one_in_the_background_failed_and_the_f
     assert verify(tmp_path / "run/emergency-2") == []
 
 
-def test_a_run_ends_at_the_step_after_a_save_in_the_background_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_ends_at_the_step_after_a_save_in_the_background_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class FullAfter(Callback):
         def on_step_end(self, trainer: Trainer, step: int) -> None:
             if step == 6:
                 monkeypatch.setattr(capture, "write_weights", disk_is_full)
 
-    trainer = tiny_trainer(tmp_path, callbacks=[FullAfter()], asynchronous_saves="on", eval_interval=100, max_steps=300)
+    trainer = tiny_trainer(
+        tmp_path, callbacks=[FullAfter()], asynchronous_saves="on", eval_interval=100, max_steps=300
+    )
     with pytest.raises(CheckpointError, match="checkpoint-6 could not be saved"):
         trainer.train()
     assert trainer.current_step < 300
@@ -206,7 +220,9 @@ def test_random_numbers_of_ones_own_go_on_after_a_resume(tmp_path: Path, how: st
     straight, resumed = Draws(), Draws()
     tiny_run(tmp_path, callbacks=[straight], asynchronous_saves=how, model={"dropout": 0.0})
     random.seed(0)
-    tiny_run(tmp_path, callbacks=[resumed], resume_from=str(tmp_path / "checkpoint-6"), model={"dropout": 0.0})
+    tiny_run(
+        tmp_path, callbacks=[resumed], resume_from=str(tmp_path / "checkpoint-6"), model={"dropout": 0.0}
+    )
     assert resumed.drawn == {step: straight.drawn[step] for step in range(7, 11)}
 
 
@@ -231,7 +247,9 @@ def test_by_default_a_save_is_in_the_background_where_it_is_large_and_there_are_
     assert is_at_once(large_from=1000, memory_left=10**9, cores=busy)
 
 
-def test_the_state_that_is_written_is_not_the_one_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_state_that_is_written_is_not_the_one_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     state: dict[str, JSON] = {"step": 2, "counts": {"a": 1}}
     go = held_back(monkeypatch)
     store = CheckpointStore(tmp_path / "run", asynchronous="on")

@@ -23,13 +23,17 @@ from llm_trainer.run_dir import list_checkpoints, write_manifest
 
 KILLED, SAVED, REFUSED = -9, 0, 3
 
-needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace (apt-get install strace)")
+needs_strace = pytest.mark.skipif(
+    shutil.which("strace") is None, reason="needs strace (apt-get install strace)"
+)
 
 
 def trials_of(script: str, *arguments: str | Path) -> list[dict[str, object]]:
     """What a script prints, line by line."""
     command = [sys.executable, str(SUPPORT.joinpath(script)), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     if "strace cannot attach" in done.stderr:
         pytest.skip(done.stderr.strip().splitlines()[-1])
     assert done.returncode == 0, done.stderr[-3000:]
@@ -52,14 +56,18 @@ def test_killed_at_any_system_call_of_a_save_whole_checkpoints_are_left(tmp_path
     assert len(trials) > 100
     assert {trial["status"] for trial in trials} == {KILLED}
     assert values(trials, "damaged") == {"[]"}  # nothing half-written ever bears a checkpoint's name
-    assert len(values(trials, "resumable")) == len(values(trials, "best")) == 2  # the earlier one or the new one, both to the bit
+    assert (
+        len(values(trials, "resumable")) == len(values(trials, "best")) == 2
+    )  # the earlier one or the new one, both to the bit
     assert values(trials, "after_next_save") == {"['best_model', 'checkpoint-3']"}
 
 
 @pytest.mark.slow
 @needs_strace
 @in_the_background
-def test_killed_at_any_system_call_of_its_saves_a_run_goes_on_to_the_weights_it_would_have_had(tmp_path: Path, how: str) -> None:
+def test_killed_at_any_system_call_of_its_saves_a_run_goes_on_to_the_weights_it_would_have_had(
+    tmp_path: Path, how: str
+) -> None:
     trials = trials_of("killed_runs.py", tmp_path / "runs", how)
     assert len(trials) > 100
     assert {trial["status"] for trial in trials} == {KILLED}
@@ -70,7 +78,9 @@ def test_killed_at_any_system_call_of_its_saves_a_run_goes_on_to_the_weights_it_
 @pytest.mark.slow
 @needs_strace
 @in_the_background
-def test_a_disk_that_is_full_at_any_system_call_leaves_the_earlier_ones_and_no_litter(tmp_path: Path, how: str) -> None:
+def test_a_disk_that_is_full_at_any_system_call_leaves_the_earlier_ones_and_no_litter(
+    tmp_path: Path, how: str
+) -> None:
     trials = trials_of("save_under_strace.py", tmp_path / "run", "full", how)
     refused = [trial for trial in trials if trial["status"] == REFUSED]
     assert {trial["status"] for trial in trials} <= {REFUSED, SAVED}
@@ -93,9 +103,15 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before_to
     lines: list[str] = []
     trainer.say = lines.append  # type: ignore[method-assign]
     trainer.train()
-    assert any("passing over" in line and "checkpoint-6" in line and "bytes instead of" in line for line in lines)
+    assert any(
+        "passing over" in line and "checkpoint-6" in line and "bytes instead of" in line for line in lines
+    )
     straight, resumed = tmp_path / "straight" / "final_model", tmp_path / "cut" / "final_model"
-    assert [line for line in compare_checkpoints(straight, resumed) if not line.startswith("state best_validation_loss")] == []
+    assert [
+        line
+        for line in compare_checkpoints(straight, resumed)
+        if not line.startswith("state best_validation_loss")
+    ] == []
 
 
 class Hostile:
@@ -135,7 +151,9 @@ def test_a_nanogpt_file_that_holds_code_is_refused_unexecuted(tmp_path: Path) ->
     assert not canary.exists()
 
 
-def test_a_disk_that_fills_up_ends_the_run_with_a_message_and_the_earlier_checkpoint_whole(tmp_path: Path) -> None:
+def test_a_disk_that_fills_up_ends_the_run_with_a_message_and_the_earlier_checkpoint_whole(
+    tmp_path: Path,
+) -> None:
     """A real full disk: a tmpfs of 4 MB in a user namespace, where the check of free space is what refuses."""
     script = (
         f"mount -t tmpfs -o size=9m none {tmp_path} && dd if=/dev/zero of={tmp_path}/ballast bs=1k count=600 status=none && "

@@ -44,10 +44,19 @@ def downloaded(address: str, name: str, folder: Path) -> Path:
     return folder / name
 
 
-def test_a_run_saved_at_an_address_is_whole_there_and_another_machine_goes_on_from_it(address: str, tmp_path: Path) -> None:
+def test_a_run_saved_at_an_address_is_whole_there_and_another_machine_goes_on_from_it(
+    address: str, tmp_path: Path
+) -> None:
     tiny_run(tmp_path / "straight")
     tiny_run(address, save_total_limit=2, callbacks=[StopAt(7)])  # type: ignore[arg-type]
-    assert names_at(address) == {"checkpoint-3", "checkpoint-6", "best_model", "final_model", "run.json", "metrics.jsonl"}
+    assert names_at(address) == {
+        "checkpoint-3",
+        "checkpoint-6",
+        "best_model",
+        "final_model",
+        "run.json",
+        "metrics.jsonl",
+    }
     for name in ("checkpoint-6", "best_model", "final_model"):
         assert verify(downloaded(address, name, tmp_path / "theirs")) == []
     shutil.rmtree(tmp_path / "cache")  # another machine
@@ -80,7 +89,9 @@ def test_an_upload_that_was_cut_is_passed_over_for_the_one_before(address: str, 
     assert not any(path.name.startswith(".") for path in (tmp_path / "elsewhere").iterdir())
 
 
-def test_the_manifest_is_uploaded_last_and_goes_first(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_manifest_is_uploaded_last_and_goes_first(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     remote = RemoteRun(address, tmp_path / "run")
     store = CheckpointStore(tmp_path / "run", remote=remote)
     store.save_best(snapshot(tmp_path, seed=1))
@@ -90,7 +101,14 @@ def test_the_manifest_is_uploaded_last_and_goes_first(address: str, tmp_path: Pa
     for call in ("put_file", "rm_file", "rm"):
         original = getattr(kind, call)
 
-        def noted(self: object, path: str, *rest: object, call: str = call, original: object = original, **more: object) -> object:
+        def noted(
+            self: object,
+            path: str,
+            *rest: object,
+            call: str = call,
+            original: object = original,
+            **more: object,
+        ) -> object:
             done.append((call, str(rest[0] if call == "put_file" else path).rpartition("/")[2]))
             return original(self, path, *rest, **more)  # type: ignore[operator]
 
@@ -103,7 +121,9 @@ def test_the_manifest_is_uploaded_last_and_goes_first(address: str, tmp_path: Pa
     assert uploaded[uploaded.index("manifest.json") + 1 :] == []
 
 
-def test_storage_that_cannot_be_reached_is_told_and_tried_again(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_storage_that_cannot_be_reached_is_told_and_tried_again(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     remote = RemoteRun(address, tmp_path / "run")
     store = CheckpointStore(tmp_path / "run", remote=remote)
 
@@ -124,7 +144,9 @@ def test_storage_that_cannot_be_reached_is_told_and_tried_again(address: str, tm
     assert remote.news() == []
 
 
-def test_a_run_whose_copy_is_not_whole_at_its_end_ends_with_an_error(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_whose_copy_is_not_whole_at_its_end_ends_with_an_error(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = tiny_trainer(tmp_path / "run", remote_dir=address)
     lines: list[str] = []
     monkeypatch.setattr(trainer, "say", lines.append)
@@ -167,8 +189,23 @@ def test_a_run_that_branches_off_into_another_folder_leaves_the_first_ones_copy_
 
     (tmp_path / "text.txt").write_text("hello world of text. " * 500, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    shape = ["--hidden_size=16", "--num_layers=1", "--num_heads=2", "--max_length=16", "--compile=off", "--precision=fp32"]
-    run = ["train", "--input=text.txt", "--batch_size=2", "--max_steps=4", "--save_interval=2", "--lr_scheduler=constant", *shape]
+    shape = [
+        "--hidden_size=16",
+        "--num_layers=1",
+        "--num_heads=2",
+        "--max_length=16",
+        "--compile=off",
+        "--precision=fp32",
+    ]
+    run = [
+        "train",
+        "--input=text.txt",
+        "--batch_size=2",
+        "--max_steps=4",
+        "--save_interval=2",
+        "--lr_scheduler=constant",
+        *shape,
+    ]
     assert main([*run, f"--output_dir={address}"]) == 0
     before = names_at(address)
     assert main(["train", f"--resume={address}/checkpoint-2", "--output_dir=other", "--max_steps=6"]) == 0

@@ -1,4 +1,6 @@
-"""A run that was interrupted ends where the uninterrupted one ends, to the bit; what may change on the way is said."""
+"""A run that was interrupted ends where the uninterrupted one ends, to the bit; what may change on the way is
+said.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,12 @@ class Spy(Callback):
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_interrupted_and_resumed_is_straight_through_to_the_bit(tmp_path: Path, precision: str, optimizer: str, num_workers: int) -> None:
-    """Stopped in the second epoch's middle (an epoch is 5 steps), with dropout on, resumed in another folder's trainer."""
+def test_interrupted_and_resumed_is_straight_through_to_the_bit(
+    tmp_path: Path, precision: str, optimizer: str, num_workers: int
+) -> None:
+    """Stopped in the second epoch's middle (an epoch is 5 steps), with dropout on, resumed in another
+    folder's trainer.
+    """
     settings = {"precision": precision, "optimizer": optimizer, "num_workers": num_workers}
     tiny_run(tmp_path / "straight", **settings)
     tiny_run(tmp_path / "cut", **settings, callbacks=[StopAt(4)])
@@ -48,7 +54,12 @@ def test_every_checkpoint_of_a_run_leads_to_the_same_end(tmp_path: Path) -> None
     for step in (1, 5, 9):
         start = tmp_path / "straight" / f"checkpoint-{step}"
         tiny_run(tmp_path / f"from{step}", resume_from=str(start), save_interval=1)
-        assert compare_checkpoints(tmp_path / "straight" / "final_model", tmp_path / f"from{step}" / "final_model") == []
+        assert (
+            compare_checkpoints(
+                tmp_path / "straight" / "final_model", tmp_path / f"from{step}" / "final_model"
+            )
+            == []
+        )
 
 
 def test_auto_starts_anew_in_an_empty_folder_and_goes_on_in_one_with_checkpoints(tmp_path: Path) -> None:
@@ -70,7 +81,12 @@ def test_auto_with_only_damaged_checkpoints_is_an_error_and_not_a_fresh_start(tm
 def test_a_new_run_in_the_same_folder_moves_the_earlier_one_aside(tmp_path: Path) -> None:
     tiny_run(tmp_path)
     tiny_run(tmp_path, callbacks=[StopAt(2)])
-    assert {path.name for path in (tmp_path / "earlier-1").iterdir()} >= {"checkpoint-9", "best_model", "final_model", "metrics.jsonl"}
+    assert {path.name for path in (tmp_path / "earlier-1").iterdir()} >= {
+        "checkpoint-9",
+        "best_model",
+        "final_model",
+        "metrics.jsonl",
+    }
     assert [one.step for one in list_checkpoints(tmp_path)] == [2]
 
 
@@ -82,7 +98,10 @@ def test_resuming_an_earlier_step_moves_later_checkpoints_aside(tmp_path: Path) 
 
 
 def test_rates_intervals_and_paths_may_change_and_are_told(tmp_path: Path) -> None:
-    old, new = tiny_config(tmp_path), tiny_config(tmp_path / "other", learning_rate=0.5, save_interval=7, batch_size=2)
+    old, new = (
+        tiny_config(tmp_path),
+        tiny_config(tmp_path / "other", learning_rate=0.5, save_interval=7, batch_size=2),
+    )
     said = [str(change) for change in compare_settings(old, new, tmp_path)]
     assert "training.learning_rate: 0.01 → 0.5" in said
     assert "training.save_interval: 3 → 7" in said
@@ -97,7 +116,9 @@ def test_rates_intervals_and_paths_may_change_and_are_told(tmp_path: Path) -> No
         ({"seed": 5}, "training.seed: 1337 → 5"),
     ],
 )
-def test_what_the_state_is_about_may_not_change(tmp_path: Path, changes: dict[str, object], named: str) -> None:
+def test_what_the_state_is_about_may_not_change(
+    tmp_path: Path, changes: dict[str, object], named: str
+) -> None:
     tiny_run(tmp_path, callbacks=[StopAt(4)])
     with pytest.raises(UsageError, match=named):
         tiny_run(tmp_path, resume_from=str(tmp_path), **changes)
@@ -125,19 +146,30 @@ def test_a_moved_end_needs_a_horizon(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("settings", [{"lr_decay_steps": 10}, {"lr_scheduler": "constant"}])
-def test_a_decay_that_does_not_aim_at_the_end_needs_no_horizon(tmp_path: Path, settings: dict[str, object]) -> None:
+def test_a_decay_that_does_not_aim_at_the_end_needs_no_horizon(
+    tmp_path: Path, settings: dict[str, object]
+) -> None:
     tiny_run(tmp_path, callbacks=[StopAt(4)], **settings)
     assert tiny_run(tmp_path, resume_from=str(tmp_path), max_steps=12, **settings).step == 12
 
 
 def test_horizons_stretch_warm_up_again_or_keep(tmp_path: Path) -> None:
-    """At the old end's last step the rate is on its way (extend), at its peak again (rewarm), or where it was (keep)."""
+    """At the old end's last step the rate is on its way (extend), at its peak again (rewarm), or where it was
+    (keep).
+    """
     tiny_run(tmp_path / "run", callbacks=[StopAt(6)], eval_interval=100)
     rates = {}
     for horizon in ("extend", "rewarm", "keep"):
         spy = Spy()
         start = str(tmp_path / "run" / "final_model")
-        tiny_run(tmp_path / horizon, resume_from=start, max_steps=20, horizon=horizon, callbacks=[spy], eval_interval=100)
+        tiny_run(
+            tmp_path / horizon,
+            resume_from=start,
+            max_steps=20,
+            horizon=horizon,
+            callbacks=[spy],
+            eval_interval=100,
+        )
         rates[horizon] = spy.rates
     assert rates["extend"][10] > 2 * rates["keep"][10]
     assert rates["extend"][20] == pytest.approx(1e-3, rel=0.1)
@@ -147,7 +179,14 @@ def test_horizons_stretch_warm_up_again_or_keep(tmp_path: Path) -> None:
 
 def test_a_horizon_once_said_holds_for_later_resumes(tmp_path: Path) -> None:
     tiny_run(tmp_path, callbacks=[StopAt(6)], eval_interval=100)
-    tiny_run(tmp_path, resume_from=str(tmp_path), max_steps=20, horizon="keep", callbacks=[StopAt(8)], eval_interval=100)
+    tiny_run(
+        tmp_path,
+        resume_from=str(tmp_path),
+        max_steps=20,
+        horizon="keep",
+        callbacks=[StopAt(8)],
+        eval_interval=100,
+    )
     spy = Spy()
     tiny_run(tmp_path, resume_from=str(tmp_path), max_steps=20, callbacks=[spy], eval_interval=100)
     assert spy.rates[12] == spy.rates[20] == pytest.approx(1e-3)
@@ -173,7 +212,9 @@ def test_a_length_in_epochs_ends_at_the_same_sample_whatever_the_batch_size(tmp_
 
 def _builder(**settings: object):  # type: ignore[no-untyped-def]
     def build(start: Path | None, folder: Path, callbacks: list[Callback]) -> Trainer:
-        return tiny_trainer(folder, resume_from=str(start) if start else None, callbacks=callbacks, **settings)
+        return tiny_trainer(
+            folder, resume_from=str(start) if start else None, callbacks=callbacks, **settings
+        )
 
     return build
 
@@ -195,8 +236,12 @@ def test_verify_resume_of_a_run_that_kept_only_its_end_replays_from_the_beginnin
 
 
 @pytest.mark.parametrize(("eval_interval", "first", "last"), [(4, 0, 10), (8, 8, 10)])
-def test_verify_resume_starts_at_the_best_model_and_compares_with_none(tmp_path: Path, eval_interval: int, first: int, last: int) -> None:
-    """The best model is saved in a validation's middle; here that of step 10, and that of step 8 beside the end."""
+def test_verify_resume_starts_at_the_best_model_and_compares_with_none(
+    tmp_path: Path, eval_interval: int, first: int, last: int
+) -> None:
+    """The best model is saved in a validation's middle; here that of step 10, and that of step 8 beside the
+    end.
+    """
     settings = {"save_interval": None, "eval_interval": eval_interval}
     tiny_run(tmp_path, callbacks=[StopAt(9)] if first else [], **settings)
     shutil.rmtree(tmp_path / "final_model")
@@ -206,7 +251,9 @@ def test_verify_resume_starts_at_the_best_model_and_compares_with_none(tmp_path:
 
 
 def test_verify_resume_names_what_differs(tmp_path: Path) -> None:
-    """A trainer whose dropout is not a function of the step (its seed changes with every trainer) is found out."""
+    """A trainer whose dropout is not a function of the step (its seed changes with every trainer) is found
+    out.
+    """
     tiny_run(tmp_path)
     made: list[Trainer] = []
 
@@ -230,9 +277,13 @@ def test_verify_resume_needs_a_whole_checkpoint_and_two_steps(tmp_path: Path) ->
 
 
 def test_a_resume_into_another_folder_brings_the_best_model_along(tmp_path: Path) -> None:
-    """The loss that nothing beats was reached before the resumed step: it is told at the end, and its model is there."""
+    """The loss that nothing beats was reached before the resumed step: it is told at the end, and its model
+    is there.
+    """
     _best_at(tmp_path / "old", 4)
-    resumed = tiny_run(tmp_path / "new", resume_from=str(tmp_path / "old" / "checkpoint-6"), learning_rate=0.0)
+    resumed = tiny_run(
+        tmp_path / "new", resume_from=str(tmp_path / "old" / "checkpoint-6"), learning_rate=0.0
+    )
     assert resumed.best_validation_loss == 0.5
     assert verify(tmp_path / "new" / "best_model") == []
     assert compare_checkpoints(tmp_path / "new" / "best_model", tmp_path / "old" / "best_model") == []
@@ -260,7 +311,9 @@ def _best_at(folder: Path, *steps: int) -> None:
     def evaluate() -> ValidationResult:
         result = real()
         step = trainer.current_step
-        return ValidationResult(0.5 - 0.1 * steps.index(step), result.tokens, 1.0) if step in steps else result
+        return (
+            ValidationResult(0.5 - 0.1 * steps.index(step), result.tokens, 1.0) if step in steps else result
+        )
 
     trainer.evaluate = evaluate  # type: ignore[method-assign]
     trainer.train()

@@ -18,7 +18,12 @@ from llm_trainer.config import CheckpointError, ModelConfig
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
 from llm_trainer.model.hf.checkpoint import load_pretrained
 from llm_trainer.run_dir import list_checkpoints, read_run_config, verify, write_manifest
-from llm_trainer.training.checkpoint.optimizer_state import TENSORS_FILE, load_optimizer_state, optimizer_state, write_tensors
+from llm_trainer.training.checkpoint.optimizer_state import (
+    TENSORS_FILE,
+    load_optimizer_state,
+    optimizer_state,
+    write_tensors,
+)
 from llm_trainer.training.checkpoint.store import CheckpointStore, Snapshot, read_state, restore
 from llm_trainer.training.optim.optimizers import build_optimizers
 
@@ -26,7 +31,9 @@ from llm_trainer.training.optim.optimizers import build_optimizers
 def test_a_checkpoint_is_the_folder_that_is_documented(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_characters(["abc"])
     taken = snapshot(tmp_path)
-    folder = CheckpointStore(tmp_path).save(Snapshot(taken.model, taken.optimizers, taken.state, taken.config, tokenizer), 2)
+    folder = CheckpointStore(tmp_path).save(
+        Snapshot(taken.model, taken.optimizers, taken.state, taken.config, tokenizer), 2
+    )
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     documented = {
         "model.safetensors",
@@ -40,11 +47,16 @@ def test_a_checkpoint_is_the_folder_that_is_documented(tmp_path: Path) -> None:
     assert documented <= names
     assert verify(folder) == []
     assert read_run_config(folder) == taken.config
-    assert json.loads((folder / "run.json").read_text(encoding="utf-8"))["versions"]["torch"] == torch.__version__
+    assert (
+        json.loads((folder / "run.json").read_text(encoding="utf-8"))["versions"]["torch"]
+        == torch.__version__
+    )
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_weights_and_optimizer_come_back_to_the_bit_with_types_and_devices(tmp_path: Path, optimizer: str) -> None:
+def test_weights_and_optimizer_come_back_to_the_bit_with_types_and_devices(
+    tmp_path: Path, optimizer: str
+) -> None:
     taken = snapshot(tmp_path, optimizer=optimizer)
     folder = CheckpointStore(tmp_path).save(taken, 2)
     other = tiny_model(taken.config.model, seed=8)
@@ -57,19 +69,30 @@ def test_weights_and_optimizer_come_back_to_the_bit_with_types_and_devices(tmp_p
     assert any(name.endswith("wte.weight.step") for name in before)
     for name, tensor in before.items():
         assert torch.equal(tensor, after[name]), name
-        assert (tensor.dtype, tensor.device, tensor.shape) == (after[name].dtype, after[name].device, after[name].shape), name
+        assert (tensor.dtype, tensor.device, tensor.shape) == (
+            after[name].dtype,
+            after[name].device,
+            after[name].shape,
+        ), name
 
 
 def test_restoring_gives_tensors_that_outlive_the_files(tmp_path: Path) -> None:
-    """safetensors maps files; a checkpoint that rotation deletes or a disk truncates must not pull weights from under a run."""
+    """safetensors maps files; a checkpoint that rotation deletes or a disk truncates must not pull weights
+    from under a run.
+    """
     taken = snapshot(tmp_path)
     folder = CheckpointStore(tmp_path).save(taken, 2)
     restore(folder, taken.model, taken.optimizers)
-    expected = {name: tensor.clone() for name, tensor in optimizer_state(taken.model, taken.optimizers)[0].items()}
+    expected = {
+        name: tensor.clone() for name, tensor in optimizer_state(taken.model, taken.optimizers)[0].items()
+    }
     for path in folder.rglob("*.safetensors"):
         with path.open("r+b") as file:
             file.truncate(0)
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in optimizer_state(taken.model, taken.optimizers)[0].items())
+    assert all(
+        torch.equal(tensor, expected[name])
+        for name, tensor in optimizer_state(taken.model, taken.optimizers)[0].items()
+    )
 
 
 def test_a_checkpoint_before_the_first_step_has_no_optimizer_state(tmp_path: Path) -> None:
@@ -83,16 +106,27 @@ def test_a_checkpoint_before_the_first_step_has_no_optimizer_state(tmp_path: Pat
 
 
 def test_numbers_that_json_lacks_survive_in_the_state(tmp_path: Path) -> None:
-    state = {"step": 1, "best": math.inf, "worst": -math.inf, "nested": [{"loss": math.nan}], "third": 1 / 3, "none": None}
+    state = {
+        "step": 1,
+        "best": math.inf,
+        "worst": -math.inf,
+        "nested": [{"loss": math.nan}],
+        "third": 1 / 3,
+        "none": None,
+    }
     folder = CheckpointStore(tmp_path).save(snapshot(tmp_path, state=state), 1)
-    json.loads((folder / "state.json").read_text(encoding="utf-8"), parse_constant=lambda word: pytest.fail(word))
+    json.loads(
+        (folder / "state.json").read_text(encoding="utf-8"), parse_constant=lambda word: pytest.fail(word)
+    )
     read = read_state(folder)
     assert (read["best"], read["worst"], read["third"], read["none"]) == (math.inf, -math.inf, 1 / 3, None)
     assert math.isnan(read["nested"][0]["loss"])  # type: ignore[index, call-overload, arg-type]
 
 
 def test_torchs_own_reader_and_writer_agree_with_ours(tmp_path: Path) -> None:
-    """Ours is read by torch.distributed.checkpoint, and what it writes is read by ours: the way to any number of ranks stays open."""
+    """Ours is read by torch.distributed.checkpoint, and what it writes is read by ours: the way to any number
+    of ranks stays open.
+    """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
@@ -106,15 +140,22 @@ def test_torchs_own_reader_and_writer_agree_with_ours(tmp_path: Path) -> None:
     (tmp_path / "theirs").mkdir()
     dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(tmp_path / "theirs")), no_dist=True)
     load_optimizer_state(tmp_path / "theirs", scalars, taken.model, taken.optimizers)
-    assert all(torch.equal(optimizer_state(taken.model, taken.optimizers)[0][name], tensor) for name, tensor in tensors.items())
+    assert all(
+        torch.equal(optimizer_state(taken.model, taken.optimizers)[0][name], tensor)
+        for name, tensor in tensors.items()
+    )
 
 
 def test_names_are_those_of_torchs_flattened_optimizer_state(tmp_path: Path) -> None:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
     taken = snapshot(tmp_path)
-    flat = get_optimizer_state_dict(taken.model, taken.optimizers, options=StateDictOptions(flatten_optimizer_state_dict=True))
-    assert {name for name in flat if name.startswith("state.")} == set(optimizer_state(taken.model, taken.optimizers)[0])
+    flat = get_optimizer_state_dict(
+        taken.model, taken.optimizers, options=StateDictOptions(flatten_optimizer_state_dict=True)
+    )
+    assert {name for name in flat if name.startswith("state.")} == set(
+        optimizer_state(taken.model, taken.optimizers)[0]
+    )
 
 
 def test_the_newest_are_kept_and_the_best_is_never_removed(tmp_path: Path) -> None:
@@ -124,10 +165,17 @@ def test_the_newest_are_kept_and_the_best_is_never_removed(tmp_path: Path) -> No
         store.save(taken, step)
     store.save_emergency(taken, 11)
     store.save_final(taken)
-    assert {path.name for path in tmp_path.iterdir()} == {"best_model", "final_model", "checkpoint-10", "emergency-11"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "best_model",
+        "final_model",
+        "checkpoint-10",
+        "emergency-11",
+    }
 
 
-def test_nothing_is_rotated_away_for_a_checkpoint_that_is_not_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_rotated_away_for_a_checkpoint_that_is_not_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store, taken = CheckpointStore(tmp_path, save_total_limit=1), snapshot(tmp_path)
     store.save(taken, 1)
     monkeypatch.setattr("llm_trainer.training.checkpoint.store.verify", lambda *_, **__: ["planted"])
@@ -156,13 +204,16 @@ def test_what_crashed_saves_left_is_removed_at_the_next_save(tmp_path: Path) -> 
     assert verify(tmp_path / "checkpoint-2") == []
 
 
-def test_too_little_space_is_found_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_space_is_found_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store, taken = CheckpointStore(tmp_path), snapshot(tmp_path)
     store.save(taken, 1)
     usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(
-        CheckpointError, match=r"needs about 8\.\d MB, 1\.0 MB are free, 7\.\d MB are missing; .*Earlier checkpoints are untouched"
+        CheckpointError,
+        match=r"needs about 8\.\d MB, 1\.0 MB are free, 7\.\d MB are missing; .*Earlier checkpoints are untouched",
     ):
         store.save(taken, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
@@ -193,7 +244,9 @@ def test_a_damaged_folder_is_not_restored(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", f"optimizer/{TENSORS_FILE}"])
-def test_an_oversized_safetensors_header_is_refused_even_with_a_manifest_that_agrees(tmp_path: Path, name: str) -> None:
+def test_an_oversized_safetensors_header_is_refused_even_with_a_manifest_that_agrees(
+    tmp_path: Path, name: str
+) -> None:
     taken = snapshot(tmp_path)
     folder = CheckpointStore(tmp_path).save(taken, 2)
     (folder / name).write_bytes((2**62).to_bytes(8, "little") + b"{}")
@@ -202,7 +255,9 @@ def test_an_oversized_safetensors_header_is_refused_even_with_a_manifest_that_ag
         restore(folder, taken.model, taken.optimizers)
 
 
-def test_training_saving_and_resuming_never_touch_a_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_saving_and_resuming_never_touch_a_pickle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: object, **__: object) -> NoReturn:
         raise AssertionError("a pickle")
 

@@ -64,9 +64,21 @@ def _probe(micro_batches_left: int = 1000) -> Probe:
 
 
 def _choose(
-    probe: Probe, *, memory: Path | None = None, precision: str | None = None, compiled: str | None = None, **settings: str
+    probe: Probe,
+    *,
+    memory: Path | None = None,
+    precision: str | None = None,
+    compiled: str | None = None,
+    **settings: str,
 ) -> Choice:
-    return choose(probe, TrainingConfig(**settings), precision=precision, compiled=compiled, memory=memory, say=lambda line: None)
+    return choose(
+        probe,
+        TrainingConfig(**settings),
+        precision=precision,
+        compiled=compiled,
+        memory=memory,
+        say=lambda line: None,
+    )
 
 
 def test_the_faster_precision_is_chosen(machine: _Compilations) -> None:
@@ -76,7 +88,9 @@ def test_the_faster_precision_is_chosen(machine: _Compilations) -> None:
     assert _choose(_probe(), compile="off", precision="bf16").precision == "bf16"
 
 
-def test_compiling_is_tried_where_the_run_is_long_enough_and_kept_where_it_is_faster(machine: _Compilations) -> None:
+def test_compiling_is_tried_where_the_run_is_long_enough_and_kept_where_it_is_faster(
+    machine: _Compilations,
+) -> None:
     assert _choose(_probe(micro_batches_left=50)).compile == "off"
     assert machine.count == 0
     assert _choose(_probe()).compile == "stack"
@@ -88,7 +102,9 @@ def test_compiling_is_tried_where_the_run_is_long_enough_and_kept_where_it_is_fa
 def test_a_second_run_knows_what_the_first_found_out(machine: _Compilations, tmp_path: Path) -> None:
     assert _choose(_probe(), memory=tmp_path).compile == "stack"
     machine.is_on = False
-    short = _probe(micro_batches_left=50)  # 25 s are left, a fifth of them to gain, and everything is in the compiler's cache
+    short = _probe(
+        micro_batches_left=50
+    )  # 25 s are left, a fifth of them to gain, and everything is in the compiler's cache
     assert _choose(short, memory=tmp_path).compile == "stack"
     machine.is_on = False
     assert _choose(short).compile == "off"
@@ -113,7 +129,9 @@ def test_what_a_checkpoint_says_holds(machine: _Compilations) -> None:
     assert (choice.precision, choice.compile, choice.reason) == ("bf16", "blocks", None)
 
 
-def test_without_a_compiler_compilation_is_off_and_says_so(machine: _Compilations, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_compilation_is_off_and_says_so(
+    machine: _Compilations, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(autotune, "has_compiler", lambda: False)
     for said in ("auto", "on"):
         told: list[str] = []
@@ -148,7 +166,9 @@ def test_a_resumed_run_keeps_the_choice(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(autotune, "_choose_precision", lambda probe: ("bf16", None, "a test says so"))
     first = tiny_trainer(tmp_path, precision="auto", max_steps=10, save_interval=5)
     first.train()
-    monkeypatch.setattr(autotune, "_choose_precision", lambda probe: ("fp32", None, "the machine is busy now"))
+    monkeypatch.setattr(
+        autotune, "_choose_precision", lambda probe: ("fp32", None, "the machine is busy now")
+    )
     resumed = tiny_trainer(tmp_path / "again", precision="auto", resume_from=str(tmp_path / "checkpoint-5"))
     resumed.train()
     assert resumed.state.precision == "bf16"

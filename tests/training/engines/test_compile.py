@@ -1,4 +1,6 @@
-"""Compiled training is training: the same losses, one graph for all layers and for validation none, names as before."""
+"""Compiled training is training: the same losses, one graph for all layers and for validation none, names as
+before.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,13 @@ from tiny_run import SHAPE, tiny_model, tiny_run, tiny_trainer
 
 from llm_trainer.config import ModelConfig
 from llm_trainer.training.engines import compile as compilation
-from llm_trainer.training.engines.compile import CompileMode, best_mode, compile_model, has_compiler, undo_compile
+from llm_trainer.training.engines.compile import (
+    CompileMode,
+    best_mode,
+    compile_model,
+    has_compiler,
+    undo_compile,
+)
 from llm_trainer.training.logging.metrics import read_metrics
 
 needs_compiler = pytest.mark.skipif(not has_compiler(), reason="there is no C++ compiler")
@@ -43,12 +51,16 @@ def test_one_graph_serves_all_layers_and_ragged_validation_adds_none(
     torch._dynamo.reset()
     counter = CompileCounter()
     compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **options: compiler(function, backend=counter, **options))
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **options: compiler(function, backend=counter, **options)
+    )
     monkeypatch.setattr(compilation, "has_compiler", lambda: True)
     monkeypatch.setattr("llm_trainer.training.engines.autotune.best_mode", lambda model, tokens: mode)
     monkeypatch.setattr("llm_trainer.training.engines.autotune.has_compiler", lambda: True)
     # 8 validation windows in batches of 3: two whole ones and a ragged one.
-    result = tiny_run(tmp_path, compile="on", model={"num_layers": 5, "dropout": 0.0}, eval_batch_size=3, eval_interval=2)
+    result = tiny_run(
+        tmp_path, compile="on", model={"num_layers": 5, "dropout": 0.0}, eval_batch_size=3, eval_interval=2
+    )
     assert result.step == 10
     assert counter.frame_count == 1
     torch._dynamo.reset()
@@ -58,12 +70,16 @@ def test_one_graph_serves_all_layers_and_ragged_validation_adds_none(
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("mode", ["stack", "blocks"])
-def test_compiled_losses_are_the_eager_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: CompileMode, precision: str) -> None:
+def test_compiled_losses_are_the_eager_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: CompileMode, precision: str
+) -> None:
     torch._dynamo.reset()
     monkeypatch.setattr("llm_trainer.training.engines.autotune.best_mode", lambda model, tokens: mode)
     losses = {}
     for compile_ in ("off", "on"):
-        trainer = tiny_trainer(tmp_path / compile_, compile=compile_, precision=precision, model={"dropout": 0.0}, max_steps=30)
+        trainer = tiny_trainer(
+            tmp_path / compile_, compile=compile_, precision=precision, model={"dropout": 0.0}, max_steps=30
+        )
         trainer.train()
         assert trainer.state.compile == (mode if compile_ == "on" else "off")
         losses[compile_] = [line["loss"] for line in read_metrics(tmp_path / compile_) if "loss" in line]
@@ -76,7 +92,9 @@ def test_a_compiled_run_resumes_to_the_bit(tmp_path: Path) -> None:
     torch._dynamo.reset()
     straight = tiny_trainer(tmp_path / "straight", compile="on", save_interval=5)
     straight.train()
-    resumed = tiny_trainer(tmp_path / "resumed", compile="on", resume_from=str(tmp_path / "straight" / "checkpoint-5"))
+    resumed = tiny_trainer(
+        tmp_path / "resumed", compile="on", resume_from=str(tmp_path / "straight" / "checkpoint-5")
+    )
     resumed.train()
     for one, other in zip(straight.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(one, other)

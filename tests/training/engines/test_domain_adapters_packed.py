@@ -1,4 +1,6 @@
-"""Adapters of domains in training: the loss does not depend on how documents share rows, and validation takes each document's own."""
+"""Adapters of domains in training: the loss does not depend on how documents share rows, and validation takes
+each document's own.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,13 @@ from llm_trainer.training.trainer import Trainer
 
 NAMES = ["math", "law", "code"]
 CONTEXT = 16
-SHAPE = {"use_domain_adaptation": True, "adapter_domains": NAMES, "adapter_size": 4, "max_position_embeddings": CONTEXT, "dropout": 0.0}
+SHAPE = {
+    "use_domain_adaptation": True,
+    "adapter_domains": NAMES,
+    "adapter_size": 4,
+    "max_position_embeddings": CONTEXT,
+    "dropout": 0.0,
+}
 PACKINGS = {"greedy": Packing("greedy"), "first_fit": Packing("first_fit"), "none": Packing("none")}
 
 
@@ -51,12 +59,16 @@ def trained_adapters() -> Transformer:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if is_adapter_parameter(name):
-                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.5)
+                parameter.copy_(
+                    torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.5
+                )
     return model.eval()
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
-def test_every_place_of_joined_corpora_says_which_it_is_from(corpora: dict[str, TokenDataset], packing: str) -> None:
+def test_every_place_of_joined_corpora_says_which_it_is_from(
+    corpora: dict[str, TokenDataset], packing: str
+) -> None:
     for batch in validation_batches(joined(corpora, "all"), CONTEXT, 4, packing=PACKINGS[packing]):
         assert batch.sources is not None
         assert batch.sources.names == tuple(NAMES)
@@ -66,7 +78,9 @@ def test_every_place_of_joined_corpora_says_which_it_is_from(corpora: dict[str, 
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
-def test_validation_over_all_corpora_is_that_of_each_with_its_own_adapter(corpora: dict[str, TokenDataset], packing: str) -> None:
+def test_validation_over_all_corpora_is_that_of_each_with_its_own_adapter(
+    corpora: dict[str, TokenDataset], packing: str
+) -> None:
     model = trained_adapters()
     alone = {}
     for name in NAMES:
@@ -75,17 +89,23 @@ def test_validation_over_all_corpora_is_that_of_each_with_its_own_adapter(corpor
     model.use_domain(None)
     found = validate(model, joined(corpora, "all"), CONTEXT, 4, packing=PACKINGS[packing])
     wanted = sum(one.loss * one.tokens for one in alone.values()) / sum(one.tokens for one in alone.values())
-    if packing == "greedy":  # cut at a row's end, documents lose what came before, and the stream its first token
+    if (
+        packing == "greedy"
+    ):  # cut at a row's end, documents lose what came before, and the stream its first token
         assert found.loss == pytest.approx(wanted, rel=0.05)
         return
     assert found.tokens == sum(one.tokens for one in alone.values())
     assert found.loss == pytest.approx(wanted, rel=1e-5)
     model.use_domain("code")
-    assert validate(model, corpora["law"], CONTEXT, 4, packing=Packing("none")).loss != pytest.approx(alone["law"].loss, rel=1e-4)
+    assert validate(model, corpora["law"], CONTEXT, 4, packing=Packing("none")).loss != pytest.approx(
+        alone["law"].loss, rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
-def test_ranks_that_share_sequences_know_the_corpus_of_each_of_their_places(corpora: dict[str, TokenDataset], packing: str) -> None:
+def test_ranks_that_share_sequences_know_the_corpus_of_each_of_their_places(
+    corpora: dict[str, TokenDataset], packing: str
+) -> None:
     for rank in (0, 1):
         ranks = Ranks(rank, 2, plan=ParallelPlan(context_parallel=2))
         for batch in validation_batches(joined(corpora, "all"), CONTEXT, 4, packing=PACKINGS[packing]):
@@ -111,7 +131,9 @@ def test_a_passs_gradients_are_those_of_documents_alone(corpora: dict[str, Token
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
-def test_a_run_is_validated_with_the_adapters_that_it_trains(corpora: dict[str, TokenDataset], tmp_path: Path) -> None:
+def test_a_run_is_validated_with_the_adapters_that_it_trains(
+    corpora: dict[str, TokenDataset], tmp_path: Path
+) -> None:
     plain = tiny_config(tmp_path, SHAPE, max_steps=4, warmup_steps=0)
     data = DataConfig(packing_strategy="first_fit")
     mixture = TokenMixture(corpora, [MixtureStage(weights=dict.fromkeys(NAMES, 1.0))])

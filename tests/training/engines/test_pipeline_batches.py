@@ -1,4 +1,6 @@
-"""What a pipeline's schedule cannot run is refused by name: in the settings, in a schedule of operations, and where a run changes."""
+"""What a pipeline's schedule cannot run is refused by name: in the settings, in a schedule of operations, and
+where a run changes.
+"""
 
 from __future__ import annotations
 
@@ -38,16 +40,31 @@ def entry(name: str, value: float) -> Operation:
     return Operation(name=name, value=value, max_wait_iters=1)
 
 
-@pytest.mark.parametrize("operations", [[entry("set_grad_accum", 5)], [entry("set_batch_size", 3), entry("change_grad_accum", 2.5)]])
+@pytest.mark.parametrize(
+    "operations",
+    [[entry("set_grad_accum", 5)], [entry("set_batch_size", 3), entry("change_grad_accum", 2.5)]],
+)
 def test_an_entry_after_which_the_stages_cannot_share_a_step_is_refused_before_training(
     trainer: Trainer, operations: list[Operation]
 ) -> None:
-    with pytest.raises(UsageError, match=rf"entry {len(operations)} .*5 micro-batches do not make; take 4 or 6"):
+    with pytest.raises(
+        UsageError, match=rf"entry {len(operations)} .*5 micro-batches do not make; take 4 or 6"
+    ):
         foreseen(operations, trainer)
-    assert len(foreseen([entry("set_grad_accum", 6), entry("change_grad_accum", 0.5), entry("set_batch_size", 5)], trainer)) == 4
+    assert (
+        len(
+            foreseen(
+                [entry("set_grad_accum", 6), entry("change_grad_accum", 0.5), entry("set_batch_size", 5)],
+                trainer,
+            )
+        )
+        == 4
+    )
 
 
-def test_batches_that_a_checkpoint_or_an_operation_brings_are_judged_when_they_are_taken(trainer: Trainer) -> None:
+def test_batches_that_a_checkpoint_or_an_operation_brings_are_judged_when_they_are_taken(
+    trainer: Trainer,
+) -> None:
     with pytest.raises(UsageError, match="5 micro-batches do not make; take 4 or 6"):
         change_batches(trainer, BatchPlan(1, 5))
 
@@ -67,7 +84,10 @@ def test_fp16_that_a_checkpoint_brings_is_refused_before_the_first_step(trainer:
     "said",
     [
         {"training": {"micro_batch_size": "auto"}},
-        {"training": {"use_computational_efficiency": True}, "computational_efficiency": {"use_adaptive_batch_size": True}},
+        {
+            "training": {"use_computational_efficiency": True},
+            "computational_efficiency": {"use_adaptive_batch_size": True},
+        },
     ],
 )
 def test_micro_batches_that_are_to_be_found_do_not_go_with_stages(said: dict[str, dict[str, object]]) -> None:

@@ -1,4 +1,6 @@
-"""QLoRA runs: the base in four bits stays what it was, the run resumes to the bit, and its checkpoint is a plain model."""
+"""QLoRA runs: the base in four bits stays what it was, the run resumes to the bit, and its checkpoint is a
+plain model.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +28,21 @@ LORA = {"attn_lora_rank": 4, "mlp_lora_rank": 4, "lora_train_base": False}
 
 
 def a_trainer(folder: Path, dropout: float = 0.1, **settings: object) -> Trainer:
-    config = tiny_config(folder, LORA | {"dropout": dropout}, **{"quantize_base": "nf4", "learning_rate": 3e-2} | settings)
-    return Trainer(tiny_model(config.model), config, tokens(), tokens(65, seed=1), console=Console(quiet=True))
+    config = tiny_config(
+        folder, LORA | {"dropout": dropout}, **{"quantize_base": "nf4", "learning_rate": 3e-2} | settings
+    )
+    return Trainer(
+        tiny_model(config.model), config, tokens(), tokens(65, seed=1), console=Console(quiet=True)
+    )
 
 
 def base_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     named = model.named_parameters()
-    return {name: dequantized(parameter.detach()).clone() for name, parameter in named if not is_adapter_parameter(name)}
+    return {
+        name: dequantized(parameter.detach()).clone()
+        for name, parameter in named
+        if not is_adapter_parameter(name)
+    }
 
 
 def losses(folder: Path) -> list[float]:
@@ -96,7 +106,9 @@ def test_a_save_makes_one_matrix_of_the_base_whole_at_a_time(tmp_path: Path, in_
     taken.write(tmp_path / "written")
     (tmp_path / "written/config.json").write_text(taken.texts["config.json"], encoding="utf-8")
     written = dict(load_pretrained(tmp_path / "written").named_parameters())
-    assert all(torch.equal(written[name], dequantized(parameter)) for name, parameter in model.named_parameters())
+    assert all(
+        torch.equal(written[name], dequantized(parameter)) for name, parameter in model.named_parameters()
+    )
 
 
 def test_it_trains_in_bf16(tmp_path: Path) -> None:

@@ -28,9 +28,13 @@ class RebuildAsItWas(Callback):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"optimizer": "muon"}, pytest.param({"compile": "on"}, marks=pytest.mark.slow)], ids=["adamw", "muon", "compiled"]
+    "settings",
+    [{}, {"optimizer": "muon"}, pytest.param({"compile": "on"}, marks=pytest.mark.slow)],
+    ids=["adamw", "muon", "compiled"],
 )
-def test_taken_apart_and_rebuilt_the_run_is_the_same_to_the_bit(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_taken_apart_and_rebuilt_the_run_is_the_same_to_the_bit(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
     tiny_trainer(tmp_path / "straight", max_steps=5, **settings).train()
     tiny_trainer(tmp_path / "rebuilt", max_steps=5, **settings, callbacks=[RebuildAsItWas()]).train()
     assert compare_checkpoints(tmp_path / "straight/final_model", tmp_path / "rebuilt/final_model") == []

@@ -1,4 +1,6 @@
-"""One step: accumulation changes nothing, what is not finite changes nothing, dropout follows from the place in the run."""
+"""One step: accumulation changes nothing, what is not finite changes nothing, dropout follows from the place
+in the run.
+"""
 
 from __future__ import annotations
 
@@ -39,10 +41,14 @@ def _parts(batch: Batch, count: int) -> list[Batch]:
     return [Batch(ids, labels, None, int((labels != -100).sum())) for ids, labels in pairs]
 
 
-def _gradients(batches: Sequence[Batch], *, dropout: float = 0.0, index: int = 0, loss: LossMode = "auto") -> list[Tensor]:
+def _gradients(
+    batches: Sequence[Batch], *, dropout: float = 0.0, index: int = 0, loss: LossMode = "auto"
+) -> list[Tensor]:
     model = tiny_model(ModelConfig(**SHAPE | {"dropout": dropout}))
     tokens = sum(batch.num_supervised for batch in batches)
-    mean = forward_backward(TrainingStep(model, NextToken(loss)), batches, tokens, Precision("fp32", CPU), seed=1, index=index)
+    mean = forward_backward(
+        TrainingStep(model, NextToken(loss)), batches, tokens, Precision("fp32", CPU), seed=1, index=index
+    )
     return [mean, *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)]
 
 
@@ -50,8 +56,12 @@ def _gradients(batches: Sequence[Batch], *, dropout: float = 0.0, index: int = 0
 @pytest.mark.parametrize("count", [2, 4])
 def test_accumulation_over_ragged_labels_gives_the_whole_batchs_gradient(count: int, loss: LossMode) -> None:
     batch = _batch()
-    assert len({part.num_supervised for part in _parts(batch, count)}) == count  # a mean of means would differ
-    for accumulated, whole in zip(_gradients(_parts(batch, count), loss=loss), _gradients([batch], loss=loss), strict=True):
+    assert (
+        len({part.num_supervised for part in _parts(batch, count)}) == count
+    )  # a mean of means would differ
+    for accumulated, whole in zip(
+        _gradients(_parts(batch, count), loss=loss), _gradients([batch], loss=loss), strict=True
+    ):
         torch.testing.assert_close(accumulated, whole, rtol=1e-5, atol=1e-7)
 
 
@@ -95,7 +105,9 @@ class _PoisonedObjective(NextToken):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_batch_that_is_not_finite_changes_nothing_and_is_named(tmp_path: Path, optimizer: str) -> None:
     told = StringIO()
-    trainer = tiny_trainer(tmp_path, console=Console(file=told, width=200), max_steps=3, optimizer=optimizer, save_interval=None)
+    trainer = tiny_trainer(
+        tmp_path, console=Console(file=told, width=200), max_steps=3, optimizer=optimizer, save_interval=None
+    )
     trainer.engine.objective = _PoisonedObjective({3})  # the second micro-batch of the second step
     trainer._prepare()
     trainer._train_step()
@@ -130,7 +142,9 @@ def test_a_step_without_supervised_tokens_is_skipped_and_divides_by_nothing(tmp_
 
 
 def test_fp16_scales_the_loss_and_keeps_the_scale_in_the_checkpoint(tmp_path: Path) -> None:
-    trainer = tiny_trainer(tmp_path / "straight", precision="fp16", max_steps=6, save_interval=3, eval_interval=6, eval_iters=1)
+    trainer = tiny_trainer(
+        tmp_path / "straight", precision="fp16", max_steps=6, save_interval=3, eval_interval=6, eval_iters=1
+    )
     result = trainer.train()
     assert result.loss is not None
     assert result.loss == result.loss

@@ -24,7 +24,9 @@ MODEL = ModelConfig(**SHAPE)
 def test_the_loss_does_not_depend_on_the_batch_size(windows: int) -> None:
     model, data = tiny_model(MODEL), tokens(windows * CONTEXT + 3)
     results = [validate(model, data, CONTEXT, batch_size) for batch_size in (1, 3, 8)]
-    assert {result.tokens for result in results} == {windows * CONTEXT + 2}  # the last part is shorter than a window
+    assert {result.tokens for result in results} == {
+        windows * CONTEXT + 2
+    }  # the last part is shorter than a window
     for result in results[1:]:
         assert result.loss == pytest.approx(results[0].loss, abs=1e-6)
 
@@ -44,7 +46,14 @@ def test_it_is_the_mean_loss_of_each_window_alone() -> None:
 
 def test_bits_per_byte_spread_the_loss_over_the_texts_bytes() -> None:
     ids = tokens(9 * CONTEXT + 1).read(0, 9 * CONTEXT + 1).astype(np.uint16)
-    data = TokenDataset([ids], [np.array([0])], vocab_size=VOCABULARY, tokenizer_hash="0" * 64, fingerprint="x", num_bytes=4 * len(ids))
+    data = TokenDataset(
+        [ids],
+        [np.array([0])],
+        vocab_size=VOCABULARY,
+        tokenizer_hash="0" * 64,
+        fingerprint="x",
+        num_bytes=4 * len(ids),
+    )
     result = validate(tiny_model(MODEL), data, CONTEXT, 4)
     assert result.bits_per_byte == pytest.approx(result.loss / math.log(2) / 4)
 
@@ -83,5 +92,11 @@ def test_a_split_with_nothing_to_predict_is_refused() -> None:
 
 def test_a_loss_too_large_for_a_perplexity_is_infinite_and_no_error(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path)
-    result = validate(trainer.model, tokens(), CONTEXT, 4, objective=lambda model, batch: LossSum(torch.tensor(1e4), torch.tensor(1)))
+    result = validate(
+        trainer.model,
+        tokens(),
+        CONTEXT,
+        4,
+        objective=lambda model, batch: LossSum(torch.tensor(1e4), torch.tensor(1)),
+    )
     assert (result.loss, result.perplexity) == (1e4, math.inf)

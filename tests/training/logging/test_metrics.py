@@ -23,7 +23,9 @@ from llm_trainer.training.logging.progress import ProgressReporter, clean
 from llm_trainer.training.trainer import Trainer
 
 
-def write(run_folder: Path, steps: range, resumed_step: int | None = None, report_to: tuple[str, ...] = ()) -> None:
+def write(
+    run_folder: Path, steps: range, resumed_step: int | None = None, report_to: tuple[str, ...] = ()
+) -> None:
     tracker = MetricsTracker(run_folder, report_to, resumed_step=resumed_step)
     for step in steps:
         tracker.update({"loss": 1 / step}, step)
@@ -32,9 +34,9 @@ def write(run_folder: Path, steps: range, resumed_step: int | None = None, repor
 
 def scalars(run_folder: Path, tag: str) -> dict[int, float]:
     """What TensorBoard itself reads."""
-    accumulator = importlib.import_module("tensorboard.backend.event_processing.event_accumulator").EventAccumulator(
-        str(run_folder / "tensorboard")
-    )
+    accumulator = importlib.import_module(
+        "tensorboard.backend.event_processing.event_accumulator"
+    ).EventAccumulator(str(run_folder / "tensorboard"))
     accumulator.Reload()
     return {event.step: event.value for event in accumulator.Scalars(tag)}
 
@@ -51,7 +53,10 @@ def test_numbers_that_json_lacks_are_strings_in_the_file_and_numbers_when_read(t
     tracker = MetricsTracker(tmp_path)
     tracker.update({"a": math.nan, "b": math.inf, "c": -math.inf}, 1)
     tracker.close()
-    json.loads((tmp_path / "metrics.jsonl").read_text(encoding="utf-8"), parse_constant=lambda word: pytest.fail(word))
+    json.loads(
+        (tmp_path / "metrics.jsonl").read_text(encoding="utf-8"),
+        parse_constant=lambda word: pytest.fail(word),
+    )
     (line,) = read_metrics(tmp_path)
     assert math.isnan(line["a"])
     assert (line["b"], line["c"]) == (math.inf, -math.inf)
@@ -85,7 +90,11 @@ def test_an_interrupted_and_resumed_run_has_the_lines_of_the_straight_one(tmp_pa
         of_the_clock = {"time", "tokens_per_second", "mfu", "memory_gb"}
         measured = ("time/", "system/")
         return [
-            {name: value for name, value in line.items() if name not in of_the_clock and not name.startswith(measured)}
+            {
+                name: value
+                for name, value in line.items()
+                if name not in of_the_clock and not name.startswith(measured)
+            }
             for line in read_metrics(folder)
         ]
 
@@ -151,7 +160,9 @@ def test_wandb_offline_gets_the_run_and_a_resume_goes_on_under_its_id(tmp_path: 
     environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     ids = []
     for step in ("0", "1"):
-        subprocess.run([sys.executable, "-c", code, str(tmp_path), step], check=True, cwd=SUPPORT, env=environment)
+        subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path), step], check=True, cwd=SUPPORT, env=environment
+        )
         ids.append((tmp_path / "wandb_run_id").read_text(encoding="utf-8").strip())
     assert ids[0] == ids[1]
     runs = list((tmp_path / "wandb").glob(f"offline-run-*-{ids[0]}"))
@@ -197,7 +208,10 @@ def test_off_a_terminal_there_are_plain_lines_at_logging_steps_and_no_bar(tmp_pa
     text = out.getvalue()
     assert "\x1b" not in text
     assert "\r" not in text
-    assert [line.split()[1] for line in text.splitlines() if "loss" in line and "val_loss" not in line] == ["5/10", "10/10"]
+    assert [line.split()[1] for line in text.splitlines() if "loss" in line and "val_loss" not in line] == [
+        "5/10",
+        "10/10",
+    ]
     assert text.count("val_loss") == 3
 
 

@@ -1,4 +1,6 @@
-"""Running out of memory costs a run nothing but a try: smaller micro-batches, the same steps. And a run finds by itself what fits."""
+"""Running out of memory costs a run nothing but a try: smaller micro-batches, the same steps. And a run finds
+by itself what fits.
+"""
 
 from __future__ import annotations
 
@@ -32,28 +34,40 @@ AUTO = {"micro_batch_size": "auto", "batch_size": 8, "gradient_accumulation_step
 
 
 class ShortOfMemory(NextToken):
-    """From a step on there is memory for so many sequences only; it runs out in the forward pass, or in the backward pass."""
+    """From a step on there is memory for so many sequences only; it runs out in the forward pass, or in the
+    backward pass.
+    """
 
-    def __init__(self, trainer: Trainer, sequences: int, from_step: int = 0, *, backward: bool = False) -> None:
+    def __init__(
+        self, trainer: Trainer, sequences: int, from_step: int = 0, *, backward: bool = False
+    ) -> None:
         super().__init__()
         self.trainer, self.sequences, self.from_step, self.backward = trainer, sequences, from_step, backward
 
     def __call__(self, model: Transformer, batch: Batch) -> LossSum:
         loss = super().__call__(model, batch)
-        if len(batch) <= self.sequences or self.trainer.state.step < self.from_step or not torch.is_grad_enabled():
+        if (
+            len(batch) <= self.sequences
+            or self.trainer.state.step < self.from_step
+            or not torch.is_grad_enabled()
+        ):
             return loss
         if not self.backward:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
         def refuse(_: torch.Tensor) -> None:
             hook.remove()
-            raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 B")
+            raise RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 B"
+            )
 
         hook = next(model.blocks[0].parameters()).register_hook(refuse)
         return loss
 
 
-def short(folder: Path, sequences: int, from_step: int = 0, *callbacks: Callback, **settings: object) -> tuple[Trainer, list[str]]:
+def short(
+    folder: Path, sequences: int, from_step: int = 0, *callbacks: Callback, **settings: object
+) -> tuple[Trainer, list[str]]:
     trainer = tiny_trainer(folder, callbacks=callbacks, **AT_ONCE | settings)  # type: ignore[arg-type]
     trainer.engine.objective = ShortOfMemory(trainer, sequences, from_step)
     said: list[str] = []
@@ -72,20 +86,33 @@ def are_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> b
 def test_a_run_that_has_too_little_memory_ends_as_one_with_smaller_micro_batches(tmp_path: Path) -> None:
     trainer, said = short(tmp_path / "short", 2)
     trainer.train()
-    tiny_trainer(tmp_path / "small", batch_size=8, micro_batch_size=2, gradient_accumulation_steps=None).train()
+    tiny_trainer(
+        tmp_path / "small", batch_size=8, micro_batch_size=2, gradient_accumulation_steps=None
+    ).train()
     assert are_equal(weights(tmp_path / "short"), weights(tmp_path / "small"))
     assert trainer.batches == BatchPlan(2, 4)
     assert any("trying it again with micro_batch_size 4 × 2" in line for line in said)
     assert any("trying it again with micro_batch_size 2 × 4" in line for line in said)
-    assert [line["micro_batch_size"] for line in read_metrics(tmp_path / "short") if "micro_batch_size" in line] == [4, 2]
+    assert [
+        line["micro_batch_size"] for line in read_metrics(tmp_path / "short") if "micro_batch_size" in line
+    ] == [4, 2]
 
 
-def test_out_of_memory_in_the_middle_saves_and_goes_on_as_a_run_resumed_there_with_smaller_ones(tmp_path: Path) -> None:
+def test_out_of_memory_in_the_middle_saves_and_goes_on_as_a_run_resumed_there_with_smaller_ones(
+    tmp_path: Path,
+) -> None:
     trainer, _ = short(tmp_path / "short", 4, from_step=5)
     trainer.train()
-    (emergency,) = [one for one in list_checkpoints(tmp_path / "short") if one.path.name.startswith("emergency")]
+    (emergency,) = [
+        one for one in list_checkpoints(tmp_path / "short") if one.path.name.startswith("emergency")
+    ]
     assert emergency.step == 5
-    again = {"batch_size": 8, "micro_batch_size": 4, "gradient_accumulation_steps": None, "resume_from": str(emergency.path)}
+    again = {
+        "batch_size": 8,
+        "micro_batch_size": 4,
+        "gradient_accumulation_steps": None,
+        "resume_from": str(emergency.path),
+    }
     tiny_trainer(tmp_path / "again", **again).train()
     assert are_equal(weights(tmp_path / "short"), weights(tmp_path / "again"))
 
@@ -101,7 +128,10 @@ def test_memory_that_runs_out_in_the_backward_pass_is_no_different(tmp_path: Pat
 
 def test_a_run_without_memory_for_a_single_sequence_says_what_would_help(tmp_path: Path) -> None:
     trainer, _ = short(tmp_path, 0)
-    with pytest.raises(OutOfMemory, match="with 1 sequences at once, and there is no smaller micro-batch; use gradient_checkpointing"):
+    with pytest.raises(
+        OutOfMemory,
+        match="with 1 sequences at once, and there is no smaller micro-batch; use gradient_checkpointing",
+    ):
         trainer.train()
 
 
@@ -136,7 +166,9 @@ def ended_by_memory(folder: Path, from_step: int = 4) -> Path:
 
 
 @pytest.mark.parametrize("from_step", [0, 4], ids=["before a checkpoint", "after one"])
-def test_the_next_attempt_takes_what_is_noted_says_so_and_keeps_it_in_its_checkpoints_only(tmp_path: Path, from_step: int) -> None:
+def test_the_next_attempt_takes_what_is_noted_says_so_and_keeps_it_in_its_checkpoints_only(
+    tmp_path: Path, from_step: int
+) -> None:
     ended_by_memory(tmp_path, from_step)
     resumed, said = short(tmp_path, 8, 0, StopAt(6), resume_from="auto")
     resumed.train()
@@ -187,12 +219,16 @@ def chosen(folder: Path, gigabytes: float, **settings: object) -> BatchPlan:
 
 def test_auto_takes_all_at_once_where_there_is_memory_and_says_so_where_there_is_none(tmp_path: Path) -> None:
     assert chosen(tmp_path / "much", 1000.0) == BatchPlan(8, 1)
-    with pytest.raises(OutOfMemory, match=r"not even micro_batch_size 1 fits in 0\.00 GB, 90% of what is there"):
+    with pytest.raises(
+        OutOfMemory, match=r"not even micro_batch_size 1 fits in 0\.00 GB, 90% of what is there"
+    ):
         chosen(tmp_path / "none", 0.001)
 
 
 def test_auto_takes_the_largest_that_the_memory_holds(tmp_path: Path) -> None:
-    """A wide vocabulary makes a step's memory a matter of its logits: 8 × 256 × 20000 of 4 bytes are 160 MB, kept twice."""
+    """A wide vocabulary makes a step's memory a matter of its logits: 8 × 256 × 20000 of 4 bytes are 160 MB,
+    kept twice.
+    """
     shape = {"vocab_size": 20_000, "max_position_embeddings": 256}
     config = tiny_config(tmp_path, shape, loss="dense", max_steps=1, warmup_steps=0, **AUTO)
     found = {}
@@ -217,12 +253,17 @@ def test_a_bound_gives_a_smaller_micro_batch_and_changes_nothing_by_itself(tmp_p
 def test_the_adaptive_batch_size_keeps_its_bounds(tmp_path: Path) -> None:
     plain = tiny_config(tmp_path, max_steps=1, warmup_steps=0, memory_limit_gb=1000)
     bounds = {"use_adaptive_batch_size": True, "min_batch_size": 2, "max_batch_size": 5}
-    sections = {"model": plain.model.model_dump(), "training": plain.training.model_dump() | {"use_computational_efficiency": True}}
+    sections = {
+        "model": plain.model.model_dump(),
+        "training": plain.training.model_dump() | {"use_computational_efficiency": True},
+    }
     config = RunConfig(**sections, computational_efficiency=bounds)
     trainer = Trainer(tiny_model(config.model), config, tokens(), console=Console(quiet=True))
     trainer.train()
     assert trainer.batches == BatchPlan(4, 2)
-    with pytest.raises(UsageError, match="no micro-batch from min_batch_size 5 to max_batch_size 7 divides the 8 sequences"):
+    with pytest.raises(
+        UsageError, match="no micro-batch from min_batch_size 5 to max_batch_size 7 divides the 8 sequences"
+    ):
         divisions(BatchPlan(4, 2), MicroBatchBounds(5, 7))
 
 
@@ -248,4 +289,9 @@ print(trainer.batches.micro_batch_size, trainer.state.step)
     size, step = map(int, done.stdout.split()[-2:])
     assert 1 <= size < 64
     assert step == 2
-    assert json.loads((tmp_path / "final_model" / "state.json").read_text(encoding="utf-8"))["changes"]["micro_batch_size"] == size
+    assert (
+        json.loads((tmp_path / "final_model" / "state.json").read_text(encoding="utf-8"))["changes"][
+            "micro_batch_size"
+        ]
+        == size
+    )

@@ -1,4 +1,6 @@
-"""What the machine is doing is in the metrics; memory that grows short is told and answered with a checkpoint."""
+"""What the machine is doing is in the metrics; memory that grows short is told and answered with a
+checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +77,9 @@ print((machine.look().resident - before) / held.nbytes)
 
 def test_resident_memory_follows_what_is_held() -> None:
     """In a process of its own: one that ran other tests may hold the room already, and then nothing grows."""
-    told = subprocess.run([sys.executable, "-c", GROWS], capture_output=True, text=True, check=True, timeout=120)
+    told = subprocess.run(
+        [sys.executable, "-c", GROWS], capture_output=True, text=True, check=True, timeout=120
+    )
     assert float(told.stdout) == pytest.approx(1, rel=0.1)
 
 

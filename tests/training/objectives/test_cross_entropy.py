@@ -1,4 +1,6 @@
-"""The chunked loss is the dense loss: value, gradients, soft cap, ignored labels; and it holds no more than a chunk."""
+"""The chunked loss is the dense loss: value, gradients, soft cap, ignored labels; and it holds no more than a
+chunk.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def _inputs(ignored: float = 0.2, scale: float = 1.0) -> tuple[Tensor, Tensor, T
     return hidden, weight, labels
 
 
-def _loss_and_gradients(mode: LossMode, soft_cap: float | None = None, *, ignored: float = 0.2, scale: float = 1.0) -> list[Tensor]:
+def _loss_and_gradients(
+    mode: LossMode, soft_cap: float | None = None, *, ignored: float = 0.2, scale: float = 1.0
+) -> list[Tensor]:
     hidden, weight, labels = _inputs(ignored, scale)
     total = linear_cross_entropy_sum(hidden, weight, labels, mode=mode, soft_cap=soft_cap)
     (total / 7).backward()
@@ -67,7 +71,9 @@ def test_validation_computes_the_same_loss_without_gradients() -> None:
     hidden, weight, labels = _inputs()
     with torch.no_grad():
         evaluated = linear_cross_entropy_sum(hidden, weight, labels, mode="chunked")
-    torch.testing.assert_close(evaluated, linear_cross_entropy_sum(hidden, weight, labels, mode="dense").detach(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        evaluated, linear_cross_entropy_sum(hidden, weight, labels, mode="dense").detach(), rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize("frozen", [0, 1])
@@ -92,7 +98,9 @@ class _Largest(TorchDispatchMode):
 
     elements = 0
 
-    def __torch_dispatch__(self, function: Callable[..., object], types: object, args: tuple = (), kwargs: dict | None = None) -> object:  # type: ignore[type-arg]
+    def __torch_dispatch__(
+        self, function: Callable[..., object], types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:  # type: ignore[type-arg]
         result = function(*args, **(kwargs or {}))
         if isinstance(result, Tensor):
             self.elements = max(self.elements, result.numel())

@@ -7,7 +7,13 @@ import math
 import pytest
 
 from llm_trainer.config import Duration, TrainingConfig, UsageError
-from llm_trainer.training.optim.lr_schedule import Length, Schedule, ScheduleState, resolve_length, resolve_schedule
+from llm_trainer.training.optim.lr_schedule import (
+    Length,
+    Schedule,
+    ScheduleState,
+    resolve_length,
+    resolve_schedule,
+)
 
 STEPS = Length(1000, "max_steps 1000", steps_per_epoch=250.0, tokens_per_step=512)
 
@@ -35,7 +41,9 @@ STEPS = Length(1000, "max_steps 1000", steps_per_epoch=250.0, tokens_per_step=51
     ],
 )
 def test_points_of_each_schedule(kind: str, step: int, expected: float) -> None:
-    schedule = Schedule(kind, warmup_steps=100, decay_steps=1000, minimum_fraction=0.1, wsd_decay_fraction=0.2)  # type: ignore[arg-type]
+    schedule = Schedule(
+        kind, warmup_steps=100, decay_steps=1000, minimum_fraction=0.1, wsd_decay_fraction=0.2
+    )  # type: ignore[arg-type]
     assert schedule.factor(step) == pytest.approx(expected, abs=1e-12)
 
 
@@ -61,11 +69,21 @@ def test_operations_multiply_the_rate_and_start_the_schedule_again() -> None:
     ],
 )
 def test_a_run_ends_at_whichever_end_comes_first(settings: dict[str, int], steps: int) -> None:
-    assert resolve_length(TrainingConfig(**settings), samples_per_epoch=100, sequences_per_step=8, context=16).steps == steps
+    assert (
+        resolve_length(
+            TrainingConfig(**settings), samples_per_epoch=100, sequences_per_step=8, context=16
+        ).steps
+        == steps
+    )
 
 
 def test_durations_come_in_every_unit() -> None:
-    assert [STEPS.in_steps(Duration.parse(said)) for said in (30, "0.5 epochs", "5k tokens", "1 token")] == [30, 125, 10, 1]
+    assert [STEPS.in_steps(Duration.parse(said)) for said in (30, "0.5 epochs", "5k tokens", "1 token")] == [
+        30,
+        125,
+        10,
+        1,
+    ]
 
 
 def test_a_default_warmup_is_a_tenth_of_a_short_run() -> None:
@@ -83,7 +101,9 @@ def test_a_warmup_that_was_said_and_is_longer_than_the_run_is_refused() -> None:
 
 def test_the_lowest_rate_is_a_tenth_or_what_is_said() -> None:
     assert resolve_schedule(TrainingConfig(), STEPS).minimum_fraction == 0.1
-    schedule = resolve_schedule(TrainingConfig(learning_rate=1e-3, min_lr=1e-4 / 4, lr_decay_iters=500), STEPS)
+    schedule = resolve_schedule(
+        TrainingConfig(learning_rate=1e-3, min_lr=1e-4 / 4, lr_decay_iters=500), STEPS
+    )
     assert math.isclose(schedule.factor(500), 0.025)
     with pytest.raises(UsageError, match="above learning_rate"):
         resolve_schedule(TrainingConfig(learning_rate=1e-3, min_lr=1e-2), STEPS)

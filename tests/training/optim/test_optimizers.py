@@ -24,7 +24,12 @@ def _groups(optimizer: str, **shape: object) -> tuple[nn.Module, list[torch.opti
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_every_parameter_is_in_one_group_and_decay_is_for_matrices(optimizer: str, tied: bool) -> None:
     model, optimizers = _groups(optimizer, tie_word_embeddings=tied, model_type="llama", bias=True)
-    held = [(id(p), p.ndim, group["weight_decay"]) for o in optimizers for group in o.param_groups for p in group["params"]]
+    held = [
+        (id(p), p.ndim, group["weight_decay"])
+        for o in optimizers
+        for group in o.param_groups
+        for p in group["params"]
+    ]
     assert sorted(number for number, _, _ in held) == sorted(id(p) for p in model.parameters())
     assert {(ndim, decay) for _, ndim, decay in held} == {(1, 0.0), (2, 0.3)}
 
@@ -33,8 +38,12 @@ def test_muon_has_the_blocks_matrices_and_adamw_the_rest() -> None:
     model, (muon, adamw) = _groups("muon")
     names = {id(p): name for name, p in model.named_parameters()}
     of_muon = {names[id(p)] for group in muon.param_groups for p in group["params"]}
-    assert of_muon == {name for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2}
-    assert {"wte.weight", "wpe.weight", "ln_f.weight"} <= {names[id(p)] for group in adamw.param_groups for p in group["params"]}
+    assert of_muon == {
+        name for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2
+    }
+    assert {"wte.weight", "wpe.weight", "ln_f.weight"} <= {
+        names[id(p)] for group in adamw.param_groups for p in group["params"]
+    }
 
 
 def test_frozen_parameters_are_left_out_and_a_frozen_model_is_refused() -> None:
@@ -77,9 +86,13 @@ def _steps(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], cou
 def test_batched_muon_is_torchs_muon(adjust: str | None, nesterov: bool) -> None:
     mine, reference = _matrices(), _matrices()
     _steps(BatchedMuon(mine, lr=0.02, weight_decay=0.1, adjust_lr_fn=adjust, nesterov=nesterov), mine)
-    _steps(torch.optim.Muon(reference, lr=0.02, weight_decay=0.1, adjust_lr_fn=adjust, nesterov=nesterov), reference)
+    _steps(
+        torch.optim.Muon(reference, lr=0.02, weight_decay=0.1, adjust_lr_fn=adjust, nesterov=nesterov),
+        reference,
+    )
     for one, other in zip(mine, reference, strict=True):
-        # Equal to the bit on the machines tried; bf16 products may sum in another order elsewhere: 2⁻⁸ of 4 updates of about 0.02 each.
+        # Equal to the bit on the machines tried; bf16 products may sum in another order elsewhere: 2⁻⁸ of 4
+        # updates of about 0.02 each.
         torch.testing.assert_close(one, other, rtol=0, atol=2**-8 * 4 * 0.02 * 5)
 
 
@@ -95,7 +108,9 @@ def test_a_step_that_was_not_finite_leaves_weights_and_state_alone(kind: type[to
     parameters = _matrices()
     optimizer = kind(parameters, lr=0.01, **({"fused": True} if kind is AdamW else {}))
     _steps(optimizer, parameters, 1)
-    before = [p.detach().clone() for p in parameters] + [v.clone() for s in optimizer.state.values() for v in s.values()]
+    before = [p.detach().clone() for p in parameters] + [
+        v.clone() for s in optimizer.state.values() for v in s.values()
+    ]
     for parameter in parameters:
         parameter.grad = torch.full_like(parameter, float("nan"))
     optimizer.found_inf = torch.ones(())  # type: ignore[attr-defined]

@@ -1,4 +1,6 @@
-"""What is trained and how fast: frozen parts, bases under adapters, rates by part and depth, and going on from such checkpoints."""
+"""What is trained and how fast: frozen parts, bases under adapters, rates by part and depth, and going on
+from such checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -44,19 +46,26 @@ def test_frozen_parts_stay_and_the_others_learn(tmp_path: Path, optimizer: str) 
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_only_adapters_learn_over_a_frozen_base_and_they_lower_the_loss(tmp_path: Path, optimizer: str) -> None:
+def test_only_adapters_learn_over_a_frozen_base_and_they_lower_the_loss(
+    tmp_path: Path, optimizer: str
+) -> None:
     model = tiny_model(ModelConfig(**SHAPE | LORA))
     before = weights(model)
     trainer = Trainer(
         model,
-        tiny_config(tmp_path, LORA, optimizer=optimizer, max_steps=20, eval_at_start=True, learning_rate=3e-2),
+        tiny_config(
+            tmp_path, LORA, optimizer=optimizer, max_steps=20, eval_at_start=True, learning_rate=3e-2
+        ),
         tokens(),
         tokens(seed=1),
         console=Console(quiet=True),
     )
     first = trainer.evaluate().loss
     trainer.train()
-    assert all(torch.equal(value, before[name]) != is_adapter_parameter(name) for name, value in weights(model).items())
+    assert all(
+        torch.equal(value, before[name]) != is_adapter_parameter(name)
+        for name, value in weights(model).items()
+    )
     assert trainer.evaluate().loss < first - 0.02
 
 
@@ -65,7 +74,11 @@ def test_sets_that_do_not_count_are_not_trained() -> None:
     shape = ModelConfig(**SHAPE, lora=sets, lora_in_use=["other"], lora_train_base=True)
     model = tiny_model(shape)
     prepare_trainable(model, TrainingConfig())
-    assert {name.split(".lora.")[1].split(".")[0] for name, one in model.named_parameters() if not one.requires_grad} == {"one"}
+    assert {
+        name.split(".lora.")[1].split(".")[0]
+        for name, one in model.named_parameters()
+        if not one.requires_grad
+    } == {"one"}
     trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
     assert sum(trained_sizes(shape, TrainingConfig()).values()) == trained < parameter_count(shape)
 

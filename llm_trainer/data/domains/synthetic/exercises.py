@@ -1,7 +1,9 @@
-"""Exercises with worked answers, made from a seed: the built-in domains that have no text in every Python installation.
+"""Exercises with worked answers, made from a seed: the built-in domains that have no text in every Python
+installation.
 
-Exercise i of a domain is a function of the domain, the seed and i alone, so any number of them can be made anywhere in any order. Each kind
-draws its numbers, words and phrasing, works the answer out step by step, and is checked by a test that finds the answer in another way.
+Exercise i of a domain is a function of the domain, the seed and i alone, so any number of them can be made
+anywhere in any order. Each kind draws its numbers, words and phrasing, works the answer out step by step, and
+is checked by a test that finds the answer in another way.
 """
 
 from __future__ import annotations
@@ -41,7 +43,12 @@ def kinds(domain: str) -> Mapping[str, Kind]:
     from llm_trainer.data.domains.synthetic import reasoning as exercises_reasoning
     from llm_trainer.data.domains.synthetic import science as exercises_science
 
-    modules = {"math": exercises_math, "logic": exercises_logic, "reasoning": exercises_reasoning, "science": exercises_science}
+    modules = {
+        "math": exercises_math,
+        "logic": exercises_logic,
+        "reasoning": exercises_reasoning,
+        "science": exercises_science,
+    }
     return {kind.__name__: kind for kind in modules[domain].KINDS}
 
 

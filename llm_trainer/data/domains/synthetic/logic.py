@@ -57,7 +57,10 @@ def _formula(rng: Random, letters: str, depth: int) -> _Formula:
 
 
 def _rows(letters: Sequence[str]) -> list[dict[str, bool]]:
-    return [dict(zip(letters, values, strict=True)) for values in itertools.product((True, False), repeat=len(letters))]
+    return [
+        dict(zip(letters, values, strict=True))
+        for values in itertools.product((True, False), repeat=len(letters))
+    ]
 
 
 def _said(values: Mapping[str, bool]) -> str:
@@ -73,7 +76,9 @@ def truth_value(rng: Random) -> Drawn:
     formula = _formula(rng, "pqr", 2)
     values = {letter: rng.random() < 0.5 for letter in "pqr"}
     word = _word(formula.value(values))
-    question = rng.choice(("Suppose {}. Is the statement “{}” true or false?", "Given that {}, evaluate “{}”."))
+    question = rng.choice(
+        ("Suppose {}. Is the statement “{}” true or false?", "Given that {}, evaluate “{}”.")
+    )
     steps = [f"“{part.shown}” is {_word(part.value(values))}." for part in formula.joints()]
     return question.format(_said(values), formula.shown), steps, word
 
@@ -86,7 +91,9 @@ def tautology(rng: Random) -> Drawn:
         formula = _formula(rng, "pq", rng.randint(1, 3))
         results = [formula.value(values) for values in rows]
         answer = "a tautology" if all(results) else "neither" if any(results) else "a contradiction"
-    steps = [f"If {_said(values)}, it is {_word(result)}." for values, result in zip(rows, results, strict=True)]
+    steps = [
+        f"If {_said(values)}, it is {_word(result)}." for values, result in zip(rows, results, strict=True)
+    ]
     question = f"Is “{formula.shown}” a tautology, a contradiction, or neither?"
     return question, ["Go through the truth table.", *steps], answer
 
@@ -123,7 +130,20 @@ def _rewritten(rng: Random) -> tuple[_Formula, _Formula]:
     return _Formula(names[one], values[names[one]]), _Formula(names[other], values[names[other]])
 
 
-_THINGS = ("poets", "sailors", "foxes", "robots", "dragons", "painters", "owls", "gardeners", "wizards", "pilots", "clerks", "bakers")
+_THINGS = (
+    "poets",
+    "sailors",
+    "foxes",
+    "robots",
+    "dragons",
+    "painters",
+    "owls",
+    "gardeners",
+    "wizards",
+    "pilots",
+    "clerks",
+    "bakers",
+)
 _MOODS = {
     "a": "all {} are {}",
     "e": "no {} are {}",
@@ -143,7 +163,9 @@ def syllogism(rng: Random) -> Drawn:
     counterexample = None
     for inhabited in itertools.product((False, True), repeat=len(regions)):
         world = [region for region, lives in zip(regions, inhabited, strict=True) if lives]
-        if all(any(region[kind] for region in world) for kind in range(3)):  # none of the three kinds is empty
+        if all(
+            any(region[kind] for region in world) for kind in range(3)
+        ):  # none of the three kinds is empty
             truths = [_holds(claim, world) for claim in claims]
             if truths[0] and truths[1] and not truths[2]:
                 counterexample = world
@@ -154,7 +176,9 @@ def syllogism(rng: Random) -> Drawn:
     shown = [listed([_a(things[kind], region[kind]) for kind in range(3)]) for region in counterexample]
     return (
         question,
-        [f"No: let there be only things that are {'; things that are '.join(shown)}. Both premises hold and the conclusion fails."],
+        [
+            f"No: let there be only things that are {'; things that are '.join(shown)}. Both premises hold and the conclusion fails."
+        ],
         "no",
     )
 
@@ -163,7 +187,9 @@ def _holds(claim: tuple[str, int, int], world: Sequence[Sequence[bool]]) -> bool
     mood, a, b = claim
     subjects = [region for region in world if region[a]]
     both = [region for region in subjects if region[b]]
-    return {"a": len(both) == len(subjects), "e": not both, "i": bool(both), "o": len(both) < len(subjects)}[mood]
+    return {"a": len(both) == len(subjects), "e": not both, "i": bool(both), "o": len(both) < len(subjects)}[
+        mood
+    ]
 
 
 def _a(things: str, is_one: bool) -> str:
@@ -178,16 +204,24 @@ def knights_and_knaves(rng: Random) -> Drawn:
         fitting = [
             values
             for values in _rows(people)
-            if all(values[speaker] == claim.value(values) for speaker, claim in zip(people, claims, strict=True))
+            if all(
+                values[speaker] == claim.value(values) for speaker, claim in zip(people, claims, strict=True)
+            )
         ]
         if len(fitting) == 1:
             break
-    said = " ".join(f"{speaker} says: “{claim.shown[0].upper()}{claim.shown[1:]}.”" for speaker, claim in zip(people, claims, strict=True))
+    said = " ".join(
+        f"{speaker} says: “{claim.shown[0].upper()}{claim.shown[1:]}.”"
+        for speaker, claim in zip(people, claims, strict=True)
+    )
     question = f"On an island, knights always tell the truth and knaves always lie. You meet {listed(people)}. {said} Who is what?"
     answer = listed([f"{name} is a {_rank(is_knight)}" for name, is_knight in fitting[0].items()])
     steps = ["Try each possibility; a knight's words must be true and a knave's false."]
     for values in _rows(people):
-        wrong = next((name for name, claim in zip(people, claims, strict=True) if values[name] != claim.value(values)), None)
+        wrong = next(
+            (name for name, claim in zip(people, claims, strict=True) if values[name] != claim.value(values)),
+            None,
+        )
         case = listed([f"{name} is a {_rank(is_knight)}" for name, is_knight in values.items()])
         if wrong is not None:
             truth = "be true, but they are false" if values[wrong] else "be false, but they are true"
@@ -206,13 +240,23 @@ def _claim(rng: Random, speaker: str, people: Sequence[str]) -> _Formula:
         is_knight = rng.random() < 0.5
         return _Formula(f"{other} is a {_rank(is_knight)}", lambda values: values[other] == is_knight)
     if kind == "same":
-        return _Formula(f"{other} and I are of the same kind", lambda values: values[other] == values[speaker])
+        return _Formula(
+            f"{other} and I are of the same kind", lambda values: values[other] == values[speaker]
+        )
     if kind == "both":
-        return _Formula(f"{other} and I are both knaves", lambda values: not values[other] and not values[speaker])
+        return _Formula(
+            f"{other} and I are both knaves", lambda values: not values[other] and not values[speaker]
+        )
     if kind == "either":
-        return _Formula(f"{other} or I am a knave, or both of us are", lambda values: not values[other] or not values[speaker])
+        return _Formula(
+            f"{other} or I am a knave, or both of us are",
+            lambda values: not values[other] or not values[speaker],
+        )
     count = rng.randint(1, len(people) - 1)
-    return _Formula(f"exactly {count} of us {'is a knight' if count == 1 else 'are knights'}", lambda values: sum(values.values()) == count)
+    return _Formula(
+        f"exactly {count} of us {'is a knight' if count == 1 else 'are knights'}",
+        lambda values: sum(values.values()) == count,
+    )
 
 
 def ordering(rng: Random) -> Drawn:
@@ -231,11 +275,15 @@ def ordering(rng: Random) -> Drawn:
         if len(left(without)) == 1:
             clues = without
     told = " ".join(words for words, _ in clues)
-    question = f"{listed(sorted(people))} stand in a line. {told} In which order do they stand, from front to back?"
+    question = (
+        f"{listed(sorted(people))} stand in a line. {told} In which order do they stand, from front to back?"
+    )
     steps = []
     for number in range(1, len(clues) + 1):
         remaining = left(clues[:number])
-        steps.append(f"After clue {number}, {len(remaining)} of {len(orders)} orders {'are' if len(remaining) > 1 else 'is'} left.")
+        steps.append(
+            f"After clue {number}, {len(remaining)} of {len(orders)} orders {'are' if len(remaining) > 1 else 'is'} left."
+        )
     answer = ", ".join(true_order)
     return question, [*steps, f"It is {answer}."], answer
 
@@ -247,7 +295,9 @@ def _order_clues(rng: Random, order: Sequence[str]) -> list[tuple[str, Callable[
         words = rng.choice((f"{a} stands somewhere in front of {b}.", f"{b} stands somewhere behind {a}."))
         clues.append((words, lambda line, a=a, b=b: line.index(a) < line.index(b)))  # type: ignore[misc]
     for a, b in itertools.pairwise(order):
-        clues.append((f"{b} stands directly behind {a}.", lambda line, a=a, b=b: line.index(b) == line.index(a) + 1))  # type: ignore[misc]
+        clues.append(
+            (f"{b} stands directly behind {a}.", lambda line, a=a, b=b: line.index(b) == line.index(a) + 1)
+        )  # type: ignore[misc]
     clues.append((f"{order[-1]} is the last in the line.", lambda line, last=order[-1]: line[-1] == last))  # type: ignore[misc]
     not_first = rng.choice(order[1:])
     clues.append((f"{not_first} is not at the front.", lambda line, name=not_first: line[0] != name))  # type: ignore[misc]
@@ -258,9 +308,18 @@ def sets(rng: Random) -> Drawn:
     """Union, intersection and difference of finite sets."""
     a, b = (sorted(rng.sample(range(1, 16), rng.randint(3, 7))) for _ in range(2))
     kind, result = rng.choice(
-        (("A ∪ B", sorted({*a, *b})), ("A ∩ B", sorted({*a} & {*b})), ("A \\ B", sorted({*a} - {*b})), ("B \\ A", sorted({*b} - {*a})))
+        (
+            ("A ∪ B", sorted({*a, *b})),
+            ("A ∩ B", sorted({*a} & {*b})),
+            ("A \\ B", sorted({*a} - {*b})),
+            ("B \\ A", sorted({*b} - {*a})),
+        )
     )
-    meaning = {"∪": "in A or in B or in both", "∩": "in both A and B", "\\": f"in {kind[0]} and not in {kind[-1]}"}[kind[2]]
+    meaning = {
+        "∪": "in A or in B or in both",
+        "∩": "in both A and B",
+        "\\": f"in {kind[0]} and not in {kind[-1]}",
+    }[kind[2]]
     answer = _set(result)
     question = f"Let A = {_set(a)} and B = {_set(b)}. What is {kind}?"
     return question, [f"{kind} holds the elements that are {meaning}."], answer
@@ -272,12 +331,15 @@ def _set(elements: Sequence[int]) -> str:
 
 def two_clubs(rng: Random) -> Drawn:
     """Inclusion and exclusion."""
-    both, only_a, only_b, neither = rng.randint(1, 15), rng.randint(1, 20), rng.randint(1, 20), rng.randint(0, 15)
+    both, only_a, only_b, neither = (
+        rng.randint(1, 15),
+        rng.randint(1, 20),
+        rng.randint(1, 20),
+        rng.randint(0, 15),
+    )
     a, b, total = only_a + both, only_b + both, only_a + only_b + both + neither
     one, other = rng.sample(("chess", "tennis", "choir", "drama", "swimming", "robotics"), 2)
-    question = (
-        f"Of {total} pupils, {a} are in the {one} club and {b} in the {other} club; {neither} are in neither. How many are in both clubs?"
-    )
+    question = f"Of {total} pupils, {a} are in the {one} club and {b} in the {other} club; {neither} are in neither. How many are in both clubs?"
     steps = [
         f"{total} - {neither} = {total - neither} pupils are in at least one club.",
         f"{a} + {b} = {a + b} counts those in both twice, so there are {a + b} - {total - neither} = {both} of them.",
@@ -285,4 +347,13 @@ def two_clubs(rng: Random) -> Drawn:
     return question, steps, str(both)
 
 
-KINDS: tuple[Kind, ...] = (truth_value, tautology, equivalence, syllogism, knights_and_knaves, ordering, sets, two_clubs)
+KINDS: tuple[Kind, ...] = (
+    truth_value,
+    tautology,
+    equivalence,
+    syllogism,
+    knights_and_knaves,
+    ordering,
+    sets,
+    two_clubs,
+)

@@ -1,4 +1,6 @@
-"""Exercises of the domain math: arithmetic, number theory, algebra, calculus, counting and geometry, with worked answers."""
+"""Exercises of the domain math: arithmetic, number theory, algebra, calculus, counting and geometry, with
+worked answers.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,13 @@ def sum_of_products(rng: Random) -> Drawn:
     a, b, c, d = (rng.randint(2, 60) for _ in range(4))
     sign = rng.choice("+-")
     result = a * b + c * d if sign == "+" else a * b - c * d
-    question = rng.choice(("Compute {}.", "What is {}?", "Work out the value of {}.")).format(f"{a} × {b} {sign} {c} × {d}")
-    steps = [f"Multiplication comes first: {a} × {b} = {a * b} and {c} × {d} = {c * d}.", f"Then {a * b} {sign} {c * d} = {result}."]
+    question = rng.choice(("Compute {}.", "What is {}?", "Work out the value of {}.")).format(
+        f"{a} × {b} {sign} {c} × {d}"
+    )
+    steps = [
+        f"Multiplication comes first: {a} × {b} = {a * b} and {c} × {d} = {c * d}.",
+        f"Then {a * b} {sign} {c * d} = {result}.",
+    ]
     return question, steps, str(result)
 
 
@@ -26,7 +33,12 @@ def long_division(rng: Random) -> Drawn:
     """Quotient and remainder."""
     divisor, dividend = rng.randint(3, 48), rng.randint(100, 9999)
     quotient, remainder = divmod(dividend, divisor)
-    question = rng.choice(("Divide {} by {}. What are the quotient and the remainder?", "Find quotient and remainder of {} divided by {}."))
+    question = rng.choice(
+        (
+            "Divide {} by {}. What are the quotient and the remainder?",
+            "Find quotient and remainder of {} divided by {}.",
+        )
+    )
     steps = [
         f"{divisor} × {quotient} = {divisor * quotient}, and {divisor * (quotient + 1)} is already more than {dividend}.",
         f"So the quotient is {quotient}, and {dividend} - {divisor * quotient} = {remainder} is left.",
@@ -40,7 +52,9 @@ def fractions(rng: Random) -> Drawn:
     sign = rng.choice("+-×")
     result = one + other if sign == "+" else one - other if sign == "-" else one * other
     shown = f"{_fraction(one)} {sign} {_fraction(other)}"
-    question = rng.choice(("Calculate {} and simplify.", "Write {} as one fraction in lowest terms.")).format(shown)
+    question = rng.choice(("Calculate {} and simplify.", "Write {} as one fraction in lowest terms.")).format(
+        shown
+    )
     if sign == "×":
         top, bottom = one.numerator * other.numerator, one.denominator * other.denominator
         steps = [f"Multiply numerators and denominators: {top}/{bottom}."]
@@ -48,7 +62,9 @@ def fractions(rng: Random) -> Drawn:
         common = math.lcm(one.denominator, other.denominator)
         tops = [part.numerator * common // part.denominator for part in (one, other)]
         top = tops[0] + tops[1] if sign == "+" else tops[0] - tops[1]
-        steps = [f"The common denominator is {common}: {tops[0]}/{common} {sign} {tops[1]}/{common} = {top}/{common}."]
+        steps = [
+            f"The common denominator is {common}: {tops[0]}/{common} {sign} {tops[1]}/{common} = {top}/{common}."
+        ]
     return question, [*steps, f"In lowest terms that is {_fraction(result)}."], _fraction(result)
 
 
@@ -77,7 +93,9 @@ def common_divisor(rng: Random) -> Drawn:
         steps.append(f"{big} = {small} × {big // small} + {big % small}.")
         big, small = small, big % small
     steps.append(
-        f"The last remainder that is not 0 is {big}, the greatest common divisor." if len(steps) > 1 else f"So {big} divides both."
+        f"The last remainder that is not 0 is {big}, the greatest common divisor."
+        if len(steps) > 1
+        else f"So {big} divides both."
     )
     if rng.random() < 0.5:
         return f"Find the greatest common divisor of {a} and {b} with Euclid's algorithm.", steps, str(big)
@@ -94,7 +112,9 @@ def factorization(rng: Random) -> Drawn:
         steps.append(f"{left} = {factor} × {left // factor}.")
         left //= factor
     answer = " × ".join(map(str, factors))
-    question = rng.choice(("Write {} as a product of primes.", "What is the prime factorization of {}?")).format(number)
+    question = rng.choice(
+        ("Write {} as a product of primes.", "What is the prime factorization of {}?")
+    ).format(number)
     return question, [*steps, f"So {number} = {answer}."], answer
 
 
@@ -106,7 +126,9 @@ def linear_equation(rng: Random) -> Drawn:
     d = (a - c) * x + b
     name = rng.choice("xyztn")
     left, right = _sum(f"{a}{name}", b), _sum(_times(c, name), d)
-    question = rng.choice(("Solve {} = {} for {}.", "Which number satisfies {} = {}? Find {}.")).format(left, right, name)
+    question = rng.choice(("Solve {} = {} for {}.", "Which number satisfies {} = {}? Find {}.")).format(
+        left, right, name
+    )
     steps = [
         f"Bring the terms with {name} to the left and the numbers to the right: {_times(a - c, name)} = {d - b}.",
         f"Divide by {a - c}: {name} = {x}." if a - c != 1 else f"So {name} = {x}.",
@@ -122,7 +144,9 @@ def quadratic_equation(rng: Random) -> Drawn:
     root = abs(one - other)
     steps = [
         f"The discriminant is {_in_brackets(b)}² - 4 × {_in_brackets(c)} = {b * b - 4 * c}, whose square root is {root}.",
-        f"So x = ({-b} - {root})/2 = {one} or x = ({-b} + {root})/2 = {other}." if root else f"So x = {-b}/2 = {one}, a double root.",
+        f"So x = ({-b} - {root})/2 = {one} or x = ({-b} + {root})/2 = {other}."
+        if root
+        else f"So x = {-b}/2 = {one}, a double root.",
     ]
     answer = f"x = {one}" if one == other else f"x = {one} or x = {other}"
     return rng.choice(("Solve {}.", "Find all solutions of {}.")).format(equation), steps, answer
@@ -130,7 +154,9 @@ def quadratic_equation(rng: Random) -> Drawn:
 
 def two_unknowns(rng: Random) -> Drawn:
     """A system of two linear equations, told as a purchase."""
-    first, second = rng.sample(("apple", "pear", "pencil", "stamp", "candle", "ticket", "postcard", "muffin"), 2)
+    first, second = rng.sample(
+        ("apple", "pear", "pencil", "stamp", "candle", "ticket", "postcard", "muffin"), 2
+    )
     x, y = rng.randrange(20, 400, 5), rng.randrange(20, 400, 5)
     a, b = rng.randint(2, 9), rng.randint(2, 9)
     c, d = a, b + rng.randint(1, 5)
@@ -150,10 +176,18 @@ def two_unknowns(rng: Random) -> Drawn:
 
 def arithmetic_sequence(rng: Random) -> Drawn:
     """A term, or the sum, of an arithmetic sequence."""
-    start, step, n = rng.randint(-20, 40), rng.choice((-9, -7, -4, -3, 2, 3, 4, 5, 6, 7, 8, 11)), rng.randint(8, 60)
+    start, step, n = (
+        rng.randint(-20, 40),
+        rng.choice((-9, -7, -4, -3, 2, 3, 4, 5, 6, 7, 8, 11)),
+        rng.randint(8, 60),
+    )
     shown = ", ".join(str(start + i * step) for i in range(4)) + ", …"
     term = start + (n - 1) * step
-    steps = [f"Each term is {step} more than the one before." if step > 0 else f"Each term is {-step} less than the one before."]
+    steps = [
+        f"Each term is {step} more than the one before."
+        if step > 0
+        else f"Each term is {-step} less than the one before."
+    ]
     steps.append(f"Term {n} is {start} + {n - 1} × {_in_brackets(step)} = {term}.")
     if rng.random() < 0.5:
         return f"What is term number {n} of the sequence {shown}?", steps, str(term)
@@ -185,13 +219,19 @@ def remainder_of_power(rng: Random) -> Drawn:
     steps, square, result, bits = [], base % modulus, 1, []
     for bit, digit in enumerate(reversed(f"{power:b}")):
         if bit:
-            steps.append(f"{base}^{2**bit} leaves {square}² = {square * square}, that is {square * square % modulus}.")
+            steps.append(
+                f"{base}^{2**bit} leaves {square}² = {square * square}, that is {square * square % modulus}."
+            )
             square = square * square % modulus
         if digit == "1":
             bits.append(2**bit)
             result = result * square % modulus
-    steps.insert(0, f"Square repeatedly, keeping remainders modulo {modulus}: {base}^1 leaves {base % modulus}.")
-    steps.append(f"{power} = {' + '.join(map(str, bits))}, and the product of these remainders leaves {result}.")
+    steps.insert(
+        0, f"Square repeatedly, keeping remainders modulo {modulus}: {base}^1 leaves {base % modulus}."
+    )
+    steps.append(
+        f"{power} = {' + '.join(map(str, bits))}, and the product of these remainders leaves {result}."
+    )
     return question.format(base, power, modulus), steps, str(result)
 
 
@@ -243,7 +283,11 @@ def right_triangle(rng: Random) -> Drawn:
         ]
         return question, steps, f"hypotenuse {c} {unit}, area {a * b // 2} {unit}²"
     question = f"A right triangle has a hypotenuse of {c} {unit} and one leg of {a} {unit}. How long is the other leg?"
-    return question, [f"The other leg squared is {c}² - {a}² = {b * b}.", f"So it is {b} {unit} long."], f"{b} {unit}"
+    return (
+        question,
+        [f"The other leg squared is {c}² - {a}² = {b * b}.", f"So it is {b} {unit} long."],
+        f"{b} {unit}",
+    )
 
 
 def _fraction(value: Fraction) -> str:
@@ -280,7 +324,13 @@ def _polynomial(coefficients: dict[int, int]) -> str:
         name = "" if power == 0 else "x" if power == 1 else f"x^{power}"
         shown += _signed(factor, name)
     shown = shown.strip() or "0"
-    return shown.removeprefix("+ ") if shown.startswith("+") else f"-{shown[2:]}" if shown.startswith("- ") else shown
+    return (
+        shown.removeprefix("+ ")
+        if shown.startswith("+")
+        else f"-{shown[2:]}"
+        if shown.startswith("- ")
+        else shown
+    )
 
 
 KINDS: tuple[Kind, ...] = (

@@ -1,4 +1,6 @@
-"""Exercises of the domain reasoning: several small steps in everyday words, each of which has to be kept track of."""
+"""Exercises of the domain reasoning: several small steps in everyday words, each of which has to be kept
+track of.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,11 @@ def shopping(rng: Random) -> Drawn:
     steps = [f"The things cost {money(parts[0])} + {money(parts[1])} = {money(total)}."]
     if percent:
         steps.append(f"{percent}% of that is {money(total - to_pay)}, so {money(to_pay)} is to be paid.")
-    return question, [*steps, f"The change is {money(note)} - {money(to_pay)} = {money(note - to_pay)}."], money(note - to_pay)
+    return (
+        question,
+        [*steps, f"The change is {money(note)} - {money(to_pay)} = {money(note - to_pay)}."],
+        money(note - to_pay),
+    )
 
 
 def ages(rng: Random) -> Drawn:
@@ -82,9 +88,7 @@ def weekday(rng: Random) -> Drawn:
     back = rng.random() < 0.4
     weeks, rest = divmod(days, 7)
     result = (today - days) % 7 if back else (today + days) % 7
-    question = (
-        f"Today is {_DAYS[today]}. Which day of the week {'was it' if back else 'will it be'} {days} days {'ago' if back else 'from now'}?"
-    )
+    question = f"Today is {_DAYS[today]}. Which day of the week {'was it' if back else 'will it be'} {days} days {'ago' if back else 'from now'}?"
     steps = [
         f"{days} days are {weeks} weeks and {rest} day{'' if rest == 1 else 's'}; whole weeks change nothing.",
         f"{rest} day{'' if rest == 1 else 's'} {'before' if back else 'after'} {_DAYS[today]} is {_DAYS[result]}.",
@@ -116,7 +120,9 @@ def swaps(rng: Random) -> Drawn:
     for _ in range(rng.randint(2, 5)):
         one, other = rng.sample(people, 2)
         held[one], held[other] = held[other], held[one]
-        question += rng.choice((f" {one} and {other} swap what they hold.", f" Then {one} trades with {other}."))
+        question += rng.choice(
+            (f" {one} and {other} swap what they hold.", f" Then {one} trades with {other}.")
+        )
         steps.append(f"Now {listed([f'{name} has the {thing}' for name, thing in held.items()])}.")
     asked = rng.choice(people)
     if rng.random() < 0.5:
@@ -129,24 +135,34 @@ def walk(rng: Random) -> Drawn:
     x = y = 0
     moves, steps = [], []
     for _ in range(rng.randint(3, 6)):
-        way, (dx, dy) = rng.choice((("north", (0, 1)), ("south", (0, -1)), ("east", (1, 0)), ("west", (-1, 0))))
+        way, (dx, dy) = rng.choice(
+            (("north", (0, 1)), ("south", (0, -1)), ("east", (1, 0)), ("west", (-1, 0)))
+        )
         length = rng.randint(1, 9)
         x, y = x + dx * length, y + dy * length
         moves.append(f"{length} block{'s' if length > 1 else ''} {way}")
         steps.append(f"After {moves[-1]}: {_position(x, y)}.")
     name = rng.choice(NAMES)
-    question = (
-        f"{name} walks {', then '.join(moves)}. How many blocks from the start is that, walking along the streets, and in which direction?"
-    )
+    question = f"{name} walks {', then '.join(moves)}. How many blocks from the start is that, walking along the streets, and in which direction?"
     distance = abs(x) + abs(y)
-    return question, steps, f"{distance} block{'' if distance == 1 else 's'}: {_position(x, y)}" if distance else "0 blocks: at the start"
+    return (
+        question,
+        steps,
+        f"{distance} block{'' if distance == 1 else 's'}: {_position(x, y)}"
+        if distance
+        else "0 blocks: at the start",
+    )
 
 
 def working_together(rng: Random) -> Drawn:
     """Rates that add up."""
     one, other = rng.sample(NAMES, 2)
-    a, b = rng.choice([(a, b) for a in range(2, 31) for b in range(2, 31) if a != b and (a * b) % (a + b) == 0])
-    work = rng.choice(("paint a fence", "fold the letters", "weed the garden", "sort the books", "fill a pool"))
+    a, b = rng.choice(
+        [(a, b) for a in range(2, 31) for b in range(2, 31) if a != b and (a * b) % (a + b) == 0]
+    )
+    work = rng.choice(
+        ("paint a fence", "fold the letters", "weed the garden", "sort the books", "fill a pool")
+    )
     together = Fraction(a * b, a + b)
     question = f"{one} needs {a} hours to {work}, {other} needs {b} hours. How long do they need together?"
     rate = Fraction(1, a) + Fraction(1, b)
@@ -170,7 +186,9 @@ def better_offer(rng: Random) -> Drawn:
         f"Shop A sells {weights[0]} g of {thing} for {money(prices[0])}, shop B sells {weights[1]} g for {money(prices[1])}. "
         "Where is a kilogram cheaper?"
     )
-    steps = [f"In shop {shop} a kilogram costs {_cents(rate)}." for shop, rate in zip("AB", rates, strict=True)]
+    steps = [
+        f"In shop {shop} a kilogram costs {_cents(rate)}." for shop, rate in zip("AB", rates, strict=True)
+    ]
     answer = "shop A" if rates[0] < rates[1] else "shop B"
     return question, [*steps, f"It is cheaper in {answer}."], answer
 
@@ -217,4 +235,15 @@ def _cents(rate: Fraction) -> str:
     return money(int(rate)) if rate.denominator == 1 else f"about {money(round(rate))}"
 
 
-KINDS: tuple[Kind, ...] = (shopping, ages, timetable, weekday, dates, swaps, walk, working_together, better_offer, sharing)
+KINDS: tuple[Kind, ...] = (
+    shopping,
+    ages,
+    timetable,
+    weekday,
+    dates,
+    swaps,
+    walk,
+    working_together,
+    better_offer,
+    sharing,
+)

@@ -14,13 +14,32 @@ from llm_trainer.data.domains.synthetic.exercises import Kind
 Drawn = tuple[str, Sequence[str], str]
 
 # Standard atomic weights, rounded as school tables do.
-ATOMIC_MASSES = {"H": "1", "C": "12", "N": "14", "O": "16", "Na": "23", "Mg": "24", "S": "32", "Cl": "35.5", "K": "39", "Ca": "40"}
+ATOMIC_MASSES = {
+    "H": "1",
+    "C": "12",
+    "N": "14",
+    "O": "16",
+    "Na": "23",
+    "Mg": "24",
+    "S": "32",
+    "Cl": "35.5",
+    "K": "39",
+    "Ca": "40",
+}
 _MOLECULES = {
     "water": "H2 O1", "carbon dioxide": "C1 O2", "methane": "C1 H4", "ammonia": "N1 H3", "sodium chloride": "Na1 Cl1",
     "glucose": "C6 H12 O6", "sulfuric acid": "H2 S1 O4", "magnesium oxide": "Mg1 O1", "calcium carbonate": "Ca1 C1 O3",
     "ethanol": "C2 H6 O1", "nitric acid": "H1 N1 O3", "potassium chloride": "K1 Cl1", "sulfur dioxide": "S1 O2", "propane": "C3 H8",
 }  # fmt: skip
-_DENSITIES = {"aluminium": "2.7", "iron": "7.9", "copper": "9", "lead": "11.3", "oak": "0.7", "ice": "0.9", "glass": "2.5"}
+_DENSITIES = {
+    "aluminium": "2.7",
+    "iron": "7.9",
+    "copper": "9",
+    "lead": "11.3",
+    "oak": "0.7",
+    "ice": "0.9",
+    "glass": "2.5",
+}
 
 
 def speed(rng: Random) -> Drawn:
@@ -37,10 +56,20 @@ def speed(rng: Random) -> Drawn:
             f"{_number(distance)} km",
         )
     if kind == "time":
-        question = f"{thing} moves at a constant {pace} km/h. How long does it take for {_number(distance)} km?"
-        return question, [f"Time is distance over speed: {_number(distance)} km / {pace} km/h = {_number(hours)} h."], f"{_number(hours)} h"
+        question = (
+            f"{thing} moves at a constant {pace} km/h. How long does it take for {_number(distance)} km?"
+        )
+        return (
+            question,
+            [f"Time is distance over speed: {_number(distance)} km / {pace} km/h = {_number(hours)} h."],
+            f"{_number(hours)} h",
+        )
     question = f"{thing} covers {_number(distance)} km in {_number(hours)} hours. What is its average speed?"
-    return question, [f"Speed is distance over time: {_number(distance)} km / {_number(hours)} h = {pace} km/h."], f"{pace} km/h"
+    return (
+        question,
+        [f"Speed is distance over time: {_number(distance)} km / {_number(hours)} h = {pace} km/h."],
+        f"{pace} km/h",
+    )
 
 
 def free_fall(rng: Random) -> Drawn:
@@ -48,7 +77,10 @@ def free_fall(rng: Random) -> Drawn:
     seconds = rng.randint(1, 9)
     thing = rng.choice(("stone", "ball", "key", "coin"))
     question = f"A {thing} falls from rest for {seconds} s. How far does it fall and how fast is it then? Neglect air and use g = 10 m/s²."
-    steps = [f"The distance is g·t²/2 = 10 × {seconds}² / 2 = {5 * seconds**2} m.", f"The speed is g·t = {10 * seconds} m/s."]
+    steps = [
+        f"The distance is g·t²/2 = 10 × {seconds}² / 2 = {5 * seconds**2} m.",
+        f"The speed is g·t = {10 * seconds} m/s.",
+    ]
     return question, steps, f"{5 * seconds**2} m, {10 * seconds} m/s"
 
 
@@ -59,13 +91,21 @@ def newton(rng: Random) -> Drawn:
     kind = rng.choice(("force", "acceleration", "mass"))
     if kind == "force":
         question = f"What force gives a body of {mass} kg an acceleration of {_number(acceleration)} m/s²?"
-        return question, [f"F = m·a = {mass} kg × {_number(acceleration)} m/s² = {_number(force)} N."], f"{_number(force)} N"
+        return (
+            question,
+            [f"F = m·a = {mass} kg × {_number(acceleration)} m/s² = {_number(force)} N."],
+            f"{_number(force)} N",
+        )
     if kind == "acceleration":
         question = f"A net force of {_number(force)} N acts on a body of {mass} kg. What is its acceleration?"
         steps = [f"a = F/m = {_number(force)} N / {mass} kg = {_number(acceleration)} m/s²."]
         return question, steps, f"{_number(acceleration)} m/s²"
     question = f"A net force of {_number(force)} N accelerates a body at {_number(acceleration)} m/s². What is its mass?"
-    return question, [f"m = F/a = {_number(force)} N / {_number(acceleration)} m/s² = {mass} kg."], f"{mass} kg"
+    return (
+        question,
+        [f"m = F/a = {_number(force)} N / {_number(acceleration)} m/s² = {mass} kg."],
+        f"{mass} kg",
+    )
 
 
 def ohm(rng: Random) -> Drawn:
@@ -73,21 +113,30 @@ def ohm(rng: Random) -> Drawn:
     resistance, current = rng.randint(2, 120), Fraction(rng.randint(1, 40), 4)
     voltage = resistance * current
     if rng.random() < 0.5:
-        question = (
-            f"A resistor of {resistance} Ω carries a current of {_number(current)} A. What is the voltage across it, and what its power?"
-        )
+        question = f"A resistor of {resistance} Ω carries a current of {_number(current)} A. What is the voltage across it, and what its power?"
         power = voltage * current
-        steps = [f"U = R·I = {_number(voltage)} V.", f"P = U·I = {_number(voltage)} V × {_number(current)} A = {_number(power)} W."]
+        steps = [
+            f"U = R·I = {_number(voltage)} V.",
+            f"P = U·I = {_number(voltage)} V × {_number(current)} A = {_number(power)} W.",
+        ]
         return question, steps, f"{_number(voltage)} V, {_number(power)} W"
     question = f"A voltage of {_number(voltage)} V drives a current of {_number(current)} A through a wire. What is its resistance?"
-    return question, [f"R = U/I = {_number(voltage)} V / {_number(current)} A = {resistance} Ω."], f"{resistance} Ω"
+    return (
+        question,
+        [f"R = U/I = {_number(voltage)} V / {_number(current)} A = {resistance} Ω."],
+        f"{resistance} Ω",
+    )
 
 
 def resistors(rng: Random) -> Drawn:
     """Two resistors in series or in parallel."""
     a, b = rng.randrange(10, 200, 10), rng.randrange(10, 200, 10)
     if rng.random() < 0.5:
-        return f"Resistors of {a} Ω and {b} Ω are in series. What is the total resistance?", [f"{a} + {b} = {a + b}."], f"{a + b} Ω"
+        return (
+            f"Resistors of {a} Ω and {b} Ω are in series. What is the total resistance?",
+            [f"{a} + {b} = {a + b}."],
+            f"{a + b} Ω",
+        )
     total = Fraction(a * b, a + b)
     question = f"Resistors of {a} Ω and {b} Ω are in parallel. What is the total resistance, as a fraction of ohms in lowest terms?"
     shown = str(total.numerator) if total.denominator == 1 else f"{total.numerator}/{total.denominator}"
@@ -126,14 +175,21 @@ def half_life(rng: Random) -> Drawn:
     left = start >> halves
     question = f"A sample holds {start} g of a substance with a half-life of {years} years. How much is left after {halves * years} years?"
     chain = " → ".join(str(start >> step) for step in range(halves + 1))
-    return question, [f"{halves * years} years are {halves} half-lives, and each halves the amount: {chain}."], f"{left} g"
+    return (
+        question,
+        [f"{halves * years} years are {halves} half-lives, and each halves the amount: {chain}."],
+        f"{left} g",
+    )
 
 
 def molar_mass(rng: Random) -> Drawn:
     """Molar mass of a compound, and the mass of some moles of it."""
     name, atoms = rng.choice(sorted(_MOLECULES.items()))
     counts = [
-        (symbol.rstrip("0123456789"), int(symbol.lstrip("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")))
+        (
+            symbol.rstrip("0123456789"),
+            int(symbol.lstrip("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")),
+        )
         for symbol in atoms.split()
     ]
     formula = "".join(element + (str(count) if count > 1 else "") for element, count in counts)
@@ -160,13 +216,19 @@ def temperature(rng: Random) -> Drawn:
     if kind == "to celsius":
         steps = [f"C = (F - 32) × 5/9 = {fahrenheit - 32} × 5/9 = {celsius}."]
         return f"Convert {fahrenheit} °F to degrees Celsius.", steps, f"{celsius} °C"
-    return f"Convert {celsius} °C to kelvin, with 0 °C = 273 K.", [f"{celsius} + 273 = {celsius + 273}."], f"{celsius + 273} K"
+    return (
+        f"Convert {celsius} °C to kelvin, with 0 °C = 273 K.",
+        [f"{celsius} + 273 = {celsius + 273}."],
+        f"{celsius + 273} K",
+    )
 
 
 def heating(rng: Random) -> Drawn:
     """Heat that warms water."""
     mass, rise = rng.randint(1, 20), rng.randint(2, 80)
-    question = f"How much heat warms {mass} kg of water by {rise} K? The specific heat of water is 4.2 kJ/(kg·K)."
+    question = (
+        f"How much heat warms {mass} kg of water by {rise} K? The specific heat of water is 4.2 kJ/(kg·K)."
+    )
     heat = Fraction("4.2") * mass * rise
     return question, [f"Q = c·m·ΔT = 4.2 × {mass} × {rise} = {_number(heat)} kJ."], f"{_number(heat)} kJ"
 
@@ -180,7 +242,10 @@ def lever(rng: Random) -> Drawn:
         f"A force of {force} N acts on a lever, {arm} cm from its pivot. Which force balances it, {other_arm} cm from the pivot on the "
         "other side?"
     )
-    steps = [f"The moments are equal: F × {other_arm} = {force} × {arm} = {force * arm}.", f"So F = {balance} N."]
+    steps = [
+        f"The moments are equal: F × {other_arm} = {force} × {arm} = {force * arm}.",
+        f"So F = {balance} N.",
+    ]
     return question, steps, f"{balance} N"
 
 

@@ -1,10 +1,12 @@
-"""Byte pair encoding's merges from counted words, in numpy: the tokenizers library's own order of merges at a fraction of its memory.
+"""Byte pair encoding's merges from counted words, in numpy: the tokenizers library's own order of merges at a
+fraction of its memory.
 
-Training merges, again and again, the most frequent pair of neighbouring symbols (of equal ones that with the smaller ids). The library
-keeps for each pair the set of all words that hold it, about a kilobyte a word. Most pairs are far too rare ever to be merged. Here
-the symbols of all words lie in a few flat arrays, 16 bytes a symbol, and places are kept only for pairs that occur at least `_floor`
-times; when no such pair is left, the floor is lowered and the pairs are counted afresh. A pair that is not tracked is rarer than the
-floor, so the most frequent of the tracked ones is the most frequent of all.
+Training merges, again and again, the most frequent pair of neighbouring symbols (of equal ones that with the
+smaller ids). The library keeps for each pair the set of all words that hold it, about a kilobyte a word. Most
+pairs are far too rare ever to be merged. Here the symbols of all words lie in a few flat arrays, 16 bytes a
+symbol, and places are kept only for pairs that occur at least `_floor` times; when no such pair is left, the
+floor is lowered and the pairs are counted afresh. A pair that is not tracked is rarer than the floor, so the
+most frequent of the tracked ones is the most frequent of all.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ def learn_merges(
     vocab_size: int,
     joined: Callable[[str, str], str],
 ) -> list[tuple[str, str]]:
-    """Merge until there are `vocab_size` names or no pair is left; returns the merges in order and extends `names`.
+    """Merge until there are `vocab_size` names or no pair is left; returns the merges in order and extends
+    `names`.
 
     `symbols` are the words' ids one after the other, int32 `(symbols,)`; `lengths` and `counts`, int64 `(words,)`, say how many belong to
     each word and how often it occurred. `names[i]` is the token of id i; `joined` makes the name of a merge.
@@ -36,7 +39,9 @@ def learn_merges(
 
 
 class _Merging:
-    """Symbols as a linked list in flat arrays (-1: no neighbour, or, as a symbol, gone), and the places of frequent pairs."""
+    """Symbols as a linked list in flat arrays (-1: no neighbour, or, as a symbol, gone), and the places of
+    frequent pairs.
+    """
 
     def __init__(
         self,
@@ -49,7 +54,9 @@ class _Merging:
     ) -> None:
         self._names, self._vocab_size, self._joined = names, vocab_size, joined
         self._ids = {name: index for index, name in enumerate(names)}
-        self._base = max(vocab_size, len(names)) + 1  # a pair's key is first · base + second: keys are in the order of pairs
+        self._base = (
+            max(vocab_size, len(names)) + 1
+        )  # a pair's key is first · base + second: keys are in the order of pairs
         self._symbol = symbols.astype(np.int32)
         self._weight = np.repeat(counts.astype(np.int32), lengths)
         self._link(np.cumsum(lengths) - 1)
@@ -79,7 +86,9 @@ class _Merging:
         return merges
 
     def _most_frequent(self) -> int | None:
-        """The pair to merge next, or None where every pair is rarer than the floor. Entries of the queue may say more than is left."""
+        """The pair to merge next, or None where every pair is rarer than the floor. Entries of the queue may
+        say more than is left.
+        """
         while self._queue:
             said, pair = self._queue[0]
             total = self._total.get(pair, 0)
@@ -106,7 +115,9 @@ class _Merging:
         self._following[left] = after
         inner = after >= 0
         self._preceding[after[inner]] = left[inner]
-        changed = left if is_new else np.flatnonzero(self._symbol == merged)  # another pair had made the same token before
+        changed = (
+            left if is_new else np.flatnonzero(self._symbol == merged)
+        )  # another pair had made the same token before
         self._track(_union(self._preceding[changed], changed[self._following[changed] >= 0]))
 
     def _current_places(self, pair: int) -> np.ndarray:
@@ -145,25 +156,37 @@ class _Merging:
             heapq.heappush(self._queue, (-total, key))
 
     def _grouped(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """(pairs at these places, how often each occurs, where its places begin in the last array, the places by pair)."""
+        """(pairs at these places, how often each occurs, where its places begin in the last array, the places
+        by pair).
+        """
         keys = self._keys(places)
         order = np.argsort(keys)
         keys, ordered = keys[order], places[order]
-        starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]])) if len(keys) else np.empty(0, dtype=np.int64)
+        starts = (
+            np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
+            if len(keys)
+            else np.empty(0, dtype=np.int64)
+        )
         weights = self._weight[ordered].astype(np.int64)
         totals = np.add.reduceat(weights, starts) if len(keys) else weights
         return keys[starts], totals, starts, ordered
 
     def _keys(self, places: np.ndarray) -> np.ndarray:
-        keys: np.ndarray = self._symbol[places].astype(np.int64) * self._base + self._symbol[self._following[places]]
+        keys: np.ndarray = (
+            self._symbol[places].astype(np.int64) * self._base + self._symbol[self._following[places]]
+        )
         return keys
 
     def _count_afresh(self) -> None:
-        """Close the gaps, lower the floor, and count all pairs; only those that may reach the floor are sorted."""
+        """Close the gaps, lower the floor, and count all pairs; only those that may reach the floor are
+        sorted.
+        """
         self._close_gaps()
         buckets = np.zeros(_BUCKETS, dtype=np.float64)  # sums of integers below 2**53
         for places in self._blocks():
-            buckets += np.bincount(self._keys(places) % _BUCKETS, weights=self._weight[places], minlength=_BUCKETS)
+            buckets += np.bincount(
+                self._keys(places) % _BUCKETS, weights=self._weight[places], minlength=_BUCKETS
+            )
         self._floor = max(1, (self._floor or int(buckets.max())) // _LOWER_BY)
         self._total, self._places, self._queue = {}, {}, []
         chosen = [places[buckets[self._keys(places) % _BUCKETS] >= self._floor] for places in self._blocks()]

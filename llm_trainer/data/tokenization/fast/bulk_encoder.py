@@ -1,14 +1,17 @@
 """Encoding in bulk: each word is looked up, and only a new one goes through the tokenizer's model.
 
-Text repeats its words (Zipf 1935): where a tokenizer cuts text into words first, the ids of a text are the ids of its words, one after the
-other, and most words have been seen before. The model is the tokenizer's own, so there is nothing to prove about merges; the gain over
-both `tokenizers` and tiktoken, which take words apart again and again, is in `docs/tokenizers.md`.
+Text repeats its words (Zipf 1935): where a tokenizer cuts text into words first, the ids of a text are the
+ids of its words, one after the other, and most words have been seen before. The model is the tokenizer's own,
+so there is nothing to prove about merges; the gain over both `tokenizers` and tiktoken, which take words
+apart again and again, is in `docs/tokenizers.md`.
 
-Where the rules of words are local (`boundaries.py`), many texts are cut and looked up at once by numpy. What stands around characters
-beyond ASCII, and texts that have many of them, is cut by `words.py`, which is exact for all of Unicode.
+Where the rules of words are local (`boundaries.py`), many texts are cut and looked up at once by numpy. What
+stands around characters beyond ASCII, and texts that have many of them, is cut by `words.py`, which is exact
+for all of Unicode.
 
-The first texts that a process encodes, up to `COMPARED` characters of them, are encoded by the library too: where a single id differs, the
-library does all of it from there on. Memory is bounded: beyond `CACHE_WORDS` words all are forgotten, and the frequent ones are soon back.
+The first texts that a process encodes, up to `COMPARED` characters of them, are encoded by the library too:
+where a single id differs, the library does all of it from there on. Memory is bounded: beyond `CACHE_WORDS`
+words all are forgotten, and the frequent ones are soon back.
 """
 
 from __future__ import annotations
@@ -37,9 +40,17 @@ assert array(_ID).itemsize == 4
 
 
 class FastEncoder:
-    """Ids of texts by their words. `is_composed`: the tokenizer composes characters (NFC) first, so other texts are not for this way."""
+    """Ids of texts by their words. `is_composed`: the tokenizer composes characters (NFC) first, so other
+    texts are not for this way.
+    """
 
-    def __init__(self, backend: tokenizers.Tokenizer, pattern: str, ids_of_word: Callable[[str], list[int]], is_composed: bool) -> None:
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        pattern: str,
+        ids_of_word: Callable[[str], list[int]],
+        is_composed: bool,
+    ) -> None:
         self._backend, self._words, self._is_composed = backend, Words(pattern), is_composed
         self._ids_of_word, self._known = ids_of_word, _KnownWords(ids_of_word)
         self._rules = RULES.get(pattern)
@@ -83,7 +94,11 @@ class FastEncoder:
         """Ids of a word, or of what was left together for `Words` to cut; none of the separator."""
         if raw.isascii():
             return self._ids_of_word(raw.decode("ascii"))
-        return [] if raw[0] == SEPARATOR else np.frombuffer(self._ids_of(raw.decode("utf-8")), np.uint32).tolist()
+        return (
+            []
+            if raw[0] == SEPARATOR
+            else np.frombuffer(self._ids_of(raw.decode("utf-8")), np.uint32).tolist()
+        )
 
     def _ids_of(self, text: str) -> bytes:
         known = self._known.__getitem__
@@ -111,7 +126,9 @@ def _groups(texts: Sequence[tuple[int, bytes]]) -> Iterator[list[tuple[int, byte
 
 
 def _join_around_foreign(starts: np.ndarray, buffer: np.ndarray) -> None:
-    """Leave what stands around bytes beyond ASCII together, from a letter's end before a space to the next: all patterns cut there."""
+    """Leave what stands around bytes beyond ASCII together, from a letter's end before a space to the next:
+    all patterns cut there.
+    """
     foreign = np.flatnonzero((buffer >= 0x80) & (buffer != SEPARATOR))
     if len(foreign) == 0:
         return
@@ -143,16 +160,22 @@ class _KnownWords(dict[str, bytes]):
 
 
 def fast_encoder(backend: tokenizers.Tokenizer) -> FastEncoder | None:
-    """The fast way for a tokenizer, or None where its words are cut, or its text is changed before, in a way that is not known here."""
+    """The fast way for a tokenizer, or None where its words are cut, or its text is changed before, in a way
+    that is not known here.
+    """
     parts: Mapping[str, Any] = json.loads(backend.to_str())
     normalizer = parts.get("normalizer") or {}
-    plain_text = all(token["special"] for token in parts.get("added_tokens") or [])  # other added tokens are found in the text first
+    plain_text = all(
+        token["special"] for token in parts.get("added_tokens") or []
+    )  # other added tokens are found in the text first
     if not plain_text or normalizer.get("type") not in (None, "NFC") or parts["model"].get("dropout"):
         return None
     pattern, is_byte_level = _pattern_of(parts.get("pre_tokenizer") or {})
     if pattern is None or not Words.knows(pattern):
         return None
-    return FastEncoder(backend, pattern, _word_encoder(backend, is_byte_level), normalizer.get("type") == "NFC")
+    return FastEncoder(
+        backend, pattern, _word_encoder(backend, is_byte_level), normalizer.get("type") == "NFC"
+    )
 
 
 def _word_encoder(backend: tokenizers.Tokenizer, is_byte_level: bool) -> Callable[[str], list[int]]:
@@ -160,7 +183,9 @@ def _word_encoder(backend: tokenizers.Tokenizer, is_byte_level: bool) -> Callabl
     if not is_byte_level:
         return lambda word: [token.id for token in tokenize(word)]
     stand_in = dict(enumerate(byte_characters()))
-    return lambda word: [token.id for token in tokenize(word.encode("utf-8").decode("latin-1").translate(stand_in))]
+    return lambda word: [
+        token.id for token in tokenize(word.encode("utf-8").decode("latin-1").translate(stand_in))
+    ]
 
 
 def _pattern_of(pre_tokenizer: Mapping[str, Any]) -> tuple[str | None, bool]:
@@ -175,6 +200,10 @@ def _pattern_of(pre_tokenizer: Mapping[str, Any]) -> tuple[str | None, bool]:
     if [step.get("type") for step in steps] != ["Split", "ByteLevel"]:
         return None, False
     split, byte_level = steps
-    is_plain = split.get("behavior") == "Isolated" and not split.get("invert") and not byte_level.get("add_prefix_space")
+    is_plain = (
+        split.get("behavior") == "Isolated"
+        and not split.get("invert")
+        and not byte_level.get("add_prefix_space")
+    )
     pattern = (split.get("pattern") or {}).get("Regex")
     return (pattern if is_plain and byte_level.get("use_regex") is False else None), True

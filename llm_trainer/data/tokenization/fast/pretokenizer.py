@@ -1,11 +1,13 @@
-"""Text cut into words, exactly as a tokenizer's pattern cuts it, at several times the speed of the tokenizers' own engine.
+"""Text cut into words, exactly as a tokenizer's pattern cuts it, at several times the speed of the
+tokenizers' own engine.
 
-Tokenizers cut text by a regular expression first and then look at each word alone. Python's `re` does the first step fast, if `\\p{L}`
-and its like are spelled out as sets of characters; words can then be counted, or looked up, as the texts that they are.
+Tokenizers cut text by a regular expression first and then look at each word alone. Python's `re` does the
+first step fast, if `\\p{L}` and its like are spelled out as sets of characters; words can then be counted, or
+looked up, as the texts that they are.
 
-Two engines may hold different versions of Unicode. A text with a character whose class has changed since Unicode 3.2, which Python
-knows as well, or that is not assigned, or that lies beyond the basic plane without being a pictograph, is cut by the tokenizers library
-itself; a test goes through all the others one by one.
+Two engines may hold different versions of Unicode. A text with a character whose class has changed since
+Unicode 3.2, which Python knows as well, or that is not assigned, or that lies beyond the basic plane without
+being a pictograph, is cut by the tokenizers library itself; a test goes through all the others one by one.
 """
 
 from __future__ import annotations
@@ -60,13 +62,19 @@ _SAFE_CUT = re.compile(r"[^\W\d_](?= )")  # a letter before a space: every patte
 
 
 class Words:
-    """Cuts text into words; a text's words together are the text again, except where white space is no word (BERT)."""
+    """Cuts text into words; a text's words together are the text again, except where white space is no word
+    (BERT).
+    """
 
     def __init__(self, pattern: str) -> None:
         """`pattern` is one of those above, in the tokenizers' own spelling; raises KeyError for another."""
         self._pattern = _FOR_RE[pattern]
         self._for_ascii = re.compile(_translated(self._pattern, range(0x80)))
-        self._library = pre_tokenizers.Split(Regex(pattern), "isolated") if pattern != BERT_WORDS else pre_tokenizers.BertPreTokenizer()
+        self._library = (
+            pre_tokenizers.Split(Regex(pattern), "isolated")
+            if pattern != BERT_WORDS
+            else pre_tokenizers.BertPreTokenizer()
+        )
 
     @staticmethod
     def knows(pattern: str) -> bool:
@@ -105,13 +113,18 @@ def _for_unicode(pattern: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
     certain, uncertain = [], set(_ALWAYS_UNCERTAIN)
     for point in (*_BASIC_PLANE, *_PICTOGRAPHS):
         character = chr(point)
-        if is_other_now(unicodedata.category(character), unicodedata.ucd_3_2_0.category(character)) or point in _ALWAYS_UNCERTAIN:
+        if (
+            is_other_now(unicodedata.category(character), unicodedata.ucd_3_2_0.category(character))
+            or point in _ALWAYS_UNCERTAIN
+        ):
             uncertain.add(point)
         else:
             certain.append(point)
     beyond = ((_BASIC_PLANE.stop, _PICTOGRAPHS.start - 1), (_PICTOGRAPHS.stop, _ALL - 1))
     outside = "".join(f"{_escaped(a)}-{_escaped(b)}" for a, b in beyond)
-    return re.compile(_translated(pattern, (*range(0x80), *certain))), re.compile(f"[{_set_of(sorted(uncertain))}{outside}]")
+    return re.compile(_translated(pattern, (*range(0x80), *certain))), re.compile(
+        f"[{_set_of(sorted(uncertain))}{outside}]"
+    )
 
 
 def _translated(pattern: str, points: Iterable[int]) -> str:
@@ -128,7 +141,12 @@ def _translated(pattern: str, points: Iterable[int]) -> str:
         elif name == "A":
             members = [ord(character) for character in _ASCII_SYMBOLS]
         else:
-            members = [point for category, found in by_category.items() if category.startswith(name) for point in found]
+            members = [
+                point
+                for category, found in by_category.items()
+                if category.startswith(name)
+                for point in found
+            ]
         is_inside = pattern.rfind("[", 0, found.start()) > pattern.rfind("]", 0, found.start())
         listed = _set_of(sorted(members))
         if is_inside:
