@@ -10,7 +10,7 @@ import importlib.util
 from llm_trainer.errors import UsageError
 
 
-def require(module: str, extra: str, what: str) -> str:
+def require_extra(module: str, extra: str, what: str) -> str:
     """The version of the distribution that has this module; raises UsageError, naming the extra, where it is
     not installed.
     """

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from pydantic import JsonValue
 
 from llm_trainer.data.cleaning.filters import Judgement
-from llm_trainer.data.optional_deps import require
+from llm_trainer.data.optional_deps import require_extra
 
 if TYPE_CHECKING:
     from datatrove.pipeline.filters.base_filter import BaseFilter
@@ -41,8 +41,8 @@ class DatatroveFilter:
         return cls(
             name,
             (
-                f"datatrove {require('datatrove', 'quality', what)}",
-                f"spacy {require('spacy', 'quality', what)}",
+                f"datatrove {require_extra('datatrove', 'quality', what)}",
+                f"spacy {require_extra('spacy', 'quality', what)}",
             ),
         )
 

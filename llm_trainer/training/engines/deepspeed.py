@@ -29,7 +29,7 @@ from llm_trainer.config import TrainingConfig, UsageError
 from llm_trainer.config.resolve.batch_size import resolve_batches
 from llm_trainer.config.resolve.deepspeed import zero_settings
 from llm_trainer.config.schema.model import ModelConfig
-from llm_trainer.data.optional_deps import require
+from llm_trainer.data.optional_deps import require_extra
 from llm_trainer.data.sampling.samplers import Batch
 from llm_trainer.distributed.process_group import Ranks
 from llm_trainer.model.hf.checkpoint import empty_model
@@ -249,7 +249,7 @@ _NO_FP16 = (
 
 
 def _refuse(training: TrainingConfig, device: torch.device) -> None:
-    require("deepspeed", "deepspeed", "use_deepspeed")
+    require_extra("deepspeed", "deepspeed", "use_deepspeed")
     if training.precision == "fp16":
         raise UsageError(_NO_FP16)
     if device.type not in ("cpu", "cuda"):
