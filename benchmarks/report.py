@@ -1,4 +1,4 @@
-"""Write docs/benchmarks.md from what the benchmarks left in benchmarks/results/<machine>/<name>.json.
+"""Write docs/reference/benchmarks.md from what the benchmarks left in benchmarks/results/<machine>/<name>.json.
 
     python benchmarks/report.py [--check]
 
@@ -18,7 +18,7 @@ from typing import Any
 from common import RESULTS, Figure, Target, table
 
 HERE = Path(__file__).resolve().parent
-PAGE = HERE.parent / "docs" / "benchmarks.md"
+PAGE = HERE.parent / "docs" / "reference" / "benchmarks.md"
 OPENING = """\
 # Benchmarks
 
