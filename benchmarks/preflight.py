@@ -35,7 +35,7 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], dict[str, Any], int, int]] = {
     "gpt2, fp32": (BASE, {"precision": "fp32"}, 4, 1),
     "gpt2, bf16, recomputed": ({**BASE, "gradient_checkpointing": True}, {"precision": "bf16"}, 8, 1),
     "gpt2, fp32, every 2nd block, muon": (
-        {**BASE, "gradient_checkpointing": True, "checkpoint_every": 2},
+        {**BASE, "gradient_checkpointing": True, "activation_checkpoint_every": 2},
         {"precision": "fp32", "optimizer": "muon"},
         4,
         1,

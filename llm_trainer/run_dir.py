@@ -199,7 +199,7 @@ def read_run_config(folder: Path) -> RunConfig:
     """The settings in the `run.json` of a checkpoint or run folder. Raises CheckpointError where it is
     missing or garbled.
 
-    What was said to one start of the run and is not of the run itself (`resume_from`, `horizon`) is left out.
+    What was said to one start of the run and is not of the run itself (`resume_from`, `lr_on_resume`) is left out.
     """
     sections = {
         name: value for name, value in read_json(folder / RUN_FILE).items() if name in RunConfig.model_fields
@@ -211,7 +211,7 @@ def read_run_config(folder: Path) -> RunConfig:
     training = sections.get("training")
     if isinstance(training, Mapping):
         sections["training"] = {
-            name: value for name, value in training.items() if name not in ("resume_from", "horizon")
+            name: value for name, value in training.items() if name not in ("resume_from", "lr_on_resume")
         }
     return RunConfig.model_validate(sections)
 

@@ -198,12 +198,12 @@ def test_a_folder_that_transformers_wrote_is_a_model(tmp_path: Path) -> None:
 
 
 def test_what_was_said_to_one_start_is_not_read_back_as_the_runs(tmp_path: Path) -> None:
-    config = RunConfig(training={"horizon": "extend", "resume_from": "x", "learning_rate": 0.5})
+    config = RunConfig(training={"lr_on_resume": "extend", "resume_from": "x", "learning_rate": 0.5})
     (tmp_path / "run.json").write_text(
         json.dumps({**config.model_dump(mode="json"), "versions": {"torch": "2"}}), encoding="utf-8"
     )
     stored = read_run_config(tmp_path)
-    assert (stored.training.horizon, stored.training.resume_from, stored.training.learning_rate) == (
+    assert (stored.training.lr_on_resume, stored.training.resume_from, stored.training.learning_rate) == (
         None,
         None,
         0.5,

@@ -19,7 +19,7 @@ def part_sizes(config: ModelConfig) -> dict[str, int]:
     `llm_trainer.model.module_names.parameter_counts` counts a real model.
     """
     sizes = {"wte": config.vocab_size * config.hidden_size}
-    if config.positions == "learned":
+    if config.position_embedding == "learned":
         sizes["wpe"] = config.max_position_embeddings * config.hidden_size
     norm = config.hidden_size * (
         2 if config.norm == "layernorm" and _said(config.norm_bias, config.bias) else 1

@@ -1,5 +1,5 @@
 """The reference of all settings as Markdown, from the schema: `python -m llm_trainer.config.reference >
-docs/settings.md`.
+docs/reference/settings.md`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ def reference() -> str:
     lines = [
         "# All settings",
         "",
-        "Generated from the schema by `python -m llm_trainer.config.reference > docs/settings.md`.",
+        "Generated from the schema by `python -m llm_trainer.config.reference > docs/reference/settings.md`.",
         "[Configuration](configuration.md) says how to give them. Names with a dot are places in another section where the setting may",
         "stand as well. † parses, but is not built yet and refuses to be switched on.",
     ]

@@ -22,7 +22,7 @@ from llm_trainer.config.resolve.batch_size import BatchPlan, resolve_batches
         ({"batch_size": 8, "gradient_accumulation_steps": 2}, 4, BatchPlan(8, 2)),
         ({"batch_size": 16, "gradient_accumulation_steps": 4}, 1, BatchPlan(16, 4)),
         (
-            {"batch_size": 12, "gradient_accumulation_steps": 40, "accumulation_counts_all_ranks": True},
+            {"batch_size": 12, "gradient_accumulation_steps": 40, "global_grad_accumulation": True},
             8,
             BatchPlan(12, 5),
         ),
@@ -47,7 +47,7 @@ def test_sequences_of_a_step_count_all_ranks() -> None:
         ({"batch_size": 100, "micro_batch_size": 32}, 4, r"100 .* 32 × 4 ranks = 128; take batch_size 128"),
         ({"batch_size": 300, "micro_batch_size": 32}, 4, "take batch_size 256 or 384"),
         (
-            {"batch_size": 12, "gradient_accumulation_steps": 40, "accumulation_counts_all_ranks": True},
+            {"batch_size": 12, "gradient_accumulation_steps": 40, "global_grad_accumulation": True},
             3,
             "40 counts all ranks together",
         ),

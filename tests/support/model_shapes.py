@@ -15,7 +15,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "post_norm_rms": {
         "pre_norm": False,
         "norm": "rmsnorm",
-        "positions": "rope",
+        "position_embedding": "rope",
         "tie_word_embeddings": False,
     },
     "squared": {
@@ -24,7 +24,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "logit_soft_cap": 15.0,
         "tie_word_embeddings": True,
     },
-    "no_positions": {"positions": "none", "activation": "silu"},
+    "no_positions": {"position_embedding": "none", "activation": "silu"},
     "stretched": {"model_type": "llama", "rope_scaling": {"kind": "linear", "factor": 4.0}},
     "llama3": {
         "model_type": "llama",

@@ -14,7 +14,13 @@ from llm_trainer.training.objectives.objective import LossSum, NextToken
 from llm_trainer.training.trainer import Trainer
 
 SAMPLES_A_STEP = 8
-RULE = {"max_rollbacks": 2, "spike_window": 8, "spike_sigma": 12.0, "spike_patience": 2, "spike_distance": 3}
+RULE = {
+    "max_rollbacks": 2,
+    "spike_window": 8,
+    "spike_sigma": 12.0,
+    "spike_patience": 2,
+    "spike_rollback_steps": 3,
+}
 RUN = RULE | {
     "max_steps": 24,
     "save_interval": 3,

@@ -128,9 +128,7 @@ def _from_python(path: Path) -> list[Said]:
             )
     if any(item.name in ("gradient_accumulation_steps", "grad_accum", "accumulation_steps") for item in said):
         said.append(
-            Said(
-                "accumulation_counts_all_ranks", True, f"{path} (nanoGPT's files count all ranks)", "training"
-            )
+            Said("global_grad_accumulation", True, f"{path} (nanoGPT's files count all ranks)", "training")
         )
     return said
 

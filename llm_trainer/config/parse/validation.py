@@ -123,9 +123,9 @@ def _check_saving(config: RunConfig, said: _Places) -> None:
             f"{said['training.min_learning_rate']} is {training.min_learning_rate}, above the peak: "
             f"{said['training.learning_rate']} is {training.learning_rate}"
         )
-    if training.init_from == "scratch" and training.resume_from is None and training.horizon is not None:
+    if training.init_from == "scratch" and training.resume_from is None and training.lr_on_resume is not None:
         raise UsageError(
-            f"{said['training.horizon']} is {training.horizon}, which is for resuming; add --resume, or leave it out"
+            f"{said['training.lr_on_resume']} is {training.lr_on_resume}, which is for resuming; add --resume, or leave it out"
         )
 
 

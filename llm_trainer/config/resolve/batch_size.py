@@ -3,7 +3,7 @@
 
 With `micro_batch_size` given, `batch_size` is the whole step's, over all ranks: accumulation = batch_size /
 (micro_batch_size × ranks). Otherwise `batch_size` is one rank's micro-batch and `gradient_accumulation_steps`
-multiplies it. In nanoGPT's files that counts all ranks together (`accumulation_counts_all_ranks`) and is
+multiplies it. In nanoGPT's files that counts all ranks together (`global_grad_accumulation`) and is
 divided by their number.
 
 With `micro_batch_size: auto` or `use_adaptive_batch_size` the step is settled here and its division into
@@ -117,11 +117,11 @@ def _part_of_step(training: TrainingConfig, ranks: int, accumulation: int | None
 
 def _accumulation_per_rank(training: TrainingConfig, ranks: int) -> int | None:
     said = training.gradient_accumulation_steps
-    if said is None or not training.accumulation_counts_all_ranks:
+    if said is None or not training.global_grad_accumulation:
         return said
     if said % ranks:
         raise UsageError(
             f"gradient_accumulation_steps {said} counts all ranks together here (nanoGPT's meaning) and does not divide by {ranks} ranks; "
-            "change it, or set accumulation_counts_all_ranks=False"
+            "change it, or set global_grad_accumulation=False"
         )
     return said // ranks

@@ -51,10 +51,10 @@ class DataConfig(Section):
     max_characters: int = setting(
         2**31, "longest document that the filter 'length' keeps", unit="characters", gt=0
     )
-    max_symbol_share: float = setting(
+    max_symbol_fraction: float = setting(
         0.4, "signs among all characters but blanks, at most, for the filter 'symbols'", gt=0, le=1
     )
-    max_repeated_share: float = setting(
+    max_repeated_fraction: float = setting(
         0.5, "repeated lines or runs of words, at most, for the filter 'repetition'", gt=0, le=1
     )
     languages: list[str] = setting(
@@ -124,7 +124,7 @@ class DataConfig(Section):
     augment_whitespace: float = setting(
         0.0, "share of the training words whose space before them is changed", ge=0, le=1
     )
-    one_document_a_line: bool = setting(
+    one_document_per_line: bool = setting(
         False, "in .txt files each line is a document", aliases=("line_documents",)
     )
     train_ratio: float | None = setting(
@@ -146,7 +146,7 @@ class DataConfig(Section):
     ray_address: str | None = setting(
         None, "of a running Ray cluster, or auto; none: Ray is started on this machine"
     )
-    keep_stages: bool = setting(
+    cache_stages: bool = setting(
         True,
         "keep what the stages made (.stages): a later run redoes only what a change touches, at about twice the disk space",
     )

@@ -39,7 +39,7 @@ class GenerationConfig(Section):
     )
     num_samples: int = setting(1, "answers a prompt", aliases=("n",), gt=0)
     ignore_eos: bool = setting(False, "go on past the end of text")
-    slide: bool = setting(
+    sliding_context: bool = setting(
         False, "where the context is full, forget its first half and go on; false: the answer ends there"
     )
     stream: bool = setting(True, "print as it is drawn")

@@ -17,7 +17,7 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "enhanced": {},
     "llama": {
-        "positions": "rope",
+        "position_embedding": "rope",
         "norm": "rmsnorm",
         "activation": "swiglu",
         "bias": False,
@@ -103,8 +103,8 @@ class ModelConfig(Section):
         aliases=("max_seq_len", "max_seq_length", "block_size", "n_positions", "n_ctx", "context_length"),
         gt=0,
     )
-    positions: Literal["learned", "rope", "none"] = setting(
-        "learned", "how a token knows where it stands", aliases=("position_embedding",)
+    position_embedding: Literal["learned", "rope", "none"] = setting(
+        "learned", "Position embedding: learned vectors, rotary positions (RoPE), or none."
     )
     rope_theta: float = setting(10000.0, "base of the rotary frequencies", gt=0)
     rope_scaling: RopeScaling | None = setting(None, "stretching of rotary positions")
@@ -167,19 +167,19 @@ class ModelConfig(Section):
         paths=("training.gradient_checkpointing", "computational_efficiency.use_activation_checkpointing"),
         aliases=("use_activation_checkpointing", "activation_checkpointing"),
     )
-    checkpoint_every: int = setting(
+    activation_checkpoint_every: int = setting(
         1,
         "with gradient_checkpointing: recompute every n-th block only",
         unit="blocks",
         aliases=("activation_checkpointing_every", "checkpoint_every_n_layers"),
-        paths=("training.checkpoint_every",),
+        paths=("training.activation_checkpoint_every",),
         gt=0,
     )
-    checkpoint_keep: list[Literal["attention", "products"]] = setting(
+    activation_checkpoint_policy: list[Literal["attention", "products"]] = setting(
         list,
         "with gradient_checkpointing: results that are kept, not recomputed (attention: its kernel's, products: matrix products')",
         aliases=("selective_checkpointing",),
-        paths=("training.checkpoint_keep",),
+        paths=("training.activation_checkpoint_policy",),
     )
     # Low-rank adapters. The four ranks and what follows them describe the set called `default`; `lora` is the
     # whole table.
@@ -215,15 +215,15 @@ class ModelConfig(Section):
         paths=("training.lora_train_base",),
     )
     lora: dict[str, LoraConfig] = setting(dict, "sets of LoRA adapters by name; filled from the ranks above")
-    lora_in_use: list[str] | None = setting(
+    active_adapters: list[str] | None = setting(
         None, "names of the LoRA sets that count; none: `default`, or else the first"
     )
 
     # After pruning blocks may be unequal.
-    mlp_widths: list[int] = setting(
+    mlp_hidden_sizes: list[int] = setting(
         list, "inner width of each block's MLP where they differ; none: intermediate_size", unit="features"
     )
-    kv_head_counts: list[int] = setting(
+    kv_heads_per_layer: list[int] = setting(
         list,
         "key-value heads of each block where they differ, each with its share of query heads; none: num_key_value_heads",
         unit="heads",
@@ -285,7 +285,7 @@ class ModelConfig(Section):
                 f"hidden_size {self.hidden_size} does not divide into {self.num_attention_heads} heads; "
                 "change num_attention_heads or set head_dim"
             )
-        for name in ("mlp_widths", "kv_head_counts"):
+        for name in ("mlp_hidden_sizes", "kv_heads_per_layer"):
             said = getattr(self, name)
             if said and (len(said) != self.num_hidden_layers or min(said) < 1):
                 raise UsageError(
@@ -295,7 +295,7 @@ class ModelConfig(Section):
             raise UsageError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads {self.kv_heads}"
             )
-        if self.positions == "rope" and self.head_width % 2:
+        if self.position_embedding == "rope" and self.head_width % 2:
             raise UsageError(f"rotary positions need an even head width, not {self.head_width}")
 
     def with_lora_table(self) -> ModelConfig:
@@ -324,8 +324,8 @@ class ModelConfig(Section):
     @property
     def counting_lora(self) -> list[str]:
         """Names of the sets of LoRA adapters that count, after the default."""
-        if self.lora_in_use is not None or not self.lora:
-            return list(self.lora_in_use or [])
+        if self.active_adapters is not None or not self.lora:
+            return list(self.active_adapters or [])
         return [DEFAULT_NAME if DEFAULT_NAME in self.lora else next(iter(self.lora))]
 
     @property
@@ -340,13 +340,13 @@ class ModelConfig(Section):
 
     def of_block(self, number: int) -> ModelConfig:
         """The shape as one block has it: itself, unless blocks differ."""
-        if not self.mlp_widths and not self.kv_head_counts:
+        if not self.mlp_hidden_sizes and not self.kv_heads_per_layer:
             return self
-        own: dict[str, Any] = {"mlp_widths": [], "kv_head_counts": []}
-        if self.mlp_widths:
-            own["intermediate_size"] = self.mlp_widths[number]
-        if self.kv_head_counts:
-            group, kv_heads = self.num_attention_heads // self.kv_heads, self.kv_head_counts[number]
+        own: dict[str, Any] = {"mlp_hidden_sizes": [], "kv_heads_per_layer": []}
+        if self.mlp_hidden_sizes:
+            own["intermediate_size"] = self.mlp_hidden_sizes[number]
+        if self.kv_heads_per_layer:
+            group, kv_heads = self.num_attention_heads // self.kv_heads, self.kv_heads_per_layer[number]
             own |= {
                 "num_attention_heads": group * kv_heads,
                 "num_key_value_heads": kv_heads,

@@ -39,7 +39,7 @@ class TrainingConfig(Section):
         aliases=("grad_accum", "accumulation_steps"),
         gt=0,
     )
-    accumulation_counts_all_ranks: bool = setting(
+    global_grad_accumulation: bool = setting(
         False, "gradient_accumulation_steps counts all ranks together, as nanoGPT's files mean it"
     )
     eval_batch_size: int | None = setting(
@@ -90,17 +90,18 @@ class TrainingConfig(Section):
     wsd_decay_fraction: float = setting(
         0.2, "wsd: share of the run that decays", aliases=("cooldown_fraction",), gt=0, le=1
     )
-    horizon: Literal["extend", "rewarm", "keep"] | None = setting(
+    lr_on_resume: Literal["extend", "rewarm", "keep"] | None = setting(
         None,
         "on a resume that moves the run's end: stretch the decay to it, warm up again from here, or keep the old decay",
+        aliases=("horizon",),
     )
 
-    learning_rate_factors: dict[str, Annotated[float, Field(ge=0)]] = setting(
+    lr_multipliers: dict[str, Annotated[float, Field(ge=0)]] = setting(
         dict,
         "part, range or glob (attn.0-3, mlp.*, wte) → what its learning rate is multiplied by",
         aliases=("lr_factors",),
     )
-    layer_rate_decay: float = setting(
+    layerwise_lr_decay: float = setting(
         1.0,
         "learning rates fall by this factor a layer from the head down to the embeddings",
         aliases=("layer_decay", "llrd"),
@@ -151,13 +152,13 @@ class TrainingConfig(Section):
         128, "steps that mean and deviation are taken over; half of them must have been", unit="steps", ge=4
     )
     spike_patience: int = setting(4, "outliers in a row that are a spike", unit="steps", ge=1)
-    spike_distance: int = setting(
+    spike_rollback_steps: int = setting(
         100,
         "go back to at least so long before the spike, where such a checkpoint is kept",
         unit="steps",
         ge=0,
     )
-    spike_rate_factor: float = setting(
+    spike_lr_factor: float = setting(
         1.0, "the learning rate is multiplied by this at each rollback", gt=0, le=1
     )
 
@@ -188,17 +189,19 @@ class TrainingConfig(Section):
         unit="GB",
         gt=0,
     )
-    memory_target: float = setting(0.9, "share of it that micro_batch_size auto fills at most", gt=0, le=1)
+    memory_target_fraction: float = setting(
+        0.9, "share of it that micro_batch_size auto fills at most", gt=0, le=1
+    )
     offload_optimizer: bool = setting(
         False,
         "keep the optimizer's state in host memory between updates",
         aliases=("cpu_offload", "offload_optimizer_state"),
     )
-    memory_warning: float = setting(0.85, "warn when so large a share of the memory is used", gt=0)
-    memory_emergency: float = setting(
+    memory_warning_fraction: float = setting(0.85, "warn when so large a share of the memory is used", gt=0)
+    memory_emergency_fraction: float = setting(
         0.95, "save an emergency checkpoint when so large a share of the memory is used", gt=0
     )
-    watch_seconds: float = setting(
+    memory_poll_seconds: float = setting(
         10.0, "look at memory this often between reports; 0: only with them", unit="seconds", ge=0
     )
 
@@ -239,13 +242,12 @@ class TrainingConfig(Section):
         unit="checkpoints",
         gt=0,
     )
-    recent_save_interval: IntervalField | None = setting(
+    ephemeral_save_interval: IntervalField | None = setting(
         None,
         "also save this often, as recent-<step>, which the next of its kind replaces; none: no such saves",
         unit="steps, epochs or tokens",
-        aliases=("ephemeral_save_interval",),
     )
-    recent_save_limit: int = setting(
+    ephemeral_save_limit: int = setting(
         1, "keep the newest so many of the recent ones", unit="checkpoints", gt=0
     )
     asynchronous_saves: Literal["auto", "on", "off"] = setting(
@@ -285,7 +287,7 @@ class TrainingConfig(Section):
         "off",
         "nf4: the frozen matrices of blocks under adapters in four bits (QLoRA, arXiv:2305.14314), an extra; on one rank",
     )
-    transfer_parts: list[str] = setting(
+    transfer_modules: list[str] = setting(
         lambda: ["*"], "with transfer_from: the parts that are taken (names, ranges, globs)"
     )
     resume_from: str | None = setting(

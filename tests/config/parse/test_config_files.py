@@ -47,7 +47,7 @@ def test_every_name_of_nanogpts_train_script_has_a_home(tmp_path: Path) -> None:
         "bf16",
         "off",
     )
-    assert (training.gradient_accumulation_steps, training.accumulation_counts_all_ranks) == (40, True)
+    assert (training.gradient_accumulation_steps, training.global_grad_accumulation) == (40, True)
     assert (training.wandb_run_name, training.report_to, config.data.dataset) == (
         "gpt2-2",
         ["tensorboard"],

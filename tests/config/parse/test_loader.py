@@ -194,7 +194,7 @@ def test_what_is_wrong_is_named(flags: list[str], message: str) -> None:
 
 def test_nested_settings_are_given_by_dots_or_as_json() -> None:
     for flags in (["--model.rope_scaling.factor=2"], ["--rope_scaling", '{"type": "linear", "factor": 2}']):
-        scaling = train("--positions=rope", *flags).config.model.rope_scaling
+        scaling = train("--position_embedding=rope", *flags).config.model.rope_scaling
         assert scaling is not None
         assert scaling.factor == 2
     with pytest.raises(UsageError, match="is not JSON"):
@@ -391,7 +391,7 @@ def test_explain_shows_value_place_unit_and_meaning_of_every_setting() -> None:
     assert all(f"{section}.{name}" in shown for section, name in TRAIN.names().fields())
     assert all(word in shown["training.learning_rate"] for word in ("0.002", "--lr", "peak learning rate"))
     assert "default of train.py" in shown["training.batch_size"]
-    assert "default of llama" in shown["model.positions"]
+    assert "default of llama" in shown["model.position_embedding"]
     assert "tokens" in shown["model.max_position_embeddings"]
 
 

@@ -114,10 +114,10 @@ def test_spellings_work_in_assignments() -> None:
 
 def test_a_family_gives_defaults_that_do_not_count_as_said() -> None:
     llama = ModelConfig(model_type="llama", bias=True)
-    assert (llama.positions, llama.norm, llama.bias) == ("rope", "rmsnorm", True)
+    assert (llama.position_embedding, llama.norm, llama.bias) == ("rope", "rmsnorm", True)
     assert llama.model_fields_set == {"model_type", "bias"}
     llama.model_type = "gpt2"
-    assert (llama.positions, llama.norm, llama.bias) == ("learned", "layernorm", True)
+    assert (llama.position_embedding, llama.norm, llama.bias) == ("learned", "layernorm", True)
 
 
 def test_lists_are_split_at_commas_but_stop_strings_are_not() -> None:
@@ -155,7 +155,7 @@ def test_a_duration_without_end_is_refused(said: object) -> None:
         TrainingConfig(warmup_steps=said)
 
 
-@pytest.mark.parametrize("name", ["eval_interval", "save_interval", "recent_save_interval"])
+@pytest.mark.parametrize("name", ["eval_interval", "save_interval", "ephemeral_save_interval"])
 @pytest.mark.parametrize("said", [0, "0", "0 epochs", "0.0 tokens"])
 def test_an_interval_of_nothing_is_refused_with_what_means_never(name: str, said: object) -> None:
     with pytest.raises(UsageError, match=rf"{name}.*above 0.*none"):
@@ -165,9 +165,9 @@ def test_an_interval_of_nothing_is_refused_with_what_means_never(name: str, said
 
 @pytest.mark.parametrize("factor", [-2, -1e-9, float("nan"), float("inf")])
 def test_a_rate_factor_that_would_train_uphill_is_refused(factor: float) -> None:
-    with pytest.raises(UsageError, match="learning_rate_factors"):
-        TrainingConfig(learning_rate_factors={"attn.0": factor})
-    assert TrainingConfig(learning_rate_factors={"attn.0": 0}).learning_rate_factors == {"attn.0": 0}
+    with pytest.raises(UsageError, match="lr_multipliers"):
+        TrainingConfig(lr_multipliers={"attn.0": factor})
+    assert TrainingConfig(lr_multipliers={"attn.0": 0}).lr_multipliers == {"attn.0": 0}
 
 
 def test_run_config_survives_json() -> None:
@@ -198,9 +198,9 @@ def test_a_setting_may_stand_where_a_manual_puts_it() -> None:
 
 
 def test_the_settings_reference_is_up_to_date() -> None:
-    page = ROOT / "docs" / "settings.md"
+    page = ROOT / "docs" / "reference" / "settings.md"
     assert page.read_text(encoding="utf-8") == reference(), (
-        "run python -m llm_trainer.config.reference > docs/settings.md"
+        "run python -m llm_trainer.config.reference > docs/reference/settings.md"
     )
 
 

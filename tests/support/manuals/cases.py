@@ -293,11 +293,15 @@ ORCHESTRATOR = {
         "character data", ONE_NODE, NANOGPT_ON_TWO, makes=NANOGPT_ON_TWO_OUTPUT, says=("2 ranks",)
     ),
     "python train_refactored.py --init_from=resume --out_dir=path/to/checkpoints": Case(
-        "character run", RESUMED, "--max_iters=6 --horizon=extend", makes=NANOGPT_OUTPUT, says=("resuming",)
+        "character run",
+        RESUMED,
+        "--max_iters=6 --lr_on_resume=extend",
+        makes=NANOGPT_OUTPUT,
+        says=("resuming",),
     ),
     "python train_refactored.py --init_from=resume --learning_rate=3e-4 --batch_size=64": Case(
         "character run",
-        add="--out_dir=out-shakespeare-char --max_iters=6 --horizon=extend",
+        add="--out_dir=out-shakespeare-char --max_iters=6 --lr_on_resume=extend",
         makes=NANOGPT_OUTPUT,
         says=("learning_rate: 0.001 → 0.0003",),
     ),
