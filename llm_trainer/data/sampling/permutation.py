@@ -16,8 +16,9 @@ import math
 
 import numpy as np
 
+from llm_trainer.data.hashing import GOLDEN_GAMMA, splitmix64, splitmix64_array
+
 _ROUNDS = 8
-_MASK = 2**64 - 1
 
 
 class KeyedPermutation:
@@ -28,7 +29,7 @@ class KeyedPermutation:
         self.size = size
         self._left_size = max(1, math.isqrt(size - 1) + 1)
         self._right_size = -(-size // self._left_size)
-        self._round_keys = [mix(key + (round_ + 1) * 0x9E3779B97F4A7C15) for round_ in range(_ROUNDS)]
+        self._round_keys = [splitmix64(key + (round_ + 1) * GOLDEN_GAMMA) for round_ in range(_ROUNDS)]
 
     def __call__(self, indices: np.ndarray) -> np.ndarray:
         """Where each of `indices` (any shape, integers in 0 … size-1) goes; int64 of the same shape."""
@@ -42,32 +43,21 @@ class KeyedPermutation:
         left, right = values // right_size, values % right_size
         for number, key in enumerate(self._round_keys):
             if number % 2:
-                right = (right + mix_array(left, key)) % right_size
+                right = (right + _round(left, key)) % right_size
             else:
-                left = (left + mix_array(right, key)) % left_size
+                left = (left + _round(right, key)) % left_size
         return left * right_size + right
 
 
-def mix(value: int) -> int:
-    """splitmix64's finaliser (Steele 2014) on a Python integer."""
-    value &= _MASK
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-    return value ^ (value >> 31)
-
-
-def mix_array(values: np.ndarray, key: int) -> np.ndarray:
-    """The same on uint64 arrays, keyed; shifted so that a sum with a smaller number cannot wrap."""
-    mixed = values + np.uint64(key)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    result: np.ndarray = (mixed ^ (mixed >> np.uint64(31))) >> np.uint64(1)
-    return result
+def _round(values: np.ndarray, key: int) -> np.ndarray:
+    """The keyed round function on uint64 arrays, halved so that a sum with a smaller number cannot wrap."""
+    halved: np.ndarray = splitmix64_array(values + np.uint64(key)) >> np.uint64(1)
+    return halved
 
 
 def combine(*parts: int) -> int:
     """One 64-bit key from several numbers, in order."""
     key = 0
     for part in parts:
-        key = mix(key * 0x2545F4914F6CDD1D + mix(part + 0x632BE59BD9B4E019))
+        key = splitmix64(key * 0x2545F4914F6CDD1D + splitmix64(part + 0x632BE59BD9B4E019))
     return key

@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from llm_trainer.data.hashing import GOLDEN_GAMMA, splitmix64
 from llm_trainer.data.sampling.samplers import Batch
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.objectives.cross_entropy import LossMode, Workspace, linear_cross_entropy_sum
@@ -46,7 +47,9 @@ class NextToken:
     def __call__(self, model: Transformer, batch: Batch) -> LossSum:
         """Labels are already shifted; -100 is not supervised."""
         domains = (
-            None if batch.sources is None else model.domain_rows(batch.sources.names, batch.sources.numbers)
+            None
+            if batch.sources is None
+            else model.domain_indices(batch.sources.names, batch.sources.numbers)
         )
         hidden = model.hidden_states(
             batch.input_ids, document_ids=batch.document_ids, domains=domains
@@ -88,15 +91,8 @@ def seed_dropout(seed: int, step: int, micro_batch: int, rank: int, device: torc
     drawn.
     """
     mixed = seed
-    for part in (
-        step,
-        micro_batch,
-        rank,
-    ):  # splitmix64's increments and mixing keep neighbouring places unrelated
-        mixed = (mixed + part + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-        mixed ^= mixed >> 31
+    for part in (step, micro_batch, rank):  # neighbouring values give unrelated seeds
+        mixed = splitmix64(mixed + part + GOLDEN_GAMMA)
     generator = torch.default_generator
     if device.type == "cuda":
         generator = torch.cuda.default_generators[device.index or 0]
