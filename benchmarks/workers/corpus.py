@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from llm_trainer.data.sources.base import Piece
+from llm_trainer.data.sources.base import TextChunk
 from llm_trainer.data.sources.builtin_corpus import BuiltinSource
 
 SHAKESPEARE = Path(__file__).resolve().parents[3] / "shared" / "data" / "shakespeare.txt"
@@ -24,7 +24,7 @@ def documents(shakespeare: Path) -> list[str]:
     """Topics of the language reference, files of the standard library, and runs of speeches: about 11 MB in
     1,300 documents.
     """
-    found = [reading.text for reading in BuiltinSource().pieces() if isinstance(reading, Piece)]
+    found = [reading.text for reading in BuiltinSource().read_chunks() if isinstance(reading, TextChunk)]
     if shakespeare.is_file():
         speeches = shakespeare.read_text(encoding="utf-8").split("\n\n")
         found += [

@@ -15,9 +15,9 @@ from llm_trainer.cli.errors import guarded  # noqa: E402
 
 
 def main() -> int:
-    from llm_trainer.data.catalog.nanogpt_datasets import run
+    from llm_trainer.data.catalog.nanogpt_datasets import run_prepare_script
 
-    return run("openwebtext", HERE, sys.argv[1:])
+    return run_prepare_script("openwebtext", HERE, sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from llm_trainer.data.sources import file_io as storage
-from llm_trainer.data.sources.file_io import Extent
+from llm_trainer.data.sources.file_io import FileRange
 from llm_trainer.errors import DataError
 
 _MAGICS = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\0": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}
@@ -32,7 +32,7 @@ _LONGEST_HEADER = 2**20  # bytes of a tar's extended header; tarfile would hold 
 
 
 _DAMAGE = (
-    *storage.UNREADABLE,
+    *storage.READ_ERRORS,
     zipfile.BadZipFile,
     tarfile.TarError,
     struct.error,
@@ -42,7 +42,7 @@ _DAMAGE = (
 
 
 @dataclass(frozen=True)
-class Limits:
+class ArchiveLimits:
     """What is still taken for an honest archive. Text packs to a fifth or a tenth; a hundredth is a bomb, if
     it is large at all.
     """
@@ -66,7 +66,7 @@ def is_archive(path: Path) -> bool:
     return _kind(path) is not None
 
 
-def extract(archive: Path, target: Path, limits: Limits = Limits()) -> Path:
+def extract(archive: Path, target: Path, limits: Limits = ArchiveLimits()) -> Path:
     """Unpack into the new folder `target`, whole or not at all. Raises DataError for an archive that is
     damaged or refused.
     """
@@ -105,7 +105,7 @@ def safe_path(folder: Path, name: str) -> Path:
 class _Allowance:
     """Counts what is unpacked, and refuses what is too much."""
 
-    def __init__(self, limits: Limits, packed: int) -> None:
+    def __init__(self, limits: ArchiveLimits, packed: int) -> None:
         self._limits, self._packed = limits, packed
         self._written = self._members = 0
         self._seen: set[str] = set()
@@ -128,7 +128,7 @@ class _Allowance:
         """Write a member's bytes, as many as there are, whatever its header said."""
         place.parent.mkdir(parents=True, exist_ok=True)
         with place.open("xb") as opened:
-            while block := source.read(storage.BLOCK):
+            while block := source.read(storage.BLOCK_BYTES):
                 self.count(len(block))
                 opened.write(block)
 
@@ -203,17 +203,17 @@ def _unpacked(archive: Path) -> io.BufferedReader:
     with archive.open("rb") as opened:
         head = opened.read(8)
     compression = next((suffix for magic, suffix in _MAGICS.items() if head.startswith(magic)), None)
-    return storage.decompressed(Extent(archive, archive.name).stored(), compression, archive.name)
+    return storage.open_decompressed(FileRange(archive, archive.name).open_raw(), compression, archive.name)
 
 
 def _kind(path: Path) -> str | None:
     try:
-        with Extent(path, path.name).stored() as opened:
+        with FileRange(path, path.name).open_raw() as opened:
             if opened.read(4) in _ZIP_MAGICS:
                 return "zip"
         with _unpacked(path) as stream:
             head = stream.read(512)
-    except storage.UNREADABLE:
+    except storage.READ_ERRORS:
         return None
     offset, magic = _TAR_MAGIC
     return "tar" if head[offset : offset + len(magic)] == magic else None

@@ -18,9 +18,9 @@ from pathlib import Path
 from rich.console import Console
 
 from llm_trainer.data.catalog.archives import extract, is_archive
-from llm_trainer.data.catalog.http_download import fetch
-from llm_trainer.data.catalog.registry import CataloguedSet, by_hand, remote_files
-from llm_trainer.data.catalog.writers import Saved, SaveFormat, save
+from llm_trainer.data.catalog.http_download import download
+from llm_trainer.data.catalog.registry import DatasetEntry, list_remote_files, manual_download_hint
+from llm_trainer.data.catalog.writers import SaveFormat, SaveSummary, save_documents
 from llm_trainer.data.progress import ByteProgress
 from llm_trainer.data.sources.base import Rejected
 from llm_trainer.data.sources.file_source import TEXT_SUFFIXES, FileSource
@@ -31,23 +31,23 @@ _DOWNLOADS = ".downloads"
 
 
 @dataclass(frozen=True)
-class Collected:
+class FetchedDataset:
     """A set that is on the disk. `saved` is None where it was there already."""
 
     folder: Path
     source: str
-    saved: Saved | None
+    saved: SaveSummary | None
 
 
-def collect(
+def fetch_dataset(
     name: str,
-    row: CataloguedSet,
+    row: DatasetEntry,
     output: Path,
     save_format: SaveFormat,
     *,
     given: Path | None = None,
     console: Console | None = None,
-) -> Collected:
+) -> FetchedDataset:
     """Make `<output>/<name>/`. `given` is a file or folder with the originals, in place of the network.
 
     Raises NoConnectionError without a network, and DataError for what cannot be had or used; both say how to
@@ -55,7 +55,7 @@ def collect(
     """
     target = output / name
     if given is None and (source := _found(target, save_format)) is not None:
-        return Collected(target, source, None)
+        return FetchedDataset(target, source, None)
     downloads = output / _DOWNLOADS / name
     try:
         originals, source = (
@@ -65,7 +65,7 @@ def collect(
         )
     except DataError as error:  # of the same kind, so that the caller knows whether others can be had
         raise type(error)(
-            f"the data set {name!r} could not be fetched: {error}. {by_hand(name, row)}"
+            f"the data set {name!r} could not be fetched: {error}. {manual_download_hint(name, row)}"
         ) from None
     output.mkdir(parents=True, exist_ok=True)
     workplace = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=output))
@@ -85,7 +85,7 @@ def collect(
     finally:
         shutil.rmtree(workplace, ignore_errors=True)
     shutil.rmtree(downloads, ignore_errors=True)
-    return Collected(target, source, saved)
+    return FetchedDataset(target, source, saved)
 
 
 def _found(target: Path, save_format: SaveFormat) -> str | None:
@@ -98,9 +98,9 @@ def _found(target: Path, save_format: SaveFormat) -> str | None:
         return None
 
 
-def _fetched(row: CataloguedSet, folder: Path, console: Console | None) -> tuple[Path, str]:
+def _fetched(row: DatasetEntry, folder: Path, console: Console | None) -> tuple[Path, str]:
     """(folder with the originals, what stands for their version)."""
-    files, source = remote_files(row)
+    files, source = list_remote_files(row)
     token = None
     if row.hub is not None:
         from huggingface_hub import get_token
@@ -120,11 +120,11 @@ def _fetched(row: CataloguedSet, folder: Path, console: Console | None) -> tuple
             f"its files have {needed / 1e9:.1f} GB, {shutil.disk_usage(folder).free / 1e9:.1f} GB are free"
         )
     for file in files:
-        fetch(file, folder, console, token)
+        download(file, folder, console, token)
     return folder, source
 
 
-def _unpacked(originals: Path, row: CataloguedSet, folder: Path) -> Path:
+def _unpacked(originals: Path, row: DatasetEntry, folder: Path) -> Path:
     """The folder (or file) to read: archives among the originals are opened, and of them only the files that
     are text are kept.
     """
@@ -149,19 +149,19 @@ def _unpacked(originals: Path, row: CataloguedSet, folder: Path) -> Path:
 
 def _save(
     name: str,
-    row: CataloguedSet,
+    row: DatasetEntry,
     folder: Path,
     target: Path,
     save_format: SaveFormat,
     console: Console | None,
-) -> Saved:
+) -> SaveSummary:
     source = FileSource(folder, row.text_column)
     target.mkdir()
     with ByteProgress(console, f"writing {name}", source.size()) as progress:
         if save_format == "txt" and all(file.suffix in TEXT_SUFFIXES for file in source.files()):
             saved = _copy(source, target, progress)  # they are what is asked for, line breaks and all
         else:
-            saved = save(source.pieces(), target, save_format, progress)
+            saved = save_documents(source.read_chunks(), target, save_format, progress)
     if not saved.kept:
         counts = (
             ", ".join(f"{count} {reason}" for reason, count in saved.rejected.items())
@@ -173,13 +173,13 @@ def _save(
     return saved
 
 
-def _copy(source: FileSource, target: Path, progress: ByteProgress) -> Saved:
+def _copy(source: FileSource, target: Path, progress: ByteProgress) -> SaveSummary:
     """Text files as they are, one document each; those that cannot be used are left out."""
-    saved = Saved()
+    saved = SaveSummary()
     root = source.path.parent if source.path.is_file() else source.path
     for file in source.files():
         rejected = next(
-            (reading for reading in FileSource(file).pieces() if isinstance(reading, Rejected)), None
+            (reading for reading in FileSource(file).read_chunks() if isinstance(reading, Rejected)), None
         )
         progress.advance(file.stat().st_size)
         if rejected is not None:
@@ -194,7 +194,7 @@ def _copy(source: FileSource, target: Path, progress: ByteProgress) -> Saved:
 
 
 def _describe(
-    folder: Path, name: str, row: CataloguedSet, source: str, save_format: SaveFormat, saved: Saved
+    folder: Path, name: str, row: DatasetEntry, source: str, save_format: SaveFormat, saved: SaveSummary
 ) -> None:
     facts = {
         "name": name,

@@ -58,7 +58,9 @@ class RemoteFile:
     sha256: str | None = None
 
 
-def fetch(remote: RemoteFile, folder: Path, console: Console | None = None, token: str | None = None) -> Path:
+def download(
+    remote: RemoteFile, folder: Path, console: Console | None = None, token: str | None = None
+) -> Path:
     """Download a file into `folder`, unless it is there already. `token` goes to the server of the url alone.
 
     Raises NoConnectionError where the server cannot be reached, DataError where it refuses, where the disk
@@ -79,7 +81,7 @@ def fetch(remote: RemoteFile, folder: Path, console: Console | None = None, toke
         return part.finish()
     part.drop()
     if was_resumed:  # what was there before may have been of another version
-        return fetch(remote, folder, console, token)
+        return download(remote, folder, console, token)
     raise DataError(f"what {remote.url} holds is not what was expected ({differs}); it was not kept")
 
 

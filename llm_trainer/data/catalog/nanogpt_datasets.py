@@ -16,8 +16,8 @@ from pathlib import Path
 from rich.console import Console
 
 from llm_trainer.config.schema.data import DataConfig
-from llm_trainer.data.catalog.http_download import RemoteFile, fetch
-from llm_trainer.data.pipeline.pipeline import prepare
+from llm_trainer.data.catalog.http_download import RemoteFile, download
+from llm_trainer.data.pipeline.pipeline import prepare_dataset
 from llm_trainer.data.sources.base import Source
 from llm_trainer.data.sources.hub_source import HubSource
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
@@ -28,7 +28,7 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 
 
 @dataclass(frozen=True)
-class Classic:
+class NanogptDataset:
     """One of the data sets: how it is split, and whether its ids are GPT-2's or characters."""
 
     summary: str
@@ -38,20 +38,24 @@ class Classic:
     is_on_hub: bool
 
 
-CLASSICS = {
-    "shakespeare_char": Classic("Tiny Shakespeare by character", 0.1, 1337, uses_gpt2=False, is_on_hub=False),
-    "shakespeare": Classic("Tiny Shakespeare with GPT-2's BPE", 0.1, 1337, uses_gpt2=True, is_on_hub=False),
-    "openwebtext": Classic(
+NANOGPT_DATASETS = {
+    "shakespeare_char": NanogptDataset(
+        "Tiny Shakespeare by character", 0.1, 1337, uses_gpt2=False, is_on_hub=False
+    ),
+    "shakespeare": NanogptDataset(
+        "Tiny Shakespeare with GPT-2's BPE", 0.1, 1337, uses_gpt2=True, is_on_hub=False
+    ),
+    "openwebtext": NanogptDataset(
         "OpenWebText with GPT-2's BPE (54 GB of disk)", 0.0005, 2357, uses_gpt2=True, is_on_hub=True
     ),
 }
 
 
-def run(name: str, folder: Path, argv: Sequence[str]) -> int:
+def run_prepare_script(name: str, folder: Path, argv: Sequence[str]) -> int:
     """`python data/<name>/prepare.py`: prepare into `folder`, where the script lies. Raises DataError where
     something cannot be had.
     """
-    classic = CLASSICS[name]
+    classic = NANOGPT_DATASETS[name]
     arguments = _parser(name, classic, folder).parse_args([_with_underscores(word) for word in argv])
     console = Console()
     tokenizer = Tokenizer.tiktoken("gpt2", arguments.ranks) if classic.uses_gpt2 else None
@@ -62,7 +66,7 @@ def run(name: str, folder: Path, argv: Sequence[str]) -> int:
             "Skylion007/openwebtext", "plain_text", "train", None, "text", revision="refs/convert/parquet"
         )
     elif text is None:
-        text = fetch_shakespeare(arguments.output_dir, console)
+        text = download_shakespeare(arguments.output_dir, console)
     config = DataConfig(
         input=None if text is None else str(text),
         tokenizer_type="auto" if classic.uses_gpt2 else "char",
@@ -70,18 +74,20 @@ def run(name: str, folder: Path, argv: Sequence[str]) -> int:
         seed=classic.seed,
         num_workers=arguments.num_workers,
     )
-    summary = prepare(config, arguments.output_dir, console=console, tokenizer=tokenizer, source=source)
+    summary = prepare_dataset(
+        config, arguments.output_dir, console=console, tokenizer=tokenizer, source=source
+    )
     for line in summary.lines():
         console.print(line, highlight=False, markup=False)
     return 0
 
 
-def fetch_shakespeare(folder: Path, console: Console | None = None) -> Path:
+def download_shakespeare(folder: Path, console: Console | None = None) -> Path:
     """`input.txt` in the folder, downloaded unless it is there. Raises DataError without a network, and for
     other contents.
     """
     try:
-        return fetch(RemoteFile(SHAKESPEARE_URL, "input.txt", sha256=SHAKESPEARE_SHA256), folder, console)
+        return download(RemoteFile(SHAKESPEARE_URL, "input.txt", sha256=SHAKESPEARE_SHA256), folder, console)
     except DataError as error:
         place = folder / "input.txt"
         raise DataError(
@@ -89,7 +95,7 @@ def fetch_shakespeare(folder: Path, console: Console | None = None) -> Path:
         ) from None
 
 
-def _parser(name: str, classic: Classic, folder: Path) -> argparse.ArgumentParser:
+def _parser(name: str, classic: NanogptDataset, folder: Path) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"data/{name}/prepare.py", description=f"Prepare {classic.summary}.", allow_abbrev=False
     )

@@ -19,7 +19,7 @@ from llm_trainer.errors import DataError, UsageError
 
 
 @dataclass(frozen=True)
-class CataloguedSet:
+class DatasetEntry:
     """One data set. `verified` says where its name, files and column were looked up (November 2026)."""
 
     about: str
@@ -48,7 +48,7 @@ def _on_hub(
     verified: str,
     text_column: str = "text",
     **more: object,
-) -> CataloguedSet:
+) -> DatasetEntry:
     facts: dict[str, object] = {
         "hub": name,
         "patterns": (patterns,),
@@ -56,15 +56,15 @@ def _on_hub(
         "text_column": text_column,
         **more,
     }
-    return CataloguedSet(about, gigabytes, licence, verified=verified, **facts)  # type: ignore[arg-type]
+    return DatasetEntry(about, gigabytes, licence, verified=verified, **facts)  # type: ignore[arg-type]
 
 
 _SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 _GUTENBERG = "https://raw.githubusercontent.com/nltk/nltk_data/gh-pages/packages/corpora/gutenberg.zip"
 _IMDB = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
 
-CATALOGUE: dict[str, CataloguedSet] = {
-    "tiny_shakespeare": CataloguedSet(
+DATASETS: dict[str, DatasetEntry] = {
+    "tiny_shakespeare": DatasetEntry(
         "a megabyte of Shakespeare's plays, the classic first corpus",
         0.001,
         "public domain",
@@ -80,7 +80,7 @@ CATALOGUE: dict[str, CataloguedSet] = {
         ),
         is_small=True,
     ),
-    "gutenberg_selection": CataloguedSet(
+    "gutenberg_selection": DatasetEntry(
         "18 books of Project Gutenberg, as NLTK selected them",
         0.004,
         "public domain in the USA",
@@ -117,7 +117,7 @@ CATALOGUE: dict[str, CataloguedSet] = {
         "files of roneneldan/TinyStories on huggingface.co, revision f54c09f: data/train-00000-of-00004-….parquet, column text",
         is_small=True,
     ),
-    "imdb_reviews": CataloguedSet(
+    "imdb_reviews": DatasetEntry(
         "75,000 reviews of films, a file each (Maas et al. 2011)",
         0.08,
         "for research; no licence is stated",
@@ -187,25 +187,25 @@ CATALOGUE: dict[str, CataloguedSet] = {
 }
 
 
-def chosen(names: Sequence[str]) -> dict[str, CataloguedSet]:
+def select_datasets(names: Sequence[str]) -> dict[str, DatasetEntry]:
     """The rows of these names; of none, the small ones; of `all`, all. Raises UsageError for an unknown name."""
     if list(names) == ["all"]:
-        return CATALOGUE
-    unknown = [name for name in names if name not in CATALOGUE]
+        return DATASETS
+    unknown = [name for name in names if name not in DATASETS]
     if unknown:
         import difflib
 
-        close = difflib.get_close_matches(unknown[0], CATALOGUE, n=2, cutoff=0.4)
+        close = difflib.get_close_matches(unknown[0], DATASETS, n=2, cutoff=0.4)
         hint = f"did you mean {' or '.join(close)}? " if close else ""
         raise UsageError(f"the catalogue has no data set {unknown[0]!r}; {hint}--list shows what it has")
     return (
-        {name: CATALOGUE[name] for name in names}
+        {name: DATASETS[name] for name in names}
         if names
-        else {name: row for name, row in CATALOGUE.items() if row.is_small}
+        else {name: row for name, row in DATASETS.items() if row.is_small}
     )
 
 
-def remote_files(row: CataloguedSet) -> tuple[list[RemoteFile], str]:
+def list_remote_files(row: DatasetEntry) -> tuple[list[RemoteFile], str]:
     """(files to fetch, what stands for their version). Raises NoConnectionError without a network, DataError
     where the hub has none.
     """
@@ -243,7 +243,7 @@ def remote_files(row: CataloguedSet) -> tuple[list[RemoteFile], str]:
     return sorted(found, key=lambda file: file.name), f"{row.hub}@{commit}"
 
 
-def by_hand(name: str, row: CataloguedSet) -> str:
+def manual_download_hint(name: str, row: DatasetEntry) -> str:
     """How to get a data set here from a machine that has a network."""
     if row.hub is None:
         fetching = f"fetch {' and '.join(file.url for file in row.urls)} into a folder"

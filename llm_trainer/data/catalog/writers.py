@@ -16,7 +16,7 @@ from typing import Literal, Protocol, TypeAlias
 
 from llm_trainer.data.progress import ByteProgress
 from llm_trainer.data.sources import file_io as storage
-from llm_trainer.data.sources.base import Reading, Rejected
+from llm_trainer.data.sources.base import Rejected, SourceItem
 from llm_trainer.errors import DataError
 
 SaveFormat: TypeAlias = Literal["parquet", "jsonl", "txt"]
@@ -26,7 +26,7 @@ _EXAMPLES = 5
 
 
 @dataclass
-class Saved:
+class SaveSummary:
     """What became of the documents: in = kept + rejected."""
 
     kept: int = 0
@@ -43,7 +43,7 @@ class Saved:
             self.examples.append(f"{rejected.where}: {rejected.reason}")
 
 
-class Writer(Protocol):
+class DocumentWriter(Protocol):
     """A file that takes documents."""
 
     def write(self, text: str) -> None:
@@ -53,15 +53,17 @@ class Writer(Protocol):
         """Finish the file."""
 
 
-def save(readings: Iterable[Reading], folder: Path, save_format: SaveFormat, progress: ByteProgress) -> Saved:
+def save_documents(
+    readings: Iterable[SourceItem], folder: Path, save_format: SaveFormat, progress: ByteProgress
+) -> SaveSummary:
     """Write every document into files `train-00000.<format>` and so on in the folder, which is there and
     empty.
     """
-    saved = Saved()
-    writer: Writer | None = None
+    saved = SaveSummary()
+    writer: DocumentWriter | None = None
     held = 0
     try:
-        for text in whole_texts(readings):
+        for text in join_chunks(readings):
             if isinstance(text, Rejected):
                 saved.reject(text)
                 continue
@@ -69,7 +71,7 @@ def save(readings: Iterable[Reading], folder: Path, save_format: SaveFormat, pro
                 if writer is not None:
                     writer.close()
                 saved.files.append(f"train-{len(saved.files):05d}.{save_format}")
-                writer, held = new_writer(folder / saved.files[-1], save_format), 0
+                writer, held = open_writer(folder / saved.files[-1], save_format), 0
             if save_format == "txt" and len(lines := text.splitlines()) > 1:
                 text, saved.broken_lines = " ".join(lines), saved.broken_lines + 1
             writer.write(text)
@@ -82,7 +84,7 @@ def save(readings: Iterable[Reading], folder: Path, save_format: SaveFormat, pro
     return saved
 
 
-def whole_texts(readings: Iterable[Reading]) -> Iterator[str | Rejected]:
+def join_chunks(readings: Iterable[SourceItem]) -> Iterator[str | Rejected]:
     """Documents in one piece each; one that is longer than a record may be is rejected, since it could not be
     read again.
     """
@@ -93,9 +95,9 @@ def whole_texts(readings: Iterable[Reading]) -> Iterator[str | Rejected]:
             yield reading
             continue
         size += len(reading.text.encode("utf-8"))
-        pieces = [*pieces, reading.text] if size <= storage.LONGEST_RECORD else []
+        pieces = [*pieces, reading.text] if size <= storage.MAX_RECORD_BYTES else []
         if reading.is_last:
-            longest = storage.LONGEST_RECORD >> 20
+            longest = storage.MAX_RECORD_BYTES >> 20
             yield (
                 "".join(pieces)
                 if pieces
@@ -104,7 +106,7 @@ def whole_texts(readings: Iterable[Reading]) -> Iterator[str | Rejected]:
             pieces, size = [], 0
 
 
-def new_writer(file: Path, save_format: SaveFormat) -> Writer:
+def open_writer(file: Path, save_format: SaveFormat) -> DocumentWriter:
     """A writer for one file. Raises DataError where parquet is wanted and pyarrow is not installed."""
     return _Parquet(file) if save_format == "parquet" else _Lines(file, as_json=save_format == "jsonl")
 

@@ -62,7 +62,7 @@ _LINE = re.compile(
 )
 
 
-def without_boilerplate(text: str) -> str:
+def remove_boilerplate(text: str) -> str:
     """The text without its boilerplate lines; `text` is whole lines."""
     lowered = b"\n" + text.encode("utf-8").lower() + b"\n"
     found = [match.start() for match in _LINE.finditer(lowered) if match.end() - match.start() <= _LONGEST]

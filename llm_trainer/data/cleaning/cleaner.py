@@ -21,33 +21,33 @@ from pydantic import JsonValue
 from llm_trainer.config.schema.data import DataConfig
 from llm_trainer.data.cleaning import filters
 from llm_trainer.data.cleaning.filters import Filter
-from llm_trainer.data.cleaning.normalization import Normalization
-from llm_trainer.data.sources.base import Piece, Reading, Rejected, in_pieces
+from llm_trainer.data.cleaning.normalization import TextNormalizer
+from llm_trainer.data.sources.base import Rejected, SourceItem, TextChunk, rechunk
 
 _VERSION = 1  # part of the key: raise it when the same text would be cleaned otherwise
-NOTHING_LEFT = "nothing left after cleaning"
+NOTHING_LEFT_REASON = "nothing left after cleaning"
 
 
 @dataclass(frozen=True)
-class Cleaning:
+class DocumentCleaner:
     """What is done to documents between reading and everything else; picklable."""
 
-    normalization: Normalization | None = None
+    normalization: TextNormalizer | None = None
     filters: tuple[Filter, ...] = ()
 
     @classmethod
-    def of(cls, config: DataConfig) -> Cleaning:
+    def of(cls, config: DataConfig) -> DocumentCleaner:
         """What the settings ask for. Filters judge in the setting's order, the language last; the first that
         refuses gives the reason.
 
         Raises UsageError, naming the extra, for a filter whose library is missing.
         """
-        chosen = [filters.build(name, config) for name in config.filters]
+        chosen = [filters.build_filter(name, config) for name in config.filters]
         if config.languages:
             from llm_trainer.data.cleaning.language_filter import LanguageFilter
 
             chosen.append(LanguageFilter.of(config))
-        return cls(Normalization.of(config) if config.clean else None, tuple(chosen))
+        return cls(TextNormalizer.of(config) if config.clean else None, tuple(chosen))
 
     @property
     def is_identity(self) -> bool:
@@ -68,7 +68,9 @@ class Cleaning:
             "filters": [chosen.key for chosen in self.filters],
         }
 
-    def apply(self, readings: Iterator[Reading], judge: bool = True, where: str = "") -> Iterator[Reading]:
+    def apply(
+        self, readings: Iterator[SourceItem], judge: bool = True, where: str = ""
+    ) -> Iterator[SourceItem]:
         """Clean every document of `readings`; what was rejected before stays so.
 
         Without `judge` no filter refuses anything, for texts whose verdict is known: the others come out
@@ -89,26 +91,28 @@ class Cleaning:
             else:
                 yield from self._long(reading, readings, judge, f"{where}document {number}")
 
-    def _whole(self, piece: Piece, judge: bool, where: str) -> Reading:
+    def _whole(self, piece: TextChunk, judge: bool, where: str) -> SourceItem:
         text = piece.text if self.normalization is None else self.normalization.text(piece.text)
         if not text or text.isspace():
-            return Rejected(NOTHING_LEFT, where, piece.text)
+            return Rejected(NOTHING_LEFT_REASON, where, piece.text)
         for chosen in self.filters:
             if judge or chosen.changes_text:
-                reason, changed = chosen.judge(text)
+                reason, changed = chosen.apply(text)
                 if reason is not None and judge:
                     return Rejected(reason, where, text)
                 text = changed if reason is None else text
-        return Piece(text, True, piece.split)
+        return TextChunk(text, True, piece.split)
 
-    def _long(self, first: Piece, rest: Iterator[Reading], judge: bool, where: str) -> Iterator[Reading]:
+    def _long(
+        self, first: TextChunk, rest: Iterator[SourceItem], judge: bool, where: str
+    ) -> Iterator[SourceItem]:
         """A document in pieces; `rest` is read to the document's end and not beyond."""
         texts = _texts(first, rest)
         blocks = texts if self.normalization is None else self.normalization.blocks(texts)
-        pieces = in_pieces(blocks, first.split)
+        pieces = rechunk(blocks, first.split)
         head = next(pieces)
         is_blank = head.is_last and (not head.text or head.text.isspace())
-        reason = NOTHING_LEFT if is_blank else self._refusal(head.text) if judge else None
+        reason = NOTHING_LEFT_REASON if is_blank else self._refusal(head.text) if judge else None
         if reason is None:
             yield head
             yield from pieces
@@ -119,17 +123,17 @@ class Cleaning:
 
     def _refusal(self, text: str) -> str | None:
         for chosen in self.filters:
-            reason, _ = chosen.judge(text)
+            reason, _ = chosen.apply(text)
             if reason is not None:
                 return reason
         return None
 
 
-def _texts(first: Piece, rest: Iterator[Reading]) -> Iterator[str]:
+def _texts(first: TextChunk, rest: Iterator[SourceItem]) -> Iterator[str]:
     """The texts of one document's pieces."""
-    piece: Reading = first
+    piece: SourceItem = first
     while True:
-        assert isinstance(piece, Piece), "a document in pieces ends with a piece"
+        assert isinstance(piece, TextChunk), "a document in pieces ends with a piece"
         yield piece.text
         if piece.is_last:
             return

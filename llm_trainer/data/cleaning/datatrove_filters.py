@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
-from llm_trainer.data.cleaning.filters import Judgement
+from llm_trainer.data.cleaning.filters import FilterResult
 from llm_trainer.data.optional_deps import require_extra
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class DatatroveFilter:
         """Name and versions: the library's defaults are the rules."""
         return {self.name: [*self.versions, _JUDGED_CHARACTERS]}
 
-    def judge(self, text: str) -> Judgement:
+    def apply(self, text: str) -> FilterResult:
         """What datatrove says; its reason with the filter's name before it."""
         from datatrove.data import Document
 
@@ -64,10 +64,10 @@ class DatatroveFilter:
         said = _filter(self.name).filter(document)
         is_kept, reason = said if isinstance(said, tuple) else (said, "")
         if not is_kept:
-            return Judgement(
+            return FilterResult(
                 f"{self.name}: {reason.removeprefix('gopher_').replace('_', ' ')}".removesuffix(": "), text
             )
-        return Judgement(
+        return FilterResult(
             None, document.text if self.changes_text and len(text) <= _JUDGED_CHARACTERS else text
         )
 

@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import JsonValue
 
 from llm_trainer.config.schema.data import DataConfig
-from llm_trainer.data.deduplication.shingles import LongText
+from llm_trainer.data.deduplication.shingles import StreamingShingler
 
 _NO_SIGNS = bytes(byte for byte in range(256) if byte >= 0x80 or chr(byte).isalnum() or chr(byte).isspace())
 _NOT_VISIBLE = bytes(byte for byte in range(256) if byte >= 0x80 or chr(byte).isspace())
@@ -28,7 +28,7 @@ _RUN = 5  # words
 _ENOUGH_RUNS = 20  # to speak of a share of repeated ones
 
 
-class Judgement(NamedTuple):
+class FilterResult(NamedTuple):
     """Why a text is refused (None: it is kept), and the text, which a filter may have changed."""
 
     reason: str | None
@@ -48,7 +48,7 @@ class Filter(Protocol):
     def key(self) -> JsonValue:
         """Everything that decides its verdicts."""
 
-    def judge(self, text: str) -> Judgement:
+    def apply(self, text: str) -> FilterResult:
         """Its verdict."""
 
 
@@ -65,12 +65,12 @@ class LengthFilter:
         """The bounds."""
         return {"length": asdict(self)}
 
-    def judge(self, text: str) -> Judgement:
+    def apply(self, text: str) -> FilterResult:
         """By number of characters."""
         length = len(text.strip())
         if length < self.min_characters:
-            return Judgement(f"shorter than {self.min_characters} characters", text)
-        return Judgement(
+            return FilterResult(f"shorter than {self.min_characters} characters", text)
+        return FilterResult(
             f"longer than {self.max_characters} characters" if length > self.max_characters else None, text
         )
 
@@ -84,7 +84,7 @@ class SymbolFilter:
     0.32), tables in ASCII art, operators and markup 0.5 and more.
     """
 
-    max_symbol_share: float
+    max_symbol_fraction: float
     changes_text = False
 
     @property
@@ -92,9 +92,11 @@ class SymbolFilter:
         """The bound."""
         return {"symbols": asdict(self)}
 
-    def judge(self, text: str) -> Judgement:
+    def apply(self, text: str) -> FilterResult:
         """By share of signs."""
-        return Judgement("too many symbols" if symbol_share(text) > self.max_symbol_share else None, text)
+        return FilterResult(
+            "too many symbols" if symbol_fraction(text) > self.max_symbol_fraction else None, text
+        )
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class RepetitionFilter:
     over 0.44.
     """
 
-    max_repeated_share: float
+    max_repeated_fraction: float
     changes_text = False
 
     @property
@@ -114,16 +116,16 @@ class RepetitionFilter:
         """The bound."""
         return {"repetition": asdict(self)}
 
-    def judge(self, text: str) -> Judgement:
+    def apply(self, text: str) -> FilterResult:
         """By repeated lines, then by repeated runs of words."""
-        if repeated_line_share(text) > self.max_repeated_share:
-            return Judgement("repeated lines", text)
-        return Judgement(
-            "repeated words" if repeated_run_share(text) > self.max_repeated_share else None, text
+        if repeated_line_fraction(text) > self.max_repeated_fraction:
+            return FilterResult("repeated lines", text)
+        return FilterResult(
+            "repeated words" if repeated_ngram_fraction(text) > self.max_repeated_fraction else None, text
         )
 
 
-def symbol_share(text: str) -> float:
+def symbol_fraction(text: str) -> float:
     """Characters that are neither letters, digits nor blanks, over all that are not blanks; 0 without any."""
     raw = text.encode("utf-8")
     signs, visible = len(raw.translate(None, _NO_SIGNS)), len(raw.translate(None, _NOT_VISIBLE))
@@ -137,7 +139,7 @@ def symbol_share(text: str) -> float:
     return signs / visible if visible else 0.0
 
 
-def repeated_line_share(text: str) -> float:
+def repeated_line_fraction(text: str) -> float:
     """Characters of lines (blanks at their ends aside) that stood in the text before, over those of all
     lines.
     """
@@ -146,24 +148,24 @@ def repeated_line_share(text: str) -> float:
     return 1 - sum(map(len, set(lines))) / total if total else 0.0
 
 
-def repeated_run_share(text: str) -> float:
+def repeated_ngram_fraction(text: str) -> float:
     """Runs of 5 words that stood in the text before, over all of them; 0 for a text with fewer than 20 runs."""
-    long = LongText(_RUN)
+    long = StreamingShingler(_RUN)
     hashes = [*long.add(text), *long.end()]
     runs = sum(map(len, hashes))
     return 1 - len(np.unique(np.concatenate(hashes))) / runs if runs >= _ENOUGH_RUNS else 0.0
 
 
-def build(name: str, config: DataConfig) -> Filter:
+def build_filter(name: str, config: DataConfig) -> Filter:
     """The filter of that name with the settings' bounds; raises UsageError, naming the extra, where its
     library is missing.
     """
     if name == "length":
         return LengthFilter(config.min_characters, config.max_characters)
     if name == "symbols":
-        return SymbolFilter(config.max_symbol_share)
+        return SymbolFilter(config.max_symbol_fraction)
     if name == "repetition":
-        return RepetitionFilter(config.max_repeated_share)
+        return RepetitionFilter(config.max_repeated_fraction)
     from llm_trainer.data.cleaning.datatrove_filters import DatatroveFilter
 
     return DatatroveFilter.named(name)

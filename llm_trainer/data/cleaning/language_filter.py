@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from pydantic import JsonValue
 
 from llm_trainer.config.schema.data import DataConfig
-from llm_trainer.data.cleaning.filters import Judgement
+from llm_trainer.data.cleaning.filters import FilterResult
 from llm_trainer.data.optional_deps import require_extra
 from llm_trainer.errors import UsageError
 
@@ -52,15 +52,15 @@ class LanguageFilter:
         """Languages, threshold, and the library's version, which brings the model."""
         return {"language": [list(self.languages), self.min_confidence, self.version, _SPAN]}
 
-    def judge(self, text: str) -> Judgement:
+    def apply(self, text: str) -> FilterResult:
         """By the most probable language."""
-        language, confidence = language_of(text)
+        language, confidence = detect_language(text)
         if language not in self.languages:
-            return Judgement(f"language: {language}", text)
-        return Judgement("language: uncertain" if confidence < self.min_confidence else None, text)
+            return FilterResult(f"language: {language}", text)
+        return FilterResult("language: uncertain" if confidence < self.min_confidence else None, text)
 
 
-def language_of(text: str) -> tuple[str, float]:
+def detect_language(text: str) -> tuple[str, float]:
     """(code, probability) of the most probable language, by up to 1,200 characters of the text."""
     middle = len(text) // 2
     sample = (

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llm_trainer.config.schema.data import DataConfig
-from llm_trainer.data.cleaning.boilerplate import without_boilerplate
+from llm_trainer.data.cleaning.boilerplate import remove_boilerplate
 
 _LINE_ENDS = re.compile("\r\n?|[\v\f\x1c-\x1e\x85\u2028\u2029]")
 _ANY_LINE_END = re.compile("[\r\v\f\x1c-\x1e\x85\u2028\u2029]")
@@ -44,14 +44,14 @@ _LONGEST_LINE = 2**20  # characters; a longer one is normalised in parts
 
 
 @dataclass(frozen=True)
-class Normalization:
+class TextNormalizer:
     """What is done to text. With `unicode_form` "none" characters stay decomposed or composed as they are."""
 
     unicode_form: Literal["nfc", "nfkc", "none"] = "nfc"
     drop_boilerplate: bool = True
 
     @classmethod
-    def of(cls, config: DataConfig) -> Normalization:
+    def of(cls, config: DataConfig) -> TextNormalizer:
         """What the settings ask for."""
         return cls(config.unicode_form, config.drop_boilerplate)
 
@@ -65,7 +65,7 @@ class Normalization:
         for lines, is_part in _whole_lines(pieces):
             done = self._characters(lines)
             if self.drop_boilerplate and not is_part:
-                done = without_boilerplate(done)
+                done = remove_boilerplate(done)
             inner = done.strip("\n")
             if not inner:
                 waiting += len(done) if waiting >= 0 else 0

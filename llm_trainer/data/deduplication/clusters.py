@@ -80,18 +80,18 @@ class KeyTable:
         return cls(blocks, sum(sizes) // (8 * bands), bands)
 
 
-def near_duplicate_groups(
+def near_duplicate_clusters(
     files: Sequence[Path], bands: int, *, console: Console | None = None, sort_bytes: int = SORT_BYTES
 ) -> Labels:
     """For each document of these files of band keys the least number in its group; one without
     near-duplicates has its own.
     """
-    return groups(
+    return find_clusters(
         KeyTable.of_files(files, bands), "finding near-duplicates", console=console, sort_bytes=sort_bytes
     )
 
 
-def exact_groups(
+def exact_duplicate_clusters(
     hashes: Callable[[], Iterator[Keys]],
     documents: int,
     *,
@@ -101,12 +101,12 @@ def exact_groups(
     """For each document the least number among those with the same hash of 16 bytes; `hashes()` gives blocks
     of (rows, 2).
     """
-    return groups(
+    return find_clusters(
         KeyTable.of_hashes(hashes, documents), "finding duplicates", console=console, sort_bytes=sort_bytes
     )
 
 
-def groups(
+def find_clusters(
     table: KeyTable, what: str, *, console: Console | None = None, sort_bytes: int = SORT_BYTES
 ) -> Labels:
     """(documents,) the label of each document's group: the least number in it."""
@@ -122,7 +122,7 @@ def groups(
     return parents
 
 
-def leak_count(
+def count_leaked_documents(
     table: KeyTable,
     splits: NDArray[np.uint8],
     *,

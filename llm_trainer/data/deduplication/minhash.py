@@ -23,7 +23,13 @@ from numpy.typing import NDArray
 from pydantic import JsonValue
 
 from llm_trainer.config.schema.data import DataConfig
-from llm_trainer.data.deduplication.shingles import BLOCK_BYTES, Hashes, LongText, mix, shingle_hashes
+from llm_trainer.data.deduplication.shingles import (
+    BLOCK_BYTES,
+    Hashes,
+    StreamingShingler,
+    murmur_mix,
+    shingle_hashes,
+)
 from llm_trainer.data.optional_deps import require_extra
 
 Signatures: TypeAlias = NDArray[np.uint32]
@@ -65,7 +71,7 @@ class MinHasher:
 
     def signature(self, text: str) -> Signatures:
         """(bands × rows,) of one text of any length."""
-        long = LongSignature(self)
+        long = StreamingSignature(self)
         long.add(text)
         return long.end()
 
@@ -82,7 +88,7 @@ class MinHasher:
         rows = signatures.reshape(len(signatures), self.bands, self.rows).astype(np.uint64)
         keys = np.zeros(rows.shape[:2], np.uint64)
         for row in range(self.rows):
-            keys = mix(keys ^ (rows[:, :, row] + np.uint64(row + 1 << 32)))
+            keys = murmur_mix(keys ^ (rows[:, :, row] + np.uint64(row + 1 << 32)))
         return keys
 
     def least(self, hashes: Hashes, offsets: NDArray[np.int64]) -> Signatures:
@@ -95,13 +101,13 @@ class MinHasher:
         return np.array(found.to_rows(), np.uint32)
 
 
-class LongSignature:
+class StreamingSignature:
     """The signature of a document that comes in pieces: each value is the least of the pieces', and so that
     of the whole.
     """
 
     def __init__(self, hasher: MinHasher) -> None:
-        self._hasher, self._text = hasher, LongText(hasher.ngram)
+        self._hasher, self._text = hasher, StreamingShingler(hasher.ngram)
         self._least = np.full(hasher.bands * hasher.rows, np.iinfo(np.uint32).max, np.uint32)
 
     def add(self, piece: str) -> None:
@@ -120,7 +126,7 @@ class LongSignature:
             self._least = np.minimum(self._least, self._hasher.least(hashes, np.array([0, hashes.size]))[0])
 
 
-class BandWriter:
+class BandKeyWriter:
     """Writes the band keys of one document after the other: little-endian uint64, `bands` of them a document,
     nothing else.
 
@@ -132,9 +138,9 @@ class BandWriter:
         self._file, self._hasher = file.open("wb"), hasher
         self._waiting: list[str] = []
         self._held = 0
-        self._long: LongSignature | None = None
+        self._long: StreamingSignature | None = None
 
-    def __enter__(self) -> BandWriter:
+    def __enter__(self) -> BandKeyWriter:
         return self
 
     def add(self, text: str, is_last: bool = True) -> None:
@@ -147,7 +153,7 @@ class BandWriter:
             return
         if self._long is None:
             self._flush()
-            self._long = LongSignature(self._hasher)
+            self._long = StreamingSignature(self._hasher)
         self._long.add(text)
         if is_last:
             self._write(self._long.end()[None])

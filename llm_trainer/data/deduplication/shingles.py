@@ -31,7 +31,7 @@ _WORD_BYTES = bytes(  # lower-cased; what separates words becomes 0
 )
 
 
-def mix(values: Hashes) -> Hashes:
+def murmur_mix(values: Hashes) -> Hashes:
     """Spread each number over all 64 bits (the finalizer of MurmurHash3, a bijection)."""
     values = values ^ (values >> np.uint64(33))
     values *= np.uint64(0xFF51AFD7ED558CCD)
@@ -45,7 +45,7 @@ def shingle_hashes(texts: Sequence[str], words: int) -> tuple[Hashes, NDArray[np
     """The hashes of all runs of so many words in each text, repeats included, end to end, and where each
     text's begin (n + 1 offsets).
 
-    The texts together should be of about BLOCK_BYTES or less; a longer text goes through `LongText`.
+    The texts together should be of about BLOCK_BYTES or less; a longer text goes through `StreamingShingler`.
     """
     encoded = [text.lower().encode("utf-8") for text in texts]
     begins = np.zeros(len(texts), np.int64)
@@ -84,12 +84,12 @@ def word_hashes(lowered: bytes) -> tuple[Hashes, NDArray[np.int64]]:
     if not first.size:
         return np.zeros(0, np.uint64), first
     powers, inverses = _powers(max(BLOCK_BYTES, 1 << (raw.size - 1).bit_length()))
-    return mix(
+    return murmur_mix(
         np.add.reduceat(np.multiply(raw, powers[: raw.size], dtype=np.uint64), first) * inverses[first]
     ), first
 
 
-class LongText:
+class StreamingShingler:
     """The shingles of one document that comes in pieces, in blocks of bounded size: as if it had come whole.
 
     Only a word of more than BLOCK_BYTES without a blank may be cut where the whole would not.
@@ -146,7 +146,7 @@ def _mixed(hashed: Hashes, words: int) -> Hashes:
     total = np.full(size, words, np.uint64)
     for place in range(words):
         total += hashed[place : place + size] * np.uint64((_BASE ** (place + 2)) % 2**64)
-    return mix(total)
+    return murmur_mix(total)
 
 
 def _beyond_ascii(lowered: bytes, raw: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

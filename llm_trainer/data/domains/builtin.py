@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from llm_trainer.config.schema.domain_loaders import DOMAINS
-from llm_trainer.data.domains.loaders import Example
+from llm_trainer.data.domains.loaders import DomainText
 from llm_trainer.data.domains.synthetic.exercises import exercises
 from llm_trainer.data.sources.builtin_corpus import language_reference, library_files, read_library
 
@@ -27,7 +27,7 @@ ABOUT: Mapping[str, str] = {
 }
 
 
-def builtin_examples(seed: int, count: int = EXERCISES) -> Iterator[Example]:
+def builtin_examples(seed: int, count: int = EXERCISES) -> Iterator[DomainText]:
     """Every text of every built-in domain; `count` exercises of each domain that has them."""
     for domain in DOMAINS:
         if domain == "coding":
@@ -36,4 +36,4 @@ def builtin_examples(seed: int, count: int = EXERCISES) -> Iterator[Example]:
             texts = (text for _, text in language_reference())
         else:
             texts = (made.text() for made in exercises(domain, count, seed))
-        yield from (Example(text, domain, NAME) for text in texts if text.strip() and "\0" not in text)
+        yield from (DomainText(text, domain, NAME) for text in texts if text.strip() and "\0" not in text)

@@ -11,17 +11,17 @@ from pathlib import Path
 
 from llm_trainer.config.schema.domain_loaders import DomainLoader, HubPart
 from llm_trainer.config.schema.domains import LoaderOptions
-from llm_trainer.data.domains.templates import TextMaker, Unfit
-from llm_trainer.data.pipeline.splits import unit_hash
+from llm_trainer.data.domains.templates import RecordFormatter, RecordRejected
+from llm_trainer.data.pipeline.splits import hash_fraction
 from llm_trainer.data.sources.base import Rejected
-from llm_trainer.data.sources.record_reader import SUFFIXES, Record, local_records
+from llm_trainer.data.sources.record_reader import RECORD_SUFFIXES, Record, read_local_records
 from llm_trainer.errors import DataError
 
 _EXAMPLES = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
+class DomainText:
     """A text of a domain, and the loader that it is from."""
 
     text: str
@@ -30,7 +30,7 @@ class Example:
 
 
 @dataclass
-class Reading:
+class LoaderStats:
     """One loader at work: what it read from, and what came of it. Records read = texts + left out, each with
     its reason.
     """
@@ -56,23 +56,30 @@ class Reading:
 
 
 def read_loader(
-    reading: Reading, row: DomainLoader, options: LoaderOptions, local_dir: Path, seed: int, most: int | None
-) -> Iterator[Example]:
+    reading: LoaderStats,
+    row: DomainLoader,
+    options: LoaderOptions,
+    local_dir: Path,
+    seed: int,
+    most: int | None,
+) -> Iterator[DomainText]:
     """The texts of one loader; `reading` is filled on the way. Reading stops after `most` texts, or after
     `max_samples`.
 
     Raises DataError where the data set can neither be found locally nor be had from the hub.
     """
-    maker = TextMaker(row, options)
+    maker = RecordFormatter(row, options)
     limits = [limit for limit in (most, options.max_samples) if limit is not None]
-    examples = _examples(reading, records(reading, row, options, local_dir), maker, min(limits, default=None))
+    examples = _examples(
+        reading, read_records(reading, row, options, local_dir), maker, min(limits, default=None)
+    )
     if options.n_examples is None:
         yield from examples
         return
     drawn = heapq.nsmallest(
         options.n_examples,
         enumerate(examples),
-        key=lambda numbered: unit_hash(numbered[1].text, f"examples {seed}"),
+        key=lambda numbered: hash_fraction(numbered[1].text, f"examples {seed}"),
     )
     if reading.texts > len(drawn):
         reading.left_out["not among the n_examples drawn"] += reading.texts - len(drawn)
@@ -81,8 +88,8 @@ def read_loader(
 
 
 def _examples(
-    reading: Reading, found: Iterator[Record | Rejected], maker: TextMaker, limit: int | None
-) -> Iterator[Example]:
+    reading: LoaderStats, found: Iterator[Record | Rejected], maker: RecordFormatter, limit: int | None
+) -> Iterator[DomainText]:
     for record in found:
         reading.records += 1
         if isinstance(record, Rejected):
@@ -90,29 +97,29 @@ def _examples(
             continue
         try:
             text = maker.text(record.fields)
-        except Unfit as reason:
+        except RecordRejected as reason:
             reading.leave_out(str(reason), record.where)
             continue
         reading.texts += 1
-        yield Example(text, maker.domain(record.fields, record.part), reading.loader)
+        yield DomainText(text, maker.domain(record.fields, record.part), reading.loader)
         if reading.texts == limit:
             return
 
 
-def records(
-    reading: Reading, row: DomainLoader, options: LoaderOptions, local_dir: Path
+def read_records(
+    reading: LoaderStats, row: DomainLoader, options: LoaderOptions, local_dir: Path
 ) -> Iterator[Record | Rejected]:
     """The records of a loader, and where they are from noted in `reading`: the path that was said, else a
     local copy, else the hub.
     """
-    path = local_path(reading.loader, row, options, local_dir)
+    path = find_local_path(reading.loader, row, options, local_dir)
     if path is not None:
         if options.split is not None:
             raise DataError(
                 f"split={options.split} is for the hub, and the texts are read from {path}; leave it out"
             )
         reading.origin = str(path)
-        yield from local_records(path)
+        yield from read_local_records(path)
         return
     for part in row.hub:
         configurations: list[str | None] = [*part.configurations] or [None]
@@ -121,16 +128,18 @@ def records(
             yield from _hub_records(part, configuration, options.split or part.split)
 
 
-def local_path(loader: str, row: DomainLoader, options: LoaderOptions, local_dir: Path) -> Path | None:
+def find_local_path(loader: str, row: DomainLoader, options: LoaderOptions, local_dir: Path) -> Path | None:
     """The local file or folder that a loader reads, if any. Raises DataError where one is named and missing."""
     said = options.path or row.path
     if said is not None:
         if not Path(said).exists():
             raise DataError(
-                f"{said} does not exist; its path must be a file or a folder of them ({', '.join(SUFFIXES)})"
+                f"{said} does not exist; its path must be a file or a folder of them ({', '.join(RECORD_SUFFIXES)})"
             )
         return Path(said)
-    names = [name + suffix for name in (loader, loader.removeprefix("load_")) for suffix in ("", *SUFFIXES)]
+    names = [
+        name + suffix for name in (loader, loader.removeprefix("load_")) for suffix in ("", *RECORD_SUFFIXES)
+    ]
     return next((local_dir / name for name in names if (local_dir / name).exists()), None)
 
 
@@ -158,7 +167,7 @@ def _stream(part: HubPart, configuration: str | None, split: str) -> Iterable[Ma
 
     if part.files:  # one by one, since their fields may differ
         streams = (
-            datasets.load_dataset("json", data_files=hub_address(part, file), split="train", streaming=True)
+            datasets.load_dataset("json", data_files=hub_file_url(part, file), split="train", streaming=True)
             for file in part.files
         )
         return itertools.chain.from_iterable(streams)
@@ -168,6 +177,6 @@ def _stream(part: HubPart, configuration: str | None, split: str) -> Iterable[Ma
     return rows
 
 
-def hub_address(part: HubPart, file: str) -> str:
+def hub_file_url(part: HubPart, file: str) -> str:
     """The address of one file of a repository, which every builder of `datasets` reads."""
     return f"hf://datasets/{part.name}{f'@{part.revision}' if part.revision else ''}/{file}"

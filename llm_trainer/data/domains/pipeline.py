@@ -28,16 +28,16 @@ from rich.console import Console
 from llm_trainer.config.schema.data import DataConfig
 from llm_trainer.config.schema.domains import DomainBridge
 from llm_trainer.data.domains import builtin as builtin_domains
-from llm_trainer.data.domains.loaders import Example, Reading, read_loader
-from llm_trainer.data.domains.text_store import Gathered, write_splits
-from llm_trainer.data.domains.vocabulary import SCORE, Term, WordCounts, new_tokens, terms
+from llm_trainer.data.domains.loaders import DomainText, LoaderStats, read_loader
+from llm_trainer.data.domains.text_store import TextStore, write_splits
+from llm_trainer.data.domains.vocabulary import SCORE, Term, WordCounts, rank_terms, tokens_of_terms
 from llm_trainer.data.mixture_dataset import MIXTURE_FILE, write_mixture
 from llm_trainer.data.pipeline import atomic_output as staging
-from llm_trainer.data.pipeline.pipeline import prepare
-from llm_trainer.data.pipeline.splits import unit_hash
+from llm_trainer.data.pipeline.pipeline import prepare_dataset
+from llm_trainer.data.pipeline.splits import hash_fraction
 from llm_trainer.data.progress import ByteProgress
 from llm_trainer.data.sources.builtin_corpus import language_reference
-from llm_trainer.data.sources.presplit_source import SplitSource
+from llm_trainer.data.sources.presplit_source import PresplitSource
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
 from llm_trainer.errors import DataError
 
@@ -51,7 +51,7 @@ _ENOUGH_GENERAL = 100_000  # bytes of general text to hold the domains' words ag
 
 
 @dataclass
-class DomainFacts:
+class DomainStats:
     """One domain: examples and tokens by split, how much there is of each source, its weight, and its first
     terms.
     """
@@ -65,12 +65,12 @@ class DomainFacts:
 
 
 @dataclass
-class DomainsSummary:
+class DomainsReport:
     """What came of it."""
 
     folder: Path
-    domains: dict[str, DomainFacts]
-    readings: list[Reading]
+    domains: dict[str, DomainStats]
+    readings: list[LoaderStats]
     tokenizer_ids: int
     notes: list[str]
 
@@ -88,7 +88,7 @@ class DomainsSummary:
         return [*lines, f"tokenizer: {self.tokenizer_ids:,} ids, one for all domains", *self.notes]
 
 
-def prepare_domains(bridge: DomainBridge, console: Console | None = None) -> DomainsSummary:
+def prepare_domains(bridge: DomainBridge, console: Console | None = None) -> DomainsReport:
     """Everything that the bridge asks for, in its `output_dir`.
 
     Raises DataError where a data set can be found neither locally nor on the hub (all of them in one message, unless
@@ -103,13 +103,15 @@ def prepare_domains(bridge: DomainBridge, console: Console | None = None) -> Dom
 
 def prepare_builtin_domains(
     bridge: DomainBridge, console: Console | None = None, exercises: int = builtin_domains.EXERCISES
-) -> DomainsSummary:
+) -> DomainsReport:
     """The built-in domains in the bridge's `output_dir`, by its weights, ratios and caps; its loaders are not
     read.
     """
 
-    def read(gathered: Gathered, readings: list[Reading]) -> list[str]:
-        reading = Reading(builtin_domains.NAME, "this Python installation, and exercises made from the seed")
+    def read(gathered: TextStore, readings: list[LoaderStats]) -> list[str]:
+        reading = LoaderStats(
+            builtin_domains.NAME, "this Python installation, and exercises made from the seed"
+        )
         readings.append(reading)
         for example in builtin_domains.builtin_examples(bridge.seed, exercises):
             reading.records, reading.texts = reading.records + 1, reading.texts + 1
@@ -119,15 +121,15 @@ def prepare_builtin_domains(
     return _prepare(bridge, read, console)
 
 
-_Reader = Callable[[Gathered, list[Reading]], list[str]]
+_Reader = Callable[[TextStore, list[LoaderStats]], list[str]]
 
 
-def _prepare(bridge: DomainBridge, read: _Reader, console: Console | None) -> DomainsSummary:
+def _prepare(bridge: DomainBridge, read: _Reader, console: Console | None) -> DomainsReport:
     folder = Path(bridge.output_dir)
-    with staging.exclusive(folder):
-        readings: list[Reading] = []
-        with staging.staged(folder) as workplace, ExitStack() as stack:
-            gathered = stack.enter_context(Gathered(workplace))
+    with staging.folder_lock(folder):
+        readings: list[LoaderStats] = []
+        with staging.staging_folder(folder) as workplace, ExitStack() as stack:
+            gathered = stack.enter_context(TextStore(workplace))
             notes = read(gathered, readings)
             (folder / MIXTURE_FILE).unlink(
                 missing_ok=True
@@ -139,7 +141,7 @@ def _prepare(bridge: DomainBridge, read: _Reader, console: Console | None) -> Do
         for name, facts in domains.items():
             _tell(console, f"{name}: tokenising")
             config = _data_config(bridge)
-            summary = prepare(
+            summary = prepare_dataset(
                 config, folder / name, console=console, tokenizer=tokenizer, source=_texts(folder, name)
             )
             notes += [f"{name}: {note}" for note in summary.metadata.notes]
@@ -148,16 +150,16 @@ def _prepare(bridge: DomainBridge, read: _Reader, console: Console | None) -> Do
                 notes.append(
                     f"{name}: only {facts.tokens['train']:,} training tokens; the model's context must be shorter than that"
                 )
-        result = DomainsSummary(folder, domains, readings, tokenizer.vocab_size, notes)
+        result = DomainsReport(folder, domains, readings, tokenizer.vocab_size, notes)
         _write_json(folder / DOMAINS_FILE, _as_json(result, bridge))
         weights = {name: facts.weight for name, facts in domains.items()}
         write_mixture(folder, {name: folder / name for name in domains}, weights=weights)
     return result
 
 
-def _texts(folder: Path, domain: str) -> SplitSource:
+def _texts(folder: Path, domain: str) -> PresplitSource:
     """The splits of a domain as texts."""
-    return SplitSource(folder / domain / TEXTS, domain)
+    return PresplitSource(folder / domain / TEXTS, domain)
 
 
 def _data_config(bridge: DomainBridge) -> DataConfig:
@@ -173,13 +175,13 @@ def _data_config(bridge: DomainBridge) -> DataConfig:
 
 
 def _read_all(
-    bridge: DomainBridge, gathered: Gathered, readings: list[Reading], console: Console | None
+    bridge: DomainBridge, gathered: TextStore, readings: list[LoaderStats], console: Console | None
 ) -> list[str]:
     """Read every loader; returns notes. Raises DataError that names each data set that cannot be had."""
     rows, local_dir = bridge.rows(), Path(bridge.local_dir)
     missing = []
     for name in bridge.loaders:
-        reading, most = Reading(name), _most(bridge, rows[name].domains())
+        reading, most = LoaderStats(name), _most(bridge, rows[name].domains())
         _tell(console, f"{name}: reading")
         try:
             with ByteProgress(console, name, None) as progress:
@@ -211,20 +213,20 @@ def _most(bridge: DomainBridge, domains: Iterable[str]) -> int | None:
     return None if None in caps else _SPREAD * max(cap for cap in caps if cap is not None)
 
 
-def _keep(gathered: Gathered, example: Example, reading: Reading) -> None:
+def _keep(gathered: TextStore, example: DomainText, reading: LoaderStats) -> None:
     if not gathered.add(example):
         reading.left_out["repeated"] += 1
         reading.texts -= 1
 
 
 def _split(
-    bridge: DomainBridge, gathered: Gathered, folder: Path, readings: Sequence[Reading]
-) -> dict[str, DomainFacts]:
+    bridge: DomainBridge, gathered: TextStore, folder: Path, readings: Sequence[LoaderStats]
+) -> dict[str, DomainStats]:
     """Write each domain's splits; raises DataError where no domain has a text."""
     domains = {}
     for name in gathered.domains():
         counts, sources = write_splits(gathered, name, folder / name / TEXTS, bridge)
-        domains[name] = DomainFacts(bridge.domain_weights.get(name, 1.0), counts, sources)
+        domains[name] = DomainStats(bridge.domain_weights.get(name, 1.0), counts, sources)
     if not domains:
         raise DataError(
             "no text is left in any domain:\n" + "\n".join(f"  {reading.line()}" for reading in readings)
@@ -248,17 +250,17 @@ def _tokenizer(
     return Tokenizer.train("bpe", _sample(sources, size), bridge.tokenizer_vocab_size)
 
 
-def _sample(sources: Iterable[SplitSource], size: float) -> Iterator[str]:
+def _sample(sources: Iterable[PresplitSource], size: float) -> Iterator[str]:
     """Training texts, about `_SAMPLE_BYTES` of them, drawn by hash."""
     for source in sources:
         for text in source.texts("train"):
-            if size <= _SAMPLE_BYTES or unit_hash(text, "tokenizer sample") < _SAMPLE_BYTES / size:
+            if size <= _SAMPLE_BYTES or hash_fraction(text, "tokenizer sample") < _SAMPLE_BYTES / size:
                 yield text
 
 
 def _with_terms(
     bridge: DomainBridge,
-    domains: Mapping[str, DomainFacts],
+    domains: Mapping[str, DomainStats],
     folder: Path,
     tokenizer: Tokenizer,
     notes: list[str],
@@ -282,17 +284,17 @@ def _with_terms(
         domains[name].terms, domains[name].first_terms = len(ranked), [term.term for term in ranked[:5]]
     if not bridge.add_terms:
         return tokenizer
-    candidates = new_tokens([ranked for _, ranked in found.values()], ())
+    candidates = tokens_of_terms([ranked for _, ranked in found.values()], ())
     split_words = [
         word for word, ids in zip(candidates, tokenizer.encode_batch(candidates), strict=True) if len(ids) > 1
     ]
     notes.append(
         f"{len(split_words):,} of {len(candidates):,} terms were several tokens, and are one each now"
     )
-    return tokenizer.with_words(split_words)
+    return tokenizer.with_added_tokens(split_words)
 
 
-def extract_terms(sources: Mapping[str, SplitSource], limit: int) -> dict[str, tuple[str, list[Term]]]:
+def extract_terms(sources: Mapping[str, PresplitSource], limit: int) -> dict[str, tuple[str, list[Term]]]:
     """Domain → (what its words were held against, its terms). That is the domain `general`, where there is
     enough of it; for `general` itself, and without one, Python's language reference.
     """
@@ -306,11 +308,11 @@ def extract_terms(sources: Mapping[str, SplitSource], limit: int) -> dict[str, t
     for name, words in counts.items():
         uses_general = has_general and name != "general"
         label = "the domain general" if uses_general else "Python's language reference"
-        found[name] = (label, terms(words, counts["general"] if uses_general else reference, limit))
+        found[name] = (label, rank_terms(words, counts["general"] if uses_general else reference, limit))
     return found
 
 
-def _as_json(result: DomainsSummary, bridge: DomainBridge) -> dict[str, JsonValue]:
+def _as_json(result: DomainsReport, bridge: DomainBridge) -> dict[str, JsonValue]:
     rows = bridge.rows()
     loaders: list[JsonValue] = []
     for reading in result.readings:

@@ -24,7 +24,7 @@ _SPEAKERS = {
 }
 
 
-class Unfit(Exception):
+class RecordRejected(Exception):
     """A record that gives no text; the message is the reason, in a few fixed words."""
 
 
@@ -42,7 +42,7 @@ class _Form:
         }
 
 
-class TextMaker:
+class RecordFormatter:
     """One loader with its options: decides about records and makes their texts."""
 
     def __init__(self, row: DomainLoader, options: LoaderOptions) -> None:
@@ -61,23 +61,23 @@ class TextMaker:
         """The text of a record; raises Unfit."""
         for name, values in self._row.keep.items():
             if not _is_one_of(fields.get(name), values):
-                raise Unfit(f"other {name}")
+                raise RecordRejected(f"other {name}")
         for name, values in self._row.drop.items():
             if _is_one_of(fields.get(name), values):
-                raise Unfit(f"other {name}")
+                raise RecordRejected(f"other {name}")
         if (
             self._levels is not None
             and str(fields.get(self._row.difficulty_field or "")).casefold() not in self._levels
         ):
-            raise Unfit("other difficulty")
+            raise RecordRejected("other difficulty")
         try:
             text = self._filled(fields)
         except RecursionError:
-            raise Unfit("nested too deeply") from None
+            raise RecordRejected("nested too deeply") from None
         if len(text) < self._options.min_length:
-            raise Unfit(f"shorter than min_length {self._options.min_length}")
+            raise RecordRejected(f"shorter than min_length {self._options.min_length}")
         if self._options.max_length is not None and len(text) > self._options.max_length:
-            raise Unfit(f"longer than max_length {self._options.max_length}")
+            raise RecordRejected(f"longer than max_length {self._options.max_length}")
         return text
 
     def domain(self, fields: Mapping[str, object], part: str) -> str:
@@ -90,11 +90,11 @@ class TextMaker:
         form = next((form for form in self._forms if form.required <= fields.keys()), None)
         if form is None:
             missing = sorted(self._forms[0].required - fields.keys())
-            raise Unfit(f"no field {missing[0]!r}")
+            raise RecordRejected(f"no field {missing[0]!r}")
         parts = [filled for part in form.parts if (filled := _part(part, fields)) is not None]
         text = "\n\n".join(parts).strip()
         if not text or "\0" in text or (not text.isascii() and _has_lone_surrogate(text)):
-            raise Unfit("empty" if not text else "not a text")
+            raise RecordRejected("empty" if not text else "not a text")
         return text
 
 
@@ -109,7 +109,7 @@ def _part(pieces: Sequence[str | Place], fields: Mapping[str, object]) -> str | 
         if not value and piece.is_optional:
             return None
         if not value:
-            raise Unfit(f"empty field {piece.name!r}")
+            raise RecordRejected(f"empty field {piece.name!r}")
         filled.append(value)
     return "".join(filled)
 
@@ -140,7 +140,7 @@ def _plain(value: object) -> str:
         return _turn(value)[1]
     if isinstance(value, Sequence):
         return "\n".join(_plain(item) for item in value)
-    raise Unfit("a field of an unknown kind")
+    raise RecordRejected("a field of an unknown kind")
 
 
 def _items(value: object) -> Sequence[object]:

@@ -15,13 +15,13 @@ from typing import IO
 import numpy as np
 
 from llm_trainer.config.schema.domains import DomainBridge
-from llm_trainer.data.domains.loaders import Example
+from llm_trainer.data.domains.loaders import DomainText
 from llm_trainer.data.pipeline.document_index import SPLITS
-from llm_trainer.data.pipeline.splits import Shares, unit_hash
-from llm_trainer.data.sources.presplit_source import FILE_NAMES
+from llm_trainer.data.pipeline.splits import SplitRatios, hash_fraction
+from llm_trainer.data.sources.presplit_source import SPLIT_FILE_NAMES
 
 
-class Gathered:
+class TextStore:
     """The texts of each domain in a file of their own, each text once; a context that closes the files."""
 
     def __init__(self, folder: Path) -> None:
@@ -32,7 +32,7 @@ class Gathered:
         self._stack = ExitStack()
         self.repeated = 0
 
-    def __enter__(self) -> Gathered:
+    def __enter__(self) -> TextStore:
         return self
 
     def __exit__(
@@ -40,7 +40,7 @@ class Gathered:
     ) -> None:
         self._stack.close()
 
-    def add(self, example: Example) -> bool:
+    def add(self, example: DomainText) -> bool:
         """Keep a text; False where the same one, but for white space around it, is there already."""
         digest = hashlib.blake2b(example.text.strip().encode("utf-8"), digest_size=16).digest()
         if digest in self._seen:
@@ -53,7 +53,7 @@ class Gathered:
             self._draws[example.domain] = array("d")
         record = {"text": example.text, "domain": example.domain, "source": example.loader}
         self._files[example.domain].write(json.dumps(record, ensure_ascii=False) + "\n")
-        self._draws[example.domain].append(unit_hash(example.text, "cap"))
+        self._draws[example.domain].append(hash_fraction(example.text, "cap"))
         return True
 
     def domains(self) -> list[str]:
@@ -64,7 +64,7 @@ class Gathered:
         """Which texts of a domain a cap leaves, bool `(texts,)`: those of the smallest hashes, shifted by the
         seed.
         """
-        draws = (np.array(self._draws[domain]) + unit_hash(str(seed), "cap")) % 1.0
+        draws = (np.array(self._draws[domain]) + hash_fraction(str(seed), "cap")) % 1.0
         if most is None or len(draws) <= most:
             return np.ones(len(draws), dtype=bool)
         threshold = float(np.partition(draws, most - 1)[most - 1])
@@ -80,7 +80,7 @@ class Gathered:
 
 
 def write_splits(
-    gathered: Gathered, domain: str, folder: Path, bridge: DomainBridge
+    gathered: TextStore, domain: str, folder: Path, bridge: DomainBridge
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Write a domain's train, val and test as JSON lines into `folder`; (examples by split, examples by
     source).
@@ -88,13 +88,13 @@ def write_splits(
     A text's split is decided by its hash and the seed, as in `preparation/splits.py`; where there are too few
     texts for that to come out in about the wanted shares, by the rank of its hash among them.
     """
-    shares = Shares(bridge.train_ratio, bridge.val_ratio, bridge.test_ratio)
+    shares = SplitRatios(bridge.train_ratio, bridge.val_ratio, bridge.test_ratio)
     chosen = gathered.chosen(domain, bridge.cap(domain), bridge.seed)
     splits = _splits(gathered, domain, chosen, shares, bridge.seed)
     folder.mkdir(parents=True, exist_ok=True)
     counts, sources = Counter({split: 0 for split in SPLITS}), Counter[str]()
     with ExitStack() as stack:
-        partial = {split: folder / f".{FILE_NAMES[split]}.partial" for split in SPLITS}
+        partial = {split: folder / f".{SPLIT_FILE_NAMES[split]}.partial" for split in SPLITS}
         writers = {
             split: stack.enter_context(path.open("w", encoding="utf-8", newline="\n"))
             for split, path in partial.items()
@@ -104,7 +104,7 @@ def write_splits(
             counts[split] += 1
             sources[json.loads(line)["source"]] += 1
     for split, path in partial.items():
-        target = folder / f"{FILE_NAMES[split]}.jsonl"
+        target = folder / f"{SPLIT_FILE_NAMES[split]}.jsonl"
         if counts[split]:
             path.replace(target)
         else:
@@ -113,15 +113,19 @@ def write_splits(
     return {split: count for split, count in counts.items() if count}, dict(sources)
 
 
-def _chosen_lines(gathered: Gathered, domain: str, chosen: np.ndarray) -> Iterator[str]:
+def _chosen_lines(gathered: TextStore, domain: str, chosen: np.ndarray) -> Iterator[str]:
     with gathered.lines(domain) as lines:
         yield from (line for line, keeps in zip(lines, chosen, strict=True) if keeps)
 
 
-def _splits(gathered: Gathered, domain: str, chosen: np.ndarray, shares: Shares, seed: int) -> list[str]:
+def _splits(
+    gathered: TextStore, domain: str, chosen: np.ndarray, shares: SplitRatios, seed: int
+) -> list[str]:
     """The split of each chosen text, in order."""
     salt = f"split {seed}"
-    places = [unit_hash(json.loads(line)["text"], salt) for line in _chosen_lines(gathered, domain, chosen)]
+    places = [
+        hash_fraction(json.loads(line)["text"], salt) for line in _chosen_lines(gathered, domain, chosen)
+    ]
     count = len(places)
     if shares.can_split_by_hash(count):
         ends = (shares.validation, shares.validation + shares.test)

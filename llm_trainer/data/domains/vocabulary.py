@@ -58,7 +58,7 @@ class WordCounts:
         return counts
 
 
-def terms(domain: WordCounts, general: WordCounts, limit: int) -> list[Term]:
+def rank_terms(domain: WordCounts, general: WordCounts, limit: int) -> list[Term]:
     """The domain's highest scoring words, at most `limit`: those that are relatively commoner there, occur at
     least three times, and are not in nearly every text.
     """
@@ -101,7 +101,7 @@ def _per_million(count: int, total: int) -> float:
     return round(1e6 * count / max(1, total), 2)
 
 
-def new_tokens(found: Sequence[Sequence[Term]], is_known: Iterable[str]) -> list[str]:
+def tokens_of_terms(found: Sequence[Sequence[Term]], is_known: Iterable[str]) -> list[str]:
     """The terms of several domains as tokens that a tokenizer lacks: with the space before them, as they
     stand in a text, best first.
     """

@@ -1,8 +1,8 @@
 """What readers give: pieces of documents and rejected ones, in units that any number of workers may share.
 
-A reader yields `Piece`s of text and `Rejected` documents, so that documents in = documents kept + documents
+A reader yields `TextChunk`s of text and `Rejected` documents, so that documents in = documents kept + documents
 rejected, each with its reason. A document of ordinary size is one piece; a longer one comes in pieces of
-about `PIECE_BYTES`, cut where a letter is followed by a space: there byte-level BPE has a boundary of words
+about `CHUNK_BYTES`, cut where a letter is followed by a space: there byte-level BPE has a boundary of words
 in any case, so the ids are those of the whole text.
 
 A source is a sequence of *units*: a byte range of a file of lines, some small files, row groups of a table. A
@@ -19,12 +19,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias
 
-PIECE_BYTES = 4 * 2**20
+CHUNK_BYTES = 4 * 2**20
 _CUT = re.compile(r"[^\W\d_](?= )")
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TextChunk:
     """Text of a document; the document ends with the piece that `is_last`. `split` is set where the source
     itself has splits.
     """
@@ -45,10 +45,10 @@ class Rejected:
     text: str | None = None
 
 
-Reading: TypeAlias = "Piece | Rejected"
+SourceItem: TypeAlias = "Piece | Rejected"
 
 
-class Unit(Protocol):
+class Partition(Protocol):
     """Some documents of a source, always the same ones in the same order. Picklable, and small."""
 
     @property
@@ -62,7 +62,7 @@ class Unit(Protocol):
     def content_hash(self) -> str:
         """Changes with its bytes and with how they are read; paths and dates do not matter."""
 
-    def pieces(self) -> Iterator[Reading]:
+    def read_chunks(self) -> Iterator[SourceItem]:
         """Its documents."""
 
 
@@ -73,10 +73,10 @@ class Source(Protocol):
     def name(self) -> str:
         """What messages and metadata.json call it."""
 
-    def units(self) -> Sequence[Unit]:
+    def partitions(self) -> Sequence[Partition]:
         """Its units, in a fixed order, which together are all its documents."""
 
-    def pieces(self) -> Iterator[Reading]:
+    def read_chunks(self) -> Iterator[SourceItem]:
         """Every document of every unit, in order. May be called again and gives the same each time."""
 
     def content_hash(self) -> str:
@@ -86,13 +86,13 @@ class Source(Protocol):
         """Bytes of text, for a progress bar; None where only reading would tell."""
 
 
-def pieces_of(units: Iterable[Unit]) -> Iterator[Reading]:
+def read_all(units: Iterable[Partition]) -> Iterator[SourceItem]:
     """Every document of these units, in order."""
     for unit in units:
-        yield from unit.pieces()
+        yield from unit.read_chunks()
 
 
-def hash_of(units: Iterable[Unit]) -> str:
+def combined_hash(units: Iterable[Partition]) -> str:
     """sha256 over the units' own hashes, in order."""
     digest = hashlib.sha256()
     for unit in units:
@@ -101,10 +101,10 @@ def hash_of(units: Iterable[Unit]) -> str:
 
 
 @dataclass(frozen=True)
-class UnitOfSplit:
+class SplitPartition:
     """A unit whose documents all belong to one split of the source's own."""
 
-    unit: Unit
+    unit: Partition
     split: str
 
     @property
@@ -121,42 +121,42 @@ class UnitOfSplit:
         """Of the unit and its split."""
         return hashlib.sha256(f"{self.split}\0{self.unit.content_hash()}".encode()).hexdigest()
 
-    def pieces(self) -> Iterator[Reading]:
+    def read_chunks(self) -> Iterator[SourceItem]:
         """The unit's documents, marked with the split."""
-        for reading in self.unit.pieces():
-            yield replace(reading, split=self.split) if isinstance(reading, Piece) else reading
+        for reading in self.unit.read_chunks():
+            yield replace(reading, split=self.split) if isinstance(reading, TextChunk) else reading
 
 
-def usable(text: str) -> str | None:
+def rejection_reason(text: str) -> str | None:
     """Why a text cannot be used, or None."""
     if not text or text.isspace():
         return "empty"
     return "contains NUL" if "\0" in text else None
 
 
-def judged(text: str, where: str, split: str | None = None) -> Iterator[Reading]:
+def text_chunks(text: str, where: str, split: str | None = None) -> Iterator[SourceItem]:
     """One text already in memory: as pieces, or rejected."""
-    reason = usable(text)
+    reason = rejection_reason(text)
     if reason:
         yield Rejected(reason, where, text)
-    elif len(text) <= PIECE_BYTES:
-        yield Piece(text, True, split)
+    elif len(text) <= CHUNK_BYTES:
+        yield TextChunk(text, True, split)
     else:
-        yield from in_pieces(iter([text]), split)
+        yield from rechunk(iter([text]), split)
 
 
-def in_pieces(blocks: Iterator[str], split: str | None = None) -> Iterator[Piece]:
+def rechunk(blocks: Iterator[str], split: str | None = None) -> Iterator[TextChunk]:
     """Join `blocks` of one document into pieces of about PIECE_BYTES characters, cut where words end; the
     last one says so.
     """
     held = ""
     for block in blocks:
         held += block
-        while len(held) > PIECE_BYTES:
-            cut = _cut_before(held, PIECE_BYTES)
-            yield Piece(held[:cut], False, split)
+        while len(held) > CHUNK_BYTES:
+            cut = _cut_before(held, CHUNK_BYTES)
+            yield TextChunk(held[:cut], False, split)
             held = held[cut:]
-    yield Piece(held, True, split)
+    yield TextChunk(held, True, split)
 
 
 def _cut_before(text: str, limit: int) -> int:

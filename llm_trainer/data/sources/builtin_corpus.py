@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llm_trainer.data.sources import base as documents
-from llm_trainer.data.sources.base import Reading, Unit, judged
+from llm_trainer.data.sources.base import Partition, SourceItem, text_chunks
 from llm_trainer.errors import DataError
 
 _LEFT_OUT = {
@@ -36,7 +36,7 @@ _UNIT_BYTES = 2 * 2**20
 
 
 @dataclass(frozen=True)
-class BuiltinUnit:
+class BuiltinPartition:
     """The language reference (no `files`), or some files of the standard library."""
 
     name: str
@@ -50,10 +50,10 @@ class BuiltinUnit:
             digest.update(raw + b"\0")
         return digest.hexdigest()
 
-    def pieces(self) -> Iterator[Reading]:
+    def read_chunks(self) -> Iterator[SourceItem]:
         """Every topic, or every source file."""
         for name, raw in self._texts():
-            yield from judged(raw.decode("utf-8", errors="replace"), name)
+            yield from text_chunks(raw.decode("utf-8", errors="replace"), name)
 
     def _texts(self) -> Iterator[tuple[str, bytes]]:
         if self.files:
@@ -69,35 +69,37 @@ class BuiltinSource:
 
     name = "builtin"
 
-    def units(self) -> Sequence[Unit]:
+    def partitions(self) -> Sequence[Partition]:
         """The reference, and the library in parts of about `_UNIT_BYTES`."""
         reference = sum(len(text.encode("utf-8")) for _, text in language_reference())
-        units: list[Unit] = [BuiltinUnit("language reference", reference)]
+        units: list[Partition] = [BuiltinPartition("language reference", reference)]
         group: list[str] = []
         size = 0
         for name in library_files():
             group.append(name)
             size += library_size(name)
             if size >= _UNIT_BYTES:
-                units.append(BuiltinUnit(f"standard library up to {name}", size, tuple(group)))
+                units.append(BuiltinPartition(f"standard library up to {name}", size, tuple(group)))
                 group, size = [], 0
-        return [*units, BuiltinUnit("rest of the standard library", size, tuple(group))] if group else units
+        return (
+            [*units, BuiltinPartition("rest of the standard library", size, tuple(group))] if group else units
+        )
 
-    def pieces(self) -> Iterator[Reading]:
+    def read_chunks(self) -> Iterator[SourceItem]:
         """Every topic and every source file."""
-        return documents.pieces_of(self.units())
+        return documents.read_all(self.partitions())
 
     def content_hash(self) -> str:
         """sha256 over all texts."""
-        return documents.hash_of(self.units())
+        return documents.combined_hash(self.partitions())
 
     def size(self) -> int:
         """Bytes of all texts."""
-        return sum(unit.size for unit in self.units())
+        return sum(unit.size for unit in self.partitions())
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each of the two parts, for the console."""
-        reference, *library = (unit.size for unit in self.units())
+        reference, *library = (unit.size for unit in self.partitions())
         python = ".".join(map(str, sys.version_info[:2]))
         return {
             f"language reference of Python {python}": reference,

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from llm_trainer.data.sources import file_io as storage
-from llm_trainer.data.sources.base import Reading, Rejected, judged
-from llm_trainer.data.sources.file_io import Extent
+from llm_trainer.data.sources.base import Rejected, SourceItem, text_chunks
+from llm_trainer.data.sources.file_io import FileRange
 
 _DELIMITERS = (b",", b";", b"\t", b"|")
 _OPEN_QUOTE = re.compile(rb'"(?:[^"]++|"")*+\Z')
@@ -39,7 +39,7 @@ class _Record:
     fields: list[bytes]
 
 
-def csv_table(extent: Extent, column: str) -> Iterator[Reading]:
+def read_csv_column(extent: FileRange, column: str) -> Iterator[SourceItem]:
     """The texts of a column that the first record names. The delimiter is the one that makes a column of that
     name.
     """
@@ -60,12 +60,12 @@ def csv_table(extent: Extent, column: str) -> Iterator[Reading]:
             )
         else:
             try:
-                yield from judged(record.fields[index].decode("utf-8"), record.where)
+                yield from text_chunks(record.fields[index].decode("utf-8"), record.where)
             except UnicodeDecodeError:
                 yield Rejected("not utf-8", f"{record.where}, byte {record.offset}")
 
 
-def _header(extent: Extent, column: str) -> tuple[bytes, list[str]] | Rejected:
+def _header(extent: FileRange, column: str) -> tuple[bytes, list[str]] | Rejected:
     """(delimiter, names of the columns), or why the file cannot be read."""
     seen: list[str] = []
     for delimiter in _DELIMITERS:
@@ -84,12 +84,12 @@ def _header(extent: Extent, column: str) -> tuple[bytes, list[str]] | Rejected:
     )
 
 
-def _records(extent: Extent, delimiter: bytes) -> Iterator[_Record | Rejected]:
+def _records(extent: FileRange, delimiter: bytes) -> Iterator[_Record | Rejected]:
     """Every record; blank lines are none."""
     field = re.compile(
         rb'(?:"((?:[^"]++|"")*+)"|([^%b"][^%b]*+|))(?:(%b)|\Z)' % ((re.escape(delimiter),) * 3)
     )
-    lines = _Lines(storage.lines(extent, keeps_ends=True))
+    lines = _Lines(storage.read_lines(extent, keep_line_ends=True))
     while (first := lines.first()) is not None:
         where, offset, line = first
         if line is None:
@@ -112,7 +112,7 @@ def _fields(line: bytes, lines: _Lines, field: re.Pattern[bytes]) -> list[bytes]
                 return fields
             except _OpenError as still_open:
                 at = still_open.at
-                record += lines.up_to_odd_quote(storage.LONGEST_RECORD - len(record))
+                record += lines.up_to_odd_quote(storage.MAX_RECORD_BYTES - len(record))
     except _NotCSVError:
         lines.give_back()
         return None

@@ -18,15 +18,15 @@ from typing import IO
 from llm_trainer.errors import DataError
 
 COMPRESSIONS = (".gz", ".bz2", ".zst")
-LONGEST_RECORD = (
+MAX_RECORD_BYTES = (
     64 * 2**20
 )  # bytes of a line or record; what is longer is set aside, since one is held at a time
-BLOCK = 2**20
-UNREADABLE = (OSError, EOFError, zlib.error)  # what a damaged or missing file raises while it is read
+BLOCK_BYTES = 2**20
+READ_ERRORS = (OSError, EOFError, zlib.error)  # what a damaged or missing file raises while it is read
 
 
 @dataclass(frozen=True, slots=True)
-class Extent:
+class FileRange:
     """A file, or the part of it that begins in [start, stop): bytes of a file of lines, row groups or batches
     of a table.
 
@@ -38,7 +38,7 @@ class Extent:
     start: int = 0
     stop: int | None = None
 
-    def stored(self) -> io.BufferedReader:
+    def open_raw(self) -> io.BufferedReader:
         """The whole file's bytes as they are stored. Raises OSError, also for a pipe, which would be waited
         for without end.
         """
@@ -47,11 +47,11 @@ class Extent:
         return self.path.open("rb")
 
     def open(self) -> io.BufferedReader:
-        """The whole file's bytes, decompressed. Raises one of `UNREADABLE`, now or while it is read."""
-        return decompressed(self.stored(), compression_of(self.path), self.name)
+        """The whole file's bytes, decompressed. Raises one of `READ_ERRORS`, now or while it is read."""
+        return open_decompressed(self.open_raw(), compression_suffix(self.path), self.name)
 
 
-def decompressed(stored: io.BufferedReader, compression: str | None, name: str) -> io.BufferedReader:
+def open_decompressed(stored: io.BufferedReader, compression: str | None, name: str) -> io.BufferedReader:
     """A compressed file's contents; `name` is what an error calls it. Closing closes `stored` too."""
     if compression == ".gz":
         return _Stream(gzip.GzipFile(fileobj=stored, mode="rb"), stored)
@@ -62,13 +62,13 @@ def decompressed(stored: io.BufferedReader, compression: str | None, name: str) 
     return _open_zstd(stored, name) if compression == ".zst" else stored
 
 
-def compression_of(path: Path) -> str | None:
+def compression_suffix(path: Path) -> str | None:
     """The suffix that says how a file is compressed, or None."""
     suffix = path.suffix.lower()
     return suffix if suffix in COMPRESSIONS else None
 
 
-def line_bounds(opened: IO[bytes], extent: Extent) -> tuple[int, int | None]:
+def line_range(opened: IO[bytes], extent: FileRange) -> tuple[int, int | None]:
     """(first byte, byte after the last, None for the end) of the lines that begin in the extent of a plain
     file.
 
@@ -86,28 +86,28 @@ def _next_line(opened: IO[bytes], offset: int, stop: int | None) -> int:
     if offset == 0:
         return 0
     place = opened.seek(offset - 1)
-    while block := opened.readline(BLOCK):
+    while block := opened.readline(BLOCK_BYTES):
         place += len(block)
         if block.endswith(b"\n") or (stop is not None and place >= stop):
             break
     return max(place, offset)
 
 
-def lines(extent: Extent, *, keeps_ends: bool = False) -> Iterator[tuple[str, int, bytes | None]]:
+def read_lines(extent: FileRange, *, keep_line_ends: bool = False) -> Iterator[tuple[str, int, bytes | None]]:
     """(where, byte offset, line) of each line that begins in the extent; None for one longer than
     LONGEST_RECORD.
 
-    The line comes without its end unless `keeps_ends`, and without a byte order mark. `where` is a line
+    The line comes without its end unless `keep_line_ends`, and without a byte order mark. `where` is a line
     number in a file read from its start, else the byte at which the line begins.
     """
     with extent.open() as opened:
         offset, number = 0, 0
         end: int | None = None
         if extent.start or extent.stop is not None:
-            offset, end = line_bounds(opened, extent)
+            offset, end = line_range(opened, extent)
             opened.seek(offset)
         while end is None or offset < end:
-            line = opened.readline(LONGEST_RECORD + 1)
+            line = opened.readline(MAX_RECORD_BYTES + 1)
             if not line:
                 return
             start, number = offset, number + 1
@@ -117,13 +117,13 @@ def lines(extent: Extent, *, keeps_ends: bool = False) -> Iterator[tuple[str, in
                 if extent.start == 0
                 else f"{extent.name}, the line at byte {start}"
             )
-            if len(line) > LONGEST_RECORD and not line.endswith(b"\n"):
+            if len(line) > MAX_RECORD_BYTES and not line.endswith(b"\n"):
                 while line and not line.endswith(b"\n"):
-                    line = opened.readline(BLOCK)
+                    line = opened.readline(BLOCK_BYTES)
                     offset += len(line)
                 yield where, start, None
                 continue
-            line = line if keeps_ends else line.removesuffix(b"\n").removesuffix(b"\r")
+            line = line if keep_line_ends else line.removesuffix(b"\n").removesuffix(b"\r")
             skipped = len(codecs.BOM_UTF8) if start == 0 and line.startswith(codecs.BOM_UTF8) else 0
             yield where, start + skipped, line[skipped:]
 
@@ -150,7 +150,7 @@ class _Stream(io.BufferedReader):
     def __init__(
         self, raw: io.BufferedIOBase, stored: io.BufferedReader, error: type[Exception] = OSError
     ) -> None:
-        super().__init__(_Translated(raw, error), BLOCK)
+        super().__init__(_Translated(raw, error), BLOCK_BYTES)
         self._stored = stored
 
     def close(self) -> None:

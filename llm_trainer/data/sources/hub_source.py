@@ -18,8 +18,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from llm_trainer.data.sources import base as documents
-from llm_trainer.data.sources.base import Reading, Rejected, Unit, UnitOfSplit
-from llm_trainer.data.sources.parquet_arrow import hash_texts, read_texts
+from llm_trainer.data.sources.base import Partition, Rejected, SourceItem, SplitPartition
+from llm_trainer.data.sources.parquet_arrow import hash_text_column, read_text_column
 from llm_trainer.errors import DataError
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class HubSplit:
 
 
 @dataclass(frozen=True)
-class HubRows:
+class HubRowsPartition:
     """Some rows of a split that has been downloaded: [start, stop)."""
 
     rows: HubSplit
@@ -65,13 +65,13 @@ class HubRows:
         """sha256 over the texts."""
         digest = hashlib.sha256()
         for _, column in self._columns():
-            hash_texts(column, digest)
+            hash_text_column(column, digest)
         return digest.hexdigest()
 
-    def pieces(self) -> Iterator[Reading]:
+    def read_chunks(self) -> Iterator[SourceItem]:
         """Every row's text."""
         for row, column in self._columns():
-            yield from read_texts(column, self.rows.text_column, f"{self.rows.label} row", row)
+            yield from read_text_column(column, self.rows.text_column, f"{self.rows.label} row", row)
 
     def _columns(self) -> Iterator[tuple[int, pyarrow.Array]]:
         """(first row, texts) of a few rows at a time."""
@@ -84,7 +84,7 @@ class HubRows:
 
 
 @dataclass(frozen=True)
-class HubShard:
+class HubFilePartition:
     """One of the `count` files that a split is stored in, streamed."""
 
     rows: HubSplit
@@ -102,7 +102,7 @@ class HubShard:
         digest = hashlib.sha256()
         if self.rows.revision is None:
             for column in (column for _, column in self._columns() if column is not None):
-                hash_texts(column, digest)
+                hash_text_column(column, digest)
         else:
             digest.update(
                 repr(
@@ -112,20 +112,20 @@ class HubShard:
             digest.update(f"{self.index} of {self.count}".encode())
         return digest.hexdigest()
 
-    def pieces(self) -> Iterator[Reading]:
+    def read_chunks(self) -> Iterator[SourceItem]:
         """Every row's text. Raises DataError where the network fails midway."""
         for row, column in self._columns():
             where = f"{self.rows.label} file {self.index} row"
             if column is None:
                 yield Rejected(f"no text in the column {self.rows.text_column!r}", f"{where} {row}")
             else:
-                yield from read_texts(column, self.rows.text_column, where, row)
+                yield from read_text_column(column, self.rows.text_column, where, row)
 
     def _columns(self) -> Iterator[tuple[int, pyarrow.Array | None]]:
         """(first row, texts, None where the column is missing) of a few rows at a time."""
         row = 0
         with _explained(self.rows.dataset):
-            shard = _load(self.rows, streams=True).shard(self.count, self.index).with_format("arrow")
+            shard = _load(self.rows, streaming=True).shard(self.count, self.index).with_format("arrow")
             for table in shard.iter(_MOST_ROWS):
                 chunks = (
                     table.column(self.rows.text_column).chunks
@@ -147,49 +147,54 @@ class HubSource:
     validation_split: str | None
     text_column: str
     revision: str | None = None
-    streams: bool = False
+    streaming: bool = False
 
     @property
     def name(self) -> str:
         """The hub's name, or a local folder's own."""
         return Path(self.dataset).resolve().name if Path(self.dataset).is_dir() else self.dataset
 
-    def units(self) -> Sequence[Unit]:
+    def partitions(self) -> Sequence[Partition]:
         """Runs of rows, or files. Raises DataError where the data set or the column cannot be had."""
         training = self._units_of(self.train_split)
         if self.validation_split is None:
             return training
         validation = self._units_of(self.validation_split)
         return [
-            *(UnitOfSplit(unit, "train") for unit in training),
-            *(UnitOfSplit(unit, "validation") for unit in validation),
+            *(SplitPartition(unit, "train") for unit in training),
+            *(SplitPartition(unit, "validation") for unit in validation),
         ]
 
-    def pieces(self) -> Iterator[Reading]:
+    def read_chunks(self) -> Iterator[SourceItem]:
         """Every row's text."""
-        return documents.pieces_of(self.units())
+        return documents.read_all(self.partitions())
 
     def content_hash(self) -> str:
         """Over all texts and their splits."""
-        return documents.hash_of(self.units())
+        return documents.combined_hash(self.partitions())
 
     def size(self) -> None:
         """Unknown."""
         return None
 
-    def _units_of(self, split: str) -> list[Unit]:
+    def _units_of(self, split: str) -> list[Partition]:
         rows = HubSplit(self.dataset, self.configuration, split, self.text_column, self.revision)
-        if self.streams:
+        if self.streaming:
             rows = replace(rows, revision=_commit(self.dataset, self.revision))
-            streamed = _load(rows, streams=True)
+            streamed = _load(rows, streaming=True)
             size = (streamed.info.download_size or 0) // streamed.num_shards
-            return [HubShard(rows, index, streamed.num_shards, size) for index in range(streamed.num_shards)]
+            return [
+                HubFilePartition(rows, index, streamed.num_shards, size)
+                for index in range(streamed.num_shards)
+            ]
         loaded = _load(rows)
         row_bytes = max(1, loaded.data.nbytes // max(1, len(loaded)))
         step = max(1, _UNIT_BYTES // row_bytes)
         starts = range(0, len(loaded), step)
         return [
-            HubRows(rows, start, min(start + step, len(loaded)), min(step, len(loaded) - start) * row_bytes)
+            HubRowsPartition(
+                rows, start, min(start + step, len(loaded)), min(step, len(loaded) - start) * row_bytes
+            )
             for start in starts
         ]
 

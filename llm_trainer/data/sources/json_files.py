@@ -16,9 +16,9 @@ from typing import IO
 from pydantic import JsonValue
 
 from llm_trainer.data.sources import file_io as storage
-from llm_trainer.data.sources.base import Reading, Rejected, judged
-from llm_trainer.data.sources.file_io import Extent
-from llm_trainer.data.sources.text_files import decoded_line, not_utf8
+from llm_trainer.data.sources.base import Rejected, SourceItem, text_chunks
+from llm_trainer.data.sources.file_io import FileRange
+from llm_trainer.data.sources.text_files import decode_line, encoding_rejection
 
 _TOKEN = re.compile(
     rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["\[\]{},]', re.DOTALL
@@ -30,45 +30,45 @@ _BLANK = b" \t\r\n"
 _HEAD = 2**16
 
 
-def json_lines(extent: Extent, column: str) -> Iterator[Reading]:
+def read_json_lines_column(extent: FileRange, column: str) -> Iterator[SourceItem]:
     """The record of each line that begins in the extent; blank lines between records are none."""
-    for where, offset, line in storage.lines(extent):
+    for where, offset, line in storage.read_lines(extent):
         if line is not None and not line.strip():
             continue
-        text = decoded_line(where, offset, line)
+        text = decode_line(where, offset, line)
         yield from [text] if isinstance(text, Rejected) else _parsed(text, column, where)
 
 
-def json_file(extent: Extent, column: str) -> Iterator[Reading]:
+def read_json_column(extent: FileRange, column: str) -> Iterator[SourceItem]:
     """The records of a file that is one value, or, where its first line is one already, a record a line."""
     with extent.open() as opened:
         head = opened.read(_HEAD)
         if head.removeprefix(codecs.BOM_UTF8).lstrip(_BLANK).startswith(b"["):
             yield from _elements_read(opened, head, extent, column)
             return
-        raw = head if b"\n" in head else head + opened.readline(storage.LONGEST_RECORD)
+        raw = head if b"\n" in head else head + opened.readline(storage.MAX_RECORD_BYTES)
         line, _, more = raw.removeprefix(codecs.BOM_UTF8).lstrip(_BLANK).partition(b"\n")
         more += opened.read(_HEAD)
         if more.strip() and _is_json(line):
-            yield from json_lines(extent, column)
+            yield from read_json_lines_column(extent, column)
             return
-        raw = line + b"\n" + more + opened.read(storage.LONGEST_RECORD)
-    if len(raw) > storage.LONGEST_RECORD:
+        raw = line + b"\n" + more + opened.read(storage.MAX_RECORD_BYTES)
+    if len(raw) > storage.MAX_RECORD_BYTES:
         yield Rejected(f"record longer than {storage.LONGEST_RECORD >> 20} MB", extent.name)
         return
     try:
         yield from _parsed(raw.decode("utf-8-sig"), column, extent.name)
     except UnicodeDecodeError as error:
-        yield not_utf8(extent, error.start, raw)
+        yield encoding_rejection(extent, error.start, raw)
 
 
-def _elements_read(opened: IO[bytes], head: bytes, extent: Extent, column: str) -> Iterator[Reading]:
+def _elements_read(opened: IO[bytes], head: bytes, extent: FileRange, column: str) -> Iterator[SourceItem]:
     for index, (offset, raw) in enumerate(_Elements(opened, head).found()):
         where = f"{extent.name}, record {index}"
         if raw is None:
             yield Rejected(f"record longer than {storage.LONGEST_RECORD >> 20} MB", where)
             continue
-        text = decoded_line(where, offset, raw)
+        text = decode_line(where, offset, raw)
         yield from [text] if isinstance(text, Rejected) else _parsed(text, column, where, may_be_list=False)
 
 
@@ -95,7 +95,7 @@ class _Elements:
                 self._begin = end + 1
             self._hold(len(self._block))
             self._offset += len(self._block)
-            self._block = self._opened.read(storage.BLOCK)
+            self._block = self._opened.read(storage.BLOCK_BYTES)
             self._at, self._begin = int(self._in_string and self._at < 0), 0
         yield from self._element(0)
 
@@ -123,7 +123,7 @@ class _Elements:
 
     def _hold(self, end: int) -> None:
         self._size += end - self._begin
-        self._is_too_long = self._is_too_long or self._size > storage.LONGEST_RECORD
+        self._is_too_long = self._is_too_long or self._size > storage.MAX_RECORD_BYTES
         self._held = [] if self._is_too_long else [*self._held, self._block[self._begin : end]]
 
     def _element(self, end: int) -> Iterator[tuple[int, bytes | None]]:
@@ -142,7 +142,7 @@ def _is_json(line: bytes) -> bool:
     return True
 
 
-def _parsed(text: str, column: str, where: str, *, may_be_list: bool = True) -> Iterator[Reading]:
+def _parsed(text: str, column: str, where: str, *, may_be_list: bool = True) -> Iterator[SourceItem]:
     """Documents of one JSON value: a text, a record with the text's column, or a list of these."""
     try:
         value: JsonValue = json.loads(text)
@@ -156,7 +156,7 @@ def _parsed(text: str, column: str, where: str, *, may_be_list: bool = True) -> 
         yield from _of_record(record, column, f"{where}, record {index}")
 
 
-def _of_record(record: JsonValue, column: str, where: str) -> Iterator[Reading]:
+def _of_record(record: JsonValue, column: str, where: str) -> Iterator[SourceItem]:
     found = record.get(column) if isinstance(record, dict) else record
     if not isinstance(found, str):
         yield Rejected(f"no text in the column {column!r}", where)
@@ -166,4 +166,4 @@ def _of_record(record: JsonValue, column: str, where: str) -> Iterator[Reading]:
     except UnicodeEncodeError:  # \ud800 alone, which JSON can say
         yield Rejected("not utf-8", where)
         return
-    yield from judged(found, where)
+    yield from text_chunks(found, where)

@@ -16,8 +16,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from llm_trainer.data.sources import file_io as storage
-from llm_trainer.data.sources.base import Reading, Rejected, judged
-from llm_trainer.data.sources.file_io import Extent
+from llm_trainer.data.sources.base import Rejected, SourceItem, text_chunks
+from llm_trainer.data.sources.file_io import FileRange
 from llm_trainer.errors import DataError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ _MOST_ROWS = 10_000
 _ARROW_FILE = b"ARROW1"  # the magic of the random access format; without it, a stream
 
 
-def parquet_table(extent: Extent, column: str) -> Iterator[Reading]:
+def read_parquet_column(extent: FileRange, column: str) -> Iterator[SourceItem]:
     """The texts of a column; the extent counts row groups."""
     try:
         with _opened_parquet(extent) as table:
@@ -48,12 +48,12 @@ def parquet_table(extent: Extent, column: str) -> Iterator[Reading]:
 
 
 def _row_group(
-    table: ParquetFile, group: int, rows: int, first_row: int, column: str, extent: Extent
-) -> Iterator[Reading]:
+    table: ParquetFile, group: int, rows: int, first_row: int, column: str, extent: FileRange
+) -> Iterator[SourceItem]:
     done = 0
     try:
         for batch in _row_group_batches(table, group, column):
-            yield from read_texts(batch.column(0), column, f"{extent.name}, row", first_row + done)
+            yield from read_text_column(batch.column(0), column, f"{extent.name}, row", first_row + done)
             done += batch.num_rows
     except _damage(extent) as error:
         yield Rejected(
@@ -72,7 +72,7 @@ def _row_group_batches(table: ParquetFile, group: int, column: str) -> Iterator[
     yield from table.iter_batches(at_once, row_groups=[group], columns=[column], use_threads=False)
 
 
-def arrow_table(extent: Extent, column: str) -> Iterator[Reading]:
+def read_arrow_column(extent: FileRange, column: str) -> Iterator[SourceItem]:
     """The texts of a column; the extent counts record batches."""
     number = extent.start
     try:
@@ -80,12 +80,14 @@ def arrow_table(extent: Extent, column: str) -> Iterator[Reading]:
             if column not in batch.schema.names:
                 yield _no_column(extent, column, batch.schema.names)
                 return
-            yield from read_texts(batch.column(column), column, f"{extent.name}, batch {number}, row", 0)
+            yield from read_text_column(
+                batch.column(column), column, f"{extent.name}, batch {number}, row", 0
+            )
     except _damage(extent) as error:
         yield Rejected("unreadable rows", f"{extent.name}, from batch {number}: {_first_line(error)}")
 
 
-def parquet_parts(extent: Extent, size: int, most: int) -> list[tuple[int, int, int]]:
+def split_parquet(extent: FileRange, size: int, most: int) -> list[tuple[int, int, int]]:
     """(first row group, the one after the last, bytes) of parts of about `most` stored bytes; empty where the
     file is damaged.
     """
@@ -97,7 +99,7 @@ def parquet_parts(extent: Extent, size: int, most: int) -> list[tuple[int, int, 
     return _parts(sizes, size, most)
 
 
-def arrow_parts(extent: Extent, size: int, most: int) -> list[tuple[int, int, int]]:
+def split_arrow(extent: FileRange, size: int, most: int) -> list[tuple[int, int, int]]:
     """(first batch, the one after the last, bytes) of parts of about `most` stored bytes; empty where the
     file is damaged.
     """
@@ -108,7 +110,7 @@ def arrow_parts(extent: Extent, size: int, most: int) -> list[tuple[int, int, in
     return _parts(sizes, size, most)
 
 
-def parquet_hash(extent: Extent, column: str) -> bytes:
+def hash_parquet(extent: FileRange, column: str) -> bytes:
     """sha256 of the texts of a part, and of the damage in it."""
     digest = hashlib.sha256()
     try:
@@ -124,35 +126,35 @@ def parquet_hash(extent: Extent, column: str) -> bytes:
 
 
 def _hash_row_group(
-    table: ParquetFile, group: int, column: str, digest: hashlib._Hash, extent: Extent
+    table: ParquetFile, group: int, column: str, digest: hashlib._Hash, extent: FileRange
 ) -> None:
     try:
         for batch in _row_group_batches(table, group, column):
-            hash_texts(batch.column(0), digest)
+            hash_text_column(batch.column(0), digest)
     except _damage(extent):
         digest.update(b"unreadable rows")
 
 
-def arrow_hash(extent: Extent, column: str) -> bytes:
+def hash_arrow(extent: FileRange, column: str) -> bytes:
     """sha256 of the texts of a part, and of the damage in it."""
     digest = hashlib.sha256()
     try:
         for _, batch in _batches(extent):
             if column in batch.schema.names:
-                hash_texts(batch.column(column), digest)
+                hash_text_column(batch.column(column), digest)
     except _damage(extent):
         digest.update(b"unreadable rows")
     return digest.digest()
 
 
-def hash_texts(column: pyarrow.Array, digest: hashlib._Hash) -> None:
+def hash_text_column(column: pyarrow.Array, digest: hashlib._Hash) -> None:
     """Add every text of a column to a hash. Raises ArrowInvalid where the column is damaged."""
-    for text in texts_of(column):
+    for text in text_buffers(column):
         digest.update(b"\0no text\0" if text is None else b"\0%d\0" % text.size)
         digest.update(text or b"")
 
 
-def texts_of(column: pyarrow.Array) -> Iterator[pyarrow.Buffer | None]:
+def text_buffers(column: pyarrow.Array) -> Iterator[pyarrow.Buffer | None]:
     """Each value's bytes, not copied; None for what is no text. Raises ArrowInvalid where the column's
     offsets are damaged.
     """
@@ -175,26 +177,26 @@ def texts_of(column: pyarrow.Array) -> Iterator[pyarrow.Buffer | None]:
         yield value.as_buffer()
 
 
-def read_texts(column: pyarrow.Array, name: str, where: str, first: int) -> Iterator[Reading]:
+def read_text_column(column: pyarrow.Array, name: str, where: str, first: int) -> Iterator[SourceItem]:
     """Documents of a column called `name`; `where` and the row's number from `first` on name each."""
-    for row, raw in enumerate(texts_of(column), first):
+    for row, raw in enumerate(text_buffers(column), first):
         if raw is None:
             yield Rejected(f"no text in the column {name!r}", f"{where} {row}")
-        elif raw.size > storage.LONGEST_RECORD:
+        elif raw.size > storage.MAX_RECORD_BYTES:
             yield Rejected(f"record longer than {storage.LONGEST_RECORD >> 20} MB", f"{where} {row}")
         else:
             try:
-                yield from judged(str(raw, "utf-8"), f"{where} {row}")
+                yield from text_chunks(str(raw, "utf-8"), f"{where} {row}")
             except UnicodeDecodeError as error:
                 yield Rejected("not utf-8", f"{where} {row}, byte {error.start}")
 
 
-def _batches(extent: Extent) -> Iterator[tuple[int, pyarrow.RecordBatch]]:
+def _batches(extent: FileRange) -> Iterator[tuple[int, pyarrow.RecordBatch]]:
     """(number, batch) of each in the extent. The file is mapped, so that passing over batches costs nothing,
     and unmapped at the end.
     """
     pa = _pyarrow(extent)
-    with extent.stored() as stored:
+    with extent.open_raw() as stored:
         is_file = stored.read(len(_ARROW_FILE)) == _ARROW_FILE
     with pa.memory_map(str(extent.path)) as mapped:
         if is_file:
@@ -213,14 +215,14 @@ def _batches(extent: Extent) -> Iterator[tuple[int, pyarrow.RecordBatch]]:
 
 
 @contextlib.contextmanager
-def _opened_parquet(extent: Extent) -> Iterator[ParquetFile]:
+def _opened_parquet(extent: FileRange) -> Iterator[ParquetFile]:
     """The file, whose pages are read in small steps."""
     _pyarrow(extent)
     import pyarrow.parquet as pq
 
     with (
-        extent.stored() as stored,
-        pq.ParquetFile(stored, buffer_size=storage.BLOCK, page_checksum_verification=True) as table,
+        extent.open_raw() as stored,
+        pq.ParquetFile(stored, buffer_size=storage.BLOCK_BYTES, page_checksum_verification=True) as table,
     ):
         yield table
 
@@ -245,11 +247,11 @@ def _parts(sizes: list[int], size: int, most: int) -> list[tuple[int, int, int]]
     return parts
 
 
-def _no_column(extent: Extent, column: str, names: list[str]) -> Rejected:
+def _no_column(extent: FileRange, column: str, names: list[str]) -> Rejected:
     return Rejected(f"no text in the column {column!r}", f"{extent.name}: it has {', '.join(names)[:200]}")
 
 
-def _pyarrow(extent: Extent) -> ModuleType:
+def _pyarrow(extent: FileRange) -> ModuleType:
     try:
         return importlib.import_module("pyarrow")
     except ImportError:
@@ -258,7 +260,7 @@ def _pyarrow(extent: Extent) -> ModuleType:
         ) from None
 
 
-def _damage(extent: Extent) -> tuple[type[Exception], ...]:
+def _damage(extent: FileRange) -> tuple[type[Exception], ...]:
     """What reading a damaged file raises; ValueError where the names of columns are no text."""
     return (_pyarrow(extent).ArrowException, OSError, ValueError)
 

@@ -6,23 +6,25 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from llm_trainer.data.sources import base as documents
-from llm_trainer.data.sources.base import Piece, Reading, Unit, UnitOfSplit
+from llm_trainer.data.sources.base import Partition, SourceItem, SplitPartition, TextChunk
 from llm_trainer.data.sources.file_io import COMPRESSIONS
 from llm_trainer.data.sources.file_source import FileSource
 from llm_trainer.errors import DataError
 
-FILE_NAMES = {"train": "train", "validation": "val", "test": "test"}
-SUFFIXES = (".txt", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
-READ_NAMES = {"train": ("train",), "validation": ("val", "validation"), "test": ("test",)}
+SPLIT_FILE_NAMES = {"train": "train", "validation": "val", "test": "test"}
+SPLIT_SUFFIXES = (".txt", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+ACCEPTED_SPLIT_NAMES = {"train": ("train",), "validation": ("val", "validation"), "test": ("test",)}
 
 
-def split_texts(folder: Path) -> list[Path]:
+def find_split_files(folder: Path) -> list[Path]:
     """The files with the splits' texts in a folder that was prepared with them."""
-    paths = (folder / f"{name}{suffix}" for name in FILE_NAMES.values() for suffix in (".txt", ".jsonl"))
+    paths = (
+        folder / f"{name}{suffix}" for name in SPLIT_FILE_NAMES.values() for suffix in (".txt", ".jsonl")
+    )
     return [path for path in paths if path.is_file()]
 
 
-class SplitSource:
+class PresplitSource:
     """Documents of a folder that is split already: train, val (or validation) and test, as .txt (a document a
     line), .jsonl or a table with a column `text`, compressed or not.
 
@@ -33,7 +35,7 @@ class SplitSource:
         self.name = name or folder.resolve().name
         self._files = {
             split: source
-            for split, names in READ_NAMES.items()
+            for split, names in ACCEPTED_SPLIT_NAMES.items()
             if (source := _split_file(folder, names)) is not None
         }
         if "train" not in self._files:
@@ -42,17 +44,21 @@ class SplitSource:
                 f"{folder} holds no splits (no train.txt, train.jsonl, train.parquet, …); {way_out}"
             )
 
-    def units(self) -> Sequence[Unit]:
+    def partitions(self) -> Sequence[Partition]:
         """The units of each split's file, marked with the split."""
-        return [UnitOfSplit(unit, split) for split, source in self._files.items() for unit in source.units()]
+        return [
+            SplitPartition(unit, split)
+            for split, source in self._files.items()
+            for unit in source.partitions()
+        ]
 
-    def pieces(self) -> Iterator[Reading]:
+    def read_chunks(self) -> Iterator[SourceItem]:
         """Every document, marked with its split."""
-        return documents.pieces_of(self.units())
+        return documents.read_all(self.partitions())
 
     def content_hash(self) -> str:
         """Changes with any document and with its split."""
-        return documents.hash_of(self.units())
+        return documents.combined_hash(self.partitions())
 
     def size(self) -> int:
         """Bytes of all files."""
@@ -69,7 +75,7 @@ class SplitSource:
         """
         source = self._files.get(split)
         if source is not None:
-            yield from (piece.text for piece in source.pieces() if isinstance(piece, Piece))
+            yield from (piece.text for piece in source.read_chunks() if isinstance(piece, TextChunk))
 
     def held_out(self) -> Iterator[str]:
         """The texts of the test split, else of validation, else of training."""
@@ -82,7 +88,7 @@ def _split_file(folder: Path, names: Sequence[str]) -> FileSource | None:
     paths = (
         folder / f"{name}{suffix}{compression}"
         for name in names
-        for suffix in SUFFIXES
+        for suffix in SPLIT_SUFFIXES
         for compression in ("", *COMPRESSIONS)
     )
-    return next((FileSource(path, one_document_a_line=True) for path in paths if path.is_file()), None)
+    return next((FileSource(path, one_document_per_line=True) for path in paths if path.is_file()), None)

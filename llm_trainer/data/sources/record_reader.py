@@ -17,12 +17,12 @@ from pydantic import JsonValue
 
 from llm_trainer.data.sources import file_io as storage
 from llm_trainer.data.sources.base import Rejected
-from llm_trainer.data.sources.file_io import COMPRESSIONS, Extent, compression_of
-from llm_trainer.data.sources.text_files import decoded_line
+from llm_trainer.data.sources.file_io import COMPRESSIONS, FileRange, compression_suffix
+from llm_trainer.data.sources.text_files import decode_line
 from llm_trainer.errors import DataError
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
-_LARGEST_JSON = 8 * storage.LONGEST_RECORD
+RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+_LARGEST_JSON = 8 * storage.MAX_RECORD_BYTES
 _ROWS_AT_ONCE = 256
 
 
@@ -37,30 +37,30 @@ class Record:
     where: str
 
 
-def local_records(path: Path) -> Iterator[Record | Rejected]:
+def read_local_records(path: Path) -> Iterator[Record | Rejected]:
     """Every record of a file, or of every file of a known kind in a folder, by relative path.
 
     What cannot be read is set aside with its reason; raises DataError where there is nothing to read.
     """
-    for file in record_files(path):
+    for file in find_record_files(path):
         name = file.relative_to(path).as_posix() if path.is_dir() else file.name
         try:
-            yield from _READERS[_suffix(file)](Extent(file, name))
-        except storage.UNREADABLE as error:
+            yield from _READERS[_suffix(file)](FileRange(file, name))
+        except storage.READ_ERRORS as error:
             yield Rejected("unreadable file", f"{name}: {error}")
 
 
-def record_files(path: Path) -> list[Path]:
+def find_record_files(path: Path) -> list[Path]:
     """The files to read; raises DataError where the path is missing or holds none of a known kind."""
-    if path.is_file() and _suffix(path) in SUFFIXES:
+    if path.is_file() and _suffix(path) in RECORD_SUFFIXES:
         return [path]
     found = [
         file
         for file in path.rglob("*")
-        if file.is_file() and _suffix(file) in SUFFIXES and not _is_hidden(file, path)
+        if file.is_file() and _suffix(file) in RECORD_SUFFIXES and not _is_hidden(file, path)
     ]
     if not found:
-        kinds = f"{', '.join(SUFFIXES)} (text also with {', '.join(COMPRESSIONS)})"
+        kinds = f"{', '.join(RECORD_SUFFIXES)} (text also with {', '.join(COMPRESSIONS)})"
         what = "holds no records" if path.exists() else "does not exist"
         raise DataError(f"{path} {what}; give a file of one of these kinds or a folder of them: {kinds}")
     return sorted(found, key=lambda file: file.relative_to(path).as_posix())
@@ -71,14 +71,14 @@ def _is_hidden(file: Path, root: Path) -> bool:
 
 
 def _suffix(file: Path) -> str:
-    return (Path(file.stem) if compression_of(file) else file).suffix.lower()
+    return (Path(file.stem) if compression_suffix(file) else file).suffix.lower()
 
 
-def _json_lines(extent: Extent) -> Iterator[Record | Rejected]:
-    for where, offset, line in storage.lines(extent):
+def _json_lines(extent: FileRange) -> Iterator[Record | Rejected]:
+    for where, offset, line in storage.read_lines(extent):
         if line is not None and not line.strip():
             continue
-        text = decoded_line(where, offset, line)
+        text = decode_line(where, offset, line)
         yield text if isinstance(text, Rejected) else _parsed(text, extent.name, where)
 
 
@@ -94,7 +94,7 @@ def _record(value: JsonValue, part: str, where: str) -> Record | Rejected:
     return Record(value, part, where) if isinstance(value, dict) else Rejected("no record", where)
 
 
-def _json(extent: Extent) -> Iterator[Record | Rejected]:
+def _json(extent: FileRange) -> Iterator[Record | Rejected]:
     """A list of records, one record, or, as some write it, a record a line."""
     with extent.open() as opened:
         raw = opened.read(_LARGEST_JSON + 1)
@@ -115,7 +115,7 @@ def _json(extent: Extent) -> Iterator[Record | Rejected]:
             yield _record(record, extent.name, f"{extent.name}, record {index}")
 
 
-def _csv(extent: Extent) -> Iterator[Record | Rejected]:
+def _csv(extent: FileRange) -> Iterator[Record | Rejected]:
     delimiter = "\t" if _suffix(extent.path) == ".tsv" else ","
     with extent.open() as opened:
         rows = csv.DictReader(io.TextIOWrapper(opened, encoding="utf-8-sig", newline=""), delimiter=delimiter)
@@ -133,7 +133,7 @@ def _csv(extent: Extent) -> Iterator[Record | Rejected]:
             yield Rejected("not utf-8", f"{extent.name}, after row {index}: {error.reason}")
 
 
-def _parquet(extent: Extent) -> Iterator[Record | Rejected]:
+def _parquet(extent: FileRange) -> Iterator[Record | Rejected]:
     _require_pyarrow(extent.name)
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -145,7 +145,7 @@ def _parquet(extent: Extent) -> Iterator[Record | Rejected]:
         yield Rejected("unreadable file", f"{extent.name}: {str(error).splitlines()[0]}")
 
 
-def _arrow(extent: Extent) -> Iterator[Record | Rejected]:
+def _arrow(extent: FileRange) -> Iterator[Record | Rejected]:
     _require_pyarrow(extent.name)
     import pyarrow as pa
 
@@ -162,7 +162,7 @@ def _arrow(extent: Extent) -> Iterator[Record | Rejected]:
         yield Rejected("unreadable file", f"{extent.name}: {str(error).splitlines()[0]}")
 
 
-def _batches(batches: Iterator[object], extent: Extent) -> Iterator[Record | Rejected]:
+def _batches(batches: Iterator[object], extent: FileRange) -> Iterator[Record | Rejected]:
     index = 0
     for batch in batches:
         for row in batch.to_pylist():  # type: ignore[attr-defined]

@@ -16,7 +16,7 @@ from backports import zstd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_trainer.data.catalog.archives import Limits, extract, is_archive, safe_path
+from llm_trainer.data.catalog.archives import ArchiveLimits, extract, is_archive, safe_path
 from llm_trainer.errors import DataError
 
 PACKERS: dict[str, Callable[[bytes], bytes]] = {
@@ -125,7 +125,7 @@ def test_a_bomb_is_refused_by_what_it_unpacks_to(tmp_path: Path, kind: str) -> N
     members = tuple((f"{number}.txt", b"\0" * 2**20) for number in range(8))
     file = tmp_path / "x"
     file.write_bytes(zip_of(*members) if kind == "zip" else PACKERS[kind](tar_of(*members)))
-    limits = Limits(ratio=50, free_bytes=2**20)
+    limits = ArchiveLimits(ratio=50, free_bytes=2**20)
     with pytest.raises(DataError, match="unpacks to more than"):
         extract(file, tmp_path / "out", limits)
     assert left(tmp_path) == ["x"]
@@ -140,7 +140,7 @@ def test_a_zip_that_lies_about_its_sizes_is_damaged_or_refused(tmp_path: Path) -
     raw[place + 24 : place + 28] = (10).to_bytes(4, "little")
     (tmp_path / "x.zip").write_bytes(raw)
     with pytest.raises(DataError):
-        extract(tmp_path / "x.zip", tmp_path / "out", Limits(free_bytes=2**20))
+        extract(tmp_path / "x.zip", tmp_path / "out", ArchiveLimits(free_bytes=2**20))
     assert left(tmp_path) == ["x.zip"]
 
 
@@ -161,7 +161,7 @@ def test_one_name_twice_too_many_members_and_a_sparse_file_are_refused(tmp_path:
         extract(file, tmp_path / "out")
     file.write_bytes(tar_of(*((str(number), b"") for number in range(5))))
     with pytest.raises(DataError, match="more than 4 members"):
-        extract(file, tmp_path / "out", Limits(most_members=4))
+        extract(file, tmp_path / "out", ArchiveLimits(most_members=4))
     file.write_bytes(tar_of(("holes", b""), kind=tarfile.GNUTYPE_SPARSE))
     with pytest.raises(DataError, match="no plain file"):
         extract(file, tmp_path / "out")

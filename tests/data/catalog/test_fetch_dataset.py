@@ -21,12 +21,18 @@ import pytest
 from llm_trainer.data.catalog import http_download as downloads
 from llm_trainer.data.catalog import registry as catalogue
 from llm_trainer.data.catalog import writers as saving
-from llm_trainer.data.catalog.fetch_dataset import SOURCE_FILE, collect
+from llm_trainer.data.catalog.fetch_dataset import SOURCE_FILE, fetch_dataset
 from llm_trainer.data.catalog.http_download import NoConnectionError, RemoteFile
-from llm_trainer.data.catalog.registry import CATALOGUE, CataloguedSet, by_hand, chosen, remote_files
+from llm_trainer.data.catalog.registry import (
+    DATASETS,
+    DatasetEntry,
+    list_remote_files,
+    manual_download_hint,
+    select_datasets,
+)
 from llm_trainer.data.sources import file_io as storage
-from llm_trainer.data.sources.base import Piece, Rejected
-from llm_trainer.data.sources.file_source import KINDS, FileSource
+from llm_trainer.data.sources.base import Rejected, TextChunk
+from llm_trainer.data.sources.file_source import KIND_BY_SUFFIX, FileSource
 from llm_trainer.errors import DataError, UsageError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -92,20 +98,20 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bytes]]:
     running.server_close()
 
 
-def on_hub(**more: object) -> CataloguedSet:
+def on_hub(**more: object) -> DatasetEntry:
     facts: dict[str, object] = {"hub": "someone/corpus", "patterns": ("data/train-*.parquet",), **more}
-    return CataloguedSet("a corpus", 0.001, "CC0", "https://example.org", "made here", **facts)  # type: ignore[arg-type]
+    return DatasetEntry("a corpus", 0.001, "CC0", "https://example.org", "made here", **facts)  # type: ignore[arg-type]
 
 
 def read(folder: Path) -> list[str]:
-    return [reading.text for reading in FileSource(folder).pieces() if isinstance(reading, Piece)]
+    return [reading.text for reading in FileSource(folder).read_chunks() if isinstance(reading, TextChunk)]
 
 
 def test_a_data_set_of_the_hub_is_fetched_read_and_saved(tmp_path: Path, served: dict[str, bytes]) -> None:
     served["data/train-00000.parquet"] = parquet_of([*TEXTS[:2], None])
     served["data/train-00001.parquet"] = parquet_of(TEXTS[2:])
     served["data/test-00000.parquet"] = parquet_of(["not this"])
-    collected = collect("corpus", on_hub(), tmp_path, "parquet")
+    collected = fetch_dataset("corpus", on_hub(), tmp_path, "parquet")
     assert collected.saved is not None
     assert (collected.saved.kept, dict(collected.saved.rejected)) == (3, {"no text in the column 'text'": 1})
     assert collected.source == f"someone/corpus@{COMMIT}"
@@ -120,14 +126,14 @@ def test_what_is_there_is_not_fetched_again_unless_it_is_damaged_or_another_form
     tmp_path: Path, served: dict[str, bytes]
 ) -> None:
     served["data/train-00000.parquet"] = parquet_of(TEXTS)  # type: ignore[arg-type]
-    collect("corpus", on_hub(), tmp_path, "jsonl")
+    fetch_dataset("corpus", on_hub(), tmp_path, "jsonl")
     content = served.pop("data/train-00000.parquet")
-    assert collect("corpus", on_hub(), tmp_path, "jsonl").saved is None
+    assert fetch_dataset("corpus", on_hub(), tmp_path, "jsonl").saved is None
     with pytest.raises(DataError, match="has no files"):
-        collect("corpus", on_hub(), tmp_path, "parquet")
+        fetch_dataset("corpus", on_hub(), tmp_path, "parquet")
     (tmp_path / "corpus" / "train-00000.jsonl").write_text("cut", encoding="utf-8")
     served["data/train-00000.parquet"] = content
-    assert collect("corpus", on_hub(), tmp_path, "jsonl").saved is not None
+    assert fetch_dataset("corpus", on_hub(), tmp_path, "jsonl").saved is not None
     assert read(tmp_path / "corpus") == TEXTS
 
 
@@ -138,13 +144,13 @@ def test_every_format_holds_the_documents(tmp_path: Path, save_format: saving.Sa
     (originals / "a.jsonl").write_text(
         "".join(json.dumps({"text": text}) + "\n" for text in [*TEXTS, "", "nul \0"]), encoding="utf-8"
     )
-    collected = collect("corpus", on_hub(), tmp_path / "raw", save_format, given=originals)
+    collected = fetch_dataset("corpus", on_hub(), tmp_path / "raw", save_format, given=originals)
     saved = collected.saved
     assert saved is not None
     assert saved.kept + saved.rejected.total() == 5
     expected = [text.replace("\n", " ") for text in TEXTS] if save_format == "txt" else TEXTS
-    source = FileSource(collected.folder, one_document_a_line=True)
-    assert [r.text for r in source.pieces() if isinstance(r, Piece)] == expected
+    source = FileSource(collected.folder, one_document_per_line=True)
+    assert [r.text for r in source.read_chunks() if isinstance(r, TextChunk)] == expected
     assert saved.broken_lines == (save_format == "txt")
     assert saved.size == sum(len(text.encode()) for text in expected)
 
@@ -154,7 +160,7 @@ def test_large_sets_are_saved_in_several_files(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(saving, "_ROW_GROUP_BYTES", 300)
     texts = [f"text {number} " * 10 for number in range(50)]
     (tmp_path / "a.json").write_text(json.dumps(texts), encoding="utf-8")
-    collected = collect("corpus", on_hub(), tmp_path / "raw", "parquet", given=tmp_path / "a.json")
+    collected = fetch_dataset("corpus", on_hub(), tmp_path / "raw", "parquet", given=tmp_path / "a.json")
     assert collected.saved is not None
     assert len(collected.saved.files) == 4
     assert pq.ParquetFile(collected.folder / "train-00000.parquet").num_row_groups > 2
@@ -167,7 +173,7 @@ def test_text_files_are_kept_as_they_are_where_txt_is_wanted(tmp_path: Path) -> 
     (originals / "a.md").write_text("# One\n\nline\n", encoding="utf-8")
     (originals / "deep" / "b.txt").write_bytes("zwei ä\n".encode())
     (originals / "c.txt").write_bytes(b"\xff")
-    collected = collect("corpus", on_hub(), tmp_path / "raw", "txt", given=originals)
+    collected = fetch_dataset("corpus", on_hub(), tmp_path / "raw", "txt", given=originals)
     assert collected.saved is not None
     assert (collected.saved.kept, dict(collected.saved.rejected)) == (2, {"not utf-8": 1})
     assert (collected.folder / "a.txt").read_text(encoding="utf-8") == "# One\n\nline\n"
@@ -189,13 +195,13 @@ def test_archives_are_opened_and_only_their_texts_taken(tmp_path: Path, served: 
     served["/set.tar.gz"] = gzip.compress(made.getvalue())
     url = f"{huggingface_hub.constants.ENDPOINT}/set.tar.gz"
     row = on_hub(hub=None, urls=(RemoteFile(url, "set.tar.gz"),), members=("set/train/*.txt",))
-    assert read(collect("set", row, tmp_path, "jsonl").folder) == ["one", "two"]
+    assert read(fetch_dataset("set", row, tmp_path, "jsonl").folder) == ["one", "two"]
     hostile = io.BytesIO()
     with zipfile.ZipFile(hostile, "w") as zipped:
         zipped.writestr("../outside.txt", "bad")
     (tmp_path / "given.zip").write_bytes(hostile.getvalue())
     with pytest.raises(DataError, match="is refused"):
-        collect("set", row, tmp_path, "jsonl", given=tmp_path / "given.zip")
+        fetch_dataset("set", row, tmp_path, "jsonl", given=tmp_path / "given.zip")
     assert read(tmp_path / "set") == ["one", "two"], "what was there stays"
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".set")]
 
@@ -208,7 +214,7 @@ def test_a_download_that_broke_off_goes_on_in_the_next_run(tmp_path: Path, serve
     done.write_bytes(served["data/train-00000.parquet"])
     part = done.with_name("train-00001.parquet.part")
     part.write_bytes(served["data/train-00001.parquet"][:10])
-    assert read(collect("corpus", on_hub(), tmp_path, "parquet").folder) == [*TEXTS, "other"]
+    assert read(fetch_dataset("corpus", on_hub(), tmp_path, "parquet").folder) == [*TEXTS, "other"]
 
 
 def test_without_a_network_the_error_names_the_set_and_how_to_supply_it(
@@ -222,73 +228,73 @@ def test_without_a_network_the_error_names_the_set_and_how_to_supply_it(
         NoConnectionError,
         match=r"'corpus' could not be fetched.*hf download someone/corpus.*--datasets corpus --input FOLDER",
     ):
-        collect("corpus", on_hub(), tmp_path, "parquet")
+        fetch_dataset("corpus", on_hub(), tmp_path, "parquet")
     row = on_hub(hub=None, urls=(RemoteFile("http://127.0.0.1:9/x.txt", "x.txt"),))
     with pytest.raises(
         NoConnectionError,
         match=r"'corpus' could not be fetched.*fetch http://127\.0\.0\.1:9/x\.txt into a folder",
     ):
-        collect("corpus", row, tmp_path, "parquet")
+        fetch_dataset("corpus", row, tmp_path, "parquet")
     assert not (tmp_path / "corpus").exists()
 
 
 def test_a_set_with_nothing_usable_in_it_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"body": "x"}\n', encoding="utf-8")
     with pytest.raises(DataError, match="nothing usable in the files of corpus: 1 no text in the column"):
-        collect("corpus", on_hub(), tmp_path / "raw", "parquet", given=tmp_path / "a.jsonl")
+        fetch_dataset("corpus", on_hub(), tmp_path / "raw", "parquet", given=tmp_path / "a.jsonl")
     assert list((tmp_path / "raw").iterdir()) == []
     with pytest.raises(DataError, match="nowhere does not exist"):
-        collect("corpus", on_hub(), tmp_path / "raw", "parquet", given=tmp_path / "nowhere")
+        fetch_dataset("corpus", on_hub(), tmp_path / "raw", "parquet", given=tmp_path / "nowhere")
 
 
 def test_a_document_too_long_for_a_record_is_rejected_and_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "LONGEST_RECORD", 10)
     readings = [
-        Piece("12345", False),
-        Piece("678"),
-        Piece("123456", False),
-        Piece("123456", False),
-        Piece("1"),
-        Piece("end"),
+        TextChunk("12345", False),
+        TextChunk("678"),
+        TextChunk("123456", False),
+        TextChunk("123456", False),
+        TextChunk("1"),
+        TextChunk("end"),
     ]
-    texts = list(saving.whole_texts(iter(readings)))
+    texts = list(saving.join_chunks(iter(readings)))
     assert texts[0] == "12345678"
     assert isinstance(texts[1], Rejected)
     assert texts[2] == "end"
 
 
 def test_rows_of_the_catalogue_are_complete() -> None:
-    for name, row in CATALOGUE.items():
+    for name, row in DATASETS.items():
         assert name == name.lower().replace("-", "_")
         assert all((row.about, row.licence, row.verified))
         assert row.page.startswith("https://")
         assert (row.hub is None) == bool(row.urls)
         assert (row.hub is None) != bool(row.patterns)
         assert all(url.url.startswith("https://") for url in row.urls)
-        assert name in by_hand(name, row)
+        assert name in manual_download_hint(name, row)
         readable = [
             pattern.removesuffix(".gz")
             for pattern in (*row.patterns, *row.members, *(url.name for url in row.urls if not row.members))
         ]
-        assert all(Path(pattern).suffix in KINDS for pattern in readable)
-    assert sum(row.gigabytes for row in chosen([]).values()) < 2, (
+        assert all(Path(pattern).suffix in KIND_BY_SUFFIX for pattern in readable)
+    assert sum(row.gigabytes for row in select_datasets([]).values()) < 2, (
         "what is fetched where none is named stays small"
     )
 
 
 def test_names_are_chosen_from_the_catalogue() -> None:
-    assert list(chosen(["tinystories", "tiny_shakespeare"])) == ["tinystories", "tiny_shakespeare"]
-    assert chosen(["all"]) == CATALOGUE
+    assert list(select_datasets(["tinystories", "tiny_shakespeare"])) == ["tinystories", "tiny_shakespeare"]
+    assert select_datasets(["all"]) == DATASETS
     with pytest.raises(UsageError, match=r"no data set 'tinystory'; did you mean tinystories.*--list"):
-        chosen(["tinystory"])
+        select_datasets(["tinystory"])
 
 
 def test_files_of_the_hub_come_with_size_hash_and_commit(served: dict[str, bytes]) -> None:
     served["data/train-0 ä.parquet"] = b"content"
-    files, version = remote_files(on_hub())
+    files, version = list_remote_files(on_hub())
     assert version == f"someone/corpus@{COMMIT}"
     assert files == [
         RemoteFile(files[0].url, "data/train-0 ä.parquet", 7, hashlib.sha256(b"content").hexdigest())
     ]
     assert f"resolve/{COMMIT}/data/train-0%20%C3%A4.parquet" in files[0].url
-    assert catalogue.CATALOGUE["openwebtext"].revision == "refs/convert/parquet"
+    assert catalogue.DATASETS["openwebtext"].revision == "refs/convert/parquet"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from llm_trainer.data.catalog import http_download as downloads
-from llm_trainer.data.catalog.http_download import NoConnectionError, RemoteFile, fetch
+from llm_trainer.data.catalog.http_download import NoConnectionError, RemoteFile, download
 from llm_trainer.errors import DataError
 
 TEXT = random.Random(1).randbytes(300_000)
@@ -90,9 +90,9 @@ def left(folder: Path) -> list[str]:
 
 def test_a_file_is_fetched_checked_and_not_fetched_again(tmp_path: Path, server: Server) -> None:
     remote = RemoteFile(server.url, "deep/a.bin", len(TEXT), SHA256)
-    assert fetch(remote, tmp_path).read_bytes() == TEXT
+    assert download(remote, tmp_path).read_bytes() == TEXT
     assert left(tmp_path) == ["deep/a.bin"]
-    fetch(remote, tmp_path)
+    download(remote, tmp_path)
     assert server.asked == [None]
 
 
@@ -102,7 +102,7 @@ def test_a_connection_that_ends_early_is_taken_up_where_it_ended(
     tmp_path: Path, server: Server, size: int | None, sha256: str | None
 ) -> None:
     server.breaks_after = 70_000
-    assert fetch(RemoteFile(server.url, "a.bin", size, sha256), tmp_path).read_bytes() == TEXT
+    assert download(RemoteFile(server.url, "a.bin", size, sha256), tmp_path).read_bytes() == TEXT
     assert server.asked == [None, *(f"bytes={70_000 * count}-" for count in range(1, 5))]
 
 
@@ -114,10 +114,10 @@ def test_a_later_run_goes_on_with_what_is_there(
     monkeypatch.setattr(downloads, "_ATTEMPTS_TO_BEGIN", 1)
     remote = RemoteFile(server.url, "a.bin", len(TEXT), SHA256)
     with pytest.raises(NoConnectionError, match="ended early"):
-        fetch(remote, tmp_path)
+        download(remote, tmp_path)
     assert left(tmp_path) == ["a.bin.part", "a.bin.part.version"]
     server.breaks_after = None
-    assert fetch(remote, tmp_path).read_bytes() == TEXT
+    assert download(remote, tmp_path).read_bytes() == TEXT
     assert server.asked == [None, "bytes=100000-"]
     assert left(tmp_path) == ["a.bin"]
 
@@ -131,14 +131,14 @@ def test_a_part_of_another_version_is_not_mixed_in(
     server.version = version
     (tmp_path / "a.bin.part").write_bytes(b"x" * 1000)
     (tmp_path / "a.bin.part.version").write_text('"old"', encoding="utf-8") if version else None
-    assert fetch(RemoteFile(server.url, "a.bin", None, sha256), tmp_path).read_bytes() == TEXT
+    assert download(RemoteFile(server.url, "a.bin", None, sha256), tmp_path).read_bytes() == TEXT
 
 
 def test_a_server_without_ranges_sends_the_whole(tmp_path: Path, server: Server) -> None:
     server.knows_ranges = False
     (tmp_path / "a.bin.part").write_bytes(TEXT[:1000])
     (tmp_path / "a.bin.part.version").write_text('"one"', encoding="utf-8")
-    assert fetch(RemoteFile(server.url, "a.bin"), tmp_path).read_bytes() == TEXT
+    assert download(RemoteFile(server.url, "a.bin"), tmp_path).read_bytes() == TEXT
 
 
 def test_a_part_that_is_already_whole_or_too_long_is_settled(tmp_path: Path, server: Server) -> None:
@@ -146,51 +146,51 @@ def test_a_part_that_is_already_whole_or_too_long_is_settled(tmp_path: Path, ser
         for size in (len(TEXT), None):
             (tmp_path / "a.bin.part").write_bytes(content)
             (tmp_path / "a.bin.part.version").write_text('"one"', encoding="utf-8")
-            place = fetch(RemoteFile(server.url, "a.bin", size, SHA256), tmp_path)
+            place = download(RemoteFile(server.url, "a.bin", size, SHA256), tmp_path)
             assert place.read_bytes() == TEXT
             place.unlink()
 
 
 def test_other_contents_than_expected_are_not_kept(tmp_path: Path, server: Server) -> None:
     with pytest.raises(DataError, match="sha256 differs"):
-        fetch(RemoteFile(server.url, "a.bin", None, "0" * 64), tmp_path)
+        download(RemoteFile(server.url, "a.bin", None, "0" * 64), tmp_path)
     with pytest.raises(DataError, match="has 300000 bytes, not 5"):
-        fetch(RemoteFile(server.url, "a.bin", 5), tmp_path)
+        download(RemoteFile(server.url, "a.bin", 5), tmp_path)
     assert left(tmp_path) == []
 
 
 def test_errors_that_may_pass_are_tried_again_and_others_not(tmp_path: Path, server: Server) -> None:
     server.statuses = [503]
-    assert fetch(RemoteFile(server.url, "a.bin"), tmp_path).read_bytes() == TEXT
+    assert download(RemoteFile(server.url, "a.bin"), tmp_path).read_bytes() == TEXT
     server.statuses = [404]
     with pytest.raises(DataError, match="404"):
-        fetch(RemoteFile(server.url, "b.bin"), tmp_path)
+        download(RemoteFile(server.url, "b.bin"), tmp_path)
     server.statuses = [401]
     with pytest.raises(DataError, match=r"401.*HF_TOKEN"):
-        fetch(RemoteFile(server.url, "b.bin"), tmp_path)
+        download(RemoteFile(server.url, "b.bin"), tmp_path)
     server.statuses = [500] * 10
     with pytest.raises(NoConnectionError, match="500"):
-        fetch(RemoteFile(server.url, "b.bin"), tmp_path)
+        download(RemoteFile(server.url, "b.bin"), tmp_path)
 
 
 def test_a_token_goes_to_the_server_that_was_named_and_not_on(tmp_path: Path, server: Server) -> None:
     server.redirects_to = server.url.replace("127.0.0.1", "localhost") + "-elsewhere"
-    assert fetch(RemoteFile(server.url, "a.bin"), tmp_path, token="secret").read_bytes() == TEXT
+    assert download(RemoteFile(server.url, "a.bin"), tmp_path, token="secret").read_bytes() == TEXT
     assert server.tokens == ["Bearer secret", None]
 
 
 def test_nobody_there_is_said_as_such(tmp_path: Path, server: Server) -> None:
     with pytest.raises(NoConnectionError, match=r"http://127\.0\.0\.1:9/x could not be fetched"):
-        fetch(RemoteFile("http://127.0.0.1:9/x", "a.bin"), tmp_path)
+        download(RemoteFile("http://127.0.0.1:9/x", "a.bin"), tmp_path)
     with pytest.raises(NoConnectionError, match="nowhere"):
-        fetch(RemoteFile("http://nowhere.invalid/x", "a.bin"), tmp_path)
+        download(RemoteFile("http://nowhere.invalid/x", "a.bin"), tmp_path)
 
 
 def test_a_name_that_leads_out_and_a_file_that_does_not_fit_are_refused_before_anything_is_asked(
     tmp_path: Path, server: Server
 ) -> None:
     with pytest.raises(DataError, match="leads out"):
-        fetch(RemoteFile(server.url, "../a.bin"), tmp_path / "inside")
+        download(RemoteFile(server.url, "../a.bin"), tmp_path / "inside")
     with pytest.raises(DataError, match="GB are free"):
-        fetch(RemoteFile(server.url, "a.bin", 2**60), tmp_path)
+        download(RemoteFile(server.url, "a.bin", 2**60), tmp_path)
     assert server.asked == []

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_trainer.config.schema.data import DataConfig
-from llm_trainer.data.cleaning.cleaner import NOTHING_LEFT, Cleaning
-from llm_trainer.data.cleaning.normalization import Normalization
+from llm_trainer.data.cleaning.cleaner import NOTHING_LEFT_REASON, DocumentCleaner
+from llm_trainer.data.cleaning.normalization import TextNormalizer
 from llm_trainer.data.sources import base as documents
-from llm_trainer.data.sources.base import Piece, Reading, Rejected
+from llm_trainer.data.sources.base import Rejected, SourceItem, TextChunk
 
 ODD = "\r\n\t \x00\x07\x0b\x0c\x1c\x1f\x7f\x85\xa0\xad\u0301\u200b\u200d\u2028\u202e\u3000\ufeffe\u00e9aA\U0001f468\u1100\u1161\ufb01.|"
 odd_texts = st.one_of(st.text(st.sampled_from(ODD), max_size=60), st.text(max_size=60))
@@ -33,7 +33,7 @@ furniture = st.sampled_from(
 line_texts = st.lists(st.one_of(odd_texts, furniture), max_size=12).map("\n".join)
 
 
-def text_of(readings: list[Reading]) -> list[str]:
+def text_of(readings: list[SourceItem]) -> list[str]:
     """The kept documents, pieces joined; a rejected one as its reason."""
     found, held = [], ""
     for reading in readings:
@@ -65,14 +65,14 @@ def text_of(readings: list[Reading]) -> list[str]:
     ],
 )
 def test_text_comes_into_one_form(before: str, after: str) -> None:
-    assert Normalization().text(before) == after
+    assert TextNormalizer().text(before) == after
 
 
 def test_unicode_form_decides_about_ligatures_and_superscripts() -> None:
     text = "\ufb01ne x\u00b2 e\u0301"
-    assert Normalization("nfc").text(text) == "\ufb01ne x\u00b2 \u00e9"
-    assert Normalization("nfkc").text(text) == "fine x2 \u00e9"
-    assert Normalization("none").text(text) == text
+    assert TextNormalizer("nfc").text(text) == "\ufb01ne x\u00b2 \u00e9"
+    assert TextNormalizer("nfkc").text(text) == "fine x2 \u00e9"
+    assert TextNormalizer("none").text(text) == text
 
 
 def test_boilerplate_lines_go_and_sentences_about_the_same_things_stay() -> None:
@@ -95,9 +95,9 @@ def test_boilerplate_lines_go_and_sentences_about_the_same_things_stay() -> None
             "Read more",
         ]
     )
-    kept = Normalization().text(page).split("\n")
+    kept = TextNormalizer().text(page).split("\n")
     assert [line.split()[0] for line in kept] == ["The", "We", "She", "\u0130stanbul,"]
-    assert Normalization(drop_boilerplate=False).text(page) == page
+    assert TextNormalizer(drop_boilerplate=False).text(page) == page
 
 
 @pytest.mark.parametrize(
@@ -114,17 +114,17 @@ def test_boilerplate_lines_go_and_sentences_about_the_same_things_stay() -> None
     ],
 )  # fmt: skip
 def test_each_kind_of_boilerplate_goes_wherever_it_stands(line: str) -> None:
-    assert Normalization().text(f"before\n  {line}  \nafter") == "before\nafter"
-    assert Normalization().text(f"{line}\nkept\n{line.upper()}") == "kept"
-    assert Normalization().text(f"He said: {line}") == f"He said: {line}"
+    assert TextNormalizer().text(f"before\n  {line}  \nafter") == "before\nafter"
+    assert TextNormalizer().text(f"{line}\nkept\n{line.upper()}") == "kept"
+    assert TextNormalizer().text(f"He said: {line}") == f"He said: {line}"
 
 
 @settings(max_examples=300)
 @given(line_texts)
 def test_cleaning_twice_is_cleaning_once(text: str) -> None:
     for form in ("nfc", "nfkc", "none"):
-        once = Normalization(form).text(text)  # type: ignore[arg-type]
-        assert Normalization(form).text(once) == once  # type: ignore[arg-type]
+        once = TextNormalizer(form).text(text)  # type: ignore[arg-type]
+        assert TextNormalizer(form).text(once) == once  # type: ignore[arg-type]
 
 
 @settings(max_examples=300)
@@ -132,7 +132,7 @@ def test_cleaning_twice_is_cleaning_once(text: str) -> None:
 def test_a_text_in_pieces_is_normalised_like_the_whole(text: str, cuts: list[int]) -> None:
     places = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     pieces = [text[begin:end] for begin, end in itertools.pairwise(places)]
-    assert "".join(Normalization().blocks(pieces)) == Normalization().text(text)
+    assert "".join(TextNormalizer().blocks(pieces)) == TextNormalizer().text(text)
 
 
 @pytest.mark.parametrize("words", ["caf\u0065\u0301 ", "abc\u00ad", "\u65e5\u672c", "x. \t"])
@@ -150,16 +150,16 @@ def test_very_long_lines_in_pieces_are_normalised_like_the_whole(
     expected = "\n".join(line.rstrip() for line in whole.split("\n")) + "\nlast"
     for size in (1, 7, 64, 1000, len(text)):
         pieces = [text[begin : begin + size] for begin in range(0, len(text), size)]
-        assert "".join(Normalization().blocks(pieces)) == expected
+        assert "".join(TextNormalizer().blocks(pieces)) == expected
 
 
 def test_without_a_wish_nothing_happens() -> None:
-    cleaning = Cleaning.of(DataConfig())
-    readings: list[Reading] = [
-        Piece("x \r\n", False),
-        Piece(" y"),
+    cleaning = DocumentCleaner.of(DataConfig())
+    readings: list[SourceItem] = [
+        TextChunk("x \r\n", False),
+        TextChunk(" y"),
         Rejected("empty", "f"),
-        Piece("\x07", split="test"),
+        TextChunk("\x07", split="test"),
     ]
     assert cleaning.is_identity
     assert cleaning.key is None
@@ -169,46 +169,48 @@ def test_without_a_wish_nothing_happens() -> None:
 @settings(max_examples=100)
 @given(st.lists(st.one_of(st.lists(odd_texts, min_size=1, max_size=4), st.none()), max_size=6))
 def test_documents_out_are_documents_in_whatever_they_hold(corpus: list[list[str] | None]) -> None:
-    readings: list[Reading] = []
+    readings: list[SourceItem] = []
     for pieces in corpus:
         if pieces is None:
             readings.append(Rejected("empty", "somewhere"))
         else:
-            readings += [Piece(text, place == len(pieces) - 1) for place, text in enumerate(pieces)]
-    cleaning = Cleaning.of(
+            readings += [TextChunk(text, place == len(pieces) - 1) for place, text in enumerate(pieces)]
+    cleaning = DocumentCleaner.of(
         DataConfig(clean=True, filters=["length", "symbols", "repetition"], min_characters=5)
     )
     judged, unjudged = (
         text_of(list(cleaning.apply(iter(readings)))),
-        text_of(list(cleaning.apply(iter(readings), judge=False))),
+        text_of(list(cleaning.apply(iter(readings), apply_filters=False))),
     )
     assert len(judged) == len(unjudged) == len(corpus)
 
 
 def test_rejected_documents_keep_their_reason_place_and_text() -> None:
-    cleaning = Cleaning.of(DataConfig(clean=True, filters="length", min_characters=10))
-    readings: list[Reading] = [
+    cleaning = DocumentCleaner.of(DataConfig(clean=True, filters="length", min_characters=10))
+    readings: list[SourceItem] = [
         Rejected("not utf-8", "a.txt, byte 3"),
-        Piece("too\u00a0short"),
-        Piece("long enough\u00a0now"),
-        Piece(" \u200b\n"),
+        TextChunk("too\u00a0short"),
+        TextChunk("long enough\u00a0now"),
+        TextChunk(" \u200b\n"),
     ]
     found = list(cleaning.apply(iter(readings), where="b.txt, "))
     assert found == [
         Rejected("not utf-8", "a.txt, byte 3"),
         Rejected("shorter than 10 characters", "b.txt, document 2", "too short"),
-        Piece("long enough now"),
-        Rejected(NOTHING_LEFT, "b.txt, document 4", " \u200b\n"),
+        TextChunk("long enough now"),
+        Rejected(NOTHING_LEFT_REASON, "b.txt, document 4", " \u200b\n"),
     ]
 
 
 def test_without_judging_the_kept_documents_come_out_the_same() -> None:
     vocabulary = ["to", "be", "or", "not", "that", "is", "the", "question"]
     words = [" ".join(random.Random(seed).choices(vocabulary, k=seed)) for seed in range(1, 60)]
-    cleaning = Cleaning.of(DataConfig(clean=True, filters=["length", "repetition"], max_repeated_share=0.2))
-    judged = list(cleaning.apply(Piece(text) for text in words))
-    unjudged = list(cleaning.apply((Piece(text) for text in words), judge=False))
-    kept = [place for place, reading in enumerate(judged) if isinstance(reading, Piece)]
+    cleaning = DocumentCleaner.of(
+        DataConfig(clean=True, filters=["length", "repetition"], max_repeated_fraction=0.2)
+    )
+    judged = list(cleaning.apply(TextChunk(text) for text in words))
+    unjudged = list(cleaning.apply((TextChunk(text) for text in words), apply_filters=False))
+    kept = [place for place, reading in enumerate(judged) if isinstance(reading, TextChunk)]
     assert 0 < len(kept) < len(words)
     assert [judged[place] for place in kept] == [unjudged[place] for place in kept]
 
@@ -219,19 +221,21 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> int:
     return 1000
 
 
-def pieces_of(text: str, split: str | None = None) -> list[Reading]:
-    return list(documents.in_pieces(iter([text]), split))
+def pieces_of(text: str, split: str | None = None) -> list[SourceItem]:
+    return list(documents.rechunk(iter([text]), split))
 
 
 def test_a_long_document_is_cleaned_in_pieces_to_the_same_text(small_pieces: int) -> None:
     text = "\r\n".join(f"line {number} of caf\u0065\u0301s,\u00a0many   " for number in range(300))
-    cleaning = Cleaning.of(DataConfig(clean=True))
-    readings = list(cleaning.apply(iter([Piece("before it"), *pieces_of(text, "test"), Piece("after it")])))
-    assert text_of(readings) == ["before it", Normalization().text(text), "after it"]
+    cleaning = DocumentCleaner.of(DataConfig(clean=True))
+    readings = list(
+        cleaning.apply(iter([TextChunk("before it"), *pieces_of(text, "test"), TextChunk("after it")]))
+    )
+    assert text_of(readings) == ["before it", TextNormalizer().text(text), "after it"]
     inner = readings[1:-1]
     assert len(inner) > 5
     assert all(
-        isinstance(piece, Piece) and piece.split == "test" and len(piece.text) <= small_pieces
+        isinstance(piece, TextChunk) and piece.split == "test" and len(piece.text) <= small_pieces
         for piece in inner
     )
 
@@ -239,20 +243,24 @@ def test_a_long_document_is_cleaned_in_pieces_to_the_same_text(small_pieces: int
 def test_a_long_document_is_judged_by_its_first_piece_and_refused_whole(small_pieces: int) -> None:
     good = " ".join(f"word{number}" for number in range(1500))
     bad = "!?# " * 1500
-    cleaning = Cleaning.of(DataConfig(filters="symbols"))
-    readings = [*pieces_of(good + bad), *pieces_of(bad + good), Piece("after it")]
+    cleaning = DocumentCleaner.of(DataConfig(filters="symbols"))
+    readings = [*pieces_of(good + bad), *pieces_of(bad + good), TextChunk("after it")]
     found = list(cleaning.apply(iter(readings)))
     assert text_of(found) == [good + bad, "too many symbols", "after it"]
     rejected = next(reading for reading in found if isinstance(reading, Rejected))
     assert rejected.where == "document 2"
     assert rejected.text is not None
     assert (bad + good).startswith(rejected.text)
-    assert text_of(list(cleaning.apply(iter(readings), judge=False))) == [good + bad, bad + good, "after it"]
+    assert text_of(list(cleaning.apply(iter(readings), apply_filters=False))) == [
+        good + bad,
+        bad + good,
+        "after it",
+    ]
 
 
 def test_it_travels_to_other_processes_and_its_key_tells_settings_apart() -> None:
     config = {"clean": True, "filters": ["length", "symbols"]}
-    cleaning = Cleaning.of(DataConfig(**config))
+    cleaning = DocumentCleaner.of(DataConfig(**config))
     assert pickle.loads(pickle.dumps(cleaning)) == cleaning
     others: list[dict[str, object]] = [
         {"min_characters": 7},
@@ -260,8 +268,8 @@ def test_it_travels_to_other_processes_and_its_key_tells_settings_apart() -> Non
         {"drop_boilerplate": False},
         {"filters": ["length"]},
     ]
-    keys = [str(Cleaning.of(DataConfig(**{**config, **other})).key) for other in others]
+    keys = [str(DocumentCleaner.of(DataConfig(**{**config, **other})).key) for other in others]
     assert len({str(cleaning.key), *keys}) == 5
-    assert str(Cleaning.of(DataConfig(**config, num_workers=3, max_symbol_share=0.4)).key) == str(
+    assert str(DocumentCleaner.of(DataConfig(**config, num_workers=3, max_symbol_fraction=0.4)).key) == str(
         cleaning.key
     )

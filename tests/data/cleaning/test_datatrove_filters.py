@@ -9,8 +9,8 @@ import pytest
 
 from llm_trainer.config.schema.data import DataConfig
 from llm_trainer.data.cleaning import datatrove_filters as quality
-from llm_trainer.data.cleaning.cleaner import Cleaning
-from llm_trainer.data.sources.base import Piece, Rejected
+from llm_trainer.data.cleaning.cleaner import DocumentCleaner
+from llm_trainer.data.sources.base import Rejected, TextChunk
 from llm_trainer.errors import UsageError
 
 PAGE = " ".join(
@@ -34,8 +34,8 @@ LANGUAGES = {
 }
 
 
-def judged(text: str, **settings: object) -> Piece | Rejected:
-    return next(Cleaning.of(DataConfig(**settings)).apply(iter([Piece(text)])))
+def judged(text: str, **settings: object) -> TextChunk | Rejected:
+    return next(DocumentCleaner.of(DataConfig(**settings)).apply(iter([TextChunk(text)])))
 
 
 needs_datatrove = pytest.mark.skipif(
@@ -65,21 +65,21 @@ def test_published_filters_refuse_what_they_were_made_for_and_say_why(
     assert isinstance(found, Rejected)
     assert (found.reason, found.text) == (reason, text)
     if name != "gopher_repetition":
-        assert judged(PAGE, filters=[name]) == Piece(PAGE)
+        assert judged(PAGE, filters=[name]) == TextChunk(PAGE)
 
 
 @needs_datatrove
 def test_c4_drops_lines_and_does_so_too_where_nothing_is_judged() -> None:
     text = f"Home\n{PAGE}\nJavascript is off in this browser, it says here.\nno end to this line"
-    cleaning = Cleaning.of(DataConfig(filters="gopher_quality,c4"))
+    cleaning = DocumentCleaner.of(DataConfig(filters="gopher_quality,c4"))
     assert (
-        list(cleaning.apply(iter([Piece(text)])))
-        == list(cleaning.apply(iter([Piece(text)]), judge=False))
-        == [Piece(PAGE)]
+        list(cleaning.apply(iter([TextChunk(text)])))
+        == list(cleaning.apply(iter([TextChunk(text)]), apply_filters=False))
+        == [TextChunk(PAGE)]
     )
-    refused = Piece("One { bracket. " + PAGE)
+    refused = TextChunk("One { bracket. " + PAGE)
     assert isinstance(next(cleaning.apply(iter([refused]))), Rejected)
-    assert list(cleaning.apply(iter([refused]), judge=False)) == [refused]
+    assert list(cleaning.apply(iter([refused]), apply_filters=False)) == [refused]
 
 
 @needs_datatrove
@@ -87,14 +87,16 @@ def test_a_text_too_long_for_them_is_judged_by_its_beginning_and_left_whole(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(quality, "_JUDGED_CHARACTERS", len(PAGE))
-    assert judged(f"{PAGE}\nno end to this line", filters="c4") == Piece(f"{PAGE}\nno end to this line")
+    assert judged(f"{PAGE}\nno end to this line", filters="c4") == TextChunk(f"{PAGE}\nno end to this line")
     assert isinstance(judged("{ curly. " * 200 + PAGE, filters="c4"), Rejected)
 
 
 @needs_language
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_each_language_is_told_from_the_others(language: str) -> None:
-    kept = [code for code, text in LANGUAGES.items() if isinstance(judged(text, languages=[language]), Piece)]
+    kept = [
+        code for code, text in LANGUAGES.items() if isinstance(judged(text, languages=[language]), TextChunk)
+    ]
     assert kept == [language]
 
 
@@ -104,19 +106,21 @@ def test_documents_in_no_clear_language_are_refused_as_such() -> None:
     assert judged(text, languages="en,de", min_language_confidence=1.0) == Rejected(
         "language: uncertain", "document 1", text
     )
-    assert judged(text, languages="en,de", min_language_confidence=0.0) == Piece(text)
+    assert judged(text, languages="en,de", min_language_confidence=0.0) == TextChunk(text)
     assert judged(LANGUAGES["de"], languages="fr").reason == "language: de"  # type: ignore[union-attr]
     with pytest.raises(UsageError, match="'English' is no code of a language"):
-        Cleaning.of(DataConfig(languages="English"))
+        DocumentCleaner.of(DataConfig(languages="English"))
 
 
 @needs_datatrove
 @needs_language
 def test_filters_of_libraries_travel_to_other_processes() -> None:
-    cleaning = Cleaning.of(DataConfig(filters="gopher_repetition,gopher_quality,c4,fineweb", languages="en"))
+    cleaning = DocumentCleaner.of(
+        DataConfig(filters="gopher_repetition,gopher_quality,c4,fineweb", languages="en")
+    )
     again = pickle.loads(pickle.dumps(cleaning))
     assert again == cleaning
-    assert list(again.apply(iter([Piece("short")]))) == list(cleaning.apply(iter([Piece("short")])))
+    assert list(again.apply(iter([TextChunk("short")]))) == list(cleaning.apply(iter([TextChunk("short")])))
 
 
 @pytest.mark.parametrize(
@@ -133,4 +137,4 @@ def test_a_missing_library_is_said_at_once_with_its_extra(
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == module else find(name))
     with pytest.raises(UsageError, match=rf"pip install 'llm-trainer\[{extra}\]'"):
-        Cleaning.of(DataConfig(**settings))
+        DocumentCleaner.of(DataConfig(**settings))

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 
 from llm_trainer.config.schema.data import DataConfig
 from llm_trainer.data.cleaning import filters
-from llm_trainer.data.cleaning.filters import repeated_line_share, repeated_run_share, symbol_share
+from llm_trainer.data.cleaning.filters import repeated_line_fraction, repeated_ngram_fraction, symbol_fraction
 
 PROSE = topics["objects"] if "objects" in topics else max(topics.values(), key=len)
 CODE = inspect.getsource(textwrap)
 
 
 def reason(name: str, text: str, **settings: object) -> str | None:
-    found = filters.build(name, DataConfig(**settings)).judge(text)
+    found = filters.build_filter(name, DataConfig(**settings)).apply(text)
     assert found.text == text
     return found.reason
 
@@ -51,9 +51,9 @@ def test_symbols_refuses_what_is_mostly_signs() -> None:
 
 
 def test_marks_that_are_vowels_are_no_symbols() -> None:
-    assert symbol_share("सभी मनुष्यों को गौरव") == 0
-    assert symbol_share("มนุษย์ทั้งหลาย") == 0
-    assert symbol_share("a b，c。") == 0.4
+    assert symbol_fraction("सभी मनुष्यों को गौरव") == 0
+    assert symbol_fraction("มนุษย์ทั้งหลาย") == 0
+    assert symbol_fraction("a b，c。") == 0.4
 
 
 def test_repetition_refuses_lines_and_words_said_over_and_over() -> None:
@@ -67,17 +67,17 @@ def test_repetition_refuses_lines_and_words_said_over_and_over() -> None:
 def test_symbols_are_counted_the_same_in_ascii_and_beyond(text: str) -> None:
     visible = [character for character in text if not character.isspace()]
     signs = [character for character in visible if not character.isalnum()]
-    assert symbol_share(text) == pytest.approx(len(signs) / len(visible) if visible else 0)
-    assert symbol_share(text + "\u00e9") == pytest.approx(len(signs) / (len(visible) + 1))
+    assert symbol_fraction(text) == pytest.approx(len(signs) / len(visible) if visible else 0)
+    assert symbol_fraction(text + "\u00e9") == pytest.approx(len(signs) / (len(visible) + 1))
 
 
 @given(st.lists(st.sampled_from(["a", "b", "c", "d"]), max_size=60))
 def test_shares_of_repetition_agree_with_plain_counting(words: list[str]) -> None:
     runs = [tuple(words[place : place + 5]) for place in range(len(words) - 4)]
     expected = 1 - len(set(runs)) / len(runs) if len(runs) >= 20 else 0
-    assert repeated_run_share(" ".join(words)) == pytest.approx(expected)
+    assert repeated_ngram_fraction(" ".join(words)) == pytest.approx(expected)
     lines = ["".join(words[place : place + 2]) for place in range(0, len(words), 2)]
     total = sum(map(len, lines))
-    assert repeated_line_share("\n".join(lines)) == pytest.approx(
+    assert repeated_line_fraction("\n".join(lines)) == pytest.approx(
         1 - sum(map(len, set(lines))) / total if total else 0
     )

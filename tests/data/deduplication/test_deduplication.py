@@ -20,12 +20,12 @@ from llm_trainer.data.deduplication.clusters import (
     LEFT_OUT,
     Keys,
     KeyTable,
-    exact_groups,
-    groups,
-    leak_count,
-    near_duplicate_groups,
+    count_leaked_documents,
+    exact_duplicate_clusters,
+    find_clusters,
+    near_duplicate_clusters,
 )
-from llm_trainer.data.deduplication.minhash import BandWriter, LongSignature, MinHasher
+from llm_trainer.data.deduplication.minhash import BandKeyWriter, MinHasher, StreamingSignature
 from llm_trainer.data.sources import base as documents
 from llm_trainer.errors import DataError
 
@@ -53,7 +53,7 @@ def jaccard(left: list[str], right: list[str]) -> float:
 
 
 def write(folder: Path, texts: list[str], name: str = "all.bands", hasher: MinHasher = HASHER) -> Path:
-    with BandWriter(folder / name, hasher) as writer:
+    with BandKeyWriter(folder / name, hasher) as writer:
         for text in texts:
             writer.add(text)
     return folder / name
@@ -126,7 +126,7 @@ def test_recall_of_planted_duplicates_is_what_the_scheme_promises(tmp_path: Path
     similarity = np.mean([jaccard(*pair) for pair in pairs])
     assert similarity == pytest.approx(0.8, abs=0.005)
     file = write(tmp_path, [" ".join(words) for pair in pairs for words in pair])
-    labels = near_duplicate_groups([file], HASHER.bands)
+    labels = near_duplicate_clusters([file], HASHER.bands)
     found = np.mean(labels[0::2] == labels[1::2])
     assert found >= 0.90
     assert found == pytest.approx(HASHER.expected_recall(float(similarity)), abs=0.05)
@@ -139,14 +139,14 @@ def test_a_document_in_pieces_has_the_signature_of_the_whole(
     monkeypatch.setattr(documents, "PIECE_BYTES", 1000)
     monkeypatch.setattr(shingles, "BLOCK_BYTES", 700)
     text = " ".join(document(1, 2000))
-    pieces = list(documents.in_pieces(iter([text])))
+    pieces = list(documents.rechunk(iter([text])))
     assert len(pieces) > 10
-    signature = LongSignature(HASHER)
+    signature = StreamingSignature(HASHER)
     for piece in pieces:
         signature.add(piece.text)
     expected = HASHER.signatures([text])[0]
     assert signature.end().tolist() == expected.tolist()
-    with BandWriter(tmp_path / "pieces", HASHER) as writer:
+    with BandKeyWriter(tmp_path / "pieces", HASHER) as writer:
         writer.add("before it")
         for piece in pieces:
             writer.add(piece.text, piece.is_last)
@@ -189,28 +189,38 @@ def test_groups_are_the_connected_components_in_however_little_memory(
 ) -> None:
     keys = np.array(rows, np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     width = keys.shape[1] if is_whole else 1
-    assert groups(table(keys, width), "grouping", sort_bytes=sort_bytes).tolist() == plain_groups(keys, width)
+    assert find_clusters(table(keys, width), "grouping", sort_bytes=sort_bytes).tolist() == plain_groups(
+        keys, width
+    )
 
 
 def test_exact_groups_join_equal_hashes_of_sixteen_bytes_only() -> None:
     hashes = np.array([[1, 2], [1, 3], [2, 2], [1, 2], [2, 1], [1, 3], [1, 2]], np.uint64)
-    assert exact_groups(lambda: iter([hashes[:3], hashes[3:]]), 7).tolist() == [0, 1, 2, 0, 4, 1, 0]
-    assert exact_groups(lambda: iter([]), 0).tolist() == []
+    assert exact_duplicate_clusters(lambda: iter([hashes[:3], hashes[3:]]), 7).tolist() == [
+        0,
+        1,
+        2,
+        0,
+        4,
+        1,
+        0,
+    ]
+    assert exact_duplicate_clusters(lambda: iter([]), 0).tolist() == []
 
 
 def test_a_chain_of_likenesses_is_one_group_and_its_label_the_first() -> None:
     chain = np.array([[number // 2 * 2 + 1000, (number + 1) // 2 * 2] for number in range(5000)], np.uint64)
     order = np.random.default_rng(0).permutation(5000)
-    assert set(groups(table(chain[order]), "grouping").tolist()) == {0}
+    assert set(find_clusters(table(chain[order]), "grouping").tolist()) == {0}
 
 
 def test_neither_the_order_of_files_nor_of_documents_changes_who_is_with_whom(tmp_path: Path) -> None:
     texts = [" ".join(changed(document(seed // 3), seed % 3)) for seed in range(90)]
     split = [write(tmp_path, texts[begin : begin + 13], f"{begin}.bands") for begin in range(0, 90, 13)]
-    labels = near_duplicate_groups(split, HASHER.bands)
-    assert labels.tolist() == near_duplicate_groups([write(tmp_path, texts)], HASHER.bands).tolist()
+    labels = near_duplicate_clusters(split, HASHER.bands)
+    assert labels.tolist() == near_duplicate_clusters([write(tmp_path, texts)], HASHER.bands).tolist()
     order = random.Random(5).sample(range(90), 90)
-    shuffled = near_duplicate_groups([write(tmp_path, [texts[place] for place in order])], HASHER.bands)
+    shuffled = near_duplicate_clusters([write(tmp_path, [texts[place] for place in order])], HASHER.bands)
 
     def together(labels: np.ndarray, names: list[int]) -> set[frozenset[int]]:
         return {
@@ -236,19 +246,19 @@ def test_leaks_are_held_out_documents_with_a_key_of_another_split(
         expected += is_held_out and any(
             mine == theirs for other in others for mine, theirs in zip(row, rows[other], strict=True)
         )
-    assert leak_count(table(keys), splits, sort_bytes=sort_bytes) == expected
+    assert count_leaked_documents(table(keys), splits, sort_bytes=sort_bytes) == expected
 
 
 def test_splits_that_follow_groups_leak_nothing_and_others_are_counted(tmp_path: Path) -> None:
     texts = [" ".join(changed(document(seed // 2), seed % 2)) for seed in range(60)]
     file = write(tmp_path, texts)
     keys = KeyTable.of_files([file], HASHER.bands)
-    labels = near_duplicate_groups([file], HASHER.bands)
-    assert leak_count(keys, (labels % 6 == 0).astype(np.uint8)) == 0
+    labels = near_duplicate_clusters([file], HASHER.bands)
+    assert count_leaked_documents(keys, (labels % 6 == 0).astype(np.uint8)) == 0
     splits = (np.arange(60) % 2).astype(np.uint8)
-    assert leak_count(keys, splits) == 30
+    assert count_leaked_documents(keys, splits) == 30
     splits[splits == 0] = LEFT_OUT
-    assert leak_count(keys, splits) == 0
+    assert count_leaked_documents(keys, splits) == 0
 
 
 def test_memory_stays_within_what_is_allowed_and_some_bytes_a_document() -> None:
@@ -261,7 +271,7 @@ def test_memory_stays_within_what_is_allowed_and_some_bytes_a_document() -> None
             yield keys
 
     tracemalloc.start()
-    labels = groups(KeyTable(blocks, documents_in, 14), "grouping", sort_bytes=4 * 2**20)
+    labels = find_clusters(KeyTable(blocks, documents_in, 14), "grouping", sort_bytes=4 * 2**20)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(np.unique(labels)) == documents_in - 20 * (len(range(0, 10_000, 7)) - 1)
@@ -272,4 +282,4 @@ def test_a_file_that_is_cut_short_is_refused_by_name(tmp_path: Path) -> None:
     file = write(tmp_path, ["one text", "another text"])
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(DataError, match=r"all\.bands is cut short"):
-        near_duplicate_groups([file], HASHER.bands)
+        near_duplicate_clusters([file], HASHER.bands)

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llm_trainer.data.deduplication import shingles
-from llm_trainer.data.deduplication.shingles import LongText, shingle_hashes
+from llm_trainer.data.deduplication.shingles import StreamingShingler, shingle_hashes
 
 WORD = re.compile(
     r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u30a0-\ud7ff\u3040-\u309f\U00010000-\U0010ffff]|[a-z0-9_\u00c0-\u0dff\u0400-\u04ff]+"
@@ -48,9 +48,9 @@ def plainly(text: str, words: int) -> list[tuple[str, ...]]:
 
 
 def in_pieces(text: str, cuts: list[int], words: int) -> list[int]:
-    """The same through `LongText`, cut anywhere."""
+    """The same through `StreamingShingler`, cut anywhere."""
     places = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-    long = LongText(words)
+    long = StreamingShingler(words)
     found = [hashes for begin, end in itertools.pairwise(places) for hashes in long.add(text[begin:end])]
     return np.concatenate([*found, *long.end()]).tolist()
 
@@ -75,7 +75,7 @@ def test_a_text_in_pieces_has_the_hashes_of_the_whole(text: str, cuts: list[int]
 def test_long_texts_are_hashed_in_blocks_to_the_same() -> None:
     text = " ".join(f"word{number % 977}" for number in range(60000))
     assert len(text) > shingles.BLOCK_BYTES
-    long = LongText(5)
+    long = StreamingShingler(5)
     assert np.concatenate([*long.add(text), *long.end()]).tolist() == shingle_hashes([text], 5)[0].tolist()
 
 

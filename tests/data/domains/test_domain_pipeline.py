@@ -12,17 +12,23 @@ from hypothesis import strategies as st
 
 from llm_trainer.config import DataError, UsageError
 from llm_trainer.config.schema.domains import DomainBridge
-from llm_trainer.data.domains.loaders import Example
+from llm_trainer.data.domains.loaders import DomainText
 from llm_trainer.data.domains.pipeline import (
     DOMAINS_FILE,
     VOCABULARY_FILE,
     prepare_builtin_domains,
     prepare_domains,
 )
-from llm_trainer.data.domains.text_store import Gathered, write_splits
-from llm_trainer.data.domains.vocabulary import Term, WordCounts, log_likelihood_ratio, new_tokens, terms
+from llm_trainer.data.domains.text_store import TextStore, write_splits
+from llm_trainer.data.domains.vocabulary import (
+    Term,
+    WordCounts,
+    log_likelihood_ratio,
+    rank_terms,
+    tokens_of_terms,
+)
 from llm_trainer.data.mixture_dataset import MIXTURE_FILE
-from llm_trainer.data.prepared_dataset import open_prepared
+from llm_trainer.data.prepared_dataset import open_prepared_dataset
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
 
 GENERAL = (
@@ -97,7 +103,7 @@ def test_domains_are_split_tokenised_alike_and_mixed_by_weight(local: Path) -> N
     assert sum(summary.domains["science"].examples.values()) == 70
     tokenizer = Tokenizer.load(folder / "math")
     for name, facts in summary.domains.items():
-        prepared = open_prepared(folder / name)
+        prepared = open_prepared_dataset(folder / name)
         assert prepared.tokenizer is not None
         assert prepared.tokenizer.hash == tokenizer.hash
         assert len(prepared.train) == facts.tokens["train"]
@@ -106,7 +112,7 @@ def test_domains_are_split_tokenised_alike_and_mixed_by_weight(local: Path) -> N
     mixture = json.loads((folder / MIXTURE_FILE).read_text(encoding="utf-8"))
     assert mixture["weights"] == {"math": 1.5, "science": 1.0, "logic": 1.0, "general": 0.5}
     assert mixture["members"] == {name: name for name in summary.domains}
-    together = open_prepared(folder)
+    together = open_prepared_dataset(folder)
     assert len(together.train) == sum(facts.tokens["train"] for facts in summary.domains.values())
     assert any("37.5% of the mixture" in line for line in summary.lines())
     small = [name for name, facts in summary.domains.items() if facts.tokens["train"] < 4096]
@@ -191,10 +197,10 @@ def test_added_texts_move_none_of_those_that_were_there(local: Path) -> None:
 def test_few_texts_are_split_by_rank_so_that_none_is_left_empty(
     count: int, expected: list[int], tmp_path: Path
 ) -> None:
-    with Gathered(tmp_path) as gathered:
+    with TextStore(tmp_path) as gathered:
         for number in range(count):
-            assert gathered.add(Example(f"text {number}", "math", "load_math"))
-        assert not gathered.add(Example("text 0 ", "science", "load_scieval"))
+            assert gathered.add(DomainText(f"text {number}", "math", "load_math"))
+        assert not gathered.add(DomainText("text 0 ", "science", "load_scieval"))
         counts, sources = write_splits(gathered, "math", tmp_path / "math", DomainBridge())
     assert [counts.get(split, 0) for split in ("train", "validation", "test")] == expected
     assert sources == {"load_math": count}
@@ -243,7 +249,7 @@ def test_terms_are_words_of_the_domain_and_not_of_its_form(local: Path) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert len(tokenizer.encode(" hypotenuse")) == 1
     assert len(tokenizer.encode("a hypotenuse")) == 2
-    assert open_prepared(summary.folder / "math").train.largest_id < tokenizer.vocab_size
+    assert open_prepared_dataset(summary.folder / "math").train.largest_id < tokenizer.vocab_size
     without = prepare_domains(bridge(local, loaders={"load_math": {}}))
     assert not (without.folder / "math" / VOCABULARY_FILE).exists()
 
@@ -276,7 +282,7 @@ def test_rare_and_short_words_and_words_of_general_text_are_no_terms() -> None:
     domain = WordCounts.of(
         ["photon photon photon spin spin ox ox ox cat", "cat cat photon quark"] * 3 + ["\\frac{1}{2}"] * 4
     )
-    found = terms(domain, WordCounts.of(["cat cat cat cat sat on mats"] * 3), 10)
+    found = rank_terms(domain, WordCounts.of(["cat cat cat cat sat on mats"] * 3), 10)
     assert [term.term for term in found][:1] == ["photon"]
     assert {term.term for term in found} == {"photon", "spin", "quark", "\\frac"}
     assert found[0].count == 12
@@ -284,8 +290,8 @@ def test_rare_and_short_words_and_words_of_general_text_are_no_terms() -> None:
 
 def test_terms_become_tokens_with_their_space_best_first() -> None:
     one, other = Term("axon", 5.0, 3, 1.0, 0.0), Term("lemma", 9.0, 3, 1.0, 0.0)
-    assert new_tokens([[one], [other, one]], [" axiom"]) == [" lemma", " axon"]
-    assert new_tokens([[one, other]], [" lemma"]) == [" axon"]
+    assert tokens_of_terms([[one], [other, one]], [" axiom"]) == [" lemma", " axon"]
+    assert tokens_of_terms([[one, other]], [" lemma"]) == [" axon"]
 
 
 def test_all_data_sets_that_cannot_be_had_are_named_in_one_error(
@@ -325,9 +331,9 @@ def test_near_duplicates_are_left_out_where_that_is_asked_for(local: Path) -> No
     ]
     (local / "load_quant.jsonl").write_text("\n".join(lines), encoding="utf-8")
     exact = prepare_domains(bridge(local, loaders={"load_quant": {}}))
-    assert open_prepared(exact.folder / "logic").metadata.documents_kept == 40
+    assert open_prepared_dataset(exact.folder / "logic").metadata.documents_kept == 40
     near = prepare_domains(bridge(local, loaders={"load_quant": {}}, deduplicate="near"))
-    assert open_prepared(near.folder / "logic").metadata.documents_kept < 5
+    assert open_prepared_dataset(near.folder / "logic").metadata.documents_kept < 5
 
 
 def test_a_given_tokenizer_is_used_for_all_domains(
@@ -336,19 +342,19 @@ def test_a_given_tokenizer_is_used_for_all_domains(
     tiny_tokenizer.save(tmp_path / "mine")
     summary = prepare_domains(bridge(local, tokenizer_path=str(tmp_path / "mine")))
     assert summary.tokenizer_ids == tiny_tokenizer.vocab_size
-    assert {open_prepared(summary.folder / name).metadata.tokenizer.hash for name in summary.domains} == {
-        tiny_tokenizer.hash
-    }
+    assert {
+        open_prepared_dataset(summary.folder / name).metadata.tokenizer.hash for name in summary.domains
+    } == {tiny_tokenizer.hash}
 
 
 def test_a_run_that_cannot_read_leaves_the_older_result_whole(local: Path) -> None:
     folder = prepare_domains(bridge(local)).folder
-    tokens = len(open_prepared(folder).train)
+    tokens = len(open_prepared_dataset(folder).train)
     (local / "load_math.jsonl").unlink()
     (local / "load_math.jsonl").mkdir()
     with pytest.raises(DataError, match="load_math"):
         prepare_domains(bridge(local))
-    assert len(open_prepared(folder).train) == tokens
+    assert len(open_prepared_dataset(folder).train) == tokens
 
 
 def test_a_run_that_is_stopped_midway_leaves_no_mixture(local: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,7 +368,7 @@ def test_a_run_that_is_stopped_midway_leaves_no_mixture(local: Path, monkeypatch
         prepare_domains(bridge(local))
     assert not (local.parent / "domains" / MIXTURE_FILE).exists()
     monkeypatch.undo()
-    assert len(open_prepared(prepare_domains(bridge(local)).folder).train)
+    assert len(open_prepared_dataset(prepare_domains(bridge(local)).folder).train)
 
 
 def test_built_in_domains_need_nothing_and_cover_every_domain(tmp_path: Path) -> None:
@@ -373,7 +379,7 @@ def test_built_in_domains_need_nothing_and_cover_every_domain(tmp_path: Path) ->
     kinds = Counter(record["text"].partition(":")[0] for record in lines_of(tmp_path / "math", "train"))
     assert kinds == {"Question": summary.domains["math"].examples["train"]}
     assert any("def " in record["text"] for record in lines_of(tmp_path / "coding", "train"))
-    assert len(open_prepared(tmp_path).train) > 1000
+    assert len(open_prepared_dataset(tmp_path).train) > 1000
 
 
 @pytest.mark.parametrize(

@@ -21,15 +21,15 @@ from llm_trainer.config.schema.domain_loaders import (
     shipped_loaders,
 )
 from llm_trainer.config.schema.domains import DomainBridge, LoaderOptions
-from llm_trainer.data.domains.loaders import Example, Reading, hub_address, read_loader
-from llm_trainer.data.domains.templates import TextMaker, Unfit, as_text
-from llm_trainer.data.sources.record_reader import SUFFIXES, Record, local_records
+from llm_trainer.data.domains.loaders import DomainText, LoaderStats, hub_file_url, read_loader
+from llm_trainer.data.domains.templates import RecordFormatter, RecordRejected, as_text
+from llm_trainer.data.sources.record_reader import RECORD_SUFFIXES, Record, read_local_records
 
 
 def read(
     name: str, folder: Path, row: DomainLoader | None = None, most: int | None = None, **options: object
-) -> tuple[list[Example], Reading]:
-    reading = Reading(name)
+) -> tuple[list[DomainText], LoaderStats]:
+    reading = LoaderStats(name)
     found = read_loader(reading, row or shipped_loaders()[name], LoaderOptions(**options), folder, 42, most)
     return list(found), reading
 
@@ -267,7 +267,7 @@ def test_files_of_a_hub_repository_have_addresses() -> None:
     address = (
         "hf://datasets/livecodebench/code_generation_lite@0fe84c3912ea0c4d4a78037083943e8f0c4dd505/test.jsonl"
     )
-    assert hub_address(part, part.files[0]) == address
+    assert hub_file_url(part, part.files[0]) == address
 
 
 def test_without_a_network_the_error_names_the_data_set(
@@ -329,7 +329,7 @@ def test_values_become_texts(value: object, way: str | None, text: str) -> None:
 
 
 def test_what_is_no_text_is_unfit() -> None:
-    with pytest.raises(Unfit):
+    with pytest.raises(RecordRejected):
         as_text(b"bytes".__iter__(), None)
 
 
@@ -354,17 +354,17 @@ def test_whatever_is_in_a_record_it_is_a_text_or_left_out(name: str, data: st.Da
     row = shipped_loaders()[name]
     fields = data.draw(st.fixed_dictionaries(dict.fromkeys(row.fields(), VALUES)))
     fields |= {field: values[0] for field, values in row.keep.items()}
-    maker = TextMaker(row, LoaderOptions(include_cot=data.draw(st.booleans())))
+    maker = RecordFormatter(row, LoaderOptions(include_cot=data.draw(st.booleans())))
     try:
         text = maker.text(fields)
-    except Unfit:
+    except RecordRejected:
         return
     assert text.strip()
     text.encode("utf-8")
     assert maker.domain(fields, "a part") in row.domains()
 
 
-@pytest.mark.parametrize("suffix", [*SUFFIXES, ".jsonl.gz", ".csv.bz2", ".json.zst"])
+@pytest.mark.parametrize("suffix", [*RECORD_SUFFIXES, ".jsonl.gz", ".csv.bz2", ".json.zst"])
 @given(
     raw=st.binary(max_size=60)
     | st.sampled_from([b"", b"PAR1", b"ARROW1\0\0", b"a,b\n1,\0\n", b"\xef\xbb\xbf{}", b"[{}, 3]", b"{\n}"])
@@ -375,7 +375,7 @@ def test_whatever_is_in_a_file_reading_goes_on(
     folder = tmp_path_factory.mktemp("any")
     (folder / f"a{suffix}").write_bytes(raw)
     (folder / "z.jsonl").write_text('{"last": 1}', encoding="utf-8")
-    found = list(local_records(folder))
+    found = list(read_local_records(folder))
     assert found[-1] == Record({"last": 1}, "z.jsonl", "z.jsonl, line 1")
     assert all(isinstance(one, Record) or one.reason for one in found)
 
@@ -384,8 +384,10 @@ def test_a_record_that_is_nested_too_deeply_is_left_out() -> None:
     value: object = "x"
     for _ in range(5000):
         value = [value]
-    with pytest.raises(Unfit, match="nested too deeply"):
-        TextMaker(shipped_loaders()["load_quant"], LoaderOptions()).text({"Question": value, "Answer": "y"})
+    with pytest.raises(RecordRejected, match="nested too deeply"):
+        RecordFormatter(shipped_loaders()["load_quant"], LoaderOptions()).text(
+            {"Question": value, "Answer": "y"}
+        )
 
 
 def test_braces_can_be_written_and_are_checked() -> None:
@@ -403,7 +405,7 @@ def test_a_loader_is_added_with_a_yaml_entry_and_no_code(tmp_path: Path) -> None
     )
     row = read_loader_file(tmp_path / "mine.yaml")["load_recipes"]
     examples, _ = read("load_recipes", tmp_path, row)
-    assert examples == [Example("# Bread\n\nKnead it.", "cooking", "load_recipes")]
+    assert examples == [DomainText("# Bread\n\nKnead it.", "cooking", "load_recipes")]
     bridge = DomainBridge(
         loader_files=[str(tmp_path / "mine.yaml")],
         loaders={"load_recipes": {"min_length": 3}},
@@ -459,7 +461,7 @@ def test_the_page_shows_the_table_and_its_examples_work() -> None:
         "language": "en",
         "level": "chef",
     }
-    text = TextMaker(example, LoaderOptions(filter_hard=True)).text(record)
+    text = RecordFormatter(example, LoaderOptions(filter_hard=True)).text(record)
     assert text == "# Bread\n\nTakes 40 minutes.\n\nKnead.\nBake."
     bridge = DomainBridge(**json.loads(page.split("```json\n")[1].split("```")[0]))
     assert bridge.options("load_math").max_samples == 3000
@@ -467,7 +469,7 @@ def test_the_page_shows_the_table_and_its_examples_work() -> None:
 
 def test_local_records_name_the_file_and_the_row(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"x": 1}\n\n{"x": 2}\n', encoding="utf-8")
-    found = list(local_records(tmp_path))
+    found = list(read_local_records(tmp_path))
     assert found == [
         Record({"x": 1}, "a.jsonl", "a.jsonl, line 1"),
         Record({"x": 2}, "a.jsonl", "a.jsonl, line 3"),

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from llm_trainer.data.sources import base as documents
 from llm_trainer.data.sources import file_io as storage
-from llm_trainer.data.sources.base import Piece, Rejected
+from llm_trainer.data.sources.base import Rejected, TextChunk
 from llm_trainer.data.sources.builtin_corpus import BuiltinSource
 from llm_trainer.data.sources.file_source import FileSource
 from llm_trainer.errors import DataError
@@ -24,7 +24,7 @@ from llm_trainer.errors import DataError
 
 def read(path: Path, **options: object) -> tuple[list[str], list[Rejected]]:
     texts, rejected, held = [], [], ""
-    for reading in FileSource(path, **options).pieces():  # type: ignore[arg-type]
+    for reading in FileSource(path, **options).read_chunks():  # type: ignore[arg-type]
         if isinstance(reading, Rejected):
             rejected.append(reading)
         else:
@@ -60,7 +60,7 @@ def test_the_output_folder_inside_the_input_is_not_read(tmp_path: Path) -> None:
 
 def test_lines_can_be_documents(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\n\n  \nthree \xff\nfour")
-    texts, rejected = read(tmp_path / "a.txt", one_document_a_line=True)
+    texts, rejected = read(tmp_path / "a.txt", one_document_per_line=True)
     assert texts == ["one", "two", "four"]
     assert [(r.reason, r.where.split("a.txt, ")[1]) for r in rejected] == [
         ("empty", "line 3"),
@@ -117,7 +117,7 @@ def test_lines_in_are_lines_kept_and_rejected(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(storage, "LONGEST_RECORD", 20)
         patch.setattr(storage, "BLOCK", block)
-        texts, rejected = read(file, one_document_a_line=True)
+        texts, rejected = read(file, one_document_per_line=True)
     assert len(texts) + len(rejected) == len(lines)
 
 
@@ -161,11 +161,11 @@ def test_a_long_file_is_judged_like_a_short_one(
 
 def test_pieces_are_cut_where_a_letter_meets_a_space() -> None:
     text = "some words and, others 12 34 " * 400
-    pieces = list(documents.in_pieces(iter([text])))
+    pieces = list(documents.rechunk(iter([text])))
     assert len(pieces) == 1
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(documents, "PIECE_BYTES", 1000)
-        pieces = list(documents.in_pieces(iter([text])))
+        pieces = list(documents.rechunk(iter([text])))
     assert "".join(piece.text for piece in pieces) == text
     assert len(pieces) > 5
     assert all(piece.text[-1].isalpha() for piece in pieces[:-1])
@@ -184,7 +184,7 @@ def test_a_gigabyte_without_a_line_end_is_judged_in_little_memory(tmp_path: Path
         "import resource, sys; from pathlib import Path; from llm_trainer.data.sources.file_source import FileSource\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + 400 * 2**20,) * 2)\n"
-        "for lines in (True, False): print([r.reason for r in FileSource(Path(sys.argv[1]), one_document_a_line=lines).pieces()])"
+        "for lines in (True, False): print([r.reason for r in FileSource(Path(sys.argv[1]), one_document_per_line=lines).read_chunks()])"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, str(file)], capture_output=True, text=True, check=True
@@ -218,12 +218,12 @@ def test_the_hash_of_the_contents_ignores_places_and_dates(tmp_path: Path) -> No
 
 def test_the_builtin_corpus_is_there_and_always_the_same() -> None:
     source = BuiltinSource()
-    texts = [reading.text for reading in source.pieces() if isinstance(reading, Piece)]
+    texts = [reading.text for reading in source.read_chunks() if isinstance(reading, TextChunk)]
     size = sum(len(text.encode("utf-8")) for text in texts)
     assert len(texts) > 300
     assert 5e6 < size <= source.size()
     assert source.content_hash() == BuiltinSource().content_hash()
     assert any('The "assert" statement' in text for text in texts)
     assert not any(
-        "lib2to3" in r.where or "/test/" in r.where for r in source.pieces() if isinstance(r, Rejected)
+        "lib2to3" in r.where or "/test/" in r.where for r in source.read_chunks() if isinstance(r, Rejected)
     )

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_trainer.data.sources import file_io as storage
-from llm_trainer.data.sources.base import Piece, Reading, Rejected, Source, Unit, UnitOfSplit
+from llm_trainer.data.sources.base import Partition, Rejected, Source, SourceItem, SplitPartition, TextChunk
 from llm_trainer.data.sources.builtin_corpus import BuiltinSource
 from llm_trainer.data.sources.file_source import FileSource
 from llm_trainer.data.sources.hub_source import HubSource
@@ -22,14 +22,14 @@ from llm_trainer.data.sources.hub_source import HubSource
 TEXTS = [f"document {number} " + "word " * (number % 7) for number in range(60)]
 
 
-def facts(readings: Sequence[Reading]) -> list[str]:
+def facts(readings: Sequence[SourceItem]) -> list[str]:
     """Texts and reasons, without the places, which are counted from a unit's start."""
-    return [reading.text if isinstance(reading, Piece) else f"({reading.reason})" for reading in readings]
+    return [reading.text if isinstance(reading, TextChunk) else f"({reading.reason})" for reading in readings]
 
 
-def of_units(units: Sequence[Unit]) -> list[Reading]:
+def of_units(units: Sequence[Partition]) -> list[SourceItem]:
     """What workers would read that get the units pickled."""
-    return [reading for unit in units for reading in pickle.loads(pickle.dumps(unit)).pieces()]
+    return [reading for unit in units for reading in pickle.loads(pickle.dumps(unit)).read_chunks()]
 
 
 def write_all_kinds(folder: Path) -> None:
@@ -47,15 +47,15 @@ def write_all_kinds(folder: Path) -> None:
         writer.write_table(table, max_chunksize=9)
 
 
-@pytest.mark.parametrize("unit_bytes", [1, 100, 512, 5000, 2**20])
-def test_units_together_are_the_source_whatever_their_size(tmp_path: Path, unit_bytes: int) -> None:
+@pytest.mark.parametrize("partition_bytes", [1, 100, 512, 5000, 2**20])
+def test_units_together_are_the_source_whatever_their_size(tmp_path: Path, partition_bytes: int) -> None:
     write_all_kinds(tmp_path)
-    whole = FileSource(tmp_path, one_document_a_line=True, unit_bytes=2**30)
-    parts = FileSource(tmp_path, one_document_a_line=True, unit_bytes=unit_bytes)
-    assert len(whole.units()) == 1
-    assert facts(of_units(parts.units())) == facts(list(whole.pieces()))
-    assert len(whole.units()[0].content_hash()) == 64
-    assert len({unit.name for unit in parts.units()}) == len(parts.units())
+    whole = FileSource(tmp_path, one_document_per_line=True, partition_bytes=2**30)
+    parts = FileSource(tmp_path, one_document_per_line=True, partition_bytes=partition_bytes)
+    assert len(whole.partitions()) == 1
+    assert facts(of_units(parts.partitions())) == facts(list(whole.read_chunks()))
+    assert len(whole.partitions()[0].content_hash()) == 64
+    assert len({unit.name for unit in parts.partitions()}) == len(parts.partitions())
 
 
 @pytest.mark.parametrize(
@@ -64,11 +64,11 @@ def test_units_together_are_the_source_whatever_their_size(tmp_path: Path, unit_
 def test_one_large_file_is_shared_by_several_units(tmp_path: Path, name: str) -> None:
     write_all_kinds(tmp_path)
     source = FileSource(
-        tmp_path / name, one_document_a_line=True, unit_bytes=(tmp_path / name).stat().st_size // 4
+        tmp_path / name, one_document_per_line=True, partition_bytes=(tmp_path / name).stat().st_size // 4
     )
-    units = source.units()
+    units = source.partitions()
     assert 3 <= len(units) <= 6
-    shares = [len(list(unit.pieces())) for unit in units]
+    shares = [len(list(unit.read_chunks())) for unit in units]
     assert sum(shares) == len(TEXTS)
     assert max(shares) < len(TEXTS) / 2
     assert sum(unit.size for unit in units) == pytest.approx((tmp_path / name).stat().st_size, rel=0.01)
@@ -86,9 +86,9 @@ def test_a_line_belongs_to_exactly_one_range(
 ) -> None:
     file = tmp_path_factory.mktemp("ranges") / "a.txt"
     file.write_bytes(raw)
-    whole = FileSource(file, one_document_a_line=True, unit_bytes=2**20)
-    parts = FileSource(file, one_document_a_line=True, unit_bytes=size)
-    assert facts(list(parts.pieces())) == facts(list(whole.pieces()))
+    whole = FileSource(file, one_document_per_line=True, partition_bytes=2**20)
+    parts = FileSource(file, one_document_per_line=True, partition_bytes=size)
+    assert facts(list(parts.read_chunks())) == facts(list(whole.read_chunks()))
 
 
 def test_a_line_over_many_ranges_is_scanned_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,16 +96,16 @@ def test_a_line_over_many_ranges_is_scanned_once(tmp_path: Path, monkeypatch: py
     file.write_bytes(b"short\n" + b"x" * 100_000 + b"\nend\n")
     monkeypatch.setattr(storage, "LONGEST_RECORD", 1000)
     monkeypatch.setattr(storage, "BLOCK", 100)
-    units = FileSource(file, one_document_a_line=True, unit_bytes=10_000).units()
+    units = FileSource(file, one_document_per_line=True, partition_bytes=10_000).partitions()
     assert len(units) == 11
-    assert [facts(list(unit.pieces())) for unit in units] == [
+    assert [facts(list(unit.read_chunks())) for unit in units] == [
         ["short", "(line longer than 0 MB)"],
         *[[]] * 9,
         ["end"],
     ]
     first = units[1]
     with file.open("rb") as opened:
-        begin, end = storage.line_bounds(opened, storage.Extent(file, "a.txt", 10_000, 20_000))
+        begin, end = storage.line_range(opened, storage.FileRange(file, "a.txt", 10_000, 20_000))
         assert begin == end
         assert opened.tell() <= 20_100, "a range in which no line begins is not read past its end"
     assert first.content_hash() == units[2].content_hash(), "ranges without a line hold nothing"
@@ -114,7 +114,7 @@ def test_a_line_over_many_ranges_is_scanned_once(tmp_path: Path, monkeypatch: py
 def test_small_files_share_a_unit_up_to_its_size(tmp_path: Path) -> None:
     for number in range(10):
         (tmp_path / f"{number}.txt").write_text("x" * 100, encoding="utf-8")
-    units = FileSource(tmp_path, unit_bytes=350).units()
+    units = FileSource(tmp_path, partition_bytes=350).partitions()
     assert [unit.name for unit in units] == [
         "0.txt and 2 more",
         "3.txt and 2 more",
@@ -124,28 +124,33 @@ def test_small_files_share_a_unit_up_to_its_size(tmp_path: Path) -> None:
     assert [unit.size for unit in units] == [300, 300, 300, 100]
 
 
-@pytest.mark.parametrize("unit_bytes", [200, 2**20])
+@pytest.mark.parametrize("partition_bytes", [200, 2**20])
 def test_a_hash_tells_of_contents_and_ways_of_reading_but_not_of_places_and_dates(
-    tmp_path: Path, unit_bytes: int
+    tmp_path: Path, partition_bytes: int
 ) -> None:
     for folder in ("here", "there"):
         (tmp_path / folder).mkdir()
         write_all_kinds(tmp_path / folder)
-    here = FileSource(tmp_path / "here", unit_bytes=unit_bytes)
-    there = FileSource(tmp_path / "there", unit_bytes=unit_bytes)
+    here = FileSource(tmp_path / "here", partition_bytes=partition_bytes)
+    there = FileSource(tmp_path / "there", partition_bytes=partition_bytes)
     (tmp_path / "there" / "page.md").touch()
-    assert [unit.content_hash() for unit in here.units()] == [unit.content_hash() for unit in there.units()]
-    assert all(str(tmp_path) not in unit.name for unit in here.units())
-    other = FileSource(tmp_path / "there", text_column="body", unit_bytes=unit_bytes)
+    assert [unit.content_hash() for unit in here.partitions()] == [
+        unit.content_hash() for unit in there.partitions()
+    ]
+    assert all(str(tmp_path) not in unit.name for unit in here.partitions())
+    other = FileSource(tmp_path / "there", text_column="body", partition_bytes=partition_bytes)
     assert here.content_hash() != other.content_hash()
-    before = [unit.content_hash() for unit in there.units()]
+    before = [unit.content_hash() for unit in there.partitions()]
     with (tmp_path / "there" / "records.jsonl").open("a", encoding="utf-8") as opened:
         opened.write('"one more"\n')
-    after = [unit.content_hash() for unit in FileSource(tmp_path / "there", unit_bytes=unit_bytes).units()]
+    after = [
+        unit.content_hash()
+        for unit in FileSource(tmp_path / "there", partition_bytes=partition_bytes).partitions()
+    ]
     assert before != after
     assert (
         sum(a == b for a, b in zip(before, after, strict=False)) == len(before) - 1
-        if unit_bytes == 200
+        if partition_bytes == 200
         else True
     )
 
@@ -163,7 +168,10 @@ def test_a_part_of_a_table_has_the_hash_of_its_own_rows(tmp_path: Path, kind: st
             with pa.ipc.new_file(file, table.schema) as writer:
                 writer.write_table(table, max_chunksize=10)
         hashes.append(
-            [unit.content_hash() for unit in FileSource(file, unit_bytes=file.stat().st_size // 5).units()]
+            [
+                unit.content_hash()
+                for unit in FileSource(file, partition_bytes=file.stat().st_size // 5).partitions()
+            ]
         )
     same, early, late = hashes
     assert early[0] != same[0]
@@ -172,23 +180,23 @@ def test_a_part_of_a_table_has_the_hash_of_its_own_rows(tmp_path: Path, kind: st
     assert late[-1] != same[-1]
 
 
-def check_units(source: Source) -> list[Reading]:
+def check_units(source: Source) -> list[SourceItem]:
     """A source's units are picklable, named apart, and together what the source gives; both ways of reading
     are returned once.
     """
-    units = source.units()
+    units = source.partitions()
     assert len({unit.name for unit in units}) == len(units) > 0
     readings = of_units(units)
-    assert readings == list(source.pieces())
+    assert readings == list(source.read_chunks())
     assert [unit.content_hash() for unit in units] == [
-        pickle.loads(pickle.dumps(unit)).content_hash() for unit in source.units()
+        pickle.loads(pickle.dumps(unit)).content_hash() for unit in source.partitions()
     ]
     return readings
 
 
 def test_the_builtin_corpus_comes_in_units() -> None:
     source = BuiltinSource()
-    units = source.units()
+    units = source.partitions()
     assert len(units) > 3
     assert sum(unit.size for unit in units) == source.size()
     assert (
@@ -215,20 +223,22 @@ def test_a_data_set_of_the_hub_comes_in_units_downloaded_or_streamed(
 ) -> None:
     monkeypatch.setattr("llm_trainer.data.sources.hub_source._UNIT_BYTES", 300)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    source = HubSource(hub_folder(tmp_path / "corpus"), None, "train", "validation", "text", streams=streams)
+    source = HubSource(
+        hub_folder(tmp_path / "corpus"), None, "train", "validation", "text", streaming=streams
+    )
     readings = check_units(source)
-    assert [r.text for r in readings if isinstance(r, Piece)] == [*TEXTS, "held out"]
-    assert {r.split for r in readings if isinstance(r, Piece)} == {"train", "validation"}
+    assert [r.text for r in readings if isinstance(r, TextChunk)] == [*TEXTS, "held out"]
+    assert {r.split for r in readings if isinstance(r, TextChunk)} == {"train", "validation"}
     assert [r.reason for r in readings if isinstance(r, Rejected)] == [
         "no text in the column 'text'",
         "empty",
     ]
     assert all(str(tmp_path) not in r.where for r in readings if isinstance(r, Rejected))
-    assert len(source.units()) == (3 if streams else 7)
+    assert len(source.partitions()) == (3 if streams else 7)
 
 
 def test_the_same_unit_of_another_split_is_another() -> None:
-    unit = BuiltinSource().units()[0]
-    training, validation = UnitOfSplit(unit, "train"), UnitOfSplit(unit, "validation")
+    unit = BuiltinSource().partitions()[0]
+    training, validation = SplitPartition(unit, "train"), SplitPartition(unit, "validation")
     assert training.content_hash() != validation.content_hash()
     assert training.name != validation.name

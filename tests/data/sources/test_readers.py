@@ -23,7 +23,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llm_trainer.data.sources import file_io as storage
-from llm_trainer.data.sources.base import Piece, Rejected
+from llm_trainer.data.sources.base import Rejected, TextChunk
 from llm_trainer.data.sources.file_source import FileSource
 
 COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
@@ -36,7 +36,7 @@ COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
 
 def read(path: Path, **options: object) -> tuple[list[str], list[Rejected]]:
     texts, rejected, held = [], [], ""
-    for reading in FileSource(path, **options).pieces():  # type: ignore[arg-type]
+    for reading in FileSource(path, **options).read_chunks():  # type: ignore[arg-type]
         if isinstance(reading, Rejected):
             rejected.append(reading)
         else:
@@ -84,7 +84,7 @@ def test_a_compressed_file_that_is_cut_short_or_is_none_is_said_to_be_unreadable
     raw = "\n".join(f"line {random.Random(number).random()}" for number in range(20_000)).encode()
     packed = COMPRESSORS[compression](raw)
     texts, rejected = read_bytes(
-        tmp_path, f"a.txt{compression}", packed[: len(packed) // 2], one_document_a_line=True
+        tmp_path, f"a.txt{compression}", packed[: len(packed) // 2], one_document_per_line=True
     )
     assert rejected[-1].startswith("unreadable file @ a.txt")
     assert texts == raw.decode().split("\n")[: len(texts)], "what came before the damage is kept"
@@ -171,9 +171,9 @@ def test_garbled_tables_never_stop_the_reading(
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
     file.write_bytes(raw[: data.draw(st.integers(0, len(raw)))] if data.draw(st.booleans()) else raw)
     (folder / "b.txt").write_text("after it", encoding="utf-8")
-    for unit_bytes in (2**20, 300):
-        source = FileSource(folder, unit_bytes=unit_bytes)
-        texts = [reading.text for reading in source.pieces() if isinstance(reading, Piece)]
+    for partition_bytes in (2**20, 300):
+        source = FileSource(folder, partition_bytes=partition_bytes)
+        texts = [reading.text for reading in source.read_chunks() if isinstance(reading, TextChunk)]
         assert texts[-1] == "after it"
         assert len(source.content_hash()) == 64
 
@@ -322,7 +322,7 @@ def test_no_bytes_stop_the_reading_of_what_follows(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(storage, "BLOCK", block)
         patch.setattr(storage, "LONGEST_RECORD", 40)
-        texts, rejected = read(folder, one_document_a_line=True, unit_bytes=30)
+        texts, rejected = read(folder, one_document_per_line=True, partition_bytes=30)
     assert texts[-1] == "after it"
     assert all(rejection.where.startswith(name) for rejection in rejected)
 
@@ -341,7 +341,7 @@ def test_what_is_longer_than_the_cap_costs_only_itself(
     else:
         parts = [json.dumps({"text": record}) for record in records]
         raw = "[" + ",".join(parts) + "]" if name == "a.json" else "\n".join(parts)
-    texts, rejected = read_bytes(tmp_path, name, raw.encode(), one_document_a_line=True)
+    texts, rejected = read_bytes(tmp_path, name, raw.encode(), one_document_per_line=True)
     assert texts == ["before", "after"]
     assert [told.split(" longer")[0] for told in rejected] == ["record" if name == "a.json" else "line"] * 2
 
@@ -385,12 +385,12 @@ def test_a_gigabyte_in_one_record_is_set_aside_in_little_memory(
             opened.truncate(2**30)
     program = (
         "import resource, sys; from pathlib import Path; from llm_trainer.data.sources.file_source import FileSource\n"
-        "list(FileSource(Path(sys.argv[2]), one_document_a_line=True).pieces())  # the libraries are loaded\n"
+        "list(FileSource(Path(sys.argv[2]), one_document_per_line=True).read_chunks())  # the libraries are loaded\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + 500 * 2**20,) * 2)\n"
-        "source = FileSource(Path(sys.argv[1]), one_document_a_line=True)\n"
-        "for unit in source.units():\n"
-        "    for r in unit.pieces(): print(getattr(r, 'reason', None) or r.text)\n"
+        "source = FileSource(Path(sys.argv[1]), one_document_per_line=True)\n"
+        "for unit in source.partitions():\n"
+        "    for r in unit.read_chunks(): print(getattr(r, 'reason', None) or r.text)\n"
         "source.content_hash()\n"
     )
     small = tmp_path / f"small{''.join(file.suffixes)}"
