@@ -1,5 +1,7 @@
-"""Progress of preparation: a bar on a terminal once something takes longer than two seconds, a plain line now
-and then elsewhere.
+"""Progress of data preparation.
+
+On a terminal, a bar appears once something takes longer than two seconds. Elsewhere, such as in a log file, a
+plain line is printed every ten seconds.
 """
 
 from __future__ import annotations
@@ -22,29 +24,35 @@ _PLAIN_EVERY_SECONDS = 10.0
 
 
 class ByteProgress:
-    """Counts bytes of one piece of work; `total` None where it is unknown. Without a console it is silent."""
+    """Shows how many bytes of a task are done; a context manager.
 
-    def __init__(self, console: Console | None, what: str, total: int | None) -> None:
-        self._console, self._what, self._total = console, what, total
+    Args:
+        console: Where progress is shown; None shows nothing.
+        description: The name of the task.
+        total: Bytes of the whole task; None if it is unknown.
+    """
+
+    def __init__(self, console: Console | None, description: str, total: int | None) -> None:
+        self._console, self._description, self._total = console, description, total
         self._done = 0
         self._bar: Progress | None = None
 
     def __enter__(self) -> ByteProgress:
-        self._began = self._last_line = time.monotonic()
+        self._started = self._last_line = time.monotonic()
         return self
 
     def advance(self, count: int) -> None:
-        """So many bytes more are done."""
+        """Add `count` bytes to those that are done, and refresh what is shown."""
         self._done += count
         now = time.monotonic()
-        if self._console is None or now - self._began < _SHOW_AFTER_SECONDS:
+        if self._console is None or now - self._started < _SHOW_AFTER_SECONDS:
             return
         if self._console.is_terminal:
-            self._bar = self._bar or self._start()
+            self._bar = self._bar or self._start_bar()
             self._bar.update(self._bar.task_ids[0], completed=self._done)
         elif now - self._last_line >= _PLAIN_EVERY_SECONDS:
             self._last_line = now
-            self._console.print(self._line(now - self._began), highlight=False)
+            self._console.print(self._line(now - self._started), highlight=False)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -59,9 +67,9 @@ class ByteProgress:
             if self._total
             else ("", "")
         )
-        return f"{self._what}: {self._done / 1e6:.1f}{of} MB, {rate / 1e6:.1f} MB/s{left}"
+        return f"{self._description}: {self._done / 1e6:.1f}{of} MB, {rate / 1e6:.1f} MB/s{left}"
 
-    def _start(self) -> Progress:
+    def _start_bar(self) -> Progress:
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -70,6 +78,6 @@ class ByteProgress:
             TimeRemainingColumn(),
         )
         bar = Progress(*columns, console=self._console, transient=True)
-        bar.add_task(self._what, total=self._total)
+        bar.add_task(self._description, total=self._total)
         bar.start()
         return bar

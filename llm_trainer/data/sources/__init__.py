@@ -1,1 +1,1 @@
-"""Documents from files of many kinds, from the hub, and from Python itself, in units that workers share."""
+"""Sources of documents: files of many formats, the Hugging Face hub, and Python's own text."""

@@ -1,32 +1,36 @@
-"""What readers give: pieces of documents and rejected ones, in units that any number of workers may share.
+"""What every source yields: text chunks and rejected documents, from partitions that workers read in parallel.
 
-A reader yields `TextChunk`s of text and `Rejected` documents, so that documents in = documents kept + documents
-rejected, each with its reason. A document of ordinary size is one piece; a longer one comes in pieces of
-about `CHUNK_BYTES`, cut where a letter is followed by a space: there byte-level BPE has a boundary of words
-in any case, so the ids are those of the whole text.
+A source yields a `TextChunk` for text and a `Rejected` for each document that cannot be used, so that
+documents read = documents kept + documents rejected, each with its reason. A document of ordinary size is one
+chunk. A longer one comes in chunks of about `CHUNK_BYTES`, which end where a letter is followed by a space:
+byte-level BPE has a word boundary there in any case, so the token ids are those of the unsplit text.
 
-A source is a sequence of *units*: a byte range of a file of lines, some small files, row groups of a table. A
-unit is a small, frozen, picklable value that gives the same documents each time it is read, in whichever
-process; a document never spans two. So what depends on a unit alone can be computed by any worker, kept, and
-found again, while the texts themselves are never stored twice.
+A source is a sequence of *partitions*: a byte range of a file of lines, some small files, or row groups of a
+table. A partition is a small, frozen, picklable value that yields the same documents each time it is read, in
+any process, and a document never spans two of them. So whatever depends on one partition alone can be
+computed by any worker, cached and found again, while the texts themselves are never stored twice.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias
 
 CHUNK_BYTES = 4 * 2**20
-_CUT = re.compile(r"[^\W\d_](?= )")
+_WORD_END = re.compile(r"[^\W\d_](?= )")
 
 
 @dataclass(frozen=True, slots=True)
 class TextChunk:
-    """Text of a document; the document ends with the piece that `is_last`. `split` is set where the source
-    itself has splits.
+    """A document, or the next part of a long one.
+
+    Attributes:
+        text: The text.
+        is_last: Whether the document ends with this chunk.
+        split: The split of the document, if the source itself has splits.
     """
 
     text: str
@@ -36,8 +40,12 @@ class TextChunk:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A document that was left out: for which reason (a few fixed words, counted), where, and its text where
-    that could be read.
+    """A document that was rejected.
+
+    Attributes:
+        reason: One of a few fixed phrases, so that reasons can be counted.
+        where: The file and position of the document.
+        text: The document's text, if it could be read.
     """
 
     reason: str
@@ -45,25 +53,40 @@ class Rejected:
     text: str | None = None
 
 
-SourceItem: TypeAlias = "Piece | Rejected"
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One record of a data set, with all its fields.
+
+    Attributes:
+        fields: The values by field name.
+        part: The file, or the name and configuration of the data set on the hub.
+        where: The position of the record, for messages.
+    """
+
+    fields: Mapping[str, object]
+    part: str
+    where: str
+
+
+SourceItem: TypeAlias = "TextChunk | Rejected"
 
 
 class Partition(Protocol):
-    """Some documents of a source, always the same ones in the same order. Picklable, and small."""
+    """A fixed run of documents of a source, always in the same order. Picklable, and small."""
 
     @property
     def name(self) -> str:
-        """What messages call it: relative to its source, and no other unit of that source has it."""
+        """The name used in messages, relative to the source; unique within the source."""
 
     @property
     def size(self) -> int:
-        """About how many bytes of storage are read for it."""
+        """Approximate number of stored bytes that reading it takes."""
 
     def content_hash(self) -> str:
-        """Changes with its bytes and with how they are read; paths and dates do not matter."""
+        """Hash the bytes and how they are read; paths and dates do not matter."""
 
     def read_chunks(self) -> Iterator[SourceItem]:
-        """Its documents."""
+        """Yield its documents."""
 
 
 class Source(Protocol):
@@ -71,71 +94,77 @@ class Source(Protocol):
 
     @property
     def name(self) -> str:
-        """What messages and metadata.json call it."""
+        """The name used in messages and metadata.json."""
 
     def partitions(self) -> Sequence[Partition]:
-        """Its units, in a fixed order, which together are all its documents."""
+        """Return its partitions in a fixed order; together they hold every document."""
 
     def read_chunks(self) -> Iterator[SourceItem]:
-        """Every document of every unit, in order. May be called again and gives the same each time."""
+        """Yield every document of every partition, in order and the same on each call."""
 
     def content_hash(self) -> str:
-        """Changes with any change of the documents or their order; paths and dates do not matter."""
+        """Hash the documents and their order; paths and dates do not matter."""
 
     def size(self) -> int | None:
-        """Bytes of text, for a progress bar; None where only reading would tell."""
+        """Return the bytes of text for a progress bar; None if only reading could determine them."""
 
 
-def read_all(units: Iterable[Partition]) -> Iterator[SourceItem]:
-    """Every document of these units, in order."""
-    for unit in units:
-        yield from unit.read_chunks()
+def read_all(partitions: Iterable[Partition]) -> Iterator[SourceItem]:
+    """Yield every document of these partitions, in order."""
+    for partition in partitions:
+        yield from partition.read_chunks()
 
 
-def combined_hash(units: Iterable[Partition]) -> str:
-    """sha256 over the units' own hashes, in order."""
+def combined_hash(partitions: Iterable[Partition]) -> str:
+    """Return the sha256 over the partitions' own hashes, in order."""
     digest = hashlib.sha256()
-    for unit in units:
-        digest.update(f"{unit.content_hash()}\0".encode())
+    for partition in partitions:
+        digest.update(f"{partition.content_hash()}\0".encode())
     return digest.hexdigest()
 
 
 @dataclass(frozen=True)
 class SplitPartition:
-    """A unit whose documents all belong to one split of the source's own."""
+    """A partition whose documents all belong to one split that the source itself defines."""
 
-    unit: Partition
+    partition: Partition
     split: str
 
     @property
     def name(self) -> str:
-        """The split, and the unit within it."""
-        return f"{self.split}: {self.unit.name}"
+        """The split, and the partition within it."""
+        return f"{self.split}: {self.partition.name}"
 
     @property
     def size(self) -> int:
-        """The unit's."""
-        return self.unit.size
+        """Approximate number of stored bytes."""
+        return self.partition.size
 
     def content_hash(self) -> str:
-        """Of the unit and its split."""
-        return hashlib.sha256(f"{self.split}\0{self.unit.content_hash()}".encode()).hexdigest()
+        """Hash the partition's contents and its split."""
+        return hashlib.sha256(f"{self.split}\0{self.partition.content_hash()}".encode()).hexdigest()
 
     def read_chunks(self) -> Iterator[SourceItem]:
-        """The unit's documents, marked with the split."""
-        for reading in self.unit.read_chunks():
-            yield replace(reading, split=self.split) if isinstance(reading, TextChunk) else reading
+        """Yield the partition's documents, labelled with the split."""
+        for item in self.partition.read_chunks():
+            yield replace(item, split=self.split) if isinstance(item, TextChunk) else item
 
 
 def rejection_reason(text: str) -> str | None:
-    """Why a text cannot be used, or None."""
+    """Return why a text cannot be used, or None."""
     if not text or text.isspace():
         return "empty"
     return "contains NUL" if "\0" in text else None
 
 
 def text_chunks(text: str, where: str, split: str | None = None) -> Iterator[SourceItem]:
-    """One text already in memory: as pieces, or rejected."""
+    """Yield one text that is already in memory: as chunks, or as one rejected document.
+
+    Args:
+        text: The document.
+        where: Its position, for messages.
+        split: Its split, if the source has splits.
+    """
     reason = rejection_reason(text)
     if reason:
         yield Rejected(reason, where, text)
@@ -146,22 +175,23 @@ def text_chunks(text: str, where: str, split: str | None = None) -> Iterator[Sou
 
 
 def rechunk(blocks: Iterator[str], split: str | None = None) -> Iterator[TextChunk]:
-    """Join `blocks` of one document into pieces of about PIECE_BYTES characters, cut where words end; the
-    last one says so.
+    """Regroup the blocks of one document into chunks of about CHUNK_BYTES characters that end with a word.
+
+    Args:
+        blocks: The document's text, divided anywhere.
+        split: The document's split.
     """
-    held = ""
+    pending = ""
     for block in blocks:
-        held += block
-        while len(held) > CHUNK_BYTES:
-            cut = _cut_before(held, CHUNK_BYTES)
-            yield TextChunk(held[:cut], False, split)
-            held = held[cut:]
-    yield TextChunk(held, True, split)
+        pending += block
+        while len(pending) > CHUNK_BYTES:
+            end = _last_word_end(pending, CHUNK_BYTES)
+            yield TextChunk(pending[:end], False, split)
+            pending = pending[end:]
+    yield TextChunk(pending, True, split)
 
 
-def _cut_before(text: str, limit: int) -> int:
-    """The last place up to `limit`, and in the text's second half, where a letter stands before a space; else
-    `limit`.
-    """
-    ends = [match.end() for match in _CUT.finditer(text, max(limit - 65536, limit // 2), limit)]
+def _last_word_end(text: str, limit: int) -> int:
+    """The last position between a letter and a space up to `limit`, and not far before it; else `limit`."""
+    ends = [match.end() for match in _WORD_END.finditer(text, max(limit - 65536, limit // 2), limit)]
     return ends[-1] if ends else limit

@@ -1,9 +1,9 @@
-"""The corpus that needs no network: text that every Python installation holds.
+"""The corpus that needs no network: text that is part of every Python installation.
 
-The language reference as `help()` shows it (`pydoc_data.topics`, about half a megabyte of English) and the
-standard library's own sources (about ten megabytes of code with prose in it). Tests, vendored copies and
-tables of character codes are left out: they are long and say little. What is there differs a little between
-versions of Python, so the version belongs to the contents' hash.
+It is the language reference as `help()` shows it (`pydoc_data.topics`, about half a megabyte of English) and
+the standard library's own sources (about ten megabytes of code with prose in it). Tests, vendored copies and
+tables of character codes are excluded, because they are long and uninformative. The text differs a little
+between versions of Python, and the content hash differs with it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm_trainer.data.sources import base as documents
+from llm_trainer.data.sources import base
 from llm_trainer.data.sources.base import Partition, SourceItem, text_chunks
 from llm_trainer.errors import DataError
 
-_LEFT_OUT = {
+_EXCLUDED_FOLDERS = {
     "test",
     "tests",
     "idle_test",
@@ -32,26 +32,26 @@ _LEFT_OUT = {
     "pydoc_data",
     "_vendor",
 }
-_UNIT_BYTES = 2 * 2**20
+_PARTITION_BYTES = 2 * 2**20
 
 
 @dataclass(frozen=True)
 class BuiltinPartition:
-    """The language reference (no `files`), or some files of the standard library."""
+    """The language reference (if `files` is empty), or some files of the standard library."""
 
     name: str
     size: int
     files: tuple[str, ...] = ()
 
     def content_hash(self) -> str:
-        """sha256 over all texts."""
+        """Hash all texts."""
         digest = hashlib.sha256()
         for _, raw in self._texts():
             digest.update(raw + b"\0")
         return digest.hexdigest()
 
     def read_chunks(self) -> Iterator[SourceItem]:
-        """Every topic, or every source file."""
+        """Yield every topic, or every source file."""
         for name, raw in self._texts():
             yield from text_chunks(raw.decode("utf-8", errors="replace"), name)
 
@@ -63,43 +63,41 @@ class BuiltinPartition:
 
 
 class BuiltinSource:
-    """The language reference, topic by topic, then the standard library, file by file; always in the same
-    order.
-    """
+    """The language reference, topic by topic, then the standard library, file by file, in a fixed order."""
 
     name = "builtin"
 
     def partitions(self) -> Sequence[Partition]:
-        """The reference, and the library in parts of about `_UNIT_BYTES`."""
+        """Return the reference, and the library in parts of about `_PARTITION_BYTES`."""
         reference = sum(len(text.encode("utf-8")) for _, text in language_reference())
-        units: list[Partition] = [BuiltinPartition("language reference", reference)]
+        partitions: list[Partition] = [BuiltinPartition("language reference", reference)]
         group: list[str] = []
         size = 0
         for name in library_files():
             group.append(name)
             size += library_size(name)
-            if size >= _UNIT_BYTES:
-                units.append(BuiltinPartition(f"standard library up to {name}", size, tuple(group)))
+            if size >= _PARTITION_BYTES:
+                partitions.append(BuiltinPartition(f"standard library up to {name}", size, tuple(group)))
                 group, size = [], 0
-        return (
-            [*units, BuiltinPartition("rest of the standard library", size, tuple(group))] if group else units
-        )
+        if group:
+            partitions.append(BuiltinPartition("rest of the standard library", size, tuple(group)))
+        return partitions
 
     def read_chunks(self) -> Iterator[SourceItem]:
-        """Every topic and every source file."""
-        return documents.read_all(self.partitions())
+        """Yield every topic and every source file."""
+        return base.read_all(self.partitions())
 
     def content_hash(self) -> str:
-        """sha256 over all texts."""
-        return documents.combined_hash(self.partitions())
+        """Hash all texts."""
+        return base.combined_hash(self.partitions())
 
     def size(self) -> int:
-        """Bytes of all texts."""
-        return sum(unit.size for unit in self.partitions())
+        """Return the bytes of all texts."""
+        return sum(partition.size for partition in self.partitions())
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of each of the two parts, for the console."""
-        reference, *library = (unit.size for unit in self.partitions())
+        """Return the bytes of the reference and of the library, by a name for the console."""
+        reference, *library = (partition.size for partition in self.partitions())
         python = ".".join(map(str, sys.version_info[:2]))
         return {
             f"language reference of Python {python}": reference,
@@ -108,7 +106,11 @@ class BuiltinSource:
 
 
 def language_reference() -> list[tuple[str, str]]:
-    """(topic, text) by topic; raises DataError where this Python was installed without them."""
+    """Return (topic, text) of the language reference, sorted by topic.
+
+    Raises:
+        DataError: This Python was installed without it.
+    """
     try:
         from pydoc_data.topics import topics
     except ImportError:
@@ -119,13 +121,12 @@ def language_reference() -> list[tuple[str, str]]:
 
 
 def library_files() -> list[str]:
-    """The path within the library of each source file, sorted."""
+    """Return the path of each source file within the standard library, sorted."""
     root = _library()
     found: list[str] = []
     for folder, folders, names in os.walk(root):
-        folders[:] = [
-            name for name in folders if name not in _LEFT_OUT
-        ]  # site-packages alone may hold a hundred thousand files
+        # In place, so that the walk skips them: site-packages alone may have a hundred thousand files.
+        folders[:] = [name for name in folders if name not in _EXCLUDED_FOLDERS]
         found += [
             (Path(folder) / name).relative_to(root).as_posix() for name in names if name.endswith(".py")
         ]
@@ -133,7 +134,7 @@ def library_files() -> list[str]:
 
 
 def library_size(name: str) -> int:
-    """Bytes of a source file; 0 where it cannot be read."""
+    """Return the bytes of a source file of the standard library; 0 if it cannot be read."""
     try:
         return (_library() / name).stat().st_size
     except OSError:
@@ -141,12 +142,12 @@ def library_size(name: str) -> int:
 
 
 def read_library(names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
-    """(path within the library, contents) of these source files."""
+    """Yield (path within the standard library, contents) of these source files."""
     for name in names:
         try:
             yield name, (_library() / name).read_bytes()
         except OSError:
-            continue  # a link to nowhere, or a file that this user may not read: the corpus does without
+            continue  # a dangling link, or a file that this user may not read: the corpus omits it
 
 
 def _library() -> Path:

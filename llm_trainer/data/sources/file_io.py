@@ -1,4 +1,4 @@
-"""A file, or a part of one, as a stream of bytes: plain or compressed, chosen by its last suffix."""
+"""A file, or a byte range of one, as a stream of bytes; its last suffix names its compression, if any."""
 
 from __future__ import annotations
 
@@ -15,22 +15,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from llm_trainer.data.optional_deps import missing_extra
 from llm_trainer.errors import DataError
 
 COMPRESSIONS = (".gz", ".bz2", ".zst")
-MAX_RECORD_BYTES = (
-    64 * 2**20
-)  # bytes of a line or record; what is longer is set aside, since one is held at a time
+MAX_RECORD_BYTES = 64 * 2**20
+"""Bytes of a line or record; a longer one is rejected, because one record is in memory at a time."""
 BLOCK_BYTES = 2**20
-READ_ERRORS = (OSError, EOFError, zlib.error)  # what a damaged or missing file raises while it is read
+READ_ERRORS = (OSError, EOFError, zlib.error)
+"""What reading a damaged or missing file raises."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileRange:
-    """A file, or the part of it that begins in [start, stop): bytes of a file of lines, row groups or batches
-    of a table.
+    """A file, or the part of it that begins in [start, stop).
 
-    `name` is what messages call the file: relative to what the user gave.
+    Attributes:
+        path: The file.
+        name: The name used in messages, relative to what the user gave.
+        start: The first byte of a file of lines, row group of a parquet file, or batch of an arrow file.
+        stop: The end of the range in the same unit; None is the end of the file.
     """
 
     path: Path
@@ -39,72 +43,104 @@ class FileRange:
     stop: int | None = None
 
     def open_raw(self) -> io.BufferedReader:
-        """The whole file's bytes as they are stored. Raises OSError, also for a pipe, which would be waited
-        for without end.
+        """Open the entire file without decompressing it.
+
+        Raises:
+            OSError: The file cannot be opened, or is a pipe, which might block forever.
         """
         if not stat.S_ISREG(self.path.stat().st_mode):
             raise OSError("not a regular file")
         return self.path.open("rb")
 
     def open(self) -> io.BufferedReader:
-        """The whole file's bytes, decompressed. Raises one of `READ_ERRORS`, now or while it is read."""
+        """Open the entire file, decompressed. One of `READ_ERRORS` is raised now or while it is read."""
         return open_decompressed(self.open_raw(), compression_suffix(self.path), self.name)
 
 
-def open_decompressed(stored: io.BufferedReader, compression: str | None, name: str) -> io.BufferedReader:
-    """A compressed file's contents; `name` is what an error calls it. Closing closes `stored` too."""
+def open_decompressed(raw: io.BufferedReader, compression: str | None, name: str) -> io.BufferedReader:
+    """Return the decompressed contents of an open file.
+
+    Args:
+        raw: The compressed bytes; closing the result closes this too.
+        compression: The suffix of the compression, for instance ".gz"; None for a plain file.
+        name: The file's name in error messages.
+
+    Raises:
+        DataError: The file is compressed with zstd, and the package for that is not installed.
+    """
     if compression == ".gz":
-        return _Stream(gzip.GzipFile(fileobj=stored, mode="rb"), stored)
+        return _DecompressedReader(gzip.GzipFile(fileobj=raw, mode="rb"), raw)
     if compression == ".bz2":
-        return _Stream(bz2.BZ2File(stored), stored)
+        return _DecompressedReader(bz2.BZ2File(raw), raw)
     if compression == ".xz":
-        return _Stream(lzma.LZMAFile(stored), stored, lzma.LZMAError)
-    return _open_zstd(stored, name) if compression == ".zst" else stored
+        return _DecompressedReader(lzma.LZMAFile(raw), raw, lzma.LZMAError)
+    return _open_zstd(raw, name) if compression == ".zst" else raw
 
 
 def compression_suffix(path: Path) -> str | None:
-    """The suffix that says how a file is compressed, or None."""
+    """Return the suffix that names a file's compression, or None for a plain file."""
     suffix = path.suffix.lower()
     return suffix if suffix in COMPRESSIONS else None
 
 
-def line_range(opened: IO[bytes], extent: FileRange) -> tuple[int, int | None]:
-    """(first byte, byte after the last, None for the end) of the lines that begin in the extent of a plain
-    file.
+def format_suffix(path: Path) -> str:
+    """Return the suffix that names a file's format, without the suffix of its compression."""
+    return (Path(path.stem) if compression_suffix(path) else path).suffix.lower()
 
-    Every line belongs to exactly one of several extents side by side, and no scan goes past a line that began
-    in the extent.
+
+def line_range(opened: IO[bytes], file_range: FileRange) -> tuple[int, int | None]:
+    """Find the lines that begin in a range of a plain file.
+
+    Every line belongs to exactly one of several adjacent ranges, and no scan goes past a line that began in
+    the range.
+
+    Args:
+        opened: The open file.
+        file_range: The byte range.
+
+    Returns:
+        The first byte of those lines and the byte after the last one, which is None at the end of the file.
     """
-    begin = _next_line(opened, extent.start, extent.stop)
-    if extent.stop is None:
+    begin = _next_line_start(opened, file_range.start, file_range.stop)
+    if file_range.stop is None:
         return begin, None
-    return (begin, begin) if begin >= extent.stop else (begin, _next_line(opened, extent.stop, None))
+    return (
+        (begin, begin)
+        if begin >= file_range.stop
+        else (begin, _next_line_start(opened, file_range.stop, None))
+    )
 
 
-def _next_line(opened: IO[bytes], offset: int, stop: int | None) -> int:
-    """Where the first line begins at or after `offset`; looked for up to `stop`."""
+def _next_line_start(opened: IO[bytes], offset: int, stop: int | None) -> int:
+    """The start of the first line at or after `offset`; the search ends at `stop`."""
     if offset == 0:
         return 0
-    place = opened.seek(offset - 1)
+    position = opened.seek(offset - 1)
     while block := opened.readline(BLOCK_BYTES):
-        place += len(block)
-        if block.endswith(b"\n") or (stop is not None and place >= stop):
+        position += len(block)
+        if block.endswith(b"\n") or (stop is not None and position >= stop):
             break
-    return max(place, offset)
+    return max(position, offset)
 
 
-def read_lines(extent: FileRange, *, keep_line_ends: bool = False) -> Iterator[tuple[str, int, bytes | None]]:
-    """(where, byte offset, line) of each line that begins in the extent; None for one longer than
-    LONGEST_RECORD.
+def read_lines(
+    file_range: FileRange, *, keep_line_ends: bool = False
+) -> Iterator[tuple[str, int, bytes | None]]:
+    """Yield each line that begins in the range, without a byte order mark.
 
-    The line comes without its end unless `keep_line_ends`, and without a byte order mark. `where` is a line
-    number in a file read from its start, else the byte at which the line begins.
+    Args:
+        file_range: The file, or a byte range of it.
+        keep_line_ends: Whether lines come with their line ends.
+
+    Yields:
+        The line's position for messages (a line number in a file read from its start, else a byte offset),
+        its byte offset, and its bytes, which are None if they are more than MAX_RECORD_BYTES.
     """
-    with extent.open() as opened:
+    with file_range.open() as opened:
         offset, number = 0, 0
         end: int | None = None
-        if extent.start or extent.stop is not None:
-            offset, end = line_range(opened, extent)
+        if file_range.start or file_range.stop is not None:
+            offset, end = line_range(opened, file_range)
             opened.seek(offset)
         while end is None or offset < end:
             line = opened.readline(MAX_RECORD_BYTES + 1)
@@ -113,9 +149,9 @@ def read_lines(extent: FileRange, *, keep_line_ends: bool = False) -> Iterator[t
             start, number = offset, number + 1
             offset += len(line)
             where = (
-                f"{extent.name}, line {number}"
-                if extent.start == 0
-                else f"{extent.name}, the line at byte {start}"
+                f"{file_range.name}, line {number}"
+                if file_range.start == 0
+                else f"{file_range.name}, the line at byte {start}"
             )
             if len(line) > MAX_RECORD_BYTES and not line.endswith(b"\n"):
                 while line and not line.endswith(b"\n"):
@@ -128,49 +164,45 @@ def read_lines(extent: FileRange, *, keep_line_ends: bool = False) -> Iterator[t
             yield where, start + skipped, line[skipped:]
 
 
-def _open_zstd(stored: io.BufferedReader, name: str) -> io.BufferedReader:
+def _open_zstd(raw: io.BufferedReader, name: str) -> io.BufferedReader:
     try:
         if sys.version_info >= (3, 14):
             from compression import zstd
         else:
             from backports import zstd
     except ImportError:
-        stored.close()
-        raise DataError(
-            f"reading {name} needs the extra 'formats': pip install 'llm-trainer[formats]'"
-        ) from None
-    return _Stream(zstd.ZstdFile(stored), stored, zstd.ZstdError)
+        raw.close()
+        raise DataError(missing_extra(f"reading {name}", "formats")) from None
+    return _DecompressedReader(zstd.ZstdFile(raw), raw, zstd.ZstdError)
 
 
-class _Stream(io.BufferedReader):
-    """Decompressed bytes. Closing closes the file below too; an error of the library's own kind becomes an
-    OSError.
-    """
+class _DecompressedReader(io.BufferedReader):
+    """Decompressed bytes. Closing it closes the file below too; the library's own errors become OSError."""
 
     def __init__(
-        self, raw: io.BufferedIOBase, stored: io.BufferedReader, error: type[Exception] = OSError
+        self, decompressor: io.BufferedIOBase, raw: io.BufferedReader, error: type[Exception] = OSError
     ) -> None:
-        super().__init__(_Translated(raw, error), BLOCK_BYTES)
-        self._stored = stored
+        super().__init__(_ErrorTranslator(decompressor, error), BLOCK_BYTES)
+        self._compressed = raw
 
     def close(self) -> None:
         super().close()
-        self._stored.close()
+        self._compressed.close()
 
 
-class _Translated(io.RawIOBase):
-    def __init__(self, raw: io.BufferedIOBase, error: type[Exception]) -> None:
-        self._raw, self._error = raw, error
+class _ErrorTranslator(io.RawIOBase):
+    def __init__(self, decompressor: io.BufferedIOBase, error: type[Exception]) -> None:
+        self._decompressor, self._error = decompressor, error
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         try:
-            return self._raw.readinto(buffer)
+            return self._decompressor.readinto(buffer)
         except self._error as error:
             raise OSError(str(error)) from None
 
     def close(self) -> None:
-        self._raw.close()
+        self._decompressor.close()
         super().close()

@@ -1,8 +1,8 @@
-"""Documents from files: of several kinds, each plain or compressed, one file or a folder of them, read in a
-fixed order with flat memory.
+"""Documents from files of several formats, each plain or compressed: one file, or a folder of them.
 
-Small files share a unit, a large one of lines is cut into ranges of bytes, so that any number of workers can
-share either. A compressed file cannot be entered midway: it is one unit, however large.
+Files are read in a fixed order with constant memory. Neighbouring small files form one partition, and a large
+file of lines or of a table is divided into several, so that any number of workers can read either in
+parallel. A compressed file cannot be read from the middle: it is one partition, however large.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm_trainer.data.sources import base as documents
-from llm_trainer.data.sources import file_io as storage
+from llm_trainer.data.sources import base, file_io
 from llm_trainer.data.sources.base import Partition, Rejected, SourceItem
 from llm_trainer.data.sources.csv_files import read_csv_column
-from llm_trainer.data.sources.file_io import COMPRESSIONS, FileRange, compression_suffix
+from llm_trainer.data.sources.file_io import COMPRESSIONS, FileRange, compression_suffix, format_suffix
 from llm_trainer.data.sources.json_files import read_json_column, read_json_lines_column
 from llm_trainer.data.sources.parquet_arrow import (
     hash_arrow,
@@ -30,9 +29,11 @@ from llm_trainer.data.sources.parquet_arrow import (
 from llm_trainer.data.sources.text_files import read_text_file, read_text_lines
 from llm_trainer.errors import DataError
 
-LINE_SUFFIXES = (".txt", ".text")  # each line may be a document
+LINE_SUFFIXES = (".txt", ".text")
+"""Formats of which each line may be a document."""
 TEXT_SUFFIXES = (*LINE_SUFFIXES, ".md", ".markdown", ".rst", ".py")
-TABLE_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow"}  # compressed within
+TABLE_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow"}
+"""Formats that compress their own contents, and so are not read from a compressed file."""
 KIND_BY_SUFFIX = {
     **dict.fromkeys(TEXT_SUFFIXES, "text"),
     **{".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv"},
@@ -40,8 +41,9 @@ KIND_BY_SUFFIX = {
 }
 PARTITION_BYTES = 32 * 2**20
 MAX_FILES_PER_PARTITION = 2000
-READER_VERSION = 1  # part of every hash: raise it when the same bytes would be read as other documents
-_OF_LINES = ("lines", "jsonl")
+READER_VERSION = 1
+"""Part of every hash; it must grow when the same bytes would be read as other documents."""
+_LINE_KINDS = ("lines", "jsonl")
 _READERS: dict[str, Callable[[FileRange], Iterator[SourceItem]]] = {
     "text": read_text_file,
     "lines": read_text_lines,
@@ -53,14 +55,20 @@ _COLUMN_READERS: dict[str, Callable[[FileRange, str], Iterator[SourceItem]]] = {
     "parquet": read_parquet_column,
     "arrow": read_arrow_column,
 }
-_PARTS = {"parquet": split_parquet, "arrow": split_arrow}
-_HASHES = {"parquet": hash_parquet, "arrow": hash_arrow}
+_TABLE_SPLITTERS = {"parquet": split_parquet, "arrow": split_arrow}
+_TABLE_HASHES = {"parquet": hash_parquet, "arrow": hash_arrow}
 
 
 @dataclass(frozen=True, slots=True)
 class FileSlice:
-    """A file by its name relative to the root, or the part of it that begins in [start, stop), and how it is
-    read.
+    """A file, or the part of it that begins in [start, stop), and how it is read.
+
+    Attributes:
+        name: The file's path relative to the source's root.
+        kind: The name of its reader.
+        size: Stored bytes.
+        start: The first byte, row group or record batch.
+        stop: The end in the same unit; None is the end of the file.
     """
 
     name: str
@@ -72,7 +80,13 @@ class FileSlice:
 
 @dataclass(frozen=True)
 class FilePartition:
-    """Some small files, or a part of a large one."""
+    """Some small files, or a part of a large one.
+
+    Attributes:
+        root: The folder that names are relative to.
+        parts: The files, or the one part.
+        text_column: The column or field that has the text.
+    """
 
     root: Path
     parts: tuple[FileSlice, ...]
@@ -80,7 +94,7 @@ class FilePartition:
 
     @property
     def name(self) -> str:
-        """The file and which part of it, or the first file and how many follow."""
+        """The file and its first byte, row group or batch, or the first file and how many follow."""
         first = self.parts[0]
         if len(self.parts) > 1:
             return f"{first.name} and {len(self.parts) - 1} more"
@@ -88,11 +102,11 @@ class FilePartition:
 
     @property
     def size(self) -> int:
-        """Bytes of the files or parts, as they are stored."""
+        """Stored bytes of the files or the part."""
         return sum(part.size for part in self.parts)
 
     def content_hash(self) -> str:
-        """sha256 over how each file is read and the bytes that are read of it."""
+        """Hash how each file is read and the bytes that are read of it."""
         digest = hashlib.sha256(f"{READER_VERSION}".encode())
         for part in self.parts:
             column = self.text_column if part.kind in _COLUMN_READERS else ""
@@ -100,42 +114,50 @@ class FilePartition:
             try:
                 digest.update(self._hash_of_part(part))
             except OSError:
-                digest.update(b"unreadable")  # as reading will say; once it can be read, the hash is another
+                digest.update(b"unreadable")  # reading rejects it too; once it can be read, the hash changes
         return digest.hexdigest()
 
     def read_chunks(self) -> Iterator[SourceItem]:
-        """Every document of every file; a file that is damaged is rejected from there on."""
+        """Yield every document of every file; a damaged file is rejected from the damage on."""
         for part in self.parts:
             try:
                 yield from self._read(part)
-            except storage.READ_ERRORS as error:
+            except file_io.READ_ERRORS as error:
                 yield Rejected("unreadable file", f"{part.name}: {error}")
 
-    def _extent(self, part: FileSlice) -> FileRange:
+    def _range_of(self, part: FileSlice) -> FileRange:
         return FileRange(self.root / part.name, part.name, part.start, part.stop)
 
     def _read(self, part: FileSlice) -> Iterator[SourceItem]:
         if part.kind in _READERS:
-            return _READERS[part.kind](self._extent(part))
-        return _COLUMN_READERS[part.kind](self._extent(part), self.text_column)
+            return _READERS[part.kind](self._range_of(part))
+        return _COLUMN_READERS[part.kind](self._range_of(part), self.text_column)
 
     def _hash_of_part(self, part: FileSlice) -> bytes:
-        """sha256 of the stored bytes that a part's documents are read from."""
-        extent = self._extent(part)
+        """The sha256 of the stored bytes that a part's documents are read from."""
+        file_range = self._range_of(part)
         if part.stop is None:
-            with extent.open_raw() as opened:
+            with file_range.open_raw() as opened:
                 return hashlib.file_digest(opened, "sha256").digest()
         return (
-            _HASHES[part.kind](extent, self.text_column) if part.kind in _HASHES else _hash_of_lines(extent)
+            _TABLE_HASHES[part.kind](file_range, self.text_column)
+            if part.kind in _TABLE_HASHES
+            else _hash_lines(file_range)
         )
 
 
 @dataclass(frozen=True)
 class FileSource:
-    """A file, or every file of a known kind in a folder (by relative path, hidden ones and `excluded` left
-    out).
+    """A file, or every file of a known format in a folder, in the order of relative paths.
 
-    With `one_document_per_line`, each line of a .txt file is a document.
+    Hidden files and folders are skipped.
+
+    Attributes:
+        path: The file or folder.
+        text_column: The column or field that has the text, in tables and JSON.
+        one_document_per_line: Whether each line of a .txt file is a document.
+        excluded: A folder below `path` that is skipped.
+        partition_bytes: About how many stored bytes a partition has.
     """
 
     path: Path
@@ -150,63 +172,70 @@ class FileSource:
         return self.path.resolve().name
 
     def files(self) -> list[Path]:
-        """The files to read; raises DataError where the path is missing or holds none of a known kind."""
+        """Return the files to read.
+
+        Raises:
+            DataError: The path does not exist, or has no file of a known format.
+        """
         if self.path.is_file():
             return [self.path]
         if not self.path.is_dir():
             raise DataError(f"the input {self.path} does not exist; give a text file or a folder of them")
         found, other = [], set()
-        for folder, folders, names in os.walk(self.path):
-            place = Path(folder)
+        for folder_name, folders, names in os.walk(self.path):
+            folder = Path(folder_name)
             folders[:] = sorted(
-                name for name in folders if not name.startswith(".") and not self._is_excluded(place / name)
+                name for name in folders if not name.startswith(".") and not self._is_excluded(folder / name)
             )
             for name in names:
                 if name.startswith("."):
                     continue
-                file = place / name
+                file = folder / name
                 if _kind(file) is None:
                     other.add("".join(file.suffixes) or name)
                 else:
                     found.append(file)
         if not found:
-            seen = f" (it holds {', '.join(sorted(other)[:8])})" if other else ""
+            seen = f" (it has {', '.join(sorted(other)[:8])})" if other else ""
             raise DataError(
-                f"no text in the folder {self.path}{seen}; files of these kinds are read: {', '.join(KIND_BY_SUFFIX)}, each also with .gz"
+                f"no text in the folder {self.path}{seen}; supported formats: {supported_suffixes()}"
             )
         return sorted(found, key=lambda file: file.relative_to(self.path).as_posix())
 
     def partitions(self) -> Sequence[Partition]:
-        """Files in the order of their paths: neighbours of less than `partition_bytes` together, larger ones alone
-        or in parts.
+        """Return the partitions, in the order of paths.
+
+        Neighbouring files of less than `partition_bytes` together are one; a larger file is one, or several.
         """
         root = self.path.parent if self.path.is_file() else self.path
-        units: list[Partition] = []
+        partitions: list[Partition] = []
         group: list[FileSlice] = []
-        held = 0
+        group_bytes = 0
         for file in self.files():
             parts = self._parts(file, file.relative_to(root).as_posix())
             size = sum(part.size for part in parts)
-            if group and (held + size > self.partition_bytes or len(group) == MAX_FILES_PER_PARTITION):
-                units.append(FilePartition(root, tuple(group), self.text_column))
-                group, held = [], 0
+            if group and (group_bytes + size > self.partition_bytes or len(group) == MAX_FILES_PER_PARTITION):
+                partitions.append(FilePartition(root, tuple(group), self.text_column))
+                group, group_bytes = [], 0
             if len(parts) == 1:
                 group.append(parts[0])
-                held += size
+                group_bytes += size
             else:
-                units += [FilePartition(root, (part,), self.text_column) for part in parts]
-        return [*units, FilePartition(root, tuple(group), self.text_column)] if group else units
+                partitions += [FilePartition(root, (part,), self.text_column) for part in parts]
+        if group:
+            partitions.append(FilePartition(root, tuple(group), self.text_column))
+        return partitions
 
     def read_chunks(self) -> Iterator[SourceItem]:
-        """Every document of every file."""
-        return documents.read_all(self.partitions())
+        """Yield every document of every file."""
+        return base.read_all(self.partitions())
 
     def content_hash(self) -> str:
-        """sha256 over how each file is read and what it holds, in reading order."""
-        return documents.combined_hash(self.partitions())
+        """Hash how each file is read and its contents, in reading order."""
+        return base.combined_hash(self.partitions())
 
     def size(self) -> int | None:
-        """Bytes of all files, None with compressed ones among them."""
+        """Return the bytes of all files; None if some are compressed."""
         files = self.files()
         return None if any(compression_suffix(file) for file in files) else sum(_size(file) for file in files)
 
@@ -215,24 +244,18 @@ class FileSource:
         if (
             kind == "text"
             and self.one_document_per_line
-            and _suffix(file) not in set(TEXT_SUFFIXES) - set(LINE_SUFFIXES)
+            and format_suffix(file) not in set(TEXT_SUFFIXES) - set(LINE_SUFFIXES)
         ):
             kind = "lines"
-        if size > self.partition_bytes and kind in _PARTS:
-            cut = _PARTS[kind](FileRange(file, name), size, self.partition_bytes)
-            if len(cut) > 1:
-                return [FileSlice(name, kind, share, start, stop) for start, stop, share in cut]
-        if size > self.partition_bytes and kind in _OF_LINES and not compression_suffix(file):
-            starts = range(0, size, self.partition_bytes)
+        if size > self.partition_bytes and kind in _TABLE_SPLITTERS:
+            ranges = _TABLE_SPLITTERS[kind](FileRange(file, name), size, self.partition_bytes)
+            if len(ranges) > 1:
+                return [FileSlice(name, kind, part_bytes, start, stop) for start, stop, part_bytes in ranges]
+        if size > self.partition_bytes and kind in _LINE_KINDS and not compression_suffix(file):
+            step = self.partition_bytes
             return [
-                FileSlice(
-                    name,
-                    kind,
-                    min(size, start + self.partition_bytes) - start,
-                    start,
-                    start + self.partition_bytes,
-                )
-                for start in starts
+                FileSlice(name, kind, min(size, start + step) - start, start, start + step)
+                for start in range(0, size, step)
             ]
         return [FileSlice(name, kind, size)]
 
@@ -241,18 +264,13 @@ class FileSource:
 
 
 def supported_suffixes() -> str:
-    """The suffixes that are read, in words."""
+    """Return the suffixes that are read, as a phrase for help texts and errors."""
     plain = [suffix for suffix in KIND_BY_SUFFIX if suffix not in TABLE_SUFFIXES]
     return f"{', '.join(plain)} (each also with {', '.join(COMPRESSIONS)}), {', '.join(TABLE_SUFFIXES)}"
 
 
-def _suffix(file: Path) -> str:
-    """The suffix that says what a file holds, without that of its compression."""
-    return (Path(file.stem) if compression_suffix(file) else file).suffix.lower()
-
-
 def _kind(file: Path) -> str | None:
-    kind = KIND_BY_SUFFIX.get(_suffix(file))
+    kind = KIND_BY_SUFFIX.get(format_suffix(file))
     return None if kind in TABLE_SUFFIXES.values() and compression_suffix(file) else kind
 
 
@@ -260,17 +278,17 @@ def _size(file: Path) -> int:
     try:
         return file.stat().st_size
     except OSError:
-        return 0  # a link to nowhere: reading it will say so
+        return 0  # a dangling link: reading rejects it
 
 
-def _hash_of_lines(extent: FileRange) -> bytes:
-    """sha256 of the lines that begin in the extent."""
-    with extent.open_raw() as opened:
-        offset, end = storage.line_range(opened, extent)
+def _hash_lines(file_range: FileRange) -> bytes:
+    """The sha256 of the lines that begin in the range."""
+    with file_range.open_raw() as opened:
+        offset, end = file_io.line_range(opened, file_range)
         digest = hashlib.sha256()
         opened.seek(offset)
         while block := opened.read(
-            storage.BLOCK_BYTES if end is None else min(storage.BLOCK_BYTES, end - offset)
+            file_io.BLOCK_BYTES if end is None else min(file_io.BLOCK_BYTES, end - offset)
         ):
             offset += len(block)
             digest.update(block)

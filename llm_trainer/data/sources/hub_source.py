@@ -1,9 +1,11 @@
-"""Documents from a data set on the Hugging Face hub, or a folder laid out like one, through the `datasets`
-library (an extra).
+"""Documents from a data set on the Hugging Face hub, or from a folder in the hub's layout.
 
-Either it is downloaded, and its units are runs of rows, or it is streamed: then a unit is one of the files
-that it is stored in, read over the network each time it is needed and kept nowhere. What is streamed is known
-by its commit, which stands for the contents; hashing the texts would take the whole download.
+They are read through the `datasets` library, which the extra `hub` installs.
+
+The data set is either downloaded, and its partitions are runs of rows, or streamed. When it is streamed, a
+partition is one of the files that it is stored in, which is read over the network each time it is needed and
+never cached. A streamed data set is identified by its commit, because hashing the texts would take the full
+download.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from llm_trainer.data.sources import base as documents
+from llm_trainer.data.optional_deps import missing_extra
+from llm_trainer.data.sources import base
 from llm_trainer.data.sources.base import Partition, Rejected, SourceItem, SplitPartition
 from llm_trainer.data.sources.parquet_arrow import hash_text_column, read_text_column
 from llm_trainer.errors import DataError
@@ -26,14 +29,23 @@ if TYPE_CHECKING:
     import pyarrow
     from datasets import Dataset, IterableDataset
 
-_UNIT_BYTES = 32 * 2**20
+_PARTITION_BYTES = 32 * 2**20
 _BATCH_BYTES = 4 * 2**20
-_MOST_ROWS = 1000
+_MAX_ROWS = 1000
+_ADVICE = "; without a network, download it elsewhere and give its files with --input"
 
 
 @dataclass(frozen=True)
 class HubSplit:
-    """One split of a data set, and the column that is read."""
+    """One split of a data set, and the column that is read.
+
+    Attributes:
+        dataset: The name on the hub, or a local folder.
+        configuration: The configuration's name; None for the only one.
+        split: The split's name.
+        text_column: The column that has the text.
+        revision: A branch, tag or commit; None for the newest.
+    """
 
     dataset: str
     configuration: str | None
@@ -43,13 +55,13 @@ class HubSplit:
 
     @property
     def label(self) -> str:
-        """What messages call it; of a local folder its own name alone."""
-        return f"{Path(self.dataset).resolve().name if Path(self.dataset).is_dir() else self.dataset}, {self.split}"
+        """The name used in messages; of a local folder only its own name."""
+        return f"{_short_name(self.dataset)}, {self.split}"
 
 
 @dataclass(frozen=True)
 class HubRowsPartition:
-    """Some rows of a split that has been downloaded: [start, stop)."""
+    """The rows [start, stop) of a split that has been downloaded."""
 
     rows: HubSplit
     start: int
@@ -62,21 +74,21 @@ class HubRowsPartition:
         return f"{self.rows.split} rows {self.start} to {self.stop - 1}"
 
     def content_hash(self) -> str:
-        """sha256 over the texts."""
+        """Hash the texts."""
         digest = hashlib.sha256()
         for _, column in self._columns():
             hash_text_column(column, digest)
         return digest.hexdigest()
 
     def read_chunks(self) -> Iterator[SourceItem]:
-        """Every row's text."""
+        """Yield every row's text."""
         for row, column in self._columns():
             yield from read_text_column(column, self.rows.text_column, f"{self.rows.label} row", row)
 
     def _columns(self) -> Iterator[tuple[int, pyarrow.Array]]:
         """(first row, texts) of a few rows at a time."""
         loaded = _load(self.rows).with_format("arrow")
-        step = max(1, min(_MOST_ROWS, _BATCH_BYTES * (self.stop - self.start) // max(1, self.size)))
+        step = max(1, min(_MAX_ROWS, _BATCH_BYTES * (self.stop - self.start) // max(1, self.size)))
         for row in range(self.start, self.stop, step):
             for chunk in loaded[row : min(row + step, self.stop)].column(self.rows.text_column).chunks:
                 yield row, chunk
@@ -85,7 +97,7 @@ class HubRowsPartition:
 
 @dataclass(frozen=True)
 class HubFilePartition:
-    """One of the `count` files that a split is stored in, streamed."""
+    """File `index` of the `count` files that a split is stored in, streamed."""
 
     rows: HubSplit
     index: int
@@ -98,7 +110,7 @@ class HubFilePartition:
         return f"{self.rows.split} file {self.index} of {self.count}"
 
     def content_hash(self) -> str:
-        """Of the commit and the place in it; for a local folder, which has no commit, sha256 over the texts."""
+        """Hash the commit and the file's number; for a local folder, which has no commit, the texts."""
         digest = hashlib.sha256()
         if self.rows.revision is None:
             for column in (column for _, column in self._columns() if column is not None):
@@ -113,7 +125,7 @@ class HubFilePartition:
         return digest.hexdigest()
 
     def read_chunks(self) -> Iterator[SourceItem]:
-        """Every row's text. Raises DataError where the network fails midway."""
+        """Yield every row's text. Raises DataError if the network fails midway."""
         for row, column in self._columns():
             where = f"{self.rows.label} file {self.index} row"
             if column is None:
@@ -122,11 +134,11 @@ class HubFilePartition:
                 yield from read_text_column(column, self.rows.text_column, where, row)
 
     def _columns(self) -> Iterator[tuple[int, pyarrow.Array | None]]:
-        """(first row, texts, None where the column is missing) of a few rows at a time."""
+        """(first row, texts, None if the column is missing) of a few rows at a time."""
         row = 0
-        with _explained(self.rows.dataset):
+        with hub_errors(f"the data set {self.rows.dataset!r}", _ADVICE):
             shard = _load(self.rows, streaming=True).shard(self.count, self.index).with_format("arrow")
-            for table in shard.iter(_MOST_ROWS):
+            for table in shard.iter(_MAX_ROWS):
                 chunks = (
                     table.column(self.rows.text_column).chunks
                     if self.rows.text_column in table.column_names
@@ -139,7 +151,18 @@ class HubFilePartition:
 
 @dataclass(frozen=True)
 class HubSource:
-    """One column of a hub data set; with `validation_split` that split is the validation set as it stands."""
+    """One text column of a data set on the hub.
+
+    Attributes:
+        dataset: The name on the hub, or a local folder in the hub's layout.
+        configuration: The configuration's name; None for the only one.
+        train_split: The split to train on.
+        validation_split: A split that is the validation set unchanged; None to hold out part of the training
+            split.
+        text_column: The column that has the text.
+        revision: A branch, tag or commit; None for the newest.
+        streaming: Whether files are read over the network instead of being downloaded first.
+    """
 
     dataset: str
     configuration: str | None
@@ -151,94 +174,105 @@ class HubSource:
 
     @property
     def name(self) -> str:
-        """The hub's name, or a local folder's own."""
-        return Path(self.dataset).resolve().name if Path(self.dataset).is_dir() else self.dataset
+        """The name on the hub, or a local folder's own."""
+        return _short_name(self.dataset)
 
     def partitions(self) -> Sequence[Partition]:
-        """Runs of rows, or files. Raises DataError where the data set or the column cannot be had."""
-        training = self._units_of(self.train_split)
+        """Return runs of rows, or files.
+
+        Raises:
+            DataError: The data set or the column cannot be found or loaded.
+        """
+        training = self._partitions_of(self.train_split)
         if self.validation_split is None:
             return training
-        validation = self._units_of(self.validation_split)
+        validation = self._partitions_of(self.validation_split)
         return [
-            *(SplitPartition(unit, "train") for unit in training),
-            *(SplitPartition(unit, "validation") for unit in validation),
+            *(SplitPartition(partition, "train") for partition in training),
+            *(SplitPartition(partition, "validation") for partition in validation),
         ]
 
     def read_chunks(self) -> Iterator[SourceItem]:
-        """Every row's text."""
-        return documents.read_all(self.partitions())
+        """Yield every row's text."""
+        return base.read_all(self.partitions())
 
     def content_hash(self) -> str:
-        """Over all texts and their splits."""
-        return documents.combined_hash(self.partitions())
+        """Hash all texts and their splits."""
+        return base.combined_hash(self.partitions())
 
     def size(self) -> None:
-        """Unknown."""
+        """Return None: only reading could determine it."""
         return None
 
-    def _units_of(self, split: str) -> list[Partition]:
+    def _partitions_of(self, split: str) -> list[Partition]:
         rows = HubSplit(self.dataset, self.configuration, split, self.text_column, self.revision)
         if self.streaming:
             rows = replace(rows, revision=_commit(self.dataset, self.revision))
             streamed = _load(rows, streaming=True)
-            size = (streamed.info.download_size or 0) // streamed.num_shards
-            return [
-                HubFilePartition(rows, index, streamed.num_shards, size)
-                for index in range(streamed.num_shards)
-            ]
+            count = streamed.num_shards
+            size = (streamed.info.download_size or 0) // count
+            return [HubFilePartition(rows, index, count, size) for index in range(count)]
         loaded = _load(rows)
         row_bytes = max(1, loaded.data.nbytes // max(1, len(loaded)))
-        step = max(1, _UNIT_BYTES // row_bytes)
-        starts = range(0, len(loaded), step)
+        step = max(1, _PARTITION_BYTES // row_bytes)
         return [
             HubRowsPartition(
                 rows, start, min(start + step, len(loaded)), min(step, len(loaded) - start) * row_bytes
             )
-            for start in starts
+            for start in range(0, len(loaded), step)
         ]
 
 
-@lru_cache(maxsize=4)  # a worker opens a data set once, not for each unit
-def _load(rows: HubSplit, streams: bool = False) -> Dataset | IterableDataset:
-    with _explained(rows.dataset) as datasets:
-        loaded = datasets.load_dataset(
-            rows.dataset, rows.configuration, split=rows.split, revision=rows.revision, streaming=streams
-        )
-    if loaded.column_names is not None and rows.text_column not in loaded.column_names:
-        columns = ", ".join(loaded.column_names)
-        raise DataError(
-            f"{rows.label} has no column {rows.text_column!r}, it has {columns}; name one with --text_column"
-        )
-    return loaded
-
-
-def _commit(dataset: str, revision: str | None) -> str | None:
-    """The commit that a branch or tag stands for now; None for a local folder."""
-    if Path(dataset).is_dir():
-        return None
-    from huggingface_hub import HfApi
-
-    with _explained(dataset):
-        return HfApi().dataset_info(dataset, revision=revision).sha
-
-
 @contextlib.contextmanager
-def _explained(dataset: str) -> Iterator[ModuleType]:
-    """The library; what it raises about the hub, the network or the data becomes a DataError."""
+def hub_errors(what: str, advice: str = "") -> Iterator[ModuleType]:
+    """Turn what `datasets` raises about the hub, the network or the data into a DataError.
+
+    Args:
+        what: What is loaded; the message begins with it.
+        advice: What the user can do; the message ends with it.
+
+    Yields:
+        The `datasets` module.
+
+    Raises:
+        DataError: `datasets` is not installed, or it failed.
+    """
     try:
         import datasets
     except ImportError:
-        raise DataError(
-            "reading data sets from the hub needs the extra 'hub': pip install 'llm-trainer[hub]'"
-        ) from None
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # HTTPError is its client's, whose name changed
+        raise DataError(missing_extra("reading data sets from the hub", "hub")) from None
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of its HTTP client, which differs by version
 
     try:
         yield datasets
     except (OSError, ValueError, RuntimeError, HTTPError, datasets.exceptions.DatasetsError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(f"{what} could not be loaded from the hub ({first}){advice}") from None
+
+
+def _short_name(dataset: str) -> str:
+    return Path(dataset).resolve().name if Path(dataset).is_dir() else dataset
+
+
+@lru_cache(maxsize=4)  # so that a worker opens a data set once, not once per partition
+def _load(rows: HubSplit, streaming: bool = False) -> Dataset | IterableDataset:
+    with hub_errors(f"the data set {rows.dataset!r}", _ADVICE) as datasets:
+        loaded = datasets.load_dataset(
+            rows.dataset, rows.configuration, split=rows.split, revision=rows.revision, streaming=streaming
+        )
+    if loaded.column_names is not None and rows.text_column not in loaded.column_names:
+        columns = ", ".join(loaded.column_names)
         raise DataError(
-            f"the data set {dataset!r} could not be loaded from the hub ({first}); without a network, download it elsewhere "
-            "and give its files with --input"
-        ) from None
+            f"{rows.label} has no column {rows.text_column!r}, only {columns}; name one with --text_column"
+        )
+    return loaded
+
+
+def _commit(dataset: str, revision: str | None) -> str | None:
+    """The commit that a branch or tag refers to now; None for a local folder."""
+    if Path(dataset).is_dir():
+        return None
+    from huggingface_hub import HfApi
+
+    with hub_errors(f"the data set {dataset!r}", _ADVICE):
+        return HfApi().dataset_info(dataset, revision=revision).sha

@@ -1,23 +1,25 @@
-"""A folder that is split already: documents whose split is the file that they stand in."""
+"""A folder that is split already: the file that a document is in determines its split."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from llm_trainer.data.sources import base as documents
+from llm_trainer.data.sources import base
 from llm_trainer.data.sources.base import Partition, SourceItem, SplitPartition, TextChunk
 from llm_trainer.data.sources.file_io import COMPRESSIONS
 from llm_trainer.data.sources.file_source import FileSource
 from llm_trainer.errors import DataError
 
 SPLIT_FILE_NAMES = {"train": "train", "validation": "val", "test": "test"}
-SPLIT_SUFFIXES = (".txt", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+"""Split → the name of the file that it is written to, without a suffix."""
 ACCEPTED_SPLIT_NAMES = {"train": ("train",), "validation": ("val", "validation"), "test": ("test",)}
+"""Split → the file names that are read."""
+SPLIT_SUFFIXES = (".txt", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 
 
 def find_split_files(folder: Path) -> list[Path]:
-    """The files with the splits' texts in a folder that was prepared with them."""
+    """Return the files with the splits' texts in a folder that was prepared with them."""
     paths = (
         folder / f"{name}{suffix}" for name in SPLIT_FILE_NAMES.values() for suffix in (".txt", ".jsonl")
     )
@@ -25,10 +27,17 @@ def find_split_files(folder: Path) -> list[Path]:
 
 
 class PresplitSource:
-    """Documents of a folder that is split already: train, val (or validation) and test, as .txt (a document a
-    line), .jsonl or a table with a column `text`, compressed or not.
+    """Documents of a folder with one file per split.
 
-    `name` is what it is called; none: as its folder. Raises DataError for a folder without a training split.
+    The files are train, val (or validation) and test, as .txt with one document per line, as .jsonl, or as a
+    table with a column `text`, compressed or not.
+
+    Args:
+        folder: The folder.
+        name: The source's name in messages; by default the folder's name.
+
+    Raises:
+        DataError: The folder has no training split.
     """
 
     def __init__(self, folder: Path, name: str | None = None) -> None:
@@ -39,46 +48,44 @@ class PresplitSource:
             if (source := _split_file(folder, names)) is not None
         }
         if "train" not in self._files:
-            way_out = f"make them with scripts/prepare_data.py --output {folder}"
             raise DataError(
-                f"{folder} holds no splits (no train.txt, train.jsonl, train.parquet, …); {way_out}"
+                f"{folder} has no training split (train.txt, train.jsonl, train.parquet, …); "
+                f"make one with scripts/prepare_data.py --output {folder}"
             )
 
     def partitions(self) -> Sequence[Partition]:
-        """The units of each split's file, marked with the split."""
+        """Return the partitions of each split's file, labelled with the split."""
         return [
-            SplitPartition(unit, split)
+            SplitPartition(partition, split)
             for split, source in self._files.items()
-            for unit in source.partitions()
+            for partition in source.partitions()
         ]
 
     def read_chunks(self) -> Iterator[SourceItem]:
-        """Every document, marked with its split."""
-        return documents.read_all(self.partitions())
+        """Yield every document, labelled with its split."""
+        return base.read_all(self.partitions())
 
     def content_hash(self) -> str:
-        """Changes with any document and with its split."""
-        return documents.combined_hash(self.partitions())
+        """Hash the documents and their splits."""
+        return base.combined_hash(self.partitions())
 
     def size(self) -> int:
-        """Bytes of all files."""
+        """Return the stored bytes of all files."""
         return sum(source.path.stat().st_size for source in self._files.values())
 
-    def share(self, split: str) -> float:
-        """A split's share of the whole; 0 where there is none."""
+    def fraction(self, split: str) -> float:
+        """Return the fraction of all stored bytes that a split has; 0 if there is no such split."""
         source = self._files.get(split)
         return source.path.stat().st_size / max(1, self.size()) if source is not None else 0.0
 
     def texts(self, split: str) -> Iterator[str]:
-        """The texts of a split; none where there is no such split. A document above a few megabytes comes in
-        pieces.
-        """
+        """Yield the texts of a split, if there is one; a document of several megabytes comes in chunks."""
         source = self._files.get(split)
         if source is not None:
-            yield from (piece.text for piece in source.read_chunks() if isinstance(piece, TextChunk))
+            yield from (chunk.text for chunk in source.read_chunks() if isinstance(chunk, TextChunk))
 
-    def held_out(self) -> Iterator[str]:
-        """The texts of the test split, else of validation, else of training."""
+    def held_out_texts(self) -> Iterator[str]:
+        """Yield the texts of the test split, else of the validation split, else of the training split."""
         yield from self.texts(
             next(split for split in ("test", "validation", "train") if split in self._files)
         )
