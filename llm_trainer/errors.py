@@ -1,19 +1,19 @@
 """Errors that a person is meant to read: each names the thing, the value and the way out.
 
-The command line prints the message without a traceback and leaves with `exit_status`.
+The command line prints the message without a traceback and leaves with `exit_code`.
 """
 
 
 class LLMTrainerError(Exception):
     """Something went wrong that the user can mend; the message says how."""
 
-    exit_status = 1
+    exit_code = 1
 
 
 class UsageError(LLMTrainerError):
     """A setting, flag or file that the user gave is unknown, contradictory or out of bounds."""
 
-    exit_status = 2
+    exit_code = 2
 
 
 class DataError(LLMTrainerError):

@@ -18,13 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias, cast
 
-from llm_trainer.config.schema.run_config import RunConfig
 from llm_trainer.errors import CheckpointError
 
 CHECKPOINT_PREFIX = "checkpoint-"
 EMERGENCY_PREFIX = "emergency-"
 # Saved often and soon replaced; beside the checkpoints that are kept.
-RECENT_PREFIX = "recent-"
+EPHEMERAL_PREFIX = "recent-"
 BEST_MODEL = "best_model"
 FINAL_MODEL = "final_model"
 # A folder that is being written or thrown away; never taken for a checkpoint.
@@ -50,7 +49,7 @@ WANDB_ID_FILE = "wandb_run_id"
 MANIFEST_FORMAT = 1
 
 _STEP_FOLDER = re.compile(
-    rf"(?:{re.escape(REPLACED_PREFIX)})?(?:{CHECKPOINT_PREFIX}|{EMERGENCY_PREFIX}|{RECENT_PREFIX})(\d+)"
+    rf"(?:{re.escape(REPLACED_PREFIX)})?(?:{CHECKPOINT_PREFIX}|{EMERGENCY_PREFIX}|{EPHEMERAL_PREFIX})(\d+)"
 )
 _STEP_SPELLING = re.compile(
     r"(?:checkpoint|ckpt|emergency|recent|step)(?:[-_]step)?[-_]?(\d+)(?:\.(?:pt|pth|ckpt|safetensors))?"
@@ -71,9 +70,9 @@ class FoundCheckpoint:
     step: int
 
 
-def recent_name(step: int) -> str:
+def ephemeral_name(step: int) -> str:
     """`recent-<step>`."""
-    return f"{RECENT_PREFIX}{step}"
+    return f"{EPHEMERAL_PREFIX}{step}"
 
 
 def checkpoint_name(step: int) -> str:
@@ -195,27 +194,6 @@ def resolve_model_folder(spec: str | Path, report: Report | None = None) -> Path
     return folder
 
 
-def read_run_config(folder: Path) -> RunConfig:
-    """The settings in the `run.json` of a checkpoint or run folder. Raises CheckpointError where it is
-    missing or garbled.
-
-    What was said to one start of the run and is not of the run itself (`resume_from`, `lr_on_resume`) is left out.
-    """
-    sections = {
-        name: value for name, value in read_json(folder / RUN_FILE).items() if name in RunConfig.model_fields
-    }
-    if not sections:
-        raise CheckpointError(
-            f"{folder / RUN_FILE} holds no settings; --init_from={folder} starts a new run from its weights"
-        )
-    training = sections.get("training")
-    if isinstance(training, Mapping):
-        sections["training"] = {
-            name: value for name, value in training.items() if name not in ("resume_from", "lr_on_resume")
-        }
-    return RunConfig.model_validate(sections)
-
-
 def read_json(path: Path) -> dict[str, JSON]:
     """A JSON object from a file; raises CheckpointError where it is missing, cut or something else."""
     try:
@@ -277,7 +255,7 @@ def _file_problems(path: Path, name: str, said: Mapping[str, JSON], contents: bo
         yield f"{name} cannot be read: {error.strerror}"
 
 
-def step_in_name(name: str) -> int | None:
+def step_from_name(name: str) -> int | None:
     """The step in a checkpoint folder's name; None for other names."""
     match = _STEP_FOLDER.fullmatch(name)
     return int(match[1]) if match else None
@@ -285,7 +263,7 @@ def step_in_name(name: str) -> int | None:
 
 def _step_of(path: Path) -> int | None:
     """The step of a folder that is named or says that it is a checkpoint; None for anything else."""
-    if (named := step_in_name(path.name)) is not None:
+    if (named := step_from_name(path.name)) is not None:
         return named
     if path.name.removeprefix(REPLACED_PREFIX) not in (BEST_MODEL, FINAL_MODEL):
         return None

@@ -97,7 +97,7 @@ def use_compile_cache() -> Path:
     return Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(own)))
 
 
-def folder_for_copy_of(address: str) -> Path:
+def local_copy_dir(address: str) -> Path:
     """The user's folder for the local copy of a run that lives at an address such as `s3://bucket/run`."""
     scheme, _, rest = address.partition("://")
     place = [part for part in rest.split("/") if part not in ("", ".", "..")]

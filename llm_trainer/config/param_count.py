@@ -11,7 +11,7 @@ def _said(*choices: bool | None) -> bool:
     return next(choice for choice in choices if choice is not None)
 
 
-def part_sizes(config: ModelConfig) -> dict[str, int]:
+def params_per_module(config: ModelConfig) -> dict[str, int]:
     """Parameters of each part, in the model's order and under its names (`wte`, `wpe`, `ln_1.0`, `attn.0`, …,
     `ln_f`, `lm_head`).
 
@@ -25,7 +25,7 @@ def part_sizes(config: ModelConfig) -> dict[str, int]:
         2 if config.norm == "layernorm" and _said(config.norm_bias, config.bias) else 1
     )
     for layer in range(config.num_hidden_layers):
-        own = config.of_block(layer)
+        own = config.block_config(layer)
         sizes |= {
             f"ln_1.{layer}": norm,
             f"attn.{layer}": _attention_size(own),
@@ -43,7 +43,7 @@ def part_sizes(config: ModelConfig) -> dict[str, int]:
         sizes["ln_f"] = norm
     sizes["lm_head"] = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
     for target, (inputs, outputs) in _adaptable(config).items():
-        rank = sum(table.rank_of(target) for table in config.with_lora_table().lora.values())
+        rank = sum(table.rank_of(target) for table in config.with_lora_tables().lora.values())
         sizes[".".join(target.split(".")[:2])] += rank * (inputs + outputs)
     return sizes
 
@@ -53,7 +53,7 @@ def _adaptable(config: ModelConfig) -> dict[str, tuple[int, int]]:
     hidden = config.hidden_size
     found = {"wte": (hidden, config.vocab_size)}
     for layer in range(config.num_hidden_layers):
-        own = config.of_block(layer)
+        own = config.block_config(layer)
         width, queries, keys = (
             own.mlp_width,
             own.num_attention_heads * own.head_width,
@@ -68,7 +68,7 @@ def _adaptable(config: ModelConfig) -> dict[str, tuple[int, int]]:
 
 def parameter_count(config: ModelConfig) -> int:
     """All parameters of a model of this shape; tied weights count once."""
-    return sum(part_sizes(config).values())
+    return sum(params_per_module(config).values())
 
 
 def _attention_size(config: ModelConfig) -> int:

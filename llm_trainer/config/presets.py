@@ -17,11 +17,11 @@ from llm_trainer.errors import UsageError
 
 @dataclass(frozen=True)
 class Preset:
-    """A named shape; `manual_figure` is the manual's own count in words, empty where it gives none."""
+    """A named shape; `nominal_size` is the manual's own count in words, empty where it gives none."""
 
     name: str
     settings: Mapping[str, object]
-    manual_figure: str = ""
+    nominal_size: str = ""
 
     def model(self) -> ModelConfig:
         """The shape as a ModelConfig."""
@@ -84,7 +84,7 @@ PRESETS: Mapping[str, Preset] = {
 }
 
 
-def preset(name: str) -> Preset:
+def get_preset(name: str) -> Preset:
     """The preset of this name; raises UsageError with the closest names otherwise."""
     spelled = name.lower().replace("_", "-")
     if spelled not in PRESETS:

@@ -1,10 +1,9 @@
 """Reading settings from a command line.
 
-pydantic-settings' CLI source was tried for this (2.16): `cli_shortcuts` gives flat flags, but of two aliases
-with two values it silently takes the last, it does not equate `-` and `_`, its unknown flags carry no
-suggestion, and it cannot tell where a value came from. Each of these needs a pass over argv; with that done,
-what is left of its work is turning text into values, which pydantic itself does. It also costs 0.13 s of
-import.
+pydantic-settings' CLI source was tried for this (2.16). Its `cli_shortcuts` gives flat flags, but of two aliases
+with two values it silently takes the last, it does not equate `-` and `_`, its unknown flags carry no suggestion,
+and it cannot report where a value came from. Each of these needs a pass over argv. With that done, what is left of
+its work is turning text into values, which pydantic itself does. It also costs 0.13 s of import.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from llm_trainer.config.parse.merge import Names, Said
+from llm_trainer.config.parse.merge import RawValue, SettingNames
 from llm_trainer.config.resolve.precision import PRECISIONS
-from llm_trainer.config.schema.base import Section, kinds_of
+from llm_trainer.config.schema.base import Section, accepted_types
 from llm_trainer.config.schema.run_config import section_types
 from llm_trainer.errors import UsageError
 
@@ -26,81 +25,92 @@ _NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d+)([eE][-+]?\d+)?")
 
 
 @dataclass
-class CommandLine:
-    """What a command line says: settings, files, a preset, and what stands without a flag."""
+class ParsedArgs:
+    """A parsed command line: settings, files, a preset, and positional arguments."""
 
-    said: list[Said] = field(default_factory=list)
+    values: list[RawValue] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
     preset: str | None = None
     local_rank: int | None = None
     positional: list[str] = field(default_factory=list)
     explain: bool = False
     help: bool = False
+    help_all: bool = False
 
 
-def read_flags(argv: Sequence[str], names: Names) -> CommandLine:
-    """Take a command line apart; raises UsageError for unknown flags, flags of other commands and missing
-    values.
+def parse_args(argv: Sequence[str], names: SettingNames) -> ParsedArgs:
+    """Parse a command line.
+
+    Args:
+        argv: The arguments, without the command itself.
+        names: The settings that the command reads.
+
+    Raises:
+        UsageError: A flag is unknown or belongs to another command, or its value is missing.
     """
-    line = CommandLine()
+    parsed = ParsedArgs()
     arguments = list(argv)
     while arguments:
         argument = arguments.pop(0)
         if argument in ("-h", "--help"):
-            line.help = True
+            parsed.help = True
+        elif argument in ("--help-all", "--help_all"):
+            parsed.help_all = True
         elif argument == "--":
-            line.positional += arguments
+            parsed.positional += arguments
             break
         elif argument.startswith("--"):
-            _read_flag(argument, arguments, names, line)
+            _parse_flag(argument, arguments, names, parsed)
         elif argument.startswith("-") and len(argument) > 1:
-            raise UsageError(f"{argument}: flags begin with two dashes; did you mean -{argument}?")
+            raise UsageError(
+                f"unknown flag {argument}: flags begin with two dashes; did you mean -{argument}?"
+            )
         else:
-            line.positional.append(argument)
-    return line
+            parsed.positional.append(argument)
+    return parsed
 
 
-def _read_flag(argument: str, arguments: list[str], names: Names, line: CommandLine) -> None:
+def _parse_flag(argument: str, arguments: list[str], names: SettingNames, parsed: ParsedArgs) -> None:
     flag, equals, text = argument.partition("=")
     name = flag[2:].replace("-", "_")
     value = text if equals else None
     if name in ("config", "config_file"):
-        line.files.append(_required(flag, value, arguments))
+        parsed.files.append(_required(flag, value, arguments))
     elif name == "preset":
-        line.preset = _required(flag, value, arguments)
+        parsed.preset = _required(flag, value, arguments)
     elif name == "explain":
-        line.explain = value is None or value.lower() not in ("false", "0", "no")
-    elif name in ("local_rank",):  # what python -m torch.distributed.launch puts in front
-        line.local_rank = _rank(flag, _required(flag, value, arguments))
+        parsed.explain = value is None or value.lower() not in ("false", "0", "no")
+    elif name == "local_rank":  # python -m torch.distributed.launch adds it
+        parsed.local_rank = _rank(flag, _required(flag, value, arguments))
     else:
-        section, spelled = _find(flag, name, names)
-        kind = names.kind(section)
+        section, alias = _find(flag, name, names)
+        kind = names.section_class(section)
         if value is None:
-            value = _next_value(flag, kind, spelled, arguments)
-        said = Said(name, typed_value(kind, spelled, value), flag)
-        before = next((item for item in line.said if item.name == name), None)
+            value = _next_value(flag, kind, alias, arguments)
+        raw = RawValue(name, typed_value(kind, alias, value), flag)
+        before = next((item for item in parsed.values if item.name == name), None)
         if (
-            before is not None and isinstance(before.value, list) and isinstance(said.value, list)
+            before is not None and isinstance(before.value, list) and isinstance(raw.value, list)
         ):  # --stop a --stop b
-            line.said.remove(before)
-            said = Said(name, [*before.value, *said.value], flag)
-        line.said.append(said)
+            parsed.values.remove(before)
+            raw = RawValue(name, [*before.value, *raw.value], flag)
+        parsed.values.append(raw)
 
 
-def _find(flag: str, name: str, names: Names) -> tuple[str, str]:
-    """The section and name behind a flag, only among those that this command reads."""
-    section, spelled = _resolve(flag, name, names)
-    canonical = names.kind(section).names()[spelled.partition(".")[0]]
+def _find(flag: str, name: str, names: SettingNames) -> tuple[str, str]:
+    """The section and name behind a flag, among those that this command reads."""
+    section, alias = _resolve(flag, name, names)
+    canonical = names.section_class(section).names()[alias.partition(".")[0]]
     if not names.reads(section, canonical):
         raise UsageError(
             f"{flag}: this command does not read {section}.{canonical}; it reads {', '.join(names.sections)}"
         )
-    return section, spelled
+    return section, alias
 
 
-def _resolve(flag: str, name: str, names: Names) -> tuple[str, str]:
+def _resolve(flag: str, name: str, names: SettingNames) -> tuple[str, str]:
     try:
-        return names.find(Said(name, None, flag))
+        return names.find(RawValue(name, None, flag))
     except UsageError:
         elsewhere = [section for section, kind in section_types().items() if name in kind.names()]
         if elsewhere and "." not in name:
@@ -120,60 +130,70 @@ def _required(flag: str, value: str | None, arguments: list[str]) -> str:
 
 def _rank(flag: str, value: str) -> int:
     if not re.fullmatch(r"-?\d+", value):
-        raise UsageError(f"{flag}={value!r} must be a whole number; the launcher sets it")
+        raise UsageError(f"invalid value for {flag}: {value!r} is not a whole number; the launcher sets it")
     return int(value)
 
 
-def _next_value(flag: str, kind: type[Section], spelled: str, arguments: list[str]) -> str:
-    """The value of a flag written without `=`: the next argument, but for switches only where that reads as
-    one of theirs.
+def _next_value(flag: str, kind: type[Section], alias: str, arguments: list[str]) -> str:
+    """The value of a flag written without `=`: the next argument, but for switches only where that is a value
+    of theirs.
     """
-    words = _switch_words(kind, spelled)
-    ahead = arguments[0] if arguments else None
+    words = _switch_words(kind, alias)
+    following = arguments[0] if arguments else None
     if words is not None:
-        return arguments.pop(0) if ahead is not None and ahead.lower() in words else "true"
-    bare = kind.setting_of(kind.names()[spelled.partition(".")[0]]).bare
-    if bare is not None and (ahead is None or ahead.startswith("--")):
-        return bare
+        return arguments.pop(0) if following is not None and following.lower() in words else "true"
+    bare_value = kind.setting_of(kind.names()[alias.partition(".")[0]]).bare_value
+    if bare_value is not None and (following is None or following.startswith("--")):
+        return bare_value
     return _required(flag, None, arguments)
 
 
-def _switch_words(kind: type[Section], spelled: str) -> frozenset[str] | None:
-    """The words that a flag takes if it may also stand alone (`--eval_only`, `--compile`,
-    `--mixed_precision`), else None.
+def _switch_words(kind: type[Section], alias: str) -> frozenset[str] | None:
+    """The values of a flag that may also be given without one (`--eval_only`, `--compile`, `--mixed_precision`),
+    else None.
     """
-    name = kind.names().get(spelled.partition(".")[0], spelled)
-    if "." in spelled:
+    name = kind.names().get(alias.partition(".")[0], alias)
+    if "." in alias:
         return None
-    kinds = kinds_of(kind, name)
-    if spelled in kind.setting_of(name).spellings:
+    accepted = accepted_types(kind, name)
+    if alias in kind.setting_of(name).shorthands:
         return frozenset((*_BOOLEANS, *(PRECISIONS if name == "precision" else ())))
-    if bool in kinds or {"on", "off"} <= kinds:
-        return frozenset((*_BOOLEANS, *(word for word in kinds if isinstance(word, str))))
+    if bool in accepted or {"on", "off"} <= accepted:
+        return frozenset((*_BOOLEANS, *(word for word in accepted if isinstance(word, str))))
     return None
 
 
-def _json(spelled: str, text: str) -> object:
+def _json(alias: str, text: str) -> object:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise UsageError(f"{spelled}={text!r} is not JSON: {error}") from None
+        raise UsageError(f"invalid value for {alias}: {text!r} is not JSON: {error}") from None
 
 
-def typed_value(kind: type[Section], spelled: str, text: str) -> object:
-    """The text of a flag as the field's kind of value; pydantic judges it later."""
-    name = kind.names()[spelled.partition(".")[0]]
-    if list in kinds_of(kind, name) and spelled not in kind.setting_of(name).spellings:
-        return kind.settle({name: text})[name]
-    if text.lower() in ("none", "null") and type(None) in kinds_of(kind, name):
+def typed_value(kind: type[Section], alias: str, text: str) -> object:
+    """Convert the text of a flag to the type of its field. It is validated later.
+
+    Args:
+        kind: The section of the field.
+        alias: Any name of the field.
+        text: The text of the flag.
+
+    Raises:
+        UsageError: The text cannot be converted.
+    """
+    name = kind.names()[alias.partition(".")[0]]
+    accepted = accepted_types(kind, name)
+    if list in accepted and alias not in kind.setting_of(name).shorthands:
+        return kind.normalize({name: text})[name]
+    if text.lower() in ("none", "null") and type(None) in accepted:
         return None
-    if str in kinds_of(kind, name):
+    if str in accepted:
         return text
     if text.startswith("{"):
-        return _json(spelled, text)
+        return _json(alias, text)
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
-    if _NUMBER.fullmatch(text) and not {word for word in kinds_of(kind, name) if isinstance(word, str)}:
+    if _NUMBER.fullmatch(text) and not {word for word in accepted if isinstance(word, str)}:
         with contextlib.suppress(ValueError):
             return int(text)  # not through a float, which has 16 digits
         number = float(text.replace("_", ""))

@@ -1,11 +1,10 @@
-"""Reading settings from files: JSON, YAML, and nanoGPT's Python files. Each becomes a list of what it says,
-with its place.
+"""Reading settings from files: JSON, YAML, and nanoGPT's Python files. Each file becomes a list of raw values.
 
-JSON and YAML may hold sections, flat keys, or both; names that begin with an underscore are remarks. A name
-said twice in one mapping is an error, where the parsers would keep the last.
+JSON and YAML may hold sections, flat keys, or both. Names that begin with an underscore are comments. A name that
+occurs twice in one mapping is an error, where the parsers would keep the last value.
 
-A Python file is run by `runpy`, as nanoGPT runs its own by `exec`: it is the user's program. Names that begin
-with an underscore, modules, functions and classes are its own business; everything else must be a setting.
+A Python file is run by `runpy`, as nanoGPT runs its own by `exec`: it is the user's program. Names that begin with
+an underscore, modules, functions and classes are ignored; everything else must be a setting.
 """
 
 from __future__ import annotations
@@ -20,36 +19,36 @@ from pathlib import Path
 import yaml
 from yaml.constructor import ConstructorError
 
-from llm_trainer.config.parse.merge import Said
+from llm_trainer.config.parse.merge import RawValue
 from llm_trainer.config.schema.run_config import section_types
 from llm_trainer.errors import UsageError
 
 
 def read_text(path: Path) -> str:
-    """A file's text; raises UsageError where it is missing, a folder or not utf-8."""
+    """Read a text file; raises UsageError where it is missing, a folder or not UTF-8."""
     if not path.exists():
-        beside = (
+        others = (
             sorted(item.name for item in path.parent.glob(f"*{path.suffix}"))[:8]
             if path.parent.is_dir()
             else []
         )
         raise UsageError(
-            f"there is no file {path}" + (f"; {path.parent} has {', '.join(beside)}" if beside else "")
+            f"there is no file {path}" + (f"; {path.parent} has {', '.join(others)}" if others else "")
         )
     if path.is_dir():
         raise UsageError(f"{path} is a folder; name a .json, .yaml or .py file in it")
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not utf-8 (byte {error.start}); save it as utf-8") from None
+        raise UsageError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
 
 
 def read_mapping_or_list(path: Path) -> object:
-    """What a JSON or YAML file holds; raises UsageError where it does not parse."""
+    """Parse a JSON or YAML file; raises UsageError where it does not parse."""
     text = read_text(path)
     try:
         if path.suffix.lower() == ".json":
-            return json.loads(text, object_pairs_hook=_without_twins)
+            return json.loads(text, object_pairs_hook=_reject_duplicate_keys)
         return yaml.load(text, Loader=_Loader)  # a SafeLoader
     except json.JSONDecodeError as error:
         raise UsageError(
@@ -63,81 +62,88 @@ def read_mapping_or_list(path: Path) -> object:
         raise UsageError(f"{path}: {error}") from None
 
 
-def read_settings(path: Path) -> list[Said]:
-    """Everything that a settings file says; raises UsageError where it cannot be read."""
+def read_settings(path: Path) -> list[RawValue]:
+    """Read all settings of a file; raises UsageError where it cannot be read."""
     if path.suffix.lower() == ".py":
         return _from_python(path)
     if not path.is_dir() and path.suffix.lower() not in (".json", ".yaml", ".yml"):
-        raise UsageError(f"{path}: settings are read from .json, .yaml, .yml and .py files")
+        raise UsageError(
+            f"{path} is not a settings file: settings are read from .json, .yaml, .yml and .py files"
+        )
     content = read_mapping_or_list(path)
     if content is None:
         return []
     if isinstance(content, list):
         raise UsageError(
-            f"{path} holds a list, which is a scaling schedule: pass it as --scaling_schedule_file={path}"
+            f"{path} holds a list, as a scaling schedule does: pass it as --scaling_schedule_file={path}"
         )
     if not isinstance(content, dict):
-        raise UsageError(f"{path} holds {type(content).__name__}, not settings")
+        raise UsageError(f"{path} holds a {type(content).__name__}, not a mapping of settings")
     return _from_mapping(content, str(path))
 
 
-def _from_mapping(content: Mapping[str, object] | Mapping[object, object], place: str) -> list[Said]:
-    _refuse_other_kinds(content, place)
-    said: list[Said] = []
+def _from_mapping(content: Mapping[str, object] | Mapping[object, object], source: str) -> list[RawValue]:
+    _check_kind(content, source)
+    values: list[RawValue] = []
     for key, value in content.items():
         name = str(key)
         if name in section_types() and (isinstance(value, Mapping) or value is None):
-            said += [
-                Said(str(inner), inner_value, place, name) for inner, inner_value in (value or {}).items()
+            values += [
+                RawValue(str(inner), inner_value, source, name)
+                for inner, inner_value in (value or {}).items()
             ]
         else:
-            said.append(Said(name, value, place))
-    return [item for item in said if not item.name.startswith("_")]
+            values.append(RawValue(name, value, source))
+    return [item for item in values if not item.name.startswith("_")]
 
 
-def _refuse_other_kinds(content: Mapping[str, object] | Mapping[object, object], place: str) -> None:
-    """Files that a run names, or another command reads, are no settings of a run: say where they belong."""
+def _check_kind(content: Mapping[str, object] | Mapping[object, object], source: str) -> None:
+    """Raises UsageError for a file of another kind, with the option or command that reads it."""
     if "train_micro_batch_size_per_gpu" in content or "zero_optimization" in content:
         raise UsageError(
-            f"{place} is DeepSpeed's own configuration: pass it as --use_deepspeed --deepspeed_config={place}"
+            f"{source} is a DeepSpeed configuration: pass it as --use_deepspeed --deepspeed_config={source}"
         )
     if "loaders" in content:
         raise UsageError(
-            f"{place} is a domain bridge file: python scripts/prepare_domain_datasets.py --config {place}"
+            f"{source} is a domain bridge file: pass it to python scripts/prepare_domain_datasets.py --config {source}"
         )
 
 
-def _from_python(path: Path) -> list[Said]:
+def _from_python(path: Path) -> list[RawValue]:
     read_text(path)
     try:
         names = runpy.run_path(str(path))
     except SystemExit as error:
-        raise UsageError(f"{path} left with status {error.code} instead of setting names") from None
-    except Exception as error:  # the file is the user's program: whatever it raises is theirs to read
+        raise UsageError(f"{path} exited with code {error.code} instead of setting names") from None
+    except Exception as error:  # the file is the user's program, which may raise anything
         raise UsageError(f"{path} failed: {type(error).__name__}: {error}") from error
     plain = {
         name: value
         for name, value in names.items()
         if not isinstance(value, (types.ModuleType, type)) and not callable(value)
     }
-    said = _from_mapping(plain, str(path))
-    for item in said:
+    values = _from_mapping(plain, str(path))
+    for item in values:
         if not isinstance(item.value, (bool, int, float, str, list, tuple, dict, type(None))):
             raise UsageError(
                 f"{path}: {item.name} is a {type(item.value).__name__}; begin its name with an underscore if it is not a setting"
             )
-    if any(item.name in ("gradient_accumulation_steps", "grad_accum", "accumulation_steps") for item in said):
-        said.append(
-            Said("global_grad_accumulation", True, f"{path} (nanoGPT's files count all ranks)", "training")
+    if any(
+        item.name in ("gradient_accumulation_steps", "grad_accum", "accumulation_steps") for item in values
+    ):
+        values.append(
+            RawValue(
+                "global_grad_accumulation", True, f"{path} (nanoGPT's files count all ranks)", "training"
+            )
         )
-    return said
+    return values
 
 
-def _without_twins(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def _reject_duplicate_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found: dict[str, object] = {}
     for name, value in pairs:
         if name in found and found[name] != value:
-            raise UsageError(f"{name} is said twice, {found[name]!r} and {value!r}; keep one")
+            raise UsageError(f"{name} is set twice, to {found[name]!r} and {value!r}; keep one")
         found[name] = value
     return found
 
@@ -146,14 +152,14 @@ _MERGE = "tag:yaml.org,2002:merge"  # <<: *base
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people expect it: 5e-4 is a number (PyYAML follows YAML 1.1, where it is text), and a key said
-    twice is an error.
+    """YAML as people expect it: 5e-4 is a number (PyYAML follows YAML 1.1, where it is text), and a duplicate key
+    is an error.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
-        said: dict[Hashable, object] = {}
+        found: dict[Hashable, object] = {}
         for key_node, value_node in node.value:
-            if key_node.tag == _MERGE:  # what is merged may be said again
+            if key_node.tag == _MERGE:  # merged keys may be overridden
                 continue
             line = f"line {key_node.start_mark.line + 1}"
             key, value = (
@@ -162,11 +168,11 @@ class _Loader(yaml.SafeLoader):
             )
             if not isinstance(key, Hashable):
                 raise UsageError(
-                    f"{line}: {key!r} cannot be a name; put a text with braces or brackets in quotes"
+                    f"{line}: {key!r} cannot be a name; put text with braces or brackets in quotes"
                 )
-            if key in said and said[key] != value:
-                raise UsageError(f"{line}: {key} is said twice, {said[key]!r} and {value!r}; keep one")
-            said[key] = value
+            if key in found and found[key] != value:
+                raise UsageError(f"{line}: {key} is set twice, to {found[key]!r} and {value!r}; keep one")
+            found[key] = value
         self.flatten_mapping(node)
         return super().construct_mapping(node, deep=True)
 

@@ -1,17 +1,23 @@
-"""Settings that follow from others where they are not said themselves: each is noted in `origins`, so that
-`--explain` shows why.
+"""Settings whose default follows from other settings. The reason becomes the origin of the value, which `--explain`
+shows.
 """
 
 from __future__ import annotations
 
-from llm_trainer.config.parse.merge import Field, Value
+from llm_trainer.config.parse.merge import FieldKey, ResolvedValue
 from llm_trainer.config.schema.base import Section
 from llm_trainer.config.schema.model import FAMILY_DEFAULTS
 
 
-def derive(values: dict[Field, Value], defaults: set[Field]) -> list[str]:
-    """Fill in `values` what follows from what was said; `defaults` are the keys that only the door's defaults
-    gave. Returns notes.
+def apply_implied_defaults(values: dict[FieldKey, ResolvedValue], defaults: set[FieldKey]) -> list[str]:
+    """Fill in the settings that follow from others.
+
+    Args:
+        values: The values given so far, changed in place.
+        defaults: Keys of those that only the command's defaults gave, changed in place.
+
+    Returns:
+        Lines to print to the user.
     """
     _family(values, defaults)
     _follow(values, defaults, ("data", "vocab_size"), ("model", "vocab_size"))
@@ -22,9 +28,9 @@ def derive(values: dict[Field, Value], defaults: set[Field]) -> list[str]:
     return _warmup(values, defaults)
 
 
-def _family(values: dict[Field, Value], defaults: set[Field]) -> None:
-    """Who says a family takes its shape: a door's defaults for another family's positions, norm and so on
-    step back.
+def _family(values: dict[FieldKey, ResolvedValue], defaults: set[FieldKey]) -> None:
+    """Setting a family selects its shape: the command's defaults for position embedding, norm and so on, which
+    are of another family, are dropped.
     """
     if ("model", "model_type") in values and ("model", "model_type") not in defaults:
         shaped = {("model", name) for family in FAMILY_DEFAULTS.values() for name in family}
@@ -33,16 +39,20 @@ def _family(values: dict[Field, Value], defaults: set[Field]) -> None:
         defaults -= shaped
 
 
-def _follow(values: dict[Field, Value], defaults: set[Field], follower: Field, leader: Field) -> None:
-    """The follower takes the leader's value, where the leader was said and the follower was not."""
+def _follow(
+    values: dict[FieldKey, ResolvedValue], defaults: set[FieldKey], follower: FieldKey, leader: FieldKey
+) -> None:
+    """Set the follower to the leader's value where the user set the leader and not the follower."""
     if leader in values and leader not in defaults and (follower not in values or follower in defaults):
-        values[follower] = Value(values[leader].value, f"as {'.'.join(leader)} ({values[leader].origin})")
+        values[follower] = ResolvedValue(
+            values[leader].value, f"as {'.'.join(leader)} ({values[leader].origin})"
+        )
         defaults.discard(follower)
 
 
-def _efficiency(values: dict[Field, Value], defaults: set[Field]) -> None:
-    """`use_computational_efficiency` alone takes from the manual's section what is safe on every machine:
-    activations are recomputed.
+def _efficiency(values: dict[FieldKey, ResolvedValue], defaults: set[FieldKey]) -> None:
+    """`use_computational_efficiency` alone enables what the manual's section has and every machine can do:
+    gradient checkpointing.
     """
     switch = values.get(("training", "use_computational_efficiency"))
     key = ("model", "gradient_checkpointing")
@@ -51,12 +61,12 @@ def _efficiency(values: dict[Field, Value], defaults: set[Field]) -> None:
         and str(switch.value).lower() in ("true", "1", "yes", "on")
         and (key not in values or key in defaults)
     ):
-        values[key] = Value(True, f"use_computational_efficiency ({switch.origin})")
+        values[key] = ResolvedValue(True, f"use_computational_efficiency ({switch.origin})")
         defaults.discard(key)
 
 
-def _length(values: dict[Field, Value], defaults: set[Field]) -> None:
-    """Who says an end in steps, epochs or tokens means that end: a door's default in another unit steps back."""
+def _length(values: dict[FieldKey, ResolvedValue], defaults: set[FieldKey]) -> None:
+    """Setting an end in steps, epochs or tokens drops the command's default in another unit."""
     ends = {("training", name) for name in ("max_steps", "num_epochs", "max_tokens")}
     if any(key in values and key not in defaults and values[key].value is not None for key in ends):
         for key in ends & defaults:
@@ -64,21 +74,21 @@ def _length(values: dict[Field, Value], defaults: set[Field]) -> None:
         defaults -= ends
 
 
-def _batches(values: dict[Field, Value], defaults: set[Field]) -> None:
-    """A door's batch size or accumulation steps back where what was said about batches has another form."""
-    whole, micro, steps = (
+def _batches(values: dict[FieldKey, ResolvedValue], defaults: set[FieldKey]) -> None:
+    """Drop the command's default batch size or accumulation where the user set the batch by other settings."""
+    batch, micro, steps = (
         ("training", name) for name in ("batch_size", "micro_batch_size", "gradient_accumulation_steps")
     )
-    said = {key for key in (whole, micro, steps) if key in values and key not in defaults}
-    idle = ({whole} if micro in said else set()) | ({steps} if {whole, micro} <= said else set())
+    given = {key for key in (batch, micro, steps) if key in values and key not in defaults}
+    idle = ({batch} if micro in given else set()) | ({steps} if {batch, micro} <= given else set())
     for key in idle & defaults:
         del values[key]
     defaults -= idle
 
 
-def _warmup(values: dict[Field, Value], defaults: set[Field]) -> list[str]:
-    """A door's warm-up that is longer than the run steps back for a tenth of the run; one that was said is
-    judged in `checks`.
+def _warmup(values: dict[FieldKey, ResolvedValue], defaults: set[FieldKey]) -> list[str]:
+    """Replace a command's default warm-up that is longer than the run by a tenth of the run. One that the user set
+    is checked in `validation`.
     """
     key, end = ("training", "warmup_steps"), values.get(("training", "max_steps"))
     if key in defaults and end is not None and isinstance(end.value, (int, float)):
@@ -87,14 +97,21 @@ def _warmup(values: dict[Field, Value], defaults: set[Field]) -> list[str]:
             del values[key]
             defaults.discard(key)
             return [
-                f"the default warm-up of {warmup} steps is longer than the run of {end.value}; it becomes a tenth of the run"
+                f"the default warm-up of {warmup} steps is longer than the run of {end.value} steps; it becomes a tenth of "
+                "the run"
             ]
     return []
 
 
-def said_origin(section: Section, name: str, origins: dict[str, str], dotted: str) -> str:
-    """Where a value came from, in words: a file, a flag, a preset, a door's default, the family's or the
-    class's.
+def origin_of(section: Section, name: str, origins: dict[str, str], dotted: str) -> str:
+    """Where a value came from: a file, a flag, a preset, or a default of the command, the model family or the
+    schema.
+
+    Args:
+        section: The section that holds the value.
+        name: The canonical name of its field.
+        origins: Dotted name → origin of the values that were given.
+        dotted: The dotted name of the field.
     """
     if dotted in origins:
         return origins[dotted]

@@ -1,9 +1,8 @@
-"""From what was said, wherever and under whatever name, to one canonical value a setting, and where it came
-from.
+"""From raw values, given anywhere and under any name, to one value per setting and where it came from.
 
-A source is one file, one command line, one preset. Each is settled by itself: every name finds its field,
-spellings are translated, two values for one setting are an error that names both places. Then sources are
-laid over one another, and there a later one simply wins: a flag over a file is not a contradiction.
+A source is one file, one command line or one preset. Each source is normalized on its own: every name is resolved
+to its field, shorthands are translated, and two values for one setting are an error that names both. Then the
+sources are merged, and there a later one simply wins: a flag that differs from a file is not a contradiction.
 """
 
 from __future__ import annotations
@@ -13,162 +12,185 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from llm_trainer.config.schema.base import Section, unknown_name
-from llm_trainer.config.schema.run_config import home_section, path_aliases, section_types
+from llm_trainer.config.schema.run_config import dotted_aliases, section_class, section_types
 from llm_trainer.errors import UsageError
 
-OWN = ""  # the section of a command's own flags
+COMMAND_OPTIONS = ""  # the section of a command's own options
 
-Field = tuple[str, str]  # section, canonical name
+FieldKey = tuple[str, str]  # section, canonical name
 
 
 @dataclass(frozen=True)
-class Said:
-    """One thing that was said: `name` may be flat, dotted or an alias; `section` is set where a file named
-    it; `place` is for messages.
+class RawValue:
+    """One value as it was given.
+
+    Attributes:
+        name: Flat, dotted or an alias.
+        value: The value, not validated yet.
+        source: Where it was given, for messages: a flag, a file, `preset NAME`, `default of COMMAND`.
+        section: The section, where a file named it.
     """
 
     name: str
     value: object
-    place: str
+    source: str
     section: str | None = None
 
 
 @dataclass(frozen=True)
-class Value:
-    """A settled value and where it came from."""
+class ResolvedValue:
+    """The value of one setting and where it came from."""
 
     value: object
     origin: str
 
 
 @dataclass(frozen=True)
-class Names:
-    """What names mean here: the sections (`training`) or single settings (`data.data_dir`), in the order in
-    which a flat name looks them up, and the command's own section.
+class SettingNames:
+    """Which settings a command reads, and what the names on its command line mean.
+
+    Attributes:
+        sections: Sections (`training`) or single settings (`data.data_dir`), in the order in which a flat name is
+            looked up.
+        options: The command's own options, which are looked up first.
     """
 
     sections: tuple[str, ...]
-    own: type[Section] | None = None
+    options: type[Section] | None = None
 
-    def kind(self, section: str) -> type[Section]:
-        """The class of a section, the command's own one included."""
-        if section == OWN:
-            assert self.own is not None
-            return self.own
-        return home_section(section)
+    def section_class(self, section: str) -> type[Section]:
+        """The class of a section, including the one of the command's own options."""
+        if section == COMMAND_OPTIONS:
+            assert self.options is not None
+            return self.options
+        return section_class(section)
 
     def reads(self, section: str, name: str) -> bool:
-        """Whether this setting, by canonical name, is among them."""
-        return section == OWN or section in self.sections or f"{section}.{name}" in self.sections
+        """Whether the command reads this setting, given by its canonical name."""
+        return section == COMMAND_OPTIONS or section in self.sections or f"{section}.{name}" in self.sections
 
-    def fields(self) -> list[Field]:
-        """Every (section, canonical name) that is read, the command's own first."""
-        found = [(OWN, name) for name in self.own.model_fields] if self.own else []
+    def fields(self) -> list[FieldKey]:
+        """Every (section, canonical name) that the command reads, its own options first."""
+        found = [(COMMAND_OPTIONS, name) for name in self.options.model_fields] if self.options else []
         for entry in self.sections:
             section, dot, name = entry.partition(".")
-            found += (
-                [(section, name)] if dot else [(section, name) for name in home_section(section).model_fields]
-            )
+            names = [name] if dot else section_class(section).model_fields
+            found += [(section, name) for name in names]
         return list(dict.fromkeys(found))
 
-    def table(self) -> Mapping[str, Field]:
-        """Flat name → (section, the name as that section knows it). A command's own names come first."""
-        found: dict[str, Field] = {}
+    def table(self) -> Mapping[str, FieldKey]:
+        """Flat name → (section, the name as that section knows it)."""
+        found: dict[str, FieldKey] = {}
         for section, field in self.fields():
-            for name, canonical in self.kind(section).names().items():
+            for name, canonical in self.section_class(section).names().items():
                 if canonical == field:
                     found.setdefault(name, (section, name))
         return found
 
-    def find(self, said: Said) -> Field:
-        """(section, name in it) of what was said; raises UsageError for names that nobody declared."""
-        name = said.name.replace("-", "_")
-        dotted = f"{said.section}.{name}" if said.section else name
-        if dotted in path_aliases():
-            return path_aliases()[dotted]
+    def find(self, raw: RawValue) -> FieldKey:
+        """Resolve the name of a raw value.
+
+        Returns:
+            The section, and the name as that section knows it.
+
+        Raises:
+            UsageError: There is no such setting.
+        """
+        name = raw.name.replace("-", "_")
+        dotted = f"{raw.section}.{name}" if raw.section else name
+        if dotted in dotted_aliases():
+            return dotted_aliases()[dotted]
         section, dot, rest = dotted.partition(".")
         if not dot:
             table = _table(self)
             if name not in table:
-                raise UsageError(f"{said.place}: {unknown_name(name, 'this command', table)}")
+                raise UsageError(f"{raw.source}: {unknown_name(name, 'this command', table)}")
             return table[name]
         if section not in section_types():
-            raise UsageError(
-                f"{said.place}: {unknown_name(section, 'a run', section_types()).replace('setting', 'section')}"
-            )
-        kind = home_section(section)
+            message = unknown_name(section, "a run configuration", section_types(), "section")
+            raise UsageError(f"{raw.source}: {message}")
+        kind = section_class(section)
         head = rest.partition(".")[0]
         if head not in kind.names():
             elsewhere = [
                 f"{other}.{head}" for other, type_ in section_types().items() if head in type_.names()
             ]
             hint = f"; {' and '.join(elsewhere)} exist" if elsewhere else ""
-            raise UsageError(f"{said.place}: {unknown_name(head, repr(section), kind.names())}{hint}")
+            raise UsageError(f"{raw.source}: {unknown_name(head, repr(section), kind.names())}{hint}")
         return section, rest
 
 
 @functools.cache
-def _table(names: Names) -> Mapping[str, Field]:
+def _table(names: SettingNames) -> Mapping[str, FieldKey]:
     return names.table()
 
 
-def settle(items: Iterable[Said], names: Names) -> dict[Field, Value]:
-    """One source's values by (section, canonical name); raises UsageError for unknown names and for
-    contradictions, naming both places.
+def normalize(items: Iterable[RawValue], names: SettingNames) -> dict[FieldKey, ResolvedValue]:
+    """Normalize the values of one source.
+
+    Args:
+        items: The raw values of the source.
+        names: The settings that may be given.
+
+    Returns:
+        (section, canonical name) → value.
+
+    Raises:
+        UsageError: A name is unknown, or one setting has two different values; both are named.
     """
-    grouped: dict[str, dict[str, Said]] = {}
+    grouped: dict[str, dict[str, RawValue]] = {}
     for item in items:
         section, name = names.find(item)
-        _keep(grouped.setdefault(section, {}), name, item)
-    settled: dict[Field, Value] = {}
-    for section, said in grouped.items():
-        kind = names.kind(section)
-        _refuse_two_values(kind, said)
-        values = _nested({name: item.value for name, item in said.items()})
+        _add(grouped.setdefault(section, {}), name, item)
+    normalized: dict[FieldKey, ResolvedValue] = {}
+    for section, given in grouped.items():
+        kind = names.section_class(section)
+        _check_aliases_agree(kind, given)
+        values = _nested({name: item.value for name, item in given.items()})
         try:
-            translated = kind.settle(values)
+            translated = kind.normalize(values)
         except UsageError as error:
-            where = ", ".join(dict.fromkeys(item.place for item in said.values() if item.name in str(error)))
+            where = ", ".join(
+                dict.fromkeys(item.source for item in given.values() if item.name in str(error))
+            )
             raise UsageError(f"{where}: {error}" if where else str(error)) from None
         for name, value in translated.items():
-            places = dict.fromkeys(
-                item.place for given, item in said.items() if kind.names()[given.partition(".")[0]] == name
+            sources = dict.fromkeys(
+                item.source for alias, item in given.items() if kind.names()[alias.partition(".")[0]] == name
             )
-            settled[section, name] = Value(value, ", ".join(places))
-    return settled
+            normalized[section, name] = ResolvedValue(value, ", ".join(sources))
+    return normalized
 
 
-def _keep(said: dict[str, Said], name: str, item: Said) -> None:
-    """Add an item under its name; the same name may be said again with the same value (by a path, or by a
-    flag typed twice).
-    """
-    before = said.get(name)
+def _add(given: dict[str, RawValue], name: str, item: RawValue) -> None:
+    """Add a value under its name. The same value may be given again (by a dotted alias, or by a repeated flag)."""
+    before = given.get(name)
     if before is not None and before.value != item.value:
         raise UsageError(_contradiction(before, item))
-    said[name] = item
+    given[name] = item
 
 
-def _refuse_two_values(kind: type[Section], said: Mapping[str, Said]) -> None:
-    """Two aliases of one field with different values; spellings with a meaning of their own are judged by
-    `translate`.
-    """
-    first: dict[str, Said] = {}
-    for name, item in said.items():
+def _check_aliases_agree(kind: type[Section], given: Mapping[str, RawValue]) -> None:
+    """Raises UsageError for two aliases of one field with different values. `translate` checks shorthands."""
+    first: dict[str, RawValue] = {}
+    for name, item in given.items():
         canonical = kind.names()[name.partition(".")[0]]
-        if "." in name or name in kind.setting_of(canonical).spellings:
+        if "." in name or name in kind.setting_of(canonical).shorthands:
             continue
-        one = kind.settle({name: item.value}).get(canonical)
+        value = kind.normalize({name: item.value}).get(canonical)
         before = first.setdefault(canonical, item)
-        if before is not item and kind.settle({canonical: before.value}).get(canonical) != one:
+        if before is not item and kind.normalize({canonical: before.value}).get(canonical) != value:
             raise UsageError(_contradiction(before, item))
 
 
-def _contradiction(one: Said, other: Said) -> str:
-    return f"{one.place} says {_shown(one)} and {other.place} says {_shown(other)}: that is one setting with two values; give one"
+def _contradiction(one: RawValue, other: RawValue) -> str:
+    return f"{_shown(one)} and {_shown(other)} set the same option to different values; give one of them"
 
 
-def _shown(said: Said) -> str:
-    return f"{said.section + '.' if said.section else ''}{said.name} = {said.value!r}"
+def _shown(raw: RawValue) -> str:
+    if raw.source.startswith("--"):
+        return f"{raw.source}={raw.value!r}"
+    return f"{raw.section + '.' if raw.section else ''}{raw.name}={raw.value!r} ({raw.source})"
 
 
 def _nested(values: Mapping[str, object]) -> dict[str, object]:
@@ -181,6 +203,6 @@ def _nested(values: Mapping[str, object]) -> dict[str, object]:
             continue
         inner = nested.setdefault(head, {})
         if not isinstance(inner, dict):
-            raise UsageError(f"{head}={inner!r} and {name}={value!r} contradict each other")
+            raise UsageError(f"{head}={inner!r} and {name}={value!r} contradict each other; give one of them")
         inner[rest] = value
     return nested

@@ -57,15 +57,15 @@ def divisions(plan: BatchPlan, bounds: MicroBatchBounds) -> list[BatchPlan]:
     UsageError where there is none.
     """
     sequences = plan.micro_batch_size * plan.gradient_accumulation_steps
-    most = sequences if bounds.most is None else bounds.most
+    most = sequences if bounds.maximum is None else bounds.maximum
     found = [
         BatchPlan(size, sequences // size)
         for size in range(min(most, sequences), 0, -1)
-        if size >= bounds.least and sequences % size == 0
+        if size >= bounds.minimum and sequences % size == 0
     ]
     if not found:
         raise UsageError(
-            f"no micro-batch from min_batch_size {bounds.least} to max_batch_size {most} divides the {sequences} sequences that a rank "
+            f"no micro-batch from min_batch_size {bounds.minimum} to max_batch_size {most} divides the {sequences} sequences that a rank "
             "has in a step; change the bounds or batch_size"
         )
     return found

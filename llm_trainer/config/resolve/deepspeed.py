@@ -117,17 +117,38 @@ def read_deepspeed(path: Path) -> DeepSpeedConfig:
     return found
 
 
-def with_deepspeed_file(config: RunConfig) -> RunConfig:
-    """The settings with what DeepSpeed's file adds to them; the same ones where no file is named, or
-    DeepSpeed is not used.
+def deepspeed_file(training: TrainingConfig) -> DeepSpeedConfig | None:
+    """The DeepSpeed file that the settings name.
 
-    Raises UsageError for a file that says another value than the settings do, naming both.
+    Args:
+        training: The settings `use_deepspeed` and `deepspeed_config`.
+
+    Returns:
+        The file, or None where DeepSpeed is not used or no file is named.
+
+    Raises:
+        UsageError: If the file has unknown names or contradicts itself.
     """
-    training = config.training
     if not training.use_deepspeed or training.deepspeed_config is None:
-        return config
-    path = Path(training.deepspeed_config)
-    file = _as_settings(read_deepspeed(path))
+        return None
+    return read_deepspeed(Path(training.deepspeed_config))
+
+
+def merge_deepspeed(config: RunConfig, deepspeed: DeepSpeedConfig) -> RunConfig:
+    """Merge a DeepSpeed file into the settings.
+
+    Args:
+        config: The settings. They are not changed.
+        deepspeed: The file that `training.deepspeed_config` names.
+
+    Returns:
+        The settings with what only the file sets.
+
+    Raises:
+        UsageError: If the file and the settings give a setting different values.
+    """
+    training, file = config.training, _as_settings(deepspeed)
+    path = training.deepspeed_config
     said = {
         name: getattr(training, name)
         for name in training.model_fields_set
@@ -154,13 +175,17 @@ def with_deepspeed_file(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"training": TrainingConfig(**settled)})
 
 
-def zero_settings(training: TrainingConfig) -> dict[str, object]:
-    """DeepSpeed's section `zero_optimization`: our stage, and sizes of buffers from the user's file."""
-    sizes: dict[str, object] = {}
-    if training.deepspeed_config is not None:
-        sizes = read_deepspeed(Path(training.deepspeed_config)).zero_optimization.model_dump(
-            exclude_none=True
-        )
+def zero_settings(training: TrainingConfig, deepspeed: DeepSpeedConfig | None) -> dict[str, object]:
+    """DeepSpeed's section `zero_optimization`.
+
+    Args:
+        training: The setting `zero_stage`.
+        deepspeed: The user's file, which may set buffer sizes.
+
+    Returns:
+        The section, with our stage.
+    """
+    sizes = {} if deepspeed is None else deepspeed.zero_optimization.model_dump(exclude_none=True)
     return {**sizes, "stage": training.zero_stage}
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from llm_trainer.config.resolve.batch_size import resolve_batches
+from llm_trainer.config.resolve.batch_size import BatchPlan
 from llm_trainer.config.schema.model import ModelConfig
 from llm_trainer.config.schema.training import TrainingConfig
 from llm_trainer.errors import UsageError
@@ -66,7 +66,7 @@ class ParallelPlan:
         """Which stage of the pipeline a rank runs."""
         return rank // (self.tensor_parallel * self.context_parallel * self.data_ranks)
 
-    def speaks(self, rank: int) -> bool:
+    def owns_loss(self, rank: int) -> bool:
         """Whether a rank tells sums over its tokens: the first of its tensor group, in the last stage, which
         knows the loss.
         """
@@ -170,7 +170,7 @@ def check_rounds(ranks: int, schedule: str, micro_batches: int) -> None:
 
 def _check_cut(tensor: int, model: ModelConfig) -> None:
     """Raises UsageError for blocks whose matrices so many ranks cannot cut."""
-    for block in map(model.of_block, range(model.num_hidden_layers)):
+    for block in map(model.block_config, range(model.num_hidden_layers)):
         widths = {"num_attention_heads": block.num_attention_heads, "num_key_value_heads": block.kv_heads}
         for name, width in {**widths, "intermediate_size": block.mlp_width}.items():
             if width % tensor:
@@ -180,7 +180,7 @@ def _check_cut(tensor: int, model: ModelConfig) -> None:
                 )
     adapted = [
         target
-        for table in model.with_lora_table().lora.values()
+        for table in model.with_lora_tables().lora.values()
         for target, rank in table.ranks.items()
         if rank
     ]
@@ -205,20 +205,27 @@ def check_precision(plan: ParallelPlan, precision: str) -> None:
             )
 
 
-def check_plan(training: TrainingConfig, model: ModelConfig, ranks: int) -> None:
-    """Everything about the ranks that can be wrong before a model is there. Raises UsageError.
+def check_plan(plan: ParallelPlan, batches: BatchPlan, training: TrainingConfig, model: ModelConfig) -> None:
+    """Check everything about the ranks that can be wrong before there is a model.
 
-    A shape that comes with weights is not known here; the engine judges it as soon as it is.
+    A shape that comes with weights is not known here; the engine checks it as soon as it is.
+
+    Args:
+        plan: Sizes of the parallel dimensions.
+        batches: Micro-batch size and accumulation per rank.
+        training: The settings.
+        model: The shape.
+
+    Raises:
+        UsageError: If the ranks cannot train this model with these settings.
     """
-    plan = resolve_plan(training, ranks)
-    batches = resolve_batches(training, plan.data_ranks)
     check_precision(plan, training.precision)
     if training.init_from == "scratch" and training.resume_from is None:
         check_shape(plan, model)
         check_depth(plan.pipeline_parallel, training.pipeline_schedule, model.num_hidden_layers)
     check_rounds(plan.pipeline_parallel, training.pipeline_schedule, batches.gradient_accumulation_steps)
-    if training.quantize_base != "off" and (ranks > 1 or training.use_deepspeed):
-        what = f"{ranks} ranks" if ranks > 1 else "use_deepspeed"
+    if training.quantize_base != "off" and (plan.ranks > 1 or training.use_deepspeed):
+        what = f"{plan.ranks} ranks" if plan.ranks > 1 else "use_deepspeed"
         raise UsageError(
             f"quantize_base {training.quantize_base} does not go with {what}; train on one rank, or leave it off"
         )

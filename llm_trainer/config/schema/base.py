@@ -1,11 +1,12 @@
-"""How a setting is declared: one canonical field, every other name that it goes by, its unit and its meaning.
+"""How a setting is declared: one canonical field with its other names, its unit and its help text.
 
-`setting()` wraps pydantic's `Field`. `Section` is the base of every group of settings: it takes any alias as a keyword, in a
-file or in an assignment, refuses unknown names with a suggestion, and refuses two different values for one setting.
+`setting()` wraps pydantic's `Field`. `Section` is the base of every group of settings. It accepts any alias as
+a keyword argument, as a key of a file or in an assignment. It rejects unknown names with a suggestion, and it
+rejects two different values for one setting.
 
-An assignment validates the one field alone, and not the section as a whole as pydantic's
-`validate_assignment` would: a script may set `hidden_size` on one line and `num_attention_heads` on the next,
-though the shape fits only after both.
+An assignment validates the one field alone, and not the whole section as pydantic's `validate_assignment` would:
+a script may set `hidden_size` on one line and `num_attention_heads` on the next, though only the two together
+make a valid shape.
 """
 
 from __future__ import annotations
@@ -15,65 +16,96 @@ import functools
 import json
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, ClassVar, Literal, Union
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from llm_trainer.errors import UsageError
 
-LARGEST_SEED = 2**63 - 1  # what PyTorch's generators take
+MAX_SEED = 2**63 - 1  # the largest seed that PyTorch's generators accept
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a field says about itself beyond its type.
+    """What a field declares beyond its type, bounds and help text.
 
-    aliases: other names in the same section; paths: dotted names in other sections
-    (`training.gradient_checkpointing`) that mean this field; spellings: names whose value must be translated
-    (`fp16: true` → `precision: fp16`); unit: `tokens`, `steps`, `seconds`, …; owed: a value other than the
-    default switches on (or off) what is not built yet; bare: the value of a flag given without one
-    (`--resume`); splits: a text for a list is cut at its commas.
+    Attributes:
+        unit: `tokens`, `steps`, `seconds`, …
+        aliases: Other names in the same section.
+        dotted_aliases: Names in other sections (`training.gradient_checkpointing`) that mean this field.
+        shorthands: Names whose value is translated (`fp16: true` becomes `precision: fp16`).
+        not_implemented: A value other than the default asks for a feature that does not exist yet.
+        bare_value: Value of the flag when it is given without one (`--resume`).
+        split_commas: Whether a text for a list is split at its commas.
+        common: Whether `--help` shows the setting; `"preparation"`: only for commands that do not train.
+        heading: Heading in the help of this field and of those after it; None continues the previous one.
     """
 
     unit: str | None = None
     aliases: tuple[str, ...] = ()
-    paths: tuple[str, ...] = ()
-    spellings: tuple[str, ...] = ()
-    owed: bool = False
-    bare: str | None = None
-    splits: bool = True
+    dotted_aliases: tuple[str, ...] = ()
+    shorthands: tuple[str, ...] = ()
+    not_implemented: bool = False
+    bare_value: str | None = None
+    split_commas: bool = True
+    common: bool | Literal["preparation"] = False
+    heading: str | None = None
 
 
 def setting(
     default: Any,
-    meaning: str,
+    description: str,
     *,
     unit: str | None = None,
     aliases: tuple[str, ...] = (),
-    paths: tuple[str, ...] = (),
-    spellings: tuple[str, ...] = (),
-    owed: bool = False,
-    bare: str | None = None,
-    splits: bool = True,
+    dotted_aliases: tuple[str, ...] = (),
+    shorthands: tuple[str, ...] = (),
+    not_implemented: bool = False,
+    bare_value: str | None = None,
+    split_commas: bool = True,
+    common: bool | Literal["preparation"] = False,
+    heading: str | None = None,
     **bounds: Any,
 ) -> Any:
-    """Declare a setting; `bounds` are pydantic's (`ge`, `gt`, `le`, `lt`, `min_length`), a callable default
-    is a factory.
+    """Declare a setting.
+
+    Args:
+        default: The default value; a callable is a factory of it.
+        description: The help text, in full sentences.
+        unit: As the other arguments up to `heading`: see `Setting`.
+        **bounds: pydantic's bounds (`ge`, `gt`, `le`, `lt`, `min_length`, …).
+
+    Returns:
+        A pydantic field.
     """
-    extra = Setting(unit, aliases, paths, spellings, owed, bare, splits)
+    declared = Setting(
+        unit=unit,
+        aliases=aliases,
+        dotted_aliases=dotted_aliases,
+        shorthands=shorthands,
+        not_implemented=not_implemented,
+        bare_value=bare_value,
+        split_commas=split_commas,
+        common=common,
+        heading=heading,
+    )
     keyword = "default_factory" if callable(default) else "default"
-    return Field(description=meaning, json_schema_extra={"setting": extra}, **{keyword: default}, **bounds)  # type: ignore[dict-item]
+    return Field(
+        description=description, json_schema_extra={"setting": declared}, **{keyword: default}, **bounds
+    )  # type: ignore[dict-item]
 
 
 class Section(BaseModel):
-    """A group of settings. Keyword arguments, file keys and assignments work by any alias and are validated."""
+    """A group of settings. Keyword arguments, file keys and assignments accept any alias and are validated."""
 
     model_config = ConfigDict(
         extra="forbid", protected_namespaces=(), use_enum_values=True, allow_inf_nan=False
     )
+
+    help_heading: ClassVar[str] = "Options"
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -90,48 +122,54 @@ class Section(BaseModel):
 
     @classmethod
     def names(cls) -> Mapping[str, str]:
-        """Every name that this section answers to, canonical, alias or spelling → canonical name."""
+        """Every name that the section accepts (canonical, alias or shorthand) → canonical name."""
         return _names(cls)
 
     @classmethod
+    def headings(cls) -> Mapping[str, str]:
+        """Canonical name → the heading under which help lists the field."""
+        headings, current = {}, cls.help_heading
+        for name in cls.model_fields:
+            current = cls.setting_of(name).heading or current
+            headings[name] = current
+        return headings
+
+    @classmethod
     def translate(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Turn spellings with a meaning of their own into canonical values; sections that have any override
-        this.
-        """
+        """Replace shorthands by canonical names and values. Sections that have shorthands override this."""
         return dict(values)
 
     @classmethod
-    def settle(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Values by any name → values by canonical name.
+    def normalize(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Turn values by any name into values by canonical name.
 
-        Raises UsageError for a name that the section does not know and for two names of one setting with
-        different values.
+        Raises:
+            UsageError: A name is unknown, or two names of one setting have different values.
         """
         for given in values:
             if given not in cls.names():
                 raise UsageError(unknown_name(given, cls.__name__, cls.names()))
-        settled: dict[str, Any] = {}
-        said: dict[str, str] = {}
+        normalized: dict[str, Any] = {}
+        given_as: dict[str, str] = {}
         for given, value in cls.translate(values).items():
             name = cls.names()[given]
-            if name in settled and settled[name] != value:
+            if name in normalized and normalized[name] != value:
                 raise UsageError(
-                    f"{said[name]}={settled[name]!r} and {given}={value!r} are two names of one setting ({name}); give one value"
+                    f"{given_as[name]}={normalized[name]!r} and {given}={value!r} set the same option ({name}) to "
+                    "different values; give one of them"
                 )
-            settled[name], said[name] = value, given
-        return {name: _coerce(cls, name, value) for name, value in settled.items()}
+            normalized[name], given_as[name] = value, given
+        return {name: _coerce(cls, name, value) for name, value in normalized.items()}
 
-    def is_said(self, name: str) -> bool:
-        """Whether this field was given by the user, rather than by a default of the class, the family or the
-        door.
-        """
+    def is_set(self, name: str) -> bool:
+        """Whether the user set this field. Defaults of the class, the model family or the command do not count."""
         return name in self.model_fields_set
 
     @model_validator(mode="before")
     @classmethod
     def _accept_every_name(cls, values: Any) -> Any:
         return (
-            cls.settle({str(key): value for key, value in values.items()})
+            cls.normalize({str(key): value for key, value in values.items()})
             if isinstance(values, Mapping)
             else values
         )
@@ -139,7 +177,7 @@ class Section(BaseModel):
     def __setattr__(self, name: str, value: Any) -> None:
         if name.startswith("_"):
             return super().__setattr__(name, value)
-        for canonical, translated in type(self).settle({name: value}).items():
+        for canonical, translated in type(self).normalize({name: value}).items():
             super().__setattr__(canonical, check_value(type(self), canonical, translated))
 
     def __getattr__(self, name: str) -> Any:
@@ -154,10 +192,8 @@ def _names(section: type[Section]) -> Mapping[str, str]:
     table: dict[str, str] = {}
     for name in section.model_fields:
         declared = section.setting_of(name)
-        for spelling in (name, *declared.aliases, *declared.spellings):
-            assert table.setdefault(spelling, name) == name, (
-                f"{section.__name__}: {spelling} names two fields"
-            )
+        for other in (name, *declared.aliases, *declared.shorthands):
+            assert table.setdefault(other, name) == name, f"{section.__name__}: {other} names two fields"
     return table
 
 
@@ -166,24 +202,35 @@ def _adapter(section: type[Section], name: str) -> TypeAdapter[Any]:
     field = section.model_fields[name]
     bounded: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
     return TypeAdapter(
-        bounded, config=ConfigDict(allow_inf_nan=False) if float in kinds_of(section, name) else None
+        bounded, config=ConfigDict(allow_inf_nan=False) if float in accepted_types(section, name) else None
     )
 
 
 def check_value(section: type[Section], name: str, value: object, label: str | None = None) -> object:
-    """A value for one field, by its canonical name, as the field's type; raises UsageError that calls it
-    `label`.
+    """Validate a value for one field.
+
+    Args:
+        section: The section of the field.
+        name: The field's canonical name.
+        value: The value to validate.
+        label: What an error message calls the field; None: `name`.
+
+    Returns:
+        The value as the field's type.
+
+    Raises:
+        UsageError: The value is not valid.
     """
     try:
         return _adapter(section, name).validate_python(value)
     except ValidationError as error:
-        raise UsageError(validation_message(error, section, label=label or name)) from None
+        raise UsageError(validation_message(error, section, name=name, label=label)) from None
 
 
 @functools.cache
-def kinds_of(section: type[Section], name: str) -> frozenset[object]:
-    """The types that a field takes, flattened: {int, NoneType}, {list, 'wandb', 'tensorboard'}; literals
-    stand for themselves.
+def accepted_types(section: type[Section], name: str) -> frozenset[object]:
+    """The types that a field accepts, flattened: `{int, NoneType}`, `{list, 'wandb', 'tensorboard'}`. Of a
+    `Literal` the set holds the values themselves.
     """
 
     def flat(annotation: object) -> set[object]:
@@ -200,31 +247,37 @@ def kinds_of(section: type[Section], name: str) -> frozenset[object]:
 
 
 def _coerce(section: type[Section], name: str, value: object) -> object:
-    """What pydantic leaves open: texts for lists are split, booleans are not numbers."""
-    kinds = kinds_of(section, name)
-    if list in kinds and isinstance(value, str):
-        return split_list(value, section.setting_of(name).splits)
-    if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
-        raise UsageError(f"{name}={value} is not a number")
+    """Conversions that pydantic does not do: a text for a list is split, and a boolean is not a number."""
+    accepted = accepted_types(section, name)
+    if list in accepted and isinstance(value, str):
+        return split_list(value, section.setting_of(name).split_commas)
+    if isinstance(value, bool) and bool not in accepted and accepted & {int, float}:
+        raise UsageError(f"invalid value for {name}: {value} is not a number")
     return value
 
 
-def split_list(said: str, splits: bool = True) -> list[Any]:
-    """`tensorboard,wandb`, `["a", "b"]`, `none` and the empty text as lists; without `splits` commas belong
-    to the text.
+def split_list(text: str, split_commas: bool = True) -> list[Any]:
+    """Read `tensorboard,wandb`, `["a", "b"]`, `none` or the empty text as a list.
+
+    Args:
+        text: The text of a flag or a file.
+        split_commas: False: commas belong to the text, which becomes a list of one.
+
+    Raises:
+        UsageError: The text starts with a bracket and is not a list.
     """
-    text = said.strip()
-    if text.startswith("["):
+    stripped = text.strip()
+    if stripped.startswith("["):
         try:
-            return list(json.loads(text.replace("'", '"') if '"' not in text else text))
+            return list(json.loads(stripped.replace("'", '"') if '"' not in stripped else stripped))
         except ValueError:
-            raise UsageError(f'{said!r} is not a list; write a,b or ["a", "b"]') from None
-    if not splits:
-        return [said]
-    return [] if text.lower() in ("", "none") else [part.strip() for part in text.split(",")]
+            raise UsageError(f'{text!r} is not a list; write a,b or ["a", "b"]') from None
+    if not split_commas:
+        return [text]
+    return [] if stripped.lower() in ("", "none") else [part.strip() for part in stripped.split(",")]
 
 
-_TRUTH = {
+_BOOLEAN_WORDS = {
     "true": True,
     "1": True,
     "yes": True,
@@ -237,35 +290,62 @@ _TRUTH = {
 
 
 def as_boolean(name: str, value: object) -> bool:
-    """True or False from a boolean, 0, 1 or a word for them; raises UsageError otherwise."""
-    if str(value).lower() not in _TRUTH:
-        raise UsageError(f"{name}={value!r} must be true or false")
-    return _TRUTH[str(value).lower()]
+    """Read a boolean, 0, 1 or a word such as `yes`; raises UsageError for anything else."""
+    if str(value).lower() not in _BOOLEAN_WORDS:
+        raise UsageError(f"invalid value for {name}: {value!r} is not true or false")
+    return _BOOLEAN_WORDS[str(value).lower()]
 
 
-def switch_word(value: object) -> object:
-    """`on` or `off` for a boolean or a word for one; anything else is left for the field to judge."""
-    known = _TRUTH.get(str(value).lower())
+def on_or_off(value: object) -> object:
+    """`on` or `off` for a boolean or a word for one; anything else is returned as it is."""
+    known = _BOOLEAN_WORDS.get(str(value).lower())
     return value if known is None else "on" if known else "off"
 
 
-# How pydantic names the one of several kinds that it tried.
-_KINDS_IN_A_UNION = ("constrained-", "literal[")
+# How pydantic names the member of a union that it tried.
+_UNION_MEMBERS = ("constrained-", "literal[")
 
 
-def validation_message(error: ValidationError, section: type[Section], *, label: str | None = None) -> str:
-    """pydantic's complaints in a user's words: setting, value, what is allowed. `label` names a value judged
-    without its field.
+def validation_message(
+    error: ValidationError, section: type[Section], *, name: str | None = None, label: str | None = None
+) -> str:
+    """pydantic's errors in a user's words: the setting, its value and what is allowed.
+
+    Args:
+        error: What pydantic raised.
+        section: The section that was validated.
+        name: The field's canonical name where a single value was validated.
+        label: What the message calls this field; None: `name`.
+
+    Returns:
+        One line per error.
     """
     lines = []
     for detail in error.errors(include_url=False):
-        parts = (str(part) for part in detail["loc"] if not str(part).startswith(_KINDS_IN_A_UNION))
-        place = ".".join([*([label] if label else []), *parts]) or section.__name__
-        lines.append(f"{place}={detail['input']!r}: {_complaint(detail)}")
+        parts = [str(part) for part in detail["loc"] if not str(part).startswith(_UNION_MEMBERS)]
+        path = ".".join([*([label or name] if name else []), *parts]) or section.__name__
+        field = name if name and not parts else parts[0] if not name and len(parts) == 1 else None
+        interval = _interval(section, field) if field and detail["type"] in _BOUND_ERRORS else None
+        reason = f" is not in {interval}" if interval else f" ({_reason(detail)})"
+        lines.append(f"invalid value for {path}: {detail['input']!r}{reason}")
     return "\n".join(dict.fromkeys(lines))
 
 
-def _complaint(detail: ErrorDetails) -> str:
+_BOUND_ERRORS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
+
+
+def _interval(section: type[Section], name: str) -> str | None:
+    """`[0, 1)` for a field with two bounds, else None."""
+    bounds: dict[str, Any] = {}
+    for item in section.model_fields[name].metadata:
+        bounds |= {bound: getattr(item, bound) for bound in ("ge", "gt", "le", "lt") if hasattr(item, bound)}
+    if not bounds.keys() & {"ge", "gt"} or not bounds.keys() & {"le", "lt"}:
+        return None
+    lower = f"[{bounds['ge']}" if "ge" in bounds else f"({bounds['gt']}"
+    return f"{lower}, {bounds['le']}]" if "le" in bounds else f"{lower}, {bounds['lt']})"
+
+
+def _reason(detail: ErrorDetails) -> str:
     message = detail["msg"].removeprefix("Value error, ")
     message = message.replace("Input should be a valid string", "must be text; put it in quotes").replace(
         "Input should be", "must be"
@@ -273,9 +353,8 @@ def _complaint(detail: ErrorDetails) -> str:
     return message[0].lower() + message[1:]
 
 
-def unknown_name(given: str, where: str, known: Mapping[str, Any] | Callable[[], Mapping[str, Any]]) -> str:
-    """The message for a name that nobody declared, with the closest known ones."""
-    names = known() if callable(known) else known
-    close = difflib.get_close_matches(given, list(names), n=3, cutoff=0.6)
+def unknown_name(given: str, where: str, known: Mapping[str, Any], kind: str = "setting") -> str:
+    """The message for a name that does not exist, with the closest ones that do. `kind` is what it names."""
+    close = difflib.get_close_matches(given, list(known), n=3, cutoff=0.6)
     hint = f"; did you mean {' or '.join(close)}?" if close else ""
-    return f"{where} has no setting named {given!r}{hint}"
+    return f"{where} has no {kind} named {given!r}{hint}"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
-from llm_trainer.config.schema.base import LARGEST_SEED, Section, setting
+from llm_trainer.config.schema.base import MAX_SEED, Section, setting
 from llm_trainer.config.schema.mixture import MixtureStage
 
 Filter: TypeAlias = Literal[
@@ -13,140 +13,220 @@ Filter: TypeAlias = Literal[
 
 
 class DataConfig(Section):
-    """Text in, shards out."""
+    """Training data: where it comes from, how it is prepared and how it is sampled."""
+
+    help_heading: ClassVar[str] = "Data"
 
     data_dir: str | None = setting(
-        None, "prepared data (shards, or a nanoGPT folder); relative to the current folder"
+        None,
+        "Folder of the prepared dataset (token shards, or a nanoGPT folder), relative to the current folder.",
+        common=True,
     )
-    dataset: str | None = setting(None, "nanoGPT's word: the folder data/<dataset>")
+    dataset: str | None = setting(None, "Name of a dataset in nanoGPT's sense: the folder data/<dataset>.")
     input: str | None = setting(
-        None, "text to prepare: a file or a folder", aliases=("input_dir", "text", "data_root", "raw_dir")
+        None,
+        "Text to prepare: a file or a folder.",
+        aliases=("input_dir", "text", "data_root", "raw_dir"),
+        common=True,
     )
-    output_dir: str | None = setting(None, "where the prepared data goes", aliases=("output", "output_root"))
-    dataset_name: str | None = setting(None, "a Hugging Face dataset", aliases=("hub_dataset",))
-    dataset_config: str | None = setting(None, "its configuration", aliases=("dataset_config_name",))
-    dataset_split: str = setting("train", "its training split")
+    output_dir: str | None = setting(
+        None,
+        "Folder that the prepared dataset is written to.",
+        aliases=("output", "output_root"),
+        common="preparation",
+    )
+    dataset_name: str | None = setting(
+        None, "Name of a dataset on the Hugging Face hub.", aliases=("hub_dataset",), common="preparation"
+    )
+    dataset_config: str | None = setting(
+        None, "Configuration of the hub dataset.", aliases=("dataset_config_name",)
+    )
+    dataset_split: str = setting("train", "Training split of the hub dataset.")
     validation_split: str | None = setting(
-        None, "its validation split; none: cut from the training split by document hash"
+        None,
+        "Validation split of the hub dataset. Unset: documents of the training split, chosen by their hash.",
     )
     dataset_streaming: bool = setting(
-        False, "read it over the network each time instead of downloading it", aliases=("streaming",)
+        False,
+        "Read the hub dataset over the network each time instead of downloading it.",
+        aliases=("streaming",),
     )
-    text_column: str = setting("text", "the column that holds the text", aliases=("text_field",))
+    text_column: str = setting("text", "Name of the column that holds the text.", aliases=("text_field",))
+    one_document_per_line: bool = setting(
+        False, "Treat each line of a .txt file as a document.", aliases=("line_documents",)
+    )
+
     clean: bool = setting(
-        False, "normalise Unicode, line ends and blanks, drop control characters and boilerplate lines"
+        False,
+        "Normalize Unicode, line ends and whitespace, and remove control characters and boilerplate lines.",
+        heading="Cleaning and deduplication",
+        common="preparation",
     )
     unicode_form: Literal["nfc", "nfkc", "none"] = setting(
-        "nfc", "of cleaned text; nfkc also turns ligatures and superscripts into letters"
+        "nfc",
+        "Unicode normalization form of cleaned text. nfkc also turns ligatures and superscripts into plain letters.",
     )
-    drop_boilerplate: bool = setting(True, "cleaning drops lines like cookie notices, menus and page numbers")
+    drop_boilerplate: bool = setting(
+        True, "Remove lines such as cookie notices, menus and page numbers when cleaning."
+    )
     filters: list[Filter] = setting(
         list,
-        "a document that one of these refuses is rejected; the last four are datatrove's (extra 'quality')",
+        "Filters; a document that one of them rejects is left out. The last four are datatrove's (extra 'quality').",
         aliases=("quality_filters",),
     )
     min_characters: int = setting(
-        50, "shortest document that the filter 'length' keeps", unit="characters", ge=0
+        50, "Filter 'length': shortest document that is kept.", unit="characters", ge=0
     )
     max_characters: int = setting(
-        2**31, "longest document that the filter 'length' keeps", unit="characters", gt=0
+        2**31, "Filter 'length': longest document that is kept.", unit="characters", gt=0
     )
     max_symbol_fraction: float = setting(
-        0.4, "signs among all characters but blanks, at most, for the filter 'symbols'", gt=0, le=1
+        0.4,
+        "Filter 'symbols': largest fraction of symbols among the characters other than whitespace.",
+        gt=0,
+        le=1,
     )
     max_repeated_fraction: float = setting(
-        0.5, "repeated lines or runs of words, at most, for the filter 'repetition'", gt=0, le=1
+        0.5, "Filter 'repetition': largest fraction of repeated lines or word sequences.", gt=0, le=1
     )
     languages: list[str] = setting(
         list,
-        "ISO 639-1 codes; documents in other languages are rejected (extra 'language')",
+        "ISO 639-1 codes of the languages that are kept (extra 'language'). Empty: all.",
         aliases=("language",),
     )
     min_language_confidence: float = setting(
-        0.65, "probability of a language, at least, for a document to be in it", ge=0, le=1
+        0.65,
+        "Smallest probability at which a document counts as written in a language.",
+        ge=0,
+        le=1,
     )
-    keep_rejected: bool = setting(False, "write rejected documents and their reasons beside the result")
+    keep_rejected: bool = setting(
+        False, "Write rejected documents and the reasons to a file in the output folder."
+    )
     deduplicate: Literal["none", "exact", "near"] = setting(
-        "none", "drop all but one of equal, or also of nearly equal, documents"
+        "none",
+        "Keep only one of several equal documents (exact), or of nearly equal ones (near).",
+        common="preparation",
     )
     near_duplicate_bands: int = setting(
-        14, "bands of the MinHash signature; threshold (1/bands)^(1/rows)", ge=1, le=64
+        14, "Bands of the MinHash signature. The similarity threshold is (1/bands)^(1/rows).", ge=1, le=64
     )
-    near_duplicate_rows: int = setting(8, "hash functions a band", ge=1, le=64)
+    near_duplicate_rows: int = setting(8, "Hash functions per band of the MinHash signature.", ge=1, le=64)
     near_duplicate_ngram: int = setting(
-        5, "documents are compared by runs of so many words", unit="words", ge=1, le=32
+        5, "Length of the word sequences by which documents are compared.", unit="words", ge=1, le=32
     )
+
     tokenizer_type: Literal["auto", "bpe", "char", "wordpiece", "tiktoken"] = setting(
         "auto",
-        "kind to train; auto: bpe, or tokenizer_path's; tiktoken: not trained, the encoding that tokenizer_path names, else gpt2",
+        "Kind of tokenizer to train. auto: that of tokenizer_path, or else bpe. tiktoken is not trained: it is the "
+        "encoding that tokenizer_path names, or else gpt2.",
+        heading="Tokenizer",
+        common="preparation",
     )
     tokenizer_path: str | None = setting(
         None,
-        "an existing one: a tokenizer.json, a folder, a file of tiktoken ranks or a hub name",
+        "Existing tokenizer: a tokenizer.json, a folder, a file of tiktoken ranks or a hub name.",
         aliases=("tokenizer", "tokenizer_name"),
+        common="preparation",
     )
-    vocab_size: int = setting(32000, "ids of a tokenizer to be trained, at most", unit="tokens", gt=0)
+    vocab_size: int = setting(
+        32000,
+        "Largest vocabulary size of a tokenizer that is trained.",
+        unit="tokens",
+        common="preparation",
+        gt=0,
+    )
     tokenizer_sample_megabytes: float = setting(
-        64.0, "a tokenizer is trained on at most so much of the training text", unit="MB", gt=0
+        64.0, "Largest amount of training text that the tokenizer is trained on.", unit="MB", gt=0
     )
     special_tokens: list[str] = setting(
-        list, "names that get an id of their own, beside the end of text; in a text they are text"
+        list,
+        "Additional special tokens. Their names in a text are not special: they are tokenized as text.",
     )
+
     max_length: int | None = setting(
-        None, "length of a chunk; becomes the model's context", unit="tokens", gt=0
+        None,
+        "Length of a training row; the model's context becomes the same.",
+        unit="tokens",
+        heading="Packing",
+        common="preparation",
+        gt=0,
     )
-    min_length: int = setting(0, "shorter documents are dropped and counted", unit="tokens", ge=0)
+    min_length: int = setting(0, "Drop (and count) documents shorter than this.", unit="tokens", ge=0)
     stride: int = setting(
         0,
-        "overlap between neighbouring chunks; the repeated tokens are seen again, but learned once",
+        "Overlap of consecutive chunks of a document. The repeated tokens are context only: their loss is counted "
+        "once.",
         unit="tokens",
         ge=0,
     )
-    pack_sequences: bool = setting(True, "documents share rows; false: each has rows of its own, padded")
+    pack_sequences: bool = setting(
+        True,
+        "Pack several documents into a row. False: each document has rows of its own, with padding.",
+        common="preparation",
+    )
     packing_strategy: Literal["greedy", "first_fit"] = setting(
         "greedy",
-        "how documents share rows; greedy: end to end, cut where a row is full; first_fit: whole into the first row with room",
+        "greedy: documents end to end, cut where a row is full. first_fit: uncut documents, each in the first row with "
+        "room.",
     )
-    mask_documents: bool = setting(True, "tokens see only their own document")
+    mask_documents: bool = setting(True, "Restrict attention to the token's own document.")
     mixture_weights: dict[str, float] | None = setting(
         None,
-        "of a mixture: corpus → its share of the tokens, relative to the others; none: as its mixture.json says",
+        "Sampling weight of each corpus of a mixture, relative to the others. Unset: those of its mixture.json.",
+        heading="Mixture and augmentation",
     )
     mixture_stages: list[MixtureStage] | None = setting(
         None,
-        'of a mixture: weights that change, as [{"until": "1000 steps", "weights": {...}}, {"weights": {...}}]',
+        'Mixture weights that change during the run: [{"until": "1000 steps", "weights": {...}}, {"weights": {...}}].',
     )
     augment_span_drop: float = setting(
-        0.0, "share of the training tokens that are left out in short spans, drawn anew each time", ge=0, lt=1
+        0.0,
+        "Fraction of the training tokens that are dropped in short spans, redrawn on each pass.",
+        ge=0,
+        lt=1,
     )
-    augment_span_length: int = setting(4, "length of such a span, on average", unit="tokens", ge=1)
-    augment_case: float = setting(0.0, "share of the training words whose case is changed", ge=0, le=1)
+    augment_span_length: int = setting(4, "Average length of a dropped span.", unit="tokens", ge=1)
+    augment_case: float = setting(
+        0.0, "Fraction of the training words whose letter case is changed.", ge=0, le=1
+    )
     augment_whitespace: float = setting(
-        0.0, "share of the training words whose space before them is changed", ge=0, le=1
-    )
-    one_document_per_line: bool = setting(
-        False, "in .txt files each line is a document", aliases=("line_documents",)
+        0.0, "Fraction of the training words whose preceding whitespace is changed.", ge=0, le=1
     )
     train_ratio: float | None = setting(
-        None, "share of documents for training; none: what the other two leave", ge=0, le=1
+        None,
+        "Fraction of documents for training. Unset: what validation and test leave.",
+        heading="Splits and processing",
+        ge=0,
+        le=1,
     )
-    val_ratio: float = setting(0.05, "share for validation", aliases=("validation_ratio",), ge=0, le=1)
-    test_ratio: float = setting(0.0, "share for testing", ge=0, le=1)
-    seed: int = setting(42, "of the split", ge=0, le=LARGEST_SEED)
+    val_ratio: float = setting(
+        0.05,
+        "Fraction of documents for validation.",
+        aliases=("validation_ratio",),
+        common="preparation",
+        ge=0,
+        le=1,
+    )
+    test_ratio: float = setting(0.0, "Fraction of documents for testing.", ge=0, le=1)
+    seed: int = setting(42, "Random seed of the split.", ge=0, le=MAX_SEED)
     num_workers: int = setting(
         1,
-        "processes that read, clean and tokenise at once",
+        "Number of processes that read, clean and tokenize in parallel.",
         unit="workers",
         aliases=("preprocessing_num_workers", "num_proc"),
+        common="preparation",
         ge=1,
     )
     executor: Literal["local", "ray"] = setting(
-        "local", "who does the work: processes of this machine, or a Ray cluster (extra 'ray')"
+        "local", "Where the work runs: processes of this machine, or a Ray cluster (extra 'ray')."
     )
     ray_address: str | None = setting(
-        None, "of a running Ray cluster, or auto; none: Ray is started on this machine"
+        None,
+        "Address of a running Ray cluster, or auto. Unset: Ray is started on this machine.",
     )
     cache_stages: bool = setting(
         True,
-        "keep what the stages made (.stages): a later run redoes only what a change touches, at about twice the disk space",
+        "Keep the results of the stages (.stages). A later run repeats only the stages that a change affects, at about "
+        "twice the disk space.",
     )

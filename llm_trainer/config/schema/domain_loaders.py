@@ -24,7 +24,7 @@ from llm_trainer.errors import UsageError
 TABLE_FILE = "domain_loaders.yaml"
 DOMAINS = ("math", "science", "coding", "logic", "reasoning", "general")
 DIFFICULTIES = ("easy", "medium", "hard")
-WAYS = ("first", "last", "lines", "lettered", "letter", "turns")
+FIELD_FORMATS = ("first", "last", "lines", "lettered", "letter", "turns")
 
 _PLACE = re.compile(r"\{\{|\}\}|\{(?P<name>[^{}|?]+)(?P<optional>\?)?(?:\|(?P<way>[^{}]*))?\}|[{}]")
 _DOMAIN = re.compile(r"[a-z0-9][a-z0-9_-]*")
@@ -33,7 +33,7 @@ Scalar = str | bool | int | float | None
 
 
 @dataclass(frozen=True)
-class Place:
+class TemplateField:
     """A field in a template: `{name}`, `{name?}` where it may be missing, `{name|way}` where its value is not
     a text yet.
     """
@@ -43,11 +43,11 @@ class Place:
     way: str | None
 
 
-def parse_part(part: str) -> list[str | Place]:
+def parse_template(part: str) -> list[str | TemplateField]:
     """A template taken apart: text and places. Raises UsageError for a brace without its other half and for
     an unknown way.
     """
-    found: list[str | Place] = []
+    found: list[str | TemplateField] = []
     position = 0
     for match in _PLACE.finditer(part):
         found.append(part[position : match.start()])
@@ -58,14 +58,16 @@ def parse_part(part: str) -> list[str | Place]:
             raise UsageError(
                 f"the template {part!r} has a brace on its own at {match.start()}; write {{field}}, and {{{{ for a brace"
             )
-        elif match["way"] is not None and match["way"] not in WAYS:
-            raise UsageError(f"the template {part!r} says |{match['way']}; there are {', '.join(WAYS)}")
+        elif match["way"] is not None and match["way"] not in FIELD_FORMATS:
+            raise UsageError(
+                f"the template {part!r} says |{match['way']}; there are {', '.join(FIELD_FORMATS)}"
+            )
         else:
-            found.append(Place(match["name"], match["optional"] is not None, match["way"]))
+            found.append(TemplateField(match["name"], match["optional"] is not None, match["way"]))
     return [piece for piece in (*found, part[position:]) if piece]
 
 
-class HubPart(Section):
+class HubDataset(Section):
     """Where a data set lies on the hub."""
 
     name: str = setting("", "its name there", min_length=1)
@@ -78,11 +80,11 @@ class HubPart(Section):
     domain: str | None = setting(None, "the domain of this part; none: the loader's")
 
 
-class Form(Section):
+class TextTemplate(Section):
     """How a record becomes a text."""
 
-    text: list[str] = setting(list, "parts, joined by an empty line", min_length=1, splits=False)
-    text_with_cot: list[str] | None = setting(None, "the same with the chain of thought", splits=False)
+    text: list[str] = setting(list, "parts, joined by an empty line", min_length=1, split_commas=False)
+    text_with_cot: list[str] | None = setting(None, "the same with the chain of thought", split_commas=False)
 
     def parts(self, include_cot: bool) -> list[str]:
         """The template to use."""
@@ -98,12 +100,12 @@ class DomainLoader(Section):
     domain_map: dict[str, str] = setting(
         dict, "value of domain_field → domain; other values: the loader's domain"
     )
-    hub: list[HubPart] = setting(list, "where it lies on the Hugging Face hub")
+    hub: list[HubDataset] = setting(list, "where it lies on the Hugging Face hub")
     path: str | None = setting(None, "a local file or folder in place of the hub")
-    forms: list[Form] = setting(
+    forms: list[TextTemplate] = setting(
         list,
         "how a record becomes a text; the first form whose fields a record has",
-        spellings=("text", "text_with_cot"),
+        shorthands=("text", "text_with_cot"),
     )
     keep: dict[str, list[Scalar]] = setting(dict, "field → values; records with other values are left out")
     drop: dict[str, list[Scalar]] = setting(dict, "field → values; records with one of these are left out")
@@ -111,7 +113,7 @@ class DomainLoader(Section):
     difficulty_levels: dict[str, list[str]] = setting(dict, "easy, medium, hard → values of difficulty_field")
     licence: str = setting("not stated", "the data set's licence", aliases=("license",))
     note: str = setting("", "what to know before using it")
-    verified: list[str] = setting(list, "where all this was looked up", splits=False)
+    verified: list[str] = setting(list, "where all this was looked up", split_commas=False)
 
     @classmethod
     def translate(cls, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,7 +150,9 @@ class DomainLoader(Section):
         texts = [
             part for form in self.forms for parts in (form.text, form.text_with_cot or []) for part in parts
         ]
-        places = [piece.name for part in texts for piece in parse_part(part) if isinstance(piece, Place)]
+        places = [
+            piece.name for part in texts for piece in parse_template(part) if isinstance(piece, TemplateField)
+        ]
         others = [self.domain_field, self.difficulty_field]
         return list(
             dict.fromkeys([*places, *(name for name in others if name is not None), *self.keep, *self.drop])

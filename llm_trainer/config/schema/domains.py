@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import model_validator
 
 from llm_trainer.config.parse.config_files import read_mapping_or_list
-from llm_trainer.config.schema.base import LARGEST_SEED, Section, setting, unknown_name
+from llm_trainer.config.schema.base import MAX_SEED, Section, setting, unknown_name
 from llm_trainer.config.schema.domain_loaders import (
     DIFFICULTIES,
     DOMAINS,
@@ -86,7 +86,7 @@ class DomainBridge(Section):
     )
     num_workers: int = setting(1, "workers that tokenise at once", unit="workers", ge=1)
     skip_unavailable: bool = setting(False, "go on without the data sets that cannot be had")
-    seed: int = setting(42, "of the split and of what is drawn", ge=0, le=LARGEST_SEED)
+    seed: int = setting(42, "of the split and of what is drawn", ge=0, le=MAX_SEED)
     output_dir: str = setting("data/domain_specific", "where the domains go")
 
     @model_validator(mode="after")
@@ -163,10 +163,10 @@ def _check_options(loader: str, options: Mapping[str, Any], rows: Mapping[str, D
 
 def read_domain_bridge(path: Path) -> DomainBridge:
     """The domain bridge file; raises UsageError where it says what is unknown or out of bounds."""
-    return domain_bridge(bridge_content(path), str(path))
+    return parse_domain_bridge(read_bridge_file(path), str(path))
 
 
-def domain_bridge(values: Mapping[str, Any], place: str) -> DomainBridge:
+def parse_domain_bridge(values: Mapping[str, Any], place: str) -> DomainBridge:
     """A bridge from what was said; raises UsageError that names the place. Names that begin with an
     underscore are remarks.
     """
@@ -176,7 +176,7 @@ def domain_bridge(values: Mapping[str, Any], place: str) -> DomainBridge:
         raise UsageError(f"{place}: {error}") from None
 
 
-def bridge_content(path: Path) -> dict[str, object]:
+def read_bridge_file(path: Path) -> dict[str, object]:
     content = read_mapping_or_list(path)
     if not isinstance(content, dict):
         raise UsageError(f"{path} is not a domain bridge file: it must be a mapping")

@@ -1,71 +1,108 @@
-"""How text is drawn from a model, and how a model is evaluated."""
+"""How text is sampled from a model, and which model is used."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
-from llm_trainer.config.schema.base import LARGEST_SEED, Section, setting
+from llm_trainer.config.schema.base import MAX_SEED, Section, setting
 
-# Logits divided by much less are no numbers in single precision; at this temperature all the weight is on one
-# token already.
+# Logits divided by a much smaller temperature overflow in single precision. At this temperature all the probability
+# is on one token already.
 GREEDY_BELOW = 1e-6
 
 
 class GenerationConfig(Section):
-    """One draw of text. Temperature 0 is greedy."""
+    """How one text is sampled. Temperature 0 is greedy decoding."""
+
+    help_heading: ClassVar[str] = "Generation"
 
     max_new_tokens: int = setting(
-        200, "at most so many new tokens", unit="tokens", aliases=("max_tokens",), ge=0
+        200,
+        "Largest number of tokens to generate.",
+        unit="tokens",
+        aliases=("max_tokens",),
+        common=True,
+        ge=0,
     )
-    temperature: float = setting(0.8, "0: always the likeliest token", ge=0)
-    top_k: int | None = setting(None, "only the k likeliest tokens", unit="tokens", gt=0)
+    temperature: float = setting(
+        0.8, "Sampling temperature. 0: always the most likely token.", common=True, ge=0
+    )
+    top_k: int | None = setting(
+        None, "Sample from the k most likely tokens only.", unit="tokens", common=True, gt=0
+    )
     top_p: float | None = setting(
-        None, "only the likeliest tokens that together have this probability", gt=0, le=1
+        None,
+        "Sample from the most likely tokens whose probabilities add up to this.",
+        common=True,
+        gt=0,
+        le=1,
     )
     min_p: float | None = setting(
-        None, "only tokens at least this likely relative to the likeliest", ge=0, le=1
+        None,
+        "Sample from tokens whose probability is at least this fraction of the largest one.",
+        common=True,
+        ge=0,
+        le=1,
     )
     repetition_penalty: float = setting(
-        1.0, "tokens seen before are made less likely by this factor (Keskar 2019, arXiv:1909.05858)", gt=0
+        1.0,
+        "Penalty on tokens that occurred before (Keskar 2019, arXiv:1909.05858). 1: none.",
+        common=True,
+        gt=0,
     )
     stop: list[str] = setting(
-        list, "texts that end the answer; they are left out", aliases=("stop_strings",), splits=False
+        list,
+        "Texts at which generation stops; they are not part of the output.",
+        aliases=("stop_strings",),
+        split_commas=False,
+        common=True,
     )
     seed: int | None = setting(
         None,
-        "of the draw; the same seed gives the same text whatever else is in the batch",
+        "Random seed of the sampling. A seed gives the same text whatever else is in the batch.",
+        common=True,
         ge=0,
-        le=LARGEST_SEED,
+        le=MAX_SEED,
     )
-    num_samples: int = setting(1, "answers a prompt", aliases=("n",), gt=0)
-    ignore_eos: bool = setting(False, "go on past the end of text")
+    num_samples: int = setting(1, "Number of completions per prompt.", aliases=("n",), common=True, gt=0)
+    ignore_eos: bool = setting(False, "Continue after the end-of-text token.")
     sliding_context: bool = setting(
-        False, "where the context is full, forget its first half and go on; false: the answer ends there"
+        False,
+        "When the context is full, drop its first half and continue. False: generation ends there.",
     )
-    stream: bool = setting(True, "print as it is drawn")
+    stream: bool = setting(True, "Print the text while it is generated.", common=True)
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the likeliest token is always taken."""
+        """Whether the most likely token is always taken."""
         return self.temperature < GREEDY_BELOW
 
 
 class InferenceConfig(Section):
-    """Which model is used and on what."""
+    """Which model is used, and on what."""
+
+    help_heading: ClassVar[str] = "Model and prompt"
 
     model: str | None = setting(
-        None, "a model folder, a run folder, a checkpoint or a hub name", aliases=("model_path", "checkpoint")
+        None,
+        "Model: a model folder, a run folder, a checkpoint or a hub name.",
+        aliases=("model_path", "checkpoint"),
+        common=True,
     )
-    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
+    device: str = setting("auto", "Device: auto, cpu, cuda, cuda:N or mps.", common=True)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
-        "auto", "type of the weights", aliases=("dtype",)
+        "auto", "Data type of the weights.", aliases=("dtype",), common=True
     )
-    compile: Literal["auto", "on", "off"] = setting("auto", "torch.compile of the decoding step")
+    compile: Literal["auto", "on", "off"] = setting("auto", "Compile the decoding step with torch.compile.")
     adapter: str | None = setting(
         None,
-        "adapters to answer with: a name in the model, or a PEFT folder; none: the model's own; base: none",
+        "LoRA adapter to use: a name in the model, or a PEFT folder. Unset: the model's active ones. base: none.",
+        common=True,
     )
-    domain: str | None = setting(None, "whose domain adapter answers, by its name; none: no domain's")
+    domain: str | None = setting(None, "Name of the domain whose adapter is used. Unset: none.")
     prompt: str | None = setting(
-        None, "text to go on from; FILE:path reads it from a file", aliases=("start",)
+        None,
+        "Text to continue; FILE:path reads it from a file.",
+        aliases=("start",),
+        common=True,
     )
