@@ -1,15 +1,16 @@
-"""Learning a byte-level BPE of 32,000 ids from 100 MB of text: seconds and peak memory, ours against
-tokenizers called plainly.
+"""Train a byte-level BPE with 32,000 ids on 100 MB of text: seconds and peak memory, compared with the
+tokenizers library.
 
-The text is the standard library's, the language reference's and Shakespeare's, documents shuffled. Each
-contestant is a fresh process that reads the text from a file, document by document, and trains; "tokenizers,
-plainly" is its own documentation's way (`train_from_iterator` over the documents with the same words,
-alphabet and special token), "tokenizers, files" gives it the file to read by itself. Seconds are of the
-training alone; memory is the process's high-water mark, and what it was before. All must learn the same
-vocabulary, else the run fails ("files" sees lines instead of documents and may differ).
+The text consists of the standard library, the language reference and Shakespeare, with shuffled documents.
+Each contestant is a fresh process that reads the text from a file, document by document, and trains.
+"tokenizers, plainly" is the method of its documentation (`train_from_iterator` over the documents, with the
+same words, alphabet and special token); "tokenizers, files" lets it read the file itself. Seconds are those
+of the training alone. Memory is the process's high-water mark, next to its value before training. All
+contestants must learn the same vocabulary, otherwise the benchmark fails ("files" sees lines instead of
+documents and may differ).
 
-The text repeats itself; with `--distinct` every tenth word gets a random ending, so that there are about as
-many different words as in as much text that does not.
+This text repeats itself. With `--distinct` every tenth word gets a random ending, so that there are about
+as many different words as in as much text that does not repeat itself.
 
     python benchmarks/bpe_training.py [--megabytes 100] [--rounds 3] [--distinct] [--quick]
 """
@@ -26,16 +27,16 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from common import Figure, Target, alternate, finish, run_command, say_load
+from common import Figure, Target, alternate, finish, report_load, run_command
 
 OURS, PLAINLY, FILES = "llm-trainer", "tokenizers, plainly", "tokenizers, files"
 VOCABULARY = 32_000
 KILOBYTE, MEGABYTE = 1024, 2**20
-END = "\0\n"  # between documents; their text holds no NUL
+END = "\0\n"  # between documents, which contain no NUL
 
 
 def main() -> int:
-    """Measure, print, write; 1 where a target is missed."""
+    """Measure, print and write the results; return 1 if a target is missed."""
     from workers import corpus
 
     parser = argparse.ArgumentParser(
@@ -47,13 +48,16 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="5 MB, one round")
     parser.add_argument("--shakespeare", type=Path, default=corpus.SHAKESPEARE)
     parser.add_argument(
-        "--measure", nargs=2, metavar=("CONTESTANT", "FILE"), help="(for the processes that this one starts)"
+        "--measure",
+        nargs=2,
+        metavar=("CONTESTANT", "FILE"),
+        help="(internal) Used by the processes that this program starts.",
     )
     options = parser.parse_args()
     if options.measure:
         print(json.dumps(measure(options.measure[0], Path(options.measure[1]))))
         return 0
-    load = say_load()
+    load = report_load()
     megabytes, rounds = (5.0, 1) if options.quick else (options.megabytes, options.rounds)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "text"
@@ -99,7 +103,7 @@ def _compare(file: Path, size: int, rounds: int, load: str, work: str) -> int:
     words = int(kept[OURS][-1]["words"])
     notes = [
         load,
-        f"{size / 1e6:.1f} MB of text with {words:,} different words; vocabularies of the first two are equal",
+        f"{size / 1e6:.1f} MB of text with {words:,} distinct words; the first two vocabularies are equal",
     ]
     baselines = {figure.work: PLAINLY for figure in (*seconds, *memory)}
     return finish(
@@ -108,7 +112,7 @@ def _compare(file: Path, size: int, rounds: int, load: str, work: str) -> int:
 
 
 def measure(contestant: str, file: Path) -> dict[str, float | str]:
-    """Train once: seconds, megabytes before and at most, a hash of what was learned."""
+    """Train once; return seconds, megabytes before and at peak, and a hash of the vocabulary."""
     words = 0
     if contestant == OURS:
         from llm_trainer.data.tokenization import vocab_training as vocabulary_training
@@ -123,12 +127,12 @@ def measure(contestant: str, file: Path) -> dict[str, float | str]:
         from tokenizers import AddedToken, models, pre_tokenizers, trainers
         from tokenizers import Tokenizer as Backend
 
-        from llm_trainer.data.tokenization.fast.pretokenizer import PATTERN
-        from llm_trainer.data.tokenization.tokenizer_json import END_OF_TEXT, byte_level_words
+        from llm_trainer.data.tokenization.fast.pretokenizer import DEFAULT_PATTERN
+        from llm_trainer.data.tokenization.tokenizer_json import END_OF_TEXT, byte_level_pre_tokenizer
 
         before, begun = _peak(), time.perf_counter()
         backend = Backend(models.BPE())
-        backend.pre_tokenizer = byte_level_words(PATTERN)
+        backend.pre_tokenizer = byte_level_pre_tokenizer(DEFAULT_PATTERN)
         special = [AddedToken(END_OF_TEXT, special=True, normalized=False)]
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(
@@ -153,7 +157,7 @@ def _remembered(counts: dict[str, int]) -> dict[str, int]:
 
 
 def _peak() -> float:
-    """Megabytes of this process at most so far."""
+    """Return the peak memory of this process, in megabytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KILOBYTE / MEGABYTE
 
 
@@ -163,7 +167,7 @@ def _write(file: Path, texts: Iterable[str]) -> int:
 
 
 def _read(file: Path) -> Iterator[str]:
-    """The documents, one at a time."""
+    """Yield the documents one at a time."""
     held: list[str] = []
     with file.open(encoding="utf-8", newline="\n") as opened:
         for line in opened:

@@ -1,15 +1,16 @@
 """What a checkpoint costs a run: time lost to a save of about 100 M parameters (weights and AdamW's state,
 1.2 GB), in seconds and steps.
 
-The real trainer on made-up tokens. Steps come in stretches of equal length, whose kinds alternate: no save, a
-save that the run waits for, a save in the background, and nanoGPT's way (`torch.save` of both state dicts,
-neither synced to the disk nor hashed), each at the stretch's first edge. Time lost is a stretch's time less
-that of the one without; so what the background takes from the steps after it counts too, and a stretch is
-long enough for it to end. The first save in the background takes the memory for its copies and is told by
-itself. A step is 8,192 tokens, which is little for such a model.
+The real trainer runs on random tokens. Steps are grouped in stretches of equal length, whose kinds
+alternate: no save, a synchronous save, an asynchronous save, and nanoGPT's method (`torch.save` of both
+state dicts, neither synced to disk nor hashed), each at the end of the stretch's first step. The time lost
+is a stretch's time minus that of the stretch without a save. So the time that an asynchronous save takes
+from later steps counts too, and a stretch is long enough for the save to finish. The first asynchronous
+save allocates the memory for its copies and is reported separately. A step is 8,192 tokens, which is little
+for such a model.
 
-Where training has all cores (the default here), a save in the background takes their time all the same: the
-smaller the step, the more steps it is. With `OMP_NUM_THREADS=1` on two cores it has one of its own.
+If training uses all cores (the default here), an asynchronous save takes time from them: the smaller the
+step, the more steps it costs. With `OMP_NUM_THREADS=1` on two cores it has a core of its own.
 
     python benchmarks/checkpointing.py [--rounds 2] [--stretch 2] [--sequences 32] [--folder DIR] [--quick]
 """
@@ -26,13 +27,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import Figure, Target, finish, say_load
+from common import Figure, Target, finish, report_load
 from rich.console import Console
 
 from llm_trainer.config import ModelConfig, RunConfig
 from llm_trainer.data.token_shards import TokenDataset
 from llm_trainer.model.transformer import Transformer
-from llm_trainer.training.callbacks import Callback
+from llm_trainer.training.callbacks.callback import Callback
 from llm_trainer.training.trainer import Trainer
 
 NONE, WAITED, BACKGROUND, PICKLED = (
@@ -48,19 +49,21 @@ WANTED = 1.0
 
 
 def main() -> int:
-    """Measure, print, write; 1 where a target is missed."""
+    """Measure, print and write the results; return 1 if a target is missed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--stretch", type=int, default=2, help="steps of a stretch")
     parser.add_argument(
-        "--sequences", type=int, default=32, help=f"of {CONTEXT} tokens a step; micro-batches of up to 8"
+        "--sequences", type=int, default=32, help=f"of {CONTEXT} tokens per step; micro-batches of at most 8"
     )
-    parser.add_argument("--folder", type=Path, help="where to write; none: a temporary folder")
+    parser.add_argument(
+        "--folder", type=Path, help="Folder for the checkpoints (default: a temporary folder)."
+    )
     parser.add_argument("--quick", action="store_true", help="8 M parameters, one round")
     options = parser.parse_args()
-    notes = [say_load()]
+    notes = [report_load()]
     shape = (256, 4) if options.quick else (768, 12)
     rounds = 1 if options.quick else options.rounds
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
@@ -71,26 +74,26 @@ def main() -> int:
 
 
 class Stretches(Callback):
-    """Saves at the first edge of each stretch, by its kind, and notes how long each step took until the next
-    edge.
-    """
+    """Saves at the end of each stretch's first step, according to its kind, and records step times."""
 
     def __init__(self, steps: int, rounds: int, pickled: Path) -> None:
         self.steps, self.pickled = steps, pickled
-        self.kinds = [NONE, *(KINDS * rounds), NONE][: 1 + len(KINDS) * rounds]  # the first one warms up
+        self.kinds = [NONE, *(KINDS * rounds), NONE][
+            : 1 + len(KINDS) * rounds
+        ]  # the first one is the warm-up
         self.edges: list[float] = []
         self.returned: dict[int, float] = {}
 
     @property
     def total(self) -> int:
-        """Steps in all: one more, whose edge ends the last stretch."""
+        """The total number of steps. The additional last one ends the last stretch."""
         return self.steps * len(self.kinds) + 1
 
     def on_step_end(self, trainer: Trainer, step: int) -> None:
-        """The step's edge: a stretch begins with each first one."""
+        """Save if this step starts a stretch, and record the time."""
         number, place = divmod(step - 1, self.steps)
         if place == 0:
-            trainer.saving.tell()  # at most one save is going on, and it belongs to its own stretch
+            trainer.saving.tell()  # at most one save is in progress, in its own stretch
         self.edges.append(time.perf_counter())
         if place or number >= len(self.kinds):
             return
@@ -112,17 +115,17 @@ class Stretches(Callback):
             )
 
     def seconds(self, kind: str) -> list[float]:
-        """How long each stretch of a kind took, but for the one that warms up."""
+        """Return the time of each stretch of a kind, without the warm-up."""
         took = [self.edges[(n + 1) * self.steps] - self.edges[n * self.steps] for n in range(len(self.kinds))]
         return [seconds for n, seconds in enumerate(took) if n and self.kinds[n] == kind]
 
     def waits(self, kind: str) -> list[float]:
-        """How long each save of a kind kept the run from its next step."""
+        """Return how long each save of a kind delayed the next step."""
         return [seconds for n, seconds in self.returned.items() if n and self.kinds[n] == kind]
 
 
 def train(shape: tuple[int, int], sequences: int, stretches: Stretches, folder: Path) -> int:
-    """Run the stretches; how many parameters the model has."""
+    """Run the stretches; return the number of parameters of the model."""
     width, layers = shape
     model = ModelConfig(
         vocab_size=VOCABULARY,

@@ -1,5 +1,5 @@
-"""What all benchmarks share: the machine's name, rounds that alternate, a table of median, spread and ratio,
-and the JSON beside it.
+"""Shared parts of all benchmarks: the machine's name, alternating rounds, a table of median, spread and
+ratio, and the JSON results.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 @dataclass
 class Figure:
-    """What one contestant reached in each round; more is better unless the unit is a time."""
+    """What one contestant reached in each round. Higher is better unless the unit is a time."""
 
     work: str
     contestant: str
@@ -43,20 +43,20 @@ class Figure:
 
 
 def processor_name() -> str:
-    """The CPU in words."""
+    """Return the name of the CPU."""
     info = Path("/proc/cpuinfo")
     named = re.search(r"model name\s*:\s*(.+)", info.read_text(encoding="utf-8")) if info.exists() else None
     return named[1].strip() if named else platform.processor() or platform.machine()
 
 
 def machine_name() -> str:
-    """A folder's name for this machine: processor and number of cores."""
+    """Return a folder name for this machine: processor and number of cores."""
     words = re.sub(r"\(\w+\)|@.*", "", processor_name())
     return f"{re.sub(r'[^a-z0-9]+', '-', words.lower()).strip('-')}-{os.cpu_count()}-cores"
 
 
 def alternate(contestants: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Run each in turn, `rounds` times over: what disturbs the machine for a while disturbs all of them."""
+    """Run each in turn, `rounds` times, so that temporary load on the machine affects all of them."""
     measured: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, run in contestants.items():
@@ -72,21 +72,17 @@ def finish(
     targets: Sequence[Target] = (),
     notes: Sequence[str] = (),
 ) -> int:
-    """Print the table, the targets and the notes, and write the JSON; returns 1 where a target is missed,
-    else 0.
-    """
+    """Print table, targets and notes, and write the JSON; return 1 if a target is missed, otherwise 0."""
     print(table(figures, baselines))
     for line in (*map(str, targets), *notes):
         print(line)
-    print("written to", write_results(name, figures, baselines, command, targets, notes))
+    print("Wrote", write_results(name, figures, baselines, command, targets, notes))
     return int(not all(target.is_met for target in targets))
 
 
 @dataclass(frozen=True)
 class Finished:
-    """What a command took: seconds from its start to its end, seconds of processor time over all its threads,
-    and what it printed.
-    """
+    """The cost of a command: wall time, CPU time over all its threads, and its output."""
 
     seconds: float
     processor_seconds: float
@@ -94,9 +90,7 @@ class Finished:
 
 
 def run_command(command: Sequence[str | Path], folder: Path | None = None) -> Finished:
-    """Run a whole process and time it. Raises CalledProcessError, after printing what it said, where it
-    fails.
-    """
+    """Run a process and time it. If it fails, print its output and raise CalledProcessError."""
     before, begun = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run(
         [str(word) for word in command],
@@ -116,22 +110,23 @@ def run_command(command: Sequence[str | Path], folder: Path | None = None) -> Fi
 _held: list[IO[str]] = []
 
 
-def say_load() -> str:
-    """Wait until no other benchmark runs here, then say how busy the machine is: a busy machine's figures are
-    not to be believed.
+def report_load() -> str:
+    """Wait until no other benchmark runs here, then describe the machine's load.
+
+    Results from a busy machine are unreliable.
     """
     if not _held:  # a second lock of the same process would wait for the first
         _held.append((Path(tempfile.gettempdir()) / "llm-trainer-benchmark.lock").open("w", encoding="utf-8"))
         try:
             fcntl.flock(_held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print("another benchmark runs on this machine; waiting for it", flush=True)
+            print("Another benchmark is running on this machine; waiting for it to finish.", flush=True)
             fcntl.flock(_held[0], fcntl.LOCK_EX)  # until this process ends
     return f"load average before the run: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
 
 
 def table(figures: Sequence[Figure], baselines: Mapping[str, str]) -> str:
-    """Rows of work, contestant, median, spread and ratio to the work's baseline, as Markdown."""
+    """Return rows of work, contestant, median, spread and ratio to the work's baseline, as Markdown."""
     by_place = {(figure.work, figure.contestant): figure for figure in figures}
     lines = ["| work | contestant | median | spread | ratio | |", "|---|---|--:|--:|--:|---|"]
     for figure in figures:
@@ -143,13 +138,13 @@ def table(figures: Sequence[Figure], baselines: Mapping[str, str]) -> str:
 
 
 def _number(value: float) -> str:
-    """Four digits."""
+    """Format with four digits."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 @dataclass
 class Target:
-    """A figure that the project set itself, and what this run reached."""
+    """A goal of the project, and what this run reached."""
 
     what: str
     reached: float
@@ -175,7 +170,7 @@ def write_results(
     targets: Sequence[Target] = (),
     notes: Sequence[str] = (),
 ) -> Path:
-    """`benchmarks/results/<machine>/<name>.json`, from which docs/benchmarks.md is made."""
+    """Write `benchmarks/results/<machine>/<name>.json`, the source of docs/reference/benchmarks.md."""
     import torch
 
     file = RESULTS / machine_name() / f"{name}.json"

@@ -1,12 +1,12 @@
-"""One long sequence on two ranks against one (`context_parallel`): tokens a second and memory, every rank on
-one core of its own.
+"""One long sequence on two ranks compared with one (`context_parallel`): tokens per second and memory, with
+one core per rank.
 
-A network of Llama's kind (4 layers, 256 wide, 8 heads on 2 for keys and values, 3.1 M parameters) takes steps
-of one sequence of 4096 tokens. Each measurement is a fresh `torchrun`. Memory is the first rank's highest
-point above what the process held before it had the model (a tiny one was trained first, so that all libraries
-are there), beside it what `llm-trainer preflight` expects. That knows no blocks that glibc keeps after they
-are freed, a fifth here: with MALLOC_MMAP_THRESHOLD_=65536, as benchmarks/preflight.py measures, they agree
-within 8 %. Linux only.
+A Llama-like network (4 layers, width 256, 8 heads with 2 for keys and values, 3.1 M parameters) trains on
+one sequence of 4096 tokens per step. Each measurement is a fresh `torchrun`. Memory is the first rank's
+peak above what the process held before it had the model (a tiny model was trained first, so that all
+libraries are loaded), next to the estimate of `llm-trainer preflight`. The estimate does not include blocks
+that glibc keeps after they are freed, a fifth here: with MALLOC_MMAP_THRESHOLD_=65536, as in
+benchmarks/preflight.py, they agree within 8 %. Linux only.
 
     python benchmarks/context.py [--rounds 3] [--steps 3] [--tokens 4096] [--quick]
 """
@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import Figure, alternate, finish, run_command, say_load
+from common import Figure, alternate, finish, report_load, run_command
 
 if TYPE_CHECKING:
     from llm_trainer.config import ModelConfig, TrainingConfig
@@ -33,7 +33,7 @@ MEGABYTE = 2**20
 
 
 def main() -> int:
-    """Measure, print, write."""
+    """Measure, print and write the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -44,7 +44,7 @@ def main() -> int:
     parser.add_argument(
         "--measure",
         metavar="FILE",
-        help="(for the processes that this one starts) write one measurement there",
+        help="(internal) Write one measurement to this file.",
     )
     options = parser.parse_args()
     if options.quick:
@@ -55,7 +55,7 @@ def main() -> int:
     if (os.cpu_count() or 1) < 2:
         print("two ranks need two cores; this machine has one")
         return 0
-    load = say_load()
+    load = report_load()
     memory: dict[int, list[float]] = {1: [], 2: []}
 
     def rate(ranks: int) -> float:
@@ -120,51 +120,57 @@ def _settings(tokens: int, ranks: int) -> tuple[ModelConfig, TrainingConfig]:
 
 
 def _expected(tokens: int, ranks: int) -> float:
-    """What the estimate says of a rank."""
-    from llm_trainer.diagnostics.memory_plan import Plan, rank_memory
+    """Return the estimated memory of a rank."""
+    from llm_trainer.config.resolve.batch_size import BatchPlan
+    from llm_trainer.config.resolve.parallelism import ParallelPlan
+    from llm_trainer.diagnostics.memory_plan import rank_memory
 
-    return rank_memory(*_settings(tokens, ranks), Plan(sequences=1, context=ranks)).total
+    return rank_memory(*_settings(tokens, ranks), ParallelPlan(context_parallel=ranks), BatchPlan(1, 1)).total
 
 
 def measure(length: int, steps: int, file: Path) -> None:
-    """Tokens a second over all ranks and the memory of the main one's step, which it writes."""
+    """Measure tokens per second over all ranks and the memory of a step; the main rank writes them."""
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(os.environ["LOCAL_RANK"])]})
     import torch
 
     torch.set_num_threads(1)
     from llm_trainer.config.environment import launch_environment
-    from llm_trainer.data.sampling.samplers import Batch
-    from llm_trainer.distributed.context_parallel import part_of
-    from llm_trainer.distributed.process_group import joined
+    from llm_trainer.data.sampling.batch import Batch
+    from llm_trainer.distributed.context_parallel import shard_batch
+    from llm_trainer.distributed.process_group import init_process_group
     from llm_trainer.model.transformer import Transformer
     from llm_trainer.training.engines.engine import build_engine
 
     launch = launch_environment()
     _, training = _settings(length, launch.world_size)
 
-    with joined(launch, training) as ranks:
+    with init_process_group(launch, training) as process_group:
 
         def train(length: int, steps: int) -> float:
-            """Seconds of so many steps, after the first ones."""
-            model = Transformer(_settings(length, ranks.count)[0], torch.Generator().manual_seed(0)).train()
-            engine = build_engine(model, training, None, ranks, torch.device("cpu"))
+            """Return the seconds of the given number of steps, after the first ones."""
+            model = Transformer(
+                _settings(length, process_group.world_size)[0], torch.Generator().manual_seed(0)
+            ).train()
+            engine = build_engine(model, training, None, process_group, torch.device("cpu"))
             engine.start("fp32", "off")
             ids = torch.randint(256, (1, length + 1), generator=torch.Generator().manual_seed(1))
-            batch = part_of(Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None, length), ranks)
+            batch = shard_batch(
+                Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None, length), process_group
+            )
             for index in range(WARM_UP + steps):
                 if index == WARM_UP:
-                    ranks.wait()
+                    process_group.barrier()
                     begun = time.perf_counter()
                 engine.step([batch], length, rate_factor=1.0, index=index)
-            ranks.wait()
+            process_group.barrier()
             return time.perf_counter() - begun
 
         train(8, 1)  # loads libraries
         before = _status("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the high-water mark so far
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # reset the high-water mark
         seconds = train(length, steps)
-        if ranks.is_main:
+        if process_group.is_main:
             file.write_text(
                 json.dumps({"rate": steps * length / seconds, "memory": _status("VmHWM") - before}),
                 encoding="utf-8",
@@ -172,7 +178,7 @@ def measure(length: int, steps: int, file: Path) -> None:
 
 
 def _status(name: str) -> float:
-    """A line of /proc/self/status, in bytes."""
+    """Return a line of /proc/self/status, in bytes."""
     found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
     assert found is not None
     return 1024.0 * int(found[1])

@@ -1,23 +1,26 @@
-"""From text to token shards: megabytes of text a second, by `prepare` with two workers, beside `datasets.map`
-and nanoGPT's way.
+"""From text to token shards: megabytes of text per second of `prepare` with two workers, compared with
+`datasets.map` and nanoGPT's method.
 
-The text is the standard library's, the language reference's and Shakespeare's (11 MB), its documents shuffled and repeated up to
-`--megabytes`, as JSON lines. The tokenizer is a byte-level BPE of 32,000 ids learned from it, the same for all. Each
-contestant is a fresh process with two workers:
+The text consists of the standard library, the language reference and Shakespeare (11 MB), its documents
+shuffled and repeated up to `--megabytes`, as JSON lines. The tokenizer is a byte-level BPE with 32,000 ids
+trained on it, the same for all. Each contestant is a fresh process with two workers:
 
-* `llm-trainer`: `llm_trainer.data.pipeline.pipeline.prepare`, from the JSON lines to shards, metadata and summary, everything included.
-* `datasets.map`: batched, two processes, `tokenizers`' `encode_batch_fast`, then the ids into one memory map.
-* `nanoGPT's way`: `datasets.map` a document at a time, two processes, tiktoken with the same vocabulary, then the same memory map.
+* `llm-trainer`: `llm_trainer.data.pipeline.pipeline.prepare`, from the JSON lines to shards, metadata and
+  summary, everything included.
+* `datasets.map`: batched, two processes, `tokenizers`' `encode_batch_fast`, then the ids into one memory
+  map.
+* `nanoGPT's way`: `datasets.map` document by document, two processes, tiktoken with the same vocabulary,
+  then the same memory map.
 
-The clock of the two peers starts when `datasets` has read the JSON lines, which favours them; with that
-included they are named "with reading". Repeated text favours whoever remembers words; `--distinct` makes
-every tenth word one that was not seen before.
+The time of the two peers starts when `datasets` has read the JSON lines, which favors them; with reading
+included they are listed as "with reading". Repeated text favors encoders that cache words; with
+`--distinct` every tenth word is a new one.
 
-`--memory` measures peak memory of ours instead (processes and children, proportional set size, sampled) at 0.1, 1 and 10 GB; the 10 GB are
-the gigabyte's files ten times over by hard links.
+`--memory` measures our peak memory instead (processes and children, proportional set size, sampled) at 0.1,
+1 and 10 GB; the 10 GB are the files of the gigabyte, ten times, as hard links.
 
-    python benchmarks/data_preparation.py [--megabytes 1000] [--rounds 1] [--distinct] [--memory] [--folder
-    DIR] [--quick]
+    python benchmarks/data_preparation.py [--megabytes 1000] [--rounds 1] [--distinct] [--memory]
+        [--folder DIR] [--quick]
 """
 
 from __future__ import annotations
@@ -32,16 +35,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from common import Figure, Target, alternate, finish, run_command, say_load
+from common import Figure, Target, alternate, finish, report_load, run_command
 
 OURS, MAP, NANOGPT = "llm-trainer", "datasets.map", "nanoGPT's way"
 WORKERS = 2
 VOCABULARY = 32_000
-MAP_BATCHES = 1024  # nanoGPT writes its memory map in so many parts
+MAP_BATCHES = 1024  # nanoGPT writes its memory map in this many parts
 
 
 def main() -> int:
-    """Measure, print, write; 1 where a target is missed."""
+    """Measure, print and write the results; return 1 if a target is missed."""
     from workers import corpus
 
     parser = argparse.ArgumentParser(
@@ -53,37 +56,37 @@ def main() -> int:
     parser.add_argument(
         "--memory",
         action="store_true",
-        help="peak memory of ours at a tenth, once and ten times as much text",
+        help="Measure our peak memory at a tenth, once and ten times the text.",
     )
     parser.add_argument("--quick", action="store_true", help="10 MB, one round")
     parser.add_argument(
-        "--folder", type=Path, help="where texts and results go (default: a temporary folder)"
+        "--folder", type=Path, help="Folder for texts and results (default: a temporary folder)."
     )
     parser.add_argument("--shakespeare", type=Path, default=corpus.SHAKESPEARE)
     parser.add_argument(
         "--measure",
         nargs=3,
         metavar=("CONTESTANT", "TEXTS", "PLACE"),
-        help="(for the processes that this one starts)",
+        help="(internal) Used by the processes that this program starts.",
     )
     options = parser.parse_args()
     if options.measure:
         print(json.dumps(measure(options.measure[0], Path(options.measure[1]), Path(options.measure[2]))))
         return 0
-    load = say_load()
+    load = report_load()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         return _Run(options, Path(folder), load).measure()
 
 
 class _Run:
-    """Texts and a tokenizer in a folder, and what was measured with them."""
+    """Texts and a tokenizer in a folder, and the measurements with them."""
 
     def __init__(self, options: argparse.Namespace, folder: Path, load: str) -> None:
         self._options, self._folder, self._load = options, folder, load
         self._megabytes = 10.0 if options.quick else options.megabytes
 
     def measure(self) -> int:
-        """Either comparison."""
+        """Run the comparison of rates or of memory."""
         from workers import corpus
 
         self._texts(self._megabytes)
@@ -118,9 +121,10 @@ class _Run:
         tokens = {name: int(results[-1]["tokens"]) for name, results in kept.items()}
         notes = [
             self._load,
-            f"{size / 1e6:.1f} MB of text; tokens: {', '.join(f'{name} {count:,}' for name, count in tokens.items())}",
+            f"{size / 1e6:.1f} MB of text; tokens: "
+            + ", ".join(f"{name} {count:,}" for name, count in tokens.items()),
         ]
-        assert tokens[OURS] == tokens[MAP], "the same tokenizer gave other ids"
+        assert tokens[OURS] == tokens[MAP], "The same tokenizer gave different ids."
         return finish(
             "data_preparation", figures, {work: MAP}, " ".join(["python", *sys.argv]), targets, notes
         )
@@ -146,7 +150,7 @@ class _Run:
         return json.loads(done.output.splitlines()[-1])
 
     def _texts(self, megabytes: float) -> Path:
-        """A folder with so much text; above what `--megabytes` says by hard links."""
+        """Return a folder with this much text; above `--megabytes` through hard links."""
         from workers import corpus
 
         folder = self._folder / f"texts-{megabytes:g}"
@@ -174,7 +178,7 @@ class _Run:
 
 
 def measure(contestant: str, texts: Path, place: Path) -> dict[str, float]:
-    """What one contestant took: seconds, seconds of reading before them, tokens, peak megabytes."""
+    """Run one contestant; return seconds, seconds of reading before, tokens and peak megabytes."""
     ways: dict[str, Callable[[Path, Path, Path], dict[str, float]]] = {
         OURS: _ours,
         MAP: _map,
@@ -188,11 +192,11 @@ def measure(contestant: str, texts: Path, place: Path) -> dict[str, float]:
 
 def _ours(texts: Path, tokenizer: Path, place: Path) -> dict[str, float]:
     from llm_trainer.config.schema.data import DataConfig
-    from llm_trainer.data.pipeline.pipeline import prepare
+    from llm_trainer.data.pipeline.pipeline import prepare_dataset
 
     config = DataConfig(input=str(texts), tokenizer_path=str(tokenizer), val_ratio=0.0, num_workers=WORKERS)
     begun = time.perf_counter()
-    summary = prepare(config, place / "prepared")
+    summary = prepare_dataset(config, place / "prepared")
     seconds = time.perf_counter() - begun
     return {"seconds": seconds, "tokens": sum(split.tokens for split in summary.metadata.splits.values())}
 
@@ -220,13 +224,16 @@ def _map(texts: Path, tokenizer: Path, place: Path) -> dict[str, float]:
 def _nanogpt(texts: Path, tokenizer: Path, place: Path) -> dict[str, float]:
     import tiktoken
 
-    from llm_trainer.data.tokenization.fast.pretokenizer import PATTERN
+    from llm_trainer.data.tokenization.fast.pretokenizer import DEFAULT_PATTERN
     from llm_trainer.data.tokenization.tokenizer import Tokenizer
 
     ours = Tokenizer.load(tokenizer)
     ranks = {ours.token_bytes(i): i for i in range(ours.vocab_size) if i != ours.eos_id}
     encoding = tiktoken.Encoding(
-        "benchmark", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": ours.eos_id}
+        "benchmark",
+        pat_str=DEFAULT_PATTERN,
+        mergeable_ranks=ranks,
+        special_tokens={"<|endoftext|>": ours.eos_id},
     )
 
     def encode(example: dict[str, str]) -> dict[str, object]:
@@ -240,7 +247,7 @@ def _nanogpt(texts: Path, tokenizer: Path, place: Path) -> dict[str, float]:
 def _mapped(
     texts: Path, place: Path, encode: Callable[[dict], dict], *, is_batched: bool
 ) -> dict[str, float]:
-    """`datasets.map`, then everything into one memory map, as nanoGPT's prepare.py does."""
+    """Run `datasets.map`, then write everything to one memory map, as nanoGPT's prepare.py does."""
     import datasets
     import numpy as np
 
@@ -292,7 +299,7 @@ class PeakMemory:
                     lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
                     total += next(float(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
                 except (OSError, StopIteration):
-                    continue  # it has ended meanwhile
+                    continue  # it has ended in the meantime
             self.megabytes = max(self.megabytes, total)
 
 

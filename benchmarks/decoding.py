@@ -1,10 +1,10 @@
-"""Greedy decoding of one sequence: ours against transformers' `generate` on the same random weights,
+"""Greedy decoding of one sequence, compared with transformers' `generate` on the same random weights,
 alternating in one process.
 
-The shape is 56 M parameters, Llama's kind: vocabulary 32000, 512 wide, 8 layers, 8 heads, 4 key-value heads,
-1408 inside the MLP; 32 tokens of prompt, 128 new. Ours writes the weights with `save_pretrained`,
-transformers opens that folder with `AutoModelForCausalLM`. A time covers the whole call, prompt included. In
-fp32 all ids must be equal, or the benchmark fails.
+The shape is Llama-like with 56 M parameters: vocabulary 32000, width 512, 8 layers, 8 heads, 4 key-value
+heads, MLP width 1408; 32 prompt tokens, 128 new tokens. We write the weights with `save_pretrained`, and
+transformers opens that folder with `AutoModelForCausalLM`. A time covers the complete call, prompt
+included. In fp32 all ids must be equal, otherwise the benchmark fails.
 
     python benchmarks/decoding.py [--rounds 7] [--precisions fp32,bf16] [--quick]
 """
@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import Figure, Target, alternate, finish, say_load
+from common import Figure, Target, alternate, finish, report_load
 
 from llm_trainer.config.schema.generation import GenerationConfig
 from llm_trainer.config.schema.model import ModelConfig
@@ -40,11 +40,11 @@ SHAPE = ModelConfig(
     max_position_embeddings=2048,
 )
 
-Generate = Callable[[list[int], int], list[int]]  # prompt, how many → the new ids
+Generate = Callable[[list[int], int], list[int]]  # prompt, number of tokens → the new ids
 
 
 def main() -> int:
-    """Measure, print the table, write the JSON; 1 where ids differ in fp32."""
+    """Measure, print and write the results; return 1 if ids differ in fp32."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -54,7 +54,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="nothing is compiled")
     options = parser.parse_args()
     figures: list[Figure] = []
-    differ, load = False, say_load()
+    differ, load = False, report_load()
     print(load)
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(Transformer(SHAPE, torch.Generator().manual_seed(0)), folder)
@@ -62,7 +62,7 @@ def main() -> int:
             contestants = build(Path(folder), DTYPES[precision], compiled=not options.quick)
             ids = {
                 name: generate(_prompt(), options.new_tokens) for name, generate in contestants.items()
-            }  # warms up, too
+            }  # also the warm-up
             unequal = [name for name, own in ids.items() if own != ids["transformers"]]
             differ |= bool(unequal) and precision == "fp32"
             timed = {name: _timer(generate, options.new_tokens) for name, generate in contestants.items()}
@@ -80,12 +80,12 @@ def main() -> int:
     baselines = {figure.work: "transformers" for figure in figures}
     status = finish("decoding", figures, baselines, " ".join(["python", *sys.argv]), targets(figures), [load])
     if differ:
-        print("in fp32 the ids differ: one of the two computes something else", file=sys.stderr)
+        print("The ids differ in fp32: one of the two is wrong.", file=sys.stderr)
     return 1 if differ else status
 
 
 def targets(figures: list[Figure]) -> list[Target]:
-    """Our best against the best of the peer, of each precision."""
+    """Compare our best result with the peer's best, for each precision."""
     found = []
     for work in dict.fromkeys(figure.work for figure in figures):
         medians = {figure.contestant: figure.median for figure in figures if figure.work == work}
@@ -102,7 +102,7 @@ def targets(figures: list[Figure]) -> list[Target]:
 
 
 def build(folder: Path, dtype: torch.dtype, compiled: bool) -> dict[str, Generate]:
-    """Everyone who takes part, by name."""
+    """Return all contestants by name."""
     contestants = {
         "transformers": _transformers(folder, dtype, static=False),
         "ours": _ours(folder, dtype, "off"),

@@ -1,21 +1,19 @@
-"""Near-deduplication: how fast, how much of what is planted it finds, how much else it takes, and in how much
-memory.
+"""Near-deduplication: speed, recall of planted duplicates, precision and memory.
 
-Documents are 250 to 550 words drawn by their frequency in Python's own language reference, so that two of
-them share no run of 5 words to speak of. Beside 1,000 of them at each of several similarities stands a copy
-in which single words, at least 5 apart, were replaced until the Jaccard similarity of the two sets of 5-word
-runs was the wanted one (counted here with Python sets, not with the code under test).
+Documents are 250 to 550 words drawn by their frequency in Python's language reference, so that two of them
+share practically no run of 5 words. For 1,000 of them at each of several similarities there is a copy in
+which single words, at least 5 apart, were replaced until the Jaccard similarity of the two sets of 5-word
+runs had the desired value (computed here with Python sets, not with the code under test).
 
-Recall is the share of planted pairs that end in one group, beside what the scheme promises, 1 - (1 - s^8)^14.
-Precision is the share of all pairs in one group that were planted, and the share that were planted with a
-similarity above the threshold, (1/14)^(1/8) = 0.72.
+Recall is the fraction of planted pairs that end up in one cluster, next to what the scheme promises, 1 - (1
+- s^8)^14. Precision is the fraction of pairs in one cluster that were planted, and the fraction that were
+planted with a similarity above the threshold, (1/14)^(1/8) = 0.72.
 
-Rates are of one process over documents in memory: signing (text to band keys on disk), and that with
-grouping. datasketch and rensa take part as their documentations show it, with strings for runs of words, the
-same bands and rows, and their own index of bands; datasketch over fewer documents. Ours hashes runs in numpy,
-takes rensa's MinHash of these hashes, and sorts keys on disk. Peak memory is of a process that signs and
-groups so many bytes of text, made as it goes; it holds 4 bytes a document and what is being sorted, 32 MB at
-most.
+Rates are those of one process over documents in memory: signing (text to band keys on disk), and signing
+with clustering. datasketch and rensa are used as their documentation shows, with strings for runs of words,
+the same bands and rows, and their own band index; datasketch with fewer documents. We hash runs with numpy,
+use rensa's MinHash of these hashes, and sort keys on disk. Peak memory is that of a process that signs and
+clusters this much generated text; it holds 4 bytes per document and the part being sorted, 32 MB at most.
 
     python benchmarks/deduplication.py [--rounds 3] [--sizes 0.1,1,10] [--quick]
 """
@@ -32,10 +30,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-from common import Figure, Target, alternate, finish, run_command, say_load
+from common import Figure, Target, alternate, finish, report_load, run_command
 
-from llm_trainer.data.deduplication.clusters import near_duplicate_groups
-from llm_trainer.data.deduplication.minhash import BandWriter, MinHasher
+from llm_trainer.data.deduplication.clusters import near_duplicate_clusters
+from llm_trainer.data.deduplication.minhash import BandKeyWriter, MinHasher
 
 SIMILARITIES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 RUN = 5
@@ -43,24 +41,20 @@ HASHER = MinHasher()
 
 
 def main() -> int:
-    """Measure, print, write; 1 where the target is missed."""
+    """Measure, print and write the results; return 1 if the target is missed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument(
-        "--sizes", default="0.1,1,10", help="gigabytes of text for the measurements of memory"
-    )
+    parser.add_argument("--sizes", default="0.1,1,10", help="Gigabytes of text for the memory measurements.")
     parser.add_argument("--quick", action="store_true", help="a tenth of everything")
-    parser.add_argument(
-        "--memory", metavar="GB,LIBRARY", help="(for the processes that this one starts) one measurement"
-    )
+    parser.add_argument("--memory", metavar="GB,LIBRARY", help="(internal) Run one measurement.")
     options = parser.parse_args()
     if options.memory is not None:
         size, library = options.memory.split(",")
         print(json.dumps(sign_and_group(float(size), library)))
         return 0
-    notes = [say_load()]
+    notes = [report_load()]
     scale = 10 if options.quick else 1
     sizes = [float(size) / scale for size in options.sizes.split(",")]
     figures, targets = quality(1000 // scale)
@@ -74,15 +68,16 @@ def main() -> int:
 
 
 def _memory(size: float, library: str) -> Figure:
-    """Peak of a process of its own."""
+    """Return the peak memory of a fresh process."""
     done = run_command([sys.executable, __file__, "--memory", f"{size},{library}"])
     measured = json.loads(done.output.splitlines()[-1])
-    note = f"{measured['documents']:,} documents, {size * 1000 / measured['seconds']:.0f} MB/s with the making of the text"
+    rate = size * 1000 / measured["seconds"]
+    note = f"{measured['documents']:,} documents, {rate:.0f} MB/s including the generation of the text"
     return Figure(f"peak memory, {size:g} GB of text", library, "MB", [measured["megabytes"]], note)
 
 
 class Texts:
-    """Documents of words drawn by frequency, the same for one seed."""
+    """Documents of words drawn by frequency, deterministic for a seed."""
 
     def __init__(self, seed: int) -> None:
         from pydoc_data.topics import topics
@@ -93,16 +88,16 @@ class Texts:
         self._random = np.random.default_rng(seed)
 
     def draw(self, count: int) -> list[str]:
-        """So many words."""
+        """Draw this many words."""
         places = np.searchsorted(self._edges, self._random.random(count)).clip(max=len(self.words) - 1)
         return list(self.words[places])
 
     def document(self) -> list[str]:
-        """250 to 550 words."""
+        """Return a document of 250 to 550 words."""
         return self.draw(int(self._random.integers(250, 551)))
 
     def copy(self, words: list[str], similarity: float) -> list[str]:
-        """A copy of about this Jaccard similarity: each replaced word breaks RUN runs of each of the two."""
+        """Return a copy with about this Jaccard similarity: each replaced word breaks RUN runs of both."""
         replaced = round(len(words) * (1 - similarity) / (RUN * (1 + similarity)))
         gap = len(words) // max(1, replaced)
         copied = list(words)
@@ -114,7 +109,7 @@ class Texts:
 
 
 def jaccard(left: list[str], right: list[str]) -> float:
-    """Of the sets of runs of words, counted plainly."""
+    """Return the Jaccard similarity of the sets of word runs, computed directly."""
     first, second = (
         {tuple(words[place : place + RUN]) for place in range(len(words) - RUN + 1)}
         for words in (left, right)
@@ -123,7 +118,7 @@ def jaccard(left: list[str], right: list[str]) -> float:
 
 
 def quality(pairs: int) -> tuple[list[Figure], list[Target]]:
-    """Recall at each similarity and precision over all, on one corpus with everything planted."""
+    """Return recall at each similarity and overall precision, on one corpus with all planted pairs."""
     texts = Texts(seed=1)
     documents, planted = [], {}
     for wanted in SIMILARITIES:
@@ -172,14 +167,14 @@ def quality(pairs: int) -> tuple[list[Figure], list[Target]]:
 def _groups(documents: Iterable[str]) -> np.ndarray:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "all.bands"
-        with BandWriter(file, HASHER) as writer:
+        with BandKeyWriter(file, HASHER) as writer:
             for document in documents:
                 writer.add(document)
-        return near_duplicate_groups([file], HASHER.bands)
+        return near_duplicate_clusters([file], HASHER.bands)
 
 
 def rates(count: int, fewer: int, rounds: int) -> list[Figure]:
-    """MB/s of text of each contestant, and documents/s beside it."""
+    """Measure each contestant's MB/s of text and documents/s."""
     texts = Texts(seed=2)
     documents = [" ".join(texts.document()) for _ in range(count)]
     runs: dict[tuple[str, str], tuple[Callable[[Iterable[str]], object], list[str]]] = {
@@ -213,7 +208,7 @@ def _timed(run: Callable[[Iterable[str]], object], documents: list[str]) -> Call
 
 
 def _sign(documents: Iterable[str]) -> None:
-    with tempfile.TemporaryDirectory() as folder, BandWriter(Path(folder) / "all.bands", HASHER) as writer:
+    with tempfile.TemporaryDirectory() as folder, BandKeyWriter(Path(folder) / "all.bands", HASHER) as writer:
         for document in documents:
             writer.add(document)
 
@@ -262,7 +257,7 @@ def _rensa(documents: Iterable[str]) -> None:
 
 
 def sign_and_group(gigabytes: float, library: str) -> dict[str, float]:
-    """Sign and group so much text, made as it goes: peak megabytes of this process, seconds, documents."""
+    """Sign and cluster this much generated text; return peak megabytes, seconds and documents."""
     begun, count = time.perf_counter(), 0
 
     def counted() -> Iterator[str]:
@@ -274,13 +269,13 @@ def sign_and_group(gigabytes: float, library: str) -> dict[str, float]:
     {"ours": _groups, "datasketch": _datasketch, "rensa": _rensa}[library](counted())
     status = Path("/proc/self/status").read_text(
         encoding="ascii"
-    )  # not getrusage: its mark begins with that of the parent process
+    )  # not getrusage, whose high-water mark starts at that of the parent process
     peak = int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) / 1024
     return {"megabytes": round(peak, 1), "seconds": time.perf_counter() - begun, "documents": count}
 
 
 def _stream(size: float) -> Iterator[str]:
-    """Documents of about 5 kB, the size of a web page in FineWeb, one in ten a repetition."""
+    """Yield documents of about 5 kB, the size of a web page in FineWeb; one in ten is a repetition."""
     texts, kept = Texts(seed=3), ""
     made = 0
     while made < size:

@@ -1,11 +1,11 @@
-"""Training on one GPU: tokens a second, MFU and peak memory of 124 M GPT-2 and 1 B Llama shapes, compiled, in
-bf16 and fp8.
+"""Training on one GPU: tokens per second, MFU and peak memory of 124 M GPT-2 and 1 B Llama shapes,
+compiled, in bf16 and fp8.
 
-Ours is the step of the training engine, blocks compiled; fp8 turns the blocks' maps into torchao's
-dynamically scaled ones (pip install torchao). nanoGPT's model, compiled whole, in bf16 and with fused AdamW
-as its train.py has it, is the peer where its clone is given. MFU is model/flops.py's count by the bf16 peak
-of the device's data sheet, also for fp8, so that the rows compare. Each contestant is a fresh process.
-Without a GPU there is nothing to measure.
+We measure the step of the training engine with compiled blocks; fp8 replaces the linear layers of the
+blocks with torchao's dynamically scaled ones (pip install torchao). The peer, if its clone is given, is
+nanoGPT's model, compiled, in bf16 and with fused AdamW as in its train.py. MFU is the count of
+model/flops.py divided by the bf16 peak of the device's data sheet, also for fp8, so that the rows are
+comparable. Each contestant is a fresh process. Without a GPU there is nothing to measure.
 
     python benchmarks/gpu_training.py [--steps 20] [--shapes gpt2-124M,llama-1B] [--nanogpt DIR]
 """
@@ -19,26 +19,37 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from common import Figure, finish, run_command, say_load
+from common import Figure, finish, report_load, run_command
 
 # Width, layers, heads, key-value heads, MLP, vocabulary, context, batch, family.
 SHAPES: dict[str, dict[str, object]] = {
     "gpt2-124M": {
-        "model_type": "gpt2", "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "vocab_size": 50304,
+        "model_type": "gpt2",
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "vocab_size": 50304,
         "max_position_embeddings": 1024,
     },
     "llama-1B": {
-        "model_type": "llama", "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
-        "intermediate_size": 8192, "vocab_size": 128256, "max_position_embeddings": 4096, "tie_word_embeddings": True,
+        "model_type": "llama",
+        "hidden_size": 2048,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 8192,
+        "vocab_size": 128256,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": True,
     },
-}  # fmt: skip
+}
 BATCH = {"gpt2-124M": 32, "llama-1B": 4}
 WARM_UP = 5
 OURS_BF16, OURS_FP8, NANOGPT = "ours, bf16", "ours, fp8", "nanoGPT, bf16"
 
 
 def main() -> int:
-    """Measure, print, write; 0 with a word where there is no GPU."""
+    """Measure, print and write the results; without a GPU print a message and return 0."""
     import torch
 
     parser = argparse.ArgumentParser(
@@ -48,7 +59,10 @@ def main() -> int:
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--nanogpt", type=Path, help="a clone of nanoGPT")
     parser.add_argument(
-        "--measure", nargs=2, metavar=("CONTESTANT", "SHAPE"), help="(for the processes that this one starts)"
+        "--measure",
+        nargs=2,
+        metavar=("CONTESTANT", "SHAPE"),
+        help="(internal) Used by the processes that this program starts.",
     )
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -57,7 +71,7 @@ def main() -> int:
     if options.measure:
         print(json.dumps(measure(*options.measure, options.steps, options.nanogpt)))
         return 0
-    load, figures = say_load(), []
+    load, figures = report_load(), []
     notes = [
         load,
         f"device: {torch.cuda.get_device_name()}, {torch.version.cuda and 'CUDA ' + torch.version.cuda}",
@@ -95,7 +109,7 @@ def main() -> int:
 
 
 def measure(contestant: str, shape: str, steps: int, nanogpt: Path | None) -> dict[str, float | str]:
-    """Tokens a second, MFU and peak memory of one contestant, or why it was left out."""
+    """Return tokens per second, MFU and peak memory of one contestant, or why it was skipped."""
     import torch
 
     from llm_trainer.config import ModelConfig
@@ -130,8 +144,8 @@ def _ours(config: object, sequences: int, *, is_fp8: bool) -> Callable[[], objec
     import torch
 
     from llm_trainer.config import ModelConfig, TrainingConfig
-    from llm_trainer.data.sampling.samplers import Batch
-    from llm_trainer.distributed.process_group import Ranks
+    from llm_trainer.data.sampling.batch import Batch
+    from llm_trainer.distributed.process_group import ProcessGroup
     from llm_trainer.model.transformer import Transformer
     from llm_trainer.training.engines.compile import compile_model
     from llm_trainer.training.engines.engine import build_engine
@@ -144,7 +158,7 @@ def _ours(config: object, sequences: int, *, is_fp8: bool) -> Callable[[], objec
 
         convert_to_float8_training(model, module_filter_fn=lambda module, name: name.startswith("blocks."))
     training = TrainingConfig(device="cuda", precision="bf16")
-    engine = build_engine(model, training, None, Ranks(), device)
+    engine = build_engine(model, training, None, ProcessGroup(), device)
     compile_model(engine.model, "blocks")
     engine.start("bf16", "blocks")
     ids = torch.randint(config.vocab_size, (sequences, config.max_position_embeddings + 1))
@@ -164,9 +178,14 @@ def _nanogpt(config: object, sequences: int, clone: Path) -> Callable[[], object
     from model import GPT, GPTConfig
 
     shape = GPTConfig(
-        block_size=config.max_position_embeddings, vocab_size=config.vocab_size, n_layer=config.num_hidden_layers,
-        n_head=config.num_attention_heads, n_embd=config.hidden_size, dropout=0.0, bias=False,
-    )  # fmt: skip
+        block_size=config.max_position_embeddings,
+        vocab_size=config.vocab_size,
+        n_layer=config.num_hidden_layers,
+        n_head=config.num_attention_heads,
+        n_embd=config.hidden_size,
+        dropout=0.0,
+        bias=False,
+    )
     torch.backends.cuda.matmul.allow_tf32 = True
     model = GPT(shape).cuda().train()
     optimizer = model.configure_optimizers(0.1, 3e-4, (0.9, 0.95), "cuda")

@@ -1,25 +1,26 @@
-"""A model grown while it trains against its final shape from scratch: seconds and FLOPs to the same
-validation loss.
+"""A model that grows while it trains, compared with its final shape from scratch: seconds and FLOPs to the
+same validation loss.
 
-The final shape, 8 blocks of 128 with context 64 and 12 sequences a step, is trained from scratch for so many
-steps; the loss that it ends at is the bar. The grown run has two blocks for 60 % as many steps and then all
-eight for 40 %: identity copies, each beside its source, which keep what the model computes (`stack_layers`
-with `mode: identity`). Two blocks throughout, with as many FLOPs as the grown run has, are the control: they
-tell whether growing was needed to reach the bar.
+The final shape, 8 blocks of width 128 with context 64 and 12 sequences per step, is trained from scratch
+for a number of steps; its final loss is the target. The grown run has two blocks for 60 % as many steps and
+then all eight for 40 %: identity copies, each next to its source, which preserve what the model computes
+(`stack_layers` with `mode: identity`). A run with two blocks throughout and the FLOPs of the grown run is
+the control: it shows whether growing was necessary to reach the target.
 
-All have the same order of data, optimizer and peak rate. The rate is flat and then falls in a line to zero: over the last 70 % of a run
-of one shape, from the growth on in a grown one. Rate and fall were sought for the from-scratch run; the grown run takes them as they are.
-docs/decisions.md has the tries, other shapes among them, and where growing does not pay. AdamW, the default optimizer, is judged;
-`--optimizers AdamW,Muon` puts the other beside it.
+All runs have the same order of data, optimizer and peak learning rate. The learning rate is constant and
+then decays linearly to zero: over the last 70 % of a run with one shape, and from the growth on in a grown
+run. Learning rate and decay were tuned for the from-scratch run; the grown run uses them unchanged.
+docs/explanation/decisions.md has the experiments, with other shapes, and cases where growing is not
+worthwhile. AdamW, the default optimizer, is judged; `--optimizers AdamW,Muon` adds the other.
 
-Time to the bar is read from the run's own record: the first validation at or below it, counted from the first
-step; validations, of which each run makes 20, are in it. FLOPs are counted by the formula of
-`model/flops.py`, by the shape of each step. Where a seed does not come to the bar the table says so, and the
-target is missed.
+The time to the target is read from the run's own metrics: the first validation at or below it, counted from
+the first step. It includes the 20 validations of each run. FLOPs are computed with the formula of
+`model/flops.py`, for the shape of each step. If a seed does not reach the target, the table says so and the
+benchmark fails.
 
-Fine-tuning beside: the built-in corpus, then Tiny Shakespeare's words with all weights or with LoRA of rank
-8, each at a rate sought for it: loss, seconds, and the peak that `benchmarks/lora.py` measures at 30.6 M
-parameters.
+In addition, fine-tuning: from the built-in corpus to the words of Tiny Shakespeare, with all weights or
+with LoRA of rank 8, each with a tuned learning rate: loss, seconds, and the peak memory that
+`benchmarks/lora.py` measures at 30.6 M parameters.
 
     python benchmarks/growth.py [--seeds 1,2,3] [--steps 800] [--optimizers AdamW] [--text FILE] [--quick]
 """
@@ -35,7 +36,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import Figure, Target, finish, run_command, say_load
+from common import Figure, Target, finish, report_load, run_command
 from lora import JUDGED, measured
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,8 +44,8 @@ TEXT = ROOT.parent / "shared" / "data" / "shakespeare.txt"
 PROGRAM = Path(sys.executable).parent / "llm-trainer"
 WANTED, WANTED_MEMORY = 0.7, 0.5
 SMALL_LAYERS, LAYERS, WIDTH, CONTEXT, SEQUENCES = 2, 8, 128, 64, 12
-# Of the from-scratch run's steps: how many with two blocks, how many with all; and the share of a run of one
-# shape in which its rate falls.
+# Fractions of the from-scratch run's steps: with two blocks, and with all; and the fraction of a run of one
+# shape in which its learning rate decays.
 SMALL_SHARE, WHOLE_SHARE, DECAY = 0.6, 0.4, 0.7
 SHAPE = [f"--n_embd={WIDTH}", "--n_head=4", f"--block_size={CONTEXT}", "--dropout=0"]
 RUN = [
@@ -68,7 +69,7 @@ VALIDATIONS = 20
 
 @dataclass(frozen=True)
 class Plan:
-    """Steps with two blocks, then with all."""
+    """Numbers of steps with two blocks, then with all."""
 
     small: int
     whole: int
@@ -78,53 +79,54 @@ class Plan:
         return self.small + self.whole
 
     def flops(self, steps: int, ids: int) -> float:
-        """FLOPs of the first `steps` of them, with a vocabulary of `ids`."""
+        """Return the FLOPs of the first `steps` steps with a vocabulary of `ids`."""
         small = min(steps, self.small)
         return small * _flops_of_step(SMALL_LAYERS, ids) + (steps - small) * _flops_of_step(LAYERS, ids)
 
 
 @dataclass
 class Trained:
-    """A run's record: step, seconds since the first step began and loss of each validation."""
+    """A run's validations: step, seconds since the first step began, and loss."""
 
     plan: Plan
     losses: list[tuple[int, float, float]]
 
     @property
     def end(self) -> float:
-        """The last loss."""
+        """The final loss."""
         return self.losses[-1][2]
 
     def reached(self, bar: float) -> tuple[int, float] | None:
-        """Step and seconds of the first validation at or below the bar."""
+        """Return step and seconds of the first validation at or below the target."""
         return next(((step, seconds) for step, seconds, loss in self.losses if loss <= bar), None)
 
 
 def main() -> int:
-    """Train, compare, print, write; 1 where a target is missed."""
+    """Train, compare, print and write the results; return 1 if a target is missed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument(
-        "--steps", type=int, default=800, help="of the from-scratch run (default: %(default)s)"
+        "--steps", type=int, default=800, help="Steps of the from-scratch run (default: %(default)s)."
     )
     parser.add_argument(
-        "--optimizers", default="AdamW", help="AdamW, Muon or AdamW,Muon (default: %(default)s)"
+        "--optimizers", default="AdamW", help="AdamW, Muon or AdamW,Muon (default: %(default)s)."
     )
     parser.add_argument(
-        "--text", type=Path, default=TEXT, help="Tiny Shakespeare as one file (default: %(default)s)"
+        "--text", type=Path, default=TEXT, help="Tiny Shakespeare as one file (default: %(default)s)."
     )
-    parser.add_argument("--quick", action="store_true", help="one seed, 60 steps: whether it works")
+    parser.add_argument("--quick", action="store_true", help="Run one seed with 60 steps, as a smoke test.")
     options = parser.parse_args()
     if unknown := set(options.optimizers.split(",")) - set(OPTIMIZERS):
         parser.error(
-            f"--optimizers takes {' and '.join(OPTIMIZERS)}, separated by a comma, not {', '.join(sorted(unknown))}"
+            f"invalid value for --optimizers: {', '.join(sorted(unknown))}; "
+            f"choose from {', '.join(OPTIMIZERS)}"
         )
     if not options.text.exists():
         parser.error(f"there is no {options.text}; name the text with --text FILE")
     seeds, steps = (["1"], 60) if options.quick else (options.seeds.split(","), options.steps)
-    figures, targets, notes = [], [], [say_load()]
+    figures, targets, notes = [], [], [report_load()]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         data = prepared(folder, options.text)
@@ -146,7 +148,7 @@ def main() -> int:
 
 
 def prepared(folder: Path, text: Path) -> dict[str, Path]:
-    """Corpus → data folder."""
+    """Return the data folder of each corpus."""
     characters = folder / "data-shakespeare"
     run_command(
         [
@@ -164,7 +166,7 @@ def prepared(folder: Path, text: Path) -> dict[str, Path]:
 
 
 class Comparison:
-    """The three ways on one corpus with one optimizer, all seeds."""
+    """The three runs on one corpus with one optimizer, for all seeds."""
 
     def __init__(self, corpus: str, optimizer: str, data: Path, seeds: Sequence[str], steps: int) -> None:
         self.title, self.optimizer = f"{corpus}, {optimizer}", optimizer
@@ -175,7 +177,7 @@ class Comparison:
         self.trained: dict[str, list[Trained]] = {name: [] for name in self.plans}
 
     def run(self, folder: Path) -> None:
-        """Train each seed's runs in turn."""
+        """Train the runs of each seed in turn."""
         for seed in self.seeds:
             for number, (name, plan) in enumerate(self.plans.items()):
                 run = folder / f"{self.optimizer}-{self.data.name}-{number}-{seed}"
@@ -187,13 +189,13 @@ class Comparison:
                 )
 
     def _arrivals(self, name: str) -> list[tuple[float, float]]:
-        """Seconds and TFLOPs to the bar, of the seeds that came to it."""
+        """Return seconds and TFLOPs to the target, for the seeds that reached it."""
         pairs = zip(self.trained[name], self.trained[SCRATCH], strict=True)
         found = [(run, run.reached(scratch.end)) for run, scratch in pairs]
         return [(at[1], run.plan.flops(at[0], self.ids) / 1e12) for run, at in found if at is not None]
 
     def figures(self) -> list[Figure]:
-        """Seconds and arithmetic to the bar where it was reached, and last losses."""
+        """Return seconds and FLOPs to the target where it was reached, and final losses."""
         made = []
         for number, (work, unit) in enumerate((("seconds to the loss", "s"), ("TFLOPs to it", "TFLOPs"))):
             for name in self.plans:
@@ -220,7 +222,7 @@ class Comparison:
         return "" if arrived == len(self.seeds) else f"{arrived} of {len(self.seeds)} seeds came to it"
 
     def targets(self) -> list[Target]:
-        """Seconds of the grown run; where a seed did not come to the bar, what was missing."""
+        """Return the seconds of the grown run; if a seed did not reach the target, the missing loss."""
         if self.optimizer != "AdamW":
             return []
         seconds = {name: [one[0] for one in self._arrivals(name)] for name in (SCRATCH, GROWN)}
@@ -241,7 +243,7 @@ class Comparison:
         return [Target(f"{self.title}: seconds grown ÷ from scratch, means", ratio, WANTED, is_ceiling=True)]
 
     def notes(self) -> list[str]:
-        """With how many steps each way trained, and how many of its seeds came to the bar."""
+        """Describe the steps of each run, and how many seeds reached the target."""
         ways = [
             f"{name}: {plan.small} steps with {SMALL_LAYERS} blocks + {plan.whole} with {LAYERS}, "
             f"{len(self._arrivals(name))} of {len(self.seeds)} seeds at the from-scratch loss"
@@ -251,7 +253,7 @@ class Comparison:
 
 
 def train(run: Path, data: Path, seed: str, plan: Plan, optimizer: Sequence[str]) -> Trained:
-    """One run by a plan, its growth as a schedule's file."""
+    """Train one run by a plan, with a schedule file for its growth."""
     steps, layers = plan.steps, SMALL_LAYERS if plan.small else LAYERS
     decay = plan.whole / steps if plan.small and plan.whole else DECAY
     command = [
@@ -281,7 +283,7 @@ def train(run: Path, data: Path, seed: str, plan: Plan, optimizer: Sequence[str]
         schedule.write_text(json.dumps([growth]), encoding="utf-8")
         command.append(f"--scaling_schedule_file={schedule}")
     run_command(command)
-    started = (run / "run.json").stat().st_mtime  # written when the first step is about to be taken
+    started = (run / "run.json").stat().st_mtime  # written just before the first step
     return Trained(
         plan, [(int(line["step"]), line["time"] - started, line["val_loss"]) for line in _validations(run)]
     )
@@ -293,10 +295,10 @@ def _validations(run: Path) -> list[Mapping[str, float]]:
 
 
 def _vocabulary(data: Path) -> int:
-    """Ids of a prepared folder."""
-    from llm_trainer.data.prepared_dataset import open_prepared
+    """Return the vocabulary size of a prepared dataset."""
+    from llm_trainer.data.prepared_dataset import open_prepared_dataset
 
-    return open_prepared(data).train.vocab_size
+    return open_prepared_dataset(data).train.vocab_size
 
 
 def _flops_of_step(layers: int, ids: int) -> float:
@@ -316,8 +318,9 @@ def _flops_of_step(layers: int, ids: int) -> float:
 def fine_tuning(
     folder: Path, text: Path, seeds: Sequence[str], steps: int
 ) -> tuple[list[Figure], list[Target]]:
-    """All weights against LoRA of rank 8, from a model of the built-in corpus to Tiny Shakespeare in its
-    tokens.
+    """Compare full fine-tuning with LoRA of rank 8.
+
+    A model of the built-in corpus is fine-tuned to Tiny Shakespeare in its tokens.
     """
     base, data = folder / "base", folder / "data-tokens"
     train(base, folder / "data-builtin", seeds[0], Plan(0, 5 * steps), OPTIMIZERS["AdamW"])

@@ -1,12 +1,12 @@
-"""Peak memory and speed of fine-tuning 30.6 M parameters with LoRA of rank 8 on attention and MLP against all
-of them.
+"""Peak memory and speed of fine-tuning 30.6 M parameters with LoRA of rank 8 on attention and MLP, compared
+with full fine-tuning.
 
-The shape is benchmarks' third: 6 layers, 256 wide, a vocabulary of 50,304 untied, fp32, AdamW, one sequence a
-step. LoRA saves gradients and averages of what is frozen, which are the same for every batch, and no
-activations: so the longer the sequence, the smaller the share that is saved. 256 tokens are judged, 128 and
-512 stand beside. Each measurement is a fresh process: "memory" is the kernel's high-water mark of three steps
-less what the process held before the model was made (Python, torch and its kernels); "speed" is tokens a
-second of the steps after the first. Linux only.
+The shape is the third of the training benchmarks: 6 layers, width 256, an untied vocabulary of 50,304,
+fp32, AdamW, one sequence per step. LoRA saves the gradients and optimizer state of frozen weights, which do
+not depend on the batch, and no activations: so the longer the sequence, the smaller the saving. 256 tokens
+are judged; 128 and 512 are listed too. Each measurement is a fresh process. "Memory" is the kernel's
+high-water mark over three steps minus what the process held before the model was created (Python, torch and
+its kernels); "speed" is tokens per second of the steps after the first. Linux only.
 
     python benchmarks/lora.py [--rounds 3] [--tokens 128,256,512] [--quick]
 """
@@ -28,18 +28,18 @@ STEPS = 3
 
 
 def main() -> int:
-    """Measure, print, write; 1 where the target is missed."""
+    """Measure, print and write the results; return 1 if the target is missed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
-        "--tokens", default=f"128,{JUDGED},512", help="of a step's one sequence (default: %(default)s)"
+        "--tokens",
+        default=f"128,{JUDGED},512",
+        help="Lengths of the step's single sequence (default: %(default)s).",
     )
     parser.add_argument("--quick", action="store_true", help="one round")
-    parser.add_argument(
-        "--measure", type=int, metavar="RANK", help="(for the processes that this one starts) one measurement"
-    )
+    parser.add_argument("--measure", type=int, metavar="RANK", help="(internal) Run one measurement.")
     options = parser.parse_args()
     if options.measure is not None:
         print(json.dumps(measure(options.measure, int(options.tokens))))
@@ -57,7 +57,7 @@ def main() -> int:
 
 
 def compared(tokens: int, rounds: int) -> tuple[list[Figure], list[Figure]]:
-    """Memory and speed of each contestant, measured in turn."""
+    """Measure memory and speed of each contestant in turn."""
     kept: dict[str, list[dict[str, float]]] = {name: [] for name in CONTESTANTS}
 
     def one(name: str) -> float:
@@ -77,19 +77,19 @@ def compared(tokens: int, rounds: int) -> tuple[list[Figure], list[Figure]]:
 
 
 def measured(rank: int, tokens: int) -> dict[str, float]:
-    """`measure` in a fresh process, whose high-water mark is its own."""
+    """Run `measure` in a fresh process, which has its own high-water mark."""
     done = run_command([sys.executable, __file__, "--measure", str(rank), "--tokens", str(tokens)])
     return json.loads(done.output.splitlines()[-1])
 
 
 def measure(rank: int, tokens: int) -> dict[str, float]:
-    """Peak megabytes above the bare process, and tokens a second."""
+    """Return the peak megabytes above the bare process, and tokens per second."""
     import torch
     from workers.shapes import SHAPES
 
     from llm_trainer.config import ModelConfig, TrainingConfig
     from llm_trainer.data.sampling.batch import Batch
-    from llm_trainer.distributed.process_group import Ranks
+    from llm_trainer.distributed.process_group import ProcessGroup
     from llm_trainer.model.transformer import Transformer
     from llm_trainer.training.engines.engine import build_engine
 
@@ -103,7 +103,7 @@ def measure(rank: int, tokens: int) -> dict[str, float]:
         attn_lora_rank=rank, mlp_lora_rank=rank, lora_train_base=rank == 0,
     )  # fmt: skip
     training = TrainingConfig(precision="fp32", compile="off", device="cpu")
-    engine = build_engine(Transformer(config), training, None, Ranks(), torch.device("cpu"))
+    engine = build_engine(Transformer(config), training, None, ProcessGroup(), torch.device("cpu"))
     engine.model.train()
     engine.start("fp32", "off")
     ids = torch.randint(shape.vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0))

@@ -1,10 +1,11 @@
-"""Peak memory of one training step over a vocabulary of 50,304: the chunked cross-entropy against the dense
-one.
+"""Peak memory of one training step with a vocabulary of 50,304: the chunked cross-entropy compared with the
+dense one.
 
-The shape is benchmarks' third: 6 layers, 256 wide, 50,304 tokens untied, 4 sequences of 512, 30.6 M
-parameters, AdamW. Each measurement is a fresh process that takes one step to have gradients' and optimizer's
-memory in place, resets the kernel's high- water mark, and takes another. "Step" is that mark less what the
-process held before (weights, AdamW's averages, libraries); "process" is the mark itself. Linux only.
+The shape is the third of the training benchmarks: 6 layers, width 256, 50,304 tokens untied, 4 sequences of
+512, 30.6 M parameters, AdamW. Each measurement is a fresh process that takes one step so that the memory of
+gradients and optimizer is allocated, resets the kernel's high- water mark, and takes another. "Step" is
+that mark minus what the process held before (weights, AdamW's state, libraries); "process" is the mark
+itself. Linux only.
 
     python benchmarks/memory.py [--rounds 3] [--precisions fp32,bf16]
 """
@@ -25,15 +26,13 @@ MEGABYTE = 2**20
 
 
 def main() -> int:
-    """Measure, print, write; 1 where the target is missed."""
+    """Measure, print and write the results; return 1 if the target is missed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--precisions", default="fp32,bf16")
-    parser.add_argument(
-        "--measure", metavar="LOSS,PRECISION", help="(for the processes that this one starts) one measurement"
-    )
+    parser.add_argument("--measure", metavar="LOSS,PRECISION", help="(internal) Run one measurement.")
     options = parser.parse_args()
     if options.measure:
         print(json.dumps(measure(*options.measure.split(","))))
@@ -59,7 +58,7 @@ def main() -> int:
 
 
 def _rounds(precision: str, count: int) -> dict[str, list[dict[str, float]]]:
-    """What each loss's processes measured."""
+    """Measure each loss in fresh processes."""
     kept: dict[str, list[dict[str, float]]] = {loss: [] for loss in LOSSES}
 
     def one(loss: str) -> float:
@@ -72,21 +71,21 @@ def _rounds(precision: str, count: int) -> dict[str, list[dict[str, float]]]:
 
 
 def measure(loss: str, precision: str) -> dict[str, float]:
-    """Peak megabytes of one step, above what is always there and altogether."""
+    """Return the peak megabytes of one step, above the baseline and in total."""
     from workers.ours import Steps
     from workers.shapes import SHAPES
 
     steps = Steps(SHAPES["vocabulary-50k"], precision, compile="off", loss=loss)
     steps.run(1)
     before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the high-water mark so far
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # reset the high-water mark
     steps.run(1)
     peak = _status("VmHWM")
     return {"step": (peak - before) / MEGABYTE, "process": peak / MEGABYTE}
 
 
 def _status(name: str) -> float:
-    """A line of /proc/self/status, in bytes."""
+    """Return a line of /proc/self/status, in bytes."""
     found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
     assert found is not None
     return 1024.0 * int(found[1])

@@ -1,9 +1,10 @@
-"""What packing fills and costs: rows of 1,024 tokens from documents whose lengths are log-normal (median 245,
-mean 449 tokens).
+"""Packing: filled positions and cost, for rows of 1,024 tokens from documents with log-normal lengths
+(median 245, mean 449 tokens).
 
-Filled is the share of the places that a label stands in. Rows a second are read in batches of 8 in the order of training. Laying out is
-the table of rows, made once a corpus; its memory is the process's peak above what it held before, measured in a process of its own.
-`first_fit, 16` and `first_fit, 4096` are first_fit with other numbers of open rows than the 256 that it has.
+"Filled" is the fraction of positions that have a label. Rows per second are read in batches of 8 in
+training order. "Laying out" is building the table of rows, once per corpus; its memory is the peak of a
+fresh process above what it held before. `first_fit, 16` and `first_fit, 4096` are first_fit with other
+numbers of open rows than its 256.
 
     python benchmarks/packing.py [--documents 3000000] [--rounds 3] [--quick]
 """
@@ -19,11 +20,11 @@ import time
 from pathlib import Path
 
 import numpy as np
-from common import Figure, alternate, finish, run_command, say_load
+from common import Figure, alternate, finish, report_load, run_command
 
 from llm_trainer.data.sampling import packing as packing_module
 from llm_trainer.data.sampling.packing import Packing
-from llm_trainer.data.sampling.samplers import open_sampler
+from llm_trainer.data.sampling.samplers import build_sampler
 from llm_trainer.data.token_shards import TokenDataset
 
 CONTEXT, BATCH = 1024, 8
@@ -31,23 +32,21 @@ CONTESTANTS = ("greedy", "first_fit", "first_fit, 16", "first_fit, 4096", "none"
 
 
 def main() -> int:
-    """Measure, print, write."""
+    """Measure, print and write the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--documents", type=int, default=3_000_000)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="100,000 documents, one round")
-    parser.add_argument(
-        "--measure", metavar="CONTESTANT", help="(for the processes that this one starts) one measurement"
-    )
+    parser.add_argument("--quick", action="store_true", help="Run one round with 100,000 documents.")
+    parser.add_argument("--measure", metavar="CONTESTANT", help="(internal) Run one measurement.")
     options = parser.parse_args()
     if options.quick:
         options.documents, options.rounds = 100_000, 1
     if options.measure:
         print(json.dumps(measure(options.measure, options.documents)))
         return 0
-    notes = [say_load()]
+    notes = [report_load()]
     kept: dict[str, list[dict[str, float]]] = {name: [] for name in CONTESTANTS}
 
     def one(name: str) -> float:
@@ -74,10 +73,10 @@ def main() -> int:
 
 
 def measure(contestant: str, documents: int) -> dict[str, float]:
-    """One strategy over documents that are lengths alone: all ids are one number that is stored once."""
+    """Measure one strategy over documents with lengths only: all ids are one number, stored once."""
     strategy, _, rows = contestant.partition(", ")
     if rows:
-        packing_module.OPEN_ROWS = int(rows)
+        packing_module.MAX_OPEN_ROWS = int(rows)
     packing = Packing(strategy)  # type: ignore[arg-type]
     lengths = np.minimum(np.random.default_rng(0).lognormal(5.5, 1.1, documents), 20_000).astype(np.int64) + 2
     starts = np.cumsum(lengths) - lengths
@@ -93,7 +92,7 @@ def measure(contestant: str, documents: int) -> dict[str, float]:
         tokens = TokenDataset(ids, [starts], source=str(Path(folder)), **facts)  # type: ignore[arg-type]
         del lengths
         before, began = _peak_megabytes(), time.perf_counter()
-        sampler = open_sampler(tokens, CONTEXT, 0, packing)
+        sampler = build_sampler(tokens, CONTEXT, 0, packing)
         seconds, memory = time.perf_counter() - began, _peak_megabytes() - before
         began = time.perf_counter()
         for number in range(500):

@@ -1,10 +1,10 @@
-"""What preflight says a step needs, against the peak that a step was measured to need, on shapes small enough
+"""The memory of a step as estimated by preflight, compared with the measured peak, for shapes small enough
 to run here.
 
-Each measurement is a fresh process that takes one step to have the optimizer's memory in place, resets the
-kernel's high-water mark, and takes another; the figure is that mark less what the process held before. glibc
-is told to map every block above 64 kB by itself, so that what is freed is gone. Linux only. Pipelines are two
-ranks under torchrun, of which the one that is furthest off counts.
+Each measurement is a fresh process that takes one step so that the optimizer's memory is allocated, resets
+the kernel's high-water mark, and takes another. The result is that mark minus what the process held before.
+glibc is configured to map every block above 64 kB separately, so that freed memory is returned. Linux only.
+Pipelines are two ranks under torchrun; the rank with the larger error counts.
 
     python benchmarks/preflight.py
 """
@@ -50,7 +50,7 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], dict[str, Any], int, int]] = {
     "llama, fp32, dense loss": ({**LLAMA, "vocab_size": 32000}, {"precision": "fp32", "loss": "dense"}, 2, 1),
 }
 STAGED = {**BASE, "hidden_size": 256, "vocab_size": 4096, "max_position_embeddings": 512}
-# schedule and what it runs → shape, training, sequences, micro-batches; on two ranks
+# schedule and case → shape, training, sequences, micro-batches; on two ranks
 PIPELINES: dict[str, tuple[dict[str, Any], dict[str, Any], int, int]] = {
     "gpipe, fp32, 8 micro-batches": (STAGED, {"precision": "fp32", "pipeline_schedule": "gpipe"}, 4, 8),
     "1f1b, fp32, 8 micro-batches": (STAGED, {"precision": "fp32", "pipeline_schedule": "1f1b"}, 4, 8),
@@ -70,11 +70,11 @@ PIPELINES: dict[str, tuple[dict[str, Any], dict[str, Any], int, int]] = {
 
 
 def main() -> int:
-    """Estimate, measure, print, write; 1 where one is off by more than 15 %."""
+    """Estimate, measure, print and write the results; return 1 if an estimate is off by more than 15 %."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--measure", help="(for the processes that this one starts) one measurement")
+    parser.add_argument("--measure", help="(internal) Run one measurement.")
     options = parser.parse_args()
     if options.measure:
         print(json.dumps(measure(options.measure)))
@@ -100,7 +100,7 @@ def main() -> int:
             )
         )
     for name in PIPELINES:
-        estimates, peaks = estimate_places(name), measure_places(name)
+        estimates, peaks = estimate_stages(name), measure_stages(name)
         for place, (estimated, measured) in enumerate(zip(estimates, peaks, strict=True)):
             work = f"{name}, rank {place}"
             figures += [
@@ -114,7 +114,7 @@ def main() -> int:
 
 
 def estimate(name: str) -> float:
-    """Megabytes of a step above what is held between steps."""
+    """Estimate the megabytes of a step above what is held between steps."""
     from llm_trainer.config import ModelConfig, TrainingConfig
     from llm_trainer.training.memory.memory_estimator import step_memory
 
@@ -130,8 +130,8 @@ def estimate(name: str) -> float:
     )
 
 
-def estimate_places(name: str) -> list[float]:
-    """Megabytes of a step on each rank of a pipeline above what it holds between steps."""
+def estimate_stages(name: str) -> list[float]:
+    """Estimate the megabytes of a step on each rank of a pipeline, above what it holds between steps."""
     from llm_trainer.config import ModelConfig, TrainingConfig
     from llm_trainer.training.memory.pipeline_memory import place_memories
 
@@ -146,8 +146,8 @@ def estimate_places(name: str) -> list[float]:
     return [max(map(sum, place.moments)) / MEGABYTE for place in places]
 
 
-def measure_places(name: str) -> list[float]:
-    """The same, of a step that two ranks take."""
+def measure_stages(name: str) -> list[float]:
+    """Measure the same for a step on two ranks."""
     shape, training, sequences, micro_batches = PIPELINES[name]
     said = json.dumps([shape, {**training, "pipeline_parallel": 2}, sequences, micro_batches])
     environment = [
@@ -164,16 +164,16 @@ def measure_places(name: str) -> list[float]:
 
 
 def measure(name: str) -> float:
-    """The same, of a step that is taken."""
+    """Measure the same for a step."""
     import torch
 
     from llm_trainer.config import ModelConfig, TrainingConfig
-    from llm_trainer.diagnostics.measure_memory import measured_step
+    from llm_trainer.diagnostics.measure_memory import measure_step_memory
 
     shape, training, sequences, micro_batches = CONFIGURATIONS[name]
     torch.manual_seed(0)
     return (
-        measured_step(
+        measure_step_memory(
             ModelConfig.model_validate(shape),
             TrainingConfig.model_validate(training),
             sequences,

@@ -1,10 +1,10 @@
-"""Tokens a second on two ranks against one: the step of the training engine (DDP over gloo), every rank on
-one core of its own.
+"""Tokens per second on two ranks compared with one: the step of the training engine (DDP with gloo), with
+one core per rank.
 
-The shape is benchmarks' 10.7 M one (6 layers, 384 wide, context 256, 16 sequences a micro-batch and rank), so
-that two ranks do twice the work of one in a step. Each measurement is a fresh `torchrun`; the single rank is
-pinned to one core too, with one thread, as are the two. With accumulation a rank sends its gradients once for
-several micro-batches.
+The shape is the 10.7 M one of the training benchmarks (6 layers, width 384, context 256, 16 sequences per
+micro-batch and rank), so two ranks do twice the work of one in a step. Each measurement is a fresh
+`torchrun`. The single rank is pinned to one core with one thread, too, as are the two. With accumulation, a
+rank communicates its gradients once for several micro-batches.
 
     python benchmarks/ranks.py [--rounds 3] [--precisions fp32,bf16] [--accumulation 1,4] [--quick]
 """
@@ -20,14 +20,14 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import Figure, Target, alternate, finish, run_command, say_load
+from common import Figure, Target, alternate, finish, report_load, run_command
 
 WANTED = 1.7
 WARM_UP = 2
 
 
 def main() -> int:
-    """Measure, print, write; 1 where the target is missed."""
+    """Measure, print and write the results; return 1 if the target is missed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -35,12 +35,12 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--precisions", default="fp32,bf16")
     parser.add_argument("--accumulation", default="1,4")
-    parser.add_argument("--quick", action="store_true", help="one round, fp32, no accumulation")
+    parser.add_argument("--quick", action="store_true", help="Run one round in fp32 without accumulation.")
     parser.add_argument(
         "--measure",
         nargs=4,
         metavar=("PRECISION", "ACCUMULATION", "STEPS", "FILE"),
-        help="(for the processes started)",
+        help="(internal) Used by the processes that this program starts.",
     )
     options = parser.parse_args()
     if options.measure:
@@ -50,7 +50,7 @@ def main() -> int:
     if (os.cpu_count() or 1) < 2:
         print("two ranks need two cores; this machine has one")
         return 0
-    load = say_load()
+    load = report_load()
     precisions, accumulations = ("fp32", "1") if options.quick else (options.precisions, options.accumulation)
     figures: list[Figure] = []
     targets: list[Target] = []
@@ -103,7 +103,7 @@ def _rate(ranks: int, precision: str, accumulation: str, steps: int) -> float:
 
 
 def measure(precision: str, accumulation: int, steps: int, file: Path) -> None:
-    """Tokens a second over all ranks, written by the main one."""
+    """Measure tokens per second over all ranks; the main rank writes them."""
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(os.environ["LOCAL_RANK"])]})
     import torch
@@ -115,34 +115,34 @@ def measure(precision: str, accumulation: int, steps: int, file: Path) -> None:
     from llm_trainer.cli.runtime_env import keep_freed_memory
     from llm_trainer.config import TrainingConfig
     from llm_trainer.config.environment import launch_environment
-    from llm_trainer.data.sampling.samplers import Batch
-    from llm_trainer.distributed.process_group import joined
+    from llm_trainer.data.sampling.batch import Batch
+    from llm_trainer.distributed.process_group import init_process_group
     from llm_trainer.model.transformer import Transformer
     from llm_trainer.training.engines.engine import build_engine
 
     keep_freed_memory()
     shape = SHAPES["10.7M"]
     training = TrainingConfig(device="cpu", precision=precision, compile="off")
-    with joined(launch_environment(), training) as ranks:
+    with init_process_group(launch_environment(), training) as process_group:
         model = Transformer(model_config(shape), torch.Generator().manual_seed(0)).train()
-        engine = build_engine(model, training, None, ranks, torch.device("cpu"))
+        engine = build_engine(model, training, None, process_group, torch.device("cpu"))
         engine.start(precision, "off")  # type: ignore[arg-type]
         ids = torch.randint(
             shape.vocabulary,
             (shape.batch, shape.context + 1),
-            generator=torch.Generator().manual_seed(1 + ranks.rank),
+            generator=torch.Generator().manual_seed(1 + process_group.rank),
         )
         batches = [
             Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None, shape.tokens)
         ] * accumulation
-        tokens = shape.tokens * accumulation * ranks.count
+        tokens = shape.tokens * accumulation * process_group.world_size
         for index in range(WARM_UP + steps):
             if index == WARM_UP:
-                ranks.wait()
+                process_group.barrier()
                 begun = time.perf_counter()
             engine.step(batches, tokens, rate_factor=1.0, index=index)
-        ranks.wait()
-        if ranks.is_main:
+        process_group.barrier()
+        if process_group.is_main:
             file.write_text(json.dumps(steps * tokens / (time.perf_counter() - begun)), encoding="utf-8")
 
 

@@ -1,9 +1,9 @@
-"""Write docs/reference/benchmarks.md from what the benchmarks left in benchmarks/results/<machine>/<name>.json.
+"""Write docs/reference/benchmarks.md from the results in benchmarks/results/<machine>/<name>.json.
 
     python benchmarks/report.py [--check]
 
-The words about each benchmark are its own docstring; the figures are the files'. With `--check` nothing is
-written, and the exit status is 1 where the page is not what the files say.
+The text about each benchmark is its own docstring; the figures come from the files. With `--check` nothing
+is written, and the exit code is 1 if the page is out of date.
 """
 
 from __future__ import annotations
@@ -24,39 +24,40 @@ OPENING = """\
 
 <!-- Written by `python benchmarks/report.py`; edit the benchmarks, not this page. -->
 
-Each figure comes from one command, which measures its peers in the same run, alternating with ours, and leaves a file in
-`benchmarks/results/`. This page is made from those files. Median is over the rounds, spread is half of the distance between the
-largest and the smallest, and ratio is the median over that of the row marked 1.00. Times hold for the machine named and no other; a
-ratio counts only within one run.
+Each figure comes from one command, which measures its peers in the same run, alternating with llm-trainer,
+and writes a file to `benchmarks/results/`. This page is generated from those files. Medians are over the
+rounds, the spread is half of the difference between the largest and the smallest value, and the ratio is
+relative to the row marked 1.00. Times are valid for the named machine only; ratios are comparable only within
+one run. Targets that were missed are marked.
 
-LitGPT does not install beside our version of huggingface-hub. To let it take part:
+LitGPT cannot be installed next to our version of huggingface-hub. To include it:
 
     python3 -m venv .venv-peers
     .venv-peers/bin/pip install torch==2.13.0 litgpt
 
-nanoGPT is not a package: the benchmarks that compare with it take `--nanogpt DIR`, a clone of it.
+nanoGPT is not a package: the benchmarks that compare with it take `--nanogpt DIR`, the path of a clone.
 """
 
 
 def main() -> int:
-    """Write the page, or compare it."""
+    """Write or compare the page."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--check", action="store_true", help="write nothing; fail where the page is out of date"
+        "--check", action="store_true", help="Write nothing; fail if the page is out of date."
     )
     options = parser.parse_args()
     text = page()
     if options.check:
         return int(not PAGE.exists() or PAGE.read_text(encoding="utf-8") != text)
     PAGE.write_text(text, encoding="utf-8")
-    print("written to", PAGE)
+    print("Wrote", PAGE)
     return 0
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the text of the page."""
     results = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob("*/*.json"))]
     names = sorted({result["name"] for result in results})
     sections = [OPENING]
@@ -68,14 +69,14 @@ def page() -> str:
 
 
 def _docstring(command: str) -> str:
-    """The own words of the benchmark that the command runs, its usage as code."""
+    """Return the docstring of the benchmark that the command runs."""
     script = HERE / Path(command.split()[1]).name
     documented = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or ""
     return documented + "\n"
 
 
 def _section(result: dict[str, Any]) -> str:
-    """One machine's figures."""
+    """Return one machine's results."""
     machine = result["machine"]
     figures = [
         Figure(one["work"], one["contestant"], one["unit"], one["rounds"], one["note"])
@@ -86,7 +87,8 @@ def _section(result: dict[str, Any]) -> str:
         for one in result.get("targets", [])
     ]
     lines = [
-        f"**{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}**, {result['date']}: `{result['command']}`",
+        f"**{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}**, "
+        f"{result['date']}: `{result['command']}`",
         "",
         table(figures, result["baselines"]),
         "",

@@ -1,7 +1,7 @@
-"""How long the doors take to open: `llm-trainer --help` and `import llm_trainer`, whole processes.
+"""Start-up time of `llm-trainer --help` and `import llm_trainer`, as complete processes.
 
-Beside them the interpreter that does nothing, which is the least a Python program can take, and `import
-torch`, which both must avoid.
+For comparison: an interpreter that does nothing, the minimum for a Python program, and `import torch`,
+which both must avoid.
 
     python benchmarks/startup.py [--rounds 9]
 """
@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from common import Figure, Target, alternate, finish, run_command, say_load
+from common import Figure, Target, alternate, finish, report_load, run_command
 
 LIMIT_SECONDS = 0.5
 IDLE = "python -c pass"
@@ -20,13 +20,13 @@ OURS = ("llm-trainer --help", "import llm_trainer")
 
 
 def main() -> int:
-    """Measure, print, write; 1 where a limit is passed."""
+    """Measure, print and write the results; return 1 if a limit is exceeded."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
-    load = say_load()
+    load = report_load()
     commands: dict[str, list[str | Path]] = {
         IDLE: [sys.executable, "-c", "pass"],
         "llm-trainer --help": [Path(sys.executable).parent / "llm-trainer", "--help"],
@@ -37,7 +37,7 @@ def main() -> int:
         name: (lambda command=command: run_command(command).seconds) for name, command in commands.items()
     }
     for run in contestants.values():
-        run()  # files into the page cache, bytecode written
+        run()  # fills the page cache and writes bytecode
     figures = [
         Figure("start-up", name, "s", rounds)
         for name, rounds in alternate(contestants, options.rounds).items()

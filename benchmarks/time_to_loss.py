@@ -1,17 +1,19 @@
-"""Seconds to nanoGPT's CPU loss on Tiny Shakespeare by characters: the whole process, from `python` to the
-trained and validated model.
+"""Seconds to nanoGPT's CPU loss on Tiny Shakespeare by characters: the complete process, from the start of
+`python` to the trained and validated model.
 
-The bar is what nanoGPT's README reaches on a CPU: 4 layers, 4 heads, 128 wide, 804,096 parameters, context 64, 2,000 steps of 12
-sequences. It prints 1.8857 over 20 random batches; over all 1,742 non-overlapping windows of 64 tokens of the held-out tenth it is
-1.898. Ours may have no more parameters and the same context, and is judged on all windows: by what the run prints at its end, and
-again here in fp32 by plain code on the saved model. `configs/shakespeare_fast.yaml` is an ordinary configuration of `llm-trainer
-train`; its number of steps is fixed, so that nothing is chosen by looking at the validation loss. Start-up, imports, reading data,
-validation, checkpoints and the report are in the time; preparing the data, which both do once beforehand, is stated apart.
+The target is the result of the CPU recipe in nanoGPT's README: 4 layers, 4 heads, width 128, 804,096
+parameters, context 64, 2,000 steps of 12 sequences. It prints 1.8857 over 20 random batches; over all 1,742
+non-overlapping windows of 64 tokens of the held-out tenth, its loss is 1.898. Our model may have no more
+parameters and the same context, and is judged on all windows: by what the run prints at its end, and again
+here in fp32 by independent code on the saved model. `configs/shakespeare_fast.yaml` is an ordinary
+configuration of `llm-trainer train`; its number of steps is fixed, so nothing is chosen by looking at the
+validation loss. The time includes start-up, imports, reading data, validation, checkpoints and the report;
+the preparation of the data, which both do once beforehand, is reported separately.
 
     python benchmarks/time_to_loss.py [--seeds 1,2,3] [--nanogpt DIR] [--text FILE]
 
-nanoGPT runs beside where `--nanogpt` names its clone (which stays as it is: a copy is run); else its recorded
-figure is shown as such.
+nanoGPT runs too if `--nanogpt` names its clone (which stays unchanged: a copy is run); otherwise its
+recorded time is shown and marked as such.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import Figure, Target, finish, run_command, say_load
+from common import Figure, Target, finish, report_load, run_command
 
 if TYPE_CHECKING:
     import torch
@@ -34,12 +36,12 @@ ROOT = Path(__file__).resolve().parents[1]
 TEXT = ROOT.parent / "shared" / "data" / "shakespeare.txt"
 CONFIG = ROOT / "configs" / "shakespeare_fast.yaml"
 CONTEXT, LOSS, PARAMETERS = 64, 1.898, 804_096
-RECORDED_SECONDS = (
-    72.0  # nanoGPT's run on a quiet 2-core AMD EPYC with AVX512-BF16: another machine, so no ratio of one run
-)
+# nanoGPT on an idle 2-core AMD EPYC with AVX512-BF16: another machine, so the ratio is not from one run.
+RECORDED_SECONDS = 72.0
 WANTED = 5.0
 README_COMMAND = (
-    "config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=100 --block_size=64 --batch_size=12 "
+    "config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=100 "
+    "--block_size=64 --batch_size=12 "
     "--n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
 )
 WORK, PROCESSOR_WORK, LOSS_WORK = (
@@ -50,19 +52,19 @@ WORK, PROCESSOR_WORK, LOSS_WORK = (
 
 
 def main() -> int:
-    """Train once a seed, check, print, write; 1 where the loss or a target is missed."""
+    """Train once per seed, check, print and write the results; return 1 if the loss or a target is missed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="a clone of nanoGPT")
     parser.add_argument(
-        "--text", type=Path, default=TEXT, help="Tiny Shakespeare as one file (default: %(default)s)"
+        "--text", type=Path, default=TEXT, help="Tiny Shakespeare as one file (default: %(default)s)."
     )
     options = parser.parse_args()
     if not options.text.exists():
         parser.error(f"there is no {options.text}; name the text with --text FILE")
-    notes = [say_load()]
+    notes = [report_load()]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         prepared = run_command(
@@ -92,7 +94,7 @@ def main() -> int:
 
 
 class Runs:
-    """Seconds, processor seconds and losses of one contestant's runs."""
+    """Wall seconds, CPU seconds and losses of one contestant's runs."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -101,9 +103,9 @@ class Runs:
         self.losses: list[float] = []
 
     def add(self, seconds: float, processor_seconds: float, loss: float) -> None:
-        """One more run."""
+        """Add a run."""
         print(
-            f"{self.name}: {seconds:.2f} s, {processor_seconds:.2f} s of processor time, loss {loss:.4f}",
+            f"{self.name}: {seconds:.2f} s, {processor_seconds:.2f} s of CPU time, loss {loss:.4f}",
             file=sys.stderr,
             flush=True,
         )
@@ -112,7 +114,7 @@ class Runs:
         self.losses.append(loss)
 
     def figures(self) -> list[Figure]:
-        """For the table; none where nothing was run."""
+        """Return the rows of the table; none if nothing was run."""
         if not self.seconds:
             return []
         return [
@@ -123,8 +125,9 @@ class Runs:
 
 
 def train_ours(folder: Path, seed: str) -> tuple[float, float, float]:
-    """Train as configured; returns seconds, processor seconds, fp32 loss. Raises SystemExit where loss or
-    size is over the bar.
+    """Train as configured; return wall seconds, CPU seconds and fp32 loss.
+
+    Raises SystemExit if loss or size exceed the target.
     """
     run = folder / f"run-{seed}"
     program = Path(sys.executable).parent / "llm-trainer"
@@ -148,7 +151,7 @@ def train_ours(folder: Path, seed: str) -> tuple[float, float, float]:
         raise SystemExit(f"the model has {parameters:,} parameters, more than {PARAMETERS:,}")
     if max(printed, loss) > LOSS:
         raise SystemExit(
-            f"seed {seed} ends at {printed:.4f} ({loss:.4f} in fp32), above {LOSS}: a time to it is not a figure"
+            f"seed {seed} ends at {printed:.4f} ({loss:.4f} in fp32), above {LOSS}; the time is not valid"
         )
     return done.seconds, done.processor_seconds, loss
 
@@ -158,8 +161,11 @@ def _metrics(run: Path) -> list[dict[str, float]]:
 
 
 def loss_over_all_windows(model_folder: Path, data: Path) -> tuple[float, int]:
-    """Mean loss of the saved model over every non-overlapping window of the held-out part, in fp32 by plain
-    code; and its parameters.
+    """Return the saved model's loss and its number of parameters.
+
+    The loss is the mean over every non-overlapping window of the held-out part, in fp32, with independent
+    code.
+
     """
     import torch
 
@@ -183,15 +189,15 @@ def loss_over_all_windows(model_folder: Path, data: Path) -> tuple[float, int]:
 def _held_out_tokens(data: Path) -> torch.Tensor:
     import torch
 
-    from llm_trainer.data.prepared_dataset import open_prepared
+    from llm_trainer.data.prepared_dataset import open_prepared_dataset
 
-    validation = open_prepared(data).validation
+    validation = open_prepared_dataset(data).validation
     assert validation is not None
     return torch.from_numpy(validation.read(0, validation.num_tokens))
 
 
 def prepare_nanogpt(clone: Path, text: Path, folder: Path, notes: list[str]) -> Path:
-    """A copy of the clone with its data set prepared by its own script from our text."""
+    """Copy the clone, and prepare its dataset from our text with its own script."""
     copy = folder / "nanoGPT"
     shutil.copytree(clone, copy, ignore=shutil.ignore_patterns(".git", "out*"))
     data = copy / "data" / "shakespeare_char"
@@ -202,9 +208,7 @@ def prepare_nanogpt(clone: Path, text: Path, folder: Path, notes: list[str]) -> 
 
 
 def train_nanogpt(copy: Path, data: Path) -> tuple[float, float, float]:
-    """Its README's command; returns seconds, processor seconds, and the fp32 loss over all windows of the
-    checkpoint it leaves.
-    """
+    """Run its README's command; return wall seconds, CPU seconds, and its fp32 loss over all windows."""
     done = run_command([sys.executable, "train.py", *README_COMMAND.split()], folder=copy)
     loss, _ = loss_over_all_windows(copy / "out-shakespeare-char" / "ckpt.pt", data)
     return done.seconds, done.processor_seconds, loss
@@ -213,12 +217,13 @@ def train_nanogpt(copy: Path, data: Path) -> tuple[float, float, float]:
 def _targets(ours: Runs, theirs: Runs, notes: list[str]) -> list[Target]:
     mean = statistics.mean(ours.seconds)
     notes.append(
-        f"ours: mean of {len(ours.seconds)} seeds {mean:.2f} s, largest loss {max(ours.losses):.4f} of {LOSS} allowed"
+        f"ours: mean of {len(ours.seconds)} seeds {mean:.2f} s, "
+        f"largest loss {max(ours.losses):.4f} (limit: {LOSS})"
     )
     if theirs.seconds:
         return [Target("nanoGPT's seconds ÷ ours, means", statistics.mean(theirs.seconds) / mean, WANTED)]
     notes.append(
-        f"nanoGPT did not run here: recorded on another machine (2-core AMD EPYC) {RECORDED_SECONDS:.0f} s, which would be "
+        f"nanoGPT did not run here; on another machine (2-core AMD EPYC) it took {RECORDED_SECONDS:.0f} s, "
         f"{RECORDED_SECONDS / mean:.1f} × ours; name its clone with --nanogpt DIR for a ratio of one run"
     )
     return []

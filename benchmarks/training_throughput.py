@@ -1,18 +1,18 @@
-"""Tokens per second of a training step (forward, backward, clipping, AdamW): ours against transformers,
-LitGPT and nanoGPT, on three shapes.
+"""Tokens per second of a training step (forward, backward, clipping, AdamW), compared with transformers,
+LitGPT and nanoGPT, for three shapes.
 
-Every contestant is a process of its own that builds, compiles and warms up once and then waits; rounds
-alternate between them. Each library takes part eager in fp32, which is its default, eager in bf16 autocast
-and compiled in bf16; the ratios compare the best of ours with the best of each peer. nanoGPT takes part as
-its README runs it on a CPU, fp32 and eager, where `--nanogpt` names its clone. LitGPT does not install beside
-our version of huggingface-hub, so it has an environment of its own, .venv-peers (docs/benchmarks.md says how
-to make it).
+Every contestant is a separate process that builds, compiles and warms up once and then waits; rounds
+alternate between them. Each library runs eager in fp32, which is its default, eager in bf16 autocast, and
+compiled in bf16; the ratios compare the best of ours with the best of each peer. nanoGPT runs as in its
+README on a CPU, fp32 and eager, if `--nanogpt` names its clone. LitGPT cannot be installed next to our
+version of huggingface-hub, so it has its own environment, .venv-peers (docs/reference/benchmarks.md
+explains how to create it).
 
-Compilation is not in these figures: they are what a long run settles at. Short runs are what
-`time_to_loss.py` measures.
+Compilation time is not included: the figures are the steady state of a long run. Short runs are measured by
+`time_to_loss.py`.
 
-    python benchmarks/training_throughput.py [--rounds 5] [--shapes 0.8M,10.7M,vocabulary-50k] [--nanogpt DIR]
-    [--quick]
+    python benchmarks/training_throughput.py [--rounds 5] [--shapes 0.8M,10.7M,vocabulary-50k]
+        [--nanogpt DIR] [--quick]
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import Figure, Target, alternate, finish, say_load
+from common import Figure, Target, alternate, finish, report_load
 from workers.shapes import SHAPES, Shape
 
 HERE = Path(__file__).resolve().parent
@@ -36,7 +36,7 @@ WAYS = {"fp32": FP32, "bf16": BF16, "bf16 compiled": COMPILED}
 WHOLE_SCORES = (
     "--attention",
     "eager",
-)  # transformers' name for attention by plain products: better than the fused one in bf16 on CPUs
+)  # transformers' name for attention with plain products: faster than the fused kernel in bf16 on CPUs
 MORE_WAYS = {
     "transformers": {
         "bf16 eager attention": (*BF16, *WHOLE_SCORES),
@@ -48,18 +48,18 @@ ROUND_SECONDS = 2.0
 
 
 def main() -> int:
-    """Measure, print, write; 1 where a target is missed."""
+    """Measure, print and write the results; return 1 if a target is missed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--shapes", default=",".join(SHAPES))
-    parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="a clone of nanoGPT, to take part")
+    parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="A clone of nanoGPT, to include it.")
     parser.add_argument("--quick", action="store_true", help="nothing is compiled")
     options = parser.parse_args()
-    notes = [say_load()]
+    notes = [report_load()]
     if not PEERS_PYTHON.exists():
-        notes.append("LitGPT did not take part: there is no .venv-peers")
+        notes.append("LitGPT was skipped: there is no .venv-peers.")
     figures: list[Figure] = []
     for name in options.shapes.split(","):
         figures += measure(name, options.quick, options.rounds, options.nanogpt, notes)
@@ -70,7 +70,7 @@ def main() -> int:
 
 
 def measure(name: str, is_quick: bool, rounds: int, nanogpt: Path | None, notes: list[str]) -> list[Figure]:
-    """All contestants on one shape; those that fail to start are noted and left out."""
+    """Measure all contestants on one shape; those that fail to start are reported and skipped."""
     shape = SHAPES[name]
     commands = {
         name: words for name, words in _commands(nanogpt).items() if not (is_quick and "--compile" in words)
@@ -100,7 +100,7 @@ def measure(name: str, is_quick: bool, rounds: int, nanogpt: Path | None, notes:
 
 
 def _commands(nanogpt: Path | None) -> dict[str, list[str]]:
-    """Each contestant's command but for the shape."""
+    """Return each contestant's command without the shape."""
     libraries = {
         "ours": (sys.executable, "ours.py"),
         "transformers": (sys.executable, "transformers_gpt2.py"),
@@ -119,7 +119,7 @@ def _commands(nanogpt: Path | None) -> dict[str, list[str]]:
 
 @dataclass
 class Worker:
-    """A process that takes training steps when told."""
+    """A process that runs training steps on request."""
 
     process: subprocess.Popen[str]
     ready_seconds: float
@@ -127,7 +127,7 @@ class Worker:
 
     @classmethod
     def start(cls, command: list[str], nanogpt: Path | None) -> Worker | None:
-        """Start one and wait until it is ready; None where it failed."""
+        """Start a worker and wait until it is ready; return None if it failed."""
         environment = {**os.environ, **({"NANOGPT": str(nanogpt.resolve())} if nanogpt else {})}
         process = subprocess.Popen(
             command,
@@ -142,7 +142,7 @@ class Worker:
         return None if answer is None else cls(process, answer["ready_seconds"])
 
     def tokens_per_second(self, shape: Shape) -> float:
-        """One round; the first finds out how many steps a round is."""
+        """Run one round; the first determines the number of steps per round."""
         if self.steps == 0:
             self.steps = max(2, min(200, round(2 * ROUND_SECONDS / self._seconds(2))))
         return self.steps * shape.tokens / self._seconds(self.steps)
@@ -153,12 +153,12 @@ class Worker:
         self.process.stdin.flush()
         answer = _answer(self.process)
         if answer is None:
-            raise RuntimeError(f"{self.process.args} ended in the middle of a round")
+            raise RuntimeError(f"{self.process.args} ended during a round")
         return answer["seconds"]
 
 
 def _answer(process: subprocess.Popen[str]) -> dict[str, float] | None:
-    """The next answer among what the process prints; None at its end."""
+    """Return the next answer in the process's output; None at its end."""
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("answer "):
@@ -168,7 +168,7 @@ def _answer(process: subprocess.Popen[str]) -> dict[str, float] | None:
 
 
 def _targets(figures: list[Figure]) -> list[Target]:
-    """Best of ours ÷ best of each peer, by shape."""
+    """Return the best of ours ÷ the best of each peer, by shape."""
     best: dict[tuple[str, str], float] = {}
     for figure in figures:
         key = (figure.work, figure.contestant.split(",")[0])

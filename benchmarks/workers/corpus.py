@@ -1,5 +1,5 @@
-"""Text for the benchmarks of data: what Python and Shakespeare hold, document by document, shuffled until
-there is enough of it.
+"""Text for the data benchmarks: documents from Python and Shakespeare, shuffled and repeated up to the
+requested size.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from llm_trainer.data.sources.base import TextChunk
 from llm_trainer.data.sources.builtin_corpus import BuiltinSource
 
 SHAKESPEARE = Path(__file__).resolve().parents[3] / "shared" / "data" / "shakespeare.txt"
-_SPEECHES = 40  # of Shakespeare's, to a document of about 6 kB
+_SPEECHES = 40  # of Shakespeare's plays per document, about 6 kB
 _FILE_BYTES = 64 * 2**20
 _WORD = re.compile(r"[a-z]{3,}")
 
 
 def documents(shakespeare: Path) -> list[str]:
-    """Topics of the language reference, files of the standard library, and runs of speeches: about 11 MB in
-    1,300 documents.
+    """Return topics of the language reference, files of the standard library, and groups of speeches.
+
+    These are about 11 MB in 1,300 documents.
     """
     found = [reading.text for reading in BuiltinSource().read_chunks() if isinstance(reading, TextChunk)]
     if shakespeare.is_file():
@@ -34,7 +35,7 @@ def documents(shakespeare: Path) -> list[str]:
 
 
 def shuffled(shakespeare: Path, megabytes: float, seed: int = 0) -> Iterator[str]:
-    """Documents in random order, all of them before any comes again, until `megabytes` of utf-8 are there."""
+    """Yield documents in random order, all of them before any repeats, up to `megabytes` of UTF-8."""
     order, rng, left = documents(shakespeare), random.Random(seed), megabytes * 1e6
     while left > 0:
         rng.shuffle(order)
@@ -46,7 +47,7 @@ def shuffled(shakespeare: Path, megabytes: float, seed: int = 0) -> Iterator[str
 
 
 def made_distinct(texts: Iterator[str], seed: int = 1) -> Iterator[str]:
-    """Every tenth word gets three letters behind it, so that there are about as many different words as in
+    """Append three letters to every tenth word, so that there are about as many distinct words as in
     text that repeats nothing.
     """
     rng = random.Random(seed)
@@ -60,7 +61,7 @@ def made_distinct(texts: Iterator[str], seed: int = 1) -> Iterator[str]:
 
 
 def write_jsonl(folder: Path, texts: Iterable[str]) -> int:
-    """Files of JSON lines with a column `text`; returns the bytes of text."""
+    """Write files of JSON lines with a column `text`; return the number of bytes of text."""
     size, held, number = 0, _FILE_BYTES, 0
     with contextlib.ExitStack() as stack:
         for text in texts:

@@ -18,7 +18,7 @@ from workers.serving import Request, Run, serve
 
 
 def build(request: Request) -> Run:
-    """Its own pretraining's loss (`chunked_cross_entropy` without chunks)."""
+    """Build it with the loss of its pretraining (`chunked_cross_entropy` without chunks)."""
     torch.manual_seed(0)
     config = Config(
         block_size=request.shape.context,

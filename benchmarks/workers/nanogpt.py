@@ -19,7 +19,7 @@ from workers.serving import Request, Run, serve
 
 
 def build(request: Request) -> Run:
-    """Its own model, loss and optimizer; always tied."""
+    """Build its own model, loss and optimizer; the embedding is always tied."""
     torch.manual_seed(0)
     model = GPT(
         GPTConfig(

@@ -1,4 +1,4 @@
-"""Our training step, as the Trainer takes it: objective, token-normalised loss, clipping, AdamW."""
+"""Our training step, as in the Trainer: objective, token-normalized loss, clipping, AdamW."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import torch
 
 from llm_trainer.cli.runtime_env import keep_freed_memory
 from llm_trainer.config import ModelConfig, TrainingConfig
-from llm_trainer.data.sampling.samplers import Batch
+from llm_trainer.data.sampling.batch import Batch
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.engines.compile import best_mode, compile_model
 from llm_trainer.training.engines.precision import Precision
 from llm_trainer.training.engines.train_step import forward_backward, update
-from llm_trainer.training.objectives.objective import NextToken, TrainingStep
+from llm_trainer.training.objectives.objective import ModelWithObjective, NextToken
 from llm_trainer.training.optim.optimizers import build_optimizers
 from workers.serving import Request, Run, serve
 from workers.shapes import Shape
 
 
 def model_config(shape: Shape) -> ModelConfig:
-    """GPT-2's family with nanoGPT's exact GELU."""
+    """Return a GPT-2 configuration with nanoGPT's exact GELU."""
     return ModelConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.width,
@@ -37,7 +37,7 @@ def model_config(shape: Shape) -> ModelConfig:
 
 
 class Steps:
-    """Training steps on random tokens."""
+    """Return a function that runs training steps on random tokens."""
 
     def __init__(self, shape: Shape, precision: str, compile: str, loss: str = "auto") -> None:
         training = TrainingConfig(learning_rate=1e-4, precision=precision, loss=loss)
@@ -45,7 +45,7 @@ class Steps:
         self.model.train()
         if compile != "off":
             compile_model(self.model, best_mode(self.model, shape.tokens))
-        self.step = TrainingStep(self.model, NextToken(training.loss))
+        self.step = ModelWithObjective(self.model, NextToken(training.loss))
         self.optimizers = build_optimizers(self.model, training)
         self.parameters = list(self.model.parameters())
         self.precision = Precision(precision, torch.device("cpu"))
@@ -55,7 +55,7 @@ class Steps:
         self.batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None, shape.tokens)
 
     def run(self, count: int) -> None:
-        """So many of them."""
+        """Run this many steps."""
         for index in range(count):
             tokens = int(self.batch.num_supervised)
             loss = forward_backward(self.step, [self.batch], tokens, self.precision, seed=None, index=index)
@@ -63,7 +63,7 @@ class Steps:
 
 
 def build(request: Request) -> Run:
-    """For serving; memory as `llm-trainer train` handles it."""
+    """Build for `serve`, with the memory settings of `llm-trainer train`."""
     keep_freed_memory()
     return Steps(request.shape, request.precision, "on" if request.compiled else "off").run
 

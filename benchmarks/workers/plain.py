@@ -1,7 +1,8 @@
-"""The step that peers take: autocast, mean cross-entropy, clipping at 1, fused AdamW. Their best known way,
-and our own's equal.
+"""The training step of the peers: autocast, mean cross-entropy, clipping at 1, fused AdamW.
 
-(transformers' Trainer and LitGPT's Fabric loop do the same around it, and more; leaving that out favours
+It is their fastest known method, and equivalent to ours.
+
+(transformers' Trainer and LitGPT's Fabric loop do the same and more; leaving that out favors
 them.)
 """
 
@@ -27,7 +28,7 @@ def steps(
     precision: str,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> Run:
-    """Training steps on random tokens."""
+    """Return a function that runs training steps on random tokens."""
     ids = torch.randint(
         shape.vocabulary, (shape.batch, shape.context + 1), generator=torch.Generator().manual_seed(1)
     )

@@ -1,7 +1,7 @@
-"""A worker's side of the talk: it says when it is ready, then takes so many steps as each line of its input
-says and answers with seconds.
+"""The worker's side of the protocol: it reports when it is ready, then runs the number of steps that each
+line of its input requests, and answers with the seconds.
 
-It stays alive between rounds, so that contestants alternate without compiling anew, and waits without
+It stays alive between rounds, so that contestants alternate without compiling again, and waits without
 spinning.
 """
 
@@ -16,14 +16,12 @@ from dataclasses import dataclass
 
 from workers.shapes import SHAPES, Shape
 
-Run = Callable[[int], None]  # so many training steps
+Run = Callable[[int], None]  # runs this many training steps
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a worker is to build; `attention` is a library's own name for a way of computing it, its default
-    where empty.
-    """
+    """What a worker builds; `attention` is the library's name for an implementation (empty: its default)."""
 
     shape: Shape
     precision: str
@@ -32,7 +30,7 @@ class Request:
 
 
 def serve(build: Callable[[Request], Run], warm_steps: int = 3) -> None:
-    """Build what the command line says, warm up, answer."""
+    """Build what the command line requests, warm up, and answer requests."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--shape", choices=SHAPES, required=True)
     parser.add_argument("--precision", choices=("fp32", "bf16"), required=True)

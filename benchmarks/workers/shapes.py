@@ -1,5 +1,6 @@
-"""The shapes that training is measured on, and random tokens for them. Imports nothing of ours: peers'
-environments read it too.
+"""The shapes for the training benchmarks, and random tokens for them.
+
+This module imports nothing from llm_trainer, because the peers' environments import it too.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Shape:
 
     @property
     def tokens(self) -> int:
-        """Tokens a step."""
+        """Tokens per step."""
         return self.batch * self.context
 
 

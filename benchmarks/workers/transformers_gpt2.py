@@ -15,7 +15,7 @@ from workers.serving import Request, Run, serve
 
 
 def build(request: Request) -> Run:
-    """Its own loss; the key-value cache, of no use in training, is off."""
+    """Build it with its own loss and without the KV cache."""
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=request.shape.vocabulary,
