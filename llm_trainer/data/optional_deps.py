@@ -6,8 +6,10 @@ installs it. The message is the same wherever it is raised.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
+from collections.abc import Mapping
 
 from llm_trainer.errors import UsageError
 
@@ -38,5 +40,11 @@ def require_extra(module: str, extra: str, feature: str) -> str:
     """
     if importlib.util.find_spec(module) is None:
         raise UsageError(missing_extra(feature, extra))
-    distributions = importlib.metadata.packages_distributions().get(module, [module])
+    distributions = _distributions().get(module, [module])
     return importlib.metadata.version(distributions[0])
+
+
+@functools.cache
+def _distributions() -> Mapping[str, list[str]]:
+    """Return the distributions that provide each top-level module; reading them takes a quarter of a second."""
+    return importlib.metadata.packages_distributions()
