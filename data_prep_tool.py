@@ -1,9 +1,9 @@
-"""A folder of text → tokenizer.json, dataset/ and metadata.json."""
+"""Tokenize a folder of text into tokenizer.json, dataset/ and metadata.json."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # a clone runs without being installed
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # run from a clone without installation
 
 from llm_trainer.cli.main import script
 

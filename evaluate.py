@@ -1,9 +1,9 @@
-"""Loss, perplexity and bits per byte of a model."""
+"""Evaluate a model on a text: loss, perplexity and bits per byte."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # a clone runs without being installed
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # run from a clone without installation
 
 from llm_trainer.cli.main import script
 

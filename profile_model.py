@@ -1,9 +1,9 @@
-"""Time by layer; not built yet, and says so."""
+"""Profile a model by layer (not implemented yet)."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # a clone runs without being installed
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # run from a clone without installation
 
 from llm_trainer.cli.main import script
 

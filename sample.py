@@ -1,9 +1,9 @@
-"""Sample from a trained or a pretrained model, with nanoGPT's names."""
+"""Sample from a trained or pretrained model, with nanoGPT's options."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # a clone runs without being installed
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # run from a clone without installation
 
 from llm_trainer.cli.main import script
 

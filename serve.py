@@ -1,9 +1,9 @@
-"""The server; not built yet, and says so."""
+"""Serve a model over HTTP (not implemented yet)."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # a clone runs without being installed
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # run from a clone without installation
 
 from llm_trainer.cli.main import script
 

@@ -1,9 +1,9 @@
-"""Train a Llama-shaped model on a folder that data_prep_tool.py wrote."""
+"""Train a Llama-shaped model on a dataset that data_prep_tool.py prepared."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # a clone runs without being installed
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # run from a clone without installation
 
 from llm_trainer.cli.main import script
 

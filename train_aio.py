@@ -1,9 +1,9 @@
-"""Train with every feature as a switch; with no data prepared it prepares the built-in corpus first."""
+"""Train with every feature as a switch; without prepared data, use the built-in corpus."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # a clone runs without being installed
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # run from a clone without installation
 
 from llm_trainer.cli.main import script
 

@@ -1,9 +1,12 @@
-"""Train with nanoGPT's names and files: python train_refactored.py config/x.py --key=value."""
+"""Train with nanoGPT's names and configuration files.
+
+python train_refactored.py config/x.py --key=value
+"""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # a clone runs without being installed
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # run from a clone without installation
 
 from llm_trainer.cli.main import script
 

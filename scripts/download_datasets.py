@@ -1,9 +1,9 @@
-"""Fetch public data sets by name, to parquet, jsonl or txt."""
+"""Download public datasets by name, as parquet, jsonl or txt."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone runs without being installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone without installation
 
 from llm_trainer.cli.main import script
 

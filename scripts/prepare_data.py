@@ -1,9 +1,9 @@
-"""Raw text → cleaned train, validation and test splits, tokenizer and token shards."""
+"""Prepare raw text: cleaned train, validation and test splits, a tokenizer and token shards."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone runs without being installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone without installation
 
 from llm_trainer.cli.main import script
 

@@ -1,9 +1,9 @@
-"""Datasets by domain → splits, terms, and a mixture to train on."""
+"""Prepare datasets by domain as a mixture for training."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone runs without being installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone without installation
 
 from llm_trainer.cli.main import script
 

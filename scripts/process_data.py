@@ -1,9 +1,9 @@
-"""Splits → token shards, or a trained model's outputs on them."""
+"""Convert splits to token shards, or run a trained model over them."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone runs without being installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone without installation
 
 from llm_trainer.cli.main import script
 

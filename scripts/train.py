@@ -1,9 +1,12 @@
-"""Train from one configuration file: python scripts/train.py --config configs/base_config.yaml."""
+"""Train from one configuration file.
+
+python scripts/train.py --config configs/base_config.yaml
+"""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone runs without being installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone without installation
 
 from llm_trainer.cli.main import script
 

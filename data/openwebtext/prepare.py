@@ -1,15 +1,15 @@
-"""OpenWebText (8 million documents) with GPT-2's BPE, 0.05 % of the documents held out, as nanoGPT does.
+"""Prepare OpenWebText (8 million documents) with GPT-2's BPE, split as in nanoGPT (0.05 % held out).
 
     python data/openwebtext/prepare.py [--input FILE_OR_FOLDER] [--ranks r50k_base.tiktoken]
 
-Writes dataset/, tokenizer.json and metadata.json beside this file.
+It writes dataset/, tokenizer.json and metadata.json next to this file.
 """
 
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parents[1]))  # a clone runs without being installed
+sys.path.append(str(HERE.parents[1]))  # run from a clone without installation
 
 from llm_trainer.cli.errors import guarded  # noqa: E402
 

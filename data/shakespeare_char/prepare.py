@@ -1,15 +1,17 @@
-"""Tiny Shakespeare by character, as nanoGPT numbers and splits it (65 characters, the last tenth held out).
+"""Prepare Tiny Shakespeare by character, numbered and split as in nanoGPT.
+
+It has 65 characters; the last tenth is held out.
 
     python data/shakespeare_char/prepare.py [--input FILE_OR_FOLDER]
 
-Writes dataset/, tokenizer.json and metadata.json beside this file.
+It writes dataset/, tokenizer.json and metadata.json next to this file.
 """
 
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parents[1]))  # a clone runs without being installed
+sys.path.append(str(HERE.parents[1]))  # run from a clone without installation
 
 from llm_trainer.cli.errors import guarded  # noqa: E402
 
