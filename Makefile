@@ -1,6 +1,7 @@
-# make quickstart [TEXT=path]   text to a talking model, everything set up on the way
-# make test                     every check that CI runs
-# Both work on a fresh machine with Python >= 3.11; a C compiler, if there is one, makes training faster.
+# make quickstart [TEXT=path]   prepare text, train a small model and generate from it
+# make test                     run every check that CI runs
+# make docs                     build the documentation into site/
+# All of them install what they need, on a machine with Python >= 3.11. A C compiler makes training faster.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -15,9 +16,14 @@ quickstart: .venv/core
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow or not slow"
 
-# The quick part of the tests, for while you work.
+# The fast tests, for use during development.
 fast: .venv/test
 	$(BIN)/python -m pytest -n 2
+
+# Build the documentation into site/. A broken link is an error.
+docs: .venv/test
+	$(BIN)/python docs/generate_reference.py
+	$(BIN)/mkdocs build --strict --quiet
 
 lint: .venv/test
 	$(BIN)/ruff check .
@@ -25,7 +31,7 @@ lint: .venv/test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Rewrite constraints.txt from what is installed; torch stays pinned without a build's suffix, so that GPUs get theirs.
+# Rewrite constraints.txt from the installed packages. torch is pinned without a build suffix, so that machines with GPUs get CUDA builds.
 lock: .venv/test
 	$(BIN)/python -m pip freeze --exclude-editable --exclude pip | sed 's/+cpu$$//' > constraints.txt
 
@@ -44,4 +50,4 @@ lock: .venv/test
 	@touch $@ .venv/core
 
 clean:
-	rm -rf .venv .venv-peers .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-peers site .pytest_cache .mypy_cache .ruff_cache

@@ -1,13 +1,15 @@
-# GPT-2 XL (1.56 B parameters, fetched from the hub) taught Shakespeare in 20 steps; needs a GPU with 40 GB or
-# so. A smaller one: --init_from=gpt2 (or gpt2-medium, gpt2-large).
+# Fine-tune GPT-2 XL (1.56 B parameters, downloaded from the Hub) on Shakespeare in 20 steps. It needs a GPU with
+# about 40 GB; for a smaller model use --init_from=gpt2 (or gpt2-medium, gpt2-large).
 #
+#   python data/shakespeare/prepare.py
+#   python train_refactored.py config/finetune_shakespeare.py
 
 init_from = "gpt2-xl"
 out_dir = "out-shakespeare"
 dataset = "shakespeare"
 
-# 1 sequence x 32 micro-batches x 1024 tokens = 32,768 tokens a step; the text has 301,966 training tokens, so
-# 20 steps are two passes
+# 1 sequence x 32 micro-batches x 1024 tokens = 32,768 tokens per step; the text has 301,966 training tokens, so
+# 20 steps are two epochs
 batch_size = 1
 gradient_accumulation_steps = 32
 max_iters = 20

@@ -1,8 +1,10 @@
-# GPT-2 124 M on OpenWebText (9 B tokens), as nanoGPT trains it on eight A100 40GB in about four days, to a
-# loss of about 2.85.
+# GPT-2 124 M on OpenWebText (9 B tokens), as in nanoGPT: about four days on eight A100 40GB, to a loss of
+# about 2.85.
 #
+#   python data/openwebtext/prepare.py
+#   torchrun --standalone --nproc_per_node=8 train_refactored.py config/train_gpt2.py
 
-# 12 sequences x 1024 tokens x 5 micro-batches x 8 ranks = 491,520 tokens a step
+# 12 sequences x 1024 tokens x 5 micro-batches x 8 ranks = 491,520 tokens per step
 batch_size = 12
 block_size = 1024
 gradient_accumulation_steps = 5 * 8
