@@ -1,1 +1,1 @@
-"""Text in one form, and documents judged by rules with names."""
+"""Cleaning of documents: text normalization, and filters that reject documents by name."""

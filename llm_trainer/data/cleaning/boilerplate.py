@@ -1,29 +1,28 @@
-"""Lines that are the furniture of web pages and scans: cookie notices, menus, invitations to share, page
-numbers.
+"""Removes the boilerplate lines of web pages and scans: cookie notices, menus, page numbers and the like.
 
-Only whole lines go, and only such as begin and end like one of the patterns below: a sentence that mentions
-cookies stays, and so does a list that is merely short. They are English, as the pages are whose furniture
-would be counted as text most often.
+Only complete lines are removed, and only those that match one of the patterns below from beginning to end: a
+sentence that mentions cookies is kept, and so is a list that is merely short. The patterns are English, as
+are most of the pages whose boilerplate would otherwise count as text.
 
-All patterns begin with a letter or sign of their own, so that the search passes over most lines after looking
-at one character; and it runs on bytes, because only ASCII needs to be lower-cased, which is fast there.
+Each pattern begins with a fixed character, so that the search skips most lines after looking at one
+character. It runs on bytes, because only ASCII needs to be lower-cased, which is fast there.
 """
 
 from __future__ import annotations
 
 import re
 
-_LONGEST = 200  # bytes: a longer line says something
-_PLACE = "(?:facebook|twitter|x|linkedin|pinterest|reddit|whatsapp|instagram|youtube|email|social media)"
+_MAX_LINE_BYTES = 200  # a longer line is not boilerplate
+_NETWORK = "(?:facebook|twitter|x|linkedin|pinterest|reddit|whatsapp|instagram|youtube|email|social media)"
 _OTHERS = r"(?: *(?:[|/-]|·|•) *[a-z ]{1,30})*"
 _NEWSLETTER = r"(?: now| today| here)? (?:to|for) (?:our|the|my) (?:\w+ ){0,2}newsletter\b.{0,80}"
 _COOKIES = r" (?:web ?)?site uses cookies\b.*"
 _RIGHTS = rf".{{0,120}}all rights reserved\.?{_OTHERS}"
-_ON = rf"(?: this)?(?: (?:page|post|article))?(?: on)? {_PLACE}(?:[ ,|/&]+(?:and )?{_PLACE})*\.?"
+_ON = rf"(?: this)?(?: (?:page|post|article))?(?: on)? {_NETWORK}(?:[ ,|/&]+(?:and )?{_NETWORK})*\.?"
 _LOGIN = r"(?: *(?:\||/|or|·) *(?:log ?in|sign ?in|sign ?up|register|subscribe))+"
 _MORE = r" (?:more|all)(?: »| ›| >|\.\.\.|…)?"
 
-# What begins a line (words with | between them) and how it goes on to its end, lower-cased.
+# The beginnings of a line (separated by |) and a pattern for the rest of it, in lower case.
 _PATTERNS = {
     "this|our|the": _COOKIES,
     "we": r" use (?:our own |third[- ]party )?cookies\b.*",
@@ -47,7 +46,8 @@ _PATTERNS = {
     "please enable|please turn on|enable|turn on": r" (?:javascript|cookies)\b.{0,120}",
     "you need to": r" enable javascript\b.{0,120}",
     "javascript": r" (?:is|must be|seems to be) (?:currently )?(?:enabled|disabled|required)\b.{0,120}",
-    "advertisement|advertisements|sponsored|sponsored content|related articles|related posts|related stories": "",
+    "advertisement|advertisements|sponsored|sponsored content": "",
+    "related articles|related posts|related stories": "",
     "leave": r" a (?:comment|reply)(?: cancel reply)?",
     "no": r" (?:comments?|repl(?:y|ies)|shares?|likes?)",
     "[0-9]": r"\d* (?:comments?|repl(?:y|ies)|shares?|likes?)",
@@ -63,14 +63,16 @@ _LINE = re.compile(
 
 
 def remove_boilerplate(text: str) -> str:
-    """The text without its boilerplate lines; `text` is whole lines."""
+    """Return a text, which must be complete lines, without its boilerplate lines."""
     lowered = b"\n" + text.encode("utf-8").lower() + b"\n"
-    found = [match.start() for match in _LINE.finditer(lowered) if match.end() - match.start() <= _LONGEST]
+    found = [
+        match.start() for match in _LINE.finditer(lowered) if match.end() - match.start() <= _MAX_LINE_BYTES
+    ]
     if not found:
         return text
     dropped, number, seen = set(), 0, 0
-    for place in found:
-        number += lowered.count(b"\n", seen, place)
-        seen = place
+    for position in found:
+        number += lowered.count(b"\n", seen, position)
+        seen = position
         dropped.add(number)
     return "\n".join(line for index, line in enumerate(text.split("\n")) if index not in dropped)

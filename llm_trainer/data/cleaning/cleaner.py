@@ -1,13 +1,13 @@
-"""Cleaning: readings of a unit in, readings out, each document normalised and judged, none lost on the way.
+"""Cleans the documents of a partition: each is normalised, then kept or rejected with a reason.
 
-It is a pure function of the texts and the settings, and has no state from one document to the next. So
-whoever needs a text a second time, to tokenise it, cleans it again rather than keeping a copy, in any
-process. Documents out = documents in, one for one and in the same order: as pieces, or as `Rejected` with the
+Cleaning is a pure function of the texts and the settings, without state between documents. So whatever needs
+a text a second time, such as tokenization, cleans it again, in any process, instead of keeping a copy.
+Documents go out one for one and in the order in which they came in: as text chunks, or as `Rejected` with the
 reason and the text.
 
-A document of more than `documents.PIECE_BYTES` is never held whole: it is judged by its first piece.
-Normalisation is the same for pieces as for the whole; a filter that changes texts (`c4`) leaves such a
-document as it is.
+A document of more than `CHUNK_BYTES` is never in memory as a whole: it is kept or rejected by its first
+chunk. Normalization gives the same result in chunks as on the complete text; a filter that changes texts
+(`c4`) leaves such a document unchanged.
 """
 
 from __future__ import annotations
@@ -19,122 +19,146 @@ from dataclasses import asdict, dataclass
 from pydantic import JsonValue
 
 from llm_trainer.config.schema.data import DataConfig
-from llm_trainer.data.cleaning import filters
-from llm_trainer.data.cleaning.filters import Filter
+from llm_trainer.data.cleaning.base import Filter
+from llm_trainer.data.cleaning.datatrove_filters import DatatroveFilter
+from llm_trainer.data.cleaning.filters import LengthFilter, RepetitionFilter, SymbolFilter
+from llm_trainer.data.cleaning.language_filter import LanguageFilter
 from llm_trainer.data.cleaning.normalization import TextNormalizer
 from llm_trainer.data.sources.base import Rejected, SourceItem, TextChunk, rechunk
 
-_VERSION = 1  # part of the key: raise it when the same text would be cleaned otherwise
+_VERSION = 1  # part of the key; it must grow when the same text would be cleaned differently
 NOTHING_LEFT_REASON = "nothing left after cleaning"
 
 
 @dataclass(frozen=True)
 class DocumentCleaner:
-    """What is done to documents between reading and everything else; picklable."""
+    """What is done to documents after reading; picklable.
+
+    Attributes:
+        normalization: The text normalization, if any.
+        filters: The filters, in order; the first that rejects a document determines the reason.
+    """
 
     normalization: TextNormalizer | None = None
     filters: tuple[Filter, ...] = ()
 
     @classmethod
-    def of(cls, config: DataConfig) -> DocumentCleaner:
-        """What the settings ask for. Filters judge in the setting's order, the language last; the first that
-        refuses gives the reason.
+    def from_config(cls, config: DataConfig) -> DocumentCleaner:
+        """Build the cleaner of a configuration: its filters in their order, then that of languages.
 
-        Raises UsageError, naming the extra, for a filter whose library is missing.
+        Raises:
+            UsageError: A filter's library is not installed; the message names the extra.
         """
-        chosen = [filters.build_filter(name, config) for name in config.filters]
+        filters = [build_filter(name, config) for name in config.filters]
         if config.languages:
-            from llm_trainer.data.cleaning.language_filter import LanguageFilter
-
-            chosen.append(LanguageFilter.of(config))
-        return cls(TextNormalizer.of(config) if config.clean else None, tuple(chosen))
+            filters.append(LanguageFilter.from_config(config))
+        return cls(TextNormalizer.from_config(config) if config.clean else None, tuple(filters))
 
     @property
     def is_identity(self) -> bool:
-        """Whether it leaves everything as it is."""
+        """Whether it leaves every document unchanged."""
         return self.normalization is None and not self.filters
 
     @property
     def key(self) -> JsonValue:
-        """Everything that decides what comes out; None where nothing is done."""
+        """Everything that determines the result, for cache keys; None if nothing is done."""
         if self.is_identity:
             return None
-        form = self.normalization
+        normalization = self.normalization
         return {
             "version": _VERSION,
             "normalization": None
-            if form is None
-            else {**asdict(form), "unicode": unicodedata.unidata_version},
-            "filters": [chosen.key for chosen in self.filters],
+            if normalization is None
+            else {**asdict(normalization), "unicode": unicodedata.unidata_version},
+            "filters": [document_filter.key for document_filter in self.filters],
         }
 
     def apply(
-        self, readings: Iterator[SourceItem], judge: bool = True, where: str = ""
+        self, items: Iterator[SourceItem], apply_filters: bool = True, where: str = ""
     ) -> Iterator[SourceItem]:
-        """Clean every document of `readings`; what was rejected before stays so.
+        """Clean every document; documents that are already rejected are passed through.
 
-        Without `judge` no filter refuses anything, for texts whose verdict is known: the others come out
-        exactly as with it. `where` is what rejected documents' places begin with: "<where>document 3" is the
-        third of these readings, rejected ones counted.
+        Args:
+            items: Text chunks and rejected documents, from a source.
+            apply_filters: Whether filters may reject documents. Without them, for texts that are known to be
+                kept, the result is the same as with them.
+            where: The beginning of a rejected document's position: "<where>document 3" is the third of
+                `items`, rejected ones included.
         """
         if self.is_identity:
-            yield from readings
+            yield from items
             return
-        readings = iter(readings)
-        for number, reading in enumerate(
-            readings, 1
-        ):  # `_long` takes the rest of its document from the same iterator
-            if isinstance(reading, Rejected):
-                yield reading
-            elif reading.is_last:
-                yield self._whole(reading, judge, f"{where}document {number}")
+        items = iter(items)
+        # `_clean_long` takes the rest of its document from the same iterator.
+        for number, item in enumerate(items, 1):
+            if isinstance(item, Rejected):
+                yield item
+            elif item.is_last:
+                yield self._clean(item, apply_filters, f"{where}document {number}")
             else:
-                yield from self._long(reading, readings, judge, f"{where}document {number}")
+                yield from self._clean_long(item, items, apply_filters, f"{where}document {number}")
 
-    def _whole(self, piece: TextChunk, judge: bool, where: str) -> SourceItem:
-        text = piece.text if self.normalization is None else self.normalization.text(piece.text)
+    def _clean(self, chunk: TextChunk, apply_filters: bool, where: str) -> SourceItem:
+        text = chunk.text if self.normalization is None else self.normalization.normalize(chunk.text)
         if not text or text.isspace():
-            return Rejected(NOTHING_LEFT_REASON, where, piece.text)
-        for chosen in self.filters:
-            if judge or chosen.changes_text:
-                reason, changed = chosen.apply(text)
-                if reason is not None and judge:
+            return Rejected(NOTHING_LEFT_REASON, where, chunk.text)
+        for document_filter in self.filters:
+            if apply_filters or document_filter.changes_text:
+                reason, changed = document_filter.apply(text)
+                if reason is not None and apply_filters:
                     return Rejected(reason, where, text)
                 text = changed if reason is None else text
-        return TextChunk(text, True, piece.split)
+        return TextChunk(text, True, chunk.split)
 
-    def _long(
-        self, first: TextChunk, rest: Iterator[SourceItem], judge: bool, where: str
+    def _clean_long(
+        self, first: TextChunk, rest: Iterator[SourceItem], apply_filters: bool, where: str
     ) -> Iterator[SourceItem]:
-        """A document in pieces; `rest` is read to the document's end and not beyond."""
-        texts = _texts(first, rest)
-        blocks = texts if self.normalization is None else self.normalization.blocks(texts)
-        pieces = rechunk(blocks, first.split)
-        head = next(pieces)
+        """A document in several chunks; `rest` is read up to the document's end."""
+        texts = _chunk_texts(first, rest)
+        blocks = texts if self.normalization is None else self.normalization.normalize_blocks(texts)
+        chunks = rechunk(blocks, first.split)
+        head = next(chunks)
         is_blank = head.is_last and (not head.text or head.text.isspace())
-        reason = NOTHING_LEFT_REASON if is_blank else self._refusal(head.text) if judge else None
+        reason = (
+            NOTHING_LEFT_REASON if is_blank else self._rejection_reason(head.text) if apply_filters else None
+        )
         if reason is None:
             yield head
-            yield from pieces
+            yield from chunks
             return
-        for _ in pieces:  # the document's end
+        for _ in chunks:  # read up to the document's end
             pass
         yield Rejected(reason, where, head.text)
 
-    def _refusal(self, text: str) -> str | None:
-        for chosen in self.filters:
-            reason, _ = chosen.apply(text)
+    def _rejection_reason(self, text: str) -> str | None:
+        for document_filter in self.filters:
+            reason, _ = document_filter.apply(text)
             if reason is not None:
                 return reason
         return None
 
 
-def _texts(first: TextChunk, rest: Iterator[SourceItem]) -> Iterator[str]:
-    """The texts of one document's pieces."""
-    piece: SourceItem = first
+def build_filter(name: str, config: DataConfig) -> Filter:
+    """Build one filter by its name, with the bounds of a configuration.
+
+    Raises:
+        UsageError: Its library is not installed; the message names the extra.
+    """
+    if name == "length":
+        return LengthFilter(config.min_characters, config.max_characters)
+    if name == "symbols":
+        return SymbolFilter(config.max_symbol_fraction)
+    if name == "repetition":
+        return RepetitionFilter(config.max_repeated_fraction)
+    return DatatroveFilter.from_name(name)
+
+
+def _chunk_texts(first: TextChunk, rest: Iterator[SourceItem]) -> Iterator[str]:
+    """The texts of one document's chunks."""
+    item: SourceItem = first
     while True:
-        assert isinstance(piece, TextChunk), "a document in pieces ends with a piece"
-        yield piece.text
-        if piece.is_last:
+        assert isinstance(item, TextChunk), "a document in several chunks ends with a chunk"
+        yield item.text
+        if item.is_last:
             return
-        piece = next(rest)
+        item = next(rest)

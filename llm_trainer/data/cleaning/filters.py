@@ -1,10 +1,8 @@
-"""Filters that judge whole documents by name: three built-in ones here, datatrove's and the language's in
-modules of their own.
+"""The built-in filters: length, symbols and repetition.
 
-A filter looks at a text and says why it refuses it, in a few fixed words that can be counted, or None. The
-built-in rules are simple ones in the spirit of Gopher (Rae et al. 2021, arXiv:2112.11446, appendix A.1),
-meant for any kind of text, code included, in any language; the published sets are for English web pages, and
-are to be had from datatrove, whose implementation made FineWeb.
+They are simple rules in the spirit of Gopher (Rae et al. 2021, arXiv:2112.11446, appendix A.1), meant for any
+kind of text in any language, code included. The published filter sets are for English web pages;
+`datatrove_filters.py` runs them with datatrove, the library that made FineWeb.
 """
 
 from __future__ import annotations
@@ -12,49 +10,27 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from dataclasses import asdict, dataclass
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
 
 import numpy as np
 from pydantic import JsonValue
 
-from llm_trainer.config.schema.data import DataConfig
+from llm_trainer.data.cleaning.base import FilterResult
 from llm_trainer.data.deduplication.shingles import StreamingShingler
 
-_NO_SIGNS = bytes(byte for byte in range(256) if byte >= 0x80 or chr(byte).isalnum() or chr(byte).isspace())
+_NOT_SYMBOLS = bytes(
+    byte for byte in range(256) if byte >= 0x80 or chr(byte).isalnum() or chr(byte).isspace()
+)
 _NOT_VISIBLE = bytes(byte for byte in range(256) if byte >= 0x80 or chr(byte).isspace())
 _ASCII = re.compile("[\x00-\x7f]+")
-_RUN = 5  # words
-_ENOUGH_RUNS = 20  # to speak of a share of repeated ones
-
-
-class FilterResult(NamedTuple):
-    """Why a text is refused (None: it is kept), and the text, which a filter may have changed."""
-
-    reason: str | None
-    text: str
-
-
-class Filter(Protocol):
-    """Judges whole documents."""
-
-    @property
-    def changes_text(self) -> bool:
-        """Whether a kept text may come back changed; such a filter also runs where verdicts are already
-        known.
-        """
-
-    @property
-    def key(self) -> JsonValue:
-        """Everything that decides its verdicts."""
-
-    def apply(self, text: str) -> FilterResult:
-        """Its verdict."""
+_NGRAM_WORDS = 5
+_MIN_NGRAMS = 20
+"""With fewer word n-grams, the fraction of repeated ones means little."""
 
 
 @dataclass(frozen=True)
 class LengthFilter:
-    """Refuses documents of too few or too many characters, blanks at the ends not counted."""
+    """Rejects documents of too few or too many characters; whitespace at the ends does not count."""
 
     min_characters: int
     max_characters: int
@@ -63,10 +39,10 @@ class LengthFilter:
     @property
     def key(self) -> JsonValue:
         """The bounds."""
-        return {"length": asdict(self)}
+        return {"length": {"min_characters": self.min_characters, "max_characters": self.max_characters}}
 
     def apply(self, text: str) -> FilterResult:
-        """By number of characters."""
+        """Keep or reject a text by its number of characters."""
         length = len(text.strip())
         if length < self.min_characters:
             return FilterResult(f"shorter than {self.min_characters} characters", text)
@@ -77,11 +53,11 @@ class LengthFilter:
 
 @dataclass(frozen=True)
 class SymbolFilter:
-    """Refuses documents in which signs (neither letters, digits nor blanks) are too large a share of all
-    characters but blanks.
+    """Rejects documents with too large a fraction of symbols: neither letters, digits nor whitespace.
 
-    Shakespeare's plays have 0.06 of them, files of Python's standard library 0.16 (median; 99 % are under
-    0.32), tables in ASCII art, operators and markup 0.5 and more.
+    The fraction is of all characters but whitespace. It is 0.06 in Shakespeare's plays, 0.16 in files of
+    Python's standard library (median; 99 % are below 0.32), and 0.5 or more in tables in ASCII art, operators
+    and markup.
     """
 
     max_symbol_fraction: float
@@ -90,22 +66,22 @@ class SymbolFilter:
     @property
     def key(self) -> JsonValue:
         """The bound."""
-        return {"symbols": asdict(self)}
+        return {
+            "symbols": {"max_symbol_share": self.max_symbol_fraction}
+        }  # the name that caches already have
 
     def apply(self, text: str) -> FilterResult:
-        """By share of signs."""
-        return FilterResult(
-            "too many symbols" if symbol_fraction(text) > self.max_symbol_fraction else None, text
-        )
+        """Keep or reject a text by its fraction of symbols."""
+        is_rejected = symbol_fraction(text) > self.max_symbol_fraction
+        return FilterResult("too many symbols" if is_rejected else None, text)
 
 
 @dataclass(frozen=True)
 class RepetitionFilter:
-    """Refuses documents that say the same over and over.
+    """Rejects documents that repeat themselves.
 
-    Two shares are taken: of characters that stand in lines which were there before, and of runs of 5 words
-    that were there before. Of the files of Python's standard library 99 % are under 0.25 in both, and none is
-    over 0.44.
+    Two fractions are computed: of characters in repeated lines, and of repeated word 5-grams. Of the files of
+    Python's standard library, 99 % are below 0.25 in both, and none is above 0.44.
     """
 
     max_repeated_fraction: float
@@ -114,34 +90,33 @@ class RepetitionFilter:
     @property
     def key(self) -> JsonValue:
         """The bound."""
-        return {"repetition": asdict(self)}
+        return {"repetition": {"max_repeated_share": self.max_repeated_fraction}}  # as in existing caches
 
     def apply(self, text: str) -> FilterResult:
-        """By repeated lines, then by repeated runs of words."""
+        """Keep or reject a text by its repeated lines, then by its repeated word n-grams."""
         if repeated_line_fraction(text) > self.max_repeated_fraction:
             return FilterResult("repeated lines", text)
-        return FilterResult(
-            "repeated words" if repeated_ngram_fraction(text) > self.max_repeated_fraction else None, text
-        )
+        is_rejected = repeated_ngram_fraction(text) > self.max_repeated_fraction
+        return FilterResult("repeated words" if is_rejected else None, text)
 
 
 def symbol_fraction(text: str) -> float:
-    """Characters that are neither letters, digits nor blanks, over all that are not blanks; 0 without any."""
+    """Return the symbols (neither letters, digits nor whitespace) per character that is not whitespace."""
     raw = text.encode("utf-8")
-    signs, visible = len(raw.translate(None, _NO_SIGNS)), len(raw.translate(None, _NOT_VISIBLE))
+    symbols, visible = len(raw.translate(None, _NOT_SYMBOLS)), len(raw.translate(None, _NOT_VISIBLE))
     if not text.isascii():
         for character, count in Counter(_ASCII.sub("", text)).items():
-            kind = unicodedata.category(character)[
-                0
-            ]  # letter, mark (the vowels of Indic scripts), number; punctuation, symbol, other; space
+            # Letter, mark (the vowels of Indic scripts), number; punctuation, symbol, other; separator.
+            category = unicodedata.category(character)[0]
             visible += 0 if character.isspace() else count
-            signs += count if kind in "PSC" and not character.isspace() else 0
-    return signs / visible if visible else 0.0
+            symbols += count if category in "PSC" and not character.isspace() else 0
+    return symbols / visible if visible else 0.0
 
 
 def repeated_line_fraction(text: str) -> float:
-    """Characters of lines (blanks at their ends aside) that stood in the text before, over those of all
-    lines.
+    """Return the fraction of characters that are in lines which occur earlier in the text.
+
+    Whitespace at the ends of lines is ignored.
     """
     lines = [line for line in map(str.strip, text.splitlines()) if line]
     total = sum(map(len, lines))
@@ -149,23 +124,8 @@ def repeated_line_fraction(text: str) -> float:
 
 
 def repeated_ngram_fraction(text: str) -> float:
-    """Runs of 5 words that stood in the text before, over all of them; 0 for a text with fewer than 20 runs."""
-    long = StreamingShingler(_RUN)
-    hashes = [*long.add(text), *long.end()]
-    runs = sum(map(len, hashes))
-    return 1 - len(np.unique(np.concatenate(hashes))) / runs if runs >= _ENOUGH_RUNS else 0.0
-
-
-def build_filter(name: str, config: DataConfig) -> Filter:
-    """The filter of that name with the settings' bounds; raises UsageError, naming the extra, where its
-    library is missing.
-    """
-    if name == "length":
-        return LengthFilter(config.min_characters, config.max_characters)
-    if name == "symbols":
-        return SymbolFilter(config.max_symbol_fraction)
-    if name == "repetition":
-        return RepetitionFilter(config.max_repeated_fraction)
-    from llm_trainer.data.cleaning.datatrove_filters import DatatroveFilter
-
-    return DatatroveFilter.named(name)
+    """Return the fraction of word 5-grams that occur earlier in the text; 0 for a text with fewer than 20."""
+    shingler = StreamingShingler(_NGRAM_WORDS)
+    hashes = [*shingler.add(text), *shingler.end()]
+    ngrams = sum(map(len, hashes))
+    return 1 - len(np.unique(np.concatenate(hashes))) / ngrams if ngrams >= _MIN_NGRAMS else 0.0

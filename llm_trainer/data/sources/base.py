@@ -1,4 +1,4 @@
-"""What every source yields: text chunks and rejected documents, from partitions that workers read in parallel.
+"""What every source yields: text chunks and rejected documents, from partitions read in parallel.
 
 A source yields a `TextChunk` for text and a `Rejected` for each document that cannot be used, so that
 documents read = documents kept + documents rejected, each with its reason. A document of ordinary size is one

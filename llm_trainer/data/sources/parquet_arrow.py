@@ -281,7 +281,7 @@ def _as_dicts(batch: pyarrow.RecordBatch, file_range: FileRange) -> list[Mapping
 
 
 def _arrow_batches(file_range: FileRange) -> Iterator[tuple[int, pyarrow.RecordBatch]]:
-    """(number, batch) of each batch in the range; the file is memory-mapped, so that skipping costs nothing."""
+    """(number, batch) of each in the range; the file is memory-mapped, so that skipping costs nothing."""
     pa = _pyarrow(file_range)
     with file_range.open_raw() as raw:
         is_file = raw.read(len(_ARROW_FILE)) == _ARROW_FILE

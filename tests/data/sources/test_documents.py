@@ -1,4 +1,4 @@
-"""Reading documents: every one is kept or rejected with its reason."""
+"""Every document of a file is kept or rejected with its reason."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_trainer.data.sources import base as documents
-from llm_trainer.data.sources import file_io as storage
+from llm_trainer.data.sources import base, file_io
 from llm_trainer.data.sources.base import Rejected, TextChunk
 from llm_trainer.data.sources.builtin_corpus import BuiltinSource
 from llm_trainer.data.sources.file_source import FileSource
@@ -23,20 +22,20 @@ from llm_trainer.errors import DataError
 
 
 def read(path: Path, **options: object) -> tuple[list[str], list[Rejected]]:
-    texts, rejected, held = [], [], ""
-    for reading in FileSource(path, **options).read_chunks():  # type: ignore[arg-type]
-        if isinstance(reading, Rejected):
-            rejected.append(reading)
+    texts, rejected, pending = [], [], ""
+    for item in FileSource(path, **options).read_chunks():  # type: ignore[arg-type]
+        if isinstance(item, Rejected):
+            rejected.append(item)
         else:
-            held += reading.text
-            if reading.is_last:
-                texts.append(held)
-                held = ""
-    assert held == ""
+            pending += item.text
+            if item.is_last:
+                texts.append(pending)
+                pending = ""
+    assert pending == ""
     return texts, rejected
 
 
-def test_a_folder_is_read_by_path_each_kind_in_its_way(tmp_path: Path) -> None:
+def test_a_folder_is_read_in_path_order_each_format_by_its_reader(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "one.md").write_text("# Head", encoding="utf-8")
     (tmp_path / "a.txt").write_text("line 1\nline 2\n", encoding="utf-8")
@@ -51,7 +50,7 @@ def test_a_folder_is_read_by_path_each_kind_in_its_way(tmp_path: Path) -> None:
     assert rejected == []
 
 
-def test_the_output_folder_inside_the_input_is_not_read(tmp_path: Path) -> None:
+def test_an_excluded_output_folder_inside_the_input_is_not_read(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "out"):
         folder.mkdir(exist_ok=True)
         (folder / "a.txt").write_text(folder.name, encoding="utf-8")
@@ -109,14 +108,14 @@ def test_what_cannot_be_used_is_rejected_with_a_reason(
     lines=st.lists(st.binary(max_size=30).map(lambda raw: raw.replace(b"\n", b"")), min_size=1, max_size=20),
     block=st.integers(1, 40),
 )
-def test_lines_in_are_lines_kept_and_rejected(
+def test_every_line_is_kept_or_rejected(
     tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], block: int
 ) -> None:
     file = tmp_path_factory.mktemp("lines") / "a.txt"
     file.write_bytes(b"".join(line + b"\n" for line in lines))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(storage, "LONGEST_RECORD", 20)
-        patch.setattr(storage, "BLOCK", block)
+        patch.setattr(file_io, "MAX_RECORD_BYTES", 20)
+        patch.setattr(file_io, "BLOCK_BYTES", block)
         texts, rejected = read(file, one_document_per_line=True)
     assert len(texts) + len(rejected) == len(lines)
 
@@ -127,14 +126,14 @@ def test_lines_in_are_lines_kept_and_rejected(
     block=st.integers(1, 9),
     limit=st.integers(1, 30),
 )
-def test_a_long_text_in_pieces_is_the_text(
+def test_the_chunks_of_a_long_text_add_up_to_the_text(
     tmp_path_factory: pytest.TempPathFactory, text: str, block: int, limit: int
 ) -> None:
     file = tmp_path_factory.mktemp("long") / "a.txt"
     file.write_bytes(text.encode("utf-8"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "PIECE_BYTES", limit)
-        patch.setattr(storage, "BLOCK", block)
+        patch.setattr(base, "CHUNK_BYTES", limit)
+        patch.setattr(file_io, "BLOCK_BYTES", block)
         texts, rejected = read(file)
     assert texts == ([] if text.isspace() else [text])
     assert len(texts) + len(rejected) == 1
@@ -142,15 +141,15 @@ def test_a_long_text_in_pieces_is_the_text(
 
 @settings(max_examples=100)
 @given(raw=st.binary(min_size=1, max_size=60), block=st.integers(1, 9))
-def test_a_long_file_is_judged_like_a_short_one(
+def test_a_long_file_is_accepted_or_rejected_like_a_short_one(
     tmp_path_factory: pytest.TempPathFactory, raw: bytes, block: int
 ) -> None:
     file = tmp_path_factory.mktemp("judged") / "a.txt"
     file.write_bytes(raw)
     short = read(file)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "PIECE_BYTES", 2)
-        patch.setattr(storage, "BLOCK", block)
+        patch.setattr(base, "CHUNK_BYTES", 2)
+        patch.setattr(file_io, "BLOCK_BYTES", block)
         long = read(file)
     assert long[0] == short[0]
     assert [r.where for r in long[1]] == [r.where for r in short[1]] or {r.reason for r in long[1]} <= {
@@ -159,32 +158,35 @@ def test_a_long_file_is_judged_like_a_short_one(
     }
 
 
-def test_pieces_are_cut_where_a_letter_meets_a_space() -> None:
+def test_chunks_end_between_a_letter_and_a_space() -> None:
     text = "some words and, others 12 34 " * 400
-    pieces = list(documents.rechunk(iter([text])))
-    assert len(pieces) == 1
+    chunks = list(base.rechunk(iter([text])))
+    assert len(chunks) == 1
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "PIECE_BYTES", 1000)
-        pieces = list(documents.rechunk(iter([text])))
-    assert "".join(piece.text for piece in pieces) == text
-    assert len(pieces) > 5
-    assert all(piece.text[-1].isalpha() for piece in pieces[:-1])
-    assert all(piece.text[0] == " " for piece in pieces[1:])
-    assert [piece.is_last for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+        patch.setattr(base, "CHUNK_BYTES", 1000)
+        chunks = list(base.rechunk(iter([text])))
+    assert "".join(chunk.text for chunk in chunks) == text
+    assert len(chunks) > 5
+    assert all(chunk.text[-1].isalpha() for chunk in chunks[:-1])
+    assert all(chunk.text[0] == " " for chunk in chunks[1:])
+    assert [chunk.is_last for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_AS"), reason="no limit on memory here")
-def test_a_gigabyte_without_a_line_end_is_judged_in_little_memory(tmp_path: Path) -> None:
+def test_a_gigabyte_without_a_line_end_is_read_in_little_memory(tmp_path: Path) -> None:
     file = tmp_path / "sparse.txt"
     with file.open("wb") as opened:
         opened.write(b"a" * 5_000_000)
         opened.truncate(2**30)
     program = (
-        "import resource, sys; from pathlib import Path; from llm_trainer.data.sources.file_source import FileSource\n"
+        "import resource, sys; from pathlib import Path\n"
+        "from llm_trainer.data.sources.file_source import FileSource\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + 400 * 2**20,) * 2)\n"
-        "for lines in (True, False): print([r.reason for r in FileSource(Path(sys.argv[1]), one_document_per_line=lines).read_chunks()])"
+        "for lines in (True, False):\n"
+        "    source = FileSource(Path(sys.argv[1]), one_document_per_line=lines)\n"
+        "    print([r.reason for r in source.read_chunks()])"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, str(file)], capture_output=True, text=True, check=True
@@ -200,12 +202,12 @@ def test_a_missing_input_and_a_folder_without_text_are_named(tmp_path: Path) -> 
         FileSource(tmp_path).files()
 
 
-def test_a_file_named_alone_is_read_whatever_its_ending(tmp_path: Path) -> None:
+def test_a_file_given_directly_is_read_whatever_its_suffix(tmp_path: Path) -> None:
     (tmp_path / "corpus.data").write_text("text", encoding="utf-8")
     assert read(tmp_path / "corpus.data")[0] == ["text"]
 
 
-def test_the_hash_of_the_contents_ignores_places_and_dates(tmp_path: Path) -> None:
+def test_the_content_hash_ignores_paths_and_dates(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "x.jsonl").write_text(json.dumps({"text": "same"}), encoding="utf-8")
@@ -216,9 +218,9 @@ def test_the_hash_of_the_contents_ignores_places_and_dates(tmp_path: Path) -> No
     assert first.content_hash() != second.content_hash()
 
 
-def test_the_builtin_corpus_is_there_and_always_the_same() -> None:
+def test_the_builtin_corpus_is_available_and_always_the_same() -> None:
     source = BuiltinSource()
-    texts = [reading.text for reading in source.read_chunks() if isinstance(reading, TextChunk)]
+    texts = [item.text for item in source.read_chunks() if isinstance(item, TextChunk)]
     size = sum(len(text.encode("utf-8")) for text in texts)
     assert len(texts) > 300
     assert 5e6 < size <= source.size()

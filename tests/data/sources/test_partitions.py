@@ -1,4 +1,4 @@
-"""Units: the documents of a source in parts that any number of workers may share."""
+"""The partitions of a source, which any number of workers can read in parallel."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_trainer.data.sources import file_io as storage
+from llm_trainer.data.sources import file_io
 from llm_trainer.data.sources.base import Partition, Rejected, Source, SourceItem, SplitPartition, TextChunk
 from llm_trainer.data.sources.builtin_corpus import BuiltinSource
 from llm_trainer.data.sources.file_source import FileSource
@@ -22,14 +22,14 @@ from llm_trainer.data.sources.hub_source import HubSource
 TEXTS = [f"document {number} " + "word " * (number % 7) for number in range(60)]
 
 
-def facts(readings: Sequence[SourceItem]) -> list[str]:
-    """Texts and reasons, without the places, which are counted from a unit's start."""
-    return [reading.text if isinstance(reading, TextChunk) else f"({reading.reason})" for reading in readings]
+def summaries(items: Sequence[SourceItem]) -> list[str]:
+    """Texts and reasons, without positions, which are counted from the start of a partition."""
+    return [item.text if isinstance(item, TextChunk) else f"({item.reason})" for item in items]
 
 
-def of_units(units: Sequence[Partition]) -> list[SourceItem]:
-    """What workers would read that get the units pickled."""
-    return [reading for unit in units for reading in pickle.loads(pickle.dumps(unit)).read_chunks()]
+def read_pickled(partitions: Sequence[Partition]) -> list[SourceItem]:
+    """What workers read that receive the partitions pickled."""
+    return [item for partition in partitions for item in pickle.loads(pickle.dumps(partition)).read_chunks()]
 
 
 def write_all_kinds(folder: Path) -> None:
@@ -48,30 +48,32 @@ def write_all_kinds(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("partition_bytes", [1, 100, 512, 5000, 2**20])
-def test_units_together_are_the_source_whatever_their_size(tmp_path: Path, partition_bytes: int) -> None:
+def test_partitions_of_any_size_add_up_to_the_source(tmp_path: Path, partition_bytes: int) -> None:
     write_all_kinds(tmp_path)
     whole = FileSource(tmp_path, one_document_per_line=True, partition_bytes=2**30)
     parts = FileSource(tmp_path, one_document_per_line=True, partition_bytes=partition_bytes)
     assert len(whole.partitions()) == 1
-    assert facts(of_units(parts.partitions())) == facts(list(whole.read_chunks()))
+    assert summaries(read_pickled(parts.partitions())) == summaries(list(whole.read_chunks()))
     assert len(whole.partitions()[0].content_hash()) == 64
-    assert len({unit.name for unit in parts.partitions()}) == len(parts.partitions())
+    assert len({partition.name for partition in parts.partitions()}) == len(parts.partitions())
 
 
 @pytest.mark.parametrize(
     "name", ["lines.txt", "records.jsonl", "table.parquet", "table.arrow", "stream.arrow"]
 )
-def test_one_large_file_is_shared_by_several_units(tmp_path: Path, name: str) -> None:
+def test_one_large_file_is_divided_into_several_partitions(tmp_path: Path, name: str) -> None:
     write_all_kinds(tmp_path)
     source = FileSource(
         tmp_path / name, one_document_per_line=True, partition_bytes=(tmp_path / name).stat().st_size // 4
     )
-    units = source.partitions()
-    assert 3 <= len(units) <= 6
-    shares = [len(list(unit.read_chunks())) for unit in units]
-    assert sum(shares) == len(TEXTS)
-    assert max(shares) < len(TEXTS) / 2
-    assert sum(unit.size for unit in units) == pytest.approx((tmp_path / name).stat().st_size, rel=0.01)
+    partitions = source.partitions()
+    assert 3 <= len(partitions) <= 6
+    counts = [len(list(partition.read_chunks())) for partition in partitions]
+    assert sum(counts) == len(TEXTS)
+    assert max(counts) < len(TEXTS) / 2
+    assert sum(partition.size for partition in partitions) == pytest.approx(
+        (tmp_path / name).stat().st_size, rel=0.01
+    )
 
 
 @settings(max_examples=150)
@@ -88,44 +90,44 @@ def test_a_line_belongs_to_exactly_one_range(
     file.write_bytes(raw)
     whole = FileSource(file, one_document_per_line=True, partition_bytes=2**20)
     parts = FileSource(file, one_document_per_line=True, partition_bytes=size)
-    assert facts(list(parts.read_chunks())) == facts(list(whole.read_chunks()))
+    assert summaries(list(parts.read_chunks())) == summaries(list(whole.read_chunks()))
 
 
 def test_a_line_over_many_ranges_is_scanned_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "a.txt"
     file.write_bytes(b"short\n" + b"x" * 100_000 + b"\nend\n")
-    monkeypatch.setattr(storage, "LONGEST_RECORD", 1000)
-    monkeypatch.setattr(storage, "BLOCK", 100)
-    units = FileSource(file, one_document_per_line=True, partition_bytes=10_000).partitions()
-    assert len(units) == 11
-    assert [facts(list(unit.read_chunks())) for unit in units] == [
+    monkeypatch.setattr(file_io, "MAX_RECORD_BYTES", 1000)
+    monkeypatch.setattr(file_io, "BLOCK_BYTES", 100)
+    partitions = FileSource(file, one_document_per_line=True, partition_bytes=10_000).partitions()
+    assert len(partitions) == 11
+    assert [summaries(list(partition.read_chunks())) for partition in partitions] == [
         ["short", "(line longer than 0 MB)"],
         *[[]] * 9,
         ["end"],
     ]
-    first = units[1]
+    first = partitions[1]
     with file.open("rb") as opened:
-        begin, end = storage.line_range(opened, storage.FileRange(file, "a.txt", 10_000, 20_000))
+        begin, end = file_io.line_range(opened, file_io.FileRange(file, "a.txt", 10_000, 20_000))
         assert begin == end
         assert opened.tell() <= 20_100, "a range in which no line begins is not read past its end"
-    assert first.content_hash() == units[2].content_hash(), "ranges without a line hold nothing"
+    assert first.content_hash() == partitions[2].content_hash(), "ranges without a line have no documents"
 
 
-def test_small_files_share_a_unit_up_to_its_size(tmp_path: Path) -> None:
+def test_small_files_form_one_partition_up_to_its_size(tmp_path: Path) -> None:
     for number in range(10):
         (tmp_path / f"{number}.txt").write_text("x" * 100, encoding="utf-8")
-    units = FileSource(tmp_path, partition_bytes=350).partitions()
-    assert [unit.name for unit in units] == [
+    partitions = FileSource(tmp_path, partition_bytes=350).partitions()
+    assert [partition.name for partition in partitions] == [
         "0.txt and 2 more",
         "3.txt and 2 more",
         "6.txt and 2 more",
         "9.txt",
     ]
-    assert [unit.size for unit in units] == [300, 300, 300, 100]
+    assert [partition.size for partition in partitions] == [300, 300, 300, 100]
 
 
 @pytest.mark.parametrize("partition_bytes", [200, 2**20])
-def test_a_hash_tells_of_contents_and_ways_of_reading_but_not_of_places_and_dates(
+def test_a_hash_depends_on_contents_and_ways_of_reading_but_not_on_paths_and_dates(
     tmp_path: Path, partition_bytes: int
 ) -> None:
     for folder in ("here", "there"):
@@ -134,18 +136,18 @@ def test_a_hash_tells_of_contents_and_ways_of_reading_but_not_of_places_and_date
     here = FileSource(tmp_path / "here", partition_bytes=partition_bytes)
     there = FileSource(tmp_path / "there", partition_bytes=partition_bytes)
     (tmp_path / "there" / "page.md").touch()
-    assert [unit.content_hash() for unit in here.partitions()] == [
-        unit.content_hash() for unit in there.partitions()
+    assert [partition.content_hash() for partition in here.partitions()] == [
+        partition.content_hash() for partition in there.partitions()
     ]
-    assert all(str(tmp_path) not in unit.name for unit in here.partitions())
+    assert all(str(tmp_path) not in partition.name for partition in here.partitions())
     other = FileSource(tmp_path / "there", text_column="body", partition_bytes=partition_bytes)
     assert here.content_hash() != other.content_hash()
-    before = [unit.content_hash() for unit in there.partitions()]
+    before = [partition.content_hash() for partition in there.partitions()]
     with (tmp_path / "there" / "records.jsonl").open("a", encoding="utf-8") as opened:
         opened.write('"one more"\n')
     after = [
-        unit.content_hash()
-        for unit in FileSource(tmp_path / "there", partition_bytes=partition_bytes).partitions()
+        partition.content_hash()
+        for partition in FileSource(tmp_path / "there", partition_bytes=partition_bytes).partitions()
     ]
     assert before != after
     assert (
@@ -156,7 +158,7 @@ def test_a_hash_tells_of_contents_and_ways_of_reading_but_not_of_places_and_date
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
-def test_a_part_of_a_table_has_the_hash_of_its_own_rows(tmp_path: Path, kind: str) -> None:
+def test_a_partition_of_a_table_has_the_hash_of_its_own_rows(tmp_path: Path, kind: str) -> None:
     hashes = []
     for changed in (None, 3, 55):
         texts = [text if row != changed else text.upper() for row, text in enumerate(TEXTS)]
@@ -169,8 +171,8 @@ def test_a_part_of_a_table_has_the_hash_of_its_own_rows(tmp_path: Path, kind: st
                 writer.write_table(table, max_chunksize=10)
         hashes.append(
             [
-                unit.content_hash()
-                for unit in FileSource(file, partition_bytes=file.stat().st_size // 5).partitions()
+                partition.content_hash()
+                for partition in FileSource(file, partition_bytes=file.stat().st_size // 5).partitions()
             ]
         )
     same, early, late = hashes
@@ -180,28 +182,26 @@ def test_a_part_of_a_table_has_the_hash_of_its_own_rows(tmp_path: Path, kind: st
     assert late[-1] != same[-1]
 
 
-def check_units(source: Source) -> list[SourceItem]:
-    """A source's units are picklable, named apart, and together what the source gives; both ways of reading
-    are returned once.
-    """
-    units = source.partitions()
-    assert len({unit.name for unit in units}) == len(units) > 0
-    readings = of_units(units)
-    assert readings == list(source.read_chunks())
-    assert [unit.content_hash() for unit in units] == [
-        pickle.loads(pickle.dumps(unit)).content_hash() for unit in source.partitions()
+def check_partitions(source: Source) -> list[SourceItem]:
+    """Check that partitions are picklable, have unique names, and add up to the source; return its items."""
+    partitions = source.partitions()
+    assert len({partition.name for partition in partitions}) == len(partitions) > 0
+    items = read_pickled(partitions)
+    assert items == list(source.read_chunks())
+    assert [partition.content_hash() for partition in partitions] == [
+        pickle.loads(pickle.dumps(partition)).content_hash() for partition in source.partitions()
     ]
-    return readings
+    return items
 
 
-def test_the_builtin_corpus_comes_in_units() -> None:
+def test_the_builtin_corpus_has_several_partitions() -> None:
     source = BuiltinSource()
-    units = source.partitions()
-    assert len(units) > 3
-    assert sum(unit.size for unit in units) == source.size()
+    partitions = source.partitions()
+    assert len(partitions) > 3
+    assert sum(partition.size for partition in partitions) == source.size()
     assert (
-        facts(of_units(units[:1]))[0].startswith("Assignment expressions")
-        or len(facts(of_units(units[:1]))) > 50
+        summaries(read_pickled(partitions[:1]))[0].startswith("Assignment expressions")
+        or len(summaries(read_pickled(partitions[:1]))) > 50
     )
 
 
@@ -217,28 +217,28 @@ def hub_folder(folder: Path) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("streams", [False, True])
-def test_a_data_set_of_the_hub_comes_in_units_downloaded_or_streamed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streams: bool
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_hub_data_set_has_partitions_downloaded_or_streamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool
 ) -> None:
-    monkeypatch.setattr("llm_trainer.data.sources.hub_source._UNIT_BYTES", 300)
+    monkeypatch.setattr("llm_trainer.data.sources.hub_source._PARTITION_BYTES", 300)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     source = HubSource(
-        hub_folder(tmp_path / "corpus"), None, "train", "validation", "text", streaming=streams
+        hub_folder(tmp_path / "corpus"), None, "train", "validation", "text", streaming=streaming
     )
-    readings = check_units(source)
-    assert [r.text for r in readings if isinstance(r, TextChunk)] == [*TEXTS, "held out"]
-    assert {r.split for r in readings if isinstance(r, TextChunk)} == {"train", "validation"}
-    assert [r.reason for r in readings if isinstance(r, Rejected)] == [
+    items = check_partitions(source)
+    assert [r.text for r in items if isinstance(r, TextChunk)] == [*TEXTS, "held out"]
+    assert {r.split for r in items if isinstance(r, TextChunk)} == {"train", "validation"}
+    assert [r.reason for r in items if isinstance(r, Rejected)] == [
         "no text in the column 'text'",
         "empty",
     ]
-    assert all(str(tmp_path) not in r.where for r in readings if isinstance(r, Rejected))
-    assert len(source.partitions()) == (3 if streams else 7)
+    assert all(str(tmp_path) not in r.where for r in items if isinstance(r, Rejected))
+    assert len(source.partitions()) == (3 if streaming else 7)
 
 
-def test_the_same_unit_of_another_split_is_another() -> None:
-    unit = BuiltinSource().partitions()[0]
-    training, validation = SplitPartition(unit, "train"), SplitPartition(unit, "validation")
+def test_the_same_partition_of_another_split_has_another_hash_and_name() -> None:
+    partition = BuiltinSource().partitions()[0]
+    training, validation = SplitPartition(partition, "train"), SplitPartition(partition, "validation")
     assert training.content_hash() != validation.content_hash()
     assert training.name != validation.name

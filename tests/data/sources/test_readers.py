@@ -1,4 +1,4 @@
-"""Each kind of file: what it holds comes out, what is broken in it costs no more than itself."""
+"""Each format of file is read, and what is broken in a file costs no more than itself."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from backports import zstd
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llm_trainer.data.sources import file_io as storage
+from llm_trainer.data.sources import file_io
 from llm_trainer.data.sources.base import Rejected, TextChunk
 from llm_trainer.data.sources.file_source import FileSource
 
@@ -35,16 +35,16 @@ COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
 
 
 def read(path: Path, **options: object) -> tuple[list[str], list[Rejected]]:
-    texts, rejected, held = [], [], ""
-    for reading in FileSource(path, **options).read_chunks():  # type: ignore[arg-type]
-        if isinstance(reading, Rejected):
-            rejected.append(reading)
+    texts, rejected, pending = [], [], ""
+    for item in FileSource(path, **options).read_chunks():  # type: ignore[arg-type]
+        if isinstance(item, Rejected):
+            rejected.append(item)
         else:
-            held += reading.text
-            if reading.is_last:
-                texts.append(held)
-                held = ""
-    assert held == ""
+            pending += item.text
+            if item.is_last:
+                texts.append(pending)
+                pending = ""
+    assert pending == ""
     return texts, rejected
 
 
@@ -67,18 +67,18 @@ def read_bytes(folder: Path, name: str, raw: bytes, **options: object) -> tuple[
         ("a.tsv", b"text\tid\none, two\t1\n", ["one, two"]),
     ],
 )
-def test_every_kind_of_text_is_read_plain_and_compressed(
+def test_every_text_format_is_read_plain_and_compressed(
     tmp_path: Path, name: str, raw: bytes, texts: list[str], compression: str
 ) -> None:
     assert read_bytes(tmp_path, name + compression, COMPRESSORS[compression](raw)) == (texts, [])
     twice = COMPRESSORS[compression](raw) + COMPRESSORS[compression](
         b"\n"
-    )  # streams may follow each other in one file
+    )  # one file may have several compressed streams
     assert read_bytes(tmp_path, "b-" + name + compression, twice)[1] == []
 
 
 @pytest.mark.parametrize("compression", [".gz", ".bz2", ".zst"])
-def test_a_compressed_file_that_is_cut_short_or_is_none_is_said_to_be_unreadable(
+def test_a_truncated_or_invalid_compressed_file_is_rejected_as_unreadable(
     tmp_path: Path, compression: str
 ) -> None:
     raw = "\n".join(f"line {random.Random(number).random()}" for number in range(20_000)).encode()
@@ -89,7 +89,7 @@ def test_a_compressed_file_that_is_cut_short_or_is_none_is_said_to_be_unreadable
     assert rejected[-1].startswith("unreadable file @ a.txt")
     assert texts == raw.decode().split("\n")[: len(texts)], "what came before the damage is kept"
     assert read_bytes(tmp_path, f"b.txt{compression}", packed[: len(packed) // 2])[0] == [], (
-        "half a document is none"
+        "half a document is not a document"
     )
     assert read_bytes(tmp_path, f"c.txt{compression}", b"no such thing")[1][0].startswith("unreadable file")
 
@@ -155,7 +155,7 @@ def test_a_damaged_row_group_costs_that_row_group(tmp_path: Path) -> None:
 @settings(max_examples=60)
 @given(data=st.data())
 @pytest.mark.parametrize("kind", ["parquet", "arrow", "stream"])
-def test_garbled_tables_never_stop_the_reading(
+def test_damaged_tables_never_stop_reading(
     tmp_path_factory: pytest.TempPathFactory, kind: str, data: st.DataObject
 ) -> None:
     folder = tmp_path_factory.mktemp("garbled")
@@ -173,7 +173,7 @@ def test_garbled_tables_never_stop_the_reading(
     (folder / "b.txt").write_text("after it", encoding="utf-8")
     for partition_bytes in (2**20, 300):
         source = FileSource(folder, partition_bytes=partition_bytes)
-        texts = [reading.text for reading in source.read_chunks() if isinstance(reading, TextChunk)]
+        texts = [item.text for item in source.read_chunks() if isinstance(item, TextChunk)]
         assert texts[-1] == "after it"
         assert len(source.content_hash()) == 64
 
@@ -220,15 +220,17 @@ def test_a_broken_record_of_csv_costs_its_first_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("raw", "told"),
+    ("raw", "expected"),
     [
         (b"id,body\n1,x\n", "no text in the column 'text' @ a.csv: its first record is id, body"),
         (b"", "empty @ a.csv"),
         (b'"never closed\n', "no text in the column 'text' @ a.csv: its first record is not CSV"),
     ],
 )
-def test_csv_without_the_column_is_rejected_with_what_it_has(tmp_path: Path, raw: bytes, told: str) -> None:
-    assert read_bytes(tmp_path, "a.csv", raw) == ([], [told])
+def test_csv_without_the_column_is_rejected_with_what_it_has(
+    tmp_path: Path, raw: bytes, expected: str
+) -> None:
+    assert read_bytes(tmp_path, "a.csv", raw) == ([], [expected])
 
 
 def test_csv_does_not_scan_the_rest_for_each_open_quote(tmp_path: Path) -> None:
@@ -268,12 +270,12 @@ def test_a_long_list_of_json_is_read_element_by_element(
     file = tmp_path_factory.mktemp("list") / "a.json"
     file.write_text(json.dumps(records, indent=indent, ensure_ascii=plain), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(storage, "BLOCK", block)
-        patch.setattr("llm_trainer.data.sources.json_files._HEAD", block)
+        patch.setattr(file_io, "BLOCK_BYTES", block)
+        patch.setattr("llm_trainer.data.sources.json_files._HEAD_BYTES", block)
         texts, rejected = read(file)
     if file.read_bytes()[
         :block
-    ].strip():  # with a smaller head than the first character the file would be taken for one value
+    ].strip():  # a head without the list's first character makes the file one value
         assert texts == [record["text"] for record in records if not str(record["text"]).isspace()]
         assert len(texts) + len(rejected) == len(records)
 
@@ -291,7 +293,7 @@ def test_one_bad_element_of_a_json_list_costs_itself(tmp_path: Path) -> None:
     ]
 
 
-def test_a_json_file_may_hold_a_record_a_line(tmp_path: Path) -> None:
+def test_a_json_file_may_have_one_record_per_line(tmp_path: Path) -> None:
     assert read_bytes(tmp_path, "a.json", b'{"text": "one"}\n{"text": "two"}\n') == (["one", "two"], [])
     assert read_bytes(tmp_path, "b.json", b'{"text":\n"one"}\n') == (["one"], [])
     assert read_bytes(tmp_path, "c.json", b'{"text": "one"}\n') == (["one"], [])
@@ -313,26 +315,26 @@ NAMES = [
 
 @settings(max_examples=150)
 @given(raw=st.binary(max_size=80), block=st.integers(1, 30), name=st.sampled_from(NAMES))
-def test_no_bytes_stop_the_reading_of_what_follows(
+def test_no_bytes_stop_reading_of_later_files(
     tmp_path_factory: pytest.TempPathFactory, raw: bytes, block: int, name: str
 ) -> None:
     folder = tmp_path_factory.mktemp("hostile")
     (folder / name).write_bytes(raw)
     (folder / "b.txt").write_text("after it", encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(storage, "BLOCK", block)
-        patch.setattr(storage, "LONGEST_RECORD", 40)
+        patch.setattr(file_io, "BLOCK_BYTES", block)
+        patch.setattr(file_io, "MAX_RECORD_BYTES", 40)
         texts, rejected = read(folder, one_document_per_line=True, partition_bytes=30)
     assert texts[-1] == "after it"
     assert all(rejection.where.startswith(name) for rejection in rejected)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt"])
-def test_what_is_longer_than_the_cap_costs_only_itself(
+def test_a_record_longer_than_the_limit_costs_only_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(storage, "LONGEST_RECORD", 1000)
-    monkeypatch.setattr(storage, "BLOCK", 100)
+    monkeypatch.setattr(file_io, "MAX_RECORD_BYTES", 1000)
+    monkeypatch.setattr(file_io, "BLOCK_BYTES", 100)
     records = ["before", "x" * 5000, 'y"\\' * 3000, "after"]
     if name == "a.csv":
         raw = "text\n" + "\n".join(records)
@@ -343,10 +345,12 @@ def test_what_is_longer_than_the_cap_costs_only_itself(
         raw = "[" + ",".join(parts) + "]" if name == "a.json" else "\n".join(parts)
     texts, rejected = read_bytes(tmp_path, name, raw.encode(), one_document_per_line=True)
     assert texts == ["before", "after"]
-    assert [told.split(" longer")[0] for told in rejected] == ["record" if name == "a.json" else "line"] * 2
+    assert [expected.split(" longer")[0] for expected in rejected] == [
+        "record" if name == "a.json" else "line"
+    ] * 2
 
 
-def test_what_is_no_file_is_rejected_and_not_waited_for(tmp_path: Path) -> None:
+def test_a_pipe_or_dangling_link_is_rejected_without_blocking(tmp_path: Path) -> None:
     import os
 
     os.mkfifo(tmp_path / "pipe.txt")
@@ -361,7 +365,7 @@ def test_what_is_no_file_is_rejected_and_not_waited_for(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_AS"), reason="no limit on memory here")
 @pytest.mark.parametrize(
-    ("name", "head", "told"),
+    ("name", "head", "expected"),
     [
         ("a.jsonl", b'{"text": "one"}\n"', ["one", "line longer than 64 MB"]),
         ("a.json", b'[{"text": "one"}, "', ["one", "record longer than 64 MB"]),
@@ -370,8 +374,8 @@ def test_what_is_no_file_is_rejected_and_not_waited_for(tmp_path: Path) -> None:
         ("a.txt.zst", b"one\n", ["one", "line longer than 64 MB"]),
     ],
 )
-def test_a_gigabyte_in_one_record_is_set_aside_in_little_memory(
-    tmp_path: Path, name: str, head: bytes, told: list[str]
+def test_a_gigabyte_in_one_record_is_rejected_in_little_memory(
+    tmp_path: Path, name: str, head: bytes, expected: list[str]
 ) -> None:
     file = tmp_path / name
     if file.suffix in (".gz", ".zst"):
@@ -384,13 +388,14 @@ def test_a_gigabyte_in_one_record_is_set_aside_in_little_memory(
             opened.write(head)
             opened.truncate(2**30)
     program = (
-        "import resource, sys; from pathlib import Path; from llm_trainer.data.sources.file_source import FileSource\n"
-        "list(FileSource(Path(sys.argv[2]), one_document_per_line=True).read_chunks())  # the libraries are loaded\n"
+        "import resource, sys; from pathlib import Path\n"
+        "from llm_trainer.data.sources.file_source import FileSource\n"
+        "list(FileSource(Path(sys.argv[2]), one_document_per_line=True).read_chunks())  # imports\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + 500 * 2**20,) * 2)\n"
         "source = FileSource(Path(sys.argv[1]), one_document_per_line=True)\n"
-        "for unit in source.partitions():\n"
-        "    for r in unit.read_chunks(): print(getattr(r, 'reason', None) or r.text)\n"
+        "for partition in source.partitions():\n"
+        "    for r in partition.read_chunks(): print(getattr(r, 'reason', None) or r.text)\n"
         "source.content_hash()\n"
     )
     small = tmp_path / f"small{''.join(file.suffixes)}"
@@ -399,4 +404,4 @@ def test_a_gigabyte_in_one_record_is_set_aside_in_little_memory(
         [sys.executable, "-c", program, str(file), str(small)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == told
+    assert done.stdout.splitlines() == expected
