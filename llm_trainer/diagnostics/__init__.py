@@ -1,1 +1,1 @@
-"""Looking at a run before it starts and at a model as it is: memory."""
+"""Checks of a run: will it fit in memory, what does a step really need, is resuming exact?"""

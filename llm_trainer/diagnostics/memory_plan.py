@@ -1,18 +1,20 @@
-"""Will it fit? Memory of one rank by part under a parallel plan, what a step sends, and what to change where
-it does not fit.
+"""Will it fit? Estimates the memory of one rank under a parallel plan, what a step sends, and what to change.
 
-A step's memory comes from `training/memory/memory_estimator.py`, which runs the step on tensors without
+The memory of a step comes from `training/memory/memory_estimator.py`, which runs the step on tensors without
 contents. A plan then divides it:
 
-- tensor: each of t ranks holds the shape with 1/t of the heads and of the MLP's inner width, which is a shape like any other; the residual
-  stream, the norms, the embeddings and the head are whole on each.
-- shard: weights and optimizer are divided; the largest block is gathered whole, twice, while one is used and the next one arrives.
-  Gradients are divided where a step is one micro-batch; with accumulation they are whole until the last one, which saves sending.
-- replicate: nothing is divided; DistributedDataParallel's buckets are a second copy of the gradients.
-- pipeline: each stage holds its layers, and the ends what belongs to them, and ranks need unlike amounts (`training/memory/pipeline_memory.py`).
-  Shards of a stage are gathered whole from the first micro-batch of a step to its last, and its gradients are whole until then.
-- context: a step is run on the part of each sequence that a rank has, with the keys and values that it gathers; the state is divided as
-  by shards.
+- Tensor parallelism: each of t ranks has a model with 1/t of the heads and of the MLP's hidden units, which
+  is a model configuration like any other. The residual stream, norms, embeddings and head are on each rank.
+- FSDP: weights and optimizer state are sharded. The largest block is gathered twice, once while it is used
+  and once while the next one arrives. Gradients are sharded if a step is one micro-batch. With accumulation
+  they stay unsharded until the last micro-batch, which saves communication.
+- Data parallelism: nothing is divided. The buckets of DistributedDataParallel are a second copy of the
+  gradients.
+- Pipeline parallelism: each stage has its own layers, and the first and last also the embeddings and the
+  head, so ranks need different amounts (`training/memory/pipeline_memory.py`). The shards of a stage are
+  gathered from the first micro-batch of a step to its last, and its gradients are unsharded until then.
+- Context parallelism: a step runs on the rank's part of each sequence, with the keys and values of the others
+  gathered. The model's state is sharded as by FSDP.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from llm_trainer.config import TrainingConfig, UsageError
-from llm_trainer.config.param_count import part_sizes
+from llm_trainer.config.param_count import params_per_module
+from llm_trainer.config.resolve.batch_size import BatchPlan
 from llm_trainer.config.resolve.parallelism import ParallelPlan, check_shape, check_stages, stages_of
 from llm_trainer.config.schema.model import ModelConfig
 from llm_trainer.model.adapters.nf4 import bytes_saved
@@ -29,44 +32,29 @@ from llm_trainer.model.hf.checkpoint import empty_model
 from llm_trainer.training.engines.precision import PrecisionName
 from llm_trainer.training.memory.memory_estimator import StepMemory, step_memory
 from llm_trainer.training.memory.pipeline_memory import PlaceMemory, check_trained, place_memories
-from llm_trainer.training.optim.param_groups import trained_sizes
+from llm_trainer.training.optim.param_groups import trainable_sizes
 
 WEIGHT_BYTES = 4
-_STAGES = (1, 2, 4, 8, 16)  # pipelines that are tried
-RESERVE = 0.1  # share of a device's memory left to the library's context, communication and fragments
-
-
-@dataclass(frozen=True)
-class Plan:
-    """So many replicas × shards × ranks that share each sequence × tensor ranks × stages of a pipeline; a rank sends `micro_batches` ×
-    `sequences`, or its part of each, through the model in a step.
-    """
-
-    replicate: int = 1
-    shard: int = 1
-    tensor: int = 1
-    sequences: int = 8
-    micro_batches: int = 1
-    offload: bool = False  # the optimizer's state lies in host memory
-    pipeline: int = 1
-    context: int = 1
-
-    @property
-    def ranks(self) -> int:
-        """Processes that the plan takes."""
-        return self.replicate * self.shards * self.tensor * self.pipeline
-
-    @property
-    def shards(self) -> int:
-        """Ranks over which a replica's state is cut: those that share sequences too."""
-        return self.shard * self.context
+_PIPELINE_SIZES = (1, 2, 4, 8, 16)
+MEMORY_RESERVE_FRACTION = 0.1  # of a device's memory: for the library's context, communication, fragmentation
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on one rank. `gradients` are those at the step's highest moment, `activations` all else at that
-    moment; `on_host` is beside them, in the host's memory; `in_bits` how much more the weights were as
-    floats, as which they are saved.
+    """The memory of one rank, in bytes.
+
+    Attributes:
+        weights: Weights.
+        optimizer: Optimizer state on the device.
+        gradients: Gradients at the peak of the step.
+        activations: Activations and temporaries at that moment.
+        loss_buffers: Buffers of the loss, for logits.
+        gathered: Weights gathered by FSDP, or the buckets of DistributedDataParallel.
+        kv_cache_per_sequence: Keys and values of one sequence of full length, when generating.
+        checkpoint: A checkpoint on disk, over all ranks.
+        on_host: Optimizer state in host memory, if it is offloaded.
+        received: Buffers for what neighbouring pipeline stages send.
+        quantized_savings: How much larger quantized weights would be as floats, as which they are saved.
     """
 
     weights: int
@@ -75,15 +63,15 @@ class RankMemory:
     activations: int
     loss_buffers: int
     gathered: int
-    cache_a_sequence: int
+    kv_cache_per_sequence: int
     checkpoint: int
     on_host: int = 0
     received: int = 0
-    in_bits: int = 0
+    quantized_savings: int = 0
 
     @property
     def total(self) -> int:
-        """The peak of a training step."""
+        """The peak of a training step on the device."""
         return (
             self.weights
             + self.optimizer
@@ -95,15 +83,13 @@ class RankMemory:
         )
 
     @property
-    def copies(self) -> int:
-        """What a save in the background takes of the host's memory: this rank's weights, as floats, and
-        optimizer state once more.
-        """
-        return self.weights + self.in_bits + self.optimizer + self.on_host
+    def async_save_copy(self) -> int:
+        """The host memory that an asynchronous save takes: weights, as floats, and optimizer state."""
+        return self.weights + self.quantized_savings + self.optimizer + self.on_host
 
     def parts(self) -> dict[str, int]:
-        """What `total` is made of, in words."""
-        named = {
+        """Return what `total` consists of, by a label for display."""
+        labelled = {
             "weights": self.weights,
             "gradients": self.gradients,
             "optimizer": self.optimizer,
@@ -112,277 +98,349 @@ class RankMemory:
             "gathered blocks and buckets": self.gathered,
             "buffers between stages": self.received,
         }
-        return {name: size for name, size in named.items() if size or name == "gradients"}
+        return {label: size for label, size in labelled.items() if size or label == "gradients"}
 
 
-def rank_shape(shape: ModelConfig, tensor: int) -> ModelConfig:
-    """What one of `tensor` ranks holds. Raises UsageError where heads or widths do not divide."""
-    sizes = {"num_attention_heads": shape.num_attention_heads, "MLP width": shape.mlp_width}
-    wrong = [f"{name} {size}" for name, size in sizes.items() if size % tensor]
-    if wrong:
+def tensor_parallel_config(config: ModelConfig, tensor_parallel: int) -> ModelConfig:
+    """Return the configuration of what one rank of a tensor group has.
+
+    Raises:
+        UsageError: The number of heads or the hidden size of the MLP does not divide.
+    """
+    sizes = {"num_attention_heads": config.num_attention_heads, "MLP width": config.mlp_width}
+    indivisible = [f"{name} {size}" for name, size in sizes.items() if size % tensor_parallel]
+    if indivisible:
         raise UsageError(
-            f"tensor_parallel {tensor} does not divide {' and '.join(wrong)}; take a divisor of them"
+            f"tensor_parallel {tensor_parallel} does not divide {' and '.join(indivisible)}; "
+            "choose a divisor of them"
         )
-    return shape.model_copy(
+    return config.model_copy(
         update={
-            "head_dim": shape.head_width,
-            "num_attention_heads": shape.num_attention_heads // tensor,
-            "num_key_value_heads": max(1, shape.kv_heads // tensor),
-            "intermediate_size": shape.mlp_width // tensor,
+            "head_dim": config.head_width,
+            "num_attention_heads": config.num_attention_heads // tensor_parallel,
+            "num_key_value_heads": max(1, config.kv_heads // tensor_parallel),
+            "intermediate_size": config.mlp_width // tensor_parallel,
         }
     )
 
 
 def rank_memory(
-    shape: ModelConfig, training: TrainingConfig, plan: Plan, precision: PrecisionName | None = None
+    config: ModelConfig,
+    training: TrainingConfig,
+    plan: ParallelPlan,
+    batches: BatchPlan,
+    precision: PrecisionName | None = None,
 ) -> RankMemory:
-    """Memory of one rank under `plan`, in a pipeline of the one that needs most. Raises UsageError where the
-    plan does not divide.
-    """
-    return max(rank_memories(shape, training, plan, precision), key=lambda memory: memory.total)
+    """Return the memory of the rank that needs most; the arguments are those of `rank_memories`."""
+    return max(rank_memories(config, training, plan, batches, precision), key=lambda memory: memory.total)
 
 
 def rank_memories(
-    shape: ModelConfig, training: TrainingConfig, plan: Plan, precision: PrecisionName | None = None
+    config: ModelConfig,
+    training: TrainingConfig,
+    plan: ParallelPlan,
+    batches: BatchPlan,
+    precision: PrecisionName | None = None,
 ) -> list[RankMemory]:
-    """Memory of a rank of each of a pipeline's places, in their order; of one where there is no pipeline.
-    Raises as `rank_memory`.
+    """Return the memory of one rank of each position in a pipeline, or of any rank without a pipeline.
+
+    Args:
+        config: The model.
+        training: The settings; `training.offload_optimizer` moves the optimizer state to the host.
+        plan: The parallel dimensions.
+        batches: The micro-batches of one rank.
+        precision: Used instead of the settings' precision; None for theirs.
+
+    Raises:
+        UsageError: The model or its micro-batches do not divide as the plan says.
     """
-    own = rank_shape(shape, plan.tensor)
-    cache, checkpoint = cache_a_sequence(own, precision or "bf16"), checkpoint_bytes(shape, training)
-    check_stages(plan.pipeline, training.pipeline_schedule, shape.num_hidden_layers, plan.micro_batches)
-    check_shape(ParallelPlan(context_parallel=plan.context, pipeline_parallel=plan.pipeline), shape)
-    return [divided(own, step, plan, cache, checkpoint) for step in _steps(own, training, plan, precision)]
+    own = tensor_parallel_config(config, plan.tensor_parallel)
+    cache, checkpoint = kv_cache_bytes(own, precision or "bf16"), checkpoint_bytes(config, training)
+    check_stages(
+        plan.pipeline_parallel,
+        training.pipeline_schedule,
+        config.num_hidden_layers,
+        batches.gradient_accumulation_steps,
+    )
+    context_and_pipeline = ParallelPlan(
+        context_parallel=plan.context_parallel, pipeline_parallel=plan.pipeline_parallel
+    )
+    check_shape(context_and_pipeline, config)
+    return [
+        _divide(step, own, plan, batches, training.offload_optimizer, cache, checkpoint)
+        for step in _step_memories(own, training, plan, batches, precision)
+    ]
 
 
-def divided(
-    own: ModelConfig, step: StepMemory | PlaceMemory, plan: Plan, cache: int, checkpoint: int
+def _divide(
+    step: StepMemory | PlaceMemory,
+    own: ModelConfig,
+    plan: ParallelPlan,
+    batches: BatchPlan,
+    offload: bool,
+    cache: int,
+    checkpoint: int,
 ) -> RankMemory:
-    """A step's memory as the plan divides it."""
-    in_stages = isinstance(step, PlaceMemory)
-    share = 1 / plan.shards if plan.micro_batches == 1 and not in_stages else 1.0
-    gradients, others = max(step.moments, key=lambda moment: share * moment[0] + moment[1])
+    """The memory of a step as the plan divides it; `own` is the rank's part under tensor parallelism."""
+    in_pipeline = isinstance(step, PlaceMemory)
+    is_sharded = batches.gradient_accumulation_steps == 1 and not in_pipeline
+    kept_fraction = 1 / plan.shards if is_sharded else 1.0
+    gradients, others = max(step.moments, key=lambda moment: kept_fraction * moment[0] + moment[1])
     gathered = 0
     if plan.shards > 1:
-        gathered = step.weights if in_stages else 2 * WEIGHT_BYTES * largest_block(own)
-    elif plan.replicate > 1 and not in_stages:
+        gathered = step.weights if in_pipeline else 2 * WEIGHT_BYTES * _largest_gathered(own)
+    elif plan.data_parallel > 1 and not in_pipeline:
         gathered = step.weights
     return RankMemory(
         weights=step.weights // plan.shards,
-        optimizer=0 if plan.offload else step.optimizer // plan.shards,
-        gradients=int(gradients * share),
+        optimizer=0 if offload else step.optimizer // plan.shards,
+        gradients=int(gradients * kept_fraction),
         activations=others,
         loss_buffers=step.kept,
         gathered=gathered,
-        cache_a_sequence=cache,
+        kv_cache_per_sequence=cache,
         checkpoint=checkpoint,
-        on_host=step.optimizer // plan.shards if plan.offload else 0,
+        on_host=step.optimizer // plan.shards if offload else 0,
         received=step.buffers if isinstance(step, PlaceMemory) else 0,
-        in_bits=0 if isinstance(step, PlaceMemory) else step.in_bits,
+        quantized_savings=0 if isinstance(step, PlaceMemory) else step.in_bits,
     )
 
 
-def largest_block(shape: ModelConfig) -> int:
-    """Parameters that are gathered at once: a block's, or the embeddings' and the head's where those are
-    more.
-    """
-    sizes = part_sizes(shape)
-    block = sum(sizes[f"{part}.0"] for part in ("ln_1", "attn", "ln_2", "mlp"))
-    return max(block, sum(size for name, size in sizes.items() if name in ("wte", "wpe", "ln_f", "lm_head")))
+def _largest_gathered(config: ModelConfig) -> int:
+    """The parameters that FSDP gathers at once: a block, or embeddings and head where those are larger."""
+    sizes = params_per_module(config)
+    block = sum(sizes[f"{name}.0"] for name in ("ln_1", "attn", "ln_2", "mlp"))
+    outside = sum(size for name, size in sizes.items() if name in ("wte", "wpe", "ln_f", "lm_head"))
+    return max(block, outside)
 
 
-def cache_a_sequence(shape: ModelConfig, precision: PrecisionName) -> int:
-    """Bytes of keys and values of one sequence of full length."""
-    width = 4 if precision == "fp32" else 2
+def kv_cache_bytes(config: ModelConfig, precision: PrecisionName) -> int:
+    """Return the bytes of keys and values of one sequence of full length."""
+    bytes_per_value = 4 if precision == "fp32" else 2
     return (
         2
-        * width
-        * shape.num_hidden_layers
-        * shape.kv_heads
-        * shape.head_width
-        * shape.max_position_embeddings
+        * bytes_per_value
+        * config.num_hidden_layers
+        * config.kv_heads
+        * config.head_width
+        * config.max_position_embeddings
     )
 
 
-def checkpoint_bytes(shape: ModelConfig, training: TrainingConfig) -> int:
-    """Bytes of one checkpoint on disk, over all ranks: weights, and the optimizer's averages of those that
-    are trained, in fp32.
+def checkpoint_bytes(config: ModelConfig, training: TrainingConfig) -> int:
+    """Return the bytes of one checkpoint on disk over all ranks.
+
+    These are the weights, and the optimizer's moments of the trainable ones, in fp32.
     """
-    trained = trained_sizes(shape, training)
+    trained = trainable_sizes(config, training)
     matrices = 0
-    if (
-        training.optimizer == "muon"
-    ):  # one average for a block's matrices; the biases among these have two, which is too little to count
+    # Muon has one moment per matrix of a block. The biases counted with them have two, which is negligible.
+    if training.optimizer == "muon":
         matrices = sum(size for name, size in trained.items() if name.startswith(("attn.", "mlp.")))
-    return WEIGHT_BYTES * (sum(part_sizes(shape).values()) + 2 * sum(trained.values()) - matrices)
+    return WEIGHT_BYTES * (sum(params_per_module(config).values()) + 2 * sum(trained.values()) - matrices)
 
 
 @dataclass(frozen=True)
-class Traffic:
-    """Bytes that one rank sends in a step, by what for (ring algorithms: (n − 1) / n of the data once for
-    each half).
+class CommunicationVolume:
+    """The bytes that one rank sends in a step, by purpose.
+
+    Ring algorithms are assumed: (n − 1) / n of the data for a reduce-scatter or an all-gather.
     """
 
     gradients: int
-    gathering: int
+    weights: int
     tensor: int
     pipeline: int = 0
     context: int = 0
 
     @property
     def total(self) -> int:
-        """All of it."""
-        return self.gradients + self.gathering + self.tensor + self.pipeline + self.context
+        """The bytes for all purposes."""
+        return self.gradients + self.weights + self.tensor + self.pipeline + self.context
 
 
-def traffic(shape: ModelConfig, plan: Plan, schedule: str = "1f1b") -> Traffic:
-    """What one rank sends: gradients in fp32 once a step, weights in fp32 twice a micro-batch where they are
-    sharded, four sums of the residual stream in bf16 a layer and micro-batch where tensors are, the stream
-    and its gradient in fp32 over each edge of a stage; keys and values and their gradients in bf16 a layer
-    and micro-batch where sequences are shared.
+def communication_volume(
+    config: ModelConfig, plan: ParallelPlan, batches: BatchPlan, schedule: str = "1f1b"
+) -> CommunicationVolume:
+    """Return what one rank sends in a step.
 
-    In a pipeline a stage of average size with neighbours on both sides is meant, whose shards are gathered
-    once a step.
+    Gradients are sent in fp32 once per step, and sharded weights in fp32 twice per micro-batch. Tensor
+    parallelism sends four sums of the residual stream per layer and micro-batch, in bf16. A pipeline sends
+    the residual stream and its gradient in fp32 across each boundary of a stage. Context parallelism sends
+    keys, values and their gradients per layer and micro-batch, in bf16. For a pipeline the figure is that of
+    a stage of average size with two neighbours, whose shards are gathered once per step.
+
+    Args:
+        config: The model.
+        plan: The parallel dimensions.
+        batches: The micro-batches of one rank.
+        schedule: The pipeline schedule.
     """
-    own = rank_shape(shape, plan.tensor)
-    held = WEIGHT_BYTES * sum(part_sizes(own).values()) // plan.pipeline
-    part = held // plan.shards
-    gradients = held * (plan.shards - 1) // plan.shards + 2 * part * (plan.replicate - 1) // plan.replicate
-    times = 2 * plan.micro_batches if plan.pipeline == 1 else 1
-    gathering = times * held * (plan.shards - 1) // plan.shards
-    tokens = plan.sequences * shape.max_position_embeddings // plan.context
-    stream = 2 * tokens * shape.hidden_size
-    layers = shape.num_hidden_layers // plan.pipeline
-    sums = 4 * layers * plan.micro_batches * 2 * stream * (plan.tensor - 1) // plan.tensor
-    edges = 2 * stages_of(schedule, 1) * plan.micro_batches * 2 * stream if plan.pipeline > 1 else 0
+    own = tensor_parallel_config(config, plan.tensor_parallel)
+    micro_batches, shards = batches.gradient_accumulation_steps, plan.shards
+    replica = WEIGHT_BYTES * sum(params_per_module(own).values()) // plan.pipeline_parallel
+    shard = replica // shards
+    gradients = replica * (shards - 1) // shards + 2 * shard * (plan.data_parallel - 1) // plan.data_parallel
+    gathers = 2 * micro_batches if plan.pipeline_parallel == 1 else 1
+    weights = gathers * replica * (shards - 1) // shards
+    tokens = batches.micro_batch_size * config.max_position_embeddings // plan.context_parallel
+    stream = 2 * tokens * config.hidden_size
+    layers = config.num_hidden_layers // plan.pipeline_parallel
+    tensor = 4 * layers * micro_batches * 2 * stream * (plan.tensor_parallel - 1) // plan.tensor_parallel
+    boundaries = 2 * stages_of(schedule, 1) if plan.pipeline_parallel > 1 else 0
     keys_and_values = 2 * 2 * tokens * own.kv_heads * own.head_width
-    shared = 2 * layers * plan.micro_batches * keys_and_values * (plan.context - 1)
-    return Traffic(gradients, gathering, sums, edges, shared)
+    context = 2 * layers * micro_batches * keys_and_values * (plan.context_parallel - 1)
+    return CommunicationVolume(gradients, weights, tensor, boundaries * micro_batches * 2 * stream, context)
 
 
 @dataclass(frozen=True)
-class Advice:
-    """A plan that fits, whether it recomputes activations, and what a rank then holds."""
+class Recommendation:
+    """A plan that fits.
 
-    plan: Plan
-    recompute: bool
+    Attributes:
+        plan: The parallel dimensions.
+        batches: The micro-batches of one rank.
+        gradient_checkpointing: Whether activations are recomputed in the backward pass.
+        memory: The memory of the rank that needs most.
+    """
+
+    plan: ParallelPlan
+    batches: BatchPlan
+    gradient_checkpointing: bool
     memory: RankMemory
 
 
-def recommend(
-    shape: ModelConfig,
+def recommend_plan(
+    config: ModelConfig,
     training: TrainingConfig,
-    ranks: int,
+    num_ranks: int,
     limit: int,
-    plan: Plan,
+    batches: BatchPlan,
     *,
-    node: int = 8,
+    context_parallel: int = 1,
+    ranks_per_node: int = 8,
     precision: PrecisionName | None = None,
-) -> Advice | None:
-    """The first that fits `limit` bytes a rank, in the order of what costs least; None where nothing does.
+) -> Recommendation | None:
+    """Return the plan with the lowest overhead that fits, or None if none does.
 
-    Replicas before shards before tensors (within a node) before stages, whole activations before recomputed
-    ones, and micro-batches halved last. A step of the whole run stays what it is: n stages leave an n-th of
-    the replicas and shards, each with n times the micro-batches. As many ranks share each sequence as `plan`
-    says.
+    Replicas are tried before shards, then tensor parallelism (within a node), then pipelines. Activations are
+    kept before they are recomputed, and micro-batches are halved last. The step of the whole run does not
+    change: n pipeline stages leave 1/n of the replicas and shards, each with n times the micro-batches.
+
+    Args:
+        config: The model.
+        training: The settings.
+        num_ranks: The number of ranks to use.
+        limit: Bytes that one rank has.
+        batches: The micro-batches of one rank without a pipeline.
+        context_parallel: The number of ranks that share each sequence.
+        ranks_per_node: The largest tensor group.
+        precision: Used instead of the settings' precision; None for theirs.
     """
-    ranks //= plan.context
-    for stages in (size for size in _STAGES[: 1 if plan.context > 1 else None] if ranks % size == 0):
-        if not _can_be_staged(shape, training, stages, plan.micro_batches):
+    ranks = num_ranks // context_parallel
+    budget = int(limit * (1 - MEMORY_RESERVE_FRACTION))
+    sizes = _PIPELINE_SIZES[: 1 if context_parallel > 1 else None]
+    for stages in (size for size in sizes if ranks % size == 0):
+        if not _is_valid_pipeline(config, training, stages, batches.gradient_accumulation_steps):
             continue
+        of_stage = ranks // stages
+        in_stages = replace(batches, gradient_accumulation_steps=stages * batches.gradient_accumulation_steps)
         for tensor in (
-            size
-            for size in (1, 2, 4, 8)
-            if size <= min(node, ranks // stages) and ranks // stages % size == 0
+            size for size in (1, 2, 4, 8) if size <= min(ranks_per_node, of_stage) and of_stage % size == 0
         ):
-            start = replace(
-                plan, pipeline=stages, tensor=tensor, replicate=ranks // stages // tensor, shard=1
-            )
-            start = replace(start, micro_batches=stages * plan.micro_batches)
-            if _divides(shape, tensor) and (
-                found := _first_that_fits(shape, training, start, int(limit * (1 - RESERVE)), precision)
+            start = ParallelPlan(of_stage // tensor, 1, tensor, stages, context_parallel)
+            if _divides(config, tensor) and (
+                found := _first_that_fits(config, training, start, in_stages, budget, precision)
             ):
                 return found
     return None
 
 
-def _can_be_staged(shape: ModelConfig, training: TrainingConfig, stages: int, micro_batches: int) -> bool:
+def _is_valid_pipeline(
+    config: ModelConfig, training: TrainingConfig, stages: int, micro_batches: int
+) -> bool:
     try:
-        check_stages(stages, training.pipeline_schedule, shape.num_hidden_layers, stages * micro_batches)
-        check_trained(shape, training, stages)
+        check_stages(stages, training.pipeline_schedule, config.num_hidden_layers, stages * micro_batches)
+        check_trained(config, training, stages)
     except UsageError:
         return False
     return True
 
 
 def _first_that_fits(
-    shape: ModelConfig, training: TrainingConfig, start: Plan, budget: int, precision: PrecisionName | None
-) -> Advice | None:
-    """Of the ways to divide the replicas of `start` into shards, and its steps into micro-batches."""
-    own = rank_shape(shape, start.tensor)
-    if (
-        not start.offload
-        and _at_least(own, training, start.replicate * start.context, precision) // start.pipeline > budget
-    ):
-        return None  # without running anything
-    cache, checkpoint = cache_a_sequence(own, precision or "bf16"), checkpoint_bytes(shape, training)
+    config: ModelConfig,
+    training: TrainingConfig,
+    start: ParallelPlan,
+    batches: BatchPlan,
+    budget: int,
+    precision: PrecisionName | None,
+) -> Recommendation | None:
+    """The first that fits of the ways to turn replicas into shards and to divide the micro-batches."""
+    own, offload = tensor_parallel_config(config, start.tensor_parallel), training.offload_optimizer
+    least = _least_bytes(own, training, start.data_parallel * start.context_parallel, precision)
+    if not offload and least // start.pipeline_parallel > budget:
+        return None  # without running a step
+    cache, checkpoint = kv_cache_bytes(own, precision or "bf16"), checkpoint_bytes(config, training)
+    sequences = batches.micro_batch_size
     sizes = {
-        size
-        for size in (start.sequences, start.sequences // 2, start.sequences // 4, 1)
-        if size and start.sequences % size == 0
+        size for size in (sequences, sequences // 2, sequences // 4, 1) if size and sequences % size == 0
     }
-    for sequences in sorted(sizes, reverse=True):
-        division = replace(
-            start, sequences=sequences, micro_batches=start.micro_batches * start.sequences // sequences
-        )
+    for size in sorted(sizes, reverse=True):
+        divided = BatchPlan(size, batches.gradient_accumulation_steps * sequences // size)
         for recompute in (False, True):
-            steps = _steps(
-                own.model_copy(update={"gradient_checkpointing": recompute}), training, division, precision
-            )
-            for shard in [1] if start.offload else _shards(start.replicate):
-                trial = replace(division, replicate=start.replicate // shard, shard=shard)
+            with_setting = own.model_copy(update={"gradient_checkpointing": recompute})
+            steps = _step_memories(with_setting, training, start, divided, precision)
+            for fsdp in [1] if offload else _divisors(start.data_parallel):
+                plan = replace(start, data_parallel=start.data_parallel // fsdp, fsdp=fsdp)
                 memory = max(
-                    (divided(own, step, trial, cache, checkpoint) for step in steps),
+                    (_divide(step, own, plan, divided, offload, cache, checkpoint) for step in steps),
                     key=lambda memory: memory.total,
                 )
                 if memory.total <= budget:
-                    return Advice(trial, recompute, memory)
+                    return Recommendation(plan, divided, recompute, memory)
     return None
 
 
-def _steps(
-    own: ModelConfig, training: TrainingConfig, plan: Plan, precision: PrecisionName | None
+def _step_memories(
+    own: ModelConfig,
+    training: TrainingConfig,
+    plan: ParallelPlan,
+    batches: BatchPlan,
+    precision: PrecisionName | None,
 ) -> Sequence[StepMemory] | Sequence[PlaceMemory]:
-    """A step's memory on a rank of each place of a pipeline, or on the only one."""
-    run = {"sequences": plan.sequences, "micro_batches": plan.micro_batches}
-    training = training.model_copy(update={"context_parallel": plan.context})
-    if plan.pipeline == 1:
-        return [step_memory(own, training, **run, precision=precision)]
-    return place_memories(own, training, ranks=plan.pipeline, **run, precision=precision)
+    """The memory of a step on a rank of each position in the pipeline, or on any rank without one."""
+    step = {"sequences": batches.micro_batch_size, "micro_batches": batches.gradient_accumulation_steps}
+    training = training.model_copy(update={"context_parallel": plan.context_parallel})
+    if plan.pipeline_parallel == 1:
+        return [step_memory(own, training, **step, precision=precision)]
+    return place_memories(own, training, ranks=plan.pipeline_parallel, **step, precision=precision)
 
 
-def _at_least(
+def _least_bytes(
     own: ModelConfig, training: TrainingConfig, shards: int, precision: PrecisionName | None
 ) -> int:
-    """What a rank cannot do without: its share of weights and optimizer, and the narrow copies that autocast
-    makes of trained matrices.
+    """A lower bound of a rank's memory: its shard of weights and optimizer state, and autocast's copies.
+
+    Autocast keeps narrow copies of trained matrices only.
     """
-    held = checkpoint_bytes(own, training)
-    if training.quantize_base != "off":  # a checkpoint holds the floats
-        held -= bytes_saved(empty_model(own, "meta"))
+    state = checkpoint_bytes(own, training)
+    if training.quantize_base != "off":  # a checkpoint contains the floats
+        state -= bytes_saved(empty_model(own, "meta"))
     narrow = sum(
-        2 * size for part, size in trained_sizes(own, training).items() if part.startswith(("attn.", "mlp."))
+        2 * size
+        for name, size in trainable_sizes(own, training).items()
+        if name.startswith(("attn.", "mlp."))
     )
-    return held // shards + (0 if (precision or training.precision) == "fp32" else narrow)
+    return state // shards + (0 if (precision or training.precision) == "fp32" else narrow)
 
 
-def _divides(shape: ModelConfig, tensor: int) -> bool:
+def _divides(config: ModelConfig, tensor_parallel: int) -> bool:
     return (
-        shape.num_attention_heads % tensor == 0
-        and shape.kv_heads % tensor == 0
-        and shape.mlp_width % tensor == 0
+        config.num_attention_heads % tensor_parallel == 0
+        and config.kv_heads % tensor_parallel == 0
+        and config.mlp_width % tensor_parallel == 0
     )
 
 
-def _shards(ranks: int) -> list[int]:
-    return [size for size in range(1, ranks + 1) if ranks % size == 0]
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]

@@ -1,8 +1,8 @@
-"""The proof of resuming: train a stretch of a run straight through, again with a save and a resume in the
-middle, and compare every bit.
+"""Verifies that resuming is bit-exact.
 
-Where the run kept a later checkpoint of its own within that stretch, the replay is compared with it too: then
-what is shown is not only that resuming is exact, but that this run was.
+A part of a run is trained again twice: once without interruption, and once with a save and a resume in the
+middle. All tensors and the run state must be equal. If the run has a later checkpoint of its own within that
+part, the replay is compared with it too, which shows that not only resuming but this run is reproducible.
 """
 
 from __future__ import annotations
@@ -26,33 +26,38 @@ from llm_trainer.run_dir import (
     list_checkpoints,
     verify,
 )
-from llm_trainer.training.callbacks import Callback
+from llm_trainer.training.callbacks.callback import Callback
+from llm_trainer.training.checkpoint.checkpoint_policy import best_model_of
 from llm_trainer.training.checkpoint.optimizer_state import read_tensors
 from llm_trainer.training.checkpoint.store import read_state
-from llm_trainer.training.standing import best_beside
 
 if TYPE_CHECKING:
     from llm_trainer.training.trainer import Trainer
 
-# (checkpoint to resume or None for the run's beginning, run folder to write to, callbacks) → a trainer with
-# the run's own settings.
+# (checkpoint to resume from, or None for the start of the run; run folder to write to; callbacks) → a trainer
+# with the run's own settings.
 BuildTrainer = Callable[[Path | None, Path, Sequence[Callback]], "Trainer"]
 
-# What differs between two equal runs.
-_OF_THE_CLOCK = {"seconds"}
+# Entries of the state that differ between two equal runs.
+_TIME_DEPENDENT = {"seconds"}
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two ways to one step, and each thing that is not the same to the bit."""
+    """The comparison of two checkpoints of the same step.
 
-    what: str
+    Attributes:
+        title: What is compared.
+        differences: A line for each tensor and entry of the state that is not bit-exactly equal.
+    """
+
+    title: str
     differences: list[str]
 
 
 @dataclass(frozen=True)
-class VerifyReport:
-    """What a replay from step `first_step` to `last_step` showed."""
+class VerificationReport:
+    """The result of a replay from step `first_step` to `last_step`."""
 
     first_step: int
     last_step: int
@@ -60,102 +65,120 @@ class VerifyReport:
 
     @property
     def exact(self) -> bool:
-        """Whether everything compared was equal to the bit."""
+        """Whether everything that was compared is bit-exactly equal."""
         return not any(comparison.differences for comparison in self.comparisons)
 
     def __str__(self) -> str:
         lines = [f"steps {self.first_step} to {self.last_step}: {'exact' if self.exact else 'NOT exact'}"]
         for comparison in self.comparisons:
-            lines.append(
-                f"  {comparison.what}: {f'{len(comparison.differences)} differences' if comparison.differences else 'equal to the bit'}"
-            )
+            count = len(comparison.differences)
+            lines.append(f"  {comparison.title}: {f'{count} differences' if count else 'bit-exactly equal'}")
             lines += [f"    {difference}" for difference in comparison.differences]
         return "\n".join(lines)
 
 
-class StopAt(Callback):
-    """Ends a run after a step, as if it had been told to stop there."""
+class StopAtStep(Callback):
+    """Stops a run after a step, like a user's interrupt at that step."""
 
     def __init__(self, step: int) -> None:
         self.step = step
 
     def on_step_end(self, trainer: Trainer, step: int) -> None:
-        """Ask to stop once the step is reached."""
+        """Request the stop once the step is reached."""
         if step >= self.step:
             trainer.stop_training = True
 
 
-def verify_resume(run: Path, steps: int, build: BuildTrainer) -> VerifyReport:
-    """Replay `steps` steps of `run` from one of its checkpoints (or its beginning, where none is early
-    enough) and say what is not exact.
+def verify_resume(run: Path, steps: int, build: BuildTrainer) -> VerificationReport:
+    """Replay steps of a run from one of its checkpoints, or from its start, and compare the results.
 
-    Everything is written to a folder of its own in `run`, which is removed after. Raises UsageError for fewer
-    than 2 steps, CheckpointError where the run holds no checkpoint.
+    The replay is written to a temporary folder in the run folder, which is removed afterwards.
+
+    Args:
+        run: The run folder.
+        steps: The number of steps to replay, at least 2.
+        build: Builds a trainer with the settings of the run.
+
+    Raises:
+        UsageError: `steps` is below 2.
+        CheckpointError: The run has no complete checkpoint, or the replay ended early.
     """
     if steps < 2:
-        raise UsageError(f"{steps} steps cannot be interrupted in the middle; replay 2 or more")
-    start, own = _stretch(run, steps)
+        raise UsageError(
+            f"invalid number of steps: {steps} cannot be interrupted in the middle; replay 2 or more"
+        )
+    start, own = _select_steps(run, steps)
     first = start.step if start is not None else 0
     last = own.step if own is not None else first + steps
     middle = (first + last) // 2
     scratch = run / f"{TEMPORARY_PREFIX}verify-resume"
     shutil.rmtree(scratch, ignore_errors=True)
     try:
-        straight = _train(build, start.path if start else None, scratch / "straight", last)
+        uninterrupted = _train(build, start.path if start else None, scratch / "uninterrupted", last)
         halfway = _train(build, start.path if start else None, scratch / "halfway", middle)
         resumed = _train(build, halfway, scratch / "resumed", last)
         comparisons = [
             Comparison(
-                f"straight through against resumed at step {middle}", compare_checkpoints(straight, resumed)
+                f"uninterrupted against resumed at step {middle}",
+                compare_checkpoints(uninterrupted, resumed),
             )
         ]
         if own is not None:
-            # Where the run's best model is a later one, the replay had none to begin with, and its lowest
-            # loss is of the replayed steps.
-            beside = (
-                {"best_validation_loss"} if start is not None and best_beside(start.path) is None else set()
+            # If the best model of the run is a later one, the replay starts without one, and its lowest loss
+            # is that of the replayed steps.
+            ignore = (
+                {"best_validation_loss"} if start is not None and best_model_of(start.path) is None else set()
             )
-            differences = compare_checkpoints(own.path, straight, beside=beside)
+            differences = compare_checkpoints(own.path, uninterrupted, ignore=ignore)
             comparisons.append(Comparison(f"replayed against {own.path.name} of the run", differences))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return VerifyReport(first, last, comparisons)
+    return VerificationReport(first, last, comparisons)
 
 
-def compare_checkpoints(first: Path, second: Path, *, beside: Collection[str] = ()) -> list[str]:
-    """Each tensor and each entry of the state (but `beside`) that is not the same to the bit in two
-    checkpoint folders, a line each.
+def compare_checkpoints(first: Path, second: Path, *, ignore: Collection[str] = ()) -> list[str]:
+    """Compare two checkpoint folders bit by bit.
+
+    Args:
+        first: A checkpoint folder.
+        second: Another one.
+        ignore: Entries of the state that are not compared.
+
+    Returns:
+        A line for each tensor and each entry of the state that differs.
     """
     mine, theirs = dict(_tensors(first)), dict(_tensors(second))
-    differences = [f"{name} is in one only" for name in sorted(mine.keys() ^ theirs.keys())]
+    differences = [f"{name} is in only one of the two" for name in sorted(mine.keys() ^ theirs.keys())]
     for name in sorted(mine.keys() & theirs.keys()):
         if difference := _difference(mine[name], theirs[name]):
             differences.append(f"{name} {difference}")
     one, other = read_state(first), read_state(second)
-    for key in sorted((one.keys() | other.keys()) - _OF_THE_CLOCK - {*beside}):
+    for key in sorted((one.keys() | other.keys()) - _TIME_DEPENDENT - {*ignore}):
         a, b = (json.dumps(state.get(key), sort_keys=True) for state in (one, other))
         if a != b:
             differences.append(f"state {key}: {a} and {b}")
     return differences
 
 
-def _stretch(run: Path, steps: int) -> tuple[FoundCheckpoint | None, FoundCheckpoint | None]:
-    """Where the replay starts, and the run's own later checkpoint to compare with: the newest such pair at
-    most `steps` apart.
+def _select_steps(run: Path, steps: int) -> tuple[FoundCheckpoint | None, FoundCheckpoint | None]:
+    """The checkpoint to start from, and a later one of the run to compare with, at most `steps` apart.
 
-    The best model is from a validation's middle, before what comes between two steps: a replay can start
-    there, but not be compared with it. Without such a pair the start is the newest checkpoint with as many
-    steps before the run's end, or the run's beginning.
+    The newest such pair is used. Checkpoints of the best model are saved during validation, before the
+    callbacks between two steps have run: a replay can start from them but not be compared with them. Without
+    such a pair the replay starts from the newest checkpoint with enough steps before the end of the run, or
+    from the start of the run.
     """
-    whole = [one for one in list_checkpoints(run) if not verify(one.path)]
-    if not whole:
-        raise CheckpointError(f"{run} holds no whole checkpoint to replay from")
-    starts: list[FoundCheckpoint | None] = [*whole, None]
-    for own in [one for one in whole if not read_state(one.path).get("before_operations")]:
+    complete = [one for one in list_checkpoints(run) if not verify(one.path)]
+    if not complete:
+        raise CheckpointError(
+            f"{run} has no complete checkpoint to replay from; give the folder of a run that has saved one"
+        )
+    starts: list[FoundCheckpoint | None] = [*complete, None]
+    for own in [one for one in complete if not read_state(one.path).get("between_steps_pending")]:
         for start in starts:
             if 2 <= own.step - (start.step if start else 0) <= steps:
                 return start, own
-    return next((one for one in whole if one.step + steps <= _total_steps(one)), None), None
+    return next((one for one in complete if one.step + steps <= _total_steps(one)), None), None
 
 
 def _total_steps(one: FoundCheckpoint) -> int:
@@ -164,11 +187,12 @@ def _total_steps(one: FoundCheckpoint) -> int:
 
 
 def _train(build: BuildTrainer, start: Path | None, folder: Path, last: int) -> Path:
-    trainer = build(start, folder, [StopAt(last)])
+    trainer = build(start, folder, [StopAtStep(last)])
     result = trainer.train()
     if result.step != last:
         raise CheckpointError(
-            f"the replay ended at step {result.step} instead of {last} ({result.ended_by}); replay fewer steps"
+            f"the replay ended at step {result.step} instead of {last} ({result.ended_by}); "
+            "replay fewer steps"
         )
     return folder / FINAL_MODEL
 
@@ -180,9 +204,11 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 def _difference(one: Tensor, other: Tensor) -> str | None:
     if one.shape != other.shape or one.dtype != other.dtype:
-        return f"is {one.dtype} {tuple(one.shape)} in one, {other.dtype} {tuple(other.shape)} in the other"
+        first, second = (f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in (one, other))
+        return f"is {first} in the first, {second} in the second"
     as_bytes = [tensor.contiguous().flatten().view(torch.uint8) for tensor in (one, other)]
     if torch.equal(*as_bytes):
         return None
     distance = (one.double() - other.double()).abs()
-    return f"differs in {int((distance > 0).sum())} of {one.numel()} numbers, by {float(distance.max()):.3g} at most"
+    count, largest = int((distance > 0).sum()), float(distance.max())
+    return f"differs in {count} of {one.numel()} values, by at most {largest:.3g}"

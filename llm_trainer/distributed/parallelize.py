@@ -1,12 +1,12 @@
-"""The parallel plan, applied to a model in one place and one visible order; the model itself knows nothing of
-it.
+"""Applies the parallel plan to a model, in one place and one visible order.
 
-Matrices are cut first (matrices.py), then sequences (context.py), then come recomputation (a setting of the
-model), compilation, and the wrapper: replicas alone are DistributedDataParallel, shards are FSDP2's
-`fully_shard` (Zhao et al. 2023, arXiv:2304.11277) by block, and both together a mesh of replicas × shards.
-Compilation replaces functions inside the blocks (compilation.py), so it lies within either wrapper, whichever
-comes first. Gradients are summed over ranks, not averaged: the step has divided by the tokens of all ranks
-already, and a mean over ranks with unequal numbers of tokens would be another loss.
+The model itself does not depend on the plan. Matrices are sharded first (tensor_parallel.py), then sequences
+(context_parallel.py). Activation checkpointing, which is a setting of the model, and compilation follow. The
+wrapper comes last: replicas alone use DistributedDataParallel, shards use FSDP2's `fully_shard` (Zhao et al.
+2023, arXiv:2304.11277) block by block, and both together a mesh of replicas × shards. Compilation replaces
+functions inside the blocks (training/engines/compile.py), so it ends up inside either wrapper, whichever is
+applied first. Gradients are summed over ranks, not averaged: the step has already divided the loss by the
+tokens of all ranks, and a mean over ranks with unequal numbers of tokens would be another loss.
 """
 
 from __future__ import annotations
@@ -19,106 +19,114 @@ import torch
 from torch import Tensor, nn
 
 from llm_trainer.config.resolve.parallelism import ParallelPlan, check_shape
-from llm_trainer.distributed.context_parallel import share_over
-from llm_trainer.distributed.process_group import Ranks
-from llm_trainer.distributed.tensor_parallel import cut_matrices, gradients_in_parts, sum_over
-from llm_trainer.model.adapters.nf4 import fill
+from llm_trainer.distributed.context_parallel import build_sequence_shard
+from llm_trainer.distributed.process_group import ProcessGroup
+from llm_trainer.distributed.tensor_parallel import (
+    all_reduce_gradient,
+    apply_tensor_parallel,
+    partial_gradient_parameters,
+)
+from llm_trainer.model.adapters.nf4 import copy_into
 from llm_trainer.model.hf.checkpoint import load_weights
-from llm_trainer.training.objectives.objective import TrainingStep
+from llm_trainer.model.transformer import Transformer
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from torch.distributed import GradBucket, ProcessGroup  # type: ignore[attr-defined]  # public, and not in the stubs
+    import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
 
-class Shared(NamedTuple):
-    """A parameter that several ranks hold whole, each of which finds a part of its gradient: to be summed
-    over `group`.
-    """
+class PartialGradient(NamedTuple):
+    """A replicated parameter of whose gradient each rank computes a part, to be summed over `group`."""
 
     parameter: nn.Parameter
-    group: ProcessGroup
+    group: dist.ProcessGroup
 
 
-def shard(step: TrainingStep, ranks: Ranks) -> list[Shared]:
-    """Cut the model's weights over the ranks where the plan says so; optimizers are made after this, over
-    what each rank holds.
+def apply_parallelism(
+    model: Transformer, root: nn.Module, process_group: ProcessGroup
+) -> list[PartialGradient]:
+    """Shard a model over the ranks as the plan says. Build optimizers after this, over the sharded weights.
 
-    Returns the parameters whose gradients are to be summed over a group before the update.
+    Args:
+        model: The model, with the same full weights on all ranks.
+        root: The module whose forward pass runs the model; FSDP wraps it.
+        process_group: The ranks and their plan.
+
+    Returns:
+        The parameters whose gradients `all_reduce_partial_gradients` has to sum before the update.
+
+    Raises:
+        UsageError: The model's sizes do not divide by the plan's.
     """
-    plan = ranks.plan
-    check_shape(plan, step.model.config)
+    plan, device_type = process_group.plan, next(model.parameters()).device.type
+    check_shape(plan, model.config)
     if plan.tensor_parallel > 1:
-        cut_matrices(step.model, ranks.mesh(_kind(step))["tensor"])
+        apply_tensor_parallel(model, process_group.mesh(device_type)["tensor"])
     if plan.context_parallel > 1:
-        step.model.take_share(share_over(ranks.context_mesh(_kind(step))))
-    if is_fully_sharded(plan):
-        mesh = ranks.mesh(_kind(step))
-        shard_fully(
-            step.model.blocks, step, mesh["replicate", "shard"] if plan.data_parallel > 1 else mesh["shard"]
+        model.set_sequence_shard(build_sequence_shard(process_group.context_mesh(device_type)))
+    if uses_fsdp(plan):
+        mesh = process_group.mesh(device_type)
+        apply_fsdp(
+            model.blocks, root, mesh["replicate", "shard"] if plan.data_parallel > 1 else mesh["shard"]
         )
     if plan.tensor_parallel == 1:
         return []
-    group = ranks.mesh(_kind(step)).get_group("tensor")
-    return [Shared(parameter, group) for _, parameter in gradients_in_parts(step.model)]
+    group = process_group.mesh(device_type).get_group("tensor")
+    return [PartialGradient(parameter, group) for _, parameter in partial_gradient_parameters(model)]
 
 
-def is_fully_sharded(plan: ParallelPlan) -> bool:
-    """Replicas of a model whose matrices are cut are FSDP's too, with shards of one rank:
-    DistributedDataParallel takes whole models.
+def uses_fsdp(plan: ParallelPlan) -> bool:
+    """Whether the plan wraps the model with FSDP.
+
+    Replicas of a model with tensor or pipeline parallelism are wrapped with FSDP too, with shards of one
+    rank, because DistributedDataParallel takes unsharded models only.
     """
     return plan.shards > 1 or (plan.data_parallel > 1 and plan.tensor_parallel * plan.pipeline_parallel > 1)
 
 
-def shard_fully(blocks: Iterable[nn.Module], root: nn.Module, mesh: DeviceMesh) -> None:
-    """FSDP over `mesh`, block by block; what of `root` is in no block (embeddings, last norm, head) belongs
-    to the whole.
+def apply_fsdp(blocks: Iterable[nn.Module], root: nn.Module, mesh: DeviceMesh) -> None:
+    """Wrap each block with FSDP, then `root`, which owns everything outside the blocks.
+
+    Args:
+        blocks: The modules that are gathered one at a time.
+        root: The module that contains them; embeddings, final norm and head are sharded with it.
+        mesh: The shard dimension, or the replicate and shard dimensions.
     """
     from torch.distributed.fsdp import fully_shard
 
-    elsewhere = {parameter for parameter in root.parameters() if is_elsewhere(parameter)}
+    ignored = {parameter for parameter in root.parameters() if is_on_other_stage(parameter)}
     for module in (*blocks, root):
-        fully_shard(module, mesh=mesh, ignored_params=elsewhere or None)
+        fully_shard(module, mesh=mesh, ignored_params=ignored or None)
         sharded = cast("FSDPModule", module)
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
 
 
-def _kind(step: TrainingStep) -> str:
-    return next(step.model.parameters()).device.type
-
-
-def sum_shared(shared: Sequence[Shared]) -> None:
-    """Sum the gradients of shared parameters over their groups: once a step, after the last backward pass. A
-    collective call.
-    """
-    for parameter, group in shared:
+def all_reduce_partial_gradients(partial: Sequence[PartialGradient]) -> None:
+    """Sum the gradients over their groups, once per step after the last backward pass. A collective call."""
+    for parameter, group in partial:
         if parameter.grad is not None:
-            sum_over(group, parameter.grad)
+            all_reduce_gradient(group, parameter.grad)
 
 
-def replicate(step: TrainingStep, ranks: Ranks) -> nn.Module:
-    """The module to train: `step`, in DistributedDataParallel where there are whole replicas on several
-    ranks.
-    """
-    if ranks.plan.data_parallel == 1 or is_fully_sharded(ranks.plan):
-        return step
+def apply_ddp(root: nn.Module, process_group: ProcessGroup) -> nn.Module:
+    """Wrap `root` with DistributedDataParallel if the plan has unsharded replicas, else return it as is."""
+    if process_group.plan.data_parallel == 1 or uses_fsdp(process_group.plan):
+        return root
     from torch.nn.parallel import DistributedDataParallel
 
-    wrapped = DistributedDataParallel(
-        step, broadcast_buffers=False
-    )  # they are constants, and a forward pass sends nothing so
-    wrapped.register_comm_hook(
-        None, lambda _, bucket: _sum_bucket(bucket)
-    )  # no names of types, which DDP would compare
+    # The buffers are constants; not broadcasting them keeps the forward pass free of communication.
+    wrapped = DistributedDataParallel(root, broadcast_buffers=False)
+    # A lambda, because DDP compares the type annotations of a function with its own.
+    wrapped.register_comm_hook(None, lambda _, bucket: _sum_bucket(bucket))
     return wrapped
 
 
-def _sum_bucket(bucket: GradBucket) -> torch.futures.Future[Tensor]:
+def _sum_bucket(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """DDP's communication of a bucket of gradients, without its division by the number of ranks."""
     import torch.distributed as dist
 
@@ -129,9 +137,11 @@ def _sum_bucket(bucket: GradBucket) -> torch.futures.Future[Tensor]:
 
 
 @contextmanager
-def gradients_stay_here(module: nn.Module) -> Iterator[None]:
-    """Within, backward passes add to this rank's gradients and send nothing: every micro-batch of a step but
-    the last.
+def no_sync(module: nn.Module) -> Iterator[None]:
+    """Within the context, backward passes accumulate gradients on this rank and send nothing.
+
+    Used for every micro-batch of a step but the last. Works for DistributedDataParallel, FSDP and unwrapped
+    modules.
     """
     if hasattr(module, "no_sync"):
         with module.no_sync():  # type: ignore[operator]  # DistributedDataParallel's
@@ -145,55 +155,55 @@ def gradients_stay_here(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def free_gathered(module: nn.Module) -> None:
-    """After passes without gradients: let go of the whole weights that FSDP gathered, so that the model's
-    parameters are shards again.
-    """
-    for one in module.modules():
-        if hasattr(one, "reshard"):
-            cast("FSDPModule", one).reshard()
+def reshard_parameters(module: nn.Module) -> None:
+    """Free the full weights that FSDP gathered, after forward passes without a backward pass."""
+    for submodule in module.modules():
+        if hasattr(submodule, "reshard"):
+            cast("FSDPModule", submodule).reshard()
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor's whole value: gathered over the ranks (a collective call) where each holds a shard, else
-    itself.
-    """
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return the unsharded tensor; a collective call if it is a DTensor, else the tensor itself."""
     return cast("DTensor", tensor).full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def is_elsewhere(parameter: Tensor) -> bool:
-    """Whether another stage of a pipeline holds this parameter."""
+def is_on_other_stage(parameter: Tensor) -> bool:
+    """Whether another pipeline stage holds this parameter, which is then on the meta device here."""
     return parameter.device.type == "meta"
 
 
-def mesh_of(tensor: Tensor) -> DeviceMesh | None:
-    """The ranks over which a tensor is cut; None where it is whole."""
+def device_mesh_of(tensor: Tensor) -> DeviceMesh | None:
+    """Return the mesh over which a tensor is sharded; None if it is not a DTensor."""
     return getattr(tensor, "device_mesh", None)
 
 
-def placed_like(full: Tensor, held: Tensor) -> Tensor:
-    """`full`, known alike to all ranks, cut as `held` is cut; itself where that is whole."""
-    if not hasattr(held, "full_tensor"):
+def distribute_like(full: Tensor, sharded: Tensor) -> Tensor:
+    """Shard `full`, which is equal on all ranks, like another tensor, which may be unsharded."""
+    if not hasattr(sharded, "full_tensor"):
         return full
     from torch.distributed.tensor import distribute_tensor
 
-    sharded = cast("DTensor", held)
-    return distribute_tensor(full, sharded.device_mesh, sharded.placements, src_data_rank=None)
+    like = cast("DTensor", sharded)
+    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def assembled_like(local: Tensor, held: Tensor) -> Tensor:
-    """The tensor cut as `held` is, of which this rank has the piece `local`."""
-    from torch.distributed.tensor import DTensor as CutTensor
+def assemble_like(local: Tensor, sharded: Tensor) -> Tensor:
+    """Return the tensor sharded like another one, of which `local` is this rank's shard."""
+    from torch.distributed.tensor import DTensor
 
-    like = cast("DTensor", held)
-    return CutTensor.from_local(
+    like = cast("DTensor", sharded)
+    return DTensor.from_local(
         local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
 
 
-class Piece(NamedTuple):
-    """What one rank holds of a tensor, or all of it: the values, where the first of them stands in the whole,
-    and the whole's shape.
+class LocalShard(NamedTuple):
+    """What one rank holds of a tensor.
+
+    Attributes:
+        values: This rank's elements.
+        offsets: The position of the first of them in the full tensor, per dimension.
+        shape: The shape of the full tensor.
     """
 
     values: Tensor
@@ -201,57 +211,63 @@ class Piece(NamedTuple):
     shape: tuple[int, ...]
 
 
-def piece_of(tensor: Tensor) -> Piece:
-    """This rank's piece of a tensor: all of it where it is whole, nothing (no elements) where the rank got
-    none.
+def local_shard(tensor: Tensor) -> LocalShard:
+    """Return this rank's shard: all of an unsharded tensor, no elements if this rank has none.
 
-    A collective call only for tensors whose shards interleave (one dimension cut twice), which are gathered.
+    A collective call only for tensors whose shards interleave (one dimension sharded twice): those are
+    gathered.
     """
     if not hasattr(tensor, "full_tensor"):
-        return Piece(tensor, (0,) * tensor.ndim, tuple(tensor.shape))
-    from torch.distributed.tensor import Replicate, Shard
-
+        return LocalShard(tensor, (0,) * tensor.ndim, tuple(tensor.shape))
     sharded = cast("DTensor", tensor)
-    if not all(type(placement) in (Shard, Replicate) for placement in sharded.placements):
-        return piece_of(sharded.full_tensor())
-    chunk = cast("Any", sharded).__create_chunk_list__()[
-        0
-    ]  # what torch.distributed.checkpoint asks a tensor for
-    return Piece(sharded.to_local(), tuple(chunk.offsets), tuple(sharded.shape))
+    if not _has_plain_placements(sharded):
+        return local_shard(sharded.full_tensor())
+    # The method by which torch.distributed.checkpoint asks a tensor for its chunks.
+    chunk = cast("Any", sharded).__create_chunk_list__()[0]
+    return LocalShard(sharded.to_local(), tuple(chunk.offsets), tuple(sharded.shape))
 
 
-def is_first_holder(tensor: Tensor, rank: int) -> bool:
-    """Whether this rank is the one that writes its piece: rank 0 of what all hold, the first replica of what
-    is cut.
+def is_shard_writer(tensor: Tensor, rank: int) -> bool:
+    """Whether this rank writes its shard to a checkpoint, so that each shard is written once.
+
+    Rank 0 writes unsharded tensors, and the first replica the shards of the others.
     """
     if not hasattr(tensor, "full_tensor"):
         return rank == 0
-    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor import Replicate
 
     sharded = cast("DTensor", tensor)
-    if not all(type(placement) in (Shard, Replicate) for placement in sharded.placements):
+    if not _has_plain_placements(sharded):
         return rank == 0
-    place: Sequence[int] = sharded.device_mesh.get_coordinate() or []
+    coordinate: Sequence[int] = sharded.device_mesh.get_coordinate() or []
     return all(
-        at == 0
-        for at, placement in zip(place, sharded.placements, strict=True)
+        index == 0
+        for index, placement in zip(coordinate, sharded.placements, strict=True)
         if isinstance(placement, Replicate)
     )
 
 
+def _has_plain_placements(tensor: DTensor) -> bool:
+    """Whether the tensor's shards are contiguous chunks: each dimension is sharded at most once."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    return all(type(placement) in (Shard, Replicate) for placement in tensor.placements)
+
+
 def is_sharded(model: nn.Module) -> bool:
-    """Whether ranks hold shards of the model."""
+    """Whether any parameter of the model is sharded over ranks."""
     return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
 def load_model_weights(model: nn.Module, folder: Path) -> None:
-    """`load_weights`, also into a model that is cut over ranks: each rank reads one tensor after another and
-    keeps its part.
+    """Load the weights of a model folder, also into a sharded model.
+
+    Each rank reads one tensor after another and keeps its shard.
     """
 
-    def keep_part(parameter: nn.Parameter, tensor: Tensor) -> None:
-        if is_elsewhere(parameter):
+    def assign(parameter: nn.Parameter, tensor: Tensor) -> None:
+        if is_on_other_stage(parameter):
             return
-        fill(parameter, placed_like(tensor.to(parameter.device), parameter))
+        copy_into(parameter, distribute_like(tensor.to(parameter.device), parameter))
 
-    load_weights(model, folder, keep_part)
+    load_weights(model, folder, assign)

@@ -1,172 +1,252 @@
-"""Pipeline parallelism: the layers in stages, each on ranks of its own, and micro-batches that follow each
-other through them.
+"""Pipeline parallelism: layers are split into stages on different ranks, which micro-batches pass through.
 
 The schedules are torch's (GPipe, Huang et al. 2019, arXiv:1811.06965; 1F1B, Narayanan et al. 2019;
-interleaved, Narayanan et al. 2021, arXiv:2104.04473); a step's micro-batches are theirs. A stage is the model
-itself seen through a window: the same modules under the same names, with its own blocks only, and what other
-stages hold is on the meta device, so that it has names and shapes and takes no memory. The embedding of a
-model that ties it to the head is on the first and the last stage, which sum its gradients.
+interleaved, Narayanan et al. 2021, arXiv:2104.04473), and their micro-batches are those of a step. A stage
+is a shallow copy of the model: the same modules under the same names, but with the stage's own blocks only.
+What other stages hold is on the meta device, so that it keeps its names and shapes and takes no memory. If
+the embedding is tied to the head, it is on the first and the last stage, and its gradients are summed over
+the two.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from llm_trainer.config import UsageError
 from llm_trainer.config.resolve.parallelism import stages_of
-from llm_trainer.data.sampling.samplers import Batch
-from llm_trainer.distributed.process_group import Ranks
+from llm_trainer.data.sampling.batch import Batch
+from llm_trainer.distributed.dropout_seed import seed_dropout
+from llm_trainer.distributed.process_group import ProcessGroup
 from llm_trainer.model.transformer import Transformer
-from llm_trainer.training.engines.precision import Precision
-from llm_trainer.training.objectives.objective import LossSum, NextToken, seed_dropout
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    import torch.distributed as dist
 
-NOTHING_TRAINED = (
-    "a stage of the pipeline has nothing to train: all of its parameters are frozen; use fewer stages"
+NOTHING_TRAINABLE = (
+    "a pipeline stage has no trainable parameters, because all of its layers are frozen; "
+    "set pipeline_parallel to fewer stages"
 )
 
 
-def stage_bounds(layers: int, stages: int) -> list[tuple[int, int]]:
-    """First and last + 1 block of each stage: as equal as can be, the earlier ones, which hold no head,
-    longer.
+class HeadLoss(Protocol):
+    """The loss of the last stage: a training objective that is a function of the final hidden states."""
+
+    def from_hidden_states(self, model: Transformer, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sum of losses over supervised tokens and their number.
+
+        Args:
+            model: The model whose head is applied.
+            hidden: Hidden states after the final norm, (B, T, C).
+            labels: Target ids, (B, T).
+        """
+
+
+class StagePrecision(Protocol):
+    """Device and arithmetic of the forward passes: `training.engines.precision.Precision`."""
+
+    device: torch.device
+    scaler: torch.amp.GradScaler | None
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Return the context of a forward pass."""
+
+
+class DropoutSeeds(NamedTuple):
+    """What `seed_dropout` takes, but for the micro-batch."""
+
+    seed: int
+    step: int
+    rank: int
+
+
+def stage_bounds(num_layers: int, num_stages: int) -> list[tuple[int, int]]:
+    """Return the first and last + 1 block of each stage.
+
+    Stages are as equal as possible; the earlier ones, which do not have the head, get the extra blocks.
     """
-    return [(-(-layers * stage // stages), -(-layers * (stage + 1) // stages)) for stage in range(stages)]
+    return [
+        (-(-num_layers * stage // num_stages), -(-num_layers * (stage + 1) // num_stages))
+        for stage in range(num_stages)
+    ]
 
 
-class Stage(nn.Module):
-    """One stage: ids or hidden states in, hidden states out. `model` is the whole one, of which it runs its
-    own part: `blocks`, first and last + 1 (default: those of its place).
+class ModelStage(nn.Module):
+    """One stage of a pipeline: takes ids or hidden states and returns hidden states.
+
+    Args:
+        model: The full model.
+        number: The stage, counted from 0.
+        num_stages: The number of stages.
+        blocks: The first and last + 1 block of the stage; by default those of `stage_bounds`.
     """
 
     def __init__(
-        self, model: Transformer, number: int, count: int, blocks: tuple[int, int] | None = None
+        self, model: Transformer, number: int, num_stages: int, blocks: tuple[int, int] | None = None
     ) -> None:
         super().__init__()
-        self.number, self.is_first, self.is_last = number, number == 0, number == count - 1
-        first, last = blocks or stage_bounds(model.config.num_hidden_layers, count)[number]
-        self.window = copy.copy(model)
-        self.window._modules = dict(model._modules)
-        self.window.blocks = nn.ModuleList(model.blocks[first:last])
+        self.number, self.is_first, self.is_last = number, number == 0, number == num_stages - 1
+        first, last = blocks or stage_bounds(model.config.num_hidden_layers, num_stages)[number]
+        self.submodel = copy.copy(model)
+        self.submodel._modules = dict(model._modules)
+        self.submodel.blocks = nn.ModuleList(model.blocks[first:last])
         if not self.is_first:
-            self.window.embed = lambda hidden, *places: hidden  # type: ignore[method-assign]
+            self.submodel.embed = lambda hidden, *positions: hidden  # type: ignore[method-assign]
         if not self.is_last:
-            self.window.ln_f = nn.Identity()
-        self.precision: Precision | None = None
-        self.seeds: tuple[int, int, int] | None = None  # seed, step, rank: of dropout
-        self._passes = 0
+            self.submodel.ln_f = nn.Identity()
+        self.precision: StagePrecision | None = None
+        self.dropout_seeds: DropoutSeeds | None = None
+        self._num_passes = 0
 
     def forward(self, x: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        """ids (B, T) or hidden states (B, T, C) → hidden states (B, T, C)."""
-        assert self.precision is not None
-        if self.seeds is not None and self.training:
-            seed, step, rank = self.seeds
-            seed_dropout(seed, step, self._passes, rank, self.precision.device)
-        self._passes += 1
-        with self.precision.autocast():
-            return self.window.hidden_states(x, document_ids=document_ids)
+        """Run the stage's blocks.
 
-    def begin_step(self, precision: Precision, seeds: tuple[int, int, int] | None) -> None:
-        """Before the first micro-batch of a step."""
-        self.precision, self.seeds, self._passes = precision, seeds, 0
+        Args:
+            x: Ids (B, T) on the first stage, hidden states (B, T, C) on the others.
+            document_ids: (B, T), for packed rows.
+
+        Returns:
+            Hidden states (B, T, C).
+        """
+        assert self.precision is not None
+        if self.dropout_seeds is not None and self.training:
+            seed, step, rank = self.dropout_seeds
+            seed_dropout(seed, step, self._num_passes, rank, self.precision.device)
+        self._num_passes += 1
+        with self.precision.autocast():
+            return self.submodel.hidden_states(x, document_ids=document_ids)
+
+    def begin_step(self, precision: StagePrecision, dropout_seeds: DropoutSeeds | None) -> None:
+        """Prepare for the first micro-batch of a step; without seeds dropout is not seeded."""
+        self.precision, self.dropout_seeds, self._num_passes = precision, dropout_seeds, 0
 
 
 class Pipeline(nn.Module):
-    """This rank's stages of `model`, whose other parts go to the meta device. Raises UsageError for what
-    cannot be cut into stages.
+    """This rank's stages of a model; the rest of the model is moved to the meta device.
+
+    Args:
+        model: The full model.
+        objective: The loss on the last stage.
+        process_group: The ranks and their plan.
+        schedule: "gpipe", "1f1b" or "interleaved".
+        device: Where the stages run.
+
+    Raises:
+        UsageError: The model cannot be split into stages.
     """
 
     def __init__(
-        self, model: Transformer, objective: NextToken, ranks: Ranks, schedule: str, device: torch.device
+        self,
+        model: Transformer,
+        objective: HeadLoss,
+        process_group: ProcessGroup,
+        schedule: str,
+        device: torch.device,
     ) -> None:
         super().__init__()
-        plan = ranks.plan
+        plan = process_group.plan
         self.objective = objective
-        self.schedule, self.device, self.width = schedule, device, model.config.hidden_size
-        self.count = stages_of(schedule, plan.pipeline_parallel)
+        self.schedule, self.device, self.hidden_size = schedule, device, model.config.hidden_size
+        self.num_stages = stages_of(schedule, plan.pipeline_parallel)
         if model.config.has_adapters:
             raise UsageError(
-                "adapters do not go with a pipeline, where the ends of a model are on different ranks; use fsdp with them"
+                "adapters are not supported with pipeline_parallel, which puts the ends of the model "
+                "on different ranks; use fsdp instead"
             )
-        self.place = plan.stage(ranks.rank)
-        self.size = plan.pipeline_parallel
+        self.pipeline_rank = plan.stage(process_group.rank)
+        self.num_ranks = plan.pipeline_parallel
         self.stages = nn.ModuleList(
-            Stage(model, number, self.count) for number in range(self.place, self.count, self.size)
+            ModelStage(model, number, self.num_stages)
+            for number in range(self.pipeline_rank, self.num_stages, self.num_ranks)
         )
-        leave_to_others(model, [cast(Stage, stage) for stage in self.stages])
-        self.group: ProcessGroup = ranks.mesh(device.type).get_group("pipeline")
+        drop_other_stages(model, [cast(ModelStage, stage) for stage in self.stages])
+        self.group: dist.ProcessGroup = process_group.mesh(device.type).get_group("pipeline")
         self._schedules: dict[tuple[int, tuple[int, ...]], Any] = {}
-        self.precision: Precision | None = None
+        self.precision: StagePrecision | None = None
 
-    def forward(self, batch: Batch) -> LossSum:
-        """The objective on one batch, without gradients; on ranks that do not hold the last stage the sums
-        are 0. A collective call.
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Evaluate one batch without gradients. A collective call.
+
+        Returns:
+            The sum of losses and the number of supervised tokens; 0 on ranks without the last stage.
         """
         import torch.distributed as dist
 
         assert self.precision is not None
-        x, shape = batch.input_ids, (*batch.input_ids.shape, self.width)
+        x, shape = batch.input_ids, (*batch.input_ids.shape, self.hidden_size)
         total, tokens = (
             torch.zeros((), device=self.device),
             torch.zeros((), dtype=torch.int64, device=self.device),
         )
-        for number in range(self.count):
-            if number % self.size != self.place:
+        for number in range(self.num_stages):
+            if number % self.num_ranks != self.pipeline_rank:
                 continue
-            stage = cast(Stage, self.stages[number // self.size])
+            stage = cast(ModelStage, self.stages[number // self.num_ranks])
             stage.begin_step(self.precision, None)
-            if not stage.is_first and self.size > 1:
+            if not stage.is_first and self.num_ranks > 1:
                 x = torch.empty(shape, device=self.device)
-                dist.recv(x, group=self.group, group_src=(number - 1) % self.size)
+                dist.recv(x, group=self.group, group_src=(number - 1) % self.num_ranks)
             x = stage(x, batch.document_ids)
-            if not stage.is_last and self.size > 1:
-                dist.send(x.float().contiguous(), group=self.group, group_dst=(number + 1) % self.size)
+            if not stage.is_last and self.num_ranks > 1:
+                dist.send(x.float().contiguous(), group=self.group, group_dst=(number + 1) % self.num_ranks)
             elif stage.is_last:
                 with self.precision.autocast():
-                    total, tokens = self.objective.of_hidden(stage.window, x, batch.labels)
-        return LossSum(total, tokens)
+                    total, tokens = self.objective.from_hidden_states(stage.submodel, x, batch.labels)
+        return total, tokens
 
     def forward_backward(
-        self, batches: Sequence[Batch], tokens: int, precision: Precision, seeds: tuple[int, int, int] | None
+        self,
+        batches: Sequence[Batch],
+        tokens: int,
+        precision: StagePrecision,
+        dropout_seeds: DropoutSeeds | None,
     ) -> Tensor:
-        """Add this step's gradients; the mean loss over `tokens`, which is 0 where the last stage is not. A
-        collective call.
+        """Run a step's micro-batches through the schedule and accumulate gradients. A collective call.
+
+        Args:
+            batches: The micro-batches.
+            tokens: The supervised tokens of the step over all ranks, by which the loss is divided.
+            precision: Device and arithmetic.
+            dropout_seeds: None for a model without dropout.
+
+        Returns:
+            The mean loss, a scalar; 0 on ranks without the last stage.
         """
         losses: list[Tensor] = []
 
         def loss_of(hidden: Tensor, labels: Tensor) -> Tensor:
-            window = cast(Stage, self.stages[-1]).window
+            submodel = cast(ModelStage, self.stages[-1]).submodel
             with precision.autocast():
-                total = self.objective.of_hidden(window, hidden, labels).total / max(tokens, 1)
-            losses.append(total.detach())
-            return total if precision.scaler is None else precision.scaler.scale(total)
+                loss_sum, _ = self.objective.from_hidden_states(submodel, hidden, labels)
+                mean = loss_sum / max(tokens, 1)
+            losses.append(mean.detach())
+            return mean if precision.scaler is None else precision.scaler.scale(mean)
 
         for stage in self.stages:
-            cast(Stage, stage).begin_step(precision, seeds)
+            cast(ModelStage, stage).begin_step(precision, dropout_seeds)
         ids, labels = (
             torch.cat([getattr(batch.to(self.device), name) for batch in batches])
             for name in ("input_ids", "labels")
         )
         documents = [batch.document_ids for batch in batches]
-        given = (
+        kwargs = (
             {"document_ids": torch.cat([one.to(self.device) for one in documents if one is not None])}
             if documents[0] is not None
             else {}
         )
         schedule = self._schedule(len(batches), tuple(batches[0].input_ids.shape))
         schedule._loss_fn = loss_of
-        first = (ids,) if self.place == 0 else ()
+        inputs = (ids,) if self.pipeline_rank == 0 else ()
         schedule.step(
-            *first,
+            *inputs,
             target=labels if any(stage.is_last for stage in self.stages) else None,
             return_outputs=False,
-            **given,
+            **kwargs,
         )
         return torch.stack(losses).sum() if losses else torch.zeros((), device=self.device)
 
@@ -180,34 +260,33 @@ class Pipeline(nn.Module):
         )
 
         if (micro_batches, shape) not in self._schedules:
-            hidden = torch.empty(*shape, self.width, device="meta", requires_grad=True)
+            hidden = torch.empty(*shape, self.hidden_size, device="meta", requires_grad=True)
             ids = torch.empty(shape, dtype=torch.int64, device="meta")
-            staged = [
+            stages = [
                 PipelineStage(
                     stage,
                     stage.number,
-                    self.count,
+                    self.num_stages,
                     self.device,
                     ids if stage.is_first else hidden,
                     hidden,
                     group=self.group,
                 )
-                for stage in map(cast, [Stage] * len(self.stages), self.stages)
+                for stage in map(cast, [ModelStage] * len(self.stages), self.stages)
             ]
             kinds = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B, "interleaved": ScheduleInterleaved1F1B}
-            given = staged if self.schedule == "interleaved" else staged[0]
-            made = kinds[self.schedule](
-                given, micro_batches, loss_fn=lambda output, target: output.sum(), scale_grads=False
+            own = stages if self.schedule == "interleaved" else stages[0]
+            self._schedules[micro_batches, shape] = kinds[self.schedule](
+                own, micro_batches, loss_fn=lambda output, target: output.sum(), scale_grads=False
             )
-            self._schedules[micro_batches, shape] = made
         return self._schedules[micro_batches, shape]
 
 
-def leave_to_others(model: Transformer, own: Sequence[Stage]) -> None:
-    """Put on the meta device what none of these stages runs."""
-    held = {id(block) for stage in own for block in stage.window.blocks}
+def drop_other_stages(model: Transformer, own: Sequence[ModelStage]) -> None:
+    """Move to the meta device what none of these stages runs."""
+    kept = {id(block) for stage in own for block in stage.submodel.blocks}
     for block in model.blocks:
-        if id(block) not in held:
+        if id(block) not in kept:
             _to_meta(block)
     is_first, is_last = any(stage.is_first for stage in own), any(stage.is_last for stage in own)
     is_tied = model.lm_head.weight is model.wte.weight
@@ -225,9 +304,9 @@ def leave_to_others(model: Transformer, own: Sequence[Stage]) -> None:
 
 
 def _to_meta(module: nn.Module) -> None:
-    for part in module.modules():
-        for name, parameter in list(part._parameters.items()):
+    for submodule in module.modules():
+        for name, parameter in list(submodule._parameters.items()):
             if parameter is not None:
-                part._parameters[name] = nn.Parameter(
+                submodule._parameters[name] = nn.Parameter(
                     torch.empty_like(parameter, device="meta"), parameter.requires_grad
                 )

@@ -1,13 +1,13 @@
-"""How well a model predicts a text: loss, perplexity, bits per byte.
+"""Measures how well a model predicts a text: loss, perplexity and bits per byte.
 
-Every token of the text is scored exactly once, and the first too: it is predicted from the token that begins
-a text, where the tokenizer has one. The text is cut into windows of the model's context. By default windows
-do not overlap, as in validation, so a token has on average half a context to look back on; with `stride`
-below the context each window scores its last `stride` tokens only and gives them at least context − stride
-tokens to look back on, which costs context / stride times as much and gives the lower loss. State which, when
-comparing. Bits per byte compare models with different tokenizers; loss and perplexity do not.
+Every token of the text is scored exactly once. The first one is predicted from the beginning-of-sequence
+token, if the tokenizer has one. The text is split into windows of the model's context. By default windows do
+not overlap, as in validation, so a token has on average half a context before it. With a `stride` below the
+context, each window scores only its last `stride` tokens, which then have at least context − stride tokens
+before them. This costs context / stride times as much and gives a lower loss, so a comparison should state
+which was used. Bits per byte compare models with different tokenizers; loss and perplexity do not.
 
-Sums are added over all windows and divided once: the batch size does not change the result
+Losses are summed over all windows and divided once, so the batch size does not change the result
 (transformers#39241, mlx-lm#1855).
 """
 
@@ -21,9 +21,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llm_trainer.data.prepared_dataset import open_prepared, require_vocabulary
+from llm_trainer.data.prepared_dataset import check_vocabulary, open_prepared_dataset
+from llm_trainer.data.sampling.batch import IGNORE_INDEX, Batch
 from llm_trainer.data.sampling.packing import Packing
-from llm_trainer.data.sampling.samplers import Batch, validation_row_count
+from llm_trainer.data.sampling.samplers import validation_row_count
 from llm_trainer.data.token_shards import TokenDataset
 from llm_trainer.errors import DataError, UsageError
 from llm_trainer.inference.engine import LanguageModel
@@ -31,17 +32,20 @@ from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.engines.validation import ValidationResult, validate
 from llm_trainer.training.objectives.objective import NextToken
 
-IGNORED = -100
-Progress = Callable[[int, int], None]  # windows done, windows in all
+Progress = Callable[[int, int], None]  # windows done, windows in total
 
 
 @dataclass(frozen=True)
 class Window:
-    """Positions `begin:end` of the stream are read, and the tokens after positions `scored_from:end` are
-    scored.
+    """A window over the tokens of a text.
+
+    Attributes:
+        start: The first position of the model's input.
+        end: The last position of the input, + 1.
+        scored_from: The tokens that follow the positions `scored_from:end` are scored.
     """
 
-    begin: int
+    start: int
     end: int
     scored_from: int
 
@@ -54,7 +58,20 @@ def evaluate_source(
     stride: int | None = None,
     on_progress: Progress | None = None,
 ) -> ValidationResult:
-    """Loss on a text file, or on a prepared folder's test split (without one, its validation split)."""
+    """Evaluate a model on a text file, or on a split of a prepared folder.
+
+    Args:
+        model: The model and its tokenizer.
+        source: A UTF-8 text file, or a prepared folder, whose test split is used, or its validation split if
+            there is no test split.
+        batch_size: Windows per forward pass.
+        stride: Scored tokens per window; None for windows that do not overlap.
+        on_progress: Called with the windows done and their number.
+
+    Raises:
+        DataError: The source cannot be read or does not fit the model.
+        UsageError: The stride is above the context.
+    """
     if Path(source).is_dir():
         return evaluate_prepared(model, source, batch_size=batch_size, stride=stride, on_progress=on_progress)
     return evaluate_text(
@@ -70,26 +87,28 @@ def evaluate_text(
     stride: int | None = None,
     on_progress: Progress | None = None,
 ) -> ValidationResult:
-    """Loss in nats a token, perplexity and bits per byte of `text`.
+    """Evaluate a model on a text: loss in nats per token, perplexity and bits per byte.
 
-    Raises DataError where there is nothing to predict or the tokenizer lacks a character, UsageError for a
-    stride above the context.
+    The arguments are those of `evaluate_source`.
+
+    Raises:
+        DataError: The text has no token to predict, or a character that the tokenizer does not know.
+        UsageError: The stride is above the context, or the model has no tokenizer.
     """
     if model.tokenizer is None:
         raise UsageError(
-            "a text can be scored only by a model with a tokenizer; load a folder that holds tokenizer.json"
+            "the model has no tokenizer, so it cannot score a text; load a folder with tokenizer.json"
         )
     tokenizer = model.tokenizer
     start = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
     ids = ([] if start is None else [start]) + tokenizer.encode(text)
     if len(ids) < 2:
-        raise DataError("the text has no token to predict; give a longer one")
+        raise DataError("the text has no token to predict; use a longer text")
     stream = TokenDataset.from_ids(ids, vocab_size=tokenizer.vocab_size, tokenizer_hash=tokenizer.hash)
-    total, count = score(
+    total, count = sum_token_losses(
         model.model, stream, model.context, batch_size, stride=stride, on_progress=on_progress
     )
-    # Without a token that begins a text the first one is given, not predicted, so its bytes do not count
-    # either.
+    # Without a beginning-of-sequence token the first token is not predicted, so its bytes do not count.
     scored_bytes = len(text.encode("utf-8")) - (
         0 if start is not None else len(tokenizer.token_bytes(ids[0]))
     )
@@ -105,23 +124,36 @@ def evaluate_prepared(
     stride: int | None = None,
     on_progress: Progress | None = None,
 ) -> ValidationResult:
-    """Loss on a split of a prepared folder; none named: test, else validation.
+    """Evaluate a model on a split of a prepared folder.
 
-    Without a stride it is computed by training's own `validate`, in rows packed as the folder says, and is
-    the same number. Raises DataError where the split is missing or its ids are another tokenizer's.
+    Without a stride this is training's own `validate`, with rows packed as the folder says, and gives the
+    same loss.
+
+    Args:
+        model: The model.
+        folder: The prepared folder.
+        split: "train", "validation" or "test"; None for the test split, or the validation split if there is
+            no test split.
+        batch_size: Windows per forward pass.
+        stride: Scored tokens per window; None for windows that do not overlap.
+        on_progress: Called with the windows done and their number.
+
+    Raises:
+        DataError: The split is missing, or the folder was prepared with another tokenizer.
+        UsageError: The stride is above the context, or the split is unknown.
     """
     tokens, packing = _split(folder, split)
-    require_vocabulary(tokens, model.model.config.vocab_size)
+    check_vocabulary(tokens, model.model.config.vocab_size)
     if model.tokenizer is not None and tokens.tokenizer_hash != model.tokenizer.hash:
         raise DataError(
-            f"the data in {folder} was made with another tokenizer than the model's; "
-            "prepare it with the model's tokenizer, or give the text itself"
+            f"{folder} was prepared with another tokenizer than the model's; "
+            "prepare the data with the model's tokenizer, or evaluate on a text file"
         )
     if stride is None or stride == model.context:
         batches = math.ceil(validation_row_count(tokens, model.context, packing) / batch_size)
-        told = None if on_progress is None else (lambda done: on_progress(done, batches))
-        return validate(model.model, tokens, model.context, batch_size, packing=packing, on_batch=told)
-    total, count = score(
+        on_batch = None if on_progress is None else (lambda done: on_progress(done, batches))
+        return validate(model.model, tokens, model.context, batch_size, packing=packing, on_batch=on_batch)
+    total, count = sum_token_losses(
         model.model, tokens, model.context, batch_size, stride=stride, on_progress=on_progress
     )
     scored_bytes = None if tokens.num_bytes is None else tokens.num_bytes * count / tokens.num_tokens
@@ -129,7 +161,7 @@ def evaluate_prepared(
 
 
 @torch.inference_mode()
-def score(
+def sum_token_losses(
     model: Transformer,
     tokens: TokenDataset,
     context: int,
@@ -138,97 +170,118 @@ def score(
     stride: int | None = None,
     on_progress: Progress | None = None,
 ) -> tuple[float, int]:
-    """Sum of losses in nats, and the number of tokens predicted: all of the stream but its first."""
+    """Sum the losses of all tokens but the first.
+
+    Args:
+        model: The model.
+        tokens: The tokens to predict.
+        context: Positions per window.
+        batch_size: Windows per forward pass.
+        stride: Scored tokens per window; None for windows that do not overlap.
+        on_progress: Called with the windows done and their number.
+
+    Returns:
+        The sum of losses in nats, and the number of scored tokens.
+    """
     if batch_size < 1:
-        raise UsageError(f"batch_size {batch_size} is below 1")
-    spans = list(windows_over(tokens.num_tokens - 1, context, stride))
+        raise UsageError(f"invalid batch_size: {batch_size} is below 1")
+    windows = list(scoring_windows(tokens.num_tokens - 1, context, stride))
     objective, device = NextToken(), model.wte.weight.device
     total, count = 0.0, 0
-    for first in range(0, len(spans), batch_size):
-        part = spans[first : first + batch_size]
-        loss = objective(model, _batch(tokens, part).to(device))
+    for first in range(0, len(windows), batch_size):
+        batch_windows = windows[first : first + batch_size]
+        loss = objective(model, _batch(tokens, batch_windows).to(device))
         total += float(loss.total)
         count += int(loss.tokens)
         if on_progress is not None:
-            on_progress(first + len(part), len(spans))
+            on_progress(first + len(batch_windows), len(windows))
     return total, count
 
 
-def windows_over(predicted: int, context: int, stride: int | None = None) -> Iterator[Window]:
-    """Windows of at most `context` positions that score each of `predicted` tokens once."""
+def scoring_windows(num_predicted: int, context: int, stride: int | None = None) -> Iterator[Window]:
+    """Yield windows of at most `context` positions that score each of `num_predicted` tokens once."""
     step = context if stride is None else stride
     if not 1 <= step <= context:
         raise UsageError(
-            f"stride {step} is not between 1 and the context of {context}; tokens between windows would go unscored"
+            f"invalid stride: {step} is not in [1, {context}], the model's context; "
+            "a larger stride would leave tokens between windows unscored"
         )
     scored = 0
-    for begin in range(0, predicted, step):
-        end = min(begin + context, predicted)
-        yield Window(begin, end, scored)
+    for start in range(0, num_predicted, step):
+        end = min(start + context, num_predicted)
+        yield Window(start, end, scored)
         scored = end
-        if end == predicted:
+        if end == num_predicted:
             return
 
 
 def read_text(path: str | Path) -> str:
-    """A utf-8 text file; raises DataError where it is missing, empty or something else."""
+    """Read a UTF-8 text file.
+
+    Raises:
+        DataError: The file is missing, empty or not UTF-8.
+    """
     file = Path(path)
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{file} is not utf-8 text (byte {error.start}); convert it, for example with iconv"
+            f"{file} is not UTF-8 text (invalid byte at {error.start}); convert it, for example with iconv"
         ) from error
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror or error}") from error
     if not text:
-        raise DataError(f"{file} is empty; give a text to score")
+        raise DataError(f"{file} is empty; use a file with text")
     return text
 
 
-def _batch(tokens: TokenDataset, spans: list[Window]) -> Batch:
-    """One row a window, padded on the right with ids that nobody sees and nobody scores."""
-    width = max(span.end - span.begin for span in spans)
-    inputs = np.zeros((len(spans), width), dtype=np.int64)
-    labels = np.full((len(spans), width), IGNORED, dtype=np.int64)
-    begins = np.zeros((len(spans), width), dtype=np.int64)
-    for row, span in enumerate(spans):
-        size, scored = span.end - span.begin, span.scored_from - span.begin
-        ids = tokens.read(span.begin, size + 1)
+def _batch(tokens: TokenDataset, windows: list[Window]) -> Batch:
+    """One row per window, padded on the right with ids that are neither attended to nor scored."""
+    width = max(window.end - window.start for window in windows)
+    inputs = np.zeros((len(windows), width), dtype=np.int64)
+    labels = np.full((len(windows), width), IGNORE_INDEX, dtype=np.int64)
+    starts = np.zeros((len(windows), width), dtype=np.int64)
+    for row, window in enumerate(windows):
+        size, scored = window.end - window.start, window.scored_from - window.start
+        ids = tokens.read(window.start, size + 1)
         inputs[row, :size] = ids[:-1]
         labels[row, scored:size] = ids[1 + scored :]
-        _part_documents(tokens, span, labels[row], begins[row])
-    documents = torch.from_numpy(begins.cumsum(axis=1)) if tokens.num_documents > 1 else None
+        _separate_documents(tokens, window, labels[row], starts[row])
+    documents = torch.from_numpy(starts.cumsum(axis=1)) if tokens.num_documents > 1 else None
     return Batch(
-        torch.from_numpy(inputs), torch.from_numpy(labels), documents, int((labels != IGNORED).sum())
+        torch.from_numpy(inputs), torch.from_numpy(labels), documents, int((labels != IGNORE_INDEX).sum())
     )
 
 
-def _part_documents(tokens: TokenDataset, span: Window, labels: np.ndarray, begins: np.ndarray) -> None:
-    """Mark where documents begin as training does: at the end token before each; where there is none, its
-    first id is not predicted.
+def _separate_documents(tokens: TokenDataset, window: Window, labels: np.ndarray, starts: np.ndarray) -> None:
+    """Mark the starts of documents as training does: at the end-of-text token before each.
+
+    Without end-of-text tokens the first id of a document is not predicted.
     """
     if tokens.num_documents < 2:
         return
-    size = span.end - span.begin
-    places = tokens.document_starts_in(span.begin + 1, size)  # where the *label* is a document's first id
-    if tokens.end_id is not None:
-        begins[places] = 1
+    size = window.end - window.start
+    first_ids = tokens.document_starts_in(
+        window.start + 1, size
+    )  # where the *label* is a document's first id
+    if tokens.eos_id is not None:
+        starts[first_ids] = 1
     else:
-        labels[places] = IGNORED
-        begins[places[places < size - 1] + 1] = 1
-    begins[0] = 0
+        labels[first_ids] = IGNORE_INDEX
+        starts[first_ids[first_ids < size - 1] + 1] = 1
+    starts[0] = 0
 
 
 def _split(folder: str | Path, split: str | None) -> tuple[TokenDataset, Packing]:
-    data = open_prepared(folder)
+    data = open_prepared_dataset(folder)
     named = {"train": data.train, "validation": data.validation, "val": data.validation, "test": data.test}
     if split is not None and split not in named:
-        raise UsageError(f"split {split!r} is unknown; give train, validation or test")
+        raise UsageError(f"invalid split: {split!r}; choose train, validation or test")
     tokens = (data.test or data.validation) if split is None else named[split]
     if tokens is None:
         raise DataError(
-            f"{folder} has no {split or 'test or validation'} split; prepare it with a share for it, or give a text file"
+            f"{folder} has no {split or 'test or validation'} split; "
+            "prepare the data with a fraction for it, or evaluate on a text file"
         )
     return tokens, data.packing
 

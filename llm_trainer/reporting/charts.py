@@ -1,8 +1,7 @@
-"""Line charts as inline SVG: no library, no network, sharp on paper and on any screen, coloured by the page's
-own CSS variables.
+"""Line charts as inline SVG, without a library and without network access.
 
-A plotting library would add a dependency of tens of megabytes, or a script from a server, to draw four
-polylines.
+They are sharp on paper and on any screen, and coloured by the page's own CSS variables. A plotting library
+would add a dependency of tens of megabytes, or a script from a server, to draw four polylines.
 """
 
 from __future__ import annotations
@@ -24,8 +23,14 @@ Points = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Series:
-    """One line: its label, a colour's number (1 to 4 in the page's palette), points (x, y) by rising x;
-    `faint` draws it as a backdrop.
+    """One line of a chart.
+
+    Attributes:
+        label: Its name in the legend.
+        colour: Its number in the page's palette, 1 to 4.
+        points: (x, y), in the order of x.
+        faint: Draw it as a background, without values under the pointer.
+        dots: Draw a dot at each point.
     """
 
     label: str
@@ -37,10 +42,17 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """A titled chart, drawn for `width` pixels (its text is that of the page then).
+    """A chart with a title.
 
-    `clip_top` cuts the axis at this quantile of all values, so that a steep start does not flatten the rest. `marks` are steps with what
-    happened there: upright lines whose text shows under the pointer.
+    Attributes:
+        title: The title.
+        unit: The unit of the values, shown under the pointer.
+        width: The width in pixels, at which text has the size of the page's text.
+        series: The lines.
+        clip_top: The axis ends at this quantile of all values, so that a steep start does not flatten the
+            rest.
+        from_zero: Start the vertical axis at 0.
+        marks: (step, text) of events: vertical lines whose text shows under the pointer.
     """
 
     title: str
@@ -52,10 +64,8 @@ class Chart:
     marks: Sequence[tuple[float, str]] = ()
 
 
-def thin(points: Points, limit: int = MAX_POINTS) -> Points:
-    """At most about `limit` points; of each bucket its lowest and highest are kept, so that spikes stay
-    visible.
-    """
+def downsample(points: Points, limit: int = MAX_POINTS) -> Points:
+    """Reduce points to about `limit`: the lowest and highest of each bucket, so that spikes stay visible."""
     finite = [point for point in points if math.isfinite(point[1])]
     if len(finite) <= limit:
         return finite
@@ -67,13 +77,14 @@ def thin(points: Points, limit: int = MAX_POINTS) -> Points:
     return kept
 
 
-def smooth(points: Points, share: float = 0.03) -> Points:
-    """The mean over a centred window of this share of all points, narrower at both ends; unlike a running
-    average it does not lag.
+def smooth(points: Points, fraction: float = 0.03) -> Points:
+    """Return the mean over a centred window of a fraction of all points, narrower at both ends.
+
+    Unlike a running average it does not lag.
     """
     finite = [point for point in points if math.isfinite(point[1])]
     sums = [0.0, *itertools.accumulate(y for _, y in finite)]
-    half = int(share * len(finite) / 2)
+    half = int(fraction * len(finite) / 2)
     smoothed = []
     for number, (x, _) in enumerate(finite):
         reach = min(half, number, len(finite) - 1 - number)
@@ -81,8 +92,8 @@ def smooth(points: Points, share: float = 0.03) -> Points:
     return smoothed
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten) that span [low, high]."""
+def axis_ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Return about `count` round numbers (multiples of 1, 2 or 5 times a power of ten) in [low, high]."""
     if high <= low:
         return [low]
     rough = (high - low) / count
@@ -92,8 +103,8 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [number * step for number in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def short(number: float) -> str:
-    """1234567 → 1.23M, 0.0003 → 3e-4; for axes and tables."""
+def format_number(number: float) -> str:
+    """Format a number briefly for axes and tables: 1234567 → 1.23M, 0.0003 → 3e-4."""
     size = abs(number)
     for scale, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if size >= scale * 0.9995:
@@ -104,9 +115,9 @@ def short(number: float) -> str:
     return f"{number:.4g}"
 
 
-def draw(chart: Chart) -> str:
-    """The chart as a `<figure>`; empty when no series has a finite point."""
-    lines = [(series, thin(series.points)) for series in chart.series]
+def render_chart(chart: Chart) -> str:
+    """Return a chart as an HTML `<figure>`; empty if no series has a finite point."""
+    lines = [(series, downsample(series.points)) for series in chart.series]
     lines = [(series, points) for series, points in lines if points]
     if not lines:
         return ""
@@ -123,7 +134,7 @@ def draw(chart: Chart) -> str:
         *(
             shape
             for series, points in lines
-            for shape in _line(series, [plot.place(*point) for point in points], name)
+            for shape in _line(series, [plot.to_pixels(*point) for point in points], name)
         ),
     ]
     inside = (
@@ -135,9 +146,12 @@ def draw(chart: Chart) -> str:
         for series, _ in lines
     )
     return (
-        f'<figure class="chart" data-chart="{_payload(chart, plot, lines)}"><figcaption><b>{escape(chart.title)}</b> {legend}</figcaption>'
-        f'<svg viewBox="0 0 {chart.width} {HEIGHT}" role="img" aria-label="{escape(chart.title, quote=True)}">{clip}{"".join(shapes)}'
-        f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" visibility="hidden"/></svg><div class="tip" hidden></div></figure>'
+        f'<figure class="chart" data-chart="{_payload(chart, plot, lines)}">'
+        f"<figcaption><b>{escape(chart.title)}</b> {legend}</figcaption>"
+        f'<svg viewBox="0 0 {chart.width} {HEIGHT}" role="img" '
+        f'aria-label="{escape(chart.title, quote=True)}">{clip}{"".join(shapes)}'
+        f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" visibility="hidden"/></svg>'
+        '<div class="tip" hidden></div></figure>'
     )
 
 
@@ -153,15 +167,15 @@ class _Plot:
     def right_edge(self) -> int:
         return self.width - RIGHT
 
-    def place(self, x: float, y: float) -> tuple[float, float]:
-        """A point's pixels, from the upper left."""
+    def to_pixels(self, x: float, y: float) -> tuple[float, float]:
+        """The pixels of a point, from the upper left."""
         (left, right), (low, high) = self.across, self.up
         from_left = LEFT + (x - left) / (right - left) * (self.right_edge - LEFT)
         return from_left, HEIGHT - BOTTOM - (y - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
 
 def _payload(chart: Chart, plot: _Plot, lines: list[tuple[Series, Points]]) -> str:
-    """What the page's script reads out under the pointer, as an attribute's value."""
+    """The values that the page's script shows under the pointer, as an attribute."""
     series = [
         {"label": one.label, "points": [(x, round(y, 6)) for x, y in points]}
         for one, points in lines
@@ -189,33 +203,37 @@ def _range(values: list[float], chart: Chart) -> tuple[float, float]:
 
 
 def _axes(plot: _Plot) -> Iterator[str]:
-    for value in ticks(*plot.up):
-        y = plot.place(plot.across[0], value)[1]
+    for value in axis_ticks(*plot.up):
+        y = plot.to_pixels(plot.across[0], value)[1]
+        label = format_number(value)
         yield f'<line class="grid" x1="{LEFT}" x2="{plot.right_edge}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        yield f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{short(value)}</text>'
-    for value in ticks(*plot.across, count=max(4, plot.width // 140)):
-        x = plot.place(value, plot.up[0])[0]
-        yield f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{short(value)}</text>'
+        yield f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{label}</text>'
+    for value in axis_ticks(*plot.across, count=max(4, plot.width // 140)):
+        x = plot.to_pixels(value, plot.up[0])[0]
+        label = format_number(value)
+        yield f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{label}</text>'
     yield f'<text class="tick" x="{plot.right_edge}" y="{HEIGHT - 3}" text-anchor="end">step</text>'
 
 
 def _marks(plot: _Plot, marks: Sequence[tuple[float, str]]) -> Iterator[str]:
-    """An upright line at each step that something happened at."""
+    """A vertical line at each event."""
     for step, text in marks:
         if plot.across[0] <= step <= plot.across[1]:
-            x = plot.place(step, plot.up[0])[0]
+            x = plot.to_pixels(step, plot.up[0])[0]
             line = f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
-            yield f'<g><title>{escape(text)}</title>{line}<circle class="mark" cx="{x:.1f}" cy="{TOP}" r="4"/></g>'
+            circle = f'<circle class="mark" cx="{x:.1f}" cy="{TOP}" r="4"/>'
+            yield f"<g><title>{escape(text)}</title>{line}{circle}</g>"
 
 
-def _line(series: Series, placed: Points, name: str) -> list[str]:
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
+def _line(series: Series, pixels: Points, name: str) -> list[str]:
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in pixels)
     shape = [
-        f'<polyline class="line c{series.colour}{" faint" if series.faint else ""}" clip-path="url(#{name})" points="{path}"/>'
+        f'<polyline class="line c{series.colour}{" faint" if series.faint else ""}" '
+        f'clip-path="url(#{name})" points="{path}"/>'
     ]
-    if series.dots or len(placed) == 1:
+    if series.dots or len(pixels) == 1:
         shape += [
             f'<circle class="dot c{series.colour}" clip-path="url(#{name})" cx="{x:.1f}" cy="{y:.1f}" r="3"/>'
-            for x, y in placed
+            for x, y in pixels
         ]
     return shape

@@ -1,7 +1,7 @@
-"""What a run leaves for its report beside its metrics: the command, the machine, sizes, the outcome, samples;
-in `report.json`.
+"""What a run records for its report in addition to its metrics: command, machine, sizes, result and samples.
 
-These are gathered where and when the run happens; the report itself may be written anywhere, later, again.
+It is collected where and when the run happens, and saved as `report.json`. The report itself may be written
+later, elsewhere, and repeatedly.
 """
 
 from __future__ import annotations
@@ -19,15 +19,24 @@ FACTS_FILE = "report.json"
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt and how the model went on."""
+    """A prompt and the model's continuation."""
 
     prompt: str
     text: str
 
 
 @dataclass
-class RunFacts:
-    """Each table is name → value as it is to be read."""
+class RunMetadata:
+    """What a report shows besides metrics and settings; each table maps a name to a formatted value.
+
+    Attributes:
+        command: The command line of the run.
+        headline: Figures for the top of the page.
+        model: The model's sizes.
+        data: The data's sizes.
+        machine: The machine, from `machine_info`.
+        samples: Generated text.
+    """
 
     command: str = ""
     headline: dict[str, str] = field(default_factory=dict)
@@ -37,36 +46,38 @@ class RunFacts:
     samples: list[Sample] = field(default_factory=list)
 
 
-def save_facts(run_folder: Path, facts: RunFacts) -> None:
-    """Write `report.json` whole or not at all."""
+def save_run_metadata(run_folder: Path, metadata: RunMetadata) -> None:
+    """Write `report.json` atomically."""
     temporary = run_folder / f".{FACTS_FILE}.tmp"
-    temporary.write_text(json.dumps(asdict(facts), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(asdict(metadata), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     temporary.replace(run_folder / FACTS_FILE)
 
 
-def load_facts(run_folder: Path) -> RunFacts:
-    """The facts that a run left; empty ones where it left none. Raises CheckpointError for a file that is
-    something else.
+def load_run_metadata(run_folder: Path) -> RunMetadata:
+    """Read `report.json`; without the file the result is empty.
+
+    Raises:
+        CheckpointError: The file is not such a record.
     """
     path = run_folder / FACTS_FILE
     if not path.exists():
-        return RunFacts()
+        return RunMetadata()
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         samples = [Sample(**sample) for sample in values.pop("samples", [])]
-        return RunFacts(**values, samples=samples)
+        return RunMetadata(**values, samples=samples)
     except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{path} is not a report's record ({error}); remove it to write the report without it"
+            f"{path} is not the record of a report ({error}); remove it to write the report without it"
         ) from error
 
 
-def machine_facts(device: str = "cpu") -> dict[str, str]:
-    """This machine, as a reader of figures wants to know it."""
+def machine_info(device: str = "cpu") -> dict[str, str]:
+    """Describe this machine: system, processor, memory, versions, and the GPU if `device` is one."""
     import psutil
     import torch
 
-    facts = {
+    info = {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "processor": _processor(),
         "cores": f"{_usable_cores()} usable of {os.cpu_count()}",
@@ -77,8 +88,8 @@ def machine_facts(device: str = "cpu") -> dict[str, str]:
     }
     if device.startswith("cuda") and torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(torch.device(device))
-        facts["GPU"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
-    return facts
+        info["GPU"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    return info
 
 
 def _usable_cores() -> int:

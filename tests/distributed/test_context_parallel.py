@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from llm_trainer.config import ModelConfig, TrainingConfig
-from llm_trainer.distributed.context_parallel import ContextShare, places_of
-from llm_trainer.model.attention import attend
+from llm_trainer.distributed.context_parallel import ContextParallelShard, token_positions
+from llm_trainer.model.attention import attention
 from llm_trainer.model.positional import sequence_mask
 from llm_trainer.training.memory.memory_estimator import step_memory
 
@@ -19,15 +19,15 @@ def in_parts(
     queries: Tensor, keys: Tensor, values: Tensor, ranks: int, window: int | None, documents: Tensor | None
 ) -> Tensor:
     """The attention of all ranks, each of its own tokens, put together again."""
-    places = [places_of(rank, ranks, LENGTH) for rank in range(ranks)]
+    places = [token_positions(rank, ranks, LENGTH) for rank in range(ranks)]
     gathered = torch.cat([torch.stack((keys[:, :, own], values[:, :, own])) for own in places])
     whole = torch.zeros_like(queries)
     for rank, own in enumerate(places):
-        share = ContextShare(rank, ranks, lambda _: gathered)
-        assert share.places(len(own), own.device)[0] == LENGTH
+        share = ContextParallelShard(rank, ranks, lambda _: gathered)
+        assert share.token_positions(len(own), own.device)[0] == LENGTH
         mask = sequence_mask(LENGTH, window, documents, own.device, queries.dtype, own)
         whole = whole.index_copy(
-            2, own, share.attend(queries[:, :, own], keys[:, :, own], values[:, :, own], mask)
+            2, own, share.attention(queries[:, :, own], keys[:, :, own], values[:, :, own], mask)
         )
     return whole
 
@@ -42,7 +42,7 @@ def test_the_parts_of_a_sequence_attend_as_the_whole(ranks: int, window: int | N
     documents = torch.arange(LENGTH).div(7, rounding_mode="floor").expand(2, LENGTH) if packed else None
     above = torch.randn(shapes[0], dtype=torch.float64)
     mask = sequence_mask(LENGTH, window, documents, torch.device("cpu"), torch.float64)
-    expected = attend(*inputs, mask)
+    expected = attention(*inputs, mask)
     found = in_parts(*inputs, ranks, window, documents)
     torch.testing.assert_close(found, expected)
     wanted = torch.autograd.grad(expected, inputs, above)
@@ -53,7 +53,7 @@ def test_the_parts_of_a_sequence_attend_as_the_whole(ranks: int, window: int | N
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 def test_each_token_is_one_ranks_and_all_attend_equally_much(ranks: int) -> None:
     length = 2 * ranks * 5
-    places = [places_of(rank, ranks, length) for rank in range(ranks)]
+    places = [token_positions(rank, ranks, length) for rank in range(ranks)]
     assert sorted(int(place) for one in places for place in one) == list(range(length))
     assert {int((one + 1).sum()) for one in places} == {length * (length + 1) // 2 // ranks}
 

@@ -1,3 +1,7 @@
+"""Perplexity scores each token once, and agrees with its definition and with validation in training."""
+
+from __future__ import annotations
+
 import math
 from pathlib import Path
 
@@ -11,7 +15,13 @@ from llm_trainer.config.schema.model import ModelConfig
 from llm_trainer.data.token_shards import TokenDataset
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
 from llm_trainer.errors import DataError, UsageError
-from llm_trainer.evaluation.perplexity import evaluate_source, evaluate_text, read_text, score, windows_over
+from llm_trainer.evaluation.perplexity import (
+    evaluate_source,
+    evaluate_text,
+    read_text,
+    scoring_windows,
+    sum_token_losses,
+)
 from llm_trainer.inference.engine import LanguageModel
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.engines.validation import validate
@@ -32,13 +42,15 @@ def model() -> LanguageModel:
 
 
 @torch.inference_mode()
-def by_definition(model: LanguageModel, ids: list[int], stride: int) -> float:
-    """Token by token, each from the window that scores it."""
+def loss_by_definition(model: LanguageModel, ids: list[int], stride: int) -> float:
+    """The sum of losses token by token, each from the window that scores it."""
     total, scored = 0.0, 0
-    for begin in range(0, len(ids) - 1, stride):
-        end = min(begin + CONTEXT, len(ids) - 1)
-        predictions = model.model(torch.tensor([ids[begin:end]]))[0].log_softmax(-1)
-        total -= sum(float(predictions[place - begin, ids[place + 1]]) for place in range(scored, end))
+    for start in range(0, len(ids) - 1, stride):
+        end = min(start + CONTEXT, len(ids) - 1)
+        predictions = model.model(torch.tensor([ids[start:end]]))[0].log_softmax(-1)
+        total -= sum(
+            float(predictions[position - start, ids[position + 1]]) for position in range(scored, end)
+        )
         scored = end
         if end == len(ids) - 1:
             break
@@ -51,24 +63,24 @@ def test_every_token_is_scored_once_from_its_window(model: LanguageModel, stride
     assert tokenizer is not None
     ids = tokenizer.encode(TEXT)
     result = evaluate_text(model, TEXT, stride=stride)
-    total = by_definition(model, [tokenizer.bos_id, *ids], stride or CONTEXT)
+    total = loss_by_definition(model, [tokenizer.bos_id, *ids], stride or CONTEXT)
     assert result.tokens == len(ids)
     assert result.loss == pytest.approx(total / len(ids), abs=1e-5)
     assert result.perplexity == pytest.approx(math.exp(result.loss))
     assert result.bits_per_byte == pytest.approx(total / math.log(2) / len(TEXT.encode()), rel=1e-5)
 
 
-@given(predicted=st.integers(1, 200), context=st.integers(1, 40), share=st.floats(0, 1))
-def test_windows_score_each_token_once_and_look_back_far_enough(
-    predicted: int, context: int, share: float
+@given(num_predicted=st.integers(1, 200), context=st.integers(1, 40), fraction=st.floats(0, 1))
+def test_windows_score_each_token_once_with_enough_context(
+    num_predicted: int, context: int, fraction: float
 ) -> None:
-    stride = max(1, round(context * share))
+    stride = max(1, round(context * fraction))
     scored: list[int] = []
-    for window in windows_over(predicted, context, stride):
-        assert 0 < window.end - window.begin <= context
-        assert window.begin == 0 or window.scored_from - window.begin >= context - stride
+    for window in scoring_windows(num_predicted, context, stride):
+        assert 0 < window.end - window.start <= context
+        assert window.start == 0 or window.scored_from - window.start >= context - stride
         scored += range(window.scored_from, window.end)
-    assert scored == list(range(predicted))
+    assert scored == list(range(num_predicted))
 
 
 @pytest.mark.parametrize("stride", [None, 7])
@@ -80,30 +92,30 @@ def test_the_batch_size_does_not_change_the_result(model: LanguageModel, stride:
 
 
 @pytest.mark.parametrize("documents", [[0], [0, 10, 40, 41]])
-@pytest.mark.parametrize("end_id", [None, 7])
+@pytest.mark.parametrize("eos_id", [None, 7])
 @pytest.mark.parametrize("rest", [0, 5])
-def test_it_is_the_loss_of_training_validation(
-    model: LanguageModel, documents: list[int], end_id: int | None, rest: int
+def test_the_loss_equals_that_of_validation_in_training(
+    model: LanguageModel, documents: list[int], eos_id: int | None, rest: int
 ) -> None:
     ids = np.random.default_rng(0).integers(0, 250, 4 * CONTEXT + 1 + rest)
-    stream = {"vocab_size": 280, "tokenizer_hash": "0" * 64, "fingerprint": "f", "end_id": end_id}
+    stream = {"vocab_size": 280, "tokenizer_hash": "0" * 64, "fingerprint": "f", "eos_id": eos_id}
     tokens = TokenDataset([ids], [np.array(documents)], **stream)
-    total, count = score(model.model, tokens, CONTEXT, 3)
+    total, count = sum_token_losses(model.model, tokens, CONTEXT, 3)
     expected = validate(model.model, tokens, CONTEXT, 2)
     assert count == expected.tokens
     assert total / count == pytest.approx(expected.loss, abs=1e-5)
 
 
-def test_a_tokenizer_without_a_beginning_leaves_its_first_character_out() -> None:
+def test_without_a_beginning_of_sequence_token_the_first_character_is_not_scored() -> None:
     model = model_for(Tokenizer.from_characters([TEXT]))
     result = evaluate_text(model, "é" + "dog fox " * 5)
     assert result.tokens == 40
     assert result.bits_per_byte == pytest.approx(result.loss * 40 / math.log(2) / 40, rel=1e-6), (
-        "é is two bytes, and not predicted"
+        "é is two bytes, and it is not scored"
     )
 
 
-def test_files_that_hold_no_text_are_named(model: LanguageModel, tmp_path: Path) -> None:
+def test_errors_name_files_without_text(model: LanguageModel, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / "latin.txt").write_bytes("Größe".encode("latin-1"))
     for name in ("empty.txt", "latin.txt", "missing.txt"):
@@ -115,5 +127,5 @@ def test_files_that_hold_no_text_are_named(model: LanguageModel, tmp_path: Path)
 
 def test_a_stride_above_the_context_is_refused(model: LanguageModel) -> None:
     for stride in (0, CONTEXT + 1):
-        with pytest.raises(UsageError, match=f"stride {stride}"):
+        with pytest.raises(UsageError, match=f"invalid stride: {stride} "):
             evaluate_text(model, TEXT, stride=stride)

@@ -1,6 +1,4 @@
-"""The report: one file that loads nothing, shows what the run folder holds, and is not fooled by text from a
-corpus.
-"""
+"""The report is one file that loads nothing, shows the contents of the run folder, and escapes all text."""
 
 from __future__ import annotations
 
@@ -14,9 +12,9 @@ import pytest
 
 from llm_trainer.config import RunConfig
 from llm_trainer.errors import CheckpointError
-from llm_trainer.reporting.charts import draw, short, smooth, thin, ticks
-from llm_trainer.reporting.run_metadata import RunFacts, Sample, load_facts, save_facts
-from llm_trainer.reporting.run_report import charts, write_report
+from llm_trainer.reporting.charts import axis_ticks, downsample, format_number, render_chart, smooth
+from llm_trainer.reporting.run_metadata import RunMetadata, Sample, load_run_metadata, save_run_metadata
+from llm_trainer.reporting.run_report import build_charts, write_report
 from llm_trainer.training.logging.metrics import MetricsTracker, read_metrics
 
 EVIL = '</script></pre><script>alert(1)</script><img src=x onerror=alert(1)>" onload="x'
@@ -62,9 +60,9 @@ def run_folder(tmp_path: Path) -> Path:
         json.dumps(RunConfig(training={"learning_rate": 0.25, "run_name": EVIL}).model_dump(mode="json")),
         encoding="utf-8",
     )
-    save_facts(
+    save_run_metadata(
         folder,
-        RunFacts(
+        RunMetadata(
             EVIL, {"parameters": EVIL}, {"shape": EVIL}, {EVIL: EVIL}, {"system": EVIL}, [Sample(EVIL, EVIL)]
         ),
     )
@@ -73,10 +71,10 @@ def run_folder(tmp_path: Path) -> Path:
 
 def test_text_from_outside_stays_text(run_folder: Path) -> None:
     page = Page(write_report(run_folder).read_text(encoding="utf-8"))
-    assert [tag for tag, _ in page.tags].count("script") == 1, "only the page's own"
+    assert [tag for tag, _ in page.tags].count("script") == 1, "the page has one script"
     assert "img" not in {tag for tag, _ in page.tags}
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
-    assert page.text.count("alert(1)") >= 10, "shown as it is"
+    assert page.text.count("alert(1)") >= 10, "the text is shown"
 
 
 def test_the_page_loads_nothing_and_its_policy_forbids_it(run_folder: Path) -> None:
@@ -101,7 +99,7 @@ def test_the_pages_script_is_the_one_that_its_policy_allows(run_folder: Path) ->
     assert f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" in text
 
 
-def test_curves_samples_settings_and_machine_are_there(run_folder: Path) -> None:
+def test_the_page_shows_curves_samples_settings_and_machine(run_folder: Path) -> None:
     page = Page(write_report(run_folder).read_text(encoding="utf-8"))
     assert [attributes.get("aria-label") for tag, attributes in page.tags if tag == "svg"] == [
         "Loss",
@@ -120,13 +118,13 @@ def test_curves_samples_settings_and_machine_are_there(run_folder: Path) -> None
     assert validation["points"] == [[10.0, 3.6], [20.0, 3.2], [30.0, 2.8], [40.0, 2.4]]
 
 
-def test_a_chosen_setting_is_marked(run_folder: Path) -> None:
+def test_settings_that_the_user_has_set_are_marked(run_folder: Path) -> None:
     text = write_report(run_folder).read_text(encoding="utf-8")
-    assert re.search(r"<tr class=said><td>learning_rate</td><td>0.25</td>", text)
+    assert re.search(r"<tr class=set><td>learning_rate</td><td>0.25</td>", text)
     assert re.search(r"<tr><td>weight_decay</td>", text)
 
 
-def test_a_run_that_only_began_has_a_report(tmp_path: Path) -> None:
+def test_a_run_with_a_single_line_of_metrics_has_a_report(tmp_path: Path) -> None:
     tracker = MetricsTracker(tmp_path)
     tracker.update({"loss": 3.0}, 1)
     tracker.close()
@@ -138,19 +136,19 @@ def test_a_folder_without_metrics_is_named(tmp_path: Path) -> None:
         write_report(tmp_path)
 
 
-def test_facts_come_back_as_they_were(tmp_path: Path) -> None:
-    facts = RunFacts("command", {"a": "b"}, {}, {}, {}, [Sample("\n", "ü")])
-    save_facts(tmp_path, facts)
-    assert load_facts(tmp_path) == facts
+def test_metadata_is_loaded_as_it_was_saved(tmp_path: Path) -> None:
+    metadata = RunMetadata("command", {"a": "b"}, {}, {}, {}, [Sample("\n", "ü")])
+    save_run_metadata(tmp_path, metadata)
+    assert load_run_metadata(tmp_path) == metadata
     (tmp_path / "report.json").write_text("[1]", encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"report\.json"):
-        load_facts(tmp_path)
+        load_run_metadata(tmp_path)
 
 
-def test_thinning_keeps_spikes_and_ends_small() -> None:
+def test_downsampling_keeps_spikes_and_few_points() -> None:
     line = [(float(x), 0.0) for x in range(10_000)]
     line[7777] = (7777.0, 9.0)
-    kept = thin(line)
+    kept = downsample(line)
     assert len(kept) <= 620
     assert (7777.0, 9.0) in kept
     assert kept == sorted(kept)
@@ -162,35 +160,40 @@ def test_smoothing_keeps_a_straight_line_straight() -> None:
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (2.9, 3.1), (0, 123456), (1e-5, 3e-4), (-3, 7)])
-def test_ticks_are_few_round_and_inside(low: float, high: float) -> None:
-    found = ticks(low, high)
+def test_ticks_are_few_round_and_within_the_range(low: float, high: float) -> None:
+    found = axis_ticks(low, high)
     assert 2 <= len(found) <= 8
     assert all(low - 1e-9 <= tick <= high + 1e-9 for tick in found)
 
 
 @pytest.mark.parametrize(
-    ("number", "said"),
+    ("number", "formatted"),
     [(0, "0"), (1234567, "1.23M"), (999_999, "1M"), (0.0003, "3e-4"), (2.5, "2.5"), (21100, "21.1k")],
 )
-def test_numbers_are_short(number: float, said: str) -> None:
-    assert short(number) == said
+def test_numbers_are_formatted_briefly(number: float, formatted: str) -> None:
+    assert format_number(number) == formatted
 
 
 def test_an_empty_chart_is_left_out(run_folder: Path) -> None:
     lines = [line for line in read_metrics(run_folder) if "loss" in line]
-    assert draw(charts([{"step": 1.0, "time": 0.0}])[0]) == ""
-    assert "nan" not in draw(charts(lines)[0]).lower()
+    assert render_chart(build_charts([{"step": 1.0, "time": 0.0}])[0]) == ""
+    assert "nan" not in render_chart(build_charts(lines)[0]).lower()
 
 
-def test_the_shares_of_a_mixture_are_drawn_and_named() -> None:
+def test_each_corpus_of_a_mixture_has_a_labelled_line() -> None:
     lines = [
         {"step": float(step), "loss": 2.0, **{f"share/c{n}": n / 15 for n in range(6)}}
         for step in range(1, 5)
     ]
-    chart = next(chart for chart in charts(lines) if "mixture" in chart.title)
+    chart = next(chart for chart in build_charts(lines) if "mixture" in chart.title)
     assert [series.label for series in chart.series] == [f"c{n}" for n in range(6)]
     assert {series.colour for series in chart.series} == {1, 2, 3, 4}
-    assert ">c5<" in draw(chart)
+    assert ">c5<" in render_chart(chart)
     assert (
-        next(draw(chart) for chart in charts([{"step": 1.0, "loss": 2.0}]) if "mixture" in chart.title) == ""
+        next(
+            render_chart(chart)
+            for chart in build_charts([{"step": 1.0, "loss": 2.0}])
+            if "mixture" in chart.title
+        )
+        == ""
     )

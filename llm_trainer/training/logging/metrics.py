@@ -1,10 +1,10 @@
-"""Where a run's numbers go: always `metrics.jsonl`, TensorBoard events beside it, Weights & Biases when asked
-for.
+"""Writes a run's metrics: always to `metrics.jsonl`, and to TensorBoard and Weights & Biases on request.
 
-`metrics.jsonl` is the record: one JSON object a line, `step` and `time` (seconds since 1970) first, appended and flushed at once, so a
-kill costs at most the line being written. JSON has no NaN; such values are the strings "NaN", "Infinity" and "-Infinity", and
-`read_metrics` turns them back. A resumed run first drops the lines past the step it resumes from: every step is told once, by the run
-that the weights come from.
+`metrics.jsonl` is the record: one JSON object per line, `step` and `time` (seconds since 1970) first. Each
+line is appended and flushed at once, so a kill costs at most the line being written. JSON has no NaN; such
+values are the strings "NaN", "Infinity" and "-Infinity", and `read_metrics` converts them back. A resumed run
+first drops the lines past the step it resumes from: every step is recorded once, by the run that the weights
+come from.
 
 TensorBoard events are written with TensorBoard's own record writer and protocol buffers.
 `torch.utils.tensorboard` would do the same through numpy, and through TensorFlow where that is installed,
@@ -36,23 +36,35 @@ MetricLine = dict[str, float]
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
-class Sink(Protocol):
-    """A place that takes numbers."""
+class MetricsWriter(Protocol):
+    """A destination of metrics."""
 
     def write(self, metrics: Mapping[str, float], step: int, seconds: float) -> None:
-        """Take the numbers of a step; `seconds` since 1970."""
+        """Record the metrics of a step.
+
+        Args:
+            metrics: Name → value.
+            step: The step.
+            seconds: The time, in seconds since 1970.
+        """
 
     def close(self) -> None:
-        """Write what is left and let go."""
+        """Flush and close the destination."""
 
 
 class MetricsTracker:
-    """Writes metrics of a run folder to every place that `report_to` names, and to `metrics.jsonl`.
+    """Writes metrics to `metrics.jsonl` and to every destination of `report_to`.
 
-    `run_folder` None: nowhere, for ranks that do not write.
-    `resumed_step` is the step that a resumed run continues from: what the interrupted run said of later steps is dropped. (What another run
-    left here, `CheckpointStore.begin` has moved away.)
-    `config` gives W&B its project, name and settings. Raises UsageError when a place needs a package that is not installed.
+    Args:
+        run_folder: The run folder; None to write nothing, on ranks other than the main one.
+        report_to: "tensorboard", "wandb", both or neither.
+        resumed_step: The step that a resumed run continues from; lines of later steps are dropped. (Metrics
+        of
+            another run in the same folder have been moved away by `CheckpointStore.begin`.)
+        config: Gives Weights & Biases its project, run name and settings.
+
+    Raises:
+        UsageError: A destination needs a package that is not installed.
     """
 
     def __init__(
@@ -63,39 +75,43 @@ class MetricsTracker:
         resumed_step: int | None = None,
         config: RunConfig | None = None,
     ) -> None:
-        self._sinks: list[Sink] = []
+        self._writers: list[MetricsWriter] = []
         if run_folder is None:
             return
         run_folder.mkdir(parents=True, exist_ok=True)
-        self._sinks = [JsonLines(run_folder / METRICS_FILE, resumed_step)]
+        self._writers = [JsonLinesWriter(run_folder / METRICS_FILE, resumed_step)]
         if "tensorboard" in report_to:
-            self._sinks.append(TensorBoard(run_folder, resumed_step))
+            self._writers.append(TensorBoardWriter(run_folder, resumed_step))
         if "wandb" in report_to:
-            self._sinks.append(WeightsAndBiases(run_folder, config))
+            self._writers.append(WandbWriter(run_folder, config))
 
     def update(self, metrics: Mapping[str, float], step: int) -> None:
-        """Record numbers (plain, or tensors of one element) at a step."""
+        """Record metrics (numbers, or tensors of one element) at a step."""
         plain = {str(name): float(value) for name, value in metrics.items()}
         now = time.time()
-        for sink in self._sinks:
-            sink.write(plain, step, now)
+        for writer in self._writers:
+            writer.write(plain, step, now)
 
-    def note(self, tag: str, text: str, step: int) -> None:
-        """Show a line of text at a step where there is a place for text: among TensorBoard's."""
-        for sink in self._sinks:
-            if isinstance(sink, TensorBoard):
-                sink.note(tag, text, step)
+    def add_text(self, tag: str, text: str, step: int) -> None:
+        """Record a line of text at a step, where the destination has texts: in TensorBoard."""
+        for writer in self._writers:
+            if isinstance(writer, TensorBoardWriter):
+                writer.add_text(tag, text, step)
 
     def close(self) -> None:
-        """Flush and close every place; `update` may not follow."""
-        for sink in self._sinks:
-            sink.close()
-        self._sinks = []
+        """Flush and close every destination; `update` must not be called after it."""
+        for writer in self._writers:
+            writer.close()
+        self._writers = []
 
 
 def read_metrics(run_folder: Path) -> list[MetricLine]:
-    """The lines of a run's `metrics.jsonl` in order, `step` and `time` among them; a last line cut by a kill
-    is left out.
+    """Return the lines of a run's `metrics.jsonl` in order, each with `step` and `time`.
+
+    A truncated last line, which a kill may leave, is skipped. Without the file the result is empty.
+
+    Raises:
+        CheckpointError: A line is not a JSON object of numbers.
     """
     path = run_folder / METRICS_FILE
     try:
@@ -107,12 +123,12 @@ def read_metrics(run_folder: Path) -> list[MetricLine]:
         return [_decode(line) for line in complete.splitlines()]
     except ValueError as error:
         raise CheckpointError(
-            f"{path} has a line that is not a JSON object of numbers ({error}); mend or remove it"
+            f"{path} has a line that is not a JSON object of numbers ({error}); repair or remove the line"
         ) from error
 
 
-class JsonLines:
-    """`metrics.jsonl`, append-only while the run goes on."""
+class JsonLinesWriter:
+    """Writes `metrics.jsonl`, to which a run only appends."""
 
     def __init__(self, path: Path, resumed_step: int | None) -> None:
         if path.exists() and resumed_step is not None:
@@ -121,7 +137,10 @@ class JsonLines:
 
     def write(self, metrics: Mapping[str, float], step: int, seconds: float) -> None:
         """Append one line and flush it."""
-        values = {name: value if math.isfinite(value) else _name_of(value) for name, value in metrics.items()}
+        values = {
+            name: value if math.isfinite(value) else _non_finite_name(value)
+            for name, value in metrics.items()
+        }
         self._file.write(
             json.dumps({"step": step, "time": round(seconds, 3), **values}, allow_nan=False) + "\n"
         )
@@ -132,9 +151,10 @@ class JsonLines:
         self._file.close()
 
 
-class TensorBoard:
-    """Scalar events under `logs/`, which `tensorboard` is a link to; both `tensorboard --logdir`s of the
-    manuals find them.
+class TensorBoardWriter:
+    """Writes TensorBoard events to `logs/`, to which `tensorboard` is a link.
+
+    The manuals use both names with `tensorboard --logdir`.
     """
 
     def __init__(self, run_folder: Path, resumed_step: int | None) -> None:
@@ -145,13 +165,15 @@ class TensorBoard:
         logs = run_folder / LOGS_FOLDER
         logs.mkdir(parents=True, exist_ok=True)
         _link(run_folder / TENSORBOARD_LINK, logs)
-        name = f"events.out.tfevents.{time.time_ns() // 1_000_000_000}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
+        seconds = time.time_ns() // 1_000_000_000
+        process = f"{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
+        name = f"events.out.tfevents.{seconds}.{process}"
         self._file: BinaryIO = (logs / name).open("wb")
         self._records = RecordWriter(self._file)
         self._event, self._summary = Event, Summary
         self._put(Event(wall_time=time.time(), file_version="brain.Event:2"))
         if resumed_step is not None:
-            # TensorBoard then hides what earlier files say of this step and later ones.
+            # TensorBoard then hides the values of this step and later ones in earlier files.
             self._put(
                 Event(
                     wall_time=time.time(),
@@ -161,12 +183,12 @@ class TensorBoard:
             )
 
     def write(self, metrics: Mapping[str, float], step: int, seconds: float) -> None:
-        """Append one event with all the scalars, and flush it."""
+        """Append one event with all metrics and flush it."""
         values = [self._summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
         self._put(self._event(wall_time=seconds, step=step, summary=self._summary(value=values)))
 
-    def note(self, tag: str, text: str, step: int) -> None:
-        """Append an event that TensorBoard shows among its texts."""
+    def add_text(self, tag: str, text: str, step: int) -> None:
+        """Append an event that TensorBoard shows in its Text tab."""
         from tensorboard.compat.proto.summary_pb2 import SummaryMetadata
         from tensorboard.compat.proto.tensor_pb2 import TensorProto
         from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
@@ -187,12 +209,12 @@ class TensorBoard:
         self._file.flush()
 
 
-class WeightsAndBiases:
-    """A run on Weights & Biases; WANDB_MODE=offline keeps it on this machine.
+class WandbWriter:
+    """Writes to Weights & Biases; WANDB_MODE=offline keeps the run on this machine.
 
-    A resumed run continues under the id that is kept in the run folder. The run's step is a number among the
-    others, and what charts are drawn over: W&B's own must never go back, and drops what does, which a run
-    that goes back at a loss spike would lose.
+    A resumed run continues under the id that is stored in the run folder. The run's step is logged as a
+    metric of its own, over which charts are drawn: W&B's built-in step must never decrease, and metrics at a
+    lower step are dropped, so the steps after a rollback would be lost.
     """
 
     def __init__(self, run_folder: Path, config: RunConfig | None) -> None:
@@ -200,7 +222,8 @@ class WeightsAndBiases:
             wandb = importlib.import_module("wandb")
         except ImportError as error:
             raise UsageError(
-                "report_to wandb needs the package wandb: pip install 'llm-trainer[wandb]', or leave wandb out of report_to"
+                "report_to wandb needs the package wandb; install it with pip install 'llm-trainer[wandb]', "
+                "or remove wandb from report_to"
             ) from error
         id_file = run_folder / WANDB_ID_FILE
         known = id_file.read_text(encoding="utf-8").strip() if id_file.exists() else None
@@ -218,7 +241,7 @@ class WeightsAndBiases:
         id_file.write_text(f"{self._run.id}\n", encoding="utf-8")
 
     def write(self, metrics: Mapping[str, float], step: int, seconds: float) -> None:
-        """Log the numbers at this step."""
+        """Log the metrics of this step."""
         self._run.log({**metrics, "step": step})
 
     def close(self) -> None:
@@ -226,7 +249,7 @@ class WeightsAndBiases:
         self._run.finish()
 
 
-def _name_of(value: float) -> str:
+def _non_finite_name(value: float) -> str:
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
@@ -241,7 +264,7 @@ def _decode(line: str) -> MetricLine:
 
 
 def _keep_until(path: Path, step: int) -> None:
-    """Drop the lines past `step` and a torn last line, replacing the file in one rename."""
+    """Drop the lines past `step` and a truncated last line, replacing the file by one rename."""
     kept = [
         line
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -256,16 +279,14 @@ def _step_of_line(line: str) -> float:
     try:
         return _decode(line)["step"]
     except ValueError:
-        return math.inf  # no line of ours
+        return math.inf  # not a line of metrics
 
 
 def _link(link: Path, target: Path) -> None:
-    """Make `link` a relative link to `target`; where the system has no links, or something else bears the
-    name, leave it.
-    """
+    """Make `link` a relative link to `target`, unless the name is taken or the system has no links."""
     if link.is_symlink() or link.exists():
         return
     try:
         link.symlink_to(target.name, target_is_directory=True)
-    except OSError:  # Windows without the right to make links
+    except OSError:  # Windows without the permission to create links
         return

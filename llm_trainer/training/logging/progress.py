@@ -1,9 +1,8 @@
-"""What a person sees while a run goes on: a bar on a terminal, plain lines off it, and the same lines in
-`logs/train.log`.
+"""Shows the progress of a run: a bar on a terminal, plain lines elsewhere, and the same in `logs/train.log`.
 
-Only the main rank makes one of these, so one rank logs. Text from outside (paths, names, samples) is cleaned
-of control characters first: a line break in a run's name must not forge a line of the log, an escape sequence
-must not redraw the terminal.
+Only the main rank has a `ProgressReporter`, so only one rank logs. Control characters in text from outside
+(paths, names, samples) are escaped first: a line break in a run's name must not forge a line of the log, and
+an escape sequence must not redraw the terminal.
 """
 
 from __future__ import annotations
@@ -23,8 +22,13 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 class ProgressReporter:
-    """Shows the steps of a run. `log_folder`: the run folder whose `logs/train.log` gets every line too;
-    None: no file.
+    """Shows the steps and metrics of a run.
+
+    Args:
+        total_steps: The length of the run.
+        first_step: The step that a resumed run continues from.
+        console: Where to print; by default standard output.
+        log_folder: The run folder whose `logs/train.log` gets every line too; None for no file.
     """
 
     def __init__(
@@ -55,32 +59,37 @@ class ProgressReporter:
             self._bar.start()
 
     def advance(self, step: int, total_steps: int) -> None:
-        """Step `step` is done, of so many as the run has by now: move the bar. Cheap enough for every step."""
+        """Move the bar after a step; cheap enough for every step.
+
+        Args:
+            step: The number of steps done.
+            total_steps: The length of the run, which operations may have changed.
+        """
         self._total = total_steps
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=step, total=total_steps)
 
-    def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Show numbers at a logging step: beside the bar, or as a line off a terminal."""
-        numbers = describe(metrics)
+    def show_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show the metrics of a logging step: next to the bar, or as a line where there is no terminal."""
+        numbers = format_metrics(metrics)
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=step, numbers=numbers)
         else:
             self._print(f"step {step}/{self._total}  {numbers}{self._time_left(step)}")
         self._write(f"step {step}/{self._total}  {numbers}")
 
-    def note(self, text: str) -> None:
-        """Show beside the bar what is going on instead of steps; off a terminal nothing."""
+    def show_status(self, text: str) -> None:
+        """Show next to the bar what the run does between steps; nothing where there is no terminal."""
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, numbers=clean(text))
+            self._bar.update(self._task, numbers=escape_control_characters(text))
 
-    def line(self, text: str) -> None:
-        """Print a line above the bar: a validation, a checkpoint, a choice that was made."""
-        self._print(clean(text))
-        self._write(clean(text))
+    def print_line(self, text: str) -> None:
+        """Print a line above the bar, for example about a validation or a checkpoint."""
+        self._print(escape_control_characters(text))
+        self._write(escape_control_characters(text))
 
     def close(self) -> None:
-        """Take the bar away and close the log."""
+        """Remove the bar and close the log."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -104,19 +113,20 @@ class ProgressReporter:
         return f"  {_clock(seconds)} left"
 
 
-def clean(text: str) -> str:
-    """Text with every control character written out (`\\n`, `\\x1b`), so that it stays one harmless line."""
+def escape_control_characters(text: str) -> str:
+    """Replace every control character by its escape sequence, so that text stays on one line."""
     return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
-def describe(metrics: Mapping[str, float]) -> str:
-    """`loss 2.3456  lr 3.0e-04  12,345 tok/s` from a step's metrics; what a line has no room for stays in
-    metrics.jsonl.
+def format_metrics(metrics: Mapping[str, float]) -> str:
+    """Format the main metrics of a step like `loss 2.3456  lr 3.0e-04  12,345 tok/s`.
+
+    The others are in metrics.jsonl only.
     """
     shown = []
-    for name, (label, form) in _SHOWN.items():
+    for name, (label, spec) in _SHOWN.items():
         if name in metrics:
-            shown.append(f"{label} {metrics[name]:{form}}" if label else f"{metrics[name]:{form}} tok/s")
+            shown.append(f"{label} {metrics[name]:{spec}}" if label else f"{metrics[name]:{spec}} tok/s")
     return "  ".join(shown)
 
 

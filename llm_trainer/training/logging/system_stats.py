@@ -1,9 +1,8 @@
-"""What this process and its machine use, and what one rank may use: resident memory, processor, the GPU's
-memory and load.
+"""Measures what this process and its machine use: memory, processor, and the GPU's memory and load.
 
-Resident memory is held against what the process may have: `memory_limit_gb`, a container's limit (cgroup v2),
-or the machine. A GPU's memory is held against it by what tensors took at most, and not by what PyTorch's
-allocator keeps, which fills the device in time on purpose and gives it back when asked.
+Host memory is compared with what the process may use: `memory_limit_gb`, a container's limit (cgroup v2), or
+the machine's memory. Of a GPU's memory the peak of allocated tensors counts, not what PyTorch's caching
+allocator has reserved: it fills the device over time on purpose and releases memory on request.
 """
 
 from __future__ import annotations
@@ -15,40 +14,52 @@ from pathlib import Path
 import psutil
 import torch
 
-from llm_trainer.distributed.process_group import Ranks
+from llm_trainer.distributed.process_group import ProcessGroup
 
 GIGABYTE = 1e9
 _CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
-class Usage:
-    """One look. `memory_share` is of what the process may hold on the host, `gpu_share` of its GPU; the GPU's fields are None without one,
-    `gpu_percent` also without NVML.
+class ResourceUsage:
+    """Resource usage at one moment.
+
+    Attributes:
+        resident: The resident set of this process, in bytes.
+        memory_fraction: The used fraction of the host memory that the process may use.
+        cpu_percent: The processor load of this process since the last sample.
+        gpu_memory: The peak of allocated tensors on the GPU, in bytes; None without a GPU.
+        gpu_memory_fraction: The used fraction of the GPU memory that the process may use; None without a GPU.
+        gpu_percent: The GPU's load; None without a GPU or without NVML.
     """
 
     resident: int
-    memory_share: float
+    memory_fraction: float
     cpu_percent: float
     gpu_memory: int | None = None
-    gpu_share: float | None = None
+    gpu_memory_fraction: float | None = None
     gpu_percent: float | None = None
 
     def metrics(self) -> dict[str, float]:
-        """As numbers to record."""
-        seen = {
+        """Return the usage as metrics; values that are None are left out."""
+        values = {
             "system/rss_gb": self.resident / GIGABYTE,
-            "system/memory_share": self.memory_share,
+            "system/memory_share": self.memory_fraction,
             "system/cpu_percent": self.cpu_percent,
             "system/gpu_memory_gb": None if self.gpu_memory is None else self.gpu_memory / GIGABYTE,
-            "system/gpu_memory_share": self.gpu_share,
+            "system/gpu_memory_share": self.gpu_memory_fraction,
             "system/gpu_percent": self.gpu_percent,
         }
-        return {name: value for name, value in seen.items() if value is not None}
+        return {name: value for name, value in values.items() if value is not None}
 
 
-class Machine:
-    """The process's view of its machine; `limit_gb` is what one rank may hold on `device`."""
+class SystemStats:
+    """Samples the resource usage of this process and its machine.
+
+    Args:
+        device: Where this rank trains.
+        limit_gb: The memory that one rank may use on `device`, in GB; None for all there is.
+    """
 
     def __init__(self, device: torch.device, limit_gb: float | None = None) -> None:
         self.device = device
@@ -57,22 +68,25 @@ class Machine:
         self._process.cpu_percent()  # the first call begins the interval
         self._has_nvml = device.type == "cuda"
 
-    def look(self) -> Usage:
-        """Use now; the processor's and the GPU's load are since the last look and of the last moments."""
+    def sample(self) -> ResourceUsage:
+        """Return the usage now; the processor's load is the mean since the last sample."""
         resident = int(self._process.memory_info().rss)
         load = float(self._process.cpu_percent())
         if self.device.type != "cuda":
-            share = self._host_share() if self._limit is None else resident / self._limit
-            return Usage(resident, share, load)
-        held = torch.cuda.max_memory_allocated(self.device)
+            fraction = self._host_fraction() if self._limit is None else resident / self._limit
+            return ResourceUsage(resident, fraction, load)
+        allocated = torch.cuda.max_memory_allocated(self.device)
         free, total = torch.cuda.mem_get_info(self.device)
         others = max(0, total - free - torch.cuda.memory_reserved(self.device))
-        share = (held + others) / total if self._limit is None else held / self._limit
-        return Usage(resident, self._host_share(), load, held, share, self._gpu_percent())
+        fraction = (allocated + others) / total if self._limit is None else allocated / self._limit
+        return ResourceUsage(resident, self._host_fraction(), load, allocated, fraction, self._gpu_percent())
 
-    def allowance(self, ranks: Ranks) -> int:
-        """Bytes that this rank may hold on its device in all, what it holds now included. A collective call."""
-        here = ranks.texts(socket.gethostname()).count(socket.gethostname())
+    def memory_budget(self, process_group: ProcessGroup) -> int:
+        """Return the bytes that this rank may use on its device, including what it uses now.
+
+        Ranks on one machine divide its free host memory equally. A collective call.
+        """
+        local_ranks = process_group.all_gather_text(socket.gethostname()).count(socket.gethostname())
         if self._limit is not None:
             return self._limit
         if self.device.type == "cuda":
@@ -83,38 +97,35 @@ class Machine:
         limit = _cgroup_bytes("memory.max")
         if limit is not None:
             free_here = min(free_here, max(0, limit - (_cgroup_bytes("memory.current") or 0)))
-        return resident + free_here // here
+        return resident + free_here // local_ranks
 
-    def held(self) -> int:
-        """Bytes that this rank holds on its device now."""
+    def memory_in_use(self) -> int:
+        """Return the bytes that this rank uses on its device now."""
         if self.device.type == "cuda":
             return int(torch.cuda.memory_allocated(self.device))
         return int(self._process.memory_info().rss)
 
-    def _host_share(self) -> float:
+    def _host_fraction(self) -> float:
         memory = psutil.virtual_memory()
-        share = 1 - memory.available / memory.total
-        limit, held = _cgroup_bytes("memory.max"), _cgroup_bytes("memory.current")
-        if limit and held is not None:
-            share = max(share, (held - (_inactive_files() or 0)) / limit)
-        return share
+        fraction = 1 - memory.available / memory.total
+        limit, used = _cgroup_bytes("memory.max"), _cgroup_bytes("memory.current")
+        if limit and used is not None:
+            fraction = max(fraction, (used - (_inactive_file_bytes() or 0)) / limit)
+        return fraction
 
     def _gpu_percent(self) -> float | None:
-        """The GPU's load by NVML; None from the first time on that it is not there."""
+        """The GPU's load from NVML; None once NVML turns out to be missing."""
         if not self._has_nvml:
             return None
         try:
             return float(torch.cuda.utilization(self.device))
-        except (
-            ImportError,
-            RuntimeError,
-        ):  # without the package nvidia-ml-py, or in a container without NVML
+        except (ImportError, RuntimeError):  # no package nvidia-ml-py, or a container without NVML
             self._has_nvml = False
             return None
 
 
 def _cgroup_bytes(name: str) -> int | None:
-    """A number of this container's memory controller; None where there is none or no limit."""
+    """A value of this container's memory controller; None outside a container or without a limit."""
     try:
         text = (_CGROUP / name).read_text(encoding="ascii").strip()
     except OSError:
@@ -122,8 +133,8 @@ def _cgroup_bytes(name: str) -> int | None:
     return int(text) if text.isdigit() else None
 
 
-def _inactive_files() -> int | None:
-    """Bytes of file cache that the kernel gives back first, which count as use in a container."""
+def _inactive_file_bytes() -> int | None:
+    """Bytes of file cache that the kernel reclaims first; a container's usage includes them."""
     try:
         lines = (_CGROUP / "memory.stat").read_text(encoding="ascii").splitlines()
     except OSError:

@@ -1,8 +1,7 @@
-"""Where a step's time goes: seconds of forward, backward, optimizer, data, evaluation, saving and operations.
+"""Measures where the time goes: forward, backward, optimizer, data, evaluation, saving and operations.
 
-On a GPU the host runs ahead of the device, so what lies on the device is timed by events that are put into
-its queue and read when the run reports, where the host waits anyway: measuring makes nobody wait. Elsewhere
-the clock is enough.
+On a GPU the host runs ahead of the device, so work on the device is timed by CUDA events. They are read when
+the run logs, where the host synchronises anyway, so measuring adds no wait. Elsewhere the clock is enough.
 """
 
 from __future__ import annotations
@@ -13,12 +12,12 @@ from contextlib import contextmanager
 
 import torch
 
-ON_DEVICE = ("forward", "backward", "optimizer")  # the rest is the host's
-_MOST_EVENTS = 512  # read, and with that waited for, when nobody asked for so long
+ON_DEVICE = ("forward", "backward", "optimizer")  # the other phases run on the host
+_MAX_EVENTS = 512  # events are read, which synchronises, when this many are pending
 
 
-class Timings:
-    """Seconds by what they were spent on, since the last reading and in all."""
+class StepTimers:
+    """Measures seconds by phase, since the last reading and in total."""
 
     def __init__(self, device: torch.device) -> None:
         self._uses_events = device.type == "cuda"
@@ -28,57 +27,58 @@ class Timings:
         self.totals: dict[str, float] = {}
 
     @contextmanager
-    def of(self, what: str) -> Iterator[None]:
-        """Count the time within as `what`."""
-        if self._uses_events and what in ON_DEVICE:
+    def measure(self, phase: str) -> Iterator[None]:
+        """Count the time within the context as a phase."""
+        if self._uses_events and phase in ON_DEVICE:
             first, last = _event(), _event()
             first.record()
             yield
             last.record()
-            self._events.append((what, first, last))
-            if len(self._events) >= _MOST_EVENTS:
-                self._settle()
+            self._events.append((phase, first, last))
+            if len(self._events) >= _MAX_EVENTS:
+                self._read_events()
             return
         start = time.perf_counter()
         yield
-        self._add(what, time.perf_counter() - start)
+        self._add(phase, time.perf_counter() - start)
 
     def step_done(self) -> None:
-        """One more step."""
+        """Count a step."""
         self._steps += 1
 
     def read(self) -> dict[str, float]:
-        """`time/<what>`: seconds a step since the last reading; starts anew."""
-        self._settle()
+        """Return `time/<phase>`, the seconds per step, and start a new interval."""
+        self._read_events()
         steps = max(1, self._steps)
-        seconds = {f"time/{what}": seconds / steps for what, seconds in self._recent.items()}
+        seconds = {f"time/{phase}": seconds / steps for phase, seconds in self._recent.items()}
         self._recent, self._steps = {}, 0
         return seconds
 
     def describe(self) -> str:
-        """`forward 34 %, backward 52 %, …`: shares of all that was timed, the largest first; empty before
-        anything was.
+        """Return the fraction of each phase, like `forward 34 %, backward 52 %`, largest first.
+
+        Empty before anything has been measured.
         """
-        self._settle()
-        whole = sum(self.totals.values())
+        self._read_events()
+        total = sum(self.totals.values())
         ordered = sorted(self.totals.items(), key=lambda item: -item[1])
         return (
             ", ".join(
-                f"{what} {seconds / whole:.0%}" for what, seconds in ordered if seconds >= 0.005 * whole
+                f"{phase} {seconds / total:.0%}" for phase, seconds in ordered if seconds >= 0.005 * total
             )
-            if whole
+            if total
             else ""
         )
 
-    def _settle(self) -> None:
-        for what, first, last in self._events:
+    def _read_events(self) -> None:
+        for phase, first, last in self._events:
             last.synchronize()
-            self._add(what, first.elapsed_time(last) / 1e3)
+            self._add(phase, first.elapsed_time(last) / 1e3)
         self._events.clear()
 
-    def _add(self, what: str, seconds: float) -> None:
-        self._recent[what] = self._recent.get(what, 0.0) + seconds
-        self.totals[what] = self.totals.get(what, 0.0) + seconds
+    def _add(self, phase: str, seconds: float) -> None:
+        self._recent[phase] = self._recent.get(phase, 0.0) + seconds
+        self.totals[phase] = self.totals.get(phase, 0.0) + seconds
 
 
 def _event() -> torch.cuda.Event:

@@ -1,14 +1,14 @@
-"""Cross-entropy of a linear head: dense, or in chunks that never hold all logits.
+"""Cross-entropy of a linear head, dense or in chunks that never keep all logits in memory.
 
-With a vocabulary of 50,000 the logits of a batch outweigh everything else in memory, and what a step then
-waits for is mostly not arithmetic but fresh pages for them. The chunked form keeps one chunk of logits, turns
-it in place into its own gradient and multiplies that back at once, so that the forward pass leaves behind
-just the gradients of hidden states and weight, and the backward pass scales them (the idea of Liger Kernel,
-Hsu et al. 2024, arXiv:2410.10989). Its buffers are made once and reused: on a CPU with bf16 matrix units that
-makes it 2.5 to 3 times as fast as the dense form at 2048 × 256 × 50304, and compiling its softmax gains
-nothing more. It is also why `F.linear_cross_entropy` with `LinearCrossEntropyOptions` is not used: the same
-method, but without reused buffers, without a soft cap, and on CPUs with the products in fp32 (1.3 s there
-against 0.3).
+With a vocabulary of 50,000 the logits of a batch are larger than everything else in memory, and most of a
+step is spent on mapping fresh memory pages for them instead of on arithmetic. The chunked version keeps one
+chunk of logits, replaces it in place by its own gradient and multiplies that back at once. The forward pass
+then leaves behind just the gradients of hidden states and weight, and the backward pass scales them (the idea
+of Liger Kernel, Hsu et al. 2024, arXiv:2410.10989). Its buffers are allocated once and reused: on a CPU with
+bf16 matrix units this makes it 2.5 to 3 times as fast as the dense version at 2048 × 256 × 50304, and
+compiling its softmax gains nothing more. This is also why `F.linear_cross_entropy` with
+`LinearCrossEntropyOptions` is not used: it is the same method, but without reused buffers, without a soft
+cap, and on CPUs with matrix products in fp32 (1.3 s compared with 0.3 s).
 """
 
 from __future__ import annotations
@@ -21,33 +21,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llm_trainer.data.sampling.batch import IGNORE_INDEX
+
 LossMode = Literal["auto", "dense", "chunked"]
 
-IGNORED = -100
-_DENSE_UP_TO = 1 << 22  # logits; below that they are a few megabytes and chunks have no point
+_MAX_DENSE_LOGITS = 1 << 22  # up to here the logits are a few megabytes, and chunks would gain nothing
 _CHUNK_BYTES = {"cpu": 100 << 20, "cuda": 1 << 30}
-_CACHED_ELEMENTS = 1 << 20  # fp32 softmax of so many elements at once stays in a CPU's cache
+_CACHED_ELEMENTS = 1 << 20  # the fp32 softmax of this many elements stays in a CPU's cache
 
 
 class Workspace:
-    """Memory that the chunked loss keeps from step to step.
+    """Buffers that the chunked loss keeps from step to step.
 
-    On a CPU fresh memory is paid for at first touch, page by page: for the buffers of a large vocabulary that
-    is an eighth of the loss's time.
+    On a CPU fresh memory costs time at its first use, page by page: for the buffers of a large vocabulary
+    that is an eighth of the time of the loss.
     """
 
     def __init__(self) -> None:
-        self._held: dict[str, Tensor] = {}
+        self._buffers: dict[str, Tensor] = {}
 
     def take(self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
-        """An uninitialised tensor of this shape on `like`'s device; taking the same name again gives the same
-        memory.
+        """Return an uninitialised tensor of this shape; the same name gives the same memory again.
+
+        Args:
+            name: What the buffer is for.
+            shape: The shape of the result.
+            like: A tensor on the device where the buffer is needed.
+            dtype: The type of the result.
         """
         count = math.prod(shape)
-        held = self._held.get(name)
-        if held is None or held.numel() < count or held.dtype != dtype or held.device != like.device:
-            held = self._held[name] = torch.empty(count, dtype=dtype, device=like.device)
-        return held[:count].view(shape)
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < count or buffer.dtype != dtype or buffer.device != like.device:
+            buffer = self._buffers[name] = torch.empty(count, dtype=dtype, device=like.device)
+        return buffer[:count].view(shape)
 
 
 def linear_cross_entropy_sum(
@@ -59,18 +65,27 @@ def linear_cross_entropy_sum(
     soft_cap: float | None = None,
     workspace: Workspace | None = None,
 ) -> Tensor:
-    """Sum over tokens of −log softmax(cap(hidden · weightᵀ))[label] in nats, an fp32 scalar; cap(x) =
-    soft_cap · tanh(x / soft_cap).
+    """Return the sum over tokens of −log softmax(cap(hidden · weightᵀ))[label] in nats.
 
-    hidden (N, C), weight (V, C), labels (N,) int64, -100 where nothing is supervised. Products run in
-    autocast's type where it is on, softmax and sums in fp32. A training loop gives the same `workspace` again
-    and again. `auto` is chunked for more than 4 M logits. The chunked form can be differentiated once.
+    cap(x) is soft_cap · tanh(x / soft_cap). Matrix products run in autocast's type where autocast is enabled,
+    softmax and sums in fp32. The chunked version can be differentiated once.
+
+    Args:
+        hidden: Hidden states, (N, C).
+        weight: The weight of the head, (V, C).
+        labels: Target ids, (N,) int64; -100 where nothing is supervised.
+        mode: "dense", "chunked", or "auto", which is chunked for more than 4 M logits.
+        soft_cap: Bound of the logits; None for no bound.
+        workspace: Buffers to reuse; a training loop passes the same one at every step.
+
+    Returns:
+        The sum, an fp32 scalar.
     """
     if mode == "auto":
-        mode = "dense" if hidden.size(0) * weight.size(0) <= _DENSE_UP_TO else "chunked"
+        mode = "dense" if hidden.size(0) * weight.size(0) <= _MAX_DENSE_LOGITS else "chunked"
     if mode == "dense":
         logits = _capped(F.linear(hidden, weight).float(), soft_cap)
-        return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+        return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.autocast(device, enabled=False):
@@ -81,7 +96,7 @@ def linear_cross_entropy_sum(
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """The gradients are made with the loss; backward multiplies them by what comes from above."""
+    """Computes the gradients together with the loss; backward multiplies them by the incoming gradient."""
 
     @staticmethod
     def forward(
@@ -100,16 +115,16 @@ class _ChunkedLoss(torch.autograd.Function):
         return result.total
 
     @staticmethod
-    def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError(
-                "the chunked loss can be differentiated once; use loss: dense for a second time"
+                "the chunked loss can be differentiated only once; set loss to dense for a second time"
             )
         hidden, weight = ctx.gradients
         ctx.gradients = None
         return (
-            None if hidden is None else hidden.mul_(above),
-            None if weight is None else weight.mul_(above),
+            None if hidden is None else hidden.mul_(grad_output),
+            None if weight is None else weight.mul_(grad_output),
             None,
             None,
             None,
@@ -120,8 +135,8 @@ class _ChunkedLoss(torch.autograd.Function):
 @dataclass
 class _ChunkedResult:
     total: Tensor
-    hidden_gradient: Tensor | None  # (N, C), hidden's type
-    weight_gradient: Tensor | None  # (V, C), weight's type
+    hidden_gradient: Tensor | None  # (N, C), in the type of hidden
+    weight_gradient: Tensor | None  # (V, C), in the type of weight
 
 
 def _run_chunks(
@@ -133,9 +148,9 @@ def _run_chunks(
     workspace: Workspace | None,
     wanted: tuple[bool, bool],
 ) -> _ChunkedResult:
-    """Loss and the wanted gradients (of hidden, of weight) of the sum, chunk of rows by chunk."""
+    """Loss and the wanted gradients (of hidden, of weight) of the sum, one chunk of rows at a time."""
     buffers = workspace or Workspace()
-    is_ignored = labels == IGNORED
+    is_ignored = labels == IGNORE_INDEX
     targets = labels.masked_fill(is_ignored, 0).unsqueeze(1)  # (N, 1)
     narrow_hidden = hidden.to(dtype)
     narrow_weight = (
@@ -143,8 +158,8 @@ def _run_chunks(
         if weight.dtype == dtype
         else buffers.take("weight", tuple(weight.shape), weight, dtype).copy_(weight)
     )
-    # Rows without a label are taken out of the small matrices: zeros in what multiplies the logits' gradient,
-    # and in the result.
+    # Rows without a label are masked in the small matrices, not in the logits: zeros in the factor of the
+    # logits' gradient, and in the result.
     labelled = narrow_hidden.masked_fill(is_ignored.unsqueeze(1), 0.0) if wanted[1] else narrow_hidden
     rows = _rows_of_chunk(hidden, weight, dtype)
     logits = buffers.take("logits", (rows, weight.size(0)), hidden, dtype)
@@ -174,8 +189,9 @@ def _run_chunks(
 def _softmax_in_place(
     logits: Tensor, targets: Tensor, soft_cap: float | None, buffers: Workspace, *, want_gradient: bool
 ) -> Tensor:
-    """Replace logits (n, V) by the gradient of their losses, softmax − one-hot; returns the losses (n,),
-    fp32. targets (n, 1).
+    """Replace logits (n, V) by the gradient of their losses, softmax − one-hot, and return the losses.
+
+    targets are (n, 1); the losses are (n,), fp32.
     """
     count, vocabulary = logits.shape
     rows = count if logits.is_cuda else max(1, min(count, _CACHED_ELEMENTS // vocabulary))
@@ -194,9 +210,9 @@ def _softmax_in_place(
 
 
 def _losses_of(probabilities: Tensor, logits: Tensor, target: Tensor, soft_cap: float | None) -> Tensor:
-    """−log of the targets' probabilities (n, 1), also where those underflow."""
+    """−log of the targets' probabilities (n, 1), correct also where the probabilities underflow."""
     of_target = probabilities.gather(1, target)
-    if not of_target.is_cuda and bool((of_target > 1e-30).all()):  # a look that would make a GPU wait
+    if not of_target.is_cuda and bool((of_target > 1e-30).all()):  # on a GPU this test would synchronise
         return of_target.log_().neg_()
     # log Σ exp = the largest logit − log of its probability, which is at least 1 / V.
     capped = _capped(logits.float(), soft_cap)
@@ -208,17 +224,17 @@ def _capped(logits: Tensor, soft_cap: float | None) -> Tensor:
 
 
 def _cap_in_place(logits: Tensor, soft_cap: float | None, *, want_slope: bool) -> Tensor | None:
-    """Squash logits; returns the derivative 1 − tanh² where it is wanted."""
+    """Cap logits in place and return the derivative 1 − tanh² where it is wanted."""
     if soft_cap is None:
         return None
-    bent = logits.div_(soft_cap).tanh_()
-    slope = 1.0 - bent.square() if want_slope else None
+    squashed = logits.div_(soft_cap).tanh_()
+    slope = 1.0 - squashed.square() if want_slope else None
     logits.mul_(soft_cap)
     return slope
 
 
 def _rows_of_chunk(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> int:
-    """A power of two of rows whose logits fit the device's budget; all of them when they do."""
+    """The number of rows whose logits fit the device's budget: all, or a power of two of at least 16."""
     affordable = _CHUNK_BYTES.get(hidden.device.type, _CHUNK_BYTES["cpu"]) // (
         weight.size(0) * dtype.itemsize
     )

@@ -1,27 +1,27 @@
-"""What a model is trained to do: a function of the model and a batch that returns a sum of losses and the
-tokens it is over.
+"""Training objectives: functions of the model and a batch that return a sum of losses and a number of tokens.
 
-A sum and a count, never a mean: the step divides once by the tokens of all its micro-batches (and ranks), so
-accumulation, packing and ragged labels cannot change the gradient. A mean of means would
-(transformers#34191). Distillation and early exits are other objectives for the same loop.
+An objective returns a sum and a count, never a mean. The step divides once by the tokens of all its
+micro-batches (and ranks), so gradient accumulation, packing and ragged labels cannot change the gradient. A
+mean of means would (transformers#34191). Distillation and early exits are other objectives for the same loop.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor, nn
 
-from llm_trainer.data.hashing import GOLDEN_GAMMA, splitmix64
-from llm_trainer.data.sampling.samplers import Batch
+from llm_trainer.data.sampling.batch import IGNORE_INDEX, Batch
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.objectives.cross_entropy import LossMode, Workspace, linear_cross_entropy_sum
 
 
 class LossSum(NamedTuple):
-    """A sum of losses over supervised tokens, in nats (fp32 scalar, differentiable), and their number (int64
-    scalar).
+    """A sum of losses and the number of tokens that it is over.
+
+    Attributes:
+        total: The sum over supervised tokens in nats, an fp32 scalar, differentiable.
+        tokens: The number of supervised tokens, an int64 scalar.
     """
 
     total: Tensor
@@ -29,15 +29,18 @@ class LossSum(NamedTuple):
 
 
 class Objective(Protocol):
-    """A training objective. Called once a micro-batch inside autocast; must not divide by anything."""
+    """A training objective, called once per micro-batch inside autocast. It must not divide by anything."""
 
     def __call__(self, model: Transformer, batch: Batch) -> LossSum:
-        """The batch's loss, summed."""
+        """Return the sum of the batch's losses."""
 
 
 class NextToken:
-    """Cross-entropy of each next token, by `loss_mode` with all logits at once (dense) or in chunks that
-    never hold them all.
+    """Cross-entropy of each next token.
+
+    Args:
+        loss_mode: "dense" computes all logits at once, "chunked" never keeps them all in memory, and "auto"
+            chooses by their number.
     """
 
     def __init__(self, loss_mode: LossMode = "auto") -> None:
@@ -45,7 +48,7 @@ class NextToken:
         self._workspace = Workspace()
 
     def __call__(self, model: Transformer, batch: Batch) -> LossSum:
-        """Labels are already shifted; -100 is not supervised."""
+        """Return the sum of the batch's losses; labels are already shifted, and -100 is not supervised."""
         domains = (
             None
             if batch.sources is None
@@ -54,10 +57,16 @@ class NextToken:
         hidden = model.hidden_states(
             batch.input_ids, document_ids=batch.document_ids, domains=domains
         )  # (B, T, C)
-        return self.of_hidden(model, hidden, batch.labels)
+        return self.from_hidden_states(model, hidden, batch.labels)
 
-    def of_hidden(self, model: Transformer, hidden: Tensor, labels: Tensor) -> LossSum:
-        """From what the head reads, (B, T, C), and labels (B, T)."""
+    def from_hidden_states(self, model: Transformer, hidden: Tensor, labels: Tensor) -> LossSum:
+        """Return the sum of losses from final hidden states.
+
+        Args:
+            model: The model whose head is applied.
+            hidden: Hidden states after the final norm, (B, T, C).
+            labels: Target ids, (B, T); -100 is not supervised.
+        """
         total = linear_cross_entropy_sum(
             hidden.flatten(0, 1),
             model.lm_head.effective_weight(),
@@ -66,13 +75,11 @@ class NextToken:
             soft_cap=model.config.logit_soft_cap,
             workspace=self._workspace,
         )
-        return LossSum(total, (labels != -100).sum())
+        return LossSum(total, (labels != IGNORE_INDEX).sum())
 
 
-class TrainingStep(nn.Module):
-    """Model and objective as one module, so that DDP, FSDP and compilation can wrap the whole forward pass of
-    a micro-batch.
-    """
+class ModelWithObjective(nn.Module):
+    """Model and objective as one module, so that DDP, FSDP and compilation can wrap a whole forward pass."""
 
     def __init__(self, model: Transformer, objective: Objective) -> None:
         super().__init__()
@@ -80,23 +87,5 @@ class TrainingStep(nn.Module):
         self.objective = objective
 
     def forward(self, batch: Batch) -> LossSum:
-        """The objective on one micro-batch."""
+        """Return the objective's sum of losses on one micro-batch."""
         return self.objective(self.model, batch)
-
-
-def seed_dropout(seed: int, step: int, micro_batch: int, rank: int, device: torch.device) -> None:
-    """Seed the generator that dropout draws from, as a function of the place in the run.
-
-    With this no generator's state has to be saved: a resumed run draws what the uninterrupted one would have
-    drawn.
-    """
-    mixed = seed
-    for part in (step, micro_batch, rank):  # neighbouring values give unrelated seeds
-        mixed = splitmix64(mixed + part + GOLDEN_GAMMA)
-    generator = torch.default_generator
-    if device.type == "cuda":
-        generator = torch.cuda.default_generators[device.index or 0]
-    elif device.type == "mps":
-        torch.mps.manual_seed(mixed)
-        return
-    generator.manual_seed(mixed)

@@ -1,10 +1,9 @@
-"""Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon/) as torch.optim.Muon has it, with equal
-shapes in one batch.
+"""Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon/) as in torch.optim.Muon, batched by shape.
 
-torch's own goes matrix by matrix; on narrow models the time is then spent on launching some thirty small
-operations for each of them. Here matrices of one shape are stacked and the Newton–Schulz iteration runs on
-the stack. The arithmetic is the same, so the result differs from torch's by the order of bf16 sums alone
-(tests/training/test_optimizers.py states how much).
+torch's implementation updates one matrix after another; on narrow models the time is then spent on launching
+some thirty small operations per matrix. Here matrices of the same shape are stacked and the Newton–Schulz
+iteration runs on the stack. The arithmetic is the same, so the result differs from torch's only by the order
+of bf16 sums (tests/training/optim/test_optimizers.py states by how much).
 """
 
 from __future__ import annotations
@@ -16,14 +15,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from llm_trainer.distributed.parallelize import placed_like, whole
+from llm_trainer.distributed.parallelize import distribute_like, full_tensor
 
-_SMALL = 1 << 17  # elements; matrices up to this are orthogonalised together
+_MAX_STACKED_ELEMENTS = 1 << 17  # matrices of up to this many elements are stacked
 
 
 def undecorated(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of torch's optimizers without its wrapper for compiled optimizers, which imports
-    torch._dynamo: 1.4 s at a run's start.
+    """Return a method of torch's optimizers without its wrapper for compiled optimizers.
+
+    The wrapper imports torch._dynamo, which takes 1.4 s at the start of a run.
     """
     return cast(Callable[..., Any], getattr(function, "__wrapped__", function))
 
@@ -31,7 +31,9 @@ def undecorated(function: Callable[..., Any]) -> Callable[..., Any]:
 class BatchedMuon(torch.optim.Muon):
     """torch.optim.Muon, computed for all matrices of one shape at once.
 
-    `found_inf`, as in torch's fused optimizers, is a tensor that is 1 when this step's gradients are not finite and nothing may change.
+    Attributes:
+        found_inf: As in torch's fused optimizers, a tensor that is 1 if this step's gradients are not finite,
+            in which case nothing is updated.
     """
 
     found_inf: Tensor | None = None
@@ -41,31 +43,33 @@ class BatchedMuon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
-        assert closure is None, "closures are for line searches; Muon has none"
+        """Update every parameter that has a gradient."""
+        assert closure is None, "Muon does no line search, so it takes no closure"
         if self.found_inf is not None and bool(self.found_inf):
             return
         for group in self.param_groups:
-            alike: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
+            by_shape: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     rows, columns = parameter.shape
-                    alike[min(rows, columns), max(rows, columns)].append(parameter)
-            for shape, parameters in alike.items():
-                together = len(parameters) if shape[0] * shape[1] <= _SMALL else 1
-                for start in range(0, len(parameters), together):
-                    self._update(parameters[start : start + together], group)
+                    by_shape[min(rows, columns), max(rows, columns)].append(parameter)
+            for shape, parameters in by_shape.items():
+                stack_size = len(parameters) if shape[0] * shape[1] <= _MAX_STACKED_ELEMENTS else 1
+                for start in range(0, len(parameters), stack_size):
+                    self._update(parameters[start : start + stack_size], group)
 
     def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        """Update matrices of one shape, some of which may be its transpose."""
+        """Update matrices of one shape or its transpose."""
         lr, momentum = float(group["lr"]), group["momentum"]
         gradients = [cast(Tensor, parameter.grad) for parameter in parameters]
         buffers = [self._momentum_buffer(parameter) for parameter in parameters]
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         updates = torch._foreach_lerp(gradients, buffers, momentum) if group["nesterov"] else buffers
-        updates = [whole(update) for update in updates]  # cut over ranks, a matrix has no singular values
+        updates = [
+            full_tensor(update) for update in updates
+        ]  # a shard does not have the matrix's singular values
         wide = torch.stack([(update.t() if _is_tall(update) else update).bfloat16() for update in updates])
-        orthogonal = orthogonalise(wide, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        orthogonal = orthogonalize(wide, group["ns_coefficients"], group["ns_steps"], group["eps"])
         torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
         for parameter, direction in zip(parameters, orthogonal, strict=True):
             rows, columns = parameter.shape
@@ -74,8 +78,8 @@ class BatchedMuon(torch.optim.Muon):
                 if group["adjust_lr_fn"] == "match_rms_adamw"
                 else max(1.0, rows / columns) ** 0.5
             )
-            whole_direction = (direction.t() if _is_tall(parameter) else direction).to(parameter.dtype)
-            parameter.add_(placed_like(whole_direction, parameter), alpha=-lr * ratio)
+            full_direction = (direction.t() if _is_tall(parameter) else direction).to(parameter.dtype)
+            parameter.add_(distribute_like(full_direction, parameter), alpha=-lr * ratio)
 
     def _momentum_buffer(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]
@@ -84,11 +88,16 @@ class BatchedMuon(torch.optim.Muon):
         return cast(Tensor, state["momentum_buffer"])
 
 
-def orthogonalise(
+def orthogonalize(
     wide: Tensor, coefficients: tuple[float, float, float], steps: int, epsilon: float
 ) -> Tensor:
-    """Push the singular values of each of `wide` (count, rows ≤ columns), bf16, towards 1 by Newton–Schulz,
-    as torch.optim.Muon does.
+    """Push the singular values of matrices towards 1 by the Newton–Schulz iteration of torch.optim.Muon.
+
+    Args:
+        wide: The matrices, (count, rows ≤ columns), bf16.
+        coefficients: The coefficients of the iteration's polynomial.
+        steps: The number of iterations.
+        epsilon: The smallest norm by which a matrix is divided.
     """
     a, b, c = coefficients
     x: Tensor = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=epsilon)

@@ -1,4 +1,4 @@
-"""Which parameters are trained, and how fast: freezing, and learning rates by part and by depth."""
+"""Which parameters are trained, and how fast: freezing, and learning rates by module and by depth."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Mapping
 import torch
 
 from llm_trainer.config import TrainingConfig
-from llm_trainer.config.param_count import part_sizes
+from llm_trainer.config.param_count import params_per_module
 from llm_trainer.config.schema.model import ModelConfig
-from llm_trainer.model.adapters.lora import freeze_resting_adapters, train_adapters_only
-from llm_trainer.model.adapters.nf4 import quantize_blocks
+from llm_trainer.model.adapters.lora import freeze_inactive_adapters, train_adapters_only
+from llm_trainer.model.adapters.nf4 import quantize_base
 from llm_trainer.model.module_names import (
     matching_parts,
     part_names,
@@ -23,68 +23,74 @@ from llm_trainer.model.transformer import Transformer
 
 
 def prepare_trainable(model: Transformer, training: TrainingConfig) -> None:
-    """Freeze what the settings say: the weights under adapters where `lora_train_base` is false, adapters that do not count, and
-    `freeze_layers`; and hold what is frozen in fewer bits where `quantize_base` says so.
+    """Freeze parameters as the settings say, and quantize the frozen base model where `quantize_base` is set.
 
-    Raises UsageError for a part that the model does not have, and for a base that cannot be quantised.
+    Frozen are the weights under adapters if `lora_train_base` is false, inactive adapters, and the modules of
+    `freeze_layers`.
+
+    Raises:
+        UsageError: `freeze_layers` names a module that the model does not have, or the base cannot be
+            quantized.
     """
-    freeze(model, training)
+    freeze_parameters(model, training)
     if training.quantize_base != "off":
-        quantize_blocks(model)
+        quantize_base(model)
 
 
-def freeze(model: Transformer, training: TrainingConfig) -> None:
-    """The part of `prepare_trainable` that takes no weights."""
+def freeze_parameters(model: Transformer, training: TrainingConfig) -> None:
+    """Freeze parameters like `prepare_trainable`; works on the meta device too."""
     if model.config.lora_train_base is False and model.config.has_adapters:
         train_adapters_only(model)
-    freeze_resting_adapters(model)
+    freeze_inactive_adapters(model)
     if training.freeze_layers:
         set_trainable(model, training.freeze_layers, False)
 
 
-def trained_sizes(shape: ModelConfig, training: TrainingConfig) -> dict[str, int]:
-    """Trained parameters of each part, of a model that is only described."""
-    tables = shape.with_lora_table()
-    is_all = set(tables.lora) == set(tables.counting_lora) and (
-        shape.lora_train_base or not shape.has_adapters
+def trainable_sizes(config: ModelConfig, training: TrainingConfig) -> dict[str, int]:
+    """Return the number of trainable parameters of each module, without building the model's weights."""
+    with_tables = config.with_lora_tables()
+    trains_all = set(with_tables.lora) == set(with_tables.active_adapter_names) and (
+        config.lora_train_base or not config.has_adapters
     )
-    if is_all and not training.freeze_layers:
-        return part_sizes(shape)
+    if trains_all and not training.freeze_layers:
+        return params_per_module(config)
     with torch.device("meta"):
-        model = Transformer(shape)
-    freeze(model, training)
-    return {part: count.trainable for part, count in trainable_counts(model).items()}
+        model = Transformer(config)
+    freeze_parameters(model, training)
+    return {module: count.trainable for module, count in trainable_counts(model).items()}
 
 
-def rate_factors(model: Transformer, training: TrainingConfig) -> dict[str, float]:
-    """Part → what its learning rate is multiplied by: `learning_rate_factors` of it, times `layer_rate_decay`
-    for each level above it.
+def module_lr_multipliers(model: Transformer, training: TrainingConfig) -> dict[str, float]:
+    """Return what the learning rate of each module is multiplied by.
 
-    Levels are the embeddings, the blocks, and the last norm with the head (Howard and Ruder 2018,
-    arXiv:1801.06146). Where several spellings mean a part the last one counts. Raises UsageError for a
-    spelling that means none.
+    This is its entry in `lr_multipliers`, times `layerwise_lr_decay` for each level above the module. Levels
+    are the embeddings, each block, and the final norm with the head (Howard and Ruder 2018,
+    arXiv:1801.06146). If several entries match a module, the last one applies.
+
+    Raises:
+        UsageError: An entry of `lr_multipliers` matches no module.
     """
-    factors = {
-        part: training.layer_rate_decay ** (model.config.num_hidden_layers + 1 - level)
-        for part, level in _levels(model).items()
+    by_depth = {
+        module: training.layerwise_lr_decay ** (model.config.num_hidden_layers + 1 - level)
+        for module, level in _levels(model).items()
     }
-    said: dict[str, float] = {}
-    for spelled, factor in training.learning_rate_factors.items():
-        said |= dict.fromkeys(matching_parts(model, spelled), factor)
-    return {part: factor * said.get(part, 1.0) for part, factor in factors.items()}
+    requested: dict[str, float] = {}
+    for pattern, multiplier in training.lr_multipliers.items():
+        requested |= dict.fromkeys(matching_parts(model, pattern), multiplier)
+    return {module: factor * requested.get(module, 1.0) for module, factor in by_depth.items()}
 
 
-def rate_factor_of(parameter_name: str, factors: Mapping[str, float]) -> float:
-    """The factor of a parameter by its name."""
-    return factors.get(part_of_parameter(parameter_name), 1.0)
+def lr_multiplier_of(parameter_name: str, multipliers: Mapping[str, float]) -> float:
+    """Return the multiplier of a parameter, given its name and the multipliers of all modules."""
+    return multipliers.get(part_of_parameter(parameter_name), 1.0)
 
 
 def _levels(model: Transformer) -> dict[str, int]:
-    """Part → 0 for embeddings, 1 + its block, or one more than the blocks."""
+    """Module → its level: 0 for embeddings, 1 + the number of its block, and the last for norm and head."""
     last = model.config.num_hidden_layers + 1
 
-    def level(part: str) -> int:
-        kind, _, number = part.partition(".")
+    def level(module: str) -> int:
+        kind, _, number = module.partition(".")
         return 1 + int(number) if number else 0 if fnmatch.fnmatch(kind, "w?e") else last
 
-    return {part: level(part) for part in part_names(model)}
+    return {module: level(module) for module in part_names(model)}

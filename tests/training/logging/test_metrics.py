@@ -17,9 +17,9 @@ from rich.console import Console
 from tiny_run import tiny_run, tiny_trainer
 
 from llm_trainer.config import CheckpointError, UsageError
-from llm_trainer.diagnostics.verify_resume import StopAt
+from llm_trainer.diagnostics.verify_resume import StopAtStep
 from llm_trainer.training.logging.metrics import MetricsTracker, read_metrics
-from llm_trainer.training.logging.progress import ProgressReporter, clean
+from llm_trainer.training.logging.progress import ProgressReporter, escape_control_characters
 from llm_trainer.training.trainer import Trainer
 
 
@@ -99,7 +99,7 @@ def test_an_interrupted_and_resumed_run_has_the_lines_of_the_straight_one(tmp_pa
         ]
 
     tiny_run(tmp_path / "straight")
-    tiny_run(tmp_path / "cut", callbacks=[StopAt(8)])
+    tiny_run(tmp_path / "cut", callbacks=[StopAtStep(8)])
     tiny_run(tmp_path / "cut", resume_from=str(tmp_path / "cut" / "checkpoint-6"))
     assert told(tmp_path / "cut") == told(tmp_path / "straight")
 
@@ -218,8 +218,8 @@ def test_off_a_terminal_there_are_plain_lines_at_logging_steps_and_no_bar(tmp_pa
 def test_on_a_terminal_there_is_a_bar_with_loss_rate_and_speed(tmp_path: Path) -> None:
     out = StringIO()
     reporter = ProgressReporter(10, console=Console(file=out, width=200, force_terminal=True))
-    reporter.metrics(5, {"loss": 2.5, "learning_rate": 1e-3, "tokens_per_second": 1234.0})
-    reporter.line("step 5  val_loss 2.0")
+    reporter.show_metrics(5, {"loss": 2.5, "learning_rate": 1e-3, "tokens_per_second": 1234.0})
+    reporter.print_line("step 5  val_loss 2.0")
     reporter.close()
     for shown in ("5/10", "loss 2.5000", "lr 1.00e-03", "1,234 tok/s", "val_loss 2.0"):
         assert shown in out.getvalue()
@@ -229,18 +229,18 @@ def test_the_bar_ends_where_the_run_ends_by_now() -> None:
     out = StringIO()
     reporter = ProgressReporter(10, console=Console(file=out, width=200, force_terminal=True))
     reporter.advance(5, 7)
-    reporter.line("something")  # draws the bar anew
+    reporter.print_line("something")  # draws the bar anew
     reporter.close()
     assert "5/7" in out.getvalue()
 
 
 def test_text_from_outside_stays_one_harmless_line(tmp_path: Path) -> None:
     hostile = "run\r\n2026-01-01 00:00:00 forged\x1b[2J\u2028x\x00"
-    assert clean(hostile) == "run\\r\\n2026-01-01 00:00:00 forged\\x1b[2J\\u2028x\\x00"
+    assert escape_control_characters(hostile) == "run\\r\\n2026-01-01 00:00:00 forged\\x1b[2J\\u2028x\\x00"
     out = StringIO()
     reporter = ProgressReporter(10, console=Console(file=out), log_folder=tmp_path)
-    reporter.line(hostile)
-    reporter.line("[red]markup[/red] is text")
+    reporter.print_line(hostile)
+    reporter.print_line("[red]markup[/red] is text")
     reporter.close()
     log = (tmp_path / "logs" / "train.log").read_text(encoding="utf-8")
     assert len(log.splitlines()) == 2

@@ -8,14 +8,14 @@ import pytest
 
 from llm_trainer.config import Duration, TrainingConfig, UsageError
 from llm_trainer.training.optim.lr_schedule import (
-    Length,
-    Schedule,
-    ScheduleState,
-    resolve_length,
-    resolve_schedule,
+    LRSchedule,
+    LRScheduleState,
+    RunLength,
+    resolve_lr_schedule,
+    resolve_run_length,
 )
 
-STEPS = Length(1000, "max_steps 1000", steps_per_epoch=250.0, tokens_per_step=512)
+STEPS = RunLength(1000, "max_steps 1000", steps_per_epoch=250.0, tokens_per_step=512)
 
 
 @pytest.mark.parametrize(
@@ -41,16 +41,16 @@ STEPS = Length(1000, "max_steps 1000", steps_per_epoch=250.0, tokens_per_step=51
     ],
 )
 def test_points_of_each_schedule(kind: str, step: int, expected: float) -> None:
-    schedule = Schedule(
+    schedule = LRSchedule(
         kind, warmup_steps=100, decay_steps=1000, minimum_fraction=0.1, wsd_decay_fraction=0.2
     )  # type: ignore[arg-type]
     assert schedule.factor(step) == pytest.approx(expected, abs=1e-12)
 
 
 def test_operations_multiply_the_rate_and_start_the_schedule_again() -> None:
-    schedule = Schedule("cosine", warmup_steps=10, decay_steps=100, minimum_fraction=0.0)
-    assert schedule.factor(10, ScheduleState(factor=0.5)) == 0.5
-    again = ScheduleState(offset=40)
+    schedule = LRSchedule("cosine", warmup_steps=10, decay_steps=100, minimum_fraction=0.0)
+    assert schedule.factor(10, LRScheduleState(factor=0.5)) == 0.5
+    again = LRScheduleState(offset=40)
     assert schedule.factor(40, again) == pytest.approx(1 / 11)
     assert schedule.factor(50, again) == 1.0
     assert schedule.factor(100, again) == pytest.approx(0.0)  # the end stays where it was
@@ -70,7 +70,7 @@ def test_operations_multiply_the_rate_and_start_the_schedule_again() -> None:
 )
 def test_a_run_ends_at_whichever_end_comes_first(settings: dict[str, int], steps: int) -> None:
     assert (
-        resolve_length(
+        resolve_run_length(
             TrainingConfig(**settings), samples_per_epoch=100, sequences_per_step=8, context=16
         ).steps
         == steps
@@ -87,23 +87,23 @@ def test_durations_come_in_every_unit() -> None:
 
 
 def test_a_default_warmup_is_a_tenth_of_a_short_run() -> None:
-    assert resolve_schedule(TrainingConfig(), STEPS).warmup_steps == 100
-    long = Length(100_000, "max_steps", 250.0, 512)
-    assert resolve_schedule(TrainingConfig(), long).warmup_steps == 2000
+    assert resolve_lr_schedule(TrainingConfig(), STEPS).warmup_steps == 100
+    long = RunLength(100_000, "max_steps", 250.0, 512)
+    assert resolve_lr_schedule(TrainingConfig(), long).warmup_steps == 2000
 
 
 def test_a_warmup_that_was_said_and_is_longer_than_the_run_is_refused() -> None:
     with pytest.raises(UsageError, match="warmup_steps 2000 is longer than the run of 1000 steps"):
-        resolve_schedule(TrainingConfig(warmup_steps=2000), STEPS)
+        resolve_lr_schedule(TrainingConfig(warmup_steps=2000), STEPS)
     with pytest.raises(UsageError, match="longer than lr_decay_steps"):
-        resolve_schedule(TrainingConfig(warmup_steps=200, lr_decay_steps=100), STEPS)
+        resolve_lr_schedule(TrainingConfig(warmup_steps=200, lr_decay_steps=100), STEPS)
 
 
 def test_the_lowest_rate_is_a_tenth_or_what_is_said() -> None:
-    assert resolve_schedule(TrainingConfig(), STEPS).minimum_fraction == 0.1
-    schedule = resolve_schedule(
+    assert resolve_lr_schedule(TrainingConfig(), STEPS).minimum_fraction == 0.1
+    schedule = resolve_lr_schedule(
         TrainingConfig(learning_rate=1e-3, min_lr=1e-4 / 4, lr_decay_iters=500), STEPS
     )
     assert math.isclose(schedule.factor(500), 0.025)
     with pytest.raises(UsageError, match="above learning_rate"):
-        resolve_schedule(TrainingConfig(learning_rate=1e-3, min_lr=1e-2), STEPS)
+        resolve_lr_schedule(TrainingConfig(learning_rate=1e-3, min_lr=1e-2), STEPS)

@@ -28,7 +28,7 @@ def test_updates_in_portions_are_those_of_the_whole(tmp_path: Path, kind: str, d
         for plain, offloaded in zip(*optimizers, strict=True):
             groups = offloaded.param_groups
             plain.step()
-            step_offloaded(offloaded, bytes_at_once=2000)
+            step_offloaded(offloaded, max_bytes=2000)
             assert offloaded.param_groups is groups
     for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0 if kind == "adamw" else 1e-6)

@@ -12,7 +12,7 @@ from torch import nn
 
 from llm_trainer.config import ModelConfig, TrainingConfig, UsageError
 from llm_trainer.training.optim.muon import BatchedMuon
-from llm_trainer.training.optim.optimizers import AdamW, build_optimizers, peak_rates, set_rates
+from llm_trainer.training.optim.optimizers import AdamW, build_optimizers, peak_lrs, set_lrs
 
 
 def _groups(optimizer: str, **shape: object) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
@@ -58,11 +58,11 @@ def test_frozen_parameters_are_left_out_and_a_frozen_model_is_refused() -> None:
 
 def test_rates_are_each_groups_peak_times_the_factor() -> None:
     _, optimizers = _groups("muon")
-    peaks = peak_rates(optimizers)
+    peaks = peak_lrs(optimizers)
     assert peaks == [[0.02], [3e-4, 3e-4]]
     for factor in (0.5, 0.25):  # of the peak, not of the last rate
-        set_rates(optimizers, peaks, factor)
-    assert peak_rates(optimizers) == [[0.005], [7.5e-5, 7.5e-5]]
+        set_lrs(optimizers, peaks, factor)
+    assert peak_lrs(optimizers) == [[0.005], [7.5e-5, 7.5e-5]]
 
 
 SIZES = [(32, 32)] * 3 + [(48, 16)] * 2 + [(16, 48)] * 2 + [(400, 400), (16, 16)]

@@ -18,7 +18,7 @@ from llm_trainer.inference.load_model import load_transformer
 from llm_trainer.model.adapters.lora import is_adapter_parameter, merge_lora
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.optim.optimizers import build_optimizers
-from llm_trainer.training.optim.param_groups import prepare_trainable, trained_sizes
+from llm_trainer.training.optim.param_groups import prepare_trainable, trainable_sizes
 from llm_trainer.training.trainer import Trainer
 
 LORA = {"attn_lora_rank": 2, "mlp_lora_rank": 2, "lora_train_base": False, "lora_dropout": 0.1}
@@ -71,7 +71,7 @@ def test_only_adapters_learn_over_a_frozen_base_and_they_lower_the_loss(
 
 def test_sets_that_do_not_count_are_not_trained() -> None:
     sets = {"one": {"ranks": {"attn.0": 2}}, "other": {"ranks": {"attn.0": 2, "wte": 3}}}
-    shape = ModelConfig(**SHAPE, lora=sets, lora_in_use=["other"], lora_train_base=True)
+    shape = ModelConfig(**SHAPE, lora=sets, active_adapters=["other"], lora_train_base=True)
     model = tiny_model(shape)
     prepare_trainable(model, TrainingConfig())
     assert {
@@ -80,7 +80,7 @@ def test_sets_that_do_not_count_are_not_trained() -> None:
         if not one.requires_grad
     } == {"one"}
     trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
-    assert sum(trained_sizes(shape, TrainingConfig()).values()) == trained < parameter_count(shape)
+    assert sum(trainable_sizes(shape, TrainingConfig()).values()) == trained < parameter_count(shape)
 
 
 def test_a_resumed_adapter_run_is_the_uninterrupted_one_to_the_bit(tmp_path: Path) -> None:
@@ -112,8 +112,8 @@ def test_rates_follow_part_and_depth(optimizer: str) -> None:
         optimizer=optimizer,
         learning_rate=1.0,
         muon_learning_rate=1.0,
-        layer_rate_decay=0.5,
-        learning_rate_factors={"mlp.*": 3.0, "mlp.0": 4},
+        layerwise_lr_decay=0.5,
+        lr_multipliers={"mlp.*": 3.0, "mlp.0": 4},
     )
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     rates = {
@@ -133,6 +133,6 @@ def test_rates_follow_part_and_depth(optimizer: str) -> None:
 def test_a_rate_or_a_frost_for_a_part_that_is_not_there_is_refused(tmp_path: Path) -> None:
     model = tiny_model(ModelConfig(**SHAPE))
     with pytest.raises(UsageError, match=r"attn\.9"):
-        build_optimizers(model, TrainingConfig(learning_rate_factors={"attn.9": 2.0}))
+        build_optimizers(model, TrainingConfig(lr_multipliers={"attn.9": 2.0}))
     with pytest.raises(UsageError, match="heads"):
         Trainer(model, tiny_config(tmp_path, freeze_layers=["heads"]), tokens(), console=Console(quiet=True))
