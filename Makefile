@@ -23,7 +23,7 @@ fast: .venv/test
 # Build the documentation into site/. A broken link is an error.
 docs: .venv/test
 	$(BIN)/python docs/generate_reference.py
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: .venv/test
 	$(BIN)/ruff check .

@@ -1,0 +1,187 @@
+"""README and documentation: links resolve, commands parse, code runs or imports what exists, and generated pages
+are up to date.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from paths import ROOT
+
+from llm_trainer.cli.main import COMMANDS, main
+
+README = ROOT / "README.md"
+DOCS = ROOT / "docs"
+PAGES = [
+    README,
+    *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")),
+    *sorted(DOCS.rglob("*.md")),
+]
+MANUALS_PAGES = (
+    "README_ORCHESTRATOR.md",
+    "LAYER_OPERATIONS_GUIDE.md",
+    "domain_data_bridge.md",
+    "dataset_preparation.md",
+    "knowledge_distillation.md",
+    "computational_efficiency.md",
+)
+_LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+_BLOCK = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def _blocks(path: Path, *languages: str) -> Iterator[str]:
+    return (code for language, code in _BLOCK.findall(_text(path)) if language in languages)
+
+
+def test_the_readme_is_short() -> None:
+    lines = _text(README).splitlines()
+    assert len(lines) <= 130
+    assert [line for line in lines if len(line) > 100] == []
+
+
+def test_pages_of_the_manuals_are_at_their_paths() -> None:
+    assert [name for name in MANUALS_PAGES if not (DOCS / name).is_file()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_resolve(page: Path) -> None:
+    broken = []
+    for target in _LINK.findall(re.sub(r"^```.*?^```", "", _text(page), flags=re.MULTILINE | re.DOTALL)):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        if not file.exists() or (anchor and anchor not in _anchors(file)):
+            broken.append(target)
+    assert broken == []
+
+
+def _anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and mkdocs make them."""
+    headings = re.findall(
+        r"^#+ (.*)$", re.sub(r"^```.*?^```", "", _text(page), flags=re.M | re.S), re.MULTILINE
+    )
+    plain = (re.sub(r"[^\w\s-]", "", heading.lower()).strip() for heading in headings)
+    return {re.sub(r"\s+", "-", heading) for heading in plain}
+
+
+def _commands(page: Path) -> Iterator[list[str]]:
+    """The words of each `llm-trainer` command in a page's shell blocks, without a trailing comment."""
+    for block in _blocks(page, "bash", "sh"):
+        for line in block.replace("\\\n", " ").splitlines():
+            if line.startswith("llm-trainer "):
+                yield [word for word in shlex.split(line, comments=True)[1:] if word != "…"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_are_understood(
+    page: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "config").symlink_to(ROOT / "configs")
+    for words in _commands(page):
+        assert words[0] in COMMANDS, words
+        status = main([*words, "--help"])
+        assert status == 0, (words, capsys.readouterr().err)
+        known = set(re.findall(r"--([a-z][\w-]*)", _help(words[0], capsys)))
+        given = {word[2:].split("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+        unknown = {name for name in given if name not in {other.replace("-", "_") for other in known}}
+        assert not unknown, (words, unknown)
+
+
+def _help(command: str, capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    main([command, "--help-all"])
+    return capsys.readouterr().out + "--config --preset --explain --help"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_code_blocks_import_what_exists(page: Path) -> None:
+    for block in _blocks(page, "python"):
+        if block.lstrip().startswith("--8<--"):
+            continue
+        for node in ast.walk(ast.parse(textwrap.dedent(block))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("llm_trainer"):
+                module = importlib.import_module(str(node.module))
+                for name in node.names:
+                    assert hasattr(module, name.name), f"{node.module} has no {name.name}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [README, DOCS / "tutorials" / "python.md"], ids=lambda page: page.name)
+def test_the_python_program_runs(page: Path, tmp_path: Path) -> None:
+    program = next(iter(_blocks(page, "python")))
+    _run(program, tmp_path)
+    assert (tmp_path / "runs" / "python" / "final_model").is_dir()
+
+
+@pytest.mark.slow
+def test_the_extensions_run(tmp_path: Path) -> None:
+    _run("\n".join(_blocks(DOCS / "how-to" / "extend.md", "python")), tmp_path)
+
+
+def _run(program: str, folder: Path) -> None:
+    (folder / "program.py").write_text(program, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "program.py"],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["docs/generate_reference.py", "benchmarks/report.py"])
+def test_generated_pages_are_up_to_date(program: str) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / program), "--check"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"run python {program}\n{done.stdout}{done.stderr[-2000:]}"
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "mkdocs",
+            "build",
+            "--strict",
+            "--quiet",
+            "--site-dir",
+            str(tmp_path / "site"),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "site" / "index.html").is_file()
