@@ -14,11 +14,11 @@ quickstart: .venv/core
 	$(BIN)/llm-trainer quickstart $(if $(TEXT),--text "$(TEXT)")
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow or not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow or not slow" --durations=20
 
 # The fast tests, for use during development.
 fast: .venv/test
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # Build the documentation into site/. A broken link is an error.
 docs: .venv/test

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -16,11 +17,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from paths import SHARED
 
 from llm_trainer.config import DataConfig
-from llm_trainer.data.pipeline.pipeline import prepare
+from llm_trainer.data.pipeline.pipeline import prepare_dataset
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
 
 hypothesis.settings.register_profile("no times", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("no times")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen_imports() -> None:
+    """Leaves what imports have made out of every later search for garbage.
+
+    Training looks for garbage whenever the model changes, which takes a third of a second among so many
+    modules.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +63,9 @@ def tiny_data(
     texts.mkdir()
     for index, text in enumerate(tiny_texts):
         (texts / f"{index:02d}.txt").write_text(text, encoding="utf-8")
-    prepare(DataConfig(input=str(texts), val_ratio=0.1), folder / "prepared", tokenizer=tiny_tokenizer)
+    prepare_dataset(
+        DataConfig(input=str(texts), val_ratio=0.1), folder / "prepared", tokenizer=tiny_tokenizer
+    )
     return folder / "prepared"
 
 

@@ -9,6 +9,8 @@ from test_ranks import LLAMA, LORA, STEPS, TOLERANCE, a_run, differences, on_ran
 
 from llm_trainer.run_dir import verify
 
+pytestmark = pytest.mark.slow
+
 CONTEXT = {"context_parallel": 2}
 PACKED = {"document_every": 5}
 WINDOW = LLAMA | {"sliding_window": 4}
@@ -72,7 +74,6 @@ def test_ranks_that_share_sequences_hold_and_save_shards(folder: Path) -> None:
     assert max(sizes) < 1.2 * min(sizes)
 
 
-@pytest.mark.slow
 def test_adapters_tied_embeddings_and_one_pass_have_the_losses_of_one_rank(folder: Path) -> None:
     others = {"lora": LORA, "tied": TIED, "one-pass": {}}
     on_ranks(
@@ -87,7 +88,6 @@ def test_adapters_tied_embeddings_and_one_pass_have_the_losses_of_one_rank(folde
         assert_equal_runs(folder / f"plain-{name}", folder / f"context-{name}")
 
 
-@pytest.mark.slow
 def test_four_ranks_that_share_sequences_have_the_losses_of_one(folder: Path) -> None:
     """Four to a sequence, and two in replicas, shards and tensor groups; and what they save goes on on one."""
     mixed = {

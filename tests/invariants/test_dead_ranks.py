@@ -4,45 +4,26 @@ running.
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-from paths import ROOT, SUPPORT
-
-RUNNER = SUPPORT.joinpath("ranked_run.py")
+from launch import environment, torchrun_command, write_runs
 
 
 @pytest.fixture
 def launched(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
     """A long run on two ranks under torchrun, past its first steps."""
     settings = {"max_steps": 1_000_000, "save_interval": None, "eval_interval": 1_000_000, "warmup_steps": 1}
-    (tmp_path / "runs.json").write_text(
-        json.dumps([{"name": "run", "model": {}, "settings": settings}]), encoding="utf-8"
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        str(RUNNER),
-        str(tmp_path),
-    ]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-    }
+    write_runs(tmp_path, [{"name": "run", "model": {}, "settings": settings}])
+    command = torchrun_command(2, "ranked_run", tmp_path)
     with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         metrics = tmp_path / "run/metrics.jsonl"
         end = time.monotonic() + 60

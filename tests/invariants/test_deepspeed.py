@@ -4,6 +4,7 @@ the other's.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -11,8 +12,12 @@ import pytest
 from safetensors.torch import load_file
 from test_ranks import POISON, STEPS, TOLERANCE, a_run, differences, on_ranks, series
 
-pytest.importorskip("deepspeed")
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("deepspeed") is None, reason="the extra 'deepspeed' is not installed"
+    ),
+]
 
 STAGES = (1, 2, 3)
 GOES_ON = (2, 3)  # stage 1 keeps its state as stage 2 does
@@ -31,7 +36,7 @@ RULE = {
     "spike_window": 6,
     "spike_sigma": 12.0,
     "spike_patience": 1,
-    "spike_distance": 1,
+    "spike_rollback_steps": 1,
     "save_interval": 3,
 }
 SPIKE = {"poisoned_step": 8, "poison": 20}

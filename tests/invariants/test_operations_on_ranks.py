@@ -5,18 +5,16 @@ compiled, and after a resume.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from paths import ROOT, SUPPORT
+from launch import train_on_ranks
 
 from llm_trainer.training.logging.metrics import read_metrics
 
-RUNNER = SUPPORT.joinpath("operations_run.py")
+pytestmark = pytest.mark.slow
+
 STEPS = 21
 COMMON: dict[str, object] = {
     "max_steps": STEPS,
@@ -65,7 +63,10 @@ EVEN_SCHEDULE = [
 
 
 # A set that is there from the start, one that does not count, and one that comes on the way.
-SETS = {"lora": {"mine": {"ranks": {"attn.0": 2}}, "spare": {"ranks": {"mlp.0": 2}}}, "lora_in_use": ["mine"]}
+SETS = {
+    "lora": {"mine": {"ranks": {"attn.0": 2}}, "spare": {"ranks": {"mlp.0": 2}}},
+    "active_adapters": ["mine"],
+}
 SETS_SCHEDULE = [entry("set_layer_lora_rank", ["attn.1", 2])]
 
 
@@ -74,22 +75,8 @@ def a_run(name: str, schedule: list[Run] = SCHEDULE, **settings: object) -> Run:
 
 
 def on_ranks(count: int, folder: Path, runs: list[Run]) -> None:
-    """Train the runs under torchrun."""
-    (folder / "runs.json").write_text(json.dumps(runs), encoding="utf-8")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={count}",
-        str(RUNNER),
-        str(folder),
-    ]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-    }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    """Trains the runs on so many ranks."""
+    done = train_on_ranks(count, "operations_run", folder, runs)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -156,13 +143,11 @@ def test_sets_of_adapters_of_which_some_count_are_trained_alike_on_two_ranks(fol
     )
 
 
-@pytest.mark.slow
 def test_every_operation_is_the_same_where_ranks_share_sequences(folder: Path) -> None:
     on_ranks(2, folder, [a_run("context-adamw", context_parallel=2)])
     test_every_operation_is_the_same_on_two_ranks(folder, "context", "adamw")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", TOLERANCE)
 def test_every_operation_is_the_same_compiled(folder: Path, optimizer: str) -> None:
     on_ranks(1, folder, [a_run(f"compiled-{optimizer}", optimizer=optimizer, compile="on")])
@@ -172,7 +157,6 @@ def test_every_operation_is_the_same_compiled(folder: Path, optimizer: str) -> N
     )
 
 
-@pytest.mark.slow
 def test_a_sharded_run_goes_on_on_one_rank(folder: Path) -> None:
     on_ranks(1, folder, [a_run("resumed-on-1", resume_from=str(folder / "fsdp-adamw/checkpoint-8"))])
     assert (

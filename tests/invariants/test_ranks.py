@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from paths import ROOT, SUPPORT
+from launch import environment, torchrun_command, train_on_ranks, write_runs
 
 from llm_trainer.diagnostics.verify_resume import compare_checkpoints
 from llm_trainer.run_dir import verify
 from llm_trainer.training.logging.metrics import read_metrics
 
-RUNNER = SUPPORT.joinpath("ranked_run.py")
 STEPS = 24
 NO_DROPOUT = {"dropout": 0.0}
 # Sixteen sequences a step, whatever the ranks.
@@ -37,31 +34,10 @@ def a_run(name: str, model: Run | None = None, **settings: object) -> Run:
     return {"name": name, "model": NO_DROPOUT | (model or {}), "settings": COMMON | settings}
 
 
-def on_ranks(count: int, folder: Path, runs: list[Run], *flags: str) -> None:
-    """Train the runs under torchrun."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "runs.json").write_text(json.dumps(runs), encoding="utf-8")
-    done = launched(count, folder, *flags)
+def on_ranks(count: int, folder: Path, runs: Sequence[Run]) -> None:
+    """Trains the runs on so many ranks."""
+    done = train_on_ranks(count, "ranked_run", folder, runs)
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def launched(count: int, folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    """What became of torchrun over the folder's list of runs."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={count}",
-        *flags,
-        str(RUNNER),
-        str(folder),
-    ]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-    }
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
 def series(run: Path, name: str = "loss") -> list[float]:
@@ -105,20 +81,33 @@ MUON = {"optimizer": "muon"}
 POISON = {"poisoned_step": 5}
 
 
+CORE = ["ddp", "fsdp", "tensor", "pipeline"]  # what the fast tests train
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs on one rank and on two, all started twice only."""
+def core(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One run on one rank, and the same on two ranks in each way to divide the work."""
     base = tmp_path_factory.mktemp("ranks")
+    on_ranks(1, base, [a_run("plain")])
+    on_ranks(2, base, [RUNS[name] for name in CORE])
+    return base
+
+
+@pytest.fixture(scope="module")
+def folder(core: Path) -> Path:
+    """All runs on one rank and on two."""
     straight = [
-        a_run("plain"),
         a_run("plain-poisoned") | POISON,
         a_run("plain-tied", {"tie_word_embeddings": True}),
         a_run("plain-muon", **MUON),
         a_run("plain-llama", LLAMA),
         a_run("plain-lora", LORA),
     ]
-    on_ranks(1, base, straight)
-    two = list(RUNS.values())
+    straight += [
+        a_run(f"resumed-on-1-{kind}", resume_from=str(core / kind / "checkpoint-12")) for kind in PLANS
+    ]
+    on_ranks(1, core, straight)
+    two = [run for name, run in RUNS.items() if name not in CORE]
     for kind, plan in PLANS.items():
         two += [
             a_run(f"{kind}-poisoned", **plan) | POISON,
@@ -126,16 +115,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             a_run(f"{kind}-background", asynchronous_saves="on", **plan),
         ]
     two += [
-        a_run(f"resumed-on-2-{kind}", resume_from=str(base / "plain/checkpoint-12"), **PLANS[kind])
+        a_run(f"resumed-on-2-{kind}", resume_from=str(core / "plain/checkpoint-12"), **PLANS[kind])
         for kind in PLANS
     ]
-    on_ranks(2, base, two)
-    on_ranks(
-        1,
-        base,
-        [a_run(f"resumed-on-1-{kind}", resume_from=str(base / kind / "checkpoint-12")) for kind in PLANS],
-    )
-    return base
+    on_ranks(2, core, two)
+    return core
+
+
+@pytest.fixture(
+    params=[name if name in CORE else pytest.param(name, marks=pytest.mark.slow) for name in RUNS]
+)
+def trained(request: pytest.FixtureRequest) -> Path:
+    """The folder of each run on two ranks in turn."""
+    base: Path = request.getfixturevalue("core" if request.param in CORE else "folder")
+    return base / request.param
 
 
 def alone(name: str) -> str:
@@ -143,22 +136,20 @@ def alone(name: str) -> str:
     return next((f"plain-{shape}" for shape in ("tied", "llama", "lora") if name.endswith(shape)), "plain")
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_two_ranks_have_the_loss_of_one(folder: Path, name: str) -> None:
-    plain = folder / alone(name)
-    off = differences(series(plain), series(folder / name))
+def test_two_ranks_have_the_loss_of_one(trained: Path) -> None:
+    off = differences(series(trained.with_name(alone(trained.name))), series(trained))
     assert len(off) == STEPS
     assert max(off) <= TOLERANCE
     drift = sum(off[STEPS // 2 :]) - sum(off[: STEPS // 2])
     assert drift / (STEPS // 2) <= TOLERANCE / 2
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_validation_is_equal_on_two_ranks(folder: Path, name: str) -> None:
-    plain = folder / alone(name)
-    assert max(differences(series(plain, "val_loss"), series(folder / name, "val_loss"))) <= TOLERANCE
+def test_validation_is_equal_on_two_ranks(trained: Path) -> None:
+    plain = trained.with_name(alone(trained.name))
+    assert max(differences(series(plain, "val_loss"), series(trained, "val_loss"))) <= TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PLANS)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_checkpoint_goes_on_on_another_number_of_ranks(folder: Path, kind: str, ranks: int) -> None:
@@ -166,23 +157,24 @@ def test_a_checkpoint_goes_on_on_another_number_of_ranks(folder: Path, kind: str
     assert max(differences(series(folder / "plain")[12:], resumed)) <= TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PLANS)
 def test_muon_on_two_ranks_stays_near_one(folder: Path, kind: str) -> None:
     """Its iteration is in bf16, which turns a last bit of a gradient into a thousandth of a direction."""
     assert max(differences(series(folder / "plain-muon"), series(folder / f"{kind}-muon"))) <= 5e-3
 
 
-def test_replicas_save_the_files_that_one_rank_saves(folder: Path) -> None:
-    mine, theirs = folder / "ddp/checkpoint-12", folder / "plain/checkpoint-12"
+def test_replicas_save_the_files_that_one_rank_saves(core: Path) -> None:
+    mine, theirs = core / "ddp/checkpoint-12", core / "plain/checkpoint-12"
     names = [sorted(path.relative_to(one).as_posix() for path in one.rglob("*")) for one in (mine, theirs)]
     assert names[0] == names[1]
 
 
-def test_each_rank_saves_its_shards_and_together_they_are_the_model_folder_of_one(folder: Path) -> None:
+def test_each_rank_saves_its_shards_and_together_they_are_the_model_folder_of_one(core: Path) -> None:
     from llm_trainer.model.hf.checkpoint import load_pretrained
     from llm_trainer.training.checkpoint.optimizer_state import read_tensors
 
-    mine, theirs = folder / "fsdp/checkpoint-12", folder / "plain/checkpoint-12"
+    mine, theirs = core / "fsdp/checkpoint-12", core / "plain/checkpoint-12"
     assert [path.name for path in sorted(mine.glob("*.safetensors"))] == [
         f"model-0000{n}-of-00002.safetensors" for n in (1, 2)
     ]
@@ -202,6 +194,7 @@ def test_each_rank_saves_its_shards_and_together_they_are_the_model_folder_of_on
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pipeline", "pipeline-tied"])
 def test_each_stage_saves_its_own_weights(folder: Path, name: str) -> None:
     from safetensors import safe_open
@@ -217,6 +210,7 @@ def test_each_stage_saves_its_own_weights(folder: Path, name: str) -> None:
     assert {tensor.split(".")[0] for tensor in last} - {"lm_head"} == {"ln_f", "h"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PLANS)
 def test_a_save_in_the_background_is_the_save_that_the_run_waits_for(folder: Path, kind: str) -> None:
     for name in ("checkpoint-12", "best_model", "final_model"):
@@ -224,22 +218,23 @@ def test_a_save_in_the_background_is_the_save_that_the_run_waits_for(folder: Pat
         assert verify(folder / f"{kind}-background" / name) == []
 
 
-def test_torchs_own_reader_takes_the_pieces_that_ranks_wrote(folder: Path) -> None:
+def test_torchs_own_reader_takes_the_pieces_that_ranks_wrote(core: Path) -> None:
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
     from llm_trainer.training.checkpoint.optimizer_state import read_tensors
 
-    ours = dict(read_tensors(folder / "fsdp/checkpoint-12/optimizer"))
+    ours = dict(read_tensors(core / "fsdp/checkpoint-12/optimizer"))
     theirs = {name: torch.zeros_like(tensor) for name, tensor in ours.items() if tensor.ndim}
     dcp.load(
         theirs,
-        storage_reader=HuggingFaceStorageReader(str(folder / "fsdp/checkpoint-12/optimizer")),
+        storage_reader=HuggingFaceStorageReader(str(core / "fsdp/checkpoint-12/optimizer")),
         no_dist=True,
     )
     assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PLANS)
 def test_a_step_that_is_not_finite_on_one_rank_is_left_out_by_all(folder: Path, kind: str) -> None:
     poisoned, plain = series(folder / f"{kind}-poisoned"), series(folder / "plain")
@@ -250,7 +245,12 @@ def test_a_step_that_is_not_finite_on_one_rank_is_left_out_by_all(folder: Path, 
 
 @pytest.mark.slow
 def test_restarted_after_a_death_the_run_is_as_if_nothing_had_been(folder: Path) -> None:
-    on_ranks(2, folder, [a_run("restarted", resume_from="auto") | {"dies_at": 15}], "--max-restarts=1")
+    write_runs(folder, [a_run("restarted", resume_from="auto") | {"dies_at": 15}])
+    command = torchrun_command(2, "ranked_run", folder, "--max-restarts=1")
+    done = subprocess.run(
+        command, env=environment(), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
     assert series(folder / "restarted") == series(folder / "ddp")
 
 
@@ -287,7 +287,6 @@ def test_four_ranks_have_the_loss_of_one(folder: Path) -> None:
 
 @pytest.mark.parametrize("plan", ["tensor", "pipeline"])
 def test_adapters_are_refused_where_a_model_is_cut_through(plan: str, tmp_path: Path) -> None:
-    (tmp_path / "runs.json").write_text(json.dumps([a_run("refused", LORA, **PLANS[plan])]), encoding="utf-8")
-    done = launched(2, tmp_path)
+    done = train_on_ranks(2, "ranked_run", tmp_path, [a_run("refused", LORA, **PLANS[plan])])
     assert done.returncode != 0
     assert "use fsdp with" in done.stderr

@@ -5,20 +5,19 @@ of a run that began so.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from paths import ROOT, SUPPORT
+from launch import train_on_ranks
 from safetensors.torch import load_file
 
 from llm_trainer.run_dir import list_checkpoints
 
-RUNNER = SUPPORT.joinpath("short_ranks.py")
+pytestmark = pytest.mark.slow
+
 SETTINGS = {
     "max_steps": 6,
     "batch_size": 16,
@@ -36,22 +35,8 @@ def a_run(name: str, short: Run | None = None, **settings: object) -> Run:
 
 
 def launch(folder: Path, runs: list[Run]) -> subprocess.CompletedProcess[str]:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "runs.json").write_text(json.dumps(runs), encoding="utf-8")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        str(RUNNER),
-        str(folder),
-    ]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-    }
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    """Trains the runs on two ranks."""
+    return train_on_ranks(2, "short_ranks", folder, runs)
 
 
 def outcomes(folder: Path, name: str) -> list[Run]:
@@ -113,7 +98,6 @@ def test_ranks_agree_on_what_fits(folder: Path) -> None:
     assert "not even micro_batch_size 1 fits" in second["error"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("plan", "place"), [({}, "backward"), ({"fsdp": 2}, "forward")])
 def test_where_ranks_cannot_agree_the_run_ends_and_goes_on_smaller(
     tmp_path: Path, plan: Run, place: str

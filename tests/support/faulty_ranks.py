@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,19 +21,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from rank_process import train_each
 from rich.console import Console
 from tiny_run import tiny_config, tiny_model, tokens
 
 from llm_trainer import run_dir as run_folder
-from llm_trainer.config import LLMTrainerError, TrainingConfig
-from llm_trainer.config.environment import launch_environment
+from llm_trainer.config import LLMTrainerError
 from llm_trainer.config.resolve.parallelism import resolve_plan
-from llm_trainer.data.sampling.samplers import Batch
-from llm_trainer.distributed.process_group import Ranks, end_process, joined
+from llm_trainer.data.sampling.batch import Batch
+from llm_trainer.distributed.process_group import ProcessGroup
 from llm_trainer.model.transformer import Transformer
-from llm_trainer.training.callbacks import Callback
+from llm_trainer.training.callbacks.callback import Callback
 from llm_trainer.training.engines.validation import ValidationResult
 from llm_trainer.training.objectives.objective import LossSum, NextToken
+from llm_trainer.training.run import TrainingRun
 from llm_trainer.training.trainer import Trainer
 
 _DYING = threading.Lock()
@@ -50,9 +50,9 @@ class Factor(NextToken):
         super().__init__()
         self.trainer, self.factor, self.steps = trainer, factor, steps
 
-    def of_hidden(self, model: Transformer, hidden: torch.Tensor, labels: torch.Tensor) -> LossSum:
-        loss = super().of_hidden(model, hidden, labels)
-        step = self.trainer.state.samples // self.trainer.sequences_per_step + 1
+    def from_hidden_states(self, model: Transformer, hidden: torch.Tensor, labels: torch.Tensor) -> LossSum:
+        loss = super().from_hidden_states(model, hidden, labels)
+        step = self.trainer.run.state.samples // self.trainer.run.sequences_per_step + 1
         return (
             LossSum(loss.total * self.factor, loss.tokens)
             if torch.is_grad_enabled() and step in self.steps
@@ -68,9 +68,9 @@ class At(Callback):
     def __init__(self, trainer: Trainer, place: str, step: int, do: Callable[[], None]) -> None:
         self.trainer, self.place, self.step, self.do = trainer, place, step, do
         if place == "before backward":
-            self._before(trainer.engine.objective)
+            self._before(trainer.run.engine.objective)
         if place == "save":
-            trainer.store.save = self._first(trainer.store.save)  # type: ignore[method-assign]
+            trainer.run.store.save = self._first(trainer.run.store.save)  # type: ignore[method-assign]
         if place == "file of a save":  # which may be written while the run is further on
             os.fsync = self._first(os.fsync, or_later=True)
         if place == "all-reduce":
@@ -87,7 +87,7 @@ class At(Callback):
                 self.do()
             return objective(model, batch)
 
-        self.trainer.engine.objective = call  # type: ignore[assignment]
+        self.trainer.run.engine.objective = call  # type: ignore[assignment]
 
     def _first(self, original: Callable[..., Any], or_later: bool = False) -> Callable[..., Any]:
         def call(*arguments: Any, **named: Any) -> Any:
@@ -106,12 +106,12 @@ class At(Callback):
 
         return call
 
-    def on_step_end(self, trainer: Trainer, step: int) -> None:
+    def on_step_end(self, run: TrainingRun, step: int) -> None:
         if self.place == "step" and step == self.step:
             self.do()
 
-    def on_validation(self, trainer: Trainer, result: ValidationResult) -> None:
-        if self.place == "validation" and trainer.current_step == self.step:
+    def on_validation(self, run: TrainingRun, result: ValidationResult) -> None:
+        if self.place == "validation" and run.current_step == self.step:
             self.do()
 
 
@@ -136,11 +136,11 @@ def filler(folder: Path) -> Callable[[], None]:
     return fill
 
 
-def plant(run: dict[str, Any], trainer: Trainer, ranks: Ranks) -> None:
+def plant(run: dict[str, Any], trainer: Trainer, process_group: ProcessGroup) -> None:
     """Put the run's fault in its place."""
-    if "factor" in run and ranks.rank in run["factor"]["ranks"]:
-        trainer.engine.objective = Factor(trainer, float(run["factor"]["by"]), run["factor"]["steps"])
-    if "signal" in run and ranks.rank == run["signal"]["rank"]:
+    if "factor" in run and process_group.rank in run["factor"]["ranks"]:
+        trainer.run.engine.objective = Factor(trainer, float(run["factor"]["by"]), run["factor"]["steps"])
+    if "signal" in run and process_group.rank == run["signal"]["rank"]:
         trainer.callbacks.append(
             At(
                 trainer,
@@ -149,12 +149,12 @@ def plant(run: dict[str, Any], trainer: Trainer, ranks: Ranks) -> None:
                 lambda: signal.raise_signal(signal.SIGUSR1),
             ),
         )
-    if "full_disk" in run and ranks.rank == run["full_disk"]["rank"]:
+    if "full_disk" in run and process_group.rank == run["full_disk"]["rank"]:
         trainer.callbacks.append(
-            At(trainer, run["full_disk"]["place"], run["full_disk"]["step"], filler(trainer.run_dir))
+            At(trainer, run["full_disk"]["place"], run["full_disk"]["step"], filler(trainer.run.run_dir))
         )
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    if attempt < len(run.get("deaths", [])) and ranks.rank == run["deaths"][attempt]["rank"]:
+    if attempt < len(run.get("deaths", [])) and process_group.rank == run["deaths"][attempt]["rank"]:
         death = run["deaths"][attempt]
         trainer.callbacks.append(At(trainer, death["place"], death["step"], die))
 
@@ -178,26 +178,31 @@ def noted(read: list[str]) -> Callable[[Path], str]:
     return call
 
 
-def train(folder: Path, run: dict[str, Any], ranks: Ranks) -> None:
+def train(folder: Path, run: dict[str, Any], process_group: ProcessGroup) -> None:
     """One of the runs."""
     config = tiny_config(folder / run["name"], {"dropout": 0.0}, **run["settings"])
-    ranks = replace(ranks, plan=resolve_plan(config.training, ranks.count))
+    process_group = replace(process_group, plan=resolve_plan(config.training, process_group.world_size))
     heard = io.StringIO()
     console = Console(file=heard, width=1000)
     trainer = Trainer(
-        tiny_model(config.model), config, tokens(), tokens(65, seed=1), console=console, ranks=ranks
+        tiny_model(config.model),
+        config,
+        tokens(),
+        tokens(65, seed=1),
+        console=console,
+        process_group=process_group,
     )
     outcome: dict[str, object] = {}
     read: list[str] = []
-    if "garble" in run and ranks.is_main:
+    if "garble" in run and process_group.is_main:
         garble(Path(run["garble"]))
-    ranks.wait()
+    process_group.barrier()
     unharmed, hashed = (os.fsync, dist.all_reduce), run_folder._sha256
     run_folder._sha256 = noted(read)
-    plant(run, trainer, ranks)
+    plant(run, trainer, process_group)
     try:
         result = trainer.train()
-        outcome |= {"ended_by": result.ended_by, "step": result.step, "status": result.exit_status}
+        outcome |= {"ended_by": result.ended_by, "step": result.step, "status": result.exit_code}
     except LLMTrainerError as error:
         outcome |= {"error": type(error).__name__, "message": str(error)}
     finally:
@@ -205,18 +210,10 @@ def train(folder: Path, run: dict[str, Any], ranks: Ranks) -> None:
         run_folder._sha256 = hashed
     outcome["read"] = read
     outcome["said"] = heard.getvalue().splitlines()
-    (folder / f"{run.get('outcome', run['name'])}-outcome-{ranks.rank}.json").write_text(
+    (folder / f"{run.get('outcome', run['name'])}-outcome-{process_group.rank}.json").write_text(
         json.dumps(outcome), encoding="utf-8"
     )
 
 
-def main(folder: Path) -> None:
-    """Every run of the list, over the ranks that were launched."""
-    with joined(launch_environment(), TrainingConfig(device="cpu")) as ranks:
-        for run in json.loads((folder / "runs.json").read_text(encoding="utf-8")):
-            train(folder, run, ranks)
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
-    end_process(0)
+    train_each(train)

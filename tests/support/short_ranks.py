@@ -8,22 +8,20 @@ one process a rank.
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from rank_process import train_each
 from rich.console import Console
 from tiny_run import tiny_config, tiny_model, tokens
 
-from llm_trainer.config import TrainingConfig
-from llm_trainer.config.environment import launch_environment
 from llm_trainer.config.resolve.parallelism import resolve_plan
-from llm_trainer.data.sampling.samplers import Batch
-from llm_trainer.distributed.process_group import Ranks, end_process, joined
+from llm_trainer.data.sampling.batch import Batch
+from llm_trainer.distributed.process_group import ProcessGroup
 from llm_trainer.model.transformer import Transformer
-from llm_trainer.training.memory.out_of_memory import OutOfMemory
+from llm_trainer.training.engines.out_of_memory import OutOfMemory
 from llm_trainer.training.objectives.objective import LossSum, NextToken
 from llm_trainer.training.trainer import Trainer
 
@@ -39,7 +37,7 @@ class Short(NextToken):
         loss = super().__call__(model, batch)
         if (
             len(batch) <= self.sequences
-            or self.trainer.state.step < self.from_step
+            or self.trainer.run.state.step < self.from_step
             or not torch.is_grad_enabled()
         ):
             return loss
@@ -54,47 +52,43 @@ class Short(NextToken):
         return loss
 
 
-def train(folder: Path, run: dict[str, Any], ranks: Ranks) -> None:
+def train(folder: Path, run: dict[str, Any], process_group: ProcessGroup) -> None:
     """One of the runs."""
     config = tiny_config(folder / run["name"], {"dropout": 0.0}, **run["settings"])
-    ranks = replace(ranks, plan=resolve_plan(config.training, ranks.count))
+    process_group = replace(process_group, plan=resolve_plan(config.training, process_group.world_size))
     trainer = Trainer(
         tiny_model(config.model),
         config,
         tokens(),
         tokens(65, seed=1),
         console=Console(quiet=True),
-        ranks=ranks,
+        process_group=process_group,
     )
-    if "short" in run and ranks.rank == 1:
-        trainer.engine.objective = Short(trainer, **run["short"])
-    if "allowance" in run and ranks.rank == 1:
+    if "short" in run and process_group.rank == 1:
+        trainer.run.engine.objective = Short(trainer, **run["short"])
+    if "allowance" in run and process_group.rank == 1:
         machine, allowance = (
-            trainer.watcher.machine,
-            trainer.watcher.machine.allowance,
+            trainer.run.monitor.machine,
+            trainer.run.monitor.machine.memory_budget,
         )  # the ranks of a machine ask each other there
-        machine.allowance = lambda ranks: 0 * allowance(ranks) + machine.held() + int(run["allowance"])  # type: ignore[method-assign]
+        machine.memory_budget = lambda ranks: (
+            0 * allowance(ranks) + machine.memory_in_use() + int(run["allowance"])
+        )  # type: ignore[method-assign]
     outcome: dict[str, object] = {}
     try:
         outcome["ended_by"] = trainer.train().ended_by
     except OutOfMemory as error:
         outcome["error"] = str(error)
-        if ranks.count > 1 and not error.is_agreed:
-            (folder / f"{run['name']}-outcome-{ranks.rank}.json").write_text(
+        if process_group.world_size > 1 and not error.is_agreed:
+            (folder / f"{run['name']}-outcome-{process_group.rank}.json").write_text(
                 json.dumps(outcome), encoding="utf-8"
             )
             raise
-    outcome |= {"micro_batch_size": trainer.batches.micro_batch_size, "step": trainer.state.step}
-    (folder / f"{run['name']}-outcome-{ranks.rank}.json").write_text(json.dumps(outcome), encoding="utf-8")
-
-
-def main(folder: Path) -> None:
-    """Every run of the list, over the ranks that were launched."""
-    with joined(launch_environment(), TrainingConfig(device="cpu")) as ranks:
-        for run in json.loads((folder / "runs.json").read_text(encoding="utf-8")):
-            train(folder, run, ranks)
+    outcome |= {"micro_batch_size": trainer.run.batches.micro_batch_size, "step": trainer.run.state.step}
+    (folder / f"{run['name']}-outcome-{process_group.rank}.json").write_text(
+        json.dumps(outcome), encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
-    end_process(0)
+    train_each(train)

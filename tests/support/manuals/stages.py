@@ -15,6 +15,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import fork_server
 from paths import ROOT
 
 from manuals.cases import L1, ORCHESTRATOR, TINY_DOMAINS, Case, scaled
@@ -175,10 +176,11 @@ def _write_tiny_files(folder: Path) -> None:
 
 
 def run(command: str, folder: Path, seconds: int = 300) -> subprocess.CompletedProcess[str]:
-    """Run a command line as a user would, in `folder`, with this Python and without a network."""
-    words = shlex.split(command)
-    beside = Path(sys.executable).parent
-    words[0] = sys.executable if words[0] == "python" else str(beside / words[0])
+    """Run a command line as a user would, in `folder`, with this Python and without a network.
+
+    Python is a fork of a process that has imported PyTorch, but nothing of this package: the command imports
+    the copy in `folder`. The ranks that torchrun starts are fresh processes.
+    """
     quiet = {
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
@@ -189,8 +191,13 @@ def run(command: str, folder: Path, seconds: int = 300) -> subprocess.CompletedP
     environment = {
         name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "LLM_TRAINER_DEBUG")
     } | quiet
+    program, *arguments = shlex.split(command)
+    if program == "torchrun":
+        program, arguments = "python", ["-m", "torch.distributed.run", *arguments]
+    if program == "python":
+        return fork_server.run(arguments, cwd=folder, env=environment, timeout=seconds)
     return subprocess.run(
-        words,
+        [str(Path(sys.executable).parent / program), *arguments],
         cwd=folder,
         env=environment,
         capture_output=True,
