@@ -58,7 +58,9 @@ class WeightNorm(Callback):
 
 def main() -> None:
     """Train a small model with the callback."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=30, help="Optimizer updates.")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/custom_callback"), help="Run folder.")
     options = parser.parse_args()

@@ -1,8 +1,8 @@
 """Train with an objective of your own: next-token cross-entropy plus a z-loss.
 
 The z-loss adds 1e-4 · log²(Z) per token, where Z is the normalizer of the softmax, and keeps logits from
-drifting (PaLM, arXiv:2204.02311, section 5). An objective returns the *sum* of the losses and the *number* of tokens, never a mean: the
-trainer divides once, over all micro-batches and ranks.
+drifting (PaLM, arXiv:2204.02311, section 5). An objective returns the *sum* of the losses and the *number* of
+tokens, never a mean: the trainer divides once, over all micro-batches and ranks.
 
     python examples/custom_objective.py [--steps 30] [--output_dir runs/custom_objective]
 """
@@ -44,7 +44,9 @@ class NextTokenWithZLoss:
 
 def main() -> None:
     """Train a small model with the objective."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=30, help="Optimizer updates.")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/custom_objective"), help="Run folder.")
     options = parser.parse_args()

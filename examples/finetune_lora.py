@@ -1,9 +1,9 @@
-"""Fine-tune a model with LoRA: train a base model, add low-rank adapters, train only those, export them for PEFT.
+"""Fine-tune a model with LoRA: add low-rank adapters to a base model, train only those, export them for PEFT.
 
 The base model is trained on Python's language reference, and the adapters on generated arithmetic, with the
 base model's tokenizer. In practice the base is a model from the Hugging Face Hub: `load_pretrained("gpt2")`.
 
-    python examples/finetune_lora.py [--steps 30] [--output_dir runs/finetune_lora]
+    python examples/finetune_lora.py [--steps 100] [--output_dir runs/finetune_lora]
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ from llm_trainer.model.module_names import trainable_counts
 
 def main() -> None:
     """Train a base model, fine-tune it, and export the adapter."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--steps", type=int, default=30, help="Optimizer updates of each of the two runs.")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=100, help="Optimizer updates of each of the two runs.")
     parser.add_argument(
         "--output_dir", type=Path, default=Path("runs/finetune_lora"), help="Folder for both runs."
     )
@@ -61,8 +63,9 @@ def main() -> None:
     model = load_pretrained(folder / "base" / "final_model")
     model.set_layer_lora_rank("attn.*", 4)
     train_adapters_only(model)
-    for name, count in trainable_counts(model).items():
-        print(f"{name}: {count}")
+    counts = trainable_counts(model).values()
+    trainable, total = sum(one.trainable for one in counts), sum(one.total for one in counts)
+    print(f"training {trainable:,} of {total:,} parameters")
     sums, held_out = load_dataset(folder / "sums"), load_dataset(folder / "sums", split="validation")
     result = Trainer(model, training_config(folder / "lora", options.steps), sums, held_out).train()
     print(f"validation loss on sums {result.best_validation_loss:.3f}")

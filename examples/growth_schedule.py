@@ -1,7 +1,7 @@
 """Grow a model while it trains: a scaling schedule stacks layers, widens the MLPs and restarts the warm-up.
 
-The operations preserve what the model computes, so the loss does not jump. `operations.jsonl` in the run folder
-records them. On the command line, pass the schedule with `--scaling_schedule_file`.
+The operations preserve what the model computes, so the loss does not jump. `operations.jsonl` in the run
+folder records them. On the command line, pass the schedule with `--scaling_schedule_file`.
 
     python examples/growth_schedule.py [--steps 30] [--output_dir runs/growth_schedule]
 """
@@ -32,7 +32,9 @@ SCHEDULE = """\
 
 def main() -> None:
     """Train a small model with the schedule."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=30, help="Optimizer updates.")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/growth_schedule"), help="Run folder.")
     options = parser.parse_args()

@@ -1,7 +1,7 @@
 """Pretrain a small model from scratch, in Python: prepare text, train, generate.
 
 The text is the built-in corpus (Python's language reference and standard library), so nothing is downloaded.
-With the default 30 steps this takes seconds on a CPU; the model learns little. Give more steps for a better one.
+With the default 30 steps this takes seconds on a CPU, and the model learns little; more steps help.
 
     python examples/pretrain.py [--steps 30] [--output_dir runs/pretrain]
 """
@@ -24,7 +24,9 @@ from llm_trainer import (
 
 def main() -> None:
     """Prepare, train and generate."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=30, help="Optimizer updates.")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/pretrain"), help="Run folder.")
     options = parser.parse_args()

@@ -1,5 +1,5 @@
-"""README and documentation: links resolve, commands parse, code runs or imports what exists, and generated pages
-are up to date.
+"""README and documentation: links resolve, commands parse, code runs or imports what exists, and generated
+pages are up to date.
 """
 
 from __future__ import annotations
@@ -68,6 +68,16 @@ def test_links_resolve(page: Path) -> None:
         if not file.exists() or (anchor and anchor not in _anchors(file)):
             broken.append(target)
     assert broken == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    named = re.findall(
+        r"`((?:llm_trainer|tests|benchmarks|examples|configs|docs)/[\w./-]+\.\w+)`", _text(page)
+    )
+    tests = re.findall(r"`(test_\w+\.py)`", _text(page))
+    assert [name for name in named if not (ROOT / name).exists()] == []
+    assert [name for name in tests if not any((ROOT / "tests").rglob(name))] == []
 
 
 def _anchors(page: Path) -> set[str]:
