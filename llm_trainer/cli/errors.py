@@ -55,7 +55,7 @@ def guarded(run: Callable[[], int | None]) -> int:
     except (OSError, MemoryError) as error:
         return _say(system_message(error), 1)
     except our_errors() as error:
-        return _say(str(error), error.exit_status)
+        return _say(str(error), error.exit_code)
     except RuntimeError as error:
         if "OutOfMemory" not in type(error).__name__ and "can't allocate memory" not in str(error):
             raise

@@ -104,9 +104,9 @@ def script(name: str, argv: Sequence[str] | None = None) -> int:
 
 def _ended(status: int) -> int:
     """The process's status, at its very end: a rank of several leaves here."""
-    ranks = sys.modules.get("llm_trainer.distributed.process_group")
-    if ranks is not None and os.environ.get("WORLD_SIZE", "1") != "1":
-        ranks.end_process(status)
+    process_group = sys.modules.get("llm_trainer.distributed.process_group")
+    if process_group is not None and os.environ.get("WORLD_SIZE", "1") != "1":
+        process_group.exit_process(status)
     return status
 
 

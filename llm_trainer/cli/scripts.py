@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from llm_trainer.config.parse.loader import Door
+from llm_trainer.config.parse.command import CommandSpec
 from llm_trainer.config.schema.base import Section, setting
 from llm_trainer.config.schema.data import DataConfig
 
@@ -22,7 +22,7 @@ TRAINING_SECTIONS = (
     "adaptive_reasoning",
 )
 
-TRAIN = Door(
+TRAIN = CommandSpec(
     "llm-trainer train",
     "Train a model on prepared data, or on a text that is prepared first.",
     TRAINING_SECTIONS,
@@ -30,7 +30,7 @@ TRAIN = Door(
     may_resume=True,
 )
 
-TRAIN_FRAMEWORK = Door(
+TRAIN_FRAMEWORK = CommandSpec(
     "train.py",
     "Train a Llama-shaped model on what data_prep_tool.py wrote.",
     TRAINING_SECTIONS,
@@ -43,7 +43,7 @@ TRAIN_FRAMEWORK = Door(
     may_resume=True,
 )
 
-TRAIN_FROM_FILE = Door(
+TRAIN_FROM_FILE = CommandSpec(
     "scripts/train.py",
     "Train from one file; a data section that names a dataset or a text is prepared first, without one data/processed is used.",
     TRAINING_SECTIONS,
@@ -59,7 +59,7 @@ TRAIN_FROM_FILE = Door(
     may_resume=True,
 )
 
-TRAIN_ALL_IN_ONE = Door(
+TRAIN_ALL_IN_ONE = CommandSpec(
     "train_aio.py",
     "Train with every feature as a switch; with no data prepared, the built-in corpus is prepared first.",
     TRAINING_SECTIONS,
@@ -81,7 +81,7 @@ TRAIN_ALL_IN_ONE = Door(
     may_resume=True,
 )
 
-TRAIN_ORCHESTRATOR = Door(
+TRAIN_ORCHESTRATOR = CommandSpec(
     "train_refactored.py",
     "Train with nanoGPT's names and files; with no file it is GPT-2 124M on OpenWebText.",
     TRAINING_SECTIONS,
@@ -92,7 +92,7 @@ TRAIN_ORCHESTRATOR = Door(
         "training.output_dir": "out",
         "training.batch_size": 12,
         "training.gradient_accumulation_steps": 40,
-        "training.accumulation_counts_all_ranks": True,
+        "training.global_grad_accumulation": True,
         "training.max_steps": 600_000,
         "training.learning_rate": 6e-4,
         "training.warmup_steps": 2000,
@@ -122,9 +122,9 @@ OF_BOTH = (
 )  # preparation remembers them, training may say otherwise
 PREPARING = tuple(f"data.{name}" for name in DataConfig.model_fields if name not in OF_TRAINING)
 
-PREPARE = Door("llm-trainer prepare", "Text → cleaned splits, tokenizer and token shards.", PREPARING)
+PREPARE = CommandSpec("llm-trainer prepare", "Text → cleaned splits, tokenizer and token shards.", PREPARING)
 
-PREPARE_SPLITS = Door(
+PREPARE_SPLITS = CommandSpec(
     "scripts/prepare_data.py",
     "Raw files, or one file with a sample a line, → train, validation and test splits, tokenizer and token shards.",
     PREPARING,
@@ -135,13 +135,13 @@ PREPARE_SPLITS = Door(
         "data.train_ratio": 0.8,
         "data.val_ratio": 0.1,
         "data.test_ratio": 0.1,
-        "data.one_document_a_line": True,
+        "data.one_document_per_line": True,
         "data.clean": True,
         "data.deduplicate": "near",
     },
 )
 
-PREPARE_FRAMEWORK = Door(
+PREPARE_FRAMEWORK = CommandSpec(
     "data_prep_tool.py",
     "A folder of raw text → tokenizer.json, dataset/ and metadata.json.",
     PREPARING,
@@ -172,11 +172,11 @@ class ProcessOptions(Section):
     )
 
 
-PROCESS = Door(
+PROCESS = CommandSpec(
     "scripts/process_data.py",
     "Splits → token shards, or a trained model's outputs on them.",
     PREPARING,
-    own=ProcessOptions,
+    options=ProcessOptions,
     defaults={"data.input": "data/processed"},
 )
 
@@ -193,19 +193,19 @@ class SampleOptions(Section):
 
 GENERATION_SECTIONS = ("generation", "inference")
 
-GENERATE = Door(
+GENERATE = CommandSpec(
     "llm-trainer generate",
     "Let a model go on from a prompt.",
     GENERATION_SECTIONS,
     positional=("model", "prompt"),
 )
-GENERATE_ENHANCED = Door("generate.py", "Let a model go on from a prompt.", GENERATION_SECTIONS)
-GENERATE_L1 = Door("scripts/generate.py", "Let a model go on from a prompt.", GENERATION_SECTIONS)
-SAMPLE = Door(
+GENERATE_ENHANCED = CommandSpec("generate.py", "Let a model go on from a prompt.", GENERATION_SECTIONS)
+GENERATE_L1 = CommandSpec("scripts/generate.py", "Let a model go on from a prompt.", GENERATION_SECTIONS)
+SAMPLE = CommandSpec(
     "sample.py",
     "Sample from a trained or a pretrained model, with nanoGPT's names.",
     GENERATION_SECTIONS,
-    own=SampleOptions,
+    options=SampleOptions,
     defaults={
         "inference.prompt": "\n",
         "generation.num_samples": 10,
@@ -213,7 +213,7 @@ SAMPLE = Door(
         "generation.temperature": 0.8,
         "generation.top_k": 200,
         "generation.seed": 1337,
-        "generation.slide": True,
+        "generation.sliding_context": True,
     },
     positional_config=True,
 )
@@ -227,7 +227,9 @@ class EvaluateOptions(Section):
         "a text file, or a prepared folder (its test split, else its validation split)",
         aliases=("text", "data_dir"),
     )
-    eval_datasets: list[str] = setting(list, "reasoning suites by domain (math, science, …)", owed=True)
+    eval_datasets: list[str] = setting(
+        list, "reasoning suites by domain (math, science, …)", not_implemented=True
+    )
     batch_size: int = setting(8, "windows at once; the result does not depend on it", unit="windows", gt=0)
     stride: int | None = setting(
         None,
@@ -238,21 +240,21 @@ class EvaluateOptions(Section):
 
 
 SCORING = ("inference.model", "inference.device", "inference.precision", "inference.adapter")
-EVALUATE = Door(
+EVALUATE = CommandSpec(
     "llm-trainer evaluate",
     "Loss, perplexity and bits per byte of a model on a text.",
     SCORING,
-    own=EvaluateOptions,
+    options=EvaluateOptions,
     positional=("model", "data"),
 )
-EVALUATE_ENHANCED = Door(
-    "evaluate.py", "Benchmarks by domain, and the loss on a text.", SCORING, own=EvaluateOptions
+EVALUATE_ENHANCED = CommandSpec(
+    "evaluate.py", "Benchmarks by domain, and the loss on a text.", SCORING, options=EvaluateOptions
 )
-EVALUATE_L1 = Door(
+EVALUATE_L1 = CommandSpec(
     "scripts/evaluate.py",
     "Loss, perplexity and bits per byte of a model on a text.",
     SCORING,
-    own=EvaluateOptions,
+    options=EvaluateOptions,
 )
 
 
@@ -270,11 +272,11 @@ class AdapterOptions(Section):
     )
 
 
-ADAPTER = Door(
+ADAPTER = CommandSpec(
     "llm-trainer adapter",
     "A model's low-rank adapter as a folder of PEFT's, or merged.",
     ("inference.model", "inference.adapter"),
-    own=AdapterOptions,
+    options=AdapterOptions,
     positional=("model", "output"),
 )
 
@@ -306,22 +308,22 @@ class QuickstartOptions(Section):
     seed: int = setting(1337, "of weights, data order and samples", ge=0)
 
 
-VERIFY_RESUME = Door(
+VERIFY_RESUME = CommandSpec(
     "llm-trainer verify-resume",
     "Replay the steps after a checkpoint and say whether resuming is exact.",
     (),
-    own=VerifyOptions,
+    options=VerifyOptions,
     positional=("run",),
 )
-REPORT = Door(
+REPORT = CommandSpec(
     "llm-trainer report",
     "Write one page about a run: curves, samples, settings, machine.",
     (),
-    own=ReportOptions,
+    options=ReportOptions,
     positional=("run",),
 )
-QUICKSTART = Door(
-    "llm-trainer quickstart", "From text to a talking model in minutes.", (), own=QuickstartOptions
+QUICKSTART = CommandSpec(
+    "llm-trainer quickstart", "From text to a talking model in minutes.", (), options=QuickstartOptions
 )
 
 
@@ -347,18 +349,18 @@ class MemoryOptions(Section):
     optimizer: Literal["adamw", "muon"] = setting("adamw", "what would train it")
 
 
-PREFLIGHT = Door(
+PREFLIGHT = CommandSpec(
     "llm-trainer preflight",
     "Will it fit? A step's memory by part on one rank, before anything is allocated.",
     ("model", "training"),
-    own=PreflightOptions,
+    options=PreflightOptions,
     positional_config=True,
-    is_a_plan=True,
+    uses_planned_ranks=True,
 )
-DEBUG_MEMORY = Door(
+DEBUG_MEMORY = CommandSpec(
     "debug_memory.py",
     "A model's memory by part, estimated and measured: weights, gradients, optimizer, activations, cache.",
     (),
-    own=MemoryOptions,
+    options=MemoryOptions,
     positional=("model_path",),
 )

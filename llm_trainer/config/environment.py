@@ -1,8 +1,7 @@
-"""What comes from outside the settings: `.env`, environment variables, and what a launcher (torchrun) tells
-its processes.
+"""Environment variables, `.env`, and what a launcher (torchrun) sets for its processes.
 
-Only this module and `cli` read environment variables. `.env` holds accounts and keys, so that they never
-stand in a settings file that is saved with a checkpoint.
+Only this module and `cli` read environment variables. `.env` holds accounts and keys, so that they are never part of
+a settings file, which is saved with each checkpoint.
 """
 
 from __future__ import annotations
@@ -20,10 +19,15 @@ _WANDB_MODES = ("online", "offline", "disabled", "shared")
 
 @dataclass(frozen=True)
 class LaunchEnvironment:
-    """Which of how many processes this is; one process that nobody launched is rank 0 of 1. `attempt` counts
-    torchrun's restarts.
+    """Rank and world size of this process. A process without a launcher is rank 0 of 1.
 
-    `local_rank` and `local_size`: which this is of the processes of its machine, and how many these are.
+    Attributes:
+        rank: Number of this process among all.
+        local_rank: Number of this process among those of its machine.
+        world_size: Number of processes.
+        launched: Whether a launcher started the process.
+        attempt: Count of torchrun's restarts.
+        local_world_size: Number of processes on this machine.
     """
 
     rank: int = 0
@@ -31,12 +35,17 @@ class LaunchEnvironment:
     world_size: int = 1
     launched: bool = False
     attempt: str = "0"
-    local_size: int = 1
+    local_world_size: int = 1
 
 
 def launch_environment(variables: Mapping[str, str] | None = None) -> LaunchEnvironment:
-    """The launcher's RANK, LOCAL_RANK and WORLD_SIZE; raises UsageError where they are not whole numbers that
-    fit together.
+    """Read the launcher's RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE.
+
+    Args:
+        variables: Environment variables; None: those of this process.
+
+    Raises:
+        UsageError: They are not whole numbers, or do not fit together.
     """
     environment = os.environ if variables is None else variables
     if "WORLD_SIZE" not in environment or "RANK" not in environment:
@@ -45,11 +54,14 @@ def launch_environment(variables: Mapping[str, str] | None = None) -> LaunchEnvi
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         text = environment.get(name, "1" if name == "LOCAL_WORLD_SIZE" else "0")
         if not text.strip().isdigit():
-            raise UsageError(f"{name}={text!r} must be a whole number; torchrun sets it")
+            raise UsageError(
+                f"invalid value for the environment variable {name}: {text!r} is not a whole number; torchrun sets it"
+            )
         numbers[name] = int(text)
     if not numbers["RANK"] < numbers["WORLD_SIZE"]:
         raise UsageError(
-            f"RANK={numbers['RANK']} does not fit WORLD_SIZE={numbers['WORLD_SIZE']}; torchrun sets both"
+            f"the environment variable RANK={numbers['RANK']} is not below WORLD_SIZE={numbers['WORLD_SIZE']}; torchrun "
+            "sets both"
         )
     return LaunchEnvironment(
         numbers["RANK"],
@@ -62,52 +74,95 @@ def launch_environment(variables: Mapping[str, str] | None = None) -> LaunchEnvi
 
 
 def read_dotenv(path: Path) -> dict[str, str]:
-    """The variables of ours that a `.env` file sets, empty ones left out; {} without a file. Raises
-    UsageError for a bad WANDB_MODE.
+    """Read the variables that a `.env` file sets, of those that this package knows.
+
+    Args:
+        path: The file, which may be missing.
+
+    Returns:
+        Name → value, without empty values.
+
+    Raises:
+        UsageError: WANDB_MODE has an unknown value.
     """
     if not path.is_file():
         return {}
     from dotenv import dotenv_values
 
-    said = {
+    found = {
         name: value
         for name, value in dotenv_values(path, encoding="utf-8").items()
         if name in ENVIRONMENT_NAMES and value
     }
-    if said.get("WANDB_MODE", "online") not in _WANDB_MODES:
-        raise UsageError(f"{path}: WANDB_MODE={said['WANDB_MODE']!r}; choose {', '.join(_WANDB_MODES)}")
-    return said
+    if found.get("WANDB_MODE", "online") not in _WANDB_MODES:
+        raise UsageError(
+            f"invalid value for WANDB_MODE in {path}: {found['WANDB_MODE']!r}; choose {', '.join(_WANDB_MODES)}"
+        )
+    return found
 
 
 def apply_dotenv(folder: Path | None = None) -> None:
-    """Put `.env`'s variables into this process's environment, where the hub's and W&B's libraries look; what
-    is set already stays.
+    """Set the variables of `.env` in this process's environment, where the libraries of the hub and of W&B read them.
+    Variables that are already set stay as they are.
+
+    Args:
+        folder: The folder with `.env`; None: the current one.
     """
     for name, value in read_dotenv((folder or Path.cwd()) / ".env").items():
         os.environ.setdefault(name, value)
 
 
-def use_compile_cache() -> Path:
-    """The user's folder for compiled code and what is known about it, kept between runs; PyTorch is told to
-    use it too.
+def compile_cache_dir() -> Path:
+    """Make PyTorch keep compiled code in the user's cache folder, for later runs.
 
-    A TORCHINDUCTOR_CACHE_DIR that is set already holds.
+    A TORCHINDUCTOR_CACHE_DIR that is already set stays as it is.
+
+    Returns:
+        The folder.
     """
     own = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm-trainer" / "compiled"
     return Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(own)))
 
 
 def local_copy_dir(address: str) -> Path:
-    """The user's folder for the local copy of a run that lives at an address such as `s3://bucket/run`."""
+    """The user's cache folder for the local copy of a run at an address such as `s3://bucket/run`."""
     scheme, _, rest = address.partition("://")
-    place = [part for part in rest.split("/") if part not in ("", ".", "..")]
+    parts = [part for part in rest.split("/") if part not in ("", ".", "..")]
     return Path(
-        os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "llm-trainer", "runs", scheme, *place
+        os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "llm-trainer", "runs", scheme, *parts
     )
 
 
 def api_keys() -> tuple[str, ...]:
-    """The keys that the server accepts, from LLM_TRAINER_API_KEYS (separated by commas); none: no key is
-    asked for.
-    """
+    """The keys that the server accepts, from LLM_TRAINER_API_KEYS (separated by commas). Empty: no key is needed."""
     return tuple(key.strip() for key in os.environ.get("LLM_TRAINER_API_KEYS", "").split(",") if key.strip())
+
+
+def is_cpu_decoder_enabled(variables: Mapping[str, str] | None = None) -> bool:
+    """Whether generation uses the fast decoder (`inference/cpu`): unless LLM_TRAINER_CPU_DECODER is 0.
+
+    Args:
+        variables: The environment. None: this process's own.
+
+    Returns:
+        True without the variable.
+
+    Raises:
+        UsageError: The variable is neither 0 nor 1.
+    """
+    environment = os.environ if variables is None else variables
+    text = environment.get("LLM_TRAINER_CPU_DECODER", "1").strip()
+    if text not in ("0", "1"):
+        raise UsageError(f"invalid value for LLM_TRAINER_CPU_DECODER: {text!r}; set 0 (off) or 1 (on)")
+    return text == "1"
+
+
+def use_fast_tokenizer() -> bool:
+    """Whether `data/tokenization/fast` encodes text and trains vocabularies.
+
+    LLM_TRAINER_FAST_TOKENIZER=0 switches it off; the `tokenizers` library then does both, with the same ids.
+    """
+    value = os.environ.get("LLM_TRAINER_FAST_TOKENIZER", "1")
+    if value not in ("0", "1"):
+        raise UsageError(f"LLM_TRAINER_FAST_TOKENIZER={value!r} must be 0 or 1; unset it for the default, 1")
+    return value == "1"

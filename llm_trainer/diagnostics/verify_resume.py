@@ -30,6 +30,7 @@ from llm_trainer.training.callbacks.callback import Callback
 from llm_trainer.training.checkpoint.checkpoint_policy import best_model_of
 from llm_trainer.training.checkpoint.optimizer_state import read_tensors
 from llm_trainer.training.checkpoint.store import read_state
+from llm_trainer.training.run import TrainingRun
 
 if TYPE_CHECKING:
     from llm_trainer.training.trainer import Trainer
@@ -83,10 +84,10 @@ class StopAtStep(Callback):
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def on_step_end(self, trainer: Trainer, step: int) -> None:
+    def on_step_end(self, run: TrainingRun, step: int) -> None:
         """Request the stop once the step is reached."""
         if step >= self.step:
-            trainer.stop_training = True
+            run.stop()
 
 
 def verify_resume(run: Path, steps: int, build: BuildTrainer) -> VerificationReport:

@@ -1,4 +1,4 @@
-"""`operations.jsonl`: what operations did to a run, a line each."""
+"""`operations.jsonl`: what operations did to a run, one line each."""
 
 from __future__ import annotations
 
@@ -11,8 +11,22 @@ from llm_trainer.run_dir import JSON, OPERATIONS_FILE
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One operation that fired; losses in nats (None: not known), `seconds` without the evaluation after it."""
+class Event:
+    """One operation that was carried out.
+
+    Attributes:
+        entry: Its number in the schedule, from 1.
+        step: Updates before it.
+        operation: Its name.
+        value: Its value.
+        why: What triggered it.
+        desc: The schedule's own description.
+        loss_before: Validation loss before it, in nats per token; None if not known.
+        loss_after: Validation loss after it, if it was evaluated.
+        parameters_before: Parameters of the model before it.
+        parameters_after: Parameters of the model after it.
+        seconds: Time it took, without the evaluation.
+    """
 
     entry: int
     step: int
@@ -27,30 +41,31 @@ class Entry:
     seconds: float
 
     def __str__(self) -> str:
-        loss = f"loss {_number(self.loss_before)}" + (
-            f" → {_number(self.loss_after)}" if self.loss_after is not None else ""
-        )
+        after = f" → {_number(self.loss_after)}" if self.loss_after is not None else ""
         return (
-            f"step {self.step}  {self.operation} {json.dumps(self.value)}: {self.why}; {loss}; "
-            f"parameters {self.parameters_before:,} → {self.parameters_after:,}; {self.seconds:.2f} s"
+            f"step {self.step}  {self.operation} {json.dumps(self.value)} ({self.why}): "
+            f"loss {_number(self.loss_before)}{after}, "
+            f"parameters {self.parameters_before:,} → {self.parameters_after:,}, {self.seconds:.2f} s"
             + (f"  ({self.desc})" if self.desc else "")
         )
 
 
-class Journal:
-    """The file in a run folder. Each entry is told once: a run that went back writes over what it had come
-    to.
+class EventLog:
+    """The file in a run folder. Each entry is there once: a run that rolled back replaces what it had written.
+
+    Args:
+        run_dir: The run folder.
     """
 
-    def __init__(self, run_folder: Path) -> None:
-        self.path = run_folder / OPERATIONS_FILE
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir / OPERATIONS_FILE
 
-    def add(self, entry: Entry) -> None:
-        """Append an entry, dropping what an interrupted or rolled-back run said of this one and later ones."""
+    def add(self, event: Event) -> None:
+        """Append an event, and drop what an interrupted or rolled-back run wrote for this entry and later ones."""
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        kept = [line for line in lines if _entry_of(line) < entry.entry]
-        said = {"time": round(time.time(), 3), **asdict(entry)}
-        text = "".join(f"{line}\n" for line in [*kept, json.dumps(said)])
+        kept = [line for line in lines if _entry_of(line) < event.entry]
+        record = {"time": round(time.time(), 3), **asdict(event)}
+        text = "".join(f"{line}\n" for line in [*kept, json.dumps(record)])
         temporary = self.path.with_name(f".tmp-{self.path.name}")
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(self.path)
@@ -60,7 +75,7 @@ def _entry_of(line: str) -> float:
     try:
         return float(json.loads(line)["entry"])
     except (ValueError, KeyError, TypeError):
-        return float("inf")  # cut by a kill
+        return float("inf")  # cut off by a kill
 
 
 def _number(value: float | None) -> str:

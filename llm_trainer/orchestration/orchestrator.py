@@ -1,10 +1,9 @@
-"""Runs a scaling schedule beside the training loop: judges the next entry at each step's edge, carries it
-out, writes it down.
+"""Carries out a scaling schedule between the steps of a run.
 
-Only the first pending entry can fire: its loss is judged at each validation (which all ranks know alike), its
-waiting at each step. After one has fired the next is judged at once. What has fired and since when is waited
-is in the checkpoint; what the operations made of model and run is there too, so that a run that goes on
-replays nothing.
+Only the first pending entry can fire: its `trigger_loss` is compared at each validation, whose result all ranks
+share, and its `max_wait_iters` at each step. After it has fired the next entry is considered at once. What has
+fired, and since when the next entry waits, is in the checkpoint; what the operations made of model and run is
+there too, so a resumed run repeats nothing.
 """
 
 from __future__ import annotations
@@ -14,27 +13,32 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import cast
+
+import torch
 
 from llm_trainer.config import CheckpointError, UsageError
 from llm_trainer.config.schema.scaling_schedule import Operation
-from llm_trainer.orchestration import operations
-from llm_trainer.orchestration.batch_fit import fitted
-from llm_trainer.orchestration.dry_run import Stage, simulate
-from llm_trainer.orchestration.event_log import Entry, Journal
-from llm_trainer.orchestration.run_overrides import CHANGES, put_into_effect, settings_of
-from llm_trainer.training.callbacks import Callback
-from llm_trainer.training.changes import restructure
-
-if TYPE_CHECKING:
-    from llm_trainer.run_dir import JSON
-    from llm_trainer.training.engines.validation import ValidationResult
-    from llm_trainer.training.trainer import Trainer
+from llm_trainer.orchestration.dry_run import Stage, dry_run
+from llm_trainer.orchestration.event_log import Event, EventLog
+from llm_trainer.orchestration.operations import MODEL_OPERATIONS, apply_operation
+from llm_trainer.orchestration.run_overrides import (
+    SETTING_OPERATIONS,
+    RunSettings,
+    apply_settings,
+    fit_batch_size,
+)
+from llm_trainer.run_dir import JSON
+from llm_trainer.training.callbacks.callback import Callback
+from llm_trainer.training.engines.validation import ValidationResult
+from llm_trainer.training.run import TrainingRun
 
 
 class Orchestrator(Callback):
-    """Carries out `schedule`, which `simulation.simulate` has judged. Raises UsageError where what has fired
-    already is not in it.
+    """The callback that carries out a schedule, which `dry_run_schedule` has checked.
+
+    Args:
+        schedule: The entries, in order.
     """
 
     def __init__(self, schedule: Sequence[Operation]) -> None:
@@ -43,139 +47,161 @@ class Orchestrator(Callback):
         self.waiting_since = 0
         self.validates_at_start = any(operation.trigger_loss is not None for operation in self.schedule)
 
-    def between_steps(self, trainer: Trainer, step: int, validation: ValidationResult | None) -> None:
-        """Fire what is due, one entry after the other."""
+    def between_steps(self, run: TrainingRun, step: int, validation: ValidationResult | None) -> None:
+        """Carry out the entries that are due, one after the other."""
         loss = validation.loss if validation is not None else None
         while len(self.fired) < len(self.schedule):
             operation = self.schedule[len(self.fired)]
-            why = reason(operation, loss, step - self.waiting_since)
+            why = trigger_of(operation, loss, step - self.waiting_since)
             if why is None:
                 return
-            loss = self._fire(trainer, operation, why, loss)
+            loss = self._fire(run, operation, why, loss)
 
-    def _fire(self, trainer: Trainer, operation: Operation, why: str, loss: float | None) -> float | None:
-        """Carry out, evaluate again if asked to, tell; returns the loss that the next entry is judged by."""
-        start, number, before = time.perf_counter(), len(self.fired) + 1, _parameters(trainer)
-        if trainer.device.type == "cuda":
-            import torch
-
-            torch.cuda.synchronize(trainer.device)
-        _carry_out(trainer, operation, trainer.training.seed + number)
+    def _fire(self, run: TrainingRun, operation: Operation, why: str, loss: float | None) -> float | None:
+        """Carry out an entry, evaluate again if it asks for that, log it; returns the loss that the next entry is
+        judged by.
+        """
+        start, number, before = time.perf_counter(), len(self.fired) + 1, _num_parameters(run)
+        if run.device.type == "cuda":
+            torch.cuda.synchronize(run.device)
+        _carry_out(run, operation, run.training.seed + number)
         seconds = time.perf_counter() - start
-        trainer.meter.leave_out(seconds)
-        self.fired.append(_named(operation))
-        self.waiting_since = trainer.current_step
-        after = trainer.validate().loss if operation.reevaluate else None
-        entry = Entry(
+        run.meter.exclude(seconds)
+        self.fired.append(_identity(operation))
+        self.waiting_since = run.current_step
+        after = run.validate().loss if operation.reevaluate else None
+        is_known = loss is not None or operation.reevaluate
+        event = Event(
             entry=number,
-            step=trainer.current_step,
+            step=run.current_step,
             operation=operation.name,
             value=operation.value,
             why=why,
             desc=operation.desc,
-            loss_before=trainer.state.last_validation_loss
-            if loss is None and not operation.reevaluate
-            else loss,
+            loss_before=loss if is_known else run.state.last_validation_loss,
             loss_after=after,
             parameters_before=before,
-            parameters_after=_parameters(trainer),
+            parameters_after=_num_parameters(run),
             seconds=seconds,
         )
-        trainer.say(str(entry))
-        if trainer.ranks.is_main:
-            Journal(trainer.run_dir).add(entry)
-        trainer.metrics_tracker.update(
-            {"operation": number, "parameters": entry.parameters_after}, trainer.current_step
+        run.log(str(event))
+        if run.process_group.is_main:
+            EventLog(run.run_dir).add(event)
+        run.metrics_tracker.update(
+            {"operation": number, "parameters": event.parameters_after}, run.current_step
         )
-        trainer.metrics_tracker.note("operations", str(entry), trainer.current_step)
+        run.metrics_tracker.add_text("operations", str(event), run.current_step)
         return after if operation.reevaluate else loss
 
     def state_dict(self) -> dict[str, JSON]:
-        """What has fired, and the step from which the next entry waits."""
+        """What has fired, and the step since which the next entry waits."""
         return {"fired": list(self.fired), "waiting_since": self.waiting_since}
 
     def load_state_dict(self, state: Mapping[str, JSON]) -> None:
-        """Take up an earlier place. Raises UsageError where the schedule does not begin with what has fired."""
+        """Restore the position in the schedule.
+
+        Raises:
+            UsageError: If the schedule does not start with what has fired.
+            CheckpointError: If `state` is damaged.
+        """
         fired, since = state.get("fired"), state.get("waiting_since")
         if not isinstance(fired, Sequence) or not isinstance(since, int):
-            raise CheckpointError(f"the checkpoint's place in the schedule is none: {dict(state)!r}")
-        named = [json.dumps(one, sort_keys=True) for one in fired]
-        for number, (then, operation) in enumerate(zip(named, self.schedule, strict=False), 1):
-            if then != json.dumps(_named(operation), sort_keys=True):
+            raise CheckpointError(f"the checkpoint's position in the schedule is damaged: {dict(state)!r}")
+        names = [json.dumps(one, sort_keys=True) for one in fired]
+        for number, (then, operation) in enumerate(zip(names, self.schedule, strict=False), 1):
+            if then != json.dumps(_identity(operation), sort_keys=True):
                 raise UsageError(
-                    f"entry {number} of the schedule is {operation.name} {operation.value!r}, but {then} has fired in its place; "
-                    "leave the entries that have fired as they were, and change only what comes after them"
+                    f"entry {number} of the schedule is {operation.name} {operation.value!r}, but this run has "
+                    f"carried out {then} there; leave the entries that were carried out as they were, and change "
+                    "only later ones"
                 )
-        if len(named) > len(self.schedule):
+        if len(names) > len(self.schedule):
             raise UsageError(
-                f"{len(named)} operations have fired in this run, and the schedule has only {len(self.schedule)} entries"
+                f"this run has carried out {len(names)} operations, and the schedule has only "
+                f"{len(self.schedule)} entries; leave the entries that were carried out as they were"
             )
         self.fired, self.waiting_since = cast("list[JSON]", list(fired)), since
 
 
-def foreseen(schedule: Sequence[Operation], trainer: Trainer) -> list[Stage]:
-    """What a run that has not begun will be like after each entry. Raises UsageError for a schedule that
-    cannot be carried out.
+def dry_run_schedule(schedule: Sequence[Operation], run: TrainingRun) -> list[Stage]:
+    """Check a schedule against a run that has not started.
+
+    Args:
+        schedule: The entries.
+        run: The run.
+
+    Returns:
+        The run at the start and after each entry.
+
+    Raises:
+        UsageError: For an entry that cannot be carried out.
     """
-    if trainer.validation_tokens is None:
-        _require_no_loss(schedule)
-    engine, ids = trainer.engine, trainer.train_tokens.vocab_size
-    return simulate(
+    if run.eval_dataset is None:
+        _check_needs_no_loss(schedule)
+    return dry_run(
         schedule,
-        engine.model.config,
-        settings_of(trainer),
-        ids_in_data=ids,
-        frozen=engine.frozen_at_first,
-        check=engine.check_change,
-        check_batches=engine.check_batches,
+        run.model.config,
+        RunSettings.of_run(run),
+        data_vocab_size=run.train_dataset.vocab_size,
+        frozen=run.engine.initially_frozen,
+        check_shape=run.engine.check_change,
+        check_batches=run.engine.check_batches,
     )
 
 
-def reason(operation: Operation, loss: float | None, waited: int) -> str | None:
-    """Why an entry fires now, in words; None where it does not. `loss`: this step's validation loss, if there
-    is one.
+def trigger_of(operation: Operation, loss: float | None, waited: int) -> str | None:
+    """Why an entry fires now.
+
+    Args:
+        operation: The entry.
+        loss: This step's validation loss, if there was a validation.
+        waited: Steps since the entry before it fired.
+
+    Returns:
+        The reason in words; None if it does not fire.
     """
     if operation.trigger_loss is not None and loss is not None and loss < operation.trigger_loss:
-        return (
-            f"loss {loss:.4f} below {operation.trigger_loss:g}"
-            if math.isfinite(operation.trigger_loss)
-            else "at once"
-        )
+        is_limit = math.isfinite(operation.trigger_loss)
+        return f"loss {loss:.4f} below {operation.trigger_loss:g}" if is_limit else "at once"
     if operation.max_wait_iters is not None and waited >= operation.max_wait_iters:
         return f"after {waited} steps" if operation.max_wait_iters else "at once"
     return None
 
 
-def _require_no_loss(schedule: Sequence[Operation]) -> None:
-    """Raises UsageError for an entry that asks for a validation loss."""
+def _check_needs_no_loss(schedule: Sequence[Operation]) -> None:
+    """Raises UsageError for an entry that needs a validation loss."""
     for number, operation in enumerate(schedule, 1):
-        waits_for = (
-            operation.trigger_loss is not None and operation.max_wait_iters != 0
-        )  # 0: at once, whatever the loss
-        if operation.reevaluate or waits_for:
-            asks = "reevaluate" if operation.reevaluate else f"trigger_loss {operation.trigger_loss:g}"
+        # With max_wait_iters 0 an entry fires at once, whatever the loss.
+        waits_for_loss = operation.trigger_loss is not None and operation.max_wait_iters != 0
+        if operation.reevaluate or waits_for_loss:
+            needs = "reevaluate" if operation.reevaluate else f"trigger_loss {operation.trigger_loss:g}"
+            instead = "" if operation.reevaluate else " and set max_wait_iters"
             raise UsageError(
-                f"entry {number} of the schedule, {operation.name} {operation.value!r}, has {asks}, and there is no validation split; "
-                f"prepare the data with val_ratio above 0, or leave it out{'' if operation.reevaluate else ' and give max_wait_iters'}"
+                f"entry {number} of the schedule, {operation.name} {operation.value!r}, has {needs}, but there is "
+                f"no validation split; prepare the data with val_ratio above 0, or remove it{instead}"
             )
 
 
-def _carry_out(trainer: Trainer, operation: Operation, seed: int) -> None:
-    if operation.name in operations.CHANGES:
-        restructure(trainer, lambda form: operations.changed(form, operation, seed))
+def _carry_out(run: TrainingRun, operation: Operation, seed: int) -> None:
+    if operation.name in MODEL_OPERATIONS:
+        run.restructure(lambda state: apply_operation(state, operation, seed))
         return
-    old = settings_of(trainer)
+    old = RunSettings.of_run(run)
     if operation.name == "adjust_batch_size":
-        micro, accumulation = fitted(trainer, operation.value)
-        new = replace(old, micro_batch_size=micro, gradient_accumulation_steps=accumulation)
+        batches = fit_batch_size(run, operation.value)
+        new = replace(
+            old,
+            micro_batch_size=batches.micro_batch_size,
+            gradient_accumulation_steps=batches.gradient_accumulation_steps,
+        )
     else:
-        new = CHANGES[operation.name](old, operation)
-    put_into_effect(trainer, old, new)
+        new = SETTING_OPERATIONS[operation.name](old, operation)
+    apply_settings(run, old, new)
 
 
-def _named(operation: Operation) -> JSON:
+def _identity(operation: Operation) -> JSON:
     return {"name": operation.name, "value": operation.value}
 
 
-def _parameters(trainer: Trainer) -> int:
-    return sum(parameter.numel() for parameter in trainer.model.parameters())
+def _num_parameters(run: TrainingRun) -> int:
+    return sum(parameter.numel() for parameter in run.model.parameters())

@@ -39,7 +39,7 @@ class StopSignals:
         return self.received is not None
 
     @property
-    def exit_status(self) -> int:
+    def exit_code(self) -> int:
         """The process's exit status after a graceful stop: 0 without a signal, 130 after Ctrl-C, else
         EXIT_PREEMPTED.
         """

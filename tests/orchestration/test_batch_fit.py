@@ -12,10 +12,9 @@ from tiny_run import tiny_config, tiny_model, tokens
 from llm_trainer.config import RunConfig, UsageError
 from llm_trainer.config.resolve.batch_size import BatchPlan
 from llm_trainer.config.schema.scaling_schedule import Operation, read_schedule
-from llm_trainer.diagnostics.verify_resume import StopAt
+from llm_trainer.diagnostics.verify_resume import StopAtStep
 from llm_trainer.orchestration.orchestrator import Orchestrator
 from llm_trainer.training.logging.metrics import read_metrics
-from llm_trainer.training.memory.batch_size_finder import largest_micro_batch
 from llm_trainer.training.trainer import Trainer
 
 WIDE = {
@@ -48,7 +47,9 @@ def adjusted(
         callbacks=[Orchestrator(schedule)],
         console=Console(quiet=True),
     )
-    trainer.watcher.machine.allowance = lambda ranks: trainer.watcher.machine.held() + int(spare * 1e9)  # type: ignore[method-assign]
+    trainer.run.monitor.machine.memory_budget = lambda ranks: (
+        trainer.run.monitor.machine.memory_in_use() + int(spare * 1e9)
+    )  # type: ignore[method-assign]
     return trainer
 
 
@@ -70,7 +71,7 @@ def test_with_memory_to_spare_all_goes_at_once_up_to_the_bound(
 ) -> None:
     trainer = adjusted(tmp_path / "adjusted", value)
     trainer.train()
-    assert (trainer.batches, trainer.state.samples) == (plan, 16)
+    assert (trainer.run.batches, trainer.run.state.samples) == (plan, 16)
     plain = adjusted(tmp_path / "plain", None, max_steps=1)
     plain.train()  # ends before its operation
     assert losses(tmp_path / "adjusted")[0] == losses(tmp_path / "plain")[0]
@@ -79,8 +80,8 @@ def test_with_memory_to_spare_all_goes_at_once_up_to_the_bound(
 def test_the_micro_batch_is_the_one_that_the_finder_finds(tmp_path: Path) -> None:
     trainer = adjusted(tmp_path / "adjusted", 1.0, spare=0.08, micro=8)
     trainer.train()
-    assert 1 < trainer.batches.micro_batch_size < 8
-    assert trainer.batches == largest_micro_batch(trainer, share=1.0)
+    assert 1 < trainer.run.batches.micro_batch_size < 8
+    assert trainer.run.batches == trainer.run.largest_micro_batch(fraction=1.0)
     unchanged = adjusted(tmp_path / "at_once", 1.0, micro=8)
     unchanged.train()
     assert unchanged.batches == BatchPlan(8, 1)
@@ -90,7 +91,7 @@ def test_the_micro_batch_is_the_one_that_the_finder_finds(tmp_path: Path) -> Non
 def test_where_not_even_one_sequence_fits_the_run_goes_on_with_one_and_says_so(tmp_path: Path) -> None:
     trainer = adjusted(tmp_path, None, spare=-1.0, file_logging=True)
     trainer.train()
-    assert (trainer.batches, trainer.state.step) == (BatchPlan(1, 8), 2)
+    assert (trainer.run.batches, trainer.run.state.step) == (BatchPlan(1, 8), 2)
     assert "not even micro_batch_size 1 fits" in (tmp_path / "logs" / "train.log").read_text(encoding="utf-8")
 
 
@@ -109,7 +110,7 @@ def test_bounds_that_divide_nothing_do_not_end_the_run(tmp_path: Path) -> None:
         console=Console(quiet=True),
     )
     trainer.train()
-    assert (trainer.batches, trainer.state.step) == (BatchPlan(8, 1), 2)
+    assert (trainer.run.batches, trainer.run.state.step) == (BatchPlan(8, 1), 2)
     assert "adjust_batch_size changes nothing" in (tmp_path / "logs" / "train.log").read_text(
         encoding="utf-8"
     )
@@ -117,7 +118,7 @@ def test_bounds_that_divide_nothing_do_not_end_the_run(tmp_path: Path) -> None:
 
 def test_a_resumed_run_keeps_what_was_found(tmp_path: Path) -> None:
     first = adjusted(tmp_path / "run", {"max_batch_size": 4}, max_steps=4, save_interval=1)
-    first.callbacks.append(StopAt(2))
+    first.callbacks.append(StopAtStep(2))
     first.train()
     second = adjusted(
         tmp_path / "run",

@@ -14,14 +14,14 @@ from llm_trainer.config import ModelConfig, UsageError
 from llm_trainer.config.resolve.parallelism import ParallelPlan, check_shape
 from llm_trainer.config.schema.scaling_schedule import Operation
 from llm_trainer.model.hf.checkpoint import empty_model
-from llm_trainer.model.surgery.model_state import form_of
-from llm_trainer.orchestration.dry_run import simulate
-from llm_trainer.orchestration.run_overrides import Settings
+from llm_trainer.model.surgery.model_state import ModelState
+from llm_trainer.orchestration.dry_run import dry_run
+from llm_trainer.orchestration.run_overrides import RunSettings
 
 SHAPE = ModelConfig(
     vocab_size=100, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=8
 )
-SETTINGS = Settings(1e-3, 8, 2, 10, None, 100)
+SETTINGS = RunSettings(1e-3, 8, 2, 10, None, 100)
 
 
 def entry(name: str, value: object = None, **more: Any) -> Operation:
@@ -35,7 +35,7 @@ def test_the_last_stage_is_what_the_run_will_be_like() -> None:
         entry("widen_model", [32, 4]),
         entry("change_lr", 0.5),
     ]
-    stages = simulate(schedule, SHAPE, SETTINGS)
+    stages = dry_run(schedule, SHAPE, SETTINGS)
     assert len(stages) == 5
     assert str(stages[-1]).startswith(
         "4 layers × 32, 4 heads, MLPs of 96, 100 ids: 0.05 M parameters; learning rate 0.0005"
@@ -73,7 +73,7 @@ def test_the_last_stage_is_what_the_run_will_be_like() -> None:
 )
 def test_what_cannot_be_names_its_entry_and_the_one_before(schedule: list[Operation], said: str) -> None:
     with pytest.raises(UsageError, match=said):
-        simulate(schedule, SHAPE, SETTINGS, ids_in_data=90)
+        dry_run(schedule, SHAPE, SETTINGS, data_vocab_size=90)
 
 
 @pytest.mark.parametrize(
@@ -85,10 +85,10 @@ def test_what_cannot_be_names_its_entry_and_the_one_before(schedule: list[Operat
 )
 def test_the_last_adapters_over_a_frozen_base_stay(schedule: list[Operation]) -> None:
     shape = SHAPE.model_copy(update={"attn_lora_rank": 2, "lora_train_base": False})
-    frozen = frozenset(form_of(empty_model(SHAPE, "meta")).weights)
+    frozen = frozenset(ModelState.from_model(empty_model(SHAPE, "meta")).weights)
     with pytest.raises(UsageError, match=f"entry {len(schedule)}.*every part is frozen.*unfreeze_layer"):
-        simulate(schedule, shape, SETTINGS, frozen=frozen)
-    simulate([entry("unfreeze_layer", "mlp.*"), *schedule], shape, SETTINGS, frozen=frozen)
+        dry_run(schedule, shape, SETTINGS, frozen=frozen)
+    dry_run([entry("unfreeze_layer", "mlp.*"), *schedule], shape, SETTINGS, frozen=frozen)
 
 
 @pytest.mark.parametrize(
@@ -111,9 +111,9 @@ def test_a_shape_that_a_tensor_group_cannot_cut_is_refused_before_training(
 ) -> None:
     even = [entry("widen_mlp", 96), entry("set_embedding_lora_rank", 4), entry("prune_mlp", ["mlp.0", 0.5])]
     check = partial(check_shape, ParallelPlan(tensor_parallel=2))
-    assert len(simulate(even, SHAPE, SETTINGS, check=check)) == 4
+    assert len(dry_run(even, SHAPE, SETTINGS, check_shape=check)) == 4
     with pytest.raises(UsageError, match=said):
-        simulate(schedule, SHAPE, SETTINGS, check=check)
+        dry_run(schedule, SHAPE, SETTINGS, check_shape=check)
 
 
 def test_nothing_is_allocated_for_a_large_model(tmp_path: Path) -> None:
@@ -125,4 +125,4 @@ def test_nothing_is_allocated_for_a_large_model(tmp_path: Path) -> None:
         entry("widen_mlp", 57344),
         entry("prune_mlp", ["mlp.*", 0.5]),
     ]
-    assert simulate(schedule, large, SETTINGS)[-1].config.num_hidden_layers == 32
+    assert dry_run(schedule, large, SETTINGS)[-1].config.num_hidden_layers == 32

@@ -16,12 +16,13 @@ from tiny_run import tiny_trainer
 
 from llm_trainer.config import UsageError
 from llm_trainer.config.schema.scaling_schedule import Operation
-from llm_trainer.diagnostics.verify_resume import StopAt, compare_checkpoints
+from llm_trainer.diagnostics.verify_resume import StopAtStep, compare_checkpoints
 from llm_trainer.model.adapters.lora import is_adapter_parameter
-from llm_trainer.orchestration.orchestrator import Orchestrator, foreseen, reason
+from llm_trainer.orchestration.orchestrator import Orchestrator, dry_run_schedule, trigger_of
 from llm_trainer.reporting.run_report import write_report
-from llm_trainer.training.callbacks import Callback
+from llm_trainer.training.callbacks.callback import Callback
 from llm_trainer.training.logging.metrics import read_metrics
+from llm_trainer.training.run import TrainingRun
 from llm_trainer.training.trainer import Trainer
 
 NO_LOSS_YET = 1e9
@@ -62,7 +63,7 @@ def journal(folder: Path) -> list[dict[str, Any]]:
 def test_an_entry_fires_below_its_loss_or_after_its_wait(
     entry: dict[str, Any], loss: float | None, waited: int, fires: bool
 ) -> None:
-    assert (reason(Operation(name="change_lr", value=0.5, **entry), loss, waited) is not None) == fires
+    assert (trigger_of(Operation(name="change_lr", value=0.5, **entry), loss, waited) is not None) == fires
 
 
 def test_only_the_first_pending_entry_fires_and_waiting_begins_anew(tmp_path: Path) -> None:
@@ -78,7 +79,7 @@ def test_the_first_loss_is_that_of_step_0(tmp_path: Path) -> None:
     ]
     trainer = trained(tmp_path, schedule)
     assert [line["step"] for line in journal(tmp_path)] == [0]
-    assert trainer.state.operations.factor == pytest.approx(0.5 / 1e-2)
+    assert trainer.run.state.operations.factor == pytest.approx(0.5 / 1e-2)
 
 
 def test_after_one_has_fired_the_next_is_judged_at_once_by_the_same_loss_or_the_new_one(
@@ -111,16 +112,16 @@ def test_after_one_has_fired_the_next_is_judged_at_once_by_the_same_loss_or_the_
 def test_settings_take_effect(tmp_path: Path, name: str, value: float, field: str, expected: float) -> None:
     trainer = trained(tmp_path, [after(2, name, value)], max_steps=6)
     found = {
-        "lr": trainer.training.learning_rate * trainer.state.operations.factor,
-        "micro": trainer.batches.micro_batch_size,
-        "accumulation": trainer.batches.gradient_accumulation_steps,
-        "warmup": trainer.state.schedule.warmup_steps if trainer.state.schedule else None,
-        "eval_iters": trainer.state.changes.eval_iters,
-        "eval_interval": trainer.state.changes.eval_interval,
+        "lr": trainer.run.training.learning_rate * trainer.run.state.operations.factor,
+        "micro": trainer.run.batches.micro_batch_size,
+        "accumulation": trainer.run.batches.gradient_accumulation_steps,
+        "warmup": trainer.run.state.schedule.warmup_steps if trainer.run.state.schedule else None,
+        "eval_iters": trainer.run.state.overrides.eval_iters,
+        "eval_interval": trainer.run.state.overrides.eval_interval,
     }
     assert found[field] == pytest.approx(expected)
     if field in ("micro", "accumulation"):
-        assert trainer.state.samples == 2 * 8 + 4 * trainer.sequences_per_step
+        assert trainer.run.state.samples == 2 * 8 + 4 * trainer.run.sequences_per_step
     if field == "eval_interval":
         validated = [line["step"] for line in read_metrics(tmp_path) if "val_loss" in line]
         assert validated == [
@@ -138,8 +139,8 @@ def test_the_rate_warms_up_again_from_a_reset(tmp_path: Path) -> None:
 
 def test_a_run_by_epochs_sees_as_many_samples_with_other_batches(tmp_path: Path) -> None:
     trainer = trained(tmp_path, [after(2, "change_batch_size", 2)], max_steps=None, num_epochs=1)
-    assert trainer.state.samples == 16 + 32
-    assert trainer.state.step == 4
+    assert trainer.run.state.samples == 16 + 32
+    assert trainer.run.state.step == 4
 
 
 def test_the_end_that_is_shown_follows_the_batches(tmp_path: Path) -> None:
@@ -218,7 +219,7 @@ def test_what_was_frozen_at_first_and_is_frozen_again_keeps_its_resting_state_ov
 
 
 def test_a_run_stopped_and_resumed_in_its_own_folder_tells_each_operation_once(tmp_path: Path) -> None:
-    trained(tmp_path, GROWTH, StopAt(5))
+    trained(tmp_path, GROWTH, StopAtStep(5))
     trained(tmp_path, GROWTH, resume_from=str(tmp_path))
     assert [line["entry"] for line in journal(tmp_path)] == list(range(1, len(GROWTH) + 1))
 
@@ -239,10 +240,10 @@ def test_an_entry_that_needs_a_loss_is_refused_without_a_validation_split(
 ) -> None:
     trainer = tiny_trainer(tmp_path)
     schedule = [after(1, "change_lr", 0.5), Operation(name="change_lr", value=0.5, **entry)]
-    assert len(foreseen(schedule, trainer)) == 3
-    trainer.validation_tokens = None
+    assert len(dry_run_schedule(schedule, trainer.run)) == 3
+    trainer.run.eval_dataset = None
     with pytest.raises(UsageError, match=said) if said else contextlib.nullcontext():
-        foreseen(schedule, trainer)
+        dry_run_schedule(schedule, trainer.run)
 
 
 @pytest.mark.parametrize("comes", ["set_attn_lora_rank", "set_embedding_lora_rank"])
@@ -268,7 +269,7 @@ def test_the_base_rests_when_adapters_come_that_are_to_be_trained_alone(tmp_path
 
 
 def test_what_has_fired_may_not_change_in_the_schedule_and_what_comes_may(tmp_path: Path) -> None:
-    trained(tmp_path, GROWTH, StopAt(3))
+    trained(tmp_path, GROWTH, StopAtStep(3))
     other = [after(3, "stack_layers", [0, 1, 1, 1]), *GROWTH[1:]]
     with pytest.raises(UsageError, match="entry 1 of the schedule is stack_layers"):
         trained(tmp_path, other, resume_from=str(tmp_path))
@@ -283,10 +284,9 @@ def test_a_frozen_part_stays_as_it_is_while_the_rest_moves(tmp_path: Path) -> No
         def __init__(self) -> None:
             self.seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-        def on_step_end(self, trainer: Trainer, step: int) -> None:
+        def on_step_end(self, run: TrainingRun, step: int) -> None:
             parts = [
-                dict(trainer.model.named_parameters())[f"blocks.{layer}.mlp.up_proj.weight"]
-                for layer in (0, 1)
+                dict(run.model.named_parameters())[f"blocks.{layer}.mlp.up_proj.weight"] for layer in (0, 1)
             ]
             self.seen[step] = (parts[0].detach().clone(), parts[1].detach().clone())
 
@@ -303,10 +303,10 @@ def test_each_merge_begins_adapters_anew_with_other_directions_and_no_averages(t
             self.a: list[torch.Tensor] = []
             self.state: list[set[str]] = []
 
-        def between_steps(self, trainer: Trainer, step: int, validation: object) -> None:
-            form = trainer.engine.form()
+        def between_steps(self, run: TrainingRun, step: int, validation: object) -> None:
+            form = run.engine.form()
             self.a.append(form.weights["blocks.0.attn.q_proj.lora.default.a"].clone())
-            self.state.append(set(form.state))
+            self.state.append(set(form.optimizer_state))
 
     watch, adapters = Watch(), {"attn_lora_rank": 2}
     trained(
@@ -327,7 +327,7 @@ def test_a_corrupt_newest_checkpoint_falls_back_to_one_of_another_shape(tmp_path
     schedule = [after(4, "stack_layers", [0, 0, 1, 1])]
     settings: dict[str, Any] = {"save_interval": 1, "save_total_limit": None}
     trained(tmp_path / "straight", schedule, **settings)
-    trained(tmp_path / "cut", schedule, StopAt(5), **settings)
+    trained(tmp_path / "cut", schedule, StopAtStep(5), **settings)
     for name in ("final_model", "checkpoint-4", "checkpoint-5"):
         path = tmp_path / "cut" / name / "model.safetensors"
         if path.exists():

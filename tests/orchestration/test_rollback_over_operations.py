@@ -11,9 +11,10 @@ import pytest
 from spiking_run import Rates, spiking
 
 from llm_trainer.config.schema.scaling_schedule import Operation
-from llm_trainer.diagnostics.verify_resume import StopAt, compare_checkpoints
+from llm_trainer.diagnostics.verify_resume import StopAtStep, compare_checkpoints
 from llm_trainer.orchestration.orchestrator import Orchestrator
-from llm_trainer.training.callbacks import Callback
+from llm_trainer.training.callbacks.callback import Callback
+from llm_trainer.training.run import TrainingRun
 from llm_trainer.training.trainer import Trainer
 
 
@@ -23,8 +24,8 @@ class Depths(Callback):
     def __init__(self) -> None:
         self.seen: list[tuple[int, int]] = []
 
-    def on_step_end(self, trainer: Trainer, step: int) -> None:
-        self.seen.append((step, trainer.model.config.num_hidden_layers))
+    def on_step_end(self, run: TrainingRun, step: int) -> None:
+        self.seen.append((step, run.model.config.num_hidden_layers))
 
 
 def growing(folder: Path, *callbacks: Callback, **settings: object) -> tuple[Trainer, list[str]]:
@@ -35,7 +36,7 @@ def growing(folder: Path, *callbacks: Callback, **settings: object) -> tuple[Tra
         Operation(name="stack_layers", value=[0, 0, 1, 1], max_wait_iters=5),
         Operation(name="change_batch_size", value=0.5, max_wait_iters=1),
     ]
-    return spiking(folder, 13, 14, *callbacks, Orchestrator(schedule), spike_distance=14, **settings)
+    return spiking(folder, 13, 14, *callbacks, Orchestrator(schedule), spike_rollback_steps=14, **settings)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -49,7 +50,7 @@ def test_the_model_shrinks_to_what_it_was_and_the_operations_fire_again(
     first, second = depths.seen[:20], depths.seen[20:]
     assert first == [(step, 2 if step <= 5 else 4) for step in range(1, 21)]
     assert second == [(step, 2 if step <= 5 else 4) for step in range(4, 25)]
-    assert trainer.state.samples == 104 + 3 * 8 + 18 * 4
+    assert trainer.run.state.samples == 104 + 3 * 8 + 18 * 4
     entries = [
         json.loads(line) for line in (tmp_path / "operations.jsonl").read_text(encoding="utf-8").splitlines()
     ]
@@ -62,18 +63,18 @@ def test_the_model_shrinks_to_what_it_was_and_the_operations_fire_again(
 @pytest.mark.parametrize("stop", [12, 19, 20, 22])
 def test_interrupted_around_it_the_run_ends_as_the_uninterrupted_one(tmp_path: Path, stop: int) -> None:
     growing(tmp_path / "straight")[0].train()
-    growing(tmp_path / "cut", StopAt(stop))[0].train()
+    growing(tmp_path / "cut", StopAtStep(stop))[0].train()
     growing(tmp_path / "cut", resume_from="auto")[0].train()
     assert compare_checkpoints(tmp_path / "straight/final_model", tmp_path / "cut/final_model") == []
 
 
 def test_a_warm_up_that_an_operation_had_doubled_is_doubled_once(tmp_path: Path) -> None:
     longer = Operation(name="change_warmup_iters", value=2, max_wait_iters=5)
-    trainer, said = spiking(tmp_path, 13, 14, Orchestrator([longer]), spike_distance=10, warmup_steps=4)
+    trainer, said = spiking(tmp_path, 13, 14, Orchestrator([longer]), spike_rollback_steps=10, warmup_steps=4)
     trainer.train()
     assert any("back at step 3 " in line for line in said), said
-    assert trainer.state.schedule is not None
-    assert trainer.state.schedule.warmup_steps == 8
+    assert trainer.run.state.schedule is not None
+    assert trainer.run.state.schedule.warmup_steps == 8
 
 
 def extended(
@@ -85,7 +86,7 @@ def extended(
     ends = {"max_steps": 24} if "num_epochs" not in settings else {}
     schedule = [fired]
     spiking(folder, 100, 100, Orchestrator(schedule), max_steps=12)[0].train()
-    more = {"resume_from": str(folder), "horizon": "extend", "spike_distance": 7} | ends | settings
+    more = {"resume_from": str(folder), "lr_on_resume": "extend", "spike_rollback_steps": 7} | ends | settings
     return spiking(folder, 19, 20, *callbacks, Orchestrator(schedule), **more)
 
 
@@ -107,7 +108,7 @@ def test_a_rollback_to_before_the_end_was_moved_keeps_the_new_end_and_its_rates(
 def test_a_rollback_to_before_other_batches_keeps_an_end_in_epochs_that_was_moved(tmp_path: Path) -> None:
     """4.8 epochs are 192 samples: 24 steps of 8."""
     halved = Operation(name="set_grad_accum", value=1, max_wait_iters=13)
-    trainer, said = extended(tmp_path, halved, max_steps=None, num_epochs=4.8, spike_distance=12)
+    trainer, said = extended(tmp_path, halved, max_steps=None, num_epochs=4.8, spike_rollback_steps=12)
     assert trainer.train().step == 13 + 2 * 11
     assert any("loss spike at step" in line and "back at step 12 " in line for line in said), said
 
@@ -117,9 +118,9 @@ def test_what_was_still_to_come_at_the_best_model_comes_when_the_run_goes_back_t
     depths = Depths()
     operation = Operation(name="stack_layers", value=[0, 0, 1, 1], trigger_loss=1e9, max_wait_iters=None)
     waits = Operation(name="set_eval_interval", value=8, max_wait_iters=1)
-    settings = {"save_interval": 100, "eval_interval": 8, "spike_distance": 4, "max_steps": 16}
+    settings = {"save_interval": 100, "eval_interval": 8, "spike_rollback_steps": 4, "max_steps": 16}
     trainer, said = spiking(tmp_path, 14, 15, depths, Orchestrator([waits, operation]), **settings)
     trainer.train()
     assert any("back at step 8 " in line and "best_model" in line for line in said), said
     assert [layers for step, layers in depths.seen if step == 9] == [4, 4]
-    assert not trainer.state.before_operations
+    assert not trainer.run.state.before_operations

@@ -13,24 +13,23 @@ from tiny_run import CONTEXT, VOCABULARY, tiny_config, tiny_model, tokens
 
 from llm_trainer.config import CheckpointError, DataConfig, RunConfig
 from llm_trainer.config.schema.mixture import MixtureStage
-from llm_trainer.data.sampling.mixture import TokenMixture
+from llm_trainer.data.sampling.mixture import MixtureDataset
 from llm_trainer.data.token_shards import ShardWriter, TokenDataset
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
-from llm_trainer.diagnostics.verify_resume import StopAt, compare_checkpoints
+from llm_trainer.diagnostics.verify_resume import StopAtStep, compare_checkpoints
 from llm_trainer.training.logging.metrics import read_metrics
-from llm_trainer.training.state import TrainingResult
-from llm_trainer.training.trainer import Trainer
+from llm_trainer.training.trainer import Trainer, TrainingResult
 
 STAGES = [MixtureStage(weights={"a": 3, "b": 1}, until="5 steps"), MixtureStage(weights={"a": 0, "b": 1})]
 
 
-def mixture(stages: list[MixtureStage] | None = None) -> TokenMixture:
-    return TokenMixture({"a": tokens(seed=2), "b": tokens(30 * CONTEXT, seed=3)}, stages or STAGES)
+def mixture(stages: list[MixtureStage] | None = None) -> MixtureDataset:
+    return MixtureDataset({"a": tokens(seed=2), "b": tokens(30 * CONTEXT, seed=3)}, stages or STAGES)
 
 
 def documents(folder: Path) -> TokenDataset:
     generator = np.random.default_rng(0)
-    with ShardWriter(folder, "train", vocab_size=VOCABULARY, tokenizer_hash="0" * 64, end_id=0) as writer:
+    with ShardWriter(folder, "train", vocab_size=VOCABULARY, tokenizer_hash="0" * 64, eos_id=0) as writer:
         for length in generator.integers(1, 20, 60).tolist():
             writer.add((1 + np.arange(length)) % VOCABULARY)
             writer.end_document()
@@ -68,7 +67,7 @@ def test_a_run_on_a_staged_mixture_resumes_to_the_bit_with_its_counts(
     run(tmp_path / "straight", mixture(), num_workers=num_workers)
     for stop in (3, 6):  # within the first stage, and after it
         folder = tmp_path / f"cut{stop}"
-        run(folder, mixture(), callbacks=[StopAt(stop)], num_workers=num_workers)
+        run(folder, mixture(), callbacks=[StopAtStep(stop)], num_workers=num_workers)
         run(folder, mixture(), resume_from=str(folder), num_workers=num_workers)
         assert compare_checkpoints(tmp_path / "straight" / "final_model", folder / "final_model") == []
         totals = [
@@ -94,7 +93,7 @@ def test_a_run_on_one_corpus_tells_no_shares(tmp_path: Path) -> None:
 
 
 def test_other_weights_or_a_moved_stage_cannot_be_resumed_silently(tmp_path: Path) -> None:
-    run(tmp_path, mixture(), callbacks=[StopAt(3)])
+    run(tmp_path, mixture(), callbacks=[StopAtStep(3)])
     other = [MixtureStage(weights={"a": 1, "b": 1})]
     with pytest.raises(
         CheckpointError, match=r"order 'mixture of .*from sample 40.*mixture, or stages in steps"
@@ -114,7 +113,7 @@ def test_each_packing_trains_validates_and_resumes_to_the_bit(
     result = run(tmp_path / "straight", train, data)
     assert result.loss is not None
     assert result.loss < 3.0  # of ln 32 = 3.47
-    run(tmp_path / "cut", train, data, callbacks=[StopAt(4)])
+    run(tmp_path / "cut", train, data, callbacks=[StopAtStep(4)])
     run(tmp_path / "cut", train, data, resume_from=str(tmp_path / "cut"))
     assert compare_checkpoints(tmp_path / "straight" / "final_model", tmp_path / "cut" / "final_model") == []
     with pytest.raises(CheckpointError, match="not 'greedy'; packing"):
@@ -143,7 +142,7 @@ def test_noise_is_on_the_training_text_alone_and_resumes_to_the_bit(tmp_path: Pa
     assert noisy.sampler.batch(0, 8).num_supervised < plain.sampler.batch(0, 8).num_supervised
     assert noisy.evaluate() == plain.evaluate()
     run(tmp_path / "straight", tokens(), data, tokenizer=tokenizer)
-    run(tmp_path / "cut", tokens(), data, tokenizer=tokenizer, callbacks=[StopAt(4)])
+    run(tmp_path / "cut", tokens(), data, tokenizer=tokenizer, callbacks=[StopAtStep(4)])
     run(tmp_path / "cut", tokens(), data, tokenizer=tokenizer, resume_from=str(tmp_path / "cut"))
     assert compare_checkpoints(tmp_path / "straight" / "final_model", tmp_path / "cut" / "final_model") == []
 

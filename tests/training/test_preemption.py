@@ -7,12 +7,13 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import textwrap
 import time
 from pathlib import Path
 
+import fork_server
 import pytest
+from fork_server import ForkedProcess
 from paths import SUPPORT
 from tiny_run import tiny_run
 
@@ -24,7 +25,7 @@ from llm_trainer.training.preemption import EXIT_INTERRUPTED, EXIT_PREEMPTED, St
 SCRIPT = textwrap.dedent("""
     import sys
     from pathlib import Path
-    from llm_trainer.training.callbacks import Callback
+    from llm_trainer.training.callbacks.callback import Callback
     from tiny_run import tiny_trainer
 
     folder, place = Path(sys.argv[1]), sys.argv[2]
@@ -40,21 +41,19 @@ SCRIPT = textwrap.dedent("""
             if place == "validation" and trainer.current_step == 4: wait()
 
     trainer = tiny_trainer(folder, callbacks=[Pause()])
-    save = trainer.store.save
+    save = trainer.run.store.save
     def slow_save(*args):
         if place == "save" and args[1] == 3: wait()
         return save(*args)
-    trainer.store.save = slow_save
-    sys.exit(trainer.train().exit_status)
+    trainer.run.store.save = slow_save
+    sys.exit(trainer.train().exit_code)
 """)
 
 
-def start(folder: Path, place: str) -> subprocess.Popen[str]:
+def start(folder: Path, place: str) -> ForkedProcess:
     """The run, standing at `place`."""
-    command = [sys.executable, "-c", SCRIPT, str(folder), place]
-    pipe = subprocess.PIPE
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=SUPPORT, env=environment)
+    command = ["-c", SCRIPT, folder, place]
+    process = fork_server.start(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=SUPPORT)
     assert process.stdout is not None
     assert process.stdout.readline() == "here\n"
     return process
@@ -74,7 +73,7 @@ def test_a_signal_saves_at_the_steps_edge_and_the_resumed_run_is_the_uninterrupt
 ) -> None:
     process = start(tmp_path / "cut", place)
     process.send_signal(number)
-    process.communicate("\n", timeout=60)
+    process.communicate("\n")
     assert process.returncode == status
     assert resolve_resume_folder(tmp_path / "cut").name.startswith("emergency-")
     tiny_run(tmp_path / "cut", resume_from=str(tmp_path / "cut"))
@@ -101,11 +100,11 @@ def test_handlers_are_put_back() -> None:
     with StopSignals() as signals:
         os.kill(os.getpid(), signal.SIGUSR1)
         assert signals.stop_requested
-        assert signals.exit_status == EXIT_PREEMPTED
+        assert signals.exit_code == EXIT_PREEMPTED
     assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_without_a_signal_nothing_is_asked_for() -> None:
     with StopSignals() as signals:
         assert not signals.stop_requested
-        assert signals.exit_status == 0
+        assert signals.exit_code == 0

@@ -120,7 +120,7 @@ def test_checkpoints_by_minutes_and_at_every_validation(tmp_path: Path) -> None:
 
 def test_a_limit_in_minutes_saves_and_leaves(tmp_path: Path) -> None:
     result = tiny_run(tmp_path, max_minutes=1e-9)
-    assert (result.ended_by, result.step, result.exit_status) == ("time", 1, 0)
+    assert (result.ended_by, result.step, result.exit_code) == ("time", 1, 0)
     assert (tmp_path / "emergency-1").is_dir()
 
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from llm_trainer.cli.setup.parse_command import new_console, open_door
-from llm_trainer.config.parse.loader import Door
+from llm_trainer.cli.setup.parse_command import new_console, parse_command
+from llm_trainer.config.parse.command import CommandSpec
 from llm_trainer.config.schema.base import Section, setting
 from llm_trainer.errors import DataError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from llm_trainer.data.catalog.fetch_dataset import Collected
-    from llm_trainer.data.catalog.registry import CataloguedSet
+    from llm_trainer.data.catalog.fetch_dataset import FetchedDataset
+    from llm_trainer.data.catalog.registry import DatasetEntry
 
 
 class DownloadOptions(Section):
@@ -36,28 +36,29 @@ class DownloadOptions(Section):
     )
 
 
-DOWNLOAD = Door(
+DOWNLOAD = CommandSpec(
     "scripts/download_datasets.py",
     "Fetch data sets of the catalogue, to parquet, jsonl or txt. What breaks off goes on from there the next time.",
     (),
-    own=DownloadOptions,
+    options=DownloadOptions,
 )
 
 
 def run(argv: list[str]) -> int:
     """Fetch what was named; data sets that cannot be had are told at the end, with exit status 1."""
-    loaded = open_door(DOWNLOAD, argv)
+    loaded = parse_command(DOWNLOAD, argv)
     if loaded is None:
         return 0
-    options = loaded.own
+    options = loaded.options
     assert isinstance(options, DownloadOptions)
-    from llm_trainer.data.catalog.registry import chosen
+    from llm_trainer.data.catalog.registry import select_datasets
 
-    rows = chosen(options.datasets)
+    rows = select_datasets(options.datasets)
     if options.show_list:
         print(
             "\n".join(
-                described(name, row) for name, row in (rows if options.datasets else chosen(["all"])).items()
+                described(name, row)
+                for name, row in (rows if options.datasets else select_datasets(["all"])).items()
             )
         )
         return 0
@@ -65,14 +66,14 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def described(name: str, row: CataloguedSet) -> str:
+def described(name: str, row: DatasetEntry) -> str:
     """A data set in two lines."""
     size = f"{row.gigabytes:.0f} GB" if row.gigabytes >= 1 else f"{row.gigabytes * 1000:.0f} MB"
     return f"{name} ({size}, {row.licence}){', fetched where none is named' if row.is_small else ''}\n  {row.about}; {row.page}"
 
 
-def _fetch(rows: dict[str, CataloguedSet], options: DownloadOptions, console: Console) -> None:
-    from llm_trainer.data.catalog.fetch_dataset import collect
+def _fetch(rows: dict[str, DatasetEntry], options: DownloadOptions, console: Console) -> None:
+    from llm_trainer.data.catalog.fetch_dataset import fetch_dataset
     from llm_trainer.data.catalog.http_download import NoConnectionError
 
     output = Path(options.output_dir)
@@ -81,7 +82,9 @@ def _fetch(rows: dict[str, CataloguedSet], options: DownloadOptions, console: Co
         try:
             given = _given(name, options, len(rows))
             _tell(
-                name, collect(name, row, output, options.save_format, given=given, console=console), console
+                name,
+                fetch_dataset(name, row, output, options.save_format, local_copy=given, console=console),
+                console,
             )
         except NoConnectionError as error:
             raise DataError("\n".join([*failed, str(error)])) from None  # nor will the others be reached
@@ -109,7 +112,7 @@ def _given(name: str, options: DownloadOptions, number: int) -> Path | None:
     return place
 
 
-def _tell(name: str, collected: Collected, console: Console) -> None:
+def _tell(name: str, collected: FetchedDataset, console: Console) -> None:
     saved = collected.saved
     if saved is None:
         console.print(

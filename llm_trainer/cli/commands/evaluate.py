@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llm_trainer.cli.scripts import EVALUATE, EVALUATE_ENHANCED, EVALUATE_L1, EvaluateOptions
-from llm_trainer.cli.setup.parse_command import new_console, open_door
+from llm_trainer.cli.setup.parse_command import new_console, parse_command
 from llm_trainer.config import UsageError
-from llm_trainer.config.parse.loader import Door
+from llm_trainer.config.parse.command import CommandSpec
 
 
 def run(argv: list[str]) -> int:
@@ -26,13 +26,13 @@ def l1(argv: list[str]) -> int:
     return evaluate(EVALUATE_L1, argv)
 
 
-def evaluate(door: Door, argv: Sequence[str]) -> int:
+def evaluate(spec: CommandSpec, argv: Sequence[str]) -> int:
     """Score one door's model on its data and print the result; returns the exit status."""
-    loaded = open_door(door, argv)
+    loaded = parse_command(spec, argv)
     if loaded is None:
         return 0
-    assert isinstance(loaded.own, EvaluateOptions)
-    inference, own = loaded.config.inference, loaded.own
+    assert isinstance(loaded.options, EvaluateOptions)
+    inference, own = loaded.config.inference, loaded.options
     if inference.model is None:
         raise UsageError(
             "no model is named: give --model with a run folder, a checkpoint or the name of a model on the hub"
@@ -43,7 +43,7 @@ def evaluate(door: Door, argv: Sequence[str]) -> int:
         raise UsageError(f"there is no {own.data}; give --data with a text file or a prepared folder")
     from rich.progress import Progress
 
-    from llm_trainer.cli.setup.run_summary import in_words
+    from llm_trainer.cli.setup.run_summary import format_validation
     from llm_trainer.evaluation.perplexity import evaluate_source
     from llm_trainer.inference.load_model import load_model
 
@@ -60,5 +60,7 @@ def evaluate(door: Door, argv: Sequence[str]) -> int:
             stride=own.stride,
             on_progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
-    console.print(f"{own.data}: {in_words(result.metrics)} over {result.tokens:,} tokens", markup=False)
+    console.print(
+        f"{own.data}: {format_validation(result.metrics)} over {result.tokens:,} tokens", markup=False
+    )
     return 0

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_trainer.cli.scripts import ADAPTER, AdapterOptions
-from llm_trainer.cli.setup.parse_command import open_door
+from llm_trainer.cli.setup.parse_command import parse_command
 from llm_trainer.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 
 def run(argv: list[str]) -> int:
     """Write what was asked for and say where it is."""
-    loaded = open_door(ADAPTER, argv)
+    loaded = parse_command(ADAPTER, argv)
     if loaded is None:
         return 0
-    assert isinstance(loaded.own, AdapterOptions)
-    own, inference = loaded.own, loaded.config.inference
+    assert isinstance(loaded.options, AdapterOptions)
+    own, inference = loaded.options, loaded.config.inference
     if inference.model is None:
         raise UsageError(
             "no model is named: give --model with a run folder, a checkpoint or the name of a model on the hub"
         )
     for folder in (own.merged_output, own.base_output, own.output if own.merged_output is None else None):
         _refuse_filled(folder)
-    from llm_trainer.inference.load_model import find_model, load_transformer
+    from llm_trainer.inference.load_model import load_transformer, resolve_model
 
-    source = find_model(inference.model)
+    source = resolve_model(inference.model)
     model = load_transformer(source)
     name = chosen_adapter(model, inference.adapter)
     if own.merged_output is not None:
@@ -48,11 +48,11 @@ def chosen_adapter(model: Transformer, said: str | None) -> str:
     """The set that is meant: by its name, read from a folder of PEFT's, or the only one that counts. Raises
     UsageError where it is none.
     """
-    from llm_trainer.model.adapters.lora import adapters_in_use
+    from llm_trainer.model.adapters.lora import active_adapters
     from llm_trainer.model.interop.peft_format import is_adapter_folder, load_adapter
 
     known = list(model.config.lora)
-    meant = adapters_in_use(model) or known
+    meant = active_adapters(model) or known
     if said is None and len(meant) == 1:
         return meant[0]
     if said is not None and said not in known and is_adapter_folder(said):
@@ -110,7 +110,7 @@ def _base_of(model: Transformer, source: Path) -> str:
     """What the run of a checkpoint began from, where that is what lies under its adapters still. Raises
     UsageError where it is not.
     """
-    from llm_trainer.run_dir import read_run_config
+    from llm_trainer.config.saved_run import read_run_config
 
     way_out = "write the base too with --base_output FOLDER, or name what peft shall open with --base"
     try:
@@ -130,9 +130,9 @@ def _differs(model: Transformer, base: str) -> str | None:
     """The first tensor that is another than the base's; None where all are the same."""
     import torch
 
-    from llm_trainer.inference.load_model import find_model, load_transformer
+    from llm_trainer.inference.load_model import load_transformer, resolve_model
 
-    theirs = dict(load_transformer(find_model(base)).named_parameters())
+    theirs = dict(load_transformer(resolve_model(base)).named_parameters())
     held = {name: one for name, one in model.named_parameters() if ".lora." not in name}
     pairs = [(name, theirs.get(name), one) for name, one in held.items()]
     return next(

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_trainer.cli.scripts import GENERATE, GENERATE_ENHANCED, GENERATE_L1, SAMPLE, SampleOptions
-from llm_trainer.cli.setup.parse_command import open_door
+from llm_trainer.cli.setup.parse_command import parse_command
 from llm_trainer.config import GenerationConfig, UsageError
-from llm_trainer.config.parse.loader import Door, LoadedRun
+from llm_trainer.config.parse.command import CommandSpec, LoadedRun
 
 if TYPE_CHECKING:
     from llm_trainer.inference.engine import LanguageModel
@@ -39,9 +39,9 @@ def sample(argv: list[str]) -> int:
     return generate(SAMPLE, argv)
 
 
-def generate(door: Door, argv: Sequence[str]) -> int:
+def generate(spec: CommandSpec, argv: Sequence[str]) -> int:
     """Draw what one door's settings say and print prompt and text; returns the exit status."""
-    loaded = open_door(door, argv)
+    loaded = parse_command(spec, argv)
     if loaded is None:
         return 0
     config = loaded.config
@@ -52,14 +52,14 @@ def generate(door: Door, argv: Sequence[str]) -> int:
     inference = config.inference
     model, _ = load_model(source, inference.device, inference.precision, inference.compile, inference.adapter)
     if inference.domain is not None:
-        model.model.use_domain(inference.domain)
+        model.model.set_domain(inference.domain)
     print_samples(model, prompt, config.generation)
     return 0
 
 
 def model_source(loaded: LoadedRun) -> str:
     """Which model is meant; raises UsageError where none is named."""
-    own = loaded.own
+    own = loaded.options
     if isinstance(own, SampleOptions) and loaded.config.inference.model is None:
         return own.out_dir if own.init_from == "resume" else own.init_from
     if loaded.config.inference.model is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llm_trainer.cli.scripts import DEBUG_MEMORY, PREFLIGHT, MemoryOptions, PreflightOptions
-from llm_trainer.cli.setup.parse_command import new_console, open_door
+from llm_trainer.cli.setup.parse_command import new_console, parse_command
 from llm_trainer.config import TrainingConfig, UsageError
 from llm_trainer.config.resolve.batch_size import BatchPlan, divisions, micro_batch_bounds, resolve_batches
 from llm_trainer.config.resolve.parallelism import ParallelPlan
@@ -24,11 +24,11 @@ TOO_LARGE = 1
 
 def run(argv: list[str]) -> int:
     """Print the memory of a step; return 0 if it fits, else print a plan that fits and return 1."""
-    loaded = open_door(PREFLIGHT, argv)
+    loaded = parse_command(PREFLIGHT, argv)
     if loaded is None:
         return 0
     assert isinstance(loaded.options, PreflightOptions)
-    from llm_trainer.cli.setup.build_model import is_pretrained, pretrained_shape
+    from llm_trainer.cli.setup.build_model import is_pretrained, pretrained_model_config
     from llm_trainer.config.param_count import parameter_count
     from llm_trainer.diagnostics.memory_plan import (
         MEMORY_RESERVE_FRACTION,
@@ -39,7 +39,7 @@ def run(argv: list[str]) -> int:
 
     shape, training, own = loaded.config.model, loaded.config.training, loaded.options
     if is_pretrained(training.init_from):
-        shape = pretrained_shape(training.init_from, shape, training.adapter_from)
+        shape = pretrained_model_config(training.init_from, shape, training.adapter_from)
     replicas = training.data_parallel or 1
     batches, bounds = resolve_batches(training, replicas * training.fsdp), micro_batch_bounds(loaded.config)
     limit = int(own.memory_gb * GIGABYTE) if own.memory_gb is not None else _free_memory()
@@ -100,7 +100,7 @@ def run(argv: list[str]) -> int:
 
 def debug_memory(argv: list[str]) -> int:
     """Print the estimated memory of a step on an existing model, and the measured peak of a real step."""
-    loaded = open_door(DEBUG_MEMORY, argv)
+    loaded = parse_command(DEBUG_MEMORY, argv)
     if loaded is None:
         return 0
     assert isinstance(loaded.options, MemoryOptions)

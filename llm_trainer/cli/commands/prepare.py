@@ -5,46 +5,46 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llm_trainer.cli.scripts import PREPARE, PREPARE_FRAMEWORK, PREPARE_SPLITS
-from llm_trainer.cli.setup.build_dataset import prepared_folder
-from llm_trainer.cli.setup.parse_command import new_console, open_door
-from llm_trainer.config.parse.loader import Door
+from llm_trainer.cli.setup.build_dataset import prepared_dir
+from llm_trainer.cli.setup.parse_command import new_console, parse_command
+from llm_trainer.config.parse.command import CommandSpec
 
 
 def run(argv: list[str]) -> int:
     """`llm-trainer prepare`."""
-    return prepare_door(PREPARE, argv)
+    return prepare(PREPARE, argv)
 
 
 def framework(argv: list[str]) -> int:
     """`data_prep_tool.py`."""
-    return prepare_door(PREPARE_FRAMEWORK, argv)
+    return prepare(PREPARE_FRAMEWORK, argv)
 
 
 def splits(argv: list[str]) -> int:
     """`scripts/prepare_data.py`."""
-    return prepare_door(PREPARE_SPLITS, argv, with_texts=True)
+    return prepare(PREPARE_SPLITS, argv, with_texts=True)
 
 
-def prepare_door(door: Door, argv: Sequence[str], *, with_texts: bool = False) -> int:
+def prepare(spec: CommandSpec, argv: Sequence[str], *, with_texts: bool = False) -> int:
     """Prepare what one door's settings name (with the splits as texts too), and print what came of it and
     what to type next.
     """
-    loaded = open_door(door, argv)
+    loaded = parse_command(spec, argv)
     if loaded is None:
         return 0
-    from llm_trainer.data.pipeline.pipeline import prepare
-    from llm_trainer.data.sources.presplit_source import split_texts
+    from llm_trainer.data.pipeline.pipeline import prepare_dataset
+    from llm_trainer.data.sources.presplit_source import find_split_files
 
     data = loaded.config.data
-    if data.dataset_name is not None and not data.is_said("input"):
+    if data.dataset_name is not None and not data.is_set("input"):
         data.input = None  # a door's default folder gives way to a data set that was said
-    folder = prepared_folder(data)
+    folder = prepared_dir(data)
     console = new_console()
-    summary = prepare(data, folder, console=console, with_texts=with_texts)
+    summary = prepare_dataset(data, folder, console=console, with_texts=with_texts)
     for line in summary.lines():
         console.print(line, markup=False)
     if with_texts:
-        for path in split_texts(folder):
+        for path in find_split_files(folder):
             console.print(f"wrote {path}", markup=False)
     console.print(f"next: llm-trainer train --data_dir {folder}", markup=False)
     return 0

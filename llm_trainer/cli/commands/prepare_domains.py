@@ -8,14 +8,15 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_trainer.cli.setup.build_dataset import DOMAINS_FOLDER
+from llm_trainer.cli.setup.build_dataset import DOMAINS_DIR
 from llm_trainer.config.environment import apply_dotenv
-from llm_trainer.config.parse.cli_args import CommandLine, read_flags
-from llm_trainer.config.parse.loader import Door
-from llm_trainer.config.parse.merge import settle
+from llm_trainer.config.parse.cli_args import ParsedArgs, parse_args
+from llm_trainer.config.parse.command import CommandSpec
+from llm_trainer.config.parse.loader import suggest_help
+from llm_trainer.config.parse.merge import normalize
 from llm_trainer.config.schema.base import setting
 from llm_trainer.config.schema.domain_loaders import DomainLoader
-from llm_trainer.config.schema.domains import DomainBridge, bridge_content, domain_bridge
+from llm_trainer.config.schema.domains import DomainBridge, parse_domain_bridge, read_bridge_file
 from llm_trainer.errors import UsageError
 
 if TYPE_CHECKING:
@@ -36,27 +37,28 @@ class DomainOptions(DomainBridge):
     )
 
 
-DOMAINS = Door(
+DOMAINS = CommandSpec(
     "scripts/prepare_domain_datasets.py",
     f"Data sets by domain → splits, terms, one tokenizer, and a mixture to train on. {BRIDGE_FILE} is a file to start from.",
     (),
-    own=DomainOptions,
+    options=DomainOptions,
 )
 
 
 def run(argv: list[str]) -> int:
     """Prepare what the bridge file and the flags over it say; returns the exit status."""
-    line = read_flags(argv, DOMAINS.names())
-    if line.help:
-        from llm_trainer.config.help import help_text
+    with suggest_help(DOMAINS):
+        line = parse_args(argv, DOMAINS.names())
+    if line.help or line.help_all:
+        from llm_trainer.config.describe import help_text
 
-        print(help_text(DOMAINS))
+        print(help_text(DOMAINS, show_all=line.help_all))
         return 0
-    flags = {name: value.value for (_, name), value in settle(line.said, DOMAINS.names()).items()}
+    flags = {name: value.value for (_, name), value in normalize(line.values, DOMAINS.names()).items()}
     own = {name: bool(flags.pop(name, False)) for name in ("list_loaders", "builtin")}
     bridge = _bridge(line, flags)
     if own["list_loaders"]:
-        print("\n\n".join(described(name, row) for name, row in bridge.rows().items()))
+        print("\n\n".join(described(name, row) for name, row in bridge.all_loaders().items()))
         return 0
     if line.explain:
         print("\n".join(f"{name} = {getattr(bridge, name)!r}" for name in DomainBridge.model_fields))
@@ -64,16 +66,16 @@ def run(argv: list[str]) -> int:
     return _prepare(bridge, own["builtin"])
 
 
-def _bridge(line: CommandLine, flags: dict[str, object]) -> DomainBridge:
+def _bridge(line: ParsedArgs, flags: dict[str, object]) -> DomainBridge:
     if line.positional:
         raise UsageError(
             f"{DOMAINS.name} does not know what to do with {line.positional[0]!r}; a bridge file is given as --config FILE"
         )
     values: dict[str, object] = {}
     for name in line.files:
-        values |= bridge_content(Path(name))
+        values |= read_bridge_file(Path(name))
     place = ", ".join([*line.files, *(["the command line"] if flags else [])]) or "the command line"
-    return domain_bridge(
+    return parse_domain_bridge(
         {**values, **{DomainBridge.names()[name]: value for name, value in flags.items()}}, place
     )
 
@@ -125,7 +127,7 @@ def domains_to_train_on(said: str | None, data: DataConfig, console: Console) ->
     from llm_trainer.data.domains.pipeline import prepare_builtin_domains
     from llm_trainer.data.mixture_dataset import MIXTURE_FILE
 
-    wanted = Path(said or DOMAINS_FOLDER)
+    wanted = Path(said or DOMAINS_DIR)
     if (wanted / MIXTURE_FILE).is_file():
         return wanted
     console.print(

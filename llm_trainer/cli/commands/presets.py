@@ -44,7 +44,7 @@ def run(argv: list[str]) -> int:
                 model.model_type,
                 *map(str, (*shape, *sizes)),
                 f"{preset.parameters() / 1e6:,.1f} M",
-                preset.manual_figure or "–",
+                preset.nominal_size or "–",
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_trainer.cli.scripts import PROCESS, ProcessOptions
-from llm_trainer.cli.setup.parse_command import new_console, open_door
+from llm_trainer.cli.setup.parse_command import new_console, parse_command
 from llm_trainer.config import DataConfig, UsageError
-from llm_trainer.config.parse.loader import LoadedRun
+from llm_trainer.config.parse.command import LoadedRun
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,11 +27,11 @@ OUTPUTS_FILE, REPORT_FILE = "outputs.jsonl", "validation_report.json"
 
 def run(argv: list[str]) -> int:
     """Do what `--mode` says; returns the exit status."""
-    loaded = open_door(PROCESS, argv)
+    loaded = parse_command(PROCESS, argv)
     if loaded is None:
         return 0
-    assert isinstance(loaded.own, ProcessOptions)
-    own, data = loaded.own, loaded.config.data
+    assert isinstance(loaded.options, ProcessOptions)
+    own, data = loaded.options, loaded.config.data
     if own.mode == "student":
         raise UsageError(
             "--mode student, the teacher's log-probabilities beside the shards, is not built yet; --mode train writes the shards"
@@ -65,27 +65,27 @@ def shard(loaded: LoadedRun, output: Path, console: Console) -> None:
     """
     from llm_trainer.cli.commands.export_splits import publish_shards
     from llm_trainer.data.mixture_dataset import MIXTURE_FILE
-    from llm_trainer.data.pipeline.pipeline import prepare
-    from llm_trainer.data.prepared_dataset import open_prepared
-    from llm_trainer.data.sources.presplit_source import SplitSource
+    from llm_trainer.data.pipeline.pipeline import prepare_dataset
+    from llm_trainer.data.prepared_dataset import open_prepared_dataset
+    from llm_trainer.data.sources.presplit_source import PresplitSource
 
     data = loaded.config.data
     folder = input_folder(data)
     if is_prepared(folder):
         refuse_idle_flags(loaded, folder)
-        open_prepared(folder)  # says so if anything is missing or damaged
+        open_prepared_dataset(folder)  # says so if anything is missing or damaged
         publish_shards(folder, output)
         console.print(f"{output}: the shards of {folder}", markup=False)
     else:
-        source = SplitSource(folder)
+        source = PresplitSource(folder)
         (output / MIXTURE_FILE).unlink(missing_ok=True)  # of an older result
         settings = data.model_copy()
         settings.train_ratio, settings.val_ratio, settings.test_ratio = (
             None,
-            source.share("validation"),
-            source.share("test"),
+            source.fraction("validation"),
+            source.fraction("test"),
         )
-        for line in prepare(settings, output, console=console, source=source).lines():
+        for line in prepare_dataset(settings, output, console=console, source=source).lines():
             console.print(line, markup=False)
     console.print(f"next: llm-trainer train --data_dir {output}", markup=False)
 
@@ -98,7 +98,7 @@ def infer(data: DataConfig, own: ProcessOptions, output: Path, console: Console)
         raise UsageError(
             "--mode inference needs a model: give --student_model_path with a run folder or a checkpoint"
         )
-    from llm_trainer.cli.setup.run_summary import in_words
+    from llm_trainer.cli.setup.run_summary import format_validation
     from llm_trainer.evaluation.perplexity import evaluate_text
     from llm_trainer.inference.load_model import load_model
 
@@ -127,7 +127,7 @@ def infer(data: DataConfig, own: ProcessOptions, output: Path, console: Console)
     }
     _write(output / REPORT_FILE, json.dumps(report, ensure_ascii=False, indent=1) + "\n")
     console.print(
-        f"validation  {in_words(result.metrics)} over {result.tokens:,} tokens of {len(texts):,} documents",
+        f"validation  {format_validation(result.metrics)} over {result.tokens:,} tokens of {len(texts):,} documents",
         markup=False,
     )
     console.print(f"wrote       {output / OUTPUTS_FILE}, {output / REPORT_FILE}", markup=False)
@@ -156,11 +156,11 @@ def held_out_texts(folder: Path) -> Iterator[str]:
     there are none.
     """
     from llm_trainer.cli.commands.export_splits import documents
-    from llm_trainer.data.prepared_dataset import open_prepared
-    from llm_trainer.data.sources.presplit_source import SplitSource
+    from llm_trainer.data.prepared_dataset import open_prepared_dataset
+    from llm_trainer.data.sources.presplit_source import PresplitSource
 
     if is_prepared(folder):
-        prepared = open_prepared(folder)
+        prepared = open_prepared_dataset(folder)
         tokens = next(
             (split for split in (prepared.test, prepared.validation) if split is not None and len(split)),
             None,
@@ -171,7 +171,7 @@ def held_out_texts(folder: Path) -> Iterator[str]:
             )
         yield from documents(tokens, prepared.tokenizer)
         return
-    yield from SplitSource(folder).held_out()
+    yield from PresplitSource(folder).held_out_texts()
 
 
 def beginning(text: str, tokenizer: Tokenizer) -> str:

@@ -11,10 +11,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_trainer.cli.commands.train import Assembled
 from llm_trainer.cli.runtime_env import keep_freed_memory
 from llm_trainer.cli.scripts import QUICKSTART, QuickstartOptions
-from llm_trainer.cli.setup.parse_command import new_console, open_door
+from llm_trainer.cli.setup.parse_command import new_console, parse_command
 from llm_trainer.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from llm_trainer.config.duration import Duration
 from llm_trainer.run_dir import BEST_MODEL
@@ -30,7 +29,7 @@ CONTEXT = 256
 BATCH = 8  # many small steps learn more in two minutes than few large ones
 MAX_PASSES = 8.0  # over a small text; more would only learn it by heart
 MIN_STEPS, MAX_STEPS = 60, 6000
-OPTIMIZER_SHARE = 1.3  # a whole step against its forward and backward pass
+OPTIMIZER_FACTOR = 1.3  # time of a step, relative to its forward and backward pass
 TOKENIZER_MEGABYTES = 4.0
 BUILTIN_PROMPTS = ("def __init__(self, ", "The ", "import os\n")
 PROMPT_TOKENS = 6
@@ -39,17 +38,17 @@ SAMPLE_TOKENS = 100
 
 def run(argv: list[str]) -> int:
     """The whole way; returns the exit status."""
-    loaded = open_door(QUICKSTART, argv)
+    loaded = parse_command(QUICKSTART, argv)
     if loaded is None:
         return 0
-    assert isinstance(loaded.own, QuickstartOptions)
-    own, console, began = loaded.own, new_console(), time.monotonic()
+    assert isinstance(loaded.options, QuickstartOptions)
+    own, console, began = loaded.options, new_console(), time.monotonic()
     console.print("[bold]1  text → tokens[/bold]")
     data = gather(own, console)
     console.print(f"\n[bold]2  training[/bold] (about {own.minutes:g} minutes)")
-    parts = plan(own, data, console)
+    model, config = plan(own, data)
     run_folder = Path(own.output_dir)
-    status = talk_and_report(parts, own, console, " ".join(["llm-trainer quickstart", *argv]))
+    status = train_and_report(model, config, data, own, console, " ".join(["llm-trainer quickstart", *argv]))
     if status == 0:
         console.print(
             f"\n{time.monotonic() - began:.0f} s in all. Open {run_folder / 'report.html'} in a browser."
@@ -61,8 +60,8 @@ def run(argv: list[str]) -> int:
 def gather(own: QuickstartOptions, console: Console) -> RunData:
     """Prepare the user's text, or the built-in corpus, into the run folder's `data`."""
     from llm_trainer.cli.setup.build_dataset import RunData
-    from llm_trainer.data.pipeline.pipeline import prepare
-    from llm_trainer.data.prepared_dataset import open_prepared
+    from llm_trainer.data.pipeline.pipeline import prepare_dataset
+    from llm_trainer.data.prepared_dataset import open_prepared_dataset
 
     settings = DataConfig(
         input=own.text or "builtin",
@@ -71,14 +70,14 @@ def gather(own: QuickstartOptions, console: Console) -> RunData:
         num_workers=2,
     )
     folder = Path(own.output_dir) / "data"
-    for line in prepare(settings, folder, console=console).lines():
+    for line in prepare_dataset(settings, folder, console=console).lines():
         console.print(line, markup=False)
-    return RunData(folder, open_prepared(folder))
+    return RunData(folder, open_prepared_dataset(folder), DataConfig(data_dir=str(folder)))
 
 
-def plan(own: QuickstartOptions, data: RunData, console: Console) -> Assembled:
-    """The model, and as many steps as fit the time."""
-    from llm_trainer.cli.setup.build_model import new_model
+def plan(own: QuickstartOptions, data: RunData) -> tuple[Transformer, RunConfig]:
+    """The model, and the settings with as many steps as fit the time."""
+    from llm_trainer.model.build import build_model
 
     tokens = len(data.prepared.train)
     context = CONTEXT if tokens > 8 * CONTEXT else max(8, tokens // 8)
@@ -106,71 +105,85 @@ def plan(own: QuickstartOptions, data: RunData, console: Console) -> Assembled:
         num_workers=1,
         compile="off",  # compiling takes longer than it could gain here
     )
-    model = new_model(shape, own.seed)
+    model = build_model(shape, own.seed)
     steps = own.steps or steps_that_fit(model, data, training, 60 * own.minutes)
-    training.max_steps = steps
-    training.eval_interval = Duration(max(20, steps // 8))
-    training.warmup_steps = Duration(max(1, steps // 20))
+    lengths = {
+        "max_steps": steps,
+        "eval_interval": Duration(max(20, steps // 8)),
+        "warmup_steps": Duration(max(1, steps // 20)),
+    }
+    training = training.model_copy(update=lengths)
     config = RunConfig(model=shape, training=training, data=DataConfig(data_dir=str(data.folder)))
-    return Assembled(config, model, data)
+    return model, config
 
 
 def steps_that_fit(model: Transformer, data: RunData, training: TrainingConfig, seconds: float) -> int:
-    """How many steps the time holds and the text is worth; settles the precision in `training` by the same
-    measurement.
+    """How many steps fit into the time and are worth it for the text.
+
+    Args:
+        model: The model.
+        data: The data.
+        training: The settings.
+        seconds: The time.
     """
-    from llm_trainer.data.sampling.samplers import WindowSampler
-    from llm_trainer.training.engines.autotune import Probe, choose
-    from llm_trainer.training.engines.precision import resolve_device
-    from llm_trainer.training.objectives.objective import NextToken, TrainingStep
+    from llm_trainer.data.sampling.window_sampler import WindowSampler
+    from llm_trainer.device import resolve_device
+    from llm_trainer.training.engines.autotune import Probe, auto_precision
+    from llm_trainer.training.objectives.objective import ModelWithObjective, NextToken
 
     device = resolve_device(training.device)
     model.to(device).train()
     sampler = WindowSampler(data.prepared.train, model.config.max_position_embeddings, training.seed)
     probe = Probe(
         model,
-        TrainingStep(model, NextToken()),
+        ModelWithObjective(model, NextToken()),
         sampler.batch(0, BATCH),
         device,
         micro_batches_left=MAX_STEPS // 10,
     )
-    plain = training.model_copy(update={"compile": "off"})
-    training.precision = choose(probe, plain, say=lambda line: None).precision
-    step = OPTIMIZER_SHARE * probe.seconds(training.precision) / probe.share
+    precision, _ = auto_precision(model.config, device)
+    step = OPTIMIZER_FACTOR * probe.seconds(precision) / probe.fraction
     worth = max(1, round(MAX_PASSES * sampler.samples_per_epoch / BATCH))
     return min(MAX_STEPS, worth, max(MIN_STEPS, int(seconds / step)))
 
 
-def talk_and_report(parts: Assembled, own: QuickstartOptions, console: Console, command: str) -> int:
+def train_and_report(
+    model: Transformer,
+    config: RunConfig,
+    data: RunData,
+    own: QuickstartOptions,
+    console: Console,
+    command: str,
+) -> int:
     """Train, print figures and samples, write the report."""
-    from llm_trainer.cli.setup.run_summary import in_words, record_facts, tell_start
+    from llm_trainer.cli.setup.run_summary import format_validation, print_start, record_metadata
     from llm_trainer.reporting.run_report import write_report
     from llm_trainer.training.trainer import Trainer
 
-    prepared = parts.data.prepared
+    prepared = data.prepared
     keep_freed_memory()
     trainer = Trainer(
-        parts.model,
-        parts.config,
+        model,
+        config,
         prepared.train,
         prepared.validation,
         tokenizer=prepared.tokenizer,
         console=console,
     )
-    tell_start(trainer, parts.data.folder, console)
+    print_start(trainer.run, data.folder, console)
     result = trainer.train()
     if result.ended_by not in ("finished", "stopped"):
-        return result.exit_status
+        return result.exit_code
     if result.validation is not None:
-        console.print(f"held-out text: {in_words(result.validation.metrics)}", markup=False)
+        console.print(f"held-out text: {format_validation(result.validation.metrics)}", markup=False)
     console.print("\n[bold]3  what it writes[/bold]")
-    samples = draw_samples(parts, own, console)
-    record_facts(trainer, parts.data, result, command, samples)
-    write_report(trainer.run_dir)
+    samples = draw_samples(data, own, console)
+    record_metadata(trainer.run, data, result, command, samples)
+    write_report(trainer.run.run_dir)
     return 0
 
 
-def draw_samples(parts: Assembled, own: QuickstartOptions, console: Console) -> list[Sample]:
+def draw_samples(data: RunData, own: QuickstartOptions, console: Console) -> list[Sample]:
     """Let the trained model go on from a few prompts, printing as it does."""
     from rich.text import Text
 
@@ -180,7 +193,7 @@ def draw_samples(parts: Assembled, own: QuickstartOptions, console: Console) -> 
     run_folder = Path(own.output_dir)
     model, _ = load_model(run_folder / BEST_MODEL if (run_folder / BEST_MODEL).is_dir() else run_folder)
     samples = []
-    for prompt in prompts_for(own, parts.data):
+    for prompt in prompts_for(own, data):
         room = min(SAMPLE_TOKENS, model.context - PROMPT_TOKENS - 1)
         text = model.generate(prompt, max_new_tokens=max(1, room), temperature=0.7, top_p=0.9, seed=own.seed)
         console.print(Text.assemble((prompt, "bold"), text, "\n"))

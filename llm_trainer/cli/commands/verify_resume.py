@@ -1,4 +1,4 @@
-"""`llm-trainer verify-resume RUN`: is going on from a checkpoint the same as never having stopped?"""
+"""`llm-trainer verify-resume RUN`: is resuming from a checkpoint the same as never having stopped?"""
 
 from __future__ import annotations
 
@@ -7,59 +7,69 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_trainer.cli.scripts import VERIFY_RESUME, VerifyOptions
-from llm_trainer.cli.setup.parse_command import new_console, open_door
-from llm_trainer.run_dir import read_run_config, resolve_resume_folder
+from llm_trainer.cli.setup.parse_command import new_console, parse_command
+from llm_trainer.config.saved_run import read_run_config
+from llm_trainer.run_dir import resolve_resume_folder
 
 if TYPE_CHECKING:
     from llm_trainer.diagnostics.verify_resume import BuildTrainer
-    from llm_trainer.training.callbacks import Callback
+    from llm_trainer.training.callbacks.callback import Callback
     from llm_trainer.training.trainer import Trainer
 
 
 def run(argv: list[str]) -> int:
-    """Replay a stretch of the run; 0 when it comes out the same to the bit, 1 when not, with what differs."""
-    loaded = open_door(VERIFY_RESUME, argv)
+    """Replay some steps of the run; returns 0 if they are bit-exact, 1 with the differences if not."""
+    loaded = parse_command(VERIFY_RESUME, argv)
     if loaded is None:
         return 0
-    assert isinstance(loaded.own, VerifyOptions)
+    assert isinstance(loaded.options, VerifyOptions)
     from llm_trainer.diagnostics.verify_resume import verify_resume
 
-    folder = Path(loaded.own.run)
-    report = verify_resume(folder, loaded.own.steps, builder(folder))
+    folder = Path(loaded.options.run)
+    report = verify_resume(folder, loaded.options.steps, trainer_builder(folder))
     print(report)
     return 0 if report.exact else 1
 
 
-def builder(run_folder: Path) -> BuildTrainer:
-    """What makes trainers with a run's own settings, from one of its checkpoints or its beginning, writing
-    elsewhere.
+def trainer_builder(run_dir: Path) -> BuildTrainer:
+    """What builds trainers with a run's own settings that write elsewhere.
+
+    Args:
+        run_dir: The run folder.
+
+    Returns:
+        A function of the checkpoint to resume from (None: the run's start), the folder to write to and
+        callbacks.
     """
     from llm_trainer.cli.setup.build_dataset import find_data
-    from llm_trainer.cli.setup.build_model import new_model, pretrained_model, transferred
-    from llm_trainer.cli.setup.scaling_schedule import orchestrator_for
+    from llm_trainer.cli.setup.build_model import is_pretrained, load_matching_weights, load_pretrained_model
+    from llm_trainer.cli.setup.scaling_schedule import build_orchestrator
+    from llm_trainer.model.build import build_model
     from llm_trainer.training.trainer import Trainer
 
-    saved = read_run_config(resolve_resume_folder(run_folder))
+    saved = read_run_config(resolve_resume_folder(run_dir))
     console = new_console()
     prepared = find_data(saved.data, console).prepared
 
     def build(checkpoint: Path | None, folder: Path, callbacks: Sequence[Callback]) -> Trainer:
-        config = saved.model_copy(deep=True)
-        training = config.training
-        training.output_dir, training.remote_dir, training.report_to = (
-            str(folder),
-            None,
-            [],
-        )  # the replay is nobody's but its own
-        training.resume_from = str(checkpoint) if checkpoint else None
-        source = training.init_from
-        if checkpoint is not None or source in ("scratch", "resume"):
-            model = new_model(config.model, training.seed)
+        source = saved.training.init_from
+        replayed = saved.training.model_copy(
+            update={
+                "output_dir": str(folder),
+                "remote_dir": None,
+                "report_to": [],
+                "resume_from": None if checkpoint is None else str(checkpoint),
+                "init_from": source if is_pretrained(source) else "scratch",
+            }
+        )
+        config = saved.model_copy(update={"training": replayed})
+        if checkpoint is not None or not is_pretrained(source):
+            model = build_model(config.model, replayed.seed)
         else:
-            model = pretrained_model(source, config.model, adapter=training.adapter_from)
-        if checkpoint is None and training.transfer_from is not None:
-            transferred(model, training.transfer_from, training.transfer_parts)
-        orchestrator = orchestrator_for(training)
+            model = load_pretrained_model(source, config.model, adapter=replayed.adapter_from)
+        if checkpoint is None and replayed.transfer_from is not None:
+            load_matching_weights(model, replayed.transfer_from, replayed.transfer_modules)
+        orchestrator = build_orchestrator(replayed)
         own = [orchestrator] if orchestrator else []
         return Trainer(
             model,

@@ -1,12 +1,10 @@
-"""Which data a run trains on: prepared folders are opened, texts and data sets are prepared first, through
-the cache.
-"""
+"""Which data a run trains on. Prepared folders are opened; texts and hub datasets are prepared first."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,131 +14,171 @@ from llm_trainer.config import DataConfig, TrainingConfig, UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from llm_trainer.config.parse.loader import LoadedRun
-    from llm_trainer.data.prepared_dataset import PreparedData
+    from llm_trainer.config.parse.command import LoadedRun
+    from llm_trainer.data.prepared_splits import PreparedDataset
 
-DOMAINS_FOLDER = "data/domain_specific"
-WAYS_OUT = (
+DOMAINS_DIR = "data/domain_specific"
+HOW_TO_NAME_DATA = (
     "name prepared data with --data_dir FOLDER, a text with --input PATH (it is prepared first), "
-    "or a Hugging Face data set with --dataset_name NAME"
+    "or a Hugging Face dataset with --dataset_name NAME"
 )
+_NAMES_OF_DATA = ("data_dir", "input", "dataset_name", "dataset")
 
 
 @dataclass(frozen=True)
 class RunData:
-    """Opened data and the folder that it lies in."""
+    """Opened data.
+
+    Attributes:
+        folder: Its folder.
+        prepared: Its splits, tokenizer and metadata.
+        config: The settings that name it, with how it was packed and mixed.
+    """
 
     folder: Path
-    prepared: PreparedData
+    prepared: PreparedDataset
+    config: DataConfig
 
 
-def refuse_idle(loaded: LoadedRun) -> None:
-    """Raises UsageError for flags about data that would have no effect: two corpora named, or preparation
-    asked of what is prepared.
+def check_data_flags(loaded: LoadedRun) -> None:
+    """Check that every flag about data has an effect.
+
+    Args:
+        loaded: The command line.
+
+    Raises:
+        UsageError: If two flags name data, or a flag asks for preparation of data that is prepared already.
     """
     data = loaded.config.data
     flags = {
         name for name in DataConfig.model_fields if loaded.origins.get(f"data.{name}", "").startswith("--")
     }
-    named = [name for name in ("data_dir", "input", "dataset_name", "dataset") if name in flags]
+    names = [name for name in _NAMES_OF_DATA if name in flags]
     if loaded.config.training.use_domain_specific_data:
-        named = [
-            name for name in ("data_dir", "input", "dataset_name", "dataset") if data.is_said(name)
-        ] or named
-        if named:
+        names = [name for name in _NAMES_OF_DATA if data.is_set(name)] or names
+        if names:
             raise UsageError(
-                f"{named[0]} and use_domain_specific_data each name the data to train on; give one"
+                f"{names[0]} and use_domain_specific_data both name the data to train on; give one"
             )
-    if len(named) > 1:
-        raise UsageError(f"--{' and --'.join(named)} each name the data to train on; give one")
-    is_prepared_already = (
-        (data.input is None and data.dataset_name is None) or "data_dir" in named or "dataset" in named
-    )
-    idle = sorted(flags - {*OF_BOTH, *OF_TRAINING}) if is_prepared_already else []
-    if idle:
+    if len(names) > 1:
+        raise UsageError(f"--{' and --'.join(names)} both name the data to train on; give one")
+    needs_preparation = data.input is not None or data.dataset_name is not None
+    is_prepared = not needs_preparation or "data_dir" in names or "dataset" in names
+    unused = sorted(flags - {*OF_BOTH, *OF_TRAINING}) if is_prepared else []
+    if unused:
         raise UsageError(
-            f"--data.{idle[0]} is about preparing data and has no effect on what is prepared already; leave it out, or give --input"
+            f"--data.{unused[0]} has no effect: it is about preparing data, and the data is prepared already; "
+            "leave it out, or give --input"
         )
 
 
 def find_data(data: DataConfig, console: Console, fallbacks: Sequence[str] = ()) -> RunData:
-    """Open what `data` means: data_dir, else what is to be prepared, else nanoGPT's dataset, else the first
-    of `fallbacks` there is.
+    """Open the data that the settings name: data_dir, else what is to be prepared, else nanoGPT's dataset, else
+    the first of `fallbacks` that exists.
 
-    How it was packed and mixed holds, but for what `data` says; `data` then says all of it. Raises UsageError
-    where nothing is named and DataError where what is named cannot be used.
+    How the data was packed and mixed is kept, except for what the settings say.
+
+    Args:
+        data: The settings. They are not changed.
+        console: Where to print.
+        fallbacks: Prepared folders.
+
+    Returns:
+        The opened data.
+
+    Raises:
+        UsageError: If nothing is named.
+        DataError: If what is named cannot be used.
     """
-    from llm_trainer.data.mixture_dataset import reweighed
+    from llm_trainer.data.mixture_dataset import with_mixture_weights
 
-    found = _find(data, console, fallbacks)
-    found.prepared.packing.adopt_into(data)
-    return replace(found, prepared=reweighed(found.prepared, data))
+    folder, prepared = _open(data, console, fallbacks)
+    config = data.model_copy(update={"data_dir": str(folder)})
+    prepared.packing.apply_to_unset(config)
+    return RunData(folder, with_mixture_weights(prepared, config), config)
 
 
-def _find(data: DataConfig, console: Console, fallbacks: Sequence[str]) -> RunData:
-    from llm_trainer.data.prepared_dataset import open_prepared
+def _open(data: DataConfig, console: Console, fallbacks: Sequence[str]) -> tuple[Path, PreparedDataset]:
+    from llm_trainer.data.pipeline.pipeline import prepare_dataset
+    from llm_trainer.data.prepared_dataset import open_prepared_dataset
 
     if data.data_dir is not None:
-        return RunData(Path(data.data_dir), open_prepared(data.data_dir))
+        return Path(data.data_dir), open_prepared_dataset(data.data_dir)
     if data.input is not None or data.dataset_name is not None:
-        folder = prepared_folder(data)
-        prepare_into(data, folder, console)
-        return RunData(folder, open_prepared(folder))
+        folder = prepared_dir(data)
+        prepare_dataset(
+            data, folder, console=console
+        )  # data prepared from the same input and settings is kept
+        return folder, open_prepared_dataset(folder)
     if data.dataset is not None:
-        return _classic(data.dataset)
+        return _open_nanogpt_dataset(data.dataset)
     for fallback in fallbacks:
         if Path(fallback).is_dir():
-            return RunData(Path(fallback), open_prepared(fallback))
+            return Path(fallback), open_prepared_dataset(fallback)
     missing = (
-        f"no data is named and there is no {' or '.join(fallbacks)}; " if fallbacks else "no data is named; "
+        f"no data is named and there is no {' or '.join(fallbacks)}" if fallbacks else "no data is named"
     )
-    raise UsageError(missing + WAYS_OUT)
+    raise UsageError(f"{missing}; {HOW_TO_NAME_DATA}")
 
 
-def use_domains(training: TrainingConfig, data: DataConfig) -> None:
-    """With use_domain_specific_data, make the prepared domains the data. Raises UsageError where none are
-    prepared.
+def with_domain_data(data: DataConfig, training: TrainingConfig) -> DataConfig:
+    """With use_domain_specific_data, settings that name the prepared domains.
+
+    Args:
+        data: The settings. They are not changed.
+        training: The settings `use_domain_specific_data` and `domain_data_dir`.
+
+    Raises:
+        UsageError: If no domains are prepared.
     """
     if not training.use_domain_specific_data or data.data_dir is not None:
-        return
-    folder = Path(training.domain_data_dir or DOMAINS_FOLDER)
+        return data
+    folder = Path(training.domain_data_dir or DOMAINS_DIR)
     if not (folder / "mixture.json").is_file():
         raise UsageError(
-            f"no domains are prepared in {folder}; prepare them with: python scripts/prepare_domain_datasets.py --config "
-            f"configs/domain_bridge_config.json --output_dir {folder} (--builtin in place of --config for those that need no network)"
+            f"no domains are prepared in {folder}; prepare them with: python scripts/prepare_domain_datasets.py "
+            f"--config configs/domain_bridge_config.json --output_dir {folder} (--builtin in place of --config "
+            "for those that need no network)"
         )
-    data.data_dir = str(folder)
+    return data.model_copy(update={"data_dir": str(folder)})
 
 
-def prepared_folder(data: DataConfig) -> Path:
-    """Where a text or data set is prepared to: output_dir, else `data/prepared/<name>`."""
+def with_model_tokenizer(data: DataConfig, model: str) -> DataConfig:
+    """Settings by which text for a pretrained model is prepared with the model's tokenizer, unless another is set.
+
+    Args:
+        data: The settings. They are not changed.
+        model: A folder, a checkpoint or a hub name.
+    """
+    is_prepared_now = data.input is not None or data.dataset_name is not None
+    if data.tokenizer_path is not None or data.tokenizer_type != "auto" or not is_prepared_now:
+        return data
+    from llm_trainer.inference.load_model import resolve_model
+
+    folder = resolve_model(model)
+    if not (folder / "tokenizer.json").is_file():
+        return data
+    return data.model_copy(update={"tokenizer_path": str(folder)})
+
+
+def prepared_dir(data: DataConfig) -> Path:
+    """The folder that a text or dataset is prepared into: output_dir, else `data/prepared/<name>`."""
     if data.output_dir is not None:
         return Path(data.output_dir)
-    name = (
-        "-".join(part for part in (data.dataset_name, data.dataset_config) if part)
-        or Path(data.input or "text").resolve().stem
-    )
+    dataset = "-".join(part for part in (data.dataset_name, data.dataset_config) if part)
+    name = dataset or Path(data.input or "text").resolve().stem
     return Path("data/prepared") / (re.sub(r"[^\w.-]+", "-", name).strip("-") or "text")
 
 
-def prepare_into(data: DataConfig, folder: Path, console: Console) -> None:
-    """Prepare what `data` names into `folder`; what lies there already from the same input and settings is
-    kept.
-    """
-    from llm_trainer.data.pipeline.pipeline import prepare
-
-    prepare(data, folder, console=console)
-
-
-def _classic(dataset: str) -> RunData:
+def _open_nanogpt_dataset(dataset: str) -> tuple[Path, PreparedDataset]:
     """nanoGPT's `dataset`: the folder data/<dataset>, which its prepare.py fills."""
-    from llm_trainer.data.prepared_dataset import open_prepared
+    from llm_trainer.data.prepared_dataset import open_prepared_dataset
 
     folder = Path("data") / dataset
     if (folder / "train.bin").exists() or (folder / "metadata.json").exists():
-        return RunData(folder, open_prepared(folder))
+        return folder, open_prepared_dataset(folder)
     script = folder / "prepare.py"
-    way_out = f"run: python {script}" if script.exists() else WAYS_OUT
+    instead = f"run: python {script}" if script.exists() else HOW_TO_NAME_DATA
     raise UsageError(
-        f"the data set {dataset!r} is not prepared ({folder} has no train.bin and no metadata.json); {way_out}"
+        f"the dataset {dataset!r} is not prepared ({folder} has no train.bin and no metadata.json); {instead}"
     )

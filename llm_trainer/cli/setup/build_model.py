@@ -1,7 +1,7 @@
-"""Which model a run trains: from scratch in the shape that is said, or from somebody's weights.
+"""Which model a run trains: a new one in the shape that is set, or pretrained weights.
 
-The vocabulary and the context come from the data where they are not said: an embedding smaller than the
-tokenizer is an error here, before the first step, instead of a wrong index in the middle of the run.
+Vocabulary and context come from the data where they are not set: an embedding smaller than the tokenizer is an
+error here, before the first step, instead of an index error in the middle of the run.
 """
 
 from __future__ import annotations
@@ -9,25 +9,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from llm_trainer.config import DataConfig, DataError, ModelConfig, TrainingConfig, UsageError
-from llm_trainer.config.schema.lora import DEFAULT_NAME, LoraConfig
+from llm_trainer.config import DataError, ModelConfig, TrainingConfig, UsageError
+from llm_trainer.config.schema.lora import DEFAULT_ADAPTER, LoraConfig
 
 if TYPE_CHECKING:
-    from llm_trainer.data.prepared_dataset import PreparedData
+    from llm_trainer.data.prepared_splits import PreparedDataset
     from llm_trainer.data.tokenization.tokenizer import Tokenizer
     from llm_trainer.model.transformer import Transformer
 
-# What may be said beside pretrained weights; everything else is the weights' own shape.
+# Settings that may differ from those of pretrained weights; everything else is the weights' own shape.
 CHANGEABLE = (
     "dropout",
     "attention_dropout",
     "embedding_dropout",
     "gradient_checkpointing",
-    "checkpoint_every",
-    "checkpoint_keep",
+    "activation_checkpoint_every",
+    "activation_checkpoint_policy",
 )
 
-# Low-rank adapters: the settings beside a table, and with the tables themselves.
+# Low-rank adapters: the settings of the default adapter, and with them those of all.
 SINGLE_LORA = (
     "attn_lora_rank",
     "mlp_lora_rank",
@@ -38,134 +38,147 @@ SINGLE_LORA = (
     "use_rslora",
     "lora_train_base",
 )
-LORA = (*SINGLE_LORA, "lora", "lora_in_use")
+LORA = (*SINGLE_LORA, "lora", "active_adapters")
 BOTTLENECKS = ("use_adapter_modules", "use_domain_adaptation", "adapter_size", "adapter_domains")
 
 
-def shape_for(model: ModelConfig, prepared: PreparedData, origins: Mapping[str, str]) -> ModelConfig:
-    """The shape to train on this data from scratch. Raises UsageError where the vocabulary that was said is
-    too small.
+def resolve_model_config(
+    model: ModelConfig, prepared: PreparedDataset, origins: Mapping[str, str]
+) -> ModelConfig:
+    """The shape of a new model for this data.
+
+    Args:
+        model: The settings. They are not changed.
+        prepared: The data.
+        origins: Dotted name → where a value came from.
+
+    Raises:
+        UsageError: If the vocabulary that is set is smaller than the data's.
     """
-    settled = model.model_copy()
+    updates: dict[str, object] = {"adapter_domains": _domains(model, corpus_names(prepared))}
     rows, needed = model.vocab_size, prepared.vocab_size
-    if not _is_said(model, "vocab_size", origins):
-        settled.vocab_size = needed
+    if not _is_chosen(model, "vocab_size", origins):
+        updates["vocab_size"] = needed
     elif rows < needed:
         raise UsageError(
-            f"the tokenizer has {needed} ids, but the embedding has {rows} rows: "
-            f"model.vocab_size ({origins.get('model.vocab_size', 'default')}); "
-            f"set vocab_size to {needed} or leave it out, or prepare the data with a smaller vocabulary"
+            f"model.vocab_size ({origins.get('model.vocab_size', 'default')}) is {rows}, but the tokenizer has "
+            f"{needed} ids; set vocab_size to {needed} or leave it out, or prepare the data with a smaller "
+            "vocabulary"
         )
-    if prepared.metadata.max_length is not None and not _is_said(model, "max_position_embeddings", origins):
-        settled.max_position_embeddings = prepared.metadata.max_length
-    settled.adapter_domains = _domains(model, corpora_of(prepared))
-    return settled
-
-
-def new_model(shape: ModelConfig, seed: int) -> Transformer:
-    """A model with seeded initial weights."""
-    import torch
-
-    from llm_trainer.model.transformer import Transformer
-
-    model = Transformer(shape, torch.Generator().manual_seed(seed))
-    if model.config.has_adapters and model.config.lora_train_base is None:
-        model.config.lora_train_base = True  # random weights are worth nothing yet
-    return model
-
-
-def pretrained_model(
-    source: str, said: ModelConfig, corpora: Sequence[str] = (), adapter: str | None = None
-) -> Transformer:
-    """The model of a folder, a checkpoint or a hub name, with the dropout, context and adapters that were
-    said.
-
-    `corpora` are those of the data's mixture, which domain adapters are named after where nothing else was said; `adapter` is a folder
-    of PEFT's. Raises UsageError where another shape was said than the weights have, CheckpointError where there are no weights.
-    """
-    from llm_trainer.inference.load_model import find_model, load_transformer
-
-    loaded = load_transformer(find_model(source))
-    shape = _with_changes(source, loaded.config, said)
-    model = loaded if shape.model_dump() == loaded.config.model_dump() else _reshaped(loaded, shape)
-    return _with_adapters(model, said, corpora, adapter)
-
-
-def pretrained_shape(source: str, said: ModelConfig, adapter: str | None = None) -> ModelConfig:
-    """The configuration of what `pretrained_model` gives, without its weights. Raises as that."""
-    import torch
-
-    from llm_trainer.inference.load_model import find_description
-    from llm_trainer.model.hf.checkpoint import empty_model
-
-    described = empty_model(_with_changes(source, find_description(source), said), "meta")
-    with torch.device("meta"):
-        return _with_adapters(described, said, (), adapter).config
-
-
-def transferred(model: Transformer, source: str, parts: Sequence[str]) -> list[str]:
-    """Take what fits of another model's weights; returns what to tell of it."""
-    from llm_trainer.inference.load_model import find_model
-    from llm_trainer.model.interop.partial_load import load_partially
-
-    return load_partially(model, find_model(source), parts).lines()
-
-
-def refuse_adapter_over_nothing(training: TrainingConfig) -> None:
-    """Raises UsageError for an adapter that is to be trained on over no pretrained weights."""
-    if training.adapter_from is not None and training.init_from == "scratch":
-        raise UsageError(
-            f"adapter_from={training.adapter_from} needs the weights that it was trained over; name them with --init_from"
-        )
-
-
-def refuse_untold_domains(model: ModelConfig, training: TrainingConfig, corpora: Sequence[str]) -> None:
-    """Raises UsageError for adapters of several domains that are to be trained on data that tells none apart:
-    no row would take one.
-    """
-    from llm_trainer.training.optim.param_groups import trained_sizes
-
-    if len(model.domain_names) < 2 or corpora or training.eval_only:
-        return
-    if any(
-        trained and part.startswith("domain_adapter.")
-        for part, trained in trained_sizes(model, training).items()
-    ):
-        raise UsageError(
-            f"the model has adapters for {', '.join(model.domain_names)}, but the data is no mixture, so nothing says whose a text is; "
-            "train on a mixture of corpora with these names (mixture.json), or let them be with --freeze_layers 'domain_adapter.*'"
-        )
+    max_length = prepared.metadata.max_length
+    if max_length is not None and not _is_chosen(model, "max_position_embeddings", origins):
+        updates["max_position_embeddings"] = max_length
+    return model.model_copy(update=updates)
 
 
 def is_pretrained(init_from: str) -> bool:
-    """Whether a run starts from somebody's weights."""
+    """Whether a run starts from pretrained weights."""
     return init_from not in ("scratch", "resume")
 
 
-def use_tokenizer_of(source: str, data: DataConfig) -> None:
-    """Text that is prepared for a pretrained model is prepared with that model's tokenizer, unless another
-    one was said.
+def load_pretrained_model(
+    source: str, settings: ModelConfig, corpora: Sequence[str] = (), adapter: str | None = None
+) -> Transformer:
+    """Load pretrained weights, with the dropout, context and adapters that are set.
+
+    Args:
+        source: A folder, a checkpoint or a hub name.
+        settings: What is set of the model.
+        corpora: Names of the data's corpora, which domain adapters are named after unless that is set.
+        adapter: A PEFT folder to load on top.
+
+    Raises:
+        UsageError: If another shape is set than the weights have.
+        CheckpointError: If there are no weights.
     """
-    if (
-        data.tokenizer_path is None
-        and data.tokenizer_type == "auto"
-        and (data.input is not None or data.dataset_name is not None)
-    ):
-        from llm_trainer.inference.load_model import find_model
+    from llm_trainer.inference.load_model import load_transformer, resolve_model
 
-        folder = find_model(source)
-        if (folder / "tokenizer.json").is_file():
-            data.tokenizer_path = str(folder)
+    loaded = load_transformer(resolve_model(source))
+    shape = _with_changes(source, loaded.config, settings)
+    model = loaded if shape.model_dump() == loaded.config.model_dump() else _reshaped(loaded, shape)
+    return _with_adapters(model, settings, corpora, adapter)
 
 
-def refuse_other_tokens(source: str, tokenizer: Tokenizer | None) -> None:
-    """Raises DataError where the data's ids mean other text than the ids that the pretrained model has
-    learned.
+def pretrained_model_config(source: str, settings: ModelConfig, adapter: str | None = None) -> ModelConfig:
+    """The shape of what `load_pretrained_model` returns, without loading weights. Raises as it does."""
+    import torch
+
+    from llm_trainer.inference.load_model import read_model_config
+    from llm_trainer.model.hf.checkpoint import empty_model
+
+    model = empty_model(_with_changes(source, read_model_config(source), settings), "meta")
+    with torch.device("meta"):
+        return _with_adapters(model, settings, (), adapter).config
+
+
+def load_matching_weights(model: Transformer, source: str, modules: Sequence[str]) -> list[str]:
+    """Copy the weights of another model where they fit.
+
+    Args:
+        model: The model to change.
+        source: A folder, a checkpoint or a hub name.
+        modules: Names or patterns of the modules to take.
+
+    Returns:
+        Lines that say what was taken.
+    """
+    from llm_trainer.inference.load_model import resolve_model
+    from llm_trainer.model.interop.partial_load import load_partially
+
+    return load_partially(model, resolve_model(source), modules).lines()
+
+
+def check_adapter_has_base(training: TrainingConfig) -> None:
+    """Check that an adapter is trained over pretrained weights.
+
+    Raises:
+        UsageError: If `adapter_from` is set without `init_from`.
+    """
+    if training.adapter_from is not None and training.init_from == "scratch":
+        raise UsageError(
+            f"adapter_from={training.adapter_from} needs the weights that it was trained over; name them with "
+            "--init_from"
+        )
+
+
+def check_domain_adapters(model: ModelConfig, training: TrainingConfig, corpora: Sequence[str]) -> None:
+    """Check that adapters of several domains are trained on data with domain labels: no row would use one else.
+
+    Args:
+        model: The shape.
+        training: The settings, which may freeze the adapters.
+        corpora: Names of the data's corpora.
+
+    Raises:
+        UsageError: If the data has none.
+    """
+    from llm_trainer.training.optim.param_groups import trainable_sizes
+
+    if len(model.domain_names) < 2 or corpora or training.eval_only:
+        return
+    trained = trainable_sizes(model, training).items()
+    if any(size and module.startswith("domain_adapter.") for module, size in trained):
+        raise UsageError(
+            f"the model has adapters for {', '.join(model.domain_names)}, but the data has no domain labels; "
+            "train on a mixture (mixture.json) whose corpora have these names, or freeze the adapters with "
+            "--freeze_layers 'domain_adapter.*'"
+        )
+
+
+def check_same_tokenizer(source: str, tokenizer: Tokenizer | None) -> None:
+    """Check that the data's ids mean what they meant to the pretrained model.
+
+    Args:
+        source: A folder, a checkpoint or a hub name.
+        tokenizer: The data's tokenizer.
+
+    Raises:
+        DataError: If an id stands for different bytes.
     """
     from llm_trainer.data.tokenization.tokenizer import Tokenizer
-    from llm_trainer.inference.load_model import find_model
+    from llm_trainer.inference.load_model import resolve_model
 
-    folder = find_model(source)
+    folder = resolve_model(source)
     if tokenizer is None or not (folder / "tokenizer.json").is_file():
         return
     learned = Tokenizer.load(folder)
@@ -173,73 +186,77 @@ def refuse_other_tokens(source: str, tokenizer: Tokenizer | None) -> None:
         here, there = tokenizer.token_bytes(token), learned.token_bytes(token)
         if here != there:
             raise DataError(
-                f"the data was prepared with another tokenizer than that of {source}: id {token} is {here!r} in the data and {there!r} "
-                f"there; prepare it with --tokenizer_path {source}"
+                f"the data was prepared with another tokenizer than that of {source}: id {token} is {here!r} in "
+                f"the data and {there!r} there; prepare it with --tokenizer_path {source}"
             )
 
 
-def _with_changes(source: str, shape: ModelConfig, said: ModelConfig) -> ModelConfig:
+def corpus_names(prepared: PreparedDataset) -> list[str]:
+    """Names of the corpora of a mixture; empty for other data."""
+    from llm_trainer.data.sampling.mixture import MixtureDataset
+
+    return list(prepared.train.members) if isinstance(prepared.train, MixtureDataset) else []
+
+
+def _domains(settings: ModelConfig, corpora: Sequence[str]) -> list[str]:
+    """The domains that get adapters: those that are set, else the corpora of a mixture."""
+    return list(settings.adapter_domains or corpora) if settings.use_domain_adaptation else []
+
+
+def _with_changes(source: str, shape: ModelConfig, settings: ModelConfig) -> ModelConfig:
     changed = shape.model_copy()
-    for name in sorted(said.model_fields_set - {"model_type", *LORA, *BOTTLENECKS}):
-        wanted, present = getattr(said, name), getattr(shape, name)
-        shorter = name == "max_position_embeddings" and wanted < present
-        if name in CHANGEABLE or shorter:
+    for name in sorted(settings.model_fields_set - {"model_type", *LORA, *BOTTLENECKS}):
+        wanted, present = getattr(settings, name), getattr(shape, name)
+        is_shorter = name == "max_position_embeddings" and wanted < present
+        if name in CHANGEABLE or is_shorter:
             setattr(changed, name, wanted)
         elif wanted != present:
             raise UsageError(
-                f"{name}={wanted!r} was said, but {source} has {present!r}; leave it out, or train from scratch"
+                f"{name} is set to {wanted!r}, but {source} has {present!r}; leave it out, or train from scratch"
             )
     return changed
 
 
-def corpora_of(prepared: PreparedData) -> list[str]:
-    """Names of the corpora of a mixture; none for other data."""
-    from llm_trainer.data.sampling.mixture import TokenMixture
-
-    return list(prepared.train.members) if isinstance(prepared.train, TokenMixture) else []
-
-
-def _domains(said: ModelConfig, corpora: Sequence[str]) -> list[str]:
-    """The domains that get adapters: those that were said, else the corpora of a mixture."""
-    return list(said.adapter_domains or corpora) if said.use_domain_adaptation else []
-
-
 def _with_adapters(
-    model: Transformer, said: ModelConfig, corpora: Sequence[str], adapter: str | None
+    model: Transformer, settings: ModelConfig, corpora: Sequence[str], adapter: str | None
 ) -> Transformer:
-    """The model with all adapters that it shall have: those that were said, and those in a folder of PEFT's."""
-    model = _with_said_bottlenecks(model, said, corpora)
+    """The model with all adapters that it shall have: those that were settings, and those in a folder of PEFT's."""
+    model = _with_bottleneck_adapters(model, settings, corpora)
     if adapter is not None:
         from llm_trainer.model.interop.peft_format import load_adapter
 
         load_adapter(model, adapter)
-    return _with_said_adapters(model, said)
+    return _with_lora_adapters(model, settings)
 
 
-def _with_said_bottlenecks(model: Transformer, said: ModelConfig, corpora: Sequence[str]) -> Transformer:
-    """The same weights in a model that has the bottleneck adapters that were said beside its own, which stay.
+def _with_bottleneck_adapters(
+    model: Transformer, settings: ModelConfig, corpora: Sequence[str]
+) -> Transformer:
+    """The same weights in a model that has the bottleneck adapters that are set in addition to its own.
 
-    Raises UsageError where its own are others than was said.
+    Raises UsageError if its own differ from what is set.
     """
     from llm_trainer.model.adapters.lora import is_adapter_parameter
     from llm_trainer.model.transformer import Transformer
 
     present = model.config
     kinds = {
-        name: getattr(present, name) or getattr(said, name)
+        name: getattr(present, name) or getattr(settings, name)
         for name in ("use_adapter_modules", "use_domain_adaptation")
     }
     own: dict[str, object] = {name: True for name in kinds if getattr(present, name)}
     own |= {"adapter_size": present.adapter_size} if own else {}
     own |= {"adapter_domains": present.domain_names} if present.use_domain_adaptation else {}
     for name, value in own.items():
-        if said.is_said(name) and getattr(said, name) not in ([], value):
+        if settings.is_set(name) and getattr(settings, name) not in ([], value):
             raise _other_adapter(
-                name, getattr(said, name), f"the bottleneck adapters of the weights have {value!r}", ""
+                name, getattr(settings, name), f"the bottleneck adapters of the weights have {value!r}", ""
             )
     if all(getattr(present, name) == value for name, value in kinds.items()):
         return model
-    wanted = {"adapter_size": said.adapter_size, "adapter_domains": _domains(said, corpora)} | kinds | own
+    wanted = (
+        {"adapter_size": settings.adapter_size, "adapter_domains": _domains(settings, corpora)} | kinds | own
+    )
     renewed = Transformer(present.model_copy(update=wanted)).train(model.training)
     left = renewed.load_state_dict(model.state_dict(), strict=False)
     assert not left.unexpected_keys, "a model with adapters has all that it has without"
@@ -247,70 +264,74 @@ def _with_said_bottlenecks(model: Transformer, said: ModelConfig, corpora: Seque
     return renewed
 
 
-def _with_said_adapters(model: Transformer, said: ModelConfig) -> Transformer:
-    """The model with the low-rank adapters that were said, over weights that stay as they are unless
+def _with_lora_adapters(model: Transformer, settings: ModelConfig) -> Transformer:
+    """The model with the low-rank adapters that were settings, over weights that stay as they are unless
     `lora_train_base` says otherwise.
 
-    Raises UsageError where a set that it has is another than was said.
+    Raises UsageError where a set that it has is another than was settings.
     """
-    from llm_trainer.model.adapters.lora import add_adapters, use_adapters
+    from llm_trainer.model.adapters.lora import add_adapters, set_adapters
 
-    _refuse_other_lora(model, said)
+    _check_same_lora(model, settings)
     for name in SINGLE_LORA:
-        if said.is_said(name):
-            setattr(model.config, name, getattr(said, name))
+        if settings.is_set(name):
+            setattr(model.config, name, getattr(settings, name))
     wanted = (
-        model.config.model_copy(update={"lora": {**model.config.lora, **said.lora}}).with_lora_table().lora
+        model.config.model_copy(update={"lora": {**model.config.lora, **settings.lora}})
+        .with_lora_tables()
+        .lora
     )
     for name, table in wanted.items():
         if name not in model.config.lora:
             add_adapters(model, name, table)
-    if said.lora_in_use is not None:
-        use_adapters(model, said.lora_in_use)
+    if settings.active_adapters is not None:
+        set_adapters(model, settings.active_adapters)
     if model.config.has_adapters and model.config.lora_train_base is None:
         model.config.lora_train_base = False
     return model
 
 
-def _refuse_other_lora(model: Transformer, said: ModelConfig) -> None:
-    """Raises UsageError where a set of low-rank adapters that is there is another than was said."""
+def _check_same_lora(model: Transformer, settings: ModelConfig) -> None:
+    """Raises UsageError if a LoRA adapter of the model differs from what is set."""
     for name, present in model.config.lora.items():
-        way_out = ", or give a new set another name (model.lora)"
+        way_out = ", or give a new adapter another name (model.lora)"
         found = _lora_values(model, present)
-        if name in said.lora:
+        if name in settings.lora:
             wanted = _lora_values(
                 model,
-                said.lora[name].with_tied_head() if model.config.tie_word_embeddings else said.lora[name],
+                settings.lora[name].with_tied_head()
+                if model.config.tie_word_embeddings
+                else settings.lora[name],
             )
             if wanted != found:
                 raise _other_adapter(
                     f"model.lora.{name}",
-                    said.lora[name].ranks,
-                    f"the weights' adapter {name!r} is another",
+                    settings.lora[name].ranks,
+                    f"the adapter {name!r} of the weights is different",
                     way_out,
                 )
-        elif name == DEFAULT_NAME:  # which the single settings describe
-            shared = said.embedding_lora_rank or said.head_lora_rank
+        elif name == DEFAULT_ADAPTER:  # described by the single settings
+            shared = settings.embedding_lora_rank or settings.head_lora_rank
             tied = (
                 dict.fromkeys(("embedding_lora_rank", "head_lora_rank"), shared)
                 if model.config.tie_word_embeddings
                 else {}
             )
             for setting, values in found.items():
-                value = tied.get(setting, getattr(said, setting))
-                if said.is_said(setting) and value is not None and set(values) != {value}:
+                value = tied.get(setting, getattr(settings, setting))
+                if settings.is_set(setting) and value is not None and set(values) != {value}:
                     there = ", ".join(f"{one:g}" for one in dict.fromkeys(values))
                     raise _other_adapter(
-                        setting, value, f"the adapter {name!r} that is there has {there or 'none'}", way_out
+                        setting, value, f"the adapter {name!r} of the weights has {there or 'none'}", way_out
                     )
 
 
 def _lora_values(model: Transformer, table: LoraConfig) -> dict[str, list[float]]:
-    """What a set of low-rank adapters is, under the names of the settings for it; of each matrix in order."""
-    from llm_trainer.model.adapters.lora import targets
+    """The values of an adapter under the names of its settings, for each matrix in order."""
+    from llm_trainer.model.adapters.lora import lora_targets
 
     shared = "wte" if model.config.tie_word_embeddings else "lm_head"
-    names = [shared if target.name == "lm_head" else target.name for target in targets(model)]
+    names = [shared if target.name == "lm_head" else target.name for target in lora_targets(model)]
     kinds = {
         "attn_lora_rank": "attn",
         "mlp_lora_rank": "mlp",
@@ -321,7 +342,7 @@ def _lora_values(model: Transformer, table: LoraConfig) -> dict[str, list[float]
         setting: [table.rank_of(name) for name in names if name.partition(".")[0] == kind]
         for setting, kind in kinds.items()
     }
-    strengths = [round(table.strength_of(name), 6) for name in names if table.rank_of(name)]
+    strengths = [round(table.alpha_of(name), 6) for name in names if table.rank_of(name)]
     return {
         **ranks,
         "lora_alpha": strengths,
@@ -331,11 +352,11 @@ def _lora_values(model: Transformer, table: LoraConfig) -> dict[str, list[float]
 
 
 def _other_adapter(name: str, value: object, there: str, way_out: str) -> UsageError:
-    return UsageError(f"{name}={value!r} was said, but {there}; leave it out{way_out}")
+    return UsageError(f"{name}={value!r} is set to {there}; leave it out{way_out}")
 
 
 def _reshaped(model: Transformer, shape: ModelConfig) -> Transformer:
-    """The same weights under another dropout or a shorter context (learned positions past it are cut off)."""
+    """The same weights with another dropout or a shorter context; learned positions past it are dropped."""
     from llm_trainer.model.hf.checkpoint import empty_model
 
     weights = model.state_dict()
@@ -346,6 +367,6 @@ def _reshaped(model: Transformer, shape: ModelConfig) -> Transformer:
     return renewed
 
 
-def _is_said(model: ModelConfig, name: str, origins: Mapping[str, str]) -> bool:
-    """Whether the user gave it; a preset's vocabulary and context are suggestions."""
-    return model.is_said(name) and not origins.get(f"model.{name}", "").startswith("preset")
+def _is_chosen(model: ModelConfig, name: str, origins: Mapping[str, str]) -> bool:
+    """Whether the user set it; a preset's vocabulary and context are suggestions."""
+    return model.is_set(name) and not origins.get(f"model.{name}", "").startswith("preset")

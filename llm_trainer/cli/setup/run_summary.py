@@ -1,6 +1,4 @@
-"""What training tells the person who started it: what is about to happen, what came of it, and what to type
-next.
-"""
+"""What a training prints: what is about to happen, how it ended, and the next command; and its metadata."""
 
 from __future__ import annotations
 
@@ -10,94 +8,98 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_trainer.reporting.charts import short
-from llm_trainer.reporting.run_metadata import RunFacts, Sample, machine_facts, save_facts
+from llm_trainer.reporting.charts import format_number
+from llm_trainer.reporting.run_metadata import RunMetadata, Sample, machine_info, save_run_metadata
 from llm_trainer.run_dir import BEST_MODEL, FINAL_MODEL
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from llm_trainer.cli.setup.build_dataset import RunData
-    from llm_trainer.training.state import TrainingResult
-    from llm_trainer.training.trainer import Trainer
+    from llm_trainer.training.run import TrainingRun
+    from llm_trainer.training.trainer import TrainingResult
 
 
-def tell_start(trainer: Trainer, folder: Path, console: Console) -> None:
-    """The run as it was resolved: model, data, length, batch, device, where it is written."""
-    length, batches, config = trainer.length, trainer.batches, trainer.model.config
-    validation, plan = trainer.validation_tokens, trainer.ranks.plan
+def print_start(run: TrainingRun, folder: Path, console: Console) -> None:
+    """Print the run as it was resolved: model, data, length, step, device, run folder.
+
+    Args:
+        run: The run.
+        folder: The folder of the data.
+        console: Where to print.
+    """
+    length, batches, config = run.length, run.batches, run.model.config
+    plan, training = run.process_group.plan, run.training
     on_ranks = f"{plan.data_ranks} ranks × " if plan.data_ranks > 1 else ""
+    held_out = len(run.eval_dataset) if run.eval_dataset else 0
+    passes = length.steps / length.steps_per_epoch
     rows = {
-        "model": f"{short(_parameters(trainer))} parameters: {config.model_type} shape, "
-        f"{config.num_hidden_layers} layers × {config.hidden_size}, "
-        f"{config.num_attention_heads} heads, vocabulary {config.vocab_size:,}, context {config.max_position_embeddings:,}",
-        "data": f"{len(trainer.train_tokens):,} training tokens, {len(validation) if validation else 0:,} for validation, in {folder}",
-        **_rows_of(trainer),
-        "length": f"{length.steps:,} steps ({length.said_by}) of {length.tokens_per_step:,} tokens: "
-        f"{length.steps / length.steps_per_epoch:.3g} passes over the data",
+        "model": f"{format_number(_num_parameters(run))} parameters: {config.model_type} shape, "
+        f"{config.num_hidden_layers} layers × {config.hidden_size}, {config.num_attention_heads} heads, "
+        f"vocabulary {config.vocab_size:,}, context {config.max_position_embeddings:,}",
+        "data": f"{len(run.train_dataset):,} training tokens, {held_out:,} for validation, in {folder}",
+        **_mixture_and_packing(run),
+        "length": f"{length.steps:,} steps ({length.set_by}) of {length.tokens_per_step:,} tokens: "
+        f"{passes:.3g} passes over the data",
         "step": f"{batches.micro_batch_size} sequences × {batches.gradient_accumulation_steps} micro-batches × "
-        f"{on_ranks}{trainer.context} tokens",
-        "device": f"{trainer.device}, precision {trainer.training.precision}, compile {trainer.training.compile}",
-        **(
-            {"DeepSpeed": f"ZeRO, stage {trainer.training.zero_stage}"}
-            if trainer.training.use_deepspeed
-            else {}
-        ),
-        **({"plan": f"{plan} = {plan.ranks} ranks"} if plan.ranks > 1 else {}),
-        "run folder": str(trainer.run_dir),
+        f"{on_ranks}{run.context} tokens",
+        "device": f"{run.device}, precision {training.precision}, compile {training.compile}",
     }
-    tell(rows, console)
+    if training.use_deepspeed:
+        rows["DeepSpeed"] = f"ZeRO, stage {training.zero_stage}"
+    if plan.ranks > 1:
+        rows["plan"] = f"{plan} = {plan.ranks} ranks"
+    print_rows(rows | {"run folder": str(run.run_dir)}, console)
 
 
-def _rows_of(trainer: Trainer) -> dict[str, str]:
-    """What is mixed and how rows are packed, where that is not the plain way."""
-    from llm_trainer.data.sampling.mixture import TokenMixture
+def _mixture_and_packing(run: TrainingRun) -> dict[str, str]:
+    """The mixture and how rows are packed, where that is not the default."""
+    from llm_trainer.data.sampling.mixture import MixtureDataset
     from llm_trainer.data.sampling.packing import Packing
 
-    packing, told = Packing.of(trainer.config.data), {}
-    if isinstance(trainer.train_tokens, TokenMixture):
-        told["mixture"] = trainer.train_tokens.describe()
+    packing, rows = Packing.from_config(run.config.data), {}
+    if isinstance(run.train_dataset, MixtureDataset):
+        rows["mixture"] = run.train_dataset.describe()
     if packing != Packing(mask_documents=packing.mask_documents):
-        told["rows"] = (
-            f"{packing}; {trainer.sampler.tokens_per_sample / trainer.context:.1%} of the places are learned from"
-        )
-    return told
+        supervised = run.sampler.tokens_per_sample / run.context
+        rows["rows"] = f"{packing}; {supervised:.1%} of the positions are supervised"
+    return rows
 
 
-def tell_end(trainer: Trainer, result: TrainingResult, console: Console) -> None:
+def print_end(run: TrainingRun, result: TrainingResult, console: Console) -> None:
     """How the run ended, its figures, where the model is, and the next command."""
-    run_dir = trainer.run_dir
+    run_dir = run.run_dir
     folder = next((run_dir / name for name in (BEST_MODEL, FINAL_MODEL) if (run_dir / name).is_dir()), None)
     rows = {
         f"{result.ended_by}": f"step {result.step:,} after {timedelta(seconds=round(result.seconds))}, {result.tokens:,} tokens"
     }
     if result.validation is not None:
-        rows["validation"] = in_words(result.validation.metrics)
+        rows["validation"] = format_validation(result.validation.metrics)
     if result.best_validation_loss is not None:
         rows["best"] = f"validation loss {result.best_validation_loss:.4f}"
-    if where := trainer.engine.timings.describe():
+    if where := run.engine.timings.describe():
         rows["time"] = where
     if folder is not None:
         rows["model in"] = str(folder)
-    page = _write_page(trainer) if result.ended_by != "evaluated" else None
+    page = _write_report(run) if result.ended_by != "evaluated" else None
     if page is not None:
         rows["report"] = str(page)
     if result.ended_by in ("preempted", "time"):
         rows["next"] = f"llm-trainer train --resume {shlex.quote(str(run_dir))}"
-    elif folder is not None and trainer.tokenizer is not None:
+    elif folder is not None and run.tokenizer is not None:
         rows["next"] = f"llm-trainer generate {shlex.quote(str(run_dir))} --prompt 'Once upon a time'"
     console.print()
-    tell(rows, console)
+    print_rows(rows, console)
 
 
-def tell(rows: Mapping[str, str], console: Console) -> None:
+def print_rows(rows: Mapping[str, str], console: Console) -> None:
     """Aligned lines: name, value."""
     width = max(map(len, rows))
     for name, value in rows.items():
         console.print(f"{name:<{width}}  {value}", markup=False, highlight=False)
 
 
-def in_words(metrics: Mapping[str, float]) -> str:
+def format_validation(metrics: Mapping[str, float]) -> str:
     """`loss 1.2345, perplexity 3.44, 1.780 bits per byte`, with what there is."""
     words = [f"loss {metrics['val_loss']:.4f}", f"perplexity {metrics['perplexity']:.2f}"]
     if "bits_per_byte" in metrics:
@@ -105,25 +107,25 @@ def in_words(metrics: Mapping[str, float]) -> str:
     return ", ".join(words)
 
 
-def record_facts(
-    trainer: Trainer, data: RunData, result: TrainingResult, command: str, samples: list[Sample] | None = None
+def record_metadata(
+    run: TrainingRun, data: RunData, result: TrainingResult, command: str, samples: list[Sample] | None = None
 ) -> None:
     """Leave in the run folder what its report shows beside the metrics."""
     from llm_trainer.model.module_names import parameter_counts
 
     metadata = data.prepared.metadata
-    config = trainer.model.config
-    facts = RunFacts(
+    config = run.model.config
+    facts = RunMetadata(
         command=command,
         headline={
-            "parameters": short(_parameters(trainer)),
+            "parameters": format_number(_num_parameters(run)),
             "training time": str(timedelta(seconds=round(result.seconds))),
         },
         model={
             "shape": f"{config.model_type}, {config.num_hidden_layers} layers × {config.hidden_size}, {config.num_attention_heads} heads",
             **{
                 f"parameters in {part}": f"{count:,}"
-                for part, count in _by_kind(parameter_counts(trainer.model)).items()
+                for part, count in _by_kind(parameter_counts(run.model)).items()
                 if count
             },
         },
@@ -134,10 +136,10 @@ def record_facts(
             "documents": f"{metadata.documents_kept:,} of {metadata.documents_in:,}",
             **{f"{split} tokens": f"{facts.tokens:,}" for split, facts in metadata.splits.items()},
         },
-        machine=machine_facts(str(trainer.device)),
+        machine=machine_info(str(run.device)),
         samples=samples or [],
     )
-    save_facts(trainer.run_dir, facts)
+    save_run_metadata(run.run_dir, facts)
 
 
 def _by_kind(counts: Mapping[str, int]) -> dict[str, int]:
@@ -149,12 +151,12 @@ def _by_kind(counts: Mapping[str, int]) -> dict[str, int]:
     return kinds
 
 
-def _parameters(trainer: Trainer) -> int:
-    return sum(parameter.numel() for parameter in trainer.model.parameters())
+def _num_parameters(run: TrainingRun) -> int:
+    return sum(parameter.numel() for parameter in run.model.parameters())
 
 
-def _write_page(trainer: Trainer) -> Path | None:
+def _write_report(run: TrainingRun) -> Path | None:
     from llm_trainer.reporting.run_report import write_report
     from llm_trainer.training.logging.metrics import read_metrics
 
-    return write_report(trainer.run_dir) if read_metrics(trainer.run_dir) else None
+    return write_report(run.run_dir) if read_metrics(run.run_dir) else None

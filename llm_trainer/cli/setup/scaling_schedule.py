@@ -1,6 +1,4 @@
-"""A run's scaling schedule: read, judged whole against the model that it will change, and told, before the
-first step.
-"""
+"""A run's scaling schedule: read, checked against the model that it will change, and printed before training."""
 
 from __future__ import annotations
 
@@ -12,12 +10,20 @@ if TYPE_CHECKING:
 
     from llm_trainer.config import TrainingConfig
     from llm_trainer.orchestration.orchestrator import Orchestrator
-    from llm_trainer.training.trainer import Trainer
+    from llm_trainer.training.run import TrainingRun
 
 
-def orchestrator_for(training: TrainingConfig) -> Orchestrator | None:
-    """The callback that carries out the run's schedule; None without one. Raises UsageError for a file that
-    is none.
+def build_orchestrator(training: TrainingConfig) -> Orchestrator | None:
+    """The callback that carries out the run's schedule.
+
+    Args:
+        training: The setting `scaling_schedule_file`.
+
+    Returns:
+        The callback, or None without a schedule.
+
+    Raises:
+        UsageError: If the file is not a schedule.
     """
     if training.scaling_schedule_file is None:
         return None
@@ -27,20 +33,26 @@ def orchestrator_for(training: TrainingConfig) -> Orchestrator | None:
     return Orchestrator(read_schedule(Path(training.scaling_schedule_file)))
 
 
-def tell_schedule(orchestrator: Orchestrator, trainer: Trainer, console: Console) -> None:
-    """Run the schedule through without training and tell what the run will be like at its end; raises
-    UsageError for what cannot be.
+def print_schedule(orchestrator: Orchestrator, run: TrainingRun, console: Console) -> None:
+    """Dry-run the schedule and print what the run will be at its end.
 
-    A run that goes on is judged from its beginning too: what has fired then is what led to its shape now.
+    A resumed run is checked from its start too: what was carried out then led to its present shape.
+
+    Args:
+        orchestrator: The schedule.
+        run: The run.
+        console: Where to print.
+
+    Raises:
+        UsageError: For an entry that cannot be carried out.
     """
-    from llm_trainer.orchestration.orchestrator import foreseen
+    from llm_trainer.orchestration.orchestrator import dry_run_schedule
 
-    stages = foreseen(orchestrator.schedule, trainer)
-    waits = sum(1 for operation in orchestrator.schedule if operation.trigger_loss is not None)
-    console.print(
-        f"schedule: {len(orchestrator.schedule)} operations, {waits} of them at a loss",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
-    console.print(f"  at its end: {stages[-1]}", markup=False, highlight=False, soft_wrap=True)
+    stages = dry_run_schedule(orchestrator.schedule, run)
+    triggered = sum(1 for operation in orchestrator.schedule if operation.trigger_loss is not None)
+    count = len(orchestrator.schedule)
+    for line in (
+        f"schedule: {count} operations, {triggered} of them triggered by a loss",
+        f"  after the last one: {stages[-1]}",
+    ):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -1,10 +1,9 @@
-"""DeepSpeed's own configuration file: what it may say here, and whether its batch arithmetic fits the number
-of ranks.
+"""DeepSpeed's configuration file: which keys are supported, and whether its batch sizes fit the number of ranks.
 
-A backend file that contradicts the flags is how such runs go wrong unseen. So DeepSpeed's configuration is
-always generated from a run's settings, and a user's file is one more source of these: it says what nobody
-said, agrees with what was said, or is refused. Beside that only sizes of buffers are admitted, which change
-no result.
+A backend file that contradicts the flags makes a run go wrong unnoticed. So the configuration that DeepSpeed gets is
+always generated from the settings of the run, and a user's file is one more source of these settings. It may set what
+no other source sets, and must agree with what other sources set. Apart from that, only buffer sizes are accepted, which
+do not change results.
 """
 
 from __future__ import annotations
@@ -23,84 +22,103 @@ from llm_trainer.errors import UsageError
 class DeepSpeedOptimizerParameters(Section):
     """Arguments of DeepSpeed's optimizer."""
 
-    lr: float | None = setting(None, "peak learning rate", ge=0)
-    weight_decay: float | None = setting(None, "decoupled decay", ge=0)
-    betas: list[float] | None = setting(None, "decay of the two moments", min_length=2, max_length=2)
-    eps: float | None = setting(None, "added to the denominator", gt=0)
+    lr: float | None = setting(None, "Peak learning rate.", ge=0)
+    weight_decay: float | None = setting(None, "Decoupled weight decay.", ge=0)
+    betas: list[float] | None = setting(None, "Decay rates of the two moments.", min_length=2, max_length=2)
+    eps: float | None = setting(None, "Value added to the denominator.", gt=0)
 
 
 class DeepSpeedOptimizer(Section):
-    """DeepSpeed's optimizer."""
+    """The optimizer."""
 
-    type: Literal["Adam", "AdamW"] = setting("AdamW", "which one")
-    params: DeepSpeedOptimizerParameters = setting(DeepSpeedOptimizerParameters, "its arguments")
+    type: Literal["Adam", "AdamW"] = setting("AdamW", "Which optimizer.")
+    params: DeepSpeedOptimizerParameters = setting(
+        DeepSpeedOptimizerParameters, "Arguments of the optimizer."
+    )
 
 
 class DeepSpeedPrecision(Section):
-    """A switch of its own section in DeepSpeed's file."""
+    """The section `fp16` or `bf16`."""
 
-    enabled: bool = setting(False, "on or off")
-    loss_scale: float = setting(0.0, "0: found while training", ge=0)
+    enabled: bool = setting(False, "Whether the precision is used.")
+    loss_scale: float = setting(0.0, "Loss scale. 0: dynamic.", ge=0)
 
 
 class DeepSpeedZero(Section):
-    """What is spread over the ranks."""
+    """What ZeRO shards over the ranks."""
 
-    stage: Literal[0, 1, 2, 3] | None = setting(None, "1: optimizer state, 2: and gradients, 3: and weights")
-    overlap_comm: bool | None = setting(None, "send while the backward pass goes on")
-    contiguous_gradients: bool | None = setting(None, "copy gradients together before they are sent")
-    reduce_bucket_size: int | None = setting(None, "gradients sent at once", unit="numbers", gt=0)
-    allgather_bucket_size: int | None = setting(None, "weights gathered at once", unit="numbers", gt=0)
-    stage3_prefetch_bucket_size: int | None = setting(None, "weights gathered ahead", unit="numbers", ge=0)
+    stage: Literal[0, 1, 2, 3] | None = setting(
+        None, "1: optimizer state, 2: also gradients, 3: also weights."
+    )
+    overlap_comm: bool | None = setting(None, "Communicate during the backward pass.")
+    contiguous_gradients: bool | None = setting(None, "Copy gradients to one buffer before they are sent.")
+    reduce_bucket_size: int | None = setting(
+        None, "Bucket size of reductions of gradients.", unit="numbers", gt=0
+    )
+    allgather_bucket_size: int | None = setting(
+        None, "Bucket size when weights are gathered.", unit="numbers", gt=0
+    )
+    stage3_prefetch_bucket_size: int | None = setting(
+        None, "Bucket size of weights that are gathered in advance.", unit="numbers", ge=0
+    )
     stage3_param_persistence_threshold: int | None = setting(
-        None, "smaller tensors are kept whole", unit="numbers", ge=0
+        None, "Tensors smaller than this are not sharded.", unit="numbers", ge=0
     )
     stage3_max_live_parameters: int | None = setting(
-        None, "weights that are whole at once", unit="numbers", ge=0
+        None, "Largest number of weights that are gathered at a time.", unit="numbers", ge=0
     )
 
 
 class DeepSpeedConfig(Section):
-    """The file as a whole."""
+    """The supported content of the file."""
 
-    train_batch_size: int | None = setting(None, "sequences a step, over all ranks", unit="sequences", gt=0)
+    train_batch_size: int | None = setting(
+        None, "Sequences per step, over all ranks.", unit="sequences", gt=0
+    )
     train_micro_batch_size_per_gpu: int | None = setting(
-        None, "sequences that one rank sends at once", unit="sequences", gt=0
+        None, "Micro-batch size per rank.", unit="sequences", gt=0
     )
     gradient_accumulation_steps: int | None = setting(
-        None, "micro-batches a step", unit="micro-batches", gt=0
+        None, "Micro-batches per step on each rank.", unit="micro-batches", gt=0
     )
-    gradient_clipping: float | None = setting(None, "gradients are scaled down to this norm", ge=0)
-    optimizer: DeepSpeedOptimizer | None = setting(None, "the optimizer")
-    fp16: DeepSpeedPrecision = setting(DeepSpeedPrecision, "half precision; DeepSpeed has none on CPUs")
-    bf16: DeepSpeedPrecision = setting(DeepSpeedPrecision, "bfloat16")
-    zero_optimization: DeepSpeedZero = setting(DeepSpeedZero, "what is spread over the ranks")
+    gradient_clipping: float | None = setting(None, "Clip the gradient norm to this value.", ge=0)
+    optimizer: DeepSpeedOptimizer | None = setting(None, "The optimizer.")
+    fp16: DeepSpeedPrecision = setting(
+        DeepSpeedPrecision, "Half precision, which DeepSpeed does not support on CPUs."
+    )
+    bf16: DeepSpeedPrecision = setting(DeepSpeedPrecision, "bfloat16.")
+    zero_optimization: DeepSpeedZero = setting(DeepSpeedZero, "What is sharded over the ranks.")
 
     def check_ranks(self, ranks: int) -> None:
-        """Raises UsageError unless train_batch_size = micro-batch × accumulation × ranks, naming the ranks
-        that would fit.
+        """Check that train_batch_size = micro-batch size × accumulation × ranks.
+
+        Args:
+            ranks: Number of ranks.
+
+        Raises:
+            UsageError: It is not; the message names the number of ranks that fits.
         """
-        whole, micro, steps = (
+        total, micro, steps = (
             self.train_batch_size,
             self.train_micro_batch_size_per_gpu,
             self.gradient_accumulation_steps,
         )
-        if whole is None or micro is None or steps is None or whole == micro * steps * ranks:
+        if total is None or micro is None or steps is None or total == micro * steps * ranks:
             return
         fitting = (
-            f"it fits {whole // (micro * steps)} ranks"
-            if whole % (micro * steps) == 0
+            f"it fits {total // (micro * steps)} ranks"
+            if total % (micro * steps) == 0
             else "it fits no number of ranks"
         )
         raise UsageError(
-            f"deepspeed_config: train_batch_size {whole} is not "
+            f"deepspeed_config: train_batch_size {total} is not "
             f"train_micro_batch_size_per_gpu {micro} × gradient_accumulation_steps {steps} × {ranks} ranks "
             f"= {micro * steps * ranks}; {fitting}"
         )
 
 
 def read_deepspeed(path: Path) -> DeepSpeedConfig:
-    """DeepSpeed's file; raises UsageError where it says what is unknown or contradicts itself."""
+    """Read a DeepSpeed file; raises UsageError for unsupported keys and for contradictions."""
     content = read_mapping_or_list(path)
     if not isinstance(content, dict):
         raise UsageError(f"{path} is not a DeepSpeed configuration: it must be a mapping")
@@ -112,7 +130,7 @@ def read_deepspeed(path: Path) -> DeepSpeedConfig:
         raise UsageError(f"{path}: fp16 and bf16 are both enabled; keep one")
     if found.zero_optimization.stage == 0:
         raise UsageError(
-            f"{path}: zero_optimization.stage 0 is plain replicas; leave use_deepspeed out, or take stage 1, 2 or 3"
+            f"{path}: zero_optimization.stage 0 shards nothing; remove use_deepspeed, or use stage 1, 2 or 3"
         )
     return found
 
@@ -149,30 +167,30 @@ def merge_deepspeed(config: RunConfig, deepspeed: DeepSpeedConfig) -> RunConfig:
     """
     training, file = config.training, _as_settings(deepspeed)
     path = training.deepspeed_config
-    said = {
+    given = {
         name: getattr(training, name)
         for name in training.model_fields_set
         if getattr(training, name) is not None
     }
-    ours = {name: name for name in said}
+    ours = {name: name for name in given}
     if (
         training.micro_batch_size is None
-        and "batch_size" in said
+        and "batch_size" in given
         and file.keys() & {"micro_batch_size", "batch_size"}
     ):
-        said["micro_batch_size"] = said.pop("batch_size")  # what batch_size alone means
+        given["micro_batch_size"] = given.pop("batch_size")  # batch_size alone means that
         ours["micro_batch_size"] = "batch_size"
     for name, (there, value) in file.items():
-        if said.get(name, value) != value:
+        if given.get(name, value) != value:
             raise UsageError(
-                f"{path}: {there} is {value}, but training.{ours[name]} is {said[name]}; leave one of them out"
+                f"{path}: {there} is {value}, but training.{ours[name]} is {given[name]}; remove one of them"
             )
-    settled = {**said, **{name: value for name, (_, value) in file.items()}}
-    if "batch_size" in settled and "micro_batch_size" not in settled:
+    merged = {**given, **{name: value for name, (_, value) in file.items()}}
+    if "batch_size" in merged and "micro_batch_size" not in merged:
         raise UsageError(
-            f"{path}: train_batch_size needs train_micro_batch_size_per_gpu beside it, or micro_batch_size in the settings"
+            f"{path}: train_batch_size needs train_micro_batch_size_per_gpu too, or micro_batch_size in the settings"
         )
-    return config.model_copy(update={"training": TrainingConfig(**settled)})
+    return config.model_copy(update={"training": TrainingConfig(**merged)})
 
 
 def zero_settings(training: TrainingConfig, deepspeed: DeepSpeedConfig | None) -> dict[str, object]:
@@ -190,11 +208,11 @@ def zero_settings(training: TrainingConfig, deepspeed: DeepSpeedConfig | None) -
 
 
 def _as_settings(file: DeepSpeedConfig) -> dict[str, tuple[str, object]]:
-    """What the file says, by our names: its own name and the value."""
+    """Our name of a setting → its name in the file, and the value."""
     adam = file.optimizer.params if file.optimizer is not None else DeepSpeedOptimizerParameters()
     first, second = adam.betas or (None, None)
     precision = "fp16" if file.fp16.enabled else "bf16" if file.bf16.enabled else None
-    said = {
+    given = {
         "micro_batch_size": ("train_micro_batch_size_per_gpu", file.train_micro_batch_size_per_gpu),
         "gradient_accumulation_steps": ("gradient_accumulation_steps", file.gradient_accumulation_steps),
         "batch_size": ("train_batch_size", file.train_batch_size),
@@ -208,11 +226,11 @@ def _as_settings(file: DeepSpeedConfig) -> dict[str, tuple[str, object]]:
         "precision": (f"{precision}.enabled", precision),
         "zero_stage": ("zero_optimization.stage", file.zero_optimization.stage),
     }
-    return {name: (there, value) for name, (there, value) in said.items() if value is not None}
+    return {name: (there, value) for name, (there, value) in given.items() if value is not None}
 
 
 def _without_auto(content: Mapping[str, object]) -> dict[str, object]:
-    """Without the values `auto`, by which such a file leaves a thing to the trainer."""
+    """The content without values `auto`, which leave the choice to the trainer."""
     return {
         name: _without_auto(value) if isinstance(value, Mapping) else value
         for name, value in content.items()

@@ -1,5 +1,5 @@
-"""How the ranks of a run share the work: settled from the settings and the launcher's count before anything
-is built.
+"""Sizes of the parallel dimensions, resolved from the settings and the launcher's number of ranks before the model is
+built.
 """
 
 from __future__ import annotations
@@ -12,17 +12,16 @@ from llm_trainer.config.schema.model import ModelConfig
 from llm_trainer.config.schema.training import TrainingConfig
 from llm_trainer.errors import UsageError
 
-_STAGES_A_RANK = {"gpipe": 1, "1f1b": 1, "interleaved": 2}
+_STAGES_PER_RANK = {"gpipe": 1, "1f1b": 1, "interleaved": 2}
 
 
 @dataclass(frozen=True)
 class ParallelPlan:
-    """So many replicas of the model, each replica's state cut over `fsdp` ranks, which read samples of their own; each of these is a group
-    of ranks that see the same samples: `pipeline_parallel` stages of layers, whose matrices are cut over `tensor_parallel` ranks, or
-    `context_parallel` ranks that see a part of each sequence, and cut the replica's state further.
+    """Sizes of the data, FSDP, tensor, pipeline and context dimensions.
 
-    Ranks are numbered with the tensor group innermost (it talks most), then those that share sequences, and
-    stages outermost.
+    The ranks of the data and FSDP dimensions read different samples; those of the other three read the same ones. FSDP and
+    context ranks shard the state of a replica. The tensor dimension is the innermost in the numbering of ranks, because it
+    communicates most; then come context, FSDP and data, and the pipeline is the outermost.
     """
 
     data_parallel: int = 1
@@ -33,42 +32,42 @@ class ParallelPlan:
 
     @property
     def ranks(self) -> int:
-        """Processes that the plan takes."""
+        """Number of ranks in the plan."""
         return self.data_ranks * self.context_parallel * self.tensor_parallel * self.pipeline_parallel
 
     @property
     def data_ranks(self) -> int:
-        """Groups of ranks that read samples of their own."""
+        """Number of groups of ranks that read different samples."""
         return self.data_parallel * self.fsdp
 
     @property
     def shards(self) -> int:
-        """Ranks over which a replica's state (that of a stage, of a tensor group's part) is cut: ranks that
-        share sequences hold no copies, since it is for want of memory that sequences are shared.
+        """Number of ranks over which the state of a replica is sharded (within a stage and a tensor rank). Context
+        ranks hold no copies of it, since sequences are sharded where memory is short.
         """
         return self.fsdp * self.context_parallel
 
     def data_rank(self, rank: int) -> int:
-        """Which of these groups a rank belongs to."""
+        """Index of the group of ranks that read the same samples as this rank."""
         return self.token_rank(rank) // self.context_parallel
 
     def token_rank(self, rank: int) -> int:
-        """Whose tokens a rank sees: a number for each part of a sequence of each group. A tensor group and
-        its stages see the same.
+        """Index of the tokens that a rank processes. Tensor ranks and pipeline stages process the same tokens; context
+        ranks process different parts of the same sequences.
         """
         return rank // self.tensor_parallel % (self.data_ranks * self.context_parallel)
 
     def context_rank(self, rank: int) -> int:
-        """Which part of its sequences a rank sees."""
+        """Index of a rank in its context group."""
         return rank // self.tensor_parallel % self.context_parallel
 
     def stage(self, rank: int) -> int:
-        """Which stage of the pipeline a rank runs."""
+        """Index of the pipeline stage that a rank runs."""
         return rank // (self.tensor_parallel * self.context_parallel * self.data_ranks)
 
     def owns_loss(self, rank: int) -> bool:
-        """Whether a rank tells sums over its tokens: the first of its tensor group, in the last stage, which
-        knows the loss.
+        """Whether a rank contributes its tokens to sums over all tokens, such as the loss: the first of its tensor group,
+        in the last stage.
         """
         return rank % self.tensor_parallel == 0 and self.stage(rank) == self.pipeline_parallel - 1
 
@@ -85,13 +84,19 @@ def _others(plan: ParallelPlan | TrainingConfig) -> list[tuple[str, int]]:
 
 
 def planned_ranks(training: TrainingConfig) -> int:
-    """The processes that the settings make where they say all of it; what is not said of data_parallel is 1."""
+    """Number of ranks that the settings ask for. Unset data_parallel counts as 1."""
     return math.prod(size for _, size in _others(training)) * (training.data_parallel or 1)
 
 
 def resolve_plan(training: TrainingConfig, ranks: int) -> ParallelPlan:
-    """The plan for so many ranks; what is not said of data_parallel is what the others leave. Raises
-    UsageError for a wrong product.
+    """Resolve the parallel dimensions.
+
+    Args:
+        training: The settings. Unset data_parallel becomes what the other dimensions leave.
+        ranks: Number of ranks that the launcher started.
+
+    Raises:
+        UsageError: The product of the sizes is not the number of ranks.
     """
     others = _others(training)
     taken, replicas = 1, training.data_parallel
@@ -102,81 +107,91 @@ def resolve_plan(training: TrainingConfig, ranks: int) -> ParallelPlan:
         if ranks % taken:
             many = f" = {taken}" if product.count("×") else ""
             raise UsageError(
-                f"{product}{many} does not fit: {_started(ranks)}, which {taken} does not divide; take a divisor of {ranks}, "
-                f"or start a multiple of {taken}"
+                f"{product}{many} does not fit: {_started(ranks)}, which is not a multiple of {taken}; use a divisor of "
+                f"{ranks}, or start a multiple of {taken}"
             )
         replicas = ranks // taken
     if replicas * taken != ranks:
         raise UsageError(
             f"data_parallel {replicas} × {product} = {replicas * taken}, but {_started(ranks)}; "
-            f"start {replicas * taken} (torchrun --nproc_per_node), or leave data_parallel out"
+            f"start {replicas * taken} (torchrun --nproc_per_node), or remove data_parallel"
         )
     return ParallelPlan(replicas, *(size for _, size in others))
 
 
 def check_shape(plan: ParallelPlan, model: ModelConfig) -> None:
-    """Raises UsageError for a model that the plan cannot cut, naming what does not divide."""
-    tensor, stages, parts = plan.tensor_parallel, plan.pipeline_parallel, plan.context_parallel
-    _check_cut(tensor, model)
+    """Raises UsageError for a model shape that the plan cannot shard, with the number that is not divisible."""
+    tensor, stages, contexts = plan.tensor_parallel, plan.pipeline_parallel, plan.context_parallel
+    _check_tensor_parallel(tensor, model)
     if stages > model.num_hidden_layers:
         raise UsageError(
-            f"pipeline_parallel {stages} is more stages than the model has layers ({model.num_hidden_layers}); take fewer stages"
+            f"pipeline_parallel {stages} is more stages than the model has layers ({model.num_hidden_layers}); use fewer "
+            "stages"
         )
-    if stages > 1 and parts > 1:
+    if stages > 1 and contexts > 1:
         raise UsageError(
-            f"context_parallel {parts} and pipeline_parallel {stages} do not go together: stages do not hand on parts of sequences; "
-            "keep one, with fsdp or tensor_parallel"
+            f"context_parallel {contexts} is not supported with pipeline_parallel {stages}, whose stages do not pass on "
+            "sharded sequences; keep one of them, with fsdp or tensor_parallel"
         )
-    if parts > 1 and model.max_position_embeddings % (2 * parts):
+    if contexts > 1 and model.max_position_embeddings % (2 * contexts):
         raise UsageError(
-            f"context_parallel {parts} takes two pieces of each sequence a rank, and {2 * parts} does not divide the context of "
-            f"{model.max_position_embeddings} tokens; take a context (max_position_embeddings) that it divides"
+            f"context_parallel {contexts} gives each rank two chunks of every sequence, but max_position_embeddings "
+            f"{model.max_position_embeddings} is not a multiple of {2 * contexts}; change one of them"
         )
 
 
 def stages_of(schedule: str, ranks: int) -> int:
-    """How many stages a schedule makes of so many ranks."""
-    return _STAGES_A_RANK[schedule] * ranks
+    """Number of pipeline stages of a schedule on this many ranks."""
+    return _STAGES_PER_RANK[schedule] * ranks
 
 
 def check_stages(ranks: int, schedule: str, layers: int, micro_batches: int) -> None:
-    """Raises UsageError where a pipeline's schedule cannot cut so many layers, or cannot run a step of so
-    many micro-batches.
+    """Check that a pipeline schedule can divide the layers and the micro-batches.
+
+    Args:
+        ranks: Ranks of the pipeline.
+        schedule: Name of the schedule.
+        layers: Layers of the model.
+        micro_batches: Micro-batches per step.
+
+    Raises:
+        UsageError: It cannot.
     """
     check_depth(ranks, schedule, layers)
     check_rounds(ranks, schedule, micro_batches)
 
 
 def check_depth(ranks: int, schedule: str, layers: int) -> None:
-    """Raises UsageError where a pipeline's schedule cannot cut so many layers."""
+    """Raises UsageError where a pipeline schedule has more stages than the model has layers."""
     stages = stages_of(schedule, ranks)
     if ranks > 1 and layers < stages:
         raise UsageError(
-            f"pipeline_schedule {schedule} makes {stages} stages of {ranks} ranks, but the model has {layers} layers; "
-            "take another schedule or fewer ranks"
+            f"pipeline_schedule {schedule} makes {stages} stages on {ranks} ranks, but the model has {layers} layers; "
+            "use another schedule or fewer ranks"
         )
 
 
 def check_rounds(ranks: int, schedule: str, micro_batches: int) -> None:
-    """Raises UsageError where a pipeline's schedule cannot run a step of so many micro-batches."""
+    """Raises UsageError where a pipeline schedule cannot run a step of this many micro-batches."""
     rounds = max(1, micro_batches // ranks)
     if ranks > 1 and schedule == "interleaved" and micro_batches % rounds:
         raise UsageError(
-            f"pipeline_schedule interleaved sends a step's micro-batches in {rounds} equal rounds through {ranks} ranks, which "
-            f"{micro_batches} micro-batches do not make; take {micro_batches // ranks * ranks} or {-(-micro_batches // ranks) * ranks} "
-            "(batch_size, gradient_accumulation_steps), or pipeline_schedule 1f1b"
+            f"pipeline_schedule interleaved runs the micro-batches of a step in {rounds} equal rounds on {ranks} ranks, "
+            f"but {micro_batches} micro-batches are not divisible by {rounds}; use {micro_batches // ranks * ranks} or "
+            f"{-(-micro_batches // ranks) * ranks} of them (batch_size, gradient_accumulation_steps), or "
+            "pipeline_schedule 1f1b"
         )
 
 
-def _check_cut(tensor: int, model: ModelConfig) -> None:
-    """Raises UsageError for blocks whose matrices so many ranks cannot cut."""
+def _check_tensor_parallel(tensor: int, model: ModelConfig) -> None:
+    """Raises UsageError for blocks whose matrices cannot be sharded over this many tensor ranks."""
     for block in map(model.block_config, range(model.num_hidden_layers)):
         widths = {"num_attention_heads": block.num_attention_heads, "num_key_value_heads": block.kv_heads}
         for name, width in {**widths, "intermediate_size": block.mlp_width}.items():
             if width % tensor:
                 raise UsageError(
-                    f"tensor_parallel {tensor} does not divide {name} {width}; take one that divides the heads, the key-value heads "
-                    "and the MLP"
+                    f"{name} {width} is not divisible by tensor_parallel {tensor}; use a size that divides the heads, "
+                    "the key-value heads and the MLP"
                 )
     adapted = [
         target
@@ -187,21 +202,21 @@ def _check_cut(tensor: int, model: ModelConfig) -> None:
     in_blocks = next((target for target in adapted if target.startswith(("attn.", "mlp."))), None)
     if tensor > 1 and in_blocks is not None:
         raise UsageError(
-            f"tensor_parallel cannot cut {in_blocks}, which has a low-rank adapter; use fsdp with it"
+            f"tensor_parallel is not supported with LoRA in blocks ({in_blocks}); use fsdp instead"
         )
 
 
 def check_precision(plan: ParallelPlan, precision: str) -> None:
-    """Raises UsageError for an arithmetic in which ranks of this plan cannot train.
+    """Raises UsageError for a precision in which the ranks of this plan cannot train.
 
-    fp16's scaler looks at the gradients of one rank, of one kind: stages hold others each, and a tensor group
-    whole ones beside parts.
+    The gradient scaler of fp16 decides by the gradients of one rank. Pipeline stages have different gradients, and tensor
+    ranks have both sharded and unsharded ones, so that their decisions could differ.
     """
     for name in ("tensor_parallel", "pipeline_parallel"):
         if precision == "fp16" and getattr(plan, name) > 1:
             raise UsageError(
-                f"precision fp16 does not go with {name} {getattr(plan, name)}, whose ranks would have to scale gradients alike; use bf16 "
-                "(or fp32), or fsdp with fp16"
+                f"precision fp16 is not supported with {name} {getattr(plan, name)}, whose ranks must scale gradients "
+                "alike; use bf16 (or fp32), or fsdp with fp16"
             )
 
 
@@ -227,7 +242,7 @@ def check_plan(plan: ParallelPlan, batches: BatchPlan, training: TrainingConfig,
     if training.quantize_base != "off" and (plan.ranks > 1 or training.use_deepspeed):
         what = f"{plan.ranks} ranks" if plan.ranks > 1 else "use_deepspeed"
         raise UsageError(
-            f"quantize_base {training.quantize_base} does not go with {what}; train on one rank, or leave it off"
+            f"quantize_base {training.quantize_base} is not supported with {what}; train on one rank, or remove it"
         )
 
 

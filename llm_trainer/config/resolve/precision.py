@@ -1,9 +1,8 @@
-"""Many names, one setting: `fp16`, `bf16`, `use_amp`, `mixed_precision`, `mixed_precision_dtype`,
-`amp_dtype`, `dtype` → `precision`.
+"""Resolves the many names of precision (`fp16`, `bf16`, `use_amp`, `mixed_precision`, `mixed_precision_dtype`,
+`amp_dtype`, `dtype`) to the one setting `precision`.
 
-Names of a type decide. `mixed_precision` and `use_amp` say only that it is mixed: without a type beside them
-that means bf16, which needs no loss scaling and exists on every CPU and every recent GPU. An explicit `fp16:
-false` alone means fp32.
+A name of a data type decides. `mixed_precision` and `use_amp` name no data type: alone they mean bf16, which needs no
+loss scaling and is supported by every CPU and every recent GPU. `fp16: false` alone means fp32.
 """
 
 from __future__ import annotations
@@ -22,11 +21,16 @@ PRECISION_SWITCHES = ("mixed_precision", "use_amp", "fp16", "bf16")
 
 
 def translate_precision(values: dict[str, Any]) -> None:
-    """Replace every spelling of precision in `values` by one `precision`; raises UsageError where two of them
-    disagree.
+    """Replace all names of precision by `precision`, in place.
+
+    Args:
+        values: Settings by any name.
+
+    Raises:
+        UsageError: Two of the names disagree.
     """
-    said = {
-        name: _type_named(name, values.pop(name)) for name in PRECISION_NAMES if values.get(name) is not None
+    types = {
+        name: _data_type(name, values.pop(name)) for name in PRECISION_NAMES if values.get(name) is not None
     }
     switches = {name: values.pop(name) for name in PRECISION_SWITCHES if values.get(name) is not None}
     for name, value in list(switches.items()):
@@ -34,36 +38,38 @@ def translate_precision(values: dict[str, Any]) -> None:
             "0",
             "1",
         ):  # mixed_precision: bf16, as accelerate writes it
-            said[name] = _type_named(name, switches.pop(name))
+            types[name] = _data_type(name, switches.pop(name))
         else:
             switches[name] = as_boolean(name, value)
     for name in ("fp16", "bf16"):
         if switches.get(name):
-            said[name] = name
-    mixed_types = {"bf16", "fp16", "auto"} & set(said.values())
+            types[name] = name
+    mixed_types = {"bf16", "fp16", "auto"} & set(types.values())
     for name in ("mixed_precision", "use_amp"):
         if name in switches and not (switches[name] and mixed_types):
-            said[name] = "bf16" if switches[name] else "fp32"
+            types[name] = "bf16" if switches[name] else "fp32"
     off = [name for name in ("fp16", "bf16") if switches.get(name) is False]
     for name in off:
-        if not said:
+        if not types:
             values["precision"] = "fp32"
-        elif name in said.values():
+        elif name in types.values():
             raise UsageError(
-                f"precision is said twice and differently: {name}=False, but {_means(said)}; keep one"
+                f"contradictory settings of precision: {name}=False, but {_meanings(types)}; keep one"
             )
-    if len(set(said.values())) > 1:
-        raise UsageError(f"precision is said twice and differently: {_means(said)}; keep one")
-    if said:
-        values["precision"] = next(iter(said.values()))
+    if len(set(types.values())) > 1:
+        raise UsageError(f"contradictory settings of precision: {_meanings(types)}; keep one")
+    if types:
+        values["precision"] = next(iter(types.values()))
 
 
-def _type_named(name: str, value: object) -> str:
+def _data_type(name: str, value: object) -> str:
     word = str(value).removeprefix("torch.").lower()
     if word not in PRECISIONS:
-        raise UsageError(f"{name}={value!r} is not a precision; choose auto, fp32, bf16 or fp16")
+        raise UsageError(
+            f"invalid value for {name}: {value!r} is not a precision; choose auto, fp32, bf16 or fp16"
+        )
     return PRECISIONS[word]
 
 
-def _means(said: dict[str, str]) -> str:
-    return ", ".join(f"{name} means {value}" for name, value in said.items())
+def _meanings(types: dict[str, str]) -> str:
+    return ", ".join(f"{name} means {value}" for name, value in types.items())

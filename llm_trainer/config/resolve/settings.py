@@ -1,8 +1,8 @@
 """Settings that are complete: what every later stage reads, and nothing resolves again.
 
 `resolve_settings` is called once per start, when everything that is set is known: after the command line, and
-for a resumed run after the saved run's settings were merged underneath. What it settles is the DeepSpeed file,
-the batch sizes and the bounds of a micro-batch that is still to be found.
+for a resumed run after the saved run's settings were merged underneath. It merges the DeepSpeed file and
+resolves the batch sizes and the bounds of a micro-batch size that is still to be found.
 """
 
 from __future__ import annotations

@@ -1,99 +1,90 @@
-"""When a run saves, and who is told: the part of the loop that stands between the trainer and its store."""
+"""When a run saves which kind of checkpoint, where to, and which best model counts."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Literal
 
 from llm_trainer.config import TrainingConfig
-from llm_trainer.run_dir import BEST_MODEL, FINAL_MODEL
-from llm_trainer.training.checkpoint.store import CheckpointStore, Progress
+from llm_trainer.config.duration import Duration
+from llm_trainer.distributed.process_group import ProcessGroup
+from llm_trainer.run_dir import BEST_MODEL, verify
+from llm_trainer.training.checkpoint.remote import RemoteRun
+from llm_trainer.training.checkpoint.store import CheckpointStore, read_state
+from llm_trainer.training.optim.lr_schedule import RunLength
 
-if TYPE_CHECKING:
-    from llm_trainer.config.duration import Duration
-    from llm_trainer.training.trainer import Trainer
 
+def build_store(training: TrainingConfig, *, is_main: bool = True) -> CheckpointStore:
+    """The checkpoint store that the settings ask for.
 
-def store_for(training: TrainingConfig, *, is_main: bool = True) -> CheckpointStore:
-    """The store that the settings ask for; the main rank's has the copy at `remote_dir`."""
-    folder, limits = Path(training.output_dir), (training.save_total_limit, training.recent_save_limit)
+    Args:
+        training: The settings `output_dir`, `remote_dir`, the limits and `asynchronous_saves`.
+        is_main: Whether this is the main rank, whose store makes the copy at `remote_dir`.
+    """
+    folder = Path(training.output_dir)
+    lasting, ephemeral = training.save_total_limit, training.ephemeral_save_limit
     remote = None
     if training.remote_dir is not None and is_main:
-        from llm_trainer.training.checkpoint.remote import RemoteRun
-
-        remote = RemoteRun(training.remote_dir, folder, *limits)
+        remote = RemoteRun(training.remote_dir, folder, lasting, ephemeral)
     return CheckpointStore(
-        folder, limits[0], recent_limit=limits[1], asynchronous=training.asynchronous_saves, remote=remote
+        folder, lasting, ephemeral_limit=ephemeral, asynchronous=training.asynchronous_saves, remote=remote
     )
 
 
-class Saving:
-    """The saves of one run. All ranks call its methods, at the edges of the same steps."""
+class CheckpointPolicy:
+    """Decides which checkpoint a step calls for, by the intervals in steps and in minutes.
 
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer, self._store = trainer, trainer.store
-        self._last = time.monotonic()
+    Args:
+        training: The settings `save_interval`, `save_minutes` and `ephemeral_save_interval`.
+    """
 
-    def save_if_due(self, *, wanted: bool) -> None:
-        """Save what this step calls for; `wanted`: a lasting checkpoint whatever the intervals say."""
-        training = self._trainer.training
-        if wanted or self._is_step_of(training.save_interval) or self._is_minute():
-            self.save()
-        elif self._is_step_of(training.recent_save_interval):
-            self.save(recent=True)
+    def __init__(self, training: TrainingConfig) -> None:
+        self._training = training
+        self._last_save = time.monotonic()
 
-    def save(self, *, emergency: bool = False, recent: bool = False) -> None:
-        """Save now; one that is neither is a lasting checkpoint. An emergency's is there on return, the
-        others perhaps later.
+    def note_save(self) -> None:
+        """A checkpoint was saved: `save_minutes` counts from here."""
+        self._last_save = time.monotonic()
+
+    def due(
+        self, step: int, length: RunLength, process_group: ProcessGroup
+    ) -> Literal["lasting", "ephemeral"] | None:
+        """The kind of checkpoint that is due after a step. A collective call.
+
+        Args:
+            step: The step.
+            length: The run's length, which turns intervals into steps.
+            process_group: The ranks, which agree on the minutes.
         """
-        trainer, start = self._trainer, time.perf_counter()
-        save = (
-            self._store.save_emergency
-            if emergency
-            else self._store.save_recent
-            if recent
-            else self._store.save
-        )
-        with trainer.engine.timings.of("saving"):
-            save(trainer.snapshot(), trainer.state.step)
-        self._last = time.monotonic()
-        trainer.meter.leave_out(time.perf_counter() - start)
 
-    def progress(self) -> Progress:
-        """What to agree on with the other ranks (the largest counts) before `tell`."""
-        return self._store.progress
+        def is_step_of(interval: Duration | None) -> bool:
+            return interval is not None and step % length.in_steps(interval) == 0
 
-    def tell(self) -> None:
-        """Wait for what is going on, and tell the callbacks of each checkpoint. Raises CheckpointError for a
-        save that failed.
-        """
-        for path in self._store.wait():
-            if path.name not in (BEST_MODEL, FINAL_MODEL):
-                for callback in self._trainer.callbacks:
-                    callback.on_checkpoint(self._trainer, path)
-        for line in self._store.remote.news() if self._store.remote is not None else []:
-            self._trainer.say(line)
+        if is_step_of(self._training.save_interval) or self._is_time(process_group):
+            return "lasting"
+        return "ephemeral" if is_step_of(self._training.ephemeral_save_interval) else None
 
-    def finish(self) -> None:
-        """At the run's end: tell of what was saved, and wait until its copy elsewhere is whole. Raises
-        CheckpointError where it is not.
-        """
-        self.tell()
-        self._trainer.ranks.main_does(self._store.finish_uploads)
+    def _is_time(self, process_group: ProcessGroup) -> bool:
+        minutes = self._training.save_minutes
+        if minutes is None:
+            return False
+        is_over = time.monotonic() - self._last_save >= 60 * minutes
+        return bool(process_group.all_reduce_max([is_over])[0])
 
-    def leave(self) -> None:
-        """The run ends, perhaps by an error: let a save that is going on end too, and say what failed."""
-        if problem := self._store.leave(self._trainer.ranks):
-            self._trainer.say(problem)
 
-    def _is_step_of(self, interval: Duration | None) -> bool:
-        return (
-            interval is not None and self._trainer.state.step % self._trainer.length.in_steps(interval) == 0
-        )
+def best_model_of(checkpoint: Path, *, contents: bool = True) -> Path | None:
+    """The complete best model in a checkpoint's run folder, if it is the best of the steps up to the checkpoint.
 
-    def _is_minute(self) -> bool:
-        minutes = self._trainer.training.save_minutes
-        return minutes is not None and bool(
-            self._trainer.ranks.largest([time.monotonic() - self._last >= 60 * minutes])[0]
-        )
+    Args:
+        checkpoint: A checkpoint folder.
+        contents: Whether to verify the contents of the best model's files; else only their sizes.
+    """
+    best = checkpoint.parent / BEST_MODEL
+    if not best.is_dir() or verify(best, contents=contents):
+        return None
+    known, found = read_state(checkpoint), read_state(best)
+    step, steps = found.get("step"), known.get("step")
+    is_before = isinstance(step, int) and isinstance(steps, int) and step <= steps
+    has_same_loss = found.get("best_validation_loss") == known.get("best_validation_loss")
+    return best if is_before and has_same_loss else None

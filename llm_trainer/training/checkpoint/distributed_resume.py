@@ -1,11 +1,10 @@
-"""Which checkpoint a run goes on from, found by all ranks together: each file is read once on each machine,
-and all hear one verdict.
+"""A search for a checkpoint by all ranks together: each machine reads each file once, and all ranks agree.
 
-The main rank decides (it lists, and asks about one folder after another), and the ranks of each machine share
-out the files of that folder by size: on a file system that all share, as on machines with copies of their
-own, every machine is known to read what was written. The alternative not taken, to verify on each rank by
-itself, reads a checkpoint as often as there are ranks, all at once, before the first step; and ranks that
-found different things would go on from different places.
+The main rank decides: it lists the candidates and asks about one folder after another. The ranks of each
+machine divide the files of that folder among themselves by size and verify them. So every machine is known to
+read what was written, on a shared file system as on copies of its own. The alternative not taken, verifying on
+every rank alone, reads a checkpoint as often as there are ranks, all at once, before the first step; and ranks
+that found different things would resume from different checkpoints.
 """
 
 from __future__ import annotations
@@ -13,65 +12,56 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from llm_trainer.config import CheckpointError, LLMTrainerError
-from llm_trainer.distributed.process_group import Ranks
+from llm_trainer.distributed.process_group import ProcessGroup
+from llm_trainer.errors import CheckpointError, LLMTrainerError
 from llm_trainer.run_dir import Verify, verify
-from llm_trainer.training.checkpoint.resume import resume_folder
 
-if TYPE_CHECKING:
-    from llm_trainer.training.trainer import Trainer
-
-_ASKS, _FOUND, _FAILED = "?", "=", "!"
+_QUESTION, _FOUND, _FAILED = "?", "=", "!"
 
 
-def found_together(ranks: Ranks, find: Callable[[Verify], Path | None]) -> Path | None:
-    """What `find` finds on the main rank, on all of them; the check that it is given has all ranks verify. A
-    collective call.
+def find_together(process_group: ProcessGroup, find: Callable[[Verify], Path | None]) -> Path | None:
+    """Run a search on the main rank, with all ranks verifying. A collective call.
 
-    What `find` raises of ours there, all raise, as CheckpointError on the others.
+    Args:
+        process_group: The ranks.
+        find: The search. It is called on the main rank with a check that all ranks take part in.
+
+    Returns:
+        What `find` returned, on every rank.
+
+    Raises:
+        LLMTrainerError: What `find` raised; a CheckpointError with the same message on the other ranks.
     """
-    if ranks.count == 1:
+    if process_group.world_size == 1:
         return find(verify)
-    if not ranks.is_main:
-        return _help(ranks)
+    if not process_group.is_main:
+        return _assist(process_group)
 
     def ask(folder: Path) -> list[str]:
-        ranks.of_main(f"{_ASKS}{folder}")
-        return _problems(ranks, folder)
+        process_group.broadcast_text(f"{_QUESTION}{folder}")
+        return _problems(process_group, folder)
 
     try:
         found = find(ask)
     except LLMTrainerError as error:
-        ranks.of_main(f"{_FAILED}{error}")
+        process_group.broadcast_text(f"{_FAILED}{error}")
         raise
-    ranks.of_main(f"{_FOUND}{found or ''}")
+    process_group.broadcast_text(f"{_FOUND}{found or ''}")
     return found
 
 
-def found_to_resume(trainer: Trainer) -> Path | None:
-    """The checkpoint that a run's settings mean it to go on from; None for one that begins. A collective
-    call.
-    """
-    spec = trainer.training.resume_from
-    if spec is None:
-        return None
-    return found_together(
-        trainer.ranks, lambda check: resume_folder(spec, trainer.run_dir, trainer.say, check)
-    )
+def _assist(process_group: ProcessGroup) -> Path | None:
+    """Verify this rank's part of each folder that the main rank asks about, until it sends the result."""
+    while (message := process_group.broadcast_text("")).startswith(_QUESTION):
+        _problems(process_group, Path(message.removeprefix(_QUESTION)))
+    if message.startswith(_FAILED):
+        raise CheckpointError(message.removeprefix(_FAILED))
+    return Path(message.removeprefix(_FOUND)) if message != _FOUND else None
 
 
-def _help(ranks: Ranks) -> Path | None:
-    """Verify this rank's share of what the main one asks about, until it says what was found."""
-    while (said := ranks.of_main("")).startswith(_ASKS):
-        _problems(ranks, Path(said.removeprefix(_ASKS)))
-    if said.startswith(_FAILED):
-        raise CheckpointError(said.removeprefix(_FAILED))
-    return Path(said.removeprefix(_FOUND)) if said != _FOUND else None
-
-
-def _problems(ranks: Ranks, folder: Path) -> list[str]:
+def _problems(process_group: ProcessGroup, folder: Path) -> list[str]:
     """What any rank finds wrong with a folder."""
-    told = ranks.texts(json.dumps(verify(folder, share=(ranks.machine_rank, ranks.machine_ranks))))
-    return list(dict.fromkeys(problem for text in told for problem in json.loads(text)))
+    part = (process_group.local_rank, process_group.local_world_size)
+    found = process_group.all_gather_text(json.dumps(verify(folder, shard=part)))
+    return list(dict.fromkeys(problem for text in found for problem in json.loads(text)))

@@ -22,9 +22,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from llm_trainer.distributed.parallelize import Piece, assembled_like, is_elsewhere, piece_of, placed_like
+from llm_trainer.distributed.parallelize import (
+    LocalShard,
+    assemble_like,
+    distribute_like,
+    is_on_other_stage,
+    local_shard,
+)
 from llm_trainer.errors import CheckpointError
-from llm_trainer.model.module_names import plain_name
+from llm_trainer.model.module_names import canonical_name
 from llm_trainer.run_dir import JSON
 
 Held = tuple[str, Tensor, torch.optim.Optimizer, dict[str, Any]]
@@ -61,7 +67,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         save_file({name: _alone(tensor) for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
 
 
-def write_pieces(path: Path, pieces: Mapping[str, Piece]) -> None:
+def write_pieces(path: Path, pieces: Mapping[str, LocalShard]) -> None:
     """Write one rank's pieces into a file, with their places in its header; none for none."""
     places = {name: {"saved_offsets": list(piece.offsets)} for name, piece in pieces.items()}
     if pieces:
@@ -82,7 +88,7 @@ def load_optimizer_state(
         name: (parameter, optimizer, group) for name, parameter, optimizer, group in _held(model, optimizers)
     }
     elsewhere = {
-        plain_name(name) for name, parameter in model.named_parameters() if is_elsewhere(parameter)
+        canonical_name(name) for name, parameter in model.named_parameters() if is_on_other_stage(parameter)
     } - held.keys()
     for _, optimizer, _ in held.values():
         optimizer.state.clear()
@@ -179,12 +185,12 @@ def _as_held(stored: _Stored, parameter: Tensor, device: torch.device) -> Tensor
     """A parameter's state, cut as the parameter is cut; a number for the whole parameter (a count of steps)
     is whole.
     """
-    wanted = piece_of(parameter.detach()) if stored.shape else None
+    wanted = local_shard(parameter.detach()) if stored.shape else None
     if wanted is None or not hasattr(parameter, "full_tensor"):
         return stored.read([0] * len(stored.shape), stored.shape).to(device)
     if tuple(wanted.values.shape) == wanted.shape:  # whole, or gathered because its shards interleave
-        return placed_like(stored.read(wanted.offsets, wanted.shape).to(device), parameter)
-    return assembled_like(stored.read(wanted.offsets, wanted.values.shape).to(device), parameter)
+        return distribute_like(stored.read(wanted.offsets, wanted.shape).to(device), parameter)
+    return assemble_like(stored.read(wanted.offsets, wanted.values.shape).to(device), parameter)
 
 
 @contextlib.contextmanager
@@ -197,7 +203,7 @@ def _reading(folder: Path) -> Iterator[None]:
 
 def _held(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[Held]:
     """Each parameter that is being trained: its name, itself, its optimizer, its group."""
-    names = {id(parameter): plain_name(name) for name, parameter in model.named_parameters()}
+    names = {id(parameter): canonical_name(name) for name, parameter in model.named_parameters()}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             for parameter in group["params"]:

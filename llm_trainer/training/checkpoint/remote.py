@@ -20,17 +20,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_trainer.config import CheckpointError, TrainingConfig, UsageError
-from llm_trainer.config.environment import folder_for_copy_of
+from llm_trainer.config.environment import local_copy_dir
 from llm_trainer.run_dir import (
     BEST_MODEL,
+    EPHEMERAL_PREFIX,
     FINAL_MODEL,
     MANIFEST_FILE,
     METRICS_FILE,
-    RECENT_PREFIX,
     RUN_FILE,
     TEMPORARY_PREFIX,
     list_checkpoints,
-    step_in_name,
+    step_from_name,
     verify,
 )
 from llm_trainer.training.checkpoint.async_writer import Background
@@ -42,47 +42,60 @@ SET_ASIDE = "manifest-set-aside.json"
 _OF_THE_RUN = (RUN_FILE, METRICS_FILE)
 _EXTRAS = {"s3": "s3", "s3a": "s3"}
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
-def is_address(said: str | None) -> bool:
+def is_address(name: str | None) -> bool:
     """Whether this is an address (`s3://bucket/run`) and not a folder's name."""
-    return said is not None and "://" in said
+    return name is not None and "://" in name
 
 
-def use_local_folders(training: TrainingConfig) -> None:
-    """Where `output_dir` is an address, it becomes `remote_dir`, and a folder in the user's cache takes its
-    place.
+def with_local_folders(training: TrainingConfig) -> TrainingConfig:
+    """Settings in which `output_dir` is a local folder. An address there becomes `remote_dir`, and a folder in
+    the user's cache takes its place.
+
+    Args:
+        training: The settings. They are not changed.
+
+    Raises:
+        UsageError: If `output_dir` and `remote_dir` are two different addresses.
     """
     if is_address(training.output_dir):
         if training.remote_dir not in (None, training.output_dir):
             raise UsageError(
                 f"output_dir {training.output_dir} and remote_dir {training.remote_dir} are two addresses; keep one"
             )
-        training.remote_dir = training.output_dir
-        training.output_dir = str(folder_for_copy_of(training.remote_dir))
+        local = str(local_copy_dir(training.output_dir))
+        return training.model_copy(update={"remote_dir": training.output_dir, "output_dir": local})
+    return training
 
 
-def fetch_resumed(training: TrainingConfig, say: Say) -> None:
-    """Bring here what the settings resume from, where it lies at an address; `resume_from` is a folder (or
-    auto) afterwards.
+def fetch_checkpoint(training: TrainingConfig, log: Log) -> TrainingConfig:
+    """Download the checkpoint that the settings resume from, where it is at a remote address.
 
-    Raises CheckpointError where there is no whole checkpoint at the address that was named, UsageError where
-    it cannot be reached.
+    Args:
+        training: The settings, with local folders. They are not changed.
+        log: Called with each line for the user.
+
+    Returns:
+        The settings in which `resume_from` is a local folder, or `auto`.
+
+    Raises:
+        CheckpointError: If there is no complete checkpoint at the address.
+        UsageError: If the address cannot be reached.
     """
-    use_local_folders(training)
-    said = training.resume_from
-    if said is not None and is_address(said):
-        run, name = _run_and_name(said)
-        folder = folder_for_copy_of(run)
-        found = RemoteRun(run, folder).fetch(name, say)
+    spec = training.resume_from
+    if spec is not None and is_address(spec):
+        run, name = _run_and_name(spec)
+        found = RemoteRun(run, local_copy_dir(run)).fetch(name, log)
         if found is None:
-            raise CheckpointError(f"{said} holds no whole checkpoint")
-        training.resume_from = str(found)
-    elif training.remote_dir is not None and (
-        said == "auto" or (said is None and training.init_from == "resume")
+            raise CheckpointError(f"{spec} holds no complete checkpoint")
+        return training.model_copy(update={"resume_from": str(found)})
+    if training.remote_dir is not None and (
+        spec == "auto" or (spec is None and training.init_from == "resume")
     ):
-        RemoteRun(training.remote_dir, Path(training.output_dir)).fetch_newer(say)
+        RemoteRun(training.remote_dir, Path(training.output_dir)).fetch_newer(log)
+    return training
 
 
 class RemoteRun:
@@ -91,10 +104,10 @@ class RemoteRun:
     """
 
     def __init__(
-        self, address: str, run_folder: Path, save_total_limit: int | None = None, recent_limit: int = 1
+        self, address: str, run_folder: Path, save_total_limit: int | None = None, ephemeral_limit: int = 1
     ) -> None:
         self.address, self.run_folder = address.rstrip("/"), run_folder
-        self.save_total_limit, self.recent_limit = save_total_limit, recent_limit
+        self.save_total_limit, self.ephemeral_limit = save_total_limit, ephemeral_limit
         self._files, self._root = _opened(self.address)
         self._background = Background()
         self._set_aside = ""
@@ -178,15 +191,15 @@ class RemoteRun:
 
     def _rotate(self) -> None:
         numbered = [name for name, _ in self._names() if name not in (BEST_MODEL, FINAL_MODEL)]
-        recent = [name for name in numbered if name.startswith(RECENT_PREFIX)]
+        recent = [name for name in numbered if name.startswith(EPHEMERAL_PREFIX)]
         lasting = [name for name in numbered if name not in recent]
         limit = len(lasting) if self.save_total_limit is None else max(1, self.save_total_limit)
-        for name in [*recent[max(1, self.recent_limit) :], *lasting[limit:]]:
+        for name in [*recent[max(1, self.ephemeral_limit) :], *lasting[limit:]]:
             self._forget(name)
 
     # On the way back.
 
-    def fetch_newer(self, say: Say) -> Path | None:
+    def fetch_newer(self, log: Log) -> Path | None:
         """Bring the newest whole checkpoint here where it is further than what is here; None where nothing
         is.
         """
@@ -198,29 +211,29 @@ class RemoteRun:
             (
                 found
                 for name, step in self._names()
-                if step > here and (found := self._fetched(name, say)) is not None
+                if step > here and (found := self._fetched(name, log)) is not None
             ),
             None,
         )
 
-    def fetch(self, name: str | None, say: Say) -> Path | None:
+    def fetch(self, name: str | None, log: Log) -> Path | None:
         """Bring one checkpoint here (None: the newest that is whole); None where there is none."""
         names = [there for there, _ in self._names() if name in (None, there)]
-        return next((found for there in names if (found := self._fetched(there, say)) is not None), None)
+        return next((found for there in names if (found := self._fetched(there, log)) is not None), None)
 
-    def _fetched(self, name: str, say: Say) -> Path | None:
+    def _fetched(self, name: str, log: Log) -> Path | None:
         """The local folder of a checkpoint, downloaded unless it is here, or None where it is not whole."""
         place, temporary = self.run_folder / name, self.run_folder / f"{TEMPORARY_PREFIX}fetched-{name}"
         if place.is_dir() and not verify(place):
             return place
-        say(f"fetching {self.address}/{name}")
+        log(f"fetching {self.address}/{name}")
         shutil.rmtree(temporary, ignore_errors=True)
         self.run_folder.mkdir(parents=True, exist_ok=True)
         try:
             with self._reached():
                 self._download(name, temporary)
             if problems := verify(temporary):
-                say(f"passing over {self.address}/{name}: {'; '.join(problems[:3])}")
+                log(f"skipping {self.address}/{name}: {'; '.join(problems[:3])}")
                 return None
             shutil.rmtree(place, ignore_errors=True)
             temporary.rename(place)
@@ -257,7 +270,7 @@ class RemoteRun:
         import json
 
         if name not in (BEST_MODEL, FINAL_MODEL):
-            return step_in_name(name)
+            return step_from_name(name)
         step = json.loads(self._files.cat_file(f"{self._root}/{name}/state.json")).get("step")
         return step if isinstance(step, int) else None
 
@@ -304,6 +317,6 @@ def _run_and_name(address: str) -> tuple[str, str | None]:
     run, _, name = address.rstrip("/").rpartition("/")
     return (
         (run, name)
-        if step_in_name(name) is not None or name in (BEST_MODEL, FINAL_MODEL)
+        if step_from_name(name) is not None or name in (BEST_MODEL, FINAL_MODEL)
         else (address.rstrip("/"), None)
     )

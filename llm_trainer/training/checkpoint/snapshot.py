@@ -28,18 +28,18 @@ from torch import Tensor, nn
 
 from llm_trainer.config import RunConfig
 from llm_trainer.distributed.parallelize import (
-    Piece,
-    is_elsewhere,
-    is_first_holder,
+    LocalShard,
+    full_tensor,
+    is_on_other_stage,
+    is_shard_writer,
     is_sharded,
-    piece_of,
-    whole,
+    local_shard,
 )
-from llm_trainer.distributed.process_group import Ranks
-from llm_trainer.model.adapters.nf4 import dequantized
+from llm_trainer.distributed.process_group import ProcessGroup
+from llm_trainer.model.adapters.nf4 import dequantize
 from llm_trainer.model.hf.checkpoint import (
     WeightLayout,
-    description_files,
+    metadata_files,
     named_weights,
     weight_layout,
     write_weights,
@@ -90,7 +90,7 @@ class Snapshot:
     state: Mapping[str, JSON]
     config: RunConfig
     tokenizer: SavedTokenizer | None
-    ranks: Ranks = field(default_factory=Ranks)
+    process_group: ProcessGroup = field(default_factory=ProcessGroup)
 
     @property
     def step(self) -> int:
@@ -143,11 +143,11 @@ class Capture:
     layout: WeightLayout
     files: Sequence[str]
     weights: Mapping[str, Tensor]
-    optimizer: Mapping[str, Piece]
+    optimizer: Mapping[str, LocalShard]
     is_cut: bool
     texts: Mapping[str, str]
     tokenizer: SavedTokenizer | None
-    ranks: Ranks
+    process_group: ProcessGroup
     version: tuple[tuple[int, int], ...]
 
     def is_of(self, snapshot: Snapshot) -> bool:
@@ -171,7 +171,7 @@ class Capture:
         if self.optimizer:
             place = folder / OPTIMIZER_FOLDER
             if self.is_cut:
-                place /= shard_file(self.ranks.rank, self.ranks.count)
+                place /= shard_file(self.process_group.rank, self.process_group.world_size)
                 write_pieces(place, self.optimizer)
             else:
                 place /= TENSORS_FILE
@@ -184,29 +184,27 @@ def capture(snapshot: Snapshot, step: int, copies: HostCopies | None = None) -> 
     """Take what this rank writes: into `copies`, or as it lies there, to be written before the next step. A
     collective call.
     """
-    ranks, holders = snapshot.ranks, _holders(snapshot)
+    process_group, holders = snapshot.process_group, _holders(snapshot)
     is_cut = is_sharded(snapshot.model) or bool(holders)
     layout = weight_layout(
         snapshot.model,
-        parts=ranks.count if is_cut else 1,
-        writers=_stage_ranks(holders, ranks) if holders else None,
+        num_writers=process_group.world_size if is_cut else 1,
+        writers=_stage_ranks(holders, process_group) if holders else None,
     )
-    files = [name for name, part in layout.part_of.items() if part == ranks.rank]
-    wanted = {name for file in files for entry in layout.files[file] for name in entry.ours}
+    files = [name for name, writer in layout.writer_of.items() if writer == process_group.rank]
+    wanted = {name for file in files for entry in layout.files[file] for name in entry.names}
     weights: dict[str, Tensor] = {}
     for name, tensor in named_weights(snapshot.model).items():
-        if is_elsewhere(tensor):
+        if is_on_other_stage(tensor):
             continue
-        value = whole(tensor)
+        value = full_tensor(tensor)
         if name in wanted:
-            weights[name] = (
-                copies.of(name, dequantized(value)) if copies else value.cpu() if is_cut else value
-            )
+            weights[name] = copies.of(name, dequantize(value)) if copies else value.cpu() if is_cut else value
     tensors, _ = optimizer_state(snapshot.model, snapshot.optimizers)
-    optimizer: dict[str, Piece] = {}
+    optimizer: dict[str, LocalShard] = {}
     for name, tensor in tensors.items():
-        piece = piece_of(tensor)
-        if _writes(name, tensor, ranks, holders) and piece.values.numel():
+        piece = local_shard(tensor)
+        if _writes(name, tensor, process_group, holders) and piece.values.numel():
             optimizer[name] = piece._replace(values=copies.of(name, piece.values)) if copies else piece
     if copies:
         copies.finish()
@@ -218,41 +216,43 @@ def capture(snapshot: Snapshot, step: int, copies: HostCopies | None = None) -> 
         optimizer,
         is_cut,
         texts,
-        snapshot.tokenizer if ranks.is_main else None,
-        ranks,
+        snapshot.tokenizer if process_group.is_main else None,
+        process_group,
         _version(snapshot),
     )
 
 
 def _holders(snapshot: Snapshot) -> dict[str, int]:
     """In a pipeline, the first rank that holds each parameter; empty elsewhere. A collective call."""
-    if snapshot.ranks.plan.pipeline_parallel == 1:
+    if snapshot.process_group.plan.pipeline_parallel == 1:
         return {}
-    own = [name for name, parameter in named_weights(snapshot.model).items() if not is_elsewhere(parameter)]
+    own = [
+        name for name, parameter in named_weights(snapshot.model).items() if not is_on_other_stage(parameter)
+    ]
     holders: dict[str, int] = {}
-    for rank, names in enumerate(map(json.loads, snapshot.ranks.texts(json.dumps(own)))):
+    for rank, names in enumerate(map(json.loads, snapshot.process_group.all_gather_text(json.dumps(own)))):
         for name in names:
             holders.setdefault(name, rank)
     return holders
 
 
-def _stage_ranks(holders: Mapping[str, int], ranks: Ranks) -> dict[str, list[int]]:
+def _stage_ranks(holders: Mapping[str, int], process_group: ProcessGroup) -> dict[str, list[int]]:
     """The ranks of the stage that each parameter is on, the first of its stages where it is on two."""
-    stage_of = ranks.plan.stage
+    stage_of = process_group.plan.stage
     return {
-        name: [rank for rank in range(ranks.count) if stage_of(rank) == stage_of(holder)]
+        name: [rank for rank in range(process_group.world_size) if stage_of(rank) == stage_of(holder)]
         for name, holder in holders.items()
     }
 
 
-def _writes(name: str, tensor: Tensor, ranks: Ranks, holders: Mapping[str, int]) -> bool:
+def _writes(name: str, tensor: Tensor, process_group: ProcessGroup, holders: Mapping[str, int]) -> bool:
     """Whether this rank writes what it holds of a tensor of the optimizer."""
     if not holders:
-        return is_first_holder(tensor, ranks.rank)
+        return is_shard_writer(tensor, process_group.rank)
     holder = holders[name.removeprefix("state.").rpartition(".")[0]]
     is_cut = hasattr(tensor, "full_tensor")
-    return ranks.plan.stage(ranks.rank) == ranks.plan.stage(holder) and (
-        is_first_holder(tensor, ranks.rank) if is_cut else ranks.rank == holder
+    return process_group.plan.stage(process_group.rank) == process_group.plan.stage(holder) and (
+        is_shard_writer(tensor, process_group.rank) if is_cut else process_group.rank == holder
     )
 
 
@@ -270,7 +270,10 @@ def has_spare_core(snapshot: Snapshot) -> bool:
     two to spare it loses 2.9 s against 5.2.
     """
     on_processor = next(snapshot.model.parameters()).device.type == "cpu"
-    return not on_processor or (os.cpu_count() or 1) > torch.get_num_threads() * snapshot.ranks.count
+    return (
+        not on_processor
+        or (os.cpu_count() or 1) > torch.get_num_threads() * snapshot.process_group.world_size
+    )
 
 
 def host_memory_left() -> int:
@@ -304,8 +307,8 @@ def _texts(snapshot: Snapshot, step: int, layout: WeightLayout) -> dict[str, str
     """On the main rank every file but the tensors and the tokenizer, written out now: the state they tell of
     is changing.
     """
-    generators = snapshot.ranks.texts(json.dumps(random_state()))
-    if not snapshot.ranks.is_main:
+    generators = snapshot.process_group.all_gather_text(json.dumps(random_state()))
+    if not snapshot.process_group.is_main:
         return {}
     scalars = optimizer_state(snapshot.model, snapshot.optimizers)[1]
     tokenizer = snapshot.tokenizer
@@ -314,7 +317,7 @@ def _texts(snapshot: Snapshot, step: int, layout: WeightLayout) -> dict[str, str
         if tokenizer is None
         else {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
     )
-    return description_files(snapshot.model, layout, **ids) | {
+    return metadata_files(snapshot.model, layout, **ids) | {
         STATE_FILE: json_text({**snapshot.state, "step": step, OPTIMIZER_SCALARS: scalars}),
         RUN_FILE: run_text(snapshot.config),
         RANDOM_FILE: json_text({"ranks": [json.loads(one) for one in generators]}),
@@ -341,7 +344,7 @@ def json_text(value: Mapping[str, JSON]) -> str:
 
 
 def _held_part(tensor: Tensor) -> Tensor:
-    return piece_of(tensor).values if hasattr(tensor, "full_tensor") else tensor
+    return local_shard(tensor).values if hasattr(tensor, "full_tensor") else tensor
 
 
 def _spelled(value: JSON) -> JSON:

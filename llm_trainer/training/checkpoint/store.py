@@ -32,10 +32,11 @@ from torch import nn
 
 from llm_trainer.config import CheckpointError, RunConfig
 from llm_trainer.distributed.parallelize import load_model_weights
-from llm_trainer.distributed.process_group import Ranks
+from llm_trainer.distributed.process_group import ProcessGroup
 from llm_trainer.run_dir import (
     BEST_MODEL,
     EARLIER_PREFIX,
+    EPHEMERAL_PREFIX,
     FINAL_MODEL,
     JSON,
     LOGS_FOLDER,
@@ -43,7 +44,6 @@ from llm_trainer.run_dir import (
     OPERATIONS_FILE,
     OPTIMIZER_FOLDER,
     RANDOM_FILE,
-    RECENT_PREFIX,
     REPLACED_PREFIX,
     RUN_FILE,
     STATE_FILE,
@@ -52,10 +52,10 @@ from llm_trainer.run_dir import (
     FileEntry,
     checkpoint_name,
     emergency_name,
+    ephemeral_name,
     file_entries,
     list_checkpoints,
     read_json,
-    recent_name,
     verify,
     write_manifest,
 )
@@ -84,6 +84,7 @@ from llm_trainer.training.checkpoint.snapshot import (
     run_text,
     versions,
 )
+from llm_trainer.training.state import with_current_names
 
 if TYPE_CHECKING:
     from llm_trainer.training.checkpoint.remote import RemoteRun
@@ -119,7 +120,7 @@ class Progress(IntEnum):
 class CheckpointStore:
     """The checkpoints of one run folder.
 
-    `save_total_limit` is how many of the newest are kept (None: all), `recent_limit` how many of those that are saved as recent ones;
+    `save_total_limit` is how many of the newest are kept (None: all), `ephemeral_limit` how many of those that are saved as recent ones;
     best_model and final_model are never removed. `asynchronous`: whether `save`, `save_recent` and `save_best` return once there are
     copies in the host's memory, and write in the background; auto: where that saves time (a
     large state, a processor that has time for it) and the copies fit.
@@ -131,16 +132,16 @@ class CheckpointStore:
         run_folder: Path,
         save_total_limit: int | None = None,
         *,
-        recent_limit: int = 1,
+        ephemeral_limit: int = 1,
         asynchronous: Asynchronous = "off",
         remote: RemoteRun | None = None,
     ) -> None:
         self.run_folder, self.remote = run_folder, remote
-        self.save_total_limit, self.recent_limit = save_total_limit, recent_limit
+        self.save_total_limit, self.ephemeral_limit = save_total_limit, ephemeral_limit
         self.asynchronous = asynchronous
         self._background, self._copies = Background(), HostCopies()
         self._written: list[Path] = []
-        self._line: Ranks | None = None  # the ranks on the background's own line
+        self._line: ProcessGroup | None = None  # the ranks on the background's own line
         self._captured: Capture | None = None  # what is being written in the background
 
     def begin(self, resumed_step: int | None) -> Path | None:
@@ -180,9 +181,9 @@ class CheckpointStore:
         """
         return self._save(checkpoint_name(step), snapshot, step)
 
-    def save_recent(self, snapshot: Snapshot, step: int) -> Path:
+    def save_ephemeral(self, snapshot: Snapshot, step: int) -> Path:
         """Write `recent-<step>`, which a later one of its kind replaces."""
-        return self._save(recent_name(step), snapshot, step)
+        return self._save(ephemeral_name(step), snapshot, step)
 
     def save_best(self, snapshot: Snapshot) -> Path:
         """Write or replace `best_model`; when it is best, the caller decides."""
@@ -234,13 +235,13 @@ class CheckpointStore:
         self._captured = None
         self._written += self._background.collect()
 
-    def leave(self, ranks: Ranks) -> str | None:
+    def leave(self, process_group: ProcessGroup) -> str | None:
         """At the end of a run that may have failed: let a save of one process end, and say what went wrong
         with it, if anything did.
 
         On several ranks it is not waited for, since another may be gone.
         """
-        if ranks.count > 1 and self.progress == Progress.BUSY:
+        if process_group.world_size > 1 and self.progress == Progress.BUSY:
             return None
         try:
             self._settle()
@@ -260,12 +261,12 @@ class CheckpointStore:
         else:
             self._settle()
             taken = self._captured = capture(snapshot, step, self._copies)
-        line = self._line = self._line or snapshot.ranks.apart()
+        line = self._line = self._line or snapshot.process_group.new_group()
         self._background.do(lambda: self._write(name, taken, line))
         return self.run_folder / name
 
     def _write_now(self, name: str, snapshot: Snapshot, step: int) -> Path:
-        place = self._write(name, capture(snapshot, step), snapshot.ranks)
+        place = self._write(name, capture(snapshot, step), snapshot.process_group)
         self._written.append(place)
         return place
 
@@ -276,14 +277,14 @@ class CheckpointStore:
         no_room = not has_spare_core(snapshot) or (
             not self._copies.are_made and size > host_memory_left() // 2
         )
-        largest, lacking = snapshot.ranks.largest([size, no_room])
+        largest, lacking = snapshot.process_group.all_reduce_max([size, no_room])
         return largest >= BACKGROUND_FROM_BYTES and not lacking
 
-    def _write(self, name: str, taken: Capture, ranks: Ranks) -> Path:
+    def _write(self, name: str, taken: Capture, process_group: ProcessGroup) -> Path:
         """Write a checkpoint, this rank its part of it; a collective call on the line of `ranks`."""
         place, temporary = self.run_folder / name, self.run_folder / f"{TEMPORARY_PREFIX}{name}"
-        needed = int(ranks.add([taken.nbytes])[0]) + SPACE_BESIDE_TENSORS
-        with removed_on_failure(temporary) if ranks.is_main else contextlib.nullcontext():
+        needed = int(process_group.all_reduce_sum([taken.nbytes])[0]) + SPACE_BESIDE_TENSORS
+        with removed_on_failure(temporary) if process_group.is_main else contextlib.nullcontext():
 
             def begin() -> list[Path]:
                 with told_as_checkpoint_error(place, needed):
@@ -298,10 +299,10 @@ class CheckpointStore:
                     _complete(temporary, [json.loads(entries) for entries in parts])
                     take_place(temporary, place)
 
-            described = ranks.main_does(begin)
-            parts = ranks.all_do(write_part)
-            ranks.main_does(complete)
-        if ranks.is_main:
+            described = process_group.run_on_main(begin)
+            parts = process_group.run_on_all(write_part)
+            process_group.run_on_main(complete)
+        if process_group.is_main:
             with contextlib.suppress(
                 OSError
             ):  # the save has succeeded; what cannot be removed now waits for the next one
@@ -335,10 +336,10 @@ class CheckpointStore:
             for one in list_checkpoints(self.run_folder)
             if one.path.name not in (BEST_MODEL, FINAL_MODEL)
         ]
-        recent = [path for path in numbered if path.name.startswith(RECENT_PREFIX)]
+        recent = [path for path in numbered if path.name.startswith(EPHEMERAL_PREFIX)]
         lasting = [path for path in numbered if path not in recent]
         limit = len(lasting) if self.save_total_limit is None else max(1, self.save_total_limit)
-        for path in [*recent[max(1, self.recent_limit) :], *lasting[limit:]]:
+        for path in [*recent[max(1, self.ephemeral_limit) :], *lasting[limit:]]:
             discard(path)
 
     def _remove_leftovers(self) -> None:
@@ -374,21 +375,21 @@ def restore(
     return state
 
 
-def restore_generators(path: Path, ranks: Ranks) -> None:
+def restore_generators(path: Path, process_group: ProcessGroup) -> None:
     """Give this rank's random number generators the state that the checkpoint has for it, where it was saved
     on as many ranks.
     """
     if not (path / RANDOM_FILE).exists():
         return
     states = read_json(path / RANDOM_FILE).get("ranks")
-    if isinstance(states, Sequence) and len(states) == ranks.count:
-        restore_random_state(cast("Mapping[str, JSON]", states[ranks.rank]))
+    if isinstance(states, Sequence) and len(states) == process_group.world_size:
+        restore_random_state(cast("Mapping[str, JSON]", states[process_group.rank]))
 
 
 def read_state(path: Path) -> dict[str, JSON]:
     """A checkpoint's `state.json`."""
     state = read_json(path / STATE_FILE)
-    return {name: _finite_or_not(value) for name, value in state.items()}
+    return with_current_names({name: _finite_or_not(value) for name, value in state.items()})
 
 
 def write_run_file(folder: Path, config: RunConfig) -> None:

@@ -1,14 +1,20 @@
-"""What this machine does fastest over the steps that remain: `precision: auto` and `compile: auto`.
+"""Precision and compilation of a run: as set, as a checkpoint stores them, or chosen (`auto`).
 
-Which arithmetic and whether to compile depend on the processor, the shape and the length of the run, so they
-are measured: forward and backward passes of real batches at the place where the run stands, whose gradients
-are thrown away. Weights, optimizer and data order do not notice. What is chosen goes into the checkpoint, and
-a resumed run keeps it.
+`auto` is a function of the hardware, the model's shape and the settings alone. The same command therefore
+gives the same weights, however busy the machine is, and a resumed run computes as the run before it. The rules
+come from measurements (benchmarks/training_throughput.py):
 
-A probe must not cost what it could gain. On a processor whose bf16 products are no faster than fp32 nothing
-more is asked; a probe takes rows enough for a fraction of a second; and a run too short to win back a
-compilation is not offered one. How long a compilation takes and what it gained is remembered beside the
-compiler's own cache (`memory`), so that the second run of a shape knows what the first had to find out.
+- On a GPU: bf16 where it has bf16 tensor cores, else fp16.
+- On a CPU: bf16 where the processor has instructions for bf16 products and the model is at least
+  `BF16_MIN_WIDTH` wide (1.2 times as fast as fp32 at width 128, 2.9 times at 384, on a Xeon with AMX). Narrower
+  models were not measured and stay in fp32.
+- Compilation where it is expected to save more time over the steps that remain than it costs.
+
+With `autotune: true` the choice is measured instead: forward and backward passes of the run's next batches,
+whose gradients are thrown away. That can be faster on hardware for which the rules are wrong, but two runs of
+one command may then choose differently. What a compilation cost and gained is kept next to the compiler's own
+cache, so that the next run of the same shape need not measure it again. What was chosen is stored in the
+checkpoint, and a resumed run keeps it either way.
 """
 
 from __future__ import annotations
@@ -16,16 +22,18 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import cast
 
 import torch
 
-from llm_trainer.config import TrainingConfig
-from llm_trainer.data.sampling.samplers import Batch
+from llm_trainer.config import ModelConfig, TrainingConfig
+from llm_trainer.cpu_features import multiplies_bf16
+from llm_trainer.data.sampling.batch import Batch
+from llm_trainer.model.flops import estimate_flops
 from llm_trainer.model.transformer import Transformer
+from llm_trainer.torch_compat import compiler_exceptions
 from llm_trainer.training.engines.compile import (
     CompileMode,
     best_mode,
@@ -34,244 +42,376 @@ from llm_trainer.training.engines.compile import (
     uncompiled,
     undo_compile,
 )
+from llm_trainer.training.engines.out_of_memory import is_out_of_memory
 from llm_trainer.training.engines.precision import Precision, PrecisionName
-from llm_trainer.training.objectives.objective import TrainingStep
+from llm_trainer.training.objectives.objective import ModelWithObjective
 
-LEAST_SECONDS, MOST_SECONDS = 0.5, 3.0  # what a probe may cost
-MEMORY_FILE = "compiled_shapes.json"
+BF16_MIN_WIDTH = 128
+MIN_PROBE_SECONDS, MAX_PROBE_SECONDS = 0.5, 3.0
+CACHE_FILE = "compiled_shapes.json"
 
-_BF16_MUST_BE = 1.1  # times as fast as fp32 to be chosen: it rounds more
-_COMPILED_MUST_BE = 1.03
-_HOPED_GAIN = {"cpu": 0.15, "cuda": 0.3}
+_BF16_MIN_SPEEDUP = 1.1  # measured: bf16 rounds more, so it has to be worth it
+_COMPILED_MIN_SPEEDUP = 1.03
+_EXPECTED_GAIN = {"cpu": 0.15, "cuda": 0.3}  # of a step's time, by compiling
 _COLD_SECONDS = 25.0  # a compilation with nothing cached
 _WARM_SECONDS = 4.0  # importing the compiler and finding everything in its cache
+# Training arithmetic that a thread, or a GPU, is assumed to do per second, to estimate what is left of a run.
+_ASSUMED_FLOPS = {
+    ("cpu", "fp32"): 1e11,
+    ("cpu", "bf16"): 3e11,
+    ("cuda", "bf16"): 1e14,
+    ("cuda", "fp16"): 5e13,
+}
+_OTHER_FLOPS = 1e13
+_NO_COMPILER = "there is no C++ compiler (install g++ to compile)"
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What was chosen, and a line that says why (none where nothing was left to choose)."""
+class TuneResult:
+    """What was chosen.
+
+    Attributes:
+        precision: Precision of the forward pass.
+        compile: How the model is compiled.
+        reason: Why, in words; None where nothing was left to choose.
+    """
 
     precision: PrecisionName
     compile: CompileMode
     reason: str | None = None
 
+    def __str__(self) -> str:
+        compiled = "off" if self.compile == "off" else f"on ({self.compile})"
+        return f"precision {self.precision}, compilation {compiled}" + (
+            f": {self.reason}" if self.reason else ""
+        )
+
 
 @dataclass(frozen=True)
-class Remembered:
-    """A compilation of this shape on this machine: seconds a micro-batch without and with it, and seconds it
-    took at last.
+class WorkLeft:
+    """What is left of a run on one rank.
+
+    Attributes:
+        micro_batches: Forward and backward passes.
+        tokens: Tokens in each.
+        context: Tokens in a sequence.
     """
+
+    micro_batches: int
+    tokens: int
+    context: int
+
+    def seconds(self, config: ModelConfig, device: torch.device, precision: PrecisionName) -> float:
+        """A rough time for it, from the arithmetic and assumed speeds: the same on every call."""
+        flops = estimate_flops(config, self.context) * self.tokens * self.micro_batches
+        rate = _ASSUMED_FLOPS.get((device.type, precision), _OTHER_FLOPS)
+        return flops / (rate * torch.get_num_threads() if device.type == "cpu" else rate)
+
+
+def choose(
+    model: Transformer,
+    training: TrainingConfig,
+    device: torch.device,
+    work: WorkLeft,
+    *,
+    precision: str | None = None,
+    compiled: str | None = None,
+) -> TuneResult:
+    """Choose precision and compilation by the rules above. Changes nothing.
+
+    Args:
+        model: The model to train.
+        training: Its settings (`precision`, `compile`).
+        device: Where it trains.
+        work: What is left of the run.
+        precision: The precision that a checkpoint stores, which takes effect.
+        compiled: The compile mode that a checkpoint stores, likewise.
+
+    Returns:
+        The choice, and why.
+    """
+    reasons: list[str] = []
+    name = cast(PrecisionName, precision or training.precision)
+    if name == cast(object, "auto"):
+        name, why = auto_precision(model.config, device)
+        reasons.append(why)
+    setting = compiled or training.compile
+    mode = cast(CompileMode, setting)
+    if setting != "off" and not has_compiler():
+        mode = "off"
+        reasons.append(_NO_COMPILER)
+    elif setting == "on":
+        mode = best_mode(model, work.tokens)
+    elif setting == "auto":
+        mode, why = _auto_compile(model, device, work, name)
+        reasons.append(why)
+    return TuneResult(name, mode, "; ".join(reasons) or None)
+
+
+def auto_precision(config: ModelConfig, device: torch.device) -> tuple[PrecisionName, str]:
+    """The precision that `precision: auto` means.
+
+    Args:
+        config: The model's shape.
+        device: Where it trains.
+
+    Returns:
+        The precision, and why.
+    """
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16", "this GPU has bf16 tensor cores"
+        return "fp16", "this GPU has no bf16"
+    if device.type != "cpu":
+        return "fp32", f"{device.type} trains in fp32"
+    if not multiplies_bf16():
+        return "fp32", "this processor has no instructions for bf16 products"
+    if config.hidden_size < BF16_MIN_WIDTH:
+        return "fp32", f"the model is narrower than {BF16_MIN_WIDTH}"
+    return "bf16", "this processor has instructions for bf16 products"
+
+
+def apply_choice(probe: Probe, choice: TuneResult) -> TuneResult:
+    """Compile the model as chosen and run one micro-batch, so that a compiler that fails is found out now.
+
+    Args:
+        probe: Runs the micro-batch; its gradients are thrown away.
+        choice: What to compile.
+
+    Returns:
+        `choice`, or the same without compilation where compiling failed.
+    """
+    if choice.compile == "off":
+        return choice
+    probe.rows = len(probe.batch)  # a compiled graph is for one shape: the run's
+    if (failure := _compile(probe, choice.precision, choice.compile)) is None:
+        return choice
+    return TuneResult(choice.precision, "off", "; ".join(filter(None, [choice.reason, failure])))
+
+
+def _auto_compile(
+    model: Transformer, device: torch.device, work: WorkLeft, precision: PrecisionName
+) -> tuple[CompileMode, str]:
+    left = work.seconds(model.config, device, precision)
+    # Half of the gain that is hoped for: it is a guess.
+    if left * _EXPECTED_GAIN.get(device.type, 0.0) / 2 <= _COLD_SECONDS:
+        return (
+            "off",
+            f"compiling takes about {_COLD_SECONDS:.0f} s, which a run of about {left:.0f} s does not win back",
+        )
+    return best_mode(
+        model, work.tokens
+    ), f"about {left / 60:.0f} minutes of training win the compilation back"
+
+
+# Measured choices: `autotune: true`.
+
+
+@dataclass
+class Probe:
+    """Runs micro-batches of a run at its present position. Weights and gradients are as before afterwards.
+
+    Attributes:
+        model: The model to train.
+        step: Model and objective.
+        batch: The next micro-batch.
+        device: Where it trains.
+        micro_batches_left: Micro-batches that are left of the run.
+        rows: Rows of the batch that are run; 0 until the first measurement.
+    """
+
+    model: Transformer
+    step: ModelWithObjective
+    batch: Batch
+    device: torch.device
+    micro_batches_left: int
+    rows: int = 0
+
+    def seconds(self, precision: PrecisionName, times: int = 2) -> float:
+        """Time of a forward and backward pass over `rows` rows.
+
+        Args:
+            precision: Precision of the pass.
+            times: Passes, after one that is not counted because it sets things up.
+
+        Returns:
+            The shortest time, in seconds.
+        """
+        if self.rows == 0:
+            self.rows = self._affordable_rows(precision)
+        self.run_once(precision, self.rows)
+        return min(self.run_once(precision, self.rows) for _ in range(times))
+
+    @property
+    def fraction(self) -> float:
+        """The fraction of a micro-batch that is measured."""
+        return self.rows / len(self.batch)
+
+    def run_once(self, name: PrecisionName, rows: int) -> float:
+        """One forward and backward pass.
+
+        Args:
+            name: Its precision.
+            rows: Rows of the batch to run.
+
+        Returns:
+            Its time in seconds.
+        """
+        batch = self.batch.first(rows).to(self.device)
+        precision = Precision(name, self.device)
+        _synchronize(self.device)
+        start = time.perf_counter()
+        with precision.autocast():
+            loss = self.step(batch)
+        loss.total.backward()
+        _synchronize(self.device)
+        seconds = time.perf_counter() - start
+        self.model.zero_grad(set_to_none=True)
+        return seconds
+
+    def _affordable_rows(self, precision: PrecisionName) -> int:
+        """Rows for which six passes take a hundredth of the run, within the limits of a probe's time."""
+        self.run_once(precision, 1)
+        one, rows = self.run_once(precision, 1), len(self.batch)
+        budget = min(max(one * rows * self.micro_batches_left / 100, MIN_PROBE_SECONDS), MAX_PROBE_SECONDS)
+        # A row alone takes longer than its part of a batch, so a batch that might just fit is tried.
+        return rows if one * rows <= budget / 2 else max(1, min(rows, int(budget / 6 / one)))
+
+
+def measure(
+    probe: Probe,
+    training: TrainingConfig,
+    *,
+    precision: str | None = None,
+    compiled: str | None = None,
+    cache_dir: Path | None = None,
+) -> TuneResult:
+    """Choose what this machine does fastest, and leave the model compiled accordingly.
+
+    Args:
+        probe: Runs micro-batches of the run.
+        training: The settings (`precision`, `compile`), of which only `auto` is measured.
+        precision: The precision that a checkpoint stores, which takes effect.
+        compiled: The compile mode that a checkpoint stores, likewise.
+        cache_dir: Folder that keeps what compilations cost and gained.
+
+    Returns:
+        The choice, and why.
+    """
+    reasons: list[str] = []
+    name = cast(PrecisionName, precision or training.precision)
+    micro_batch_seconds: float | None = None
+    if name == cast(object, "auto"):
+        name, micro_batch_seconds, why = _measured_precision(probe)
+        reasons.append(why)
+    setting = compiled or training.compile
+    if setting == "auto":
+        mode, why = _measured_compile(probe, name, micro_batch_seconds, cache_dir)
+        return TuneResult(name, mode, "; ".join([*reasons, why]))
+    mode = cast(CompileMode, setting)
+    if setting != "off" and not has_compiler():
+        mode = "off"
+        reasons.append(_NO_COMPILER)
+    elif setting == "on":
+        mode = best_mode(probe.model, probe.batch.input_ids.numel())
+    return apply_choice(probe, TuneResult(name, mode, "; ".join(reasons) or None))
+
+
+@dataclass(frozen=True)
+class CompilationRecord:
+    """A compilation of one shape on this machine: seconds per micro-batch without and with it, and its cost."""
 
     eager: float
     compiled: float
     took: float
 
 
-@dataclass
-class Probe:
-    """Measures micro-batches of a run at the place where it stands."""
-
-    model: Transformer
-    step: TrainingStep
-    batch: Batch  # the next micro-batch
-    device: torch.device
-    micro_batches_left: int
-    rows: int = 0
-
-    def seconds(self, precision: PrecisionName, times: int = 2) -> float:
-        """The best of so many forward and backward passes over the probe's rows; the first, which sets things
-        up, is not counted.
-        """
-        if self.rows == 0:
-            self.rows = self._affordable_rows(precision)
-        self._once(precision, self.rows)
-        return min(self._once(precision, self.rows) for _ in range(times))
-
-    @property
-    def share(self) -> float:
-        """The share of a micro-batch that is measured."""
-        return self.rows / len(self.batch)
-
-    def _affordable_rows(self, precision: PrecisionName) -> int:
-        """Rows for which six passes take a hundredth of the run, but at least half a second and at most
-        three.
-        """
-        self._once(precision, 1)
-        one, rows = self._once(precision, 1), len(self.batch)
-        budget = min(max(one * rows * self.micro_batches_left / 100, LEAST_SECONDS), MOST_SECONDS)
-        # One row alone takes longer than its share of a batch, so a batch that might just do is tried.
-        return rows if one * rows <= budget / 2 else max(1, min(rows, int(budget / 6 / one)))
-
-    def _once(self, name: PrecisionName, rows: int) -> float:
-        batch = self.batch.first(rows).to(self.device)
-        precision = Precision(name, self.device)
-        _wait(self.device)
-        start = time.perf_counter()
-        with precision.autocast():
-            loss = self.step(batch)
-        loss.total.backward()
-        _wait(self.device)
-        seconds = time.perf_counter() - start
-        self.model.zero_grad(set_to_none=True)
-        return seconds
-
-
-def choose(
-    probe: Probe,
-    training: TrainingConfig,
-    *,
-    precision: str | None = None,
-    compiled: str | None = None,
-    memory: Path | None = None,
-    say: Callable[[str], None] = print,
-) -> Choice:
-    """Settle precision and compilation for the rest of a run and leave the model compiled or not,
-    accordingly.
-
-    `precision` and `compiled`: what the checkpoint of a resumed run says, which holds. `memory`: folder that keeps what was learned.
-    The model's weights and gradients are as before.
-    """
-    reasons: list[str] = []
-    name = cast(PrecisionName, precision or training.precision)
-    measured: float | None = None
-    if precision is None and training.precision == "auto":
-        name, measured, why = _choose_precision(probe)
-        reasons.append(why)
-    said = compiled or training.compile
-    if said == "auto":
-        mode, why = _choose_compile(probe, name, measured, memory)
-    else:
-        mode, why = _obey_compile(probe, name, said)
-    if why:
-        reasons.append(why)
-    if reasons:
-        say(f"{name}, compilation {'off' if mode == 'off' else f'on ({mode})'}: {'; '.join(reasons)}")
-    return Choice(name, mode, "; ".join(reasons) or None)
-
-
-def _choose_precision(probe: Probe) -> tuple[PrecisionName, float | None, str]:
-    """The precision, seconds of a whole micro-batch in it where they were measured, and why."""
-    if probe.device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return "bf16", None, "this GPU has bf16 tensor cores"
-        return "fp16", None, "this GPU has no bf16"
+def _measured_precision(probe: Probe) -> tuple[PrecisionName, float | None, str]:
+    """The precision, seconds per micro-batch in it where they were measured, and why."""
     if probe.device.type != "cpu":
-        return "fp32", None, f"{probe.device.type} trains in fp32"
-    if (ratio := _bf16_products_ratio()) < _BF16_MUST_BE:
-        return "fp32", None, f"this processor multiplies bf16 {ratio:.1f} × as fast as fp32"
-    if probe.micro_batches_left < 20:
-        return "bf16", None, f"this processor multiplies bf16 {ratio:.1f} × as fast as fp32"
+        name, why = auto_precision(probe.model.config, probe.device)
+        return name, None, why
+    if not multiplies_bf16():
+        return "fp32", None, "this processor has no instructions for bf16 products"
     narrow, wide = probe.seconds("bf16"), probe.seconds("fp32")
-    name: PrecisionName = "bf16" if wide > _BF16_MUST_BE * narrow else "fp32"
-    return (
-        name,
-        min(narrow, wide) / probe.share,
-        f"a micro-batch takes {_ms(narrow)} in bf16, {_ms(wide)} in fp32{_of(probe)}",
-    )
+    name = "bf16" if wide > _BF16_MIN_SPEEDUP * narrow else "fp32"
+    part = "" if probe.rows == len(probe.batch) else f" ({probe.rows} of its {len(probe.batch)} rows)"
+    why = f"a micro-batch takes {_ms(narrow)} in bf16, {_ms(wide)} in fp32{part}"
+    return name, min(narrow, wide) / probe.fraction, why
 
 
-def _choose_compile(
-    probe: Probe, name: PrecisionName, measured: float | None, memory: Path | None
+def _measured_compile(
+    probe: Probe, name: PrecisionName, micro_batch_seconds: float | None, cache_dir: Path | None
 ) -> tuple[CompileMode, str]:
     if not has_compiler():
-        return "off", "there is no C++ compiler (install g++ to compile)"
+        return "off", _NO_COMPILER
     mode = best_mode(probe.model, probe.batch.input_ids.numel())
     key = _shape_key(probe, name, mode)
-    known = _recall(memory, key)
-    eager = measured if measured is not None else probe.seconds(name) / probe.share
+    known = _recall(cache_dir, key)
+    eager = micro_batch_seconds if micro_batch_seconds is not None else probe.seconds(name) / probe.fraction
     left = eager * probe.micro_batches_left
     if known is not None:
         gain, cost = left * (1 - known.compiled / known.eager), min(known.took, _WARM_SECONDS)
-        told = f"compiled it is {known.eager / known.compiled:.2f} × as fast, as an earlier run found"
+        expected = (
+            f"compiled it is {known.eager / known.compiled:.2f} times as fast, as an earlier run measured"
+        )
     else:
-        hope = _HOPED_GAIN.get(probe.device.type, 0.0)
-        gain, cost = left * hope / 2, _COLD_SECONDS
-        told = f"compiling takes about {_COLD_SECONDS:.0f} s"
+        gain, cost = left * _EXPECTED_GAIN.get(probe.device.type, 0.0) / 2, _COLD_SECONDS
+        expected = f"compiling takes about {_COLD_SECONDS:.0f} s"
     if gain <= cost:
-        return "off", f"{told}, and about {left:.0f} s of training are left"
-    return _try_compiling(probe, name, mode, memory, key, known)
+        return "off", f"{expected}, and about {left:.0f} s of training are left"
+    return _try_compiling(probe, name, mode, cache_dir, key, known)
 
 
 def _try_compiling(
     probe: Probe,
     name: PrecisionName,
     mode: CompileMode,
-    memory: Path | None,
+    cache_dir: Path | None,
     key: str,
-    known: Remembered | None,
+    known: CompilationRecord | None,
 ) -> tuple[CompileMode, str]:
-    """Compile; where it is not known which is faster, compare with the same micro-batch uncompiled and keep
-    the faster.
-    """
-    probe.rows = len(probe.batch)  # a compiled graph is for one shape: the run's
+    """Compile; where it is not known which is faster, compare with the same micro-batch uncompiled."""
+    probe.rows = len(probe.batch)
     start = time.perf_counter()
     if (failure := _compile(probe, name, mode)) is not None:
         return "off", failure
     took = time.perf_counter() - start
     if known is not None:
-        _remember(memory, key, replace(known, took=took))
-        return (
-            mode,
-            f"{known.eager / known.compiled:.2f} × as fast as without, as an earlier run found; ready after {took:.1f} s",
-        )
+        _remember(cache_dir, key, replace(known, took=took))
+        faster = f"{known.eager / known.compiled:.2f} times as fast as without, as an earlier run measured"
+        return mode, f"{faster}; ready after {took:.1f} s"
     compiled = probe.seconds(name)
     with uncompiled(mode):
         eager = probe.seconds(name)
-    _remember(memory, key, Remembered(eager, compiled, took))
-    told = f"a micro-batch takes {_ms(compiled)} compiled, {_ms(eager)} not; compiling took {took:.1f} s"
-    if eager > _COMPILED_MUST_BE * compiled:
-        return mode, told
+    _remember(cache_dir, key, CompilationRecord(eager, compiled, took))
+    why = f"a micro-batch takes {_ms(compiled)} compiled, {_ms(eager)} not; compiling took {took:.1f} s"
+    if eager > _COMPILED_MIN_SPEEDUP * compiled:
+        return mode, why
     undo_compile(probe.model)
-    return "off", told
-
-
-def _obey_compile(probe: Probe, name: PrecisionName, said: str) -> tuple[CompileMode, str]:
-    """What the settings or the checkpoint say, as far as this machine can."""
-    if said == "off":
-        return "off", ""
-    if not has_compiler():
-        return "off", "there is no C++ compiler (install g++ to compile)"
-    mode = best_mode(probe.model, probe.batch.input_ids.numel()) if said == "on" else cast(CompileMode, said)
-    probe.rows = len(probe.batch)
-    failure = _compile(probe, name, mode)
-    return ("off", failure) if failure is not None else (mode, "")
+    return "off", why
 
 
 def _compile(probe: Probe, name: PrecisionName, mode: CompileMode) -> str | None:
     """Compile and run once; what went wrong, or None."""
-    from torch._dynamo.exc import TorchDynamoException
-
     compile_model(probe.model, mode)
     try:
-        probe.seconds(name, times=1)
-    except (TorchDynamoException, OSError) as error:
+        probe.run_once(name, probe.rows)
+    except (*compiler_exceptions(), OSError) as error:
         undo_compile(probe.model)
         probe.model.zero_grad(set_to_none=True)
         return f"compiling failed ({str(error).strip().splitlines()[0][:200]})"
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        probe.model.zero_grad(set_to_none=True)  # the first step meets it again, and knows what to do
     return None
-
-
-def _bf16_products_ratio(size: int = 512) -> float:
-    """How many times as fast a product of size² matrices is in bf16."""
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        left = torch.ones(size, size, dtype=dtype)
-        best = float("inf")
-        for _ in range(4):  # the first sets the library up
-            start = time.perf_counter()
-            left @ left
-            best = min(best, time.perf_counter() - start)
-        seconds[dtype] = best
-    return seconds[torch.float32] / seconds[torch.bfloat16]
 
 
 def _shape_key(probe: Probe, name: PrecisionName, mode: CompileMode) -> str:
     """What a compilation depends on."""
-    device = (
-        torch.cuda.get_device_name(probe.device)
-        if probe.device.type == "cuda"
-        else torch.backends.cpu.get_cpu_capability()
-    )
+    is_cuda = probe.device.type == "cuda"
+    device = torch.cuda.get_device_name(probe.device) if is_cuda else torch.backends.cpu.get_cpu_capability()
     facts = [
         torch.__version__, device, torch.get_num_threads(), name, mode, list(probe.batch.input_ids.shape),
         probe.batch.document_ids is not None, probe.model.config.model_dump(mode="json"),
@@ -279,47 +419,41 @@ def _shape_key(probe: Probe, name: PrecisionName, mode: CompileMode) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:20]
 
 
-def _recall(memory: Path | None, key: str) -> Remembered | None:
-    stored = _read_memory(memory).get(key)
+def _recall(cache_dir: Path | None, key: str) -> CompilationRecord | None:
+    stored = _read_cache(cache_dir).get(key)
     try:
-        return None if stored is None else Remembered(**stored)
-    except TypeError:  # another version's
+        return None if stored is None else CompilationRecord(**stored)
+    except TypeError:  # written by another version
         return None
 
 
-def _remember(memory: Path | None, key: str, what: Remembered) -> None:
-    if memory is None:
+def _remember(cache_dir: Path | None, key: str, record: CompilationRecord) -> None:
+    if cache_dir is None:
         return
     try:
-        memory.mkdir(parents=True, exist_ok=True)
-        temporary = memory / f".{MEMORY_FILE}"
-        temporary.write_text(
-            json.dumps({**_read_memory(memory), key: asdict(what)}, indent=1), encoding="utf-8"
-        )
-        temporary.replace(memory / MEMORY_FILE)
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        temporary = cache_dir / f".{CACHE_FILE}"
+        contents = {**_read_cache(cache_dir), key: asdict(record)}
+        temporary.write_text(json.dumps(contents, indent=1), encoding="utf-8")
+        temporary.replace(cache_dir / CACHE_FILE)
     except OSError:
         return  # a cache that cannot be written costs the next run a measurement, no more
 
 
-def _read_memory(memory: Path | None) -> dict[str, dict[str, float]]:
-    if memory is None:
+def _read_cache(cache_dir: Path | None) -> dict[str, dict[str, float]]:
+    if cache_dir is None:
         return {}
     try:
-        return cast(
-            "dict[str, dict[str, float]]", json.loads((memory / MEMORY_FILE).read_text(encoding="utf-8"))
-        )
+        text = (cache_dir / CACHE_FILE).read_text(encoding="utf-8")
+        return cast("dict[str, dict[str, float]]", json.loads(text))
     except (OSError, ValueError):
         return {}
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:.0f} ms" if seconds >= 0.01 else f"{seconds * 1e3:.1f} ms"
-
-
-def _of(probe: Probe) -> str:
-    return "" if probe.rows == len(probe.batch) else f" ({probe.rows} of its {len(probe.batch)} rows)"

@@ -26,21 +26,22 @@ import torch
 from torch import Tensor, nn
 
 from llm_trainer.config import TrainingConfig, UsageError
-from llm_trainer.config.resolve.batch_size import resolve_batches
-from llm_trainer.config.resolve.deepspeed import zero_settings
+from llm_trainer.config.resolve.batch_size import BatchPlan
+from llm_trainer.config.resolve.deepspeed import DeepSpeedConfig, zero_settings
 from llm_trainer.config.schema.model import ModelConfig
 from llm_trainer.data.optional_deps import require_extra
-from llm_trainer.data.sampling.samplers import Batch
-from llm_trainer.distributed.process_group import Ranks
+from llm_trainer.data.sampling.batch import Batch
+from llm_trainer.distributed.dropout_seed import seed_dropout
+from llm_trainer.distributed.process_group import ProcessGroup
 from llm_trainer.model.hf.checkpoint import empty_model
-from llm_trainer.model.surgery.model_state import Form
+from llm_trainer.model.surgery.model_state import ModelState
 from llm_trainer.model.transformer import Transformer
-from llm_trainer.training.engines.autotune import Choice
+from llm_trainer.training.engines.autotune import TuneResult, WorkLeft
 from llm_trainer.training.engines.compile import CompileMode
 from llm_trainer.training.engines.engine import Engine, StepResult
 from llm_trainer.training.engines.precision import Precision, PrecisionName
-from llm_trainer.training.objectives.objective import Objective, TrainingStep, seed_dropout
-from llm_trainer.training.optim.optimizers import build_optimizers, set_rates
+from llm_trainer.training.objectives.objective import ModelWithObjective, Objective
+from llm_trainer.training.optim.optimizers import build_optimizers, set_lrs
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine as Zero
@@ -62,11 +63,15 @@ class DeepSpeedEngine(Engine):
         model: Transformer,
         training: TrainingConfig,
         objective: Objective | None,
-        ranks: Ranks,
+        process_group: ProcessGroup,
         device: torch.device,
+        *,
+        batches: BatchPlan,
+        file: DeepSpeedConfig | None = None,
     ) -> None:
         _refuse(training, device)
-        super().__init__(model, training, objective, ranks, device)
+        self._batches, self._file = batches, file
+        super().__init__(model, training, objective, process_group, device)
         self._zero: Zero | None = None
         self._whole: tuple[Transformer, list[torch.optim.Optimizer]] | None = None
         self._whole_is_of = -1
@@ -75,17 +80,14 @@ class DeepSpeedEngine(Engine):
     def tune(
         self,
         batch: Callable[[], Batch],
-        micro_batches_left: int,
+        work: WorkLeft,
         *,
         precision: str | None = None,
         compiled: str | None = None,
         cache_dir: Path | None = None,
-        say: Callable[[str], None] = print,
-    ) -> Choice:
-        """As for Engine; nothing is compiled, since DeepSpeed replaces what compiled blocks would hold on to."""
-        return super().tune(
-            batch, micro_batches_left, precision=precision, compiled="off", cache_dir=cache_dir, say=say
-        )
+    ) -> TuneResult:
+        """As for Engine; nothing is compiled, since DeepSpeed replaces the modules that compiled code refers to."""
+        return super().tune(batch, work, precision=precision, compiled="off", cache_dir=cache_dir)
 
     def start(
         self,
@@ -103,9 +105,10 @@ class DeepSpeedEngine(Engine):
         }
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         with _quiet():
-            self._zero = _initialize(
-                self._whole_step, self.optimizers[0], self.training, self.ranks, precision
+            settings = generated_config(
+                self.training, self._batches, self.process_group.world_size, precision, self._file
             )
+            self._zero = _initialize(self._full_step, self.optimizers[0], settings)
         self._step_module = cast(nn.Module, self._zero)
         self._set_moments({names[key]: state for key, state in before.items()})
 
@@ -114,24 +117,24 @@ class DeepSpeedEngine(Engine):
         leaves out on all ranks.
         """
         assert self._zero is not None, "start comes before the first step"
-        set_rates(self.optimizers, self._peaks, rate_factor)
+        set_lrs(self.optimizers, self._peaks, rate_factor)
         is_empty = torch.full((), float(tokens == 0), device=self.device)
         self.optimizers[0].found_inf = is_empty  # type: ignore[attr-defined]  # 1: torch's fused AdamW leaves all as it is
         mean = torch.zeros((), device=self.device)
         for number, batch in enumerate(batches):
             if self.dropout_seed is not None:
-                seed_dropout(self.dropout_seed, index, number, self.ranks.rank, self.device)
+                seed_dropout(self.dropout_seed, index, number, self.process_group.rank, self.device)
             self._zero.set_gradient_accumulation_boundary(number == len(batches) - 1)
             total = self._zero(batch.to(self.device)).total / max(tokens, 1)
             mean += total.detach()
-            self._zero.backward(total * self.ranks.count, scale_wrt_gas=False)
+            self._zero.backward(total * self.process_group.world_size, scale_wrt_gas=False)
             self._zero.step()
         self._updates += 1
         self.timings.step_done()
         norm = self._zero.get_global_grad_norm()
         skipped = is_empty if self._zero.was_step_applied() else torch.ones_like(is_empty)
         return StepResult(
-            self.ranks.add_tensor(mean),
+            self.process_group.all_reduce_tensor(mean),
             torch.as_tensor(norm if norm is not None else float("nan"), device=self.device),
             skipped,
         )
@@ -142,22 +145,22 @@ class DeepSpeedEngine(Engine):
             "use_deepspeed cannot train a model that is changed while it trains; leave it out (fsdp shares too)"
         )
 
-    def rebuild(self, form: Form) -> None:
+    def rebuild(self, state: ModelState) -> None:
         """As for Engine, until `start`. Raises UsageError after it."""
         if self._zero is not None:
-            self.check_change(form.config)
-        super().rebuild(form)
+            self.check_change(state.config)
+        super().rebuild(state)
 
-    def kept(self) -> tuple[Transformer, Sequence[torch.optim.Optimizer]]:
+    def saved_objects(self) -> tuple[Transformer, Sequence[torch.optim.Optimizer]]:
         """Whole copies on the main rank's CPU, gathered one tensor at a time; others get a shell. A
         collective call.
         """
         if self._zero is None:
-            return super().kept()
+            return super().saved_objects()
         if self._whole is None:
-            copy = empty_model(self.model.config, device="cpu" if self.ranks.is_main else "meta")
+            copy = empty_model(self.model.config, device="cpu" if self.process_group.is_main else "meta")
             _freeze_alike(copy, self.model)
-            self._whole = copy, build_optimizers(copy, self.training) if self.ranks.is_main else []
+            self._whole = copy, build_optimizers(copy, self.training) if self.process_group.is_main else []
         copy, optimizers = self._whole
         if self._whole_is_of != self._updates:  # best, final and periodic saves of one step take one copy
             self._gather(copy, optimizers)
@@ -198,12 +201,12 @@ class DeepSpeedEngine(Engine):
         )
         for name, parameter in self.model.named_parameters():
             with _gathered(parameter, None), torch.no_grad():
-                if self.ranks.is_main:
+                if self.process_group.is_main:
                     targets[name].copy_(parameter)
             if not parameter.requires_grad or counted == 0:
                 continue
             moments = {key: safe_get_full_optimizer_state(parameter, key) for key in _MOMENTS}
-            if self.ranks.is_main:
+            if self.process_group.is_main:
                 state = optimizers[0].state[targets[name]]
                 state["step"] = torch.tensor(counted)
                 state |= {key: value.cpu() for key, value in moments.items()}
@@ -268,11 +271,9 @@ def _refuse(training: TrainingConfig, device: torch.device) -> None:
 
 
 def _initialize(
-    step: TrainingStep,
+    step: ModelWithObjective,
     optimizer: torch.optim.Optimizer,
-    training: TrainingConfig,
-    ranks: Ranks,
-    precision: PrecisionName,
+    settings: dict[str, Any],
 ) -> Zero:
     import torch.distributed as dist
 
@@ -292,21 +293,34 @@ def _initialize(
         deepspeed.initialize(
             model=step,
             optimizer=optimizer,
-            config=generated_config(training, ranks.count, precision),
+            config=settings,
             dist_init_required=False,
         )[0],
     )
 
 
-def generated_config(training: TrainingConfig, ranks: int, precision: PrecisionName) -> dict[str, Any]:
-    """DeepSpeed's configuration, from ours."""
-    batches = resolve_batches(training, ranks)
+def generated_config(
+    training: TrainingConfig,
+    batches: BatchPlan,
+    ranks: int,
+    precision: PrecisionName,
+    file: DeepSpeedConfig | None = None,
+) -> dict[str, Any]:
+    """DeepSpeed's configuration, from the settings of a run.
+
+    Args:
+        training: The settings.
+        batches: Micro-batch size and accumulation per rank.
+        ranks: Number of ranks.
+        precision: Precision of passes.
+        file: The user's DeepSpeed file, which may set buffer sizes.
+    """
     return {
         "train_batch_size": batches.sequences_per_step(ranks),
         "train_micro_batch_size_per_gpu": batches.micro_batch_size,
         "gradient_accumulation_steps": batches.gradient_accumulation_steps,
         "gradient_clipping": training.max_grad_norm,
-        "zero_optimization": zero_settings(training),
+        "zero_optimization": zero_settings(training, file),
         "zero_allow_untested_optimizer": True,  # ours is torch's fused AdamW, which can leave a step out
         "zero_force_ds_cpu_optimizer": False,
         # Autocast, but gradients are sent in fp32: modules named here would send theirs narrow.

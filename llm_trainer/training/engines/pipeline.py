@@ -11,24 +11,23 @@ from torch import Tensor, nn
 from llm_trainer.config import UsageError
 from llm_trainer.config.resolve.parallelism import check_depth, check_shape
 from llm_trainer.config.schema.model import ModelConfig
-from llm_trainer.data.sampling.samplers import Batch
+from llm_trainer.data.sampling.batch import Batch
 from llm_trainer.distributed.parallelize import (
-    Shared,
-    is_elsewhere,
-    is_fully_sharded,
-    shard_fully,
-    sum_shared,
+    PartialGradient,
+    all_reduce_partial_gradients,
+    apply_fsdp,
+    is_on_other_stage,
+    uses_fsdp,
 )
-from llm_trainer.distributed.pipeline import NOTHING_TRAINED, Pipeline
-from llm_trainer.distributed.tensor_parallel import cut_matrices, gradients_in_parts
-from llm_trainer.model.surgery.model_state import Form
+from llm_trainer.distributed.pipeline import NOTHING_TRAINABLE, DropoutSeeds, Pipeline
+from llm_trainer.distributed.tensor_parallel import apply_tensor_parallel, partial_gradient_parameters
+from llm_trainer.model.surgery.model_state import ModelState
 from llm_trainer.model.transformer import Transformer
-from llm_trainer.training.engines.autotune import Choice
+from llm_trainer.training.engines.autotune import TuneResult, WorkLeft
 from llm_trainer.training.engines.engine import Engine, StepResult, has_dropout
 from llm_trainer.training.engines.train_step import update
-from llm_trainer.training.engines.tuning import unmeasured_choice
 from llm_trainer.training.objectives.objective import NextToken, Objective
-from llm_trainer.training.optim.optimizers import build_optimizers, peak_rates, set_rates
+from llm_trainer.training.optim.optimizers import build_optimizers, peak_lrs, set_lrs
 
 
 class PipelineEngine(Engine):
@@ -36,33 +35,35 @@ class PipelineEngine(Engine):
     the model is elsewhere.
     """
 
-    def _take(self, model: Transformer, objective: Objective, resting: Iterable[str] = ()) -> None:
-        plan, kind = self.ranks.plan, self.device.type
+    def _set_model(
+        self, model: Transformer, objective: Objective, frozen_with_state: Iterable[str] = ()
+    ) -> None:
+        plan, kind = self.process_group.plan, self.device.type
         check_shape(plan, model.config)
         check_depth(plan.pipeline_parallel, self.training.pipeline_schedule, model.config.num_hidden_layers)
         self.model = model.to(self.device)
-        mesh = self.ranks.mesh(kind)
+        mesh = self.process_group.mesh(kind)
         if plan.tensor_parallel > 1:
-            cut_matrices(model, mesh["tensor"])
+            apply_tensor_parallel(model, mesh["tensor"])
         self._pipeline = Pipeline(
-            model, _next_token(objective), self.ranks, self.training.pipeline_schedule, self.device
+            model, _next_token(objective), self.process_group, self.training.pipeline_schedule, self.device
         )
-        if is_fully_sharded(plan):
+        if uses_fsdp(plan):
             for stage in self._pipeline.stages:
-                shard_fully(stage.window.blocks, stage, mesh["replicate", "shard"])  # type: ignore[union-attr,arg-type]
+                apply_fsdp(stage.submodel.blocks, stage, mesh["replicate", "shard"])  # type: ignore[union-attr,arg-type]
         self._shared = self._shared_parameters()
         own = [
             parameter
             for parameter in model.parameters()
-            if parameter.requires_grad and not is_elsewhere(parameter)
+            if parameter.requires_grad and not is_on_other_stage(parameter)
         ]
         others = [
             parameter
             for parameter in model.parameters()
-            if parameter.requires_grad and is_elsewhere(parameter)
+            if parameter.requires_grad and is_on_other_stage(parameter)
         ]
         if not own:
-            raise UsageError(NOTHING_TRAINED)
+            raise UsageError(NOTHING_TRAINABLE)
         for parameter in others:
             parameter.requires_grad_(False)
         self.optimizers = build_optimizers(model, self.training)
@@ -70,29 +71,31 @@ class PipelineEngine(Engine):
             parameter.requires_grad_(True)
         is_twin = (
             plan.pipeline_parallel > 1
-            and self._pipeline.place == plan.pipeline_parallel - 1
+            and self._pipeline.pipeline_rank == plan.pipeline_parallel - 1
             and self._is_tied
         )
         self._parameters = own
         self._counted = [
             one for one in own if not (is_twin and one is model.wte.weight)
         ]  # the first stage counts the embedding
-        self._peaks = peak_rates(self.optimizers)
+        self._peaks = peak_lrs(self.optimizers)
         self.dropout_seed = self.training.seed if has_dropout(model) else None
 
     @property
     def _is_tied(self) -> bool:
         return self.model.config.tie_word_embeddings
 
-    def _shared_parameters(self) -> list[Shared]:
+    def _shared_parameters(self) -> list[PartialGradient]:
         import torch.distributed as dist
 
-        plan, rank = self.ranks.plan, self.ranks.rank
-        shared: list[Shared] = []
+        plan, rank = self.process_group.plan, self.process_group.rank
+        shared: list[PartialGradient] = []
         if plan.tensor_parallel > 1:
-            group = self.ranks.mesh(self.device.type).get_group("tensor")
+            group = self.process_group.mesh(self.device.type).get_group("tensor")
             shared += [
-                Shared(one, group) for _, one in gradients_in_parts(self.model) if not is_elsewhere(one)
+                PartialGradient(one, group)
+                for _, one in partial_gradient_parameters(self.model)
+                if not is_on_other_stage(one)
             ]
         if self._is_tied:
             of_stage = plan.ranks // plan.pipeline_parallel
@@ -100,13 +103,13 @@ class PipelineEngine(Engine):
                 ends = [first, first + plan.ranks - of_stage]
                 group = dist.new_group(ends)  # every rank makes every group
                 if rank in ends:
-                    shared.append(Shared(cast(nn.Parameter, self.model.wte.weight), group))
+                    shared.append(PartialGradient(cast(nn.Parameter, self.model.wte.weight), group))
         return shared
 
     @property
     def objective(self) -> Objective:
         """What is minimised."""
-        return self._pipeline.objective
+        return cast(Objective, self._pipeline.objective)
 
     @objective.setter
     def objective(self, objective: Objective) -> None:
@@ -124,50 +127,49 @@ class PipelineEngine(Engine):
             "micro_batch_size auto does not go with pipeline_parallel, whose stages cannot be tried alone; give a number"
         )
 
-    def form(self) -> Form:
+    def model_state(self) -> ModelState:
         """Not of a pipeline: raises UsageError."""
         self.check_change(self.model.config)
 
-    def rebuild(self, form: Form) -> None:
+    def rebuild(self, state: ModelState) -> None:
         """Not of a pipeline: raises UsageError."""
-        self.check_change(form.config)
+        self.check_change(state.config)
 
     def tune(
         self,
         batch: Callable[[], Batch],
-        micro_batches_left: int,
+        work: WorkLeft,
         *,
         precision: str | None = None,
         compiled: str | None = None,
         cache_dir: Path | None = None,
-        say: Callable[[str], None] = print,
-    ) -> Choice:
-        """As was said: a stage alone cannot be measured."""
-        return unmeasured_choice(
-            self.model, precision or self.training.precision, compiled, self.training, self.device
-        )
+    ) -> TuneResult:
+        """As for Engine; nothing is tried, since a stage cannot run alone."""
+        return self._tune_untried(work, precision, compiled)
 
-    def _make_ready(self) -> None:
+    def _wrap(self) -> None:
         pass
 
-    def _step_of_validation(self) -> nn.Module:
+    def _validation_step(self) -> nn.Module:
         self._pipeline.precision = self.precision
         return self._pipeline
 
     def step(self, batches: Sequence[Batch], tokens: int, *, rate_factor: float, index: int) -> StepResult:
         """As `Engine.step`."""
-        set_rates(self.optimizers, self._peaks, rate_factor)
-        ranks, seeds = self.ranks, None
+        set_lrs(self.optimizers, self._peaks, rate_factor)
+        process_group, seeds = self.process_group, None
         if self.dropout_seed is not None:
-            seeds = (
+            seeds = DropoutSeeds(
                 self.dropout_seed,
                 index,
-                ranks.data_rank + ranks.data_count * (1 + self._pipeline.place),
+                process_group.data_rank + process_group.data_world_size * (1 + self._pipeline.pipeline_rank),
             )
-        with self.timings.of("forward"):  # and backward: they overlap
-            loss = ranks.add_tensor(self._pipeline.forward_backward(batches, tokens, self.precision, seeds))
-        sum_shared(self._shared)
-        with self.timings.of("optimizer"):
+        with self.timings.measure("forward"):  # and backward: they overlap
+            loss = process_group.all_reduce_tensor(
+                self._pipeline.forward_backward(batches, tokens, self.precision, seeds)
+            )
+        all_reduce_partial_gradients(self._shared)
+        with self.timings.measure("optimizer"):
             norm, skipped = update(
                 self.optimizers, self._parameters, loss, tokens, self.precision, self.training.max_grad_norm,
                 offload=self.training.offload_optimizer, norm_of=self._norm,

@@ -13,37 +13,9 @@ from typing import Literal, cast
 
 import torch
 
-from llm_trainer.config import UsageError
-
 PrecisionName = Literal["fp32", "bf16", "fp16"]
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def resolve_device(said: str) -> torch.device:
-    """`auto` is the first of cuda, mps, cpu that is there. Raises UsageError for a device that is not."""
-    if said == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", torch.cuda.current_device())
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(said)
-    except RuntimeError as error:
-        raise UsageError(f"device {said!r} is not one; choose auto, cpu, cuda, cuda:N or mps") from error
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise UsageError(
-            f"device {said!r} is none that this trains on; choose auto, cpu, cuda, cuda:N or mps"
-        )
-    if device.type == "cuda" and (
-        not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
-    ):
-        there = torch.cuda.device_count()
-        raise UsageError(
-            f"device {said!r}: this machine has {there} CUDA devices that PyTorch can use; choose another, or auto"
-        )
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UsageError("device 'mps' is not available on this machine; choose cpu or auto")
-    return device
 
 
 class Precision:

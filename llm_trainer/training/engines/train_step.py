@@ -17,19 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from llm_trainer.config import LLMTrainerError, TrainingConfig
-from llm_trainer.data.sampling.samplers import Batch
-from llm_trainer.distributed.parallelize import gradients_stay_here, mesh_of, whole
-from llm_trainer.distributed.process_group import Ranks
+from llm_trainer.data.sampling.batch import Batch
+from llm_trainer.distributed.dropout_seed import seed_dropout
+from llm_trainer.distributed.parallelize import device_mesh_of, full_tensor, no_sync
+from llm_trainer.distributed.process_group import ProcessGroup
 from llm_trainer.training.engines.precision import Precision
-from llm_trainer.training.logging.timers import Timings
-from llm_trainer.training.objectives.objective import seed_dropout
+from llm_trainer.training.logging.timers import StepTimers
 from llm_trainer.training.optim.optimizer_offload import step_offloaded
 from llm_trainer.training.state import TrainingState
 
 NormOf = Callable[[Callable[[Sequence[Tensor]], Tensor]], Tensor]
 
 
-class TrainingDiverged(LLMTrainerError):
+class TrainingDivergedError(LLMTrainerError):
     """Losses or gradients are not finite for too many steps in a row."""
 
 
@@ -60,13 +60,13 @@ class StepOutcome:
 
 
 @dataclass
-class Sending:
-    """What a rank sends to others in a step: where it `waits`, gradients stay its own until `send_gradients`;
-    `began` is set when the pass starts in which they are sent.
+class GradientSync:
+    """What a rank sends to others in a step: where it `is_delayed`, gradients stay its own until `sync_gradients`;
+    `has_begun` is set when the pass starts in which they are sent.
     """
 
-    waits: bool = False
-    began: bool = False
+    is_delayed: bool = False
+    has_begun: bool = False
 
 
 class Outcomes:
@@ -74,8 +74,8 @@ class Outcomes:
     skipped.
     """
 
-    def __init__(self, training: TrainingConfig, say: Callable[[str], None]) -> None:
-        self._training, self._say = training, say
+    def __init__(self, training: TrainingConfig, log: Callable[[str], None]) -> None:
+        self._training, self._log = training, log
         self._unread: list[StepOutcome] = []
         self.last: StepOutcome | None = None
 
@@ -83,27 +83,27 @@ class Outcomes:
         """One step more, not looked at yet."""
         self._unread.append(outcome)
 
-    def read(self, state: TrainingState) -> None:
-        """Look at the steps since the last look: name what was skipped. Raises TrainingDiverged for a run
+    def flush(self, state: TrainingState) -> None:
+        """Look at the steps since the last look: name what was skipped. Raises TrainingDivergedError for a run
         that only skips.
         """
         for outcome in self._unread:
             if not bool(outcome.skipped):
                 state.skipped_in_a_row = 0
                 self.last = outcome
-                state.spikes.see(outcome.step, float(outcome.loss), self._training)
+                state.spikes.update(outcome.step, float(outcome.loss), self._training)
                 continue
             reason = (
                 f"loss {float(outcome.loss):g}, gradient norm {float(outcome.gradient_norm):g}"
                 if outcome.tokens
                 else "no supervised token"
             )
-            self._say(f"step {outcome.step} left everything as it was: {reason}, on {outcome.samples}")
+            self._log(f"step {outcome.step} skipped: {reason} ({outcome.samples})")
             state.skipped_in_a_row += 1
             if state.skipped_in_a_row >= self._training.max_skipped_steps:
-                raise TrainingDiverged(
+                raise TrainingDivergedError(
                     f"{state.skipped_in_a_row} steps in a row without a finite loss and gradient, the last on {outcome.samples}; "
-                    "lower learning_rate, raise warmup_steps, or look at those samples (max_skipped_steps is how many are borne)"
+                    "lower learning_rate, raise warmup_steps, or look at those samples (limit: max_skipped_steps)"
                 )
         self._unread.clear()
 
@@ -116,9 +116,9 @@ def forward_backward(
     *,
     seed: int | None,
     index: int,
-    ranks: Ranks | None = None,
-    timings: Timings | None = None,
-    sending: Sending | None = None,
+    process_group: ProcessGroup | None = None,
+    timings: StepTimers | None = None,
+    sync: GradientSync | None = None,
 ) -> Tensor:
     """Add the gradient of Σ loss / `tokens` over the micro-batches of all ranks to the parameters; returns
     that mean loss (detached).
@@ -126,24 +126,28 @@ def forward_backward(
     `tokens` are the supervised tokens of the whole step, on all ranks. `seed` (None: leave the generator alone) and the step's `index`
     fix dropout. With `sending` the returned loss is this rank's part; what was sent is noted there.
     """
-    device, ranks, timings = precision.device, ranks or Ranks(), timings or Timings(precision.device)
-    alone, sending = sending is None, sending or Sending()
+    device, process_group, timings = (
+        precision.device,
+        process_group or ProcessGroup(),
+        timings or StepTimers(precision.device),
+    )
+    alone, sync = sync is None, sync or GradientSync()
     mean = torch.zeros((), device=device)
     for number, batch in enumerate(batches):
         if seed is not None:
-            seed_dropout(seed, index, number, ranks.token_rank, device)
-        sends = number == len(batches) - 1 and not sending.waits
-        with nullcontext() if sends else gradients_stay_here(step):
-            with timings.of("forward"), precision.autocast():
+            seed_dropout(seed, index, number, process_group.token_rank, device)
+        sends = number == len(batches) - 1 and not sync.is_delayed
+        with nullcontext() if sends else no_sync(step):
+            with timings.measure("forward"), precision.autocast():
                 total = step(batch.to(device)).total / max(tokens, 1)
             mean += total.detach()
-            sending.began = sends
-            with timings.of("backward"):
+            sync.has_begun = sends
+            with timings.measure("backward"):
                 (total if precision.scaler is None else precision.scaler.scale(total)).backward()
-    return ranks.add_tensor(mean) if alone else mean
+    return process_group.all_reduce_tensor(mean) if alone else mean
 
 
-def send_gradients(step: nn.Module, batch: Batch, precision: Precision) -> None:
+def sync_gradients(step: nn.Module, batch: Batch, precision: Precision) -> None:
     """Sum gradients that were kept apart over the ranks, in the very order of an ordinary step: by a pass
     whose own gradient is zero, of one token of `batch`.
     """
@@ -167,7 +171,7 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float, norm_of: NormO
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
     """The joint 2-norm of the gradients of parameters, whole or cut over ranks in one way or several."""
     norms = [
-        whole(torch.nn.utils.get_total_norm([_gradient(one) for one in alike]))
+        full_tensor(torch.nn.utils.get_total_norm([_gradient(one) for one in alike]))
         for alike in _by_mesh(parameters)
     ]
     return norms[0] if len(norms) == 1 else torch.nn.utils.get_total_norm(norms)
@@ -178,7 +182,7 @@ def _by_mesh(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
     alike: dict[object, list[Tensor]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
-            alike.setdefault(mesh_of(parameter), []).append(parameter)
+            alike.setdefault(device_mesh_of(parameter), []).append(parameter)
     return list(alike.values())
 
 

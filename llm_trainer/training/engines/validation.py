@@ -20,11 +20,11 @@ from llm_trainer.config import DataError
 from llm_trainer.data.sampling.packing import Packing
 from llm_trainer.data.sampling.samplers import validation_batches
 from llm_trainer.data.token_shards import TokenDataset
-from llm_trainer.distributed.context_parallel import part_of
-from llm_trainer.distributed.parallelize import free_gathered
-from llm_trainer.distributed.process_group import Ranks
+from llm_trainer.distributed.context_parallel import shard_batch
+from llm_trainer.distributed.parallelize import reshard_parameters
+from llm_trainer.distributed.process_group import ProcessGroup
 from llm_trainer.model.transformer import Transformer
-from llm_trainer.training.objectives.objective import NextToken, Objective, TrainingStep
+from llm_trainer.training.objectives.objective import ModelWithObjective, NextToken, Objective
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def validate(
     packing: Packing | None = None,
     on_batch: Callable[[int], None] | None = None,
     step: nn.Module | None = None,
-    ranks: Ranks | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> ValidationResult:
     """Mean loss of `model` over the rows of `tokens`, packed so (default: greedy), in evaluation mode and
     without gradients.
@@ -72,7 +72,10 @@ def validate(
     batches and get the same result; `step` is the module that training runs, which gathers a model that is cut over them. Raises
     DataError when there is nothing to predict.
     """
-    step, ranks = step or TrainingStep(model, objective or NextToken()), ranks or Ranks()
+    step, process_group = (
+        step or ModelWithObjective(model, objective or NextToken()),
+        process_group or ProcessGroup(),
+    )
     device = device or next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -83,22 +86,22 @@ def validate(
         batch_size,
         limit=limit,
         packing=packing,
-        rank=ranks.data_rank,
-        ranks=ranks.data_count,
+        rank=process_group.data_rank,
+        ranks=process_group.data_world_size,
     )
     try:
         with torch.no_grad():
             for index, batch in enumerate(batches):
                 with autocast():
-                    loss = step(part_of(batch, ranks).to(device))
-                total += float(loss.total)
-                count += int(loss.tokens)
+                    loss_sum, tokens_in_batch = step(shard_batch(batch, process_group).to(device))
+                total += float(loss_sum)
+                count += int(tokens_in_batch)
                 if on_batch is not None:
                     on_batch(index + 1)
     finally:
-        free_gathered(step)
+        reshard_parameters(step)
         model.train(was_training)
-    total, supervised = ranks.add([total, count])
+    total, supervised = process_group.all_reduce_sum([total, count])
     count = int(supervised)
     if count == 0:
         raise DataError(

@@ -19,21 +19,19 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import _pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm_trainer.config import TrainingConfig
 from llm_trainer.config.schema.model import ModelConfig
-from llm_trainer.data.sampling.samplers import Batch
-from llm_trainer.distributed.context_parallel import ContextShare
-from llm_trainer.model.adapters.nf4 import bytes_saved, check_base
+from llm_trainer.data.sampling.batch import Batch
+from llm_trainer.distributed.context_parallel import ContextParallelShard
+from llm_trainer.model.adapters.nf4 import bytes_saved, check_quantizable
 from llm_trainer.model.transformer import Transformer
+from llm_trainer.torch_compat import TorchDispatchMode, fake_tensor_mode, item_op, tree_leaves
 from llm_trainer.training.engines.precision import Precision, PrecisionName
 from llm_trainer.training.engines.train_step import clip_gradients
-from llm_trainer.training.objectives.objective import NextToken, TrainingStep
+from llm_trainer.training.objectives.objective import ModelWithObjective, NextToken
 from llm_trainer.training.optim.optimizers import build_optimizers
-from llm_trainer.training.optim.param_groups import freeze
+from llm_trainer.training.optim.param_groups import freeze_parameters
 
 _SHALLOW = 2  # layers that the step between two stacks has at least
 
@@ -100,12 +98,12 @@ def counted_precision(training: TrainingConfig, precision: PrecisionName | None)
 
 def alike_in_rate(training: TrainingConfig) -> TrainingConfig:
     """Settings without rates by part: they need no memory, and name parts that a shallow stack does not have."""
-    return training.model_copy(update={"learning_rate_factors": {}, "layer_rate_decay": 1.0})
+    return training.model_copy(update={"lr_multipliers": {}, "layerwise_lr_decay": 1.0})
 
 
 def depth_unit(shape: ModelConfig) -> int:
     """Layers by which one shallow stack is deeper than another: whole turns of recomputation."""
-    every = max(1, shape.checkpoint_every) if shape.gradient_checkpointing else 1
+    every = max(1, shape.activation_checkpoint_every) if shape.gradient_checkpointing else 1
     return every * -(-_SHALLOW // every)
 
 
@@ -141,10 +139,10 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func is item_op():
             return 1  # whoever looks at a number here asks whether all is well
         result = func(*args, **(kwargs or {}))
-        for leaf in _pytree.tree_leaves(result):
+        for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._note(leaf)
         return result
@@ -184,19 +182,19 @@ def _run_twice(
     shape: ModelConfig, training: TrainingConfig, sequences: int, micro_batches: int, name: PrecisionName
 ) -> StepMemory:
     """The first step makes what the optimizers and the loss keep; the second is the one that is noted."""
-    with FakeTensorMode(allow_non_fake_inputs=True), Ledger() as ledger:
+    with fake_tensor_mode(), Ledger() as ledger:
         model = Transformer(shape).train()
-        freeze(model, training)
+        freeze_parameters(model, training)
         if training.quantize_base != "off":
-            check_base(model)
+            check_quantizable(model)
         optimizers = build_optimizers(model, training)
-        step = TrainingStep(model, NextToken(training.loss))
+        step = ModelWithObjective(model, NextToken(training.loss))
         for parameter in filter(lambda one: one.requires_grad, model.parameters()):
             parameter.register_post_accumulate_grad_hook(ledger.is_gradient)  # type: ignore[no-untyped-call]
         precision = precision_of(name)
         parts = training.context_parallel
         if parts > 1:  # the first rank gathers most
-            model.take_share(ContextShare(0, parts, lambda own: torch.cat([own] * parts)))
+            model.set_sequence_shard(ContextParallelShard(0, parts, lambda own: torch.cat([own] * parts)))
         tokens = torch.zeros((sequences, shape.max_position_embeddings // parts), dtype=torch.int64)
         batch = Batch(tokens, tokens, None, tokens.numel())
         _step(step, batch, micro_batches, precision, optimizers, training.max_grad_norm)

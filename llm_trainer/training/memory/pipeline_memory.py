@@ -19,14 +19,14 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llm_trainer.config import TrainingConfig, UsageError
 from llm_trainer.config.resolve.parallelism import stages_of
 from llm_trainer.config.schema.model import ModelConfig
-from llm_trainer.distributed.parallelize import is_elsewhere
-from llm_trainer.distributed.pipeline import NOTHING_TRAINED, Stage, leave_to_others, stage_bounds
+from llm_trainer.distributed.parallelize import is_on_other_stage
+from llm_trainer.distributed.pipeline import NOTHING_TRAINABLE, ModelStage, drop_other_stages, stage_bounds
 from llm_trainer.model.transformer import Transformer
+from llm_trainer.torch_compat import fake_tensor_mode
 from llm_trainer.training.engines.precision import Precision, PrecisionName
 from llm_trainer.training.engines.train_step import clip_gradients
 from llm_trainer.training.memory.memory_estimator import (
@@ -39,7 +39,7 @@ from llm_trainer.training.memory.memory_estimator import (
 )
 from llm_trainer.training.objectives.objective import NextToken
 from llm_trainer.training.optim.optimizers import build_optimizers
-from llm_trainer.training.optim.param_groups import freeze, trained_sizes
+from llm_trainer.training.optim.param_groups import freeze_parameters, trainable_sizes
 
 Moments = tuple[tuple[int, int], ...]  # bytes of gradients, and the most of all else beside them
 
@@ -141,7 +141,7 @@ def check_trained(shape: ModelConfig, training: TrainingConfig, ranks: int) -> N
     count = stages_of(training.pipeline_schedule, ranks)
     bounds = stage_bounds(shape.num_hidden_layers, count)
     trains = set()
-    for part in (part for part, size in trained_sizes(shape, training).items() if size):
+    for part in (part for part, size in trainable_sizes(shape, training).items() if size):
         name, _, layer = part.partition(".")
         stages = [
             number for number, (first, last) in enumerate(bounds) if layer and first <= int(layer) < last
@@ -154,7 +154,7 @@ def check_trained(shape: ModelConfig, training: TrainingConfig, ranks: int) -> N
         )
         trains |= {number % ranks for number in stages}
     if len(trains) < ranks:
-        raise UsageError(NOTHING_TRAINED)
+        raise UsageError(NOTHING_TRAINABLE)
 
 
 def schedule_order(schedule: str, ranks: int, place: int, micro_batches: int) -> list[tuple[str, int]]:
@@ -278,13 +278,13 @@ def _like(shape: ModelConfig, kind: tuple[bool, bool, int]) -> _Part:
 def _run_stage(part: _Part, training: TrainingConfig, sequences: int, name: PrecisionName) -> StageMemory:
     """A stage, two steps of two micro-batches; the second step is noted."""
     shape = part.shape
-    with FakeTensorMode(allow_non_fake_inputs=True), Ledger() as ledger:
+    with fake_tensor_mode(), Ledger() as ledger:
         model = Transformer(shape).train()
-        freeze(model, training)
-        stage = Stage(model, part.number, part.count, part.blocks)
-        leave_to_others(model, [stage])
+        freeze_parameters(model, training)
+        stage = ModelStage(model, part.number, part.count, part.blocks)
+        drop_other_stages(model, [stage])
         for parameter in model.parameters():
-            if is_elsewhere(parameter):
+            if is_on_other_stage(parameter):
                 parameter.requires_grad_(False)
             elif parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(ledger.is_gradient)  # type: ignore[no-untyped-call]
@@ -296,7 +296,7 @@ def _run_stage(part: _Part, training: TrainingConfig, sequences: int, name: Prec
             (*ids.shape, shape.hidden_size)
         )  # by the neighbours: hidden states or their gradients
         run = _Passes(stage, objective, precision, ids, sent, ledger)
-        own = [parameter for parameter in model.parameters() if not is_elsewhere(parameter)]
+        own = [parameter for parameter in model.parameters() if not is_on_other_stage(parameter)]
         run.step(optimizers, own, training.max_grad_norm)
         run.base = ledger.others
         run.step(optimizers, own, training.max_grad_norm)
@@ -313,7 +313,7 @@ class _Passes:
 
     def __init__(
         self,
-        stage: Stage,
+        stage: ModelStage,
         objective: NextToken,
         precision: Precision,
         ids: Tensor,
@@ -354,7 +354,7 @@ class _Passes:
         out = stage(given)
         if stage.is_last:
             with self._precision.autocast():
-                out = self._objective.of_hidden(stage.window, out, self._ids).total
+                out = self._objective.from_hidden_states(stage.submodel, out, self._ids).total
         self.waiting = ledger.others - self.base
         self.forward = max(others for _, others in self._noted())
         ledger.moments.clear()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from llm_trainer.distributed.parallelize import distribute_like, full_tensor
+from llm_trainer.torch_compat import foreach_lerp, foreach_lerp_, foreach_mul_
 
 _MAX_STACKED_ELEMENTS = 1 << 17  # matrices of up to this many elements are stacked
 
@@ -63,14 +64,14 @@ class BatchedMuon(torch.optim.Muon):
         lr, momentum = float(group["lr"]), group["momentum"]
         gradients = [cast(Tensor, parameter.grad) for parameter in parameters]
         buffers = [self._momentum_buffer(parameter) for parameter in parameters]
-        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
-        updates = torch._foreach_lerp(gradients, buffers, momentum) if group["nesterov"] else buffers
+        foreach_lerp_(buffers, gradients, 1 - momentum)
+        updates = foreach_lerp(gradients, buffers, momentum) if group["nesterov"] else buffers
         updates = [
             full_tensor(update) for update in updates
         ]  # a shard does not have the matrix's singular values
         wide = torch.stack([(update.t() if _is_tall(update) else update).bfloat16() for update in updates])
         orthogonal = orthogonalize(wide, group["ns_coefficients"], group["ns_steps"], group["eps"])
-        torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
+        foreach_mul_(parameters, 1 - lr * group["weight_decay"])
         for parameter, direction in zip(parameters, orthogonal, strict=True):
             rows, columns = parameter.shape
             ratio = (

@@ -9,11 +9,12 @@ import pytest
 from tiny_run import tiny_run, tiny_trainer
 
 from llm_trainer.config import CheckpointError
-from llm_trainer.diagnostics.verify_resume import StopAt, compare_checkpoints
-from llm_trainer.training.callbacks import Callback, EarlyStopping
+from llm_trainer.diagnostics.verify_resume import StopAtStep, compare_checkpoints
+from llm_trainer.training.callbacks.callback import Callback
+from llm_trainer.training.callbacks.early_stopping import EarlyStopping
 from llm_trainer.training.checkpoint.store import read_state
 from llm_trainer.training.engines.validation import ValidationResult
-from llm_trainer.training.trainer import Trainer
+from llm_trainer.training.run import TrainingRun
 
 
 class Recorder(Callback):
@@ -22,23 +23,23 @@ class Recorder(Callback):
     def __init__(self) -> None:
         self.calls: list[str] = []
 
-    def on_train_start(self, trainer: Trainer) -> None:
-        self.calls.append(f"start {trainer.current_step}")
+    def on_train_start(self, run: TrainingRun) -> None:
+        self.calls.append(f"start {run.current_step}")
 
-    def on_step_end(self, trainer: Trainer, step: int) -> None:
-        assert trainer.current_step == step
+    def on_step_end(self, run: TrainingRun, step: int) -> None:
+        assert run.current_step == step
         self.calls.append(f"step {step}")
 
-    def on_validation(self, trainer: Trainer, result: ValidationResult) -> None:
+    def on_validation(self, run: TrainingRun, result: ValidationResult) -> None:
         assert math.isfinite(result.loss)
-        self.calls.append(f"validation {trainer.current_step}")
+        self.calls.append(f"validation {run.current_step}")
 
-    def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
+    def on_checkpoint(self, run: TrainingRun, path: Path) -> None:
         assert (path / "manifest.json").is_file()
         self.calls.append(path.name)
 
-    def on_train_end(self, trainer: Trainer) -> None:
-        self.calls.append(f"end {trainer.current_step}")
+    def on_train_end(self, run: TrainingRun) -> None:
+        self.calls.append(f"end {run.current_step}")
 
 
 def stopped_after(losses: list[float], **settings: float) -> int | None:
@@ -50,7 +51,7 @@ def stopped_after(losses: list[float], **settings: float) -> int | None:
     stopping, trainer = EarlyStopping(**settings), Standing()  # type: ignore[arg-type]
     for number, loss in enumerate(losses, 1):
         stopping.on_validation(trainer, ValidationResult(loss, 1, 1.0))  # type: ignore[arg-type]
-        if trainer.stop_training:
+        if trainer.run.stop_training:
             return number
     return None
 
@@ -64,7 +65,7 @@ def test_hooks_run_in_the_order_that_they_say(tmp_path: Path) -> None:
 
 
 def test_on_train_start_comes_after_the_checkpoint_was_restored(tmp_path: Path) -> None:
-    tiny_run(tmp_path, callbacks=[StopAt(4)])
+    tiny_run(tmp_path, callbacks=[StopAtStep(4)])
     recorder = Recorder()
     tiny_run(tmp_path, callbacks=[recorder], resume_from=str(tmp_path))
     assert recorder.calls[:2] == ["start 4", "step 5"]
@@ -95,7 +96,7 @@ def test_the_configuration_switches_early_stopping_on(tmp_path: Path) -> None:
 def test_early_stopping_remembers_its_best_across_a_resume(tmp_path: Path) -> None:
     settings = {"early_stopping_patience": 2, "learning_rate": 0.0, "eval_interval": 1, "save_interval": 1}
     straight = tiny_run(tmp_path / "straight", **settings)
-    tiny_run(tmp_path / "cut", callbacks=[StopAt(2)], **settings)
+    tiny_run(tmp_path / "cut", callbacks=[StopAtStep(2)], **settings)
     resumed = tiny_run(tmp_path / "cut", resume_from=str(tmp_path / "cut"), **settings)
     assert resumed.step == straight.step == 3
     assert (

@@ -13,32 +13,32 @@ from spiking_run import RULE, SAMPLES_A_STEP, Rates, spiking
 from tiny_run import tiny_config
 
 from llm_trainer.config import CheckpointError
-from llm_trainer.diagnostics.verify_resume import StopAt, compare_checkpoints
+from llm_trainer.diagnostics.verify_resume import StopAtStep, compare_checkpoints
 from llm_trainer.run_dir import list_checkpoints
-from llm_trainer.training.callbacks import Callback
+from llm_trainer.training.callbacks.callback import Callback
 from llm_trainer.training.checkpoint.store import read_state
-from llm_trainer.training.engines.train_step import TrainingDiverged
+from llm_trainer.training.engines.train_step import TrainingDivergedError
 from llm_trainer.training.logging.metrics import read_metrics
 from llm_trainer.training.loss_spikes import SpikeState
+from llm_trainer.training.run import TrainingRun
 from llm_trainer.training.state import TrainingState
-from llm_trainer.training.trainer import Trainer
 
 
 def test_outliers_are_judged_by_the_window_before_them_and_do_not_enter_it() -> None:
     training = tiny_config(Path("unused"), **RULE).training
     seen = SpikeState()
     for step, loss in enumerate([2.0, 2.1, 1.9], start=1):
-        seen.see(step, loss, training)
-    seen.see(4, 1000.0, training)
+        seen.update(step, loss, training)
+    seen.update(4, 1000.0, training)
     assert seen.outliers == 0  # fewer than half of the window so far: no judgement
     seen = SpikeState(losses=[2.0, 2.1, 1.9, 2.0])
     assert seen.threshold(training) == pytest.approx(2.0 + 12 * math.sqrt(0.02 / 3))
-    seen.see(5, 3.0, training)
+    seen.update(5, 3.0, training)
     assert (seen.outliers, seen.first_outlier, len(seen.losses)) == (1, 5, 4)
-    seen.see(6, 2.0, training)
+    seen.update(6, 2.0, training)
     assert (seen.outliers, seen.first_outlier, len(seen.losses)) == (0, None, 5)
-    seen.see(7, 3.0, training)
-    seen.see(8, 3.0, training)
+    seen.update(7, 3.0, training)
+    seen.update(8, 3.0, training)
     assert seen.is_spike(training)
     assert seen.first_outlier == 7
 
@@ -46,7 +46,7 @@ def test_outliers_are_judged_by_the_window_before_them_and_do_not_enter_it() -> 
 def test_nothing_is_kept_where_rollbacks_are_off() -> None:
     seen = SpikeState()
     for step in range(20):
-        seen.see(step, float(step**3), tiny_config(Path("unused")).training)
+        seen.update(step, float(step**3), tiny_config(Path("unused")).training)
     assert seen == SpikeState()
 
 
@@ -60,7 +60,7 @@ def test_a_spike_takes_the_run_back_past_its_data_to_the_full_number_of_steps(tm
     assert "back at step 9 " in line  # the newest that is three steps before it
     assert "samples up to 111 left out" in line
     assert "rollback 1 of 2" in line
-    assert trainer.state.samples == (24 + 14 - 9) * SAMPLES_A_STEP
+    assert trainer.run.state.samples == (24 + 14 - 9) * SAMPLES_A_STEP
     assert {one.step for one in list_checkpoints(tmp_path / "earlier-1")} == {12}
 
 
@@ -81,13 +81,13 @@ def test_what_follows_is_training_from_that_checkpoint_on_the_data_after_the_spi
     """The same weights as of a run that was resumed at the checkpoint and told to leave those samples out."""
     trainer, _ = spiking(tmp_path / "spiked")
     trainer.train()
-    start, _ = spiking(tmp_path / "by-hand", 1000, 1000, StopAt(9))
+    start, _ = spiking(tmp_path / "by-hand", 1000, 1000, StopAtStep(9))
     start.train()
 
     class Leaves(Callback):
-        def on_train_start(self, trainer: Trainer) -> None:
-            trainer.state.samples = 14 * SAMPLES_A_STEP
-            trainer.restart_batches()
+        def on_train_start(self, run: TrainingRun) -> None:
+            run.state.samples = 14 * SAMPLES_A_STEP
+            run.restart_batches()
 
     by_hand, _ = spiking(tmp_path / "by-hand", 1000, 1000, Leaves(), resume_from=str(tmp_path / "by-hand"))
     by_hand.train()
@@ -97,7 +97,7 @@ def test_what_follows_is_training_from_that_checkpoint_on_the_data_after_the_spi
 
 def test_saves_in_the_background_are_written_before_the_run_goes_back(tmp_path: Path) -> None:
     for how in ("off", "on"):
-        trainer, said = spiking(tmp_path / how, 10, 11, asynchronous_saves=how, spike_distance=1)
+        trainer, said = spiking(tmp_path / how, 10, 11, asynchronous_saves=how, spike_rollback_steps=1)
         trainer.train()
         assert any("back at step 6 " in line for line in said)
     assert compare_checkpoints(tmp_path / "off/final_model", tmp_path / "on/final_model") == []
@@ -108,7 +108,7 @@ def test_random_numbers_of_ones_own_go_back_too(tmp_path: Path) -> None:
         def __init__(self) -> None:
             self.drawn: list[tuple[int, float]] = []
 
-        def on_step_end(self, trainer: Trainer, step: int) -> None:
+        def on_step_end(self, run: TrainingRun, step: int) -> None:
             self.drawn.append((step, float(torch.rand(()))))
 
     draws = Draws()
@@ -124,8 +124,8 @@ def test_interrupted_before_in_and_after_the_spike_the_run_ends_as_the_uninterru
     straight.train()
 
     class StopsOnce(Callback):
-        def on_step_end(self, trainer: Trainer, step: int) -> None:
-            trainer.stop_training = step == stop and (stop != 16 or trainer.state.spikes.rollbacks == 1)
+        def on_step_end(self, run: TrainingRun, step: int) -> None:
+            run.stop_training = step == stop and (stop != 16 or run.state.spikes.rollbacks == 1)
 
     cut, _ = spiking(tmp_path / "cut", 13, 14, StopsOnce())
     assert cut.train().ended_by == "stopped"
@@ -140,7 +140,7 @@ def test_where_losses_are_looked_at_now_and_then_a_save_between_two_looks_change
     tmp_path: Path, stop: int
 ) -> None:
     """As on a GPU, where a look makes the host wait; saving looks too."""
-    for name, callbacks in (("straight", []), ("cut", [StopAt(stop)]), ("cut", [])):
+    for name, callbacks in (("straight", []), ("cut", [StopAtStep(stop)]), ("cut", [])):
         resume = {"resume_from": "auto"} if name == "cut" else {}
         trainer, said = spiking(
             tmp_path / name, 13, 14, *callbacks, logging_steps=100, save_interval=4, **resume
@@ -153,7 +153,7 @@ def test_where_losses_are_looked_at_now_and_then_a_save_between_two_looks_change
 
 def test_the_rate_is_cut_at_each_rollback_where_that_is_asked_for(tmp_path: Path) -> None:
     rates = Rates()
-    trainer, _ = spiking(tmp_path, 13, 14, rates, spike_rate_factor=0.5, lr_scheduler="constant")
+    trainer, _ = spiking(tmp_path, 13, 14, rates, spike_lr_factor=0.5, lr_scheduler="constant")
     trainer.train()
     before = [rate for step, rate in rates.seen[:14] if step > 1]
     after = [rate for _, rate in rates.seen[14:]]
@@ -165,30 +165,30 @@ def test_the_rate_is_cut_at_each_rollback_where_that_is_asked_for(tmp_path: Path
 def test_when_the_rollbacks_are_used_up_the_run_ends_by_name_and_its_checkpoints_stay(tmp_path: Path) -> None:
     trainer, said = spiking(tmp_path, 13, 1000)
     with pytest.raises(
-        TrainingDiverged,
+        TrainingDivergedError,
         match=r"loss spike at step \d+.*2 rollbacks of max_rollbacks are used up.*learning_rate",
     ):
         trainer.train()
     assert sum("back at step" in line for line in said) == 2
-    assert trainer.store.newest() is not None
+    assert trainer.run.store.newest() is not None
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_without_one_the_run_goes_on_aloud(tmp_path: Path) -> None:
     class Damages(Callback):
-        def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
+        def on_checkpoint(self, run: TrainingRun, path: Path) -> None:
             if path.name in damaged and path.parent.name == "run":
                 (path / "state.json").write_text("{}", encoding="utf-8")
 
     damaged = {"checkpoint-9"}
     trainer, said = spiking(tmp_path / "a/run", 13, 14, Damages())
     trainer.train()
-    assert any("passing over" in line and "checkpoint-9" in line for line in said)
+    assert any("skipping" in line and "checkpoint-9" in line for line in said)
     assert any("back at step 6 " in line for line in said)
     damaged = {f"checkpoint-{step}" for step in (3, 6, 9, 12)}
     trainer, said = spiking(tmp_path / "b/run", 13, 14, Damages())
     assert trainer.train().step == 24
     assert any("no checkpoint from before it" in line for line in said)
-    assert trainer.state.samples == 24 * SAMPLES_A_STEP
+    assert trainer.run.state.samples == 24 * SAMPLES_A_STEP
 
 
 def test_one_bad_batch_is_no_spike(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_a_garbled_state_of_the_rule_is_refused() -> None:
 def test_an_end_in_epochs_is_where_it_was_after_a_rollback_whether_interrupted_or_not(tmp_path: Path) -> None:
     length = {"max_steps": None, "num_epochs": 5}
     assert spiking(tmp_path / "straight", **length)[0].train().step == 25
-    spiking(tmp_path / "cut", 13, 14, StopAt(12), **length)[0].train()
-    spiking(tmp_path / "cut", 13, 14, StopAt(18), resume_from="auto", **length)[0].train()
+    spiking(tmp_path / "cut", 13, 14, StopAtStep(12), **length)[0].train()
+    spiking(tmp_path / "cut", 13, 14, StopAtStep(18), resume_from="auto", **length)[0].train()
     spiking(tmp_path / "cut", resume_from="auto", **length)[0].train()
     assert compare_checkpoints(tmp_path / "straight/final_model", tmp_path / "cut/final_model") == []

@@ -18,12 +18,12 @@ from snapshots import snapshot
 from tiny_run import tiny_run, tiny_trainer
 
 from llm_trainer.config import CheckpointError
-from llm_trainer.diagnostics.verify_resume import StopAt, compare_checkpoints
+from llm_trainer.diagnostics.verify_resume import StopAtStep, compare_checkpoints
 from llm_trainer.run_dir import JSON, list_checkpoints, resolve_resume_folder, verify
-from llm_trainer.training.callbacks import Callback
+from llm_trainer.training.callbacks.callback import Callback
 from llm_trainer.training.checkpoint import snapshot as capture
 from llm_trainer.training.checkpoint.store import CheckpointStore, Progress, Snapshot
-from llm_trainer.training.trainer import Trainer
+from llm_trainer.training.run import TrainingRun
 
 
 def change(taken: Snapshot) -> None:
@@ -159,7 +159,7 @@ def test_a_run_ends_at_the_step_after_a_save_in_the_background_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class FullAfter(Callback):
-        def on_step_end(self, trainer: Trainer, step: int) -> None:
+        def on_step_end(self, run: TrainingRun, step: int) -> None:
             if step == 6:
                 monkeypatch.setattr(capture, "write_weights", disk_is_full)
 
@@ -175,7 +175,7 @@ def test_a_run_ends_at_the_step_after_a_save_in_the_background_failed(
 
 def test_resumed_from_a_save_in_the_background_the_run_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
     tiny_run(tmp_path / "straight", asynchronous_saves="off")
-    tiny_run(tmp_path / "cut", asynchronous_saves="on", callbacks=[StopAt(7)])
+    tiny_run(tmp_path / "cut", asynchronous_saves="on", callbacks=[StopAtStep(7)])
     tiny_run(tmp_path / "cut", asynchronous_saves="on", resume_from=str(tmp_path / "cut/checkpoint-6"))
     assert compare_checkpoints(tmp_path / "straight/final_model", tmp_path / "cut/final_model") == []
 
@@ -185,7 +185,7 @@ def test_callbacks_hear_of_each_checkpoint_when_it_is_whole(tmp_path: Path) -> N
         def __init__(self) -> None:
             self.heard: list[tuple[str, bool]] = []
 
-        def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
+        def on_checkpoint(self, run: TrainingRun, path: Path) -> None:
             self.heard.append((path.name, not verify(path)))
 
     for how in ("on", "off"):
@@ -195,9 +195,14 @@ def test_callbacks_hear_of_each_checkpoint_when_it_is_whole(tmp_path: Path) -> N
 
 
 def test_recent_saves_replace_each_other_beside_the_lasting_ones_and_can_be_resumed(tmp_path: Path) -> None:
-    settings = {"save_interval": 4, "recent_save_interval": 1, "recent_save_limit": 2, "eval_interval": 100}
+    settings = {
+        "save_interval": 4,
+        "ephemeral_save_interval": 1,
+        "ephemeral_save_limit": 2,
+        "eval_interval": 100,
+    }
     tiny_run(tmp_path / "straight", **settings)
-    tiny_run(tmp_path / "cut", callbacks=[StopAt(7)], **settings)
+    tiny_run(tmp_path / "cut", callbacks=[StopAtStep(7)], **settings)
     there = {one.path.name for one in list_checkpoints(tmp_path / "cut")}
     assert there == {"checkpoint-4", "recent-6", "recent-7", "final_model"}
     tiny_run(tmp_path / "again", resume_from=str(tmp_path / "cut/recent-6"), **settings)
@@ -211,7 +216,7 @@ class Draws(Callback):
     def __init__(self) -> None:
         self.drawn: dict[int, tuple[float, ...]] = {}
 
-    def on_step_end(self, trainer: Trainer, step: int) -> None:
+    def on_step_end(self, run: TrainingRun, step: int) -> None:
         self.drawn[step] = (random.gauss(0, 1), float(np.random.rand()), float(torch.rand(())))
 
 

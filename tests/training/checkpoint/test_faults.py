@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
 import subprocess
@@ -11,13 +10,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import fork_server
 import pytest
 import torch
 from paths import SUPPORT
 from tiny_run import tiny_run, tiny_trainer
 
 from llm_trainer.config import CheckpointError
-from llm_trainer.diagnostics.verify_resume import StopAt, compare_checkpoints
+from llm_trainer.diagnostics.verify_resume import StopAtStep, compare_checkpoints
 from llm_trainer.inference.load_model import load_transformer
 from llm_trainer.run_dir import list_checkpoints, write_manifest
 
@@ -30,10 +30,7 @@ needs_strace = pytest.mark.skipif(
 
 def trials_of(script: str, *arguments: str | Path) -> list[dict[str, object]]:
     """What a script prints, line by line."""
-    command = [sys.executable, str(SUPPORT.joinpath(script)), *map(str, arguments)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    done = fork_server.run([SUPPORT / script, *arguments], timeout=1000)
     if "strace cannot attach" in done.stderr:
         pytest.skip(done.stderr.strip().splitlines()[-1])
     assert done.returncode == 0, done.stderr[-3000:]
@@ -95,17 +92,15 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before_to
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny_run(tmp_path / "straight")
-    tiny_run(tmp_path / "cut", callbacks=[StopAt(7)], eval_interval=100)
+    tiny_run(tmp_path / "cut", callbacks=[StopAtStep(7)], eval_interval=100)
     shutil.rmtree(tmp_path / "cut" / "final_model")
     weights = tmp_path / "cut" / "checkpoint-6" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     trainer = tiny_trainer(tmp_path / "cut", resume_from=str(tmp_path / "cut"), save_interval=100)
     lines: list[str] = []
-    trainer.say = lines.append  # type: ignore[method-assign]
+    trainer.run.log = lines.append  # type: ignore[method-assign]
     trainer.train()
-    assert any(
-        "passing over" in line and "checkpoint-6" in line and "bytes instead of" in line for line in lines
-    )
+    assert any("skipping" in line and "checkpoint-6" in line and "bytes instead of" in line for line in lines)
     straight, resumed = tmp_path / "straight" / "final_model", tmp_path / "cut" / "final_model"
     assert [
         line
@@ -126,7 +121,7 @@ class Hostile:
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer/model-00001-of-00001.safetensors"])
 def test_nothing_in_a_checkpoint_is_unpickled_though_its_manifest_agrees(tmp_path: Path, name: str) -> None:
-    tiny_run(tmp_path / "run", callbacks=[StopAt(4)])
+    tiny_run(tmp_path / "run", callbacks=[StopAtStep(4)])
     folder, canary = tmp_path / "run/final_model", tmp_path / "canary"
     (folder / name).write_bytes(pickle.dumps(Hostile(canary)))
     write_manifest(folder)

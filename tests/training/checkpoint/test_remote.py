@@ -12,9 +12,9 @@ from snapshots import snapshot
 from tiny_run import tiny_config, tiny_run, tiny_trainer
 
 from llm_trainer.config import CheckpointError, UsageError
-from llm_trainer.diagnostics.verify_resume import StopAt, compare_checkpoints
+from llm_trainer.diagnostics.verify_resume import StopAtStep, compare_checkpoints
 from llm_trainer.run_dir import list_checkpoints, verify
-from llm_trainer.training.checkpoint.remote import RemoteRun, fetch_resumed, use_local_folders
+from llm_trainer.training.checkpoint.remote import RemoteRun, fetch_checkpoint, with_local_folders
 from llm_trainer.training.checkpoint.store import CheckpointStore
 
 
@@ -48,7 +48,7 @@ def test_a_run_saved_at_an_address_is_whole_there_and_another_machine_goes_on_fr
     address: str, tmp_path: Path
 ) -> None:
     tiny_run(tmp_path / "straight")
-    tiny_run(address, save_total_limit=2, callbacks=[StopAt(7)])  # type: ignore[arg-type]
+    tiny_run(address, save_total_limit=2, callbacks=[StopAtStep(7)])  # type: ignore[arg-type]
     assert names_at(address) == {
         "checkpoint-3",
         "checkpoint-6",
@@ -83,9 +83,9 @@ def test_an_upload_that_was_cut_is_passed_over_for_the_one_before(address: str, 
     files.pipe_file(f"{root}/checkpoint-2/state.json", b"{}")  # another process's hand
     lines: list[str] = []
     config = tiny_config(tmp_path / "elsewhere", remote_dir=address, resume_from="auto")
-    fetch_resumed(config.training, lines.append)
+    fetch_checkpoint(config.training, lines.append)
     assert [one.path.name for one in list_checkpoints(tmp_path / "elsewhere")] == ["checkpoint-1"]
-    assert any("passing over" in line and "state.json has 2 bytes" in line for line in lines)
+    assert any("skipping" in line and "state.json has 2 bytes" in line for line in lines)
     assert not any(path.name.startswith(".") for path in (tmp_path / "elsewhere").iterdir())
 
 
@@ -150,12 +150,12 @@ def test_a_run_whose_copy_is_not_whole_at_its_end_ends_with_an_error(
     trainer = tiny_trainer(tmp_path / "run", remote_dir=address)
     lines: list[str] = []
     monkeypatch.setattr(trainer, "say", lines.append)
-    assert trainer.store.remote is not None
+    assert trainer.run.store.remote is not None
 
     def gone(*_: object, **__: object) -> None:
         raise ConnectionError("no route")
 
-    monkeypatch.setattr(trainer.store.remote._files, "put_file", gone)
+    monkeypatch.setattr(trainer.run.store.remote._files, "put_file", gone)
     with pytest.raises(CheckpointError, match="no route"):
         trainer.train()
     assert trainer.current_step == 10
@@ -177,7 +177,7 @@ def test_a_new_run_sets_what_lies_at_its_address_aside(address: str, tmp_path: P
 def test_two_addresses_and_addresses_of_no_kind_are_refused_in_words(tmp_path: Path) -> None:
     two = tiny_config("memory://a", remote_dir="memory://b")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=r"memory://a and remote_dir memory://b"):
-        use_local_folders(two.training)
+        with_local_folders(two.training)
     with pytest.raises(UsageError, match="nowhere"):
         RemoteRun("nowhere://a", tmp_path)
 

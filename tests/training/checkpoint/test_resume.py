@@ -11,13 +11,14 @@ import pytest
 from tiny_run import tiny_config, tiny_run, tiny_trainer, tokens
 
 from llm_trainer.config import CheckpointError, UsageError
-from llm_trainer.diagnostics.verify_resume import StopAt, compare_checkpoints, verify_resume
+from llm_trainer.diagnostics.verify_resume import StopAtStep, compare_checkpoints, verify_resume
 from llm_trainer.run_dir import list_checkpoints, verify
-from llm_trainer.training.callbacks import Callback
+from llm_trainer.training.callbacks.callback import Callback
 from llm_trainer.training.checkpoint.resume import compare_settings, plan_resume
 from llm_trainer.training.checkpoint.store import read_state
 from llm_trainer.training.engines.validation import ValidationResult
-from llm_trainer.training.optim.lr_schedule import Length, Schedule, ScheduleState
+from llm_trainer.training.optim.lr_schedule import LRSchedule, LRScheduleState, RunLength
+from llm_trainer.training.run import TrainingRun
 from llm_trainer.training.state import TrainingState
 from llm_trainer.training.trainer import Trainer
 
@@ -28,8 +29,8 @@ class Spy(Callback):
     def __init__(self) -> None:
         self.rates: dict[int, float] = {}
 
-    def on_step_end(self, trainer: Trainer, step: int) -> None:
-        self.rates[step] = trainer.engine.optimizers[-1].param_groups[0]["lr"]
+    def on_step_end(self, run: TrainingRun, step: int) -> None:
+        self.rates[step] = run.engine.optimizers[-1].param_groups[0]["lr"]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -43,7 +44,7 @@ def test_interrupted_and_resumed_is_straight_through_to_the_bit(
     """
     settings = {"precision": precision, "optimizer": optimizer, "num_workers": num_workers}
     tiny_run(tmp_path / "straight", **settings)
-    tiny_run(tmp_path / "cut", **settings, callbacks=[StopAt(4)])
+    tiny_run(tmp_path / "cut", **settings, callbacks=[StopAtStep(4)])
     tiny_run(tmp_path / "cut", **settings, resume_from=str(tmp_path / "cut"))
     assert compare_checkpoints(tmp_path / "straight" / "final_model", tmp_path / "cut" / "final_model") == []
     assert compare_checkpoints(tmp_path / "straight" / "best_model", tmp_path / "cut" / "best_model") == []
@@ -63,11 +64,11 @@ def test_every_checkpoint_of_a_run_leads_to_the_same_end(tmp_path: Path) -> None
 
 
 def test_auto_starts_anew_in_an_empty_folder_and_goes_on_in_one_with_checkpoints(tmp_path: Path) -> None:
-    first = tiny_run(tmp_path, resume_from="auto", callbacks=[StopAt(4)])
+    first = tiny_run(tmp_path, resume_from="auto", callbacks=[StopAtStep(4)])
     second = tiny_trainer(tmp_path, resume_from="auto")
     assert first.step == 4
     assert second.train().step == 10
-    assert second.resumed_from == tmp_path / "final_model"
+    assert second.run.resolved.checkpoint == tmp_path / "final_model"
 
 
 def test_auto_with_only_damaged_checkpoints_is_an_error_and_not_a_fresh_start(tmp_path: Path) -> None:
@@ -80,7 +81,7 @@ def test_auto_with_only_damaged_checkpoints_is_an_error_and_not_a_fresh_start(tm
 
 def test_a_new_run_in_the_same_folder_moves_the_earlier_one_aside(tmp_path: Path) -> None:
     tiny_run(tmp_path)
-    tiny_run(tmp_path, callbacks=[StopAt(2)])
+    tiny_run(tmp_path, callbacks=[StopAtStep(2)])
     assert {path.name for path in (tmp_path / "earlier-1").iterdir()} >= {
         "checkpoint-9",
         "best_model",
@@ -92,7 +93,7 @@ def test_a_new_run_in_the_same_folder_moves_the_earlier_one_aside(tmp_path: Path
 
 def test_resuming_an_earlier_step_moves_later_checkpoints_aside(tmp_path: Path) -> None:
     tiny_run(tmp_path)
-    tiny_run(tmp_path, resume_from=str(tmp_path / "checkpoint-3"), callbacks=[StopAt(5)])
+    tiny_run(tmp_path, resume_from=str(tmp_path / "checkpoint-3"), callbacks=[StopAtStep(5)])
     assert (tmp_path / "earlier-1" / "checkpoint-9").is_dir()
     assert max(one.step for one in list_checkpoints(tmp_path)) == 5
 
@@ -119,20 +120,20 @@ def test_rates_intervals_and_paths_may_change_and_are_told(tmp_path: Path) -> No
 def test_what_the_state_is_about_may_not_change(
     tmp_path: Path, changes: dict[str, object], named: str
 ) -> None:
-    tiny_run(tmp_path, callbacks=[StopAt(4)])
+    tiny_run(tmp_path, callbacks=[StopAtStep(4)])
     with pytest.raises(UsageError, match=named):
         tiny_run(tmp_path, resume_from=str(tmp_path), **changes)
 
 
 def test_a_changed_batch_size_goes_on_with_the_next_sample(tmp_path: Path) -> None:
-    tiny_run(tmp_path, callbacks=[StopAt(4)])
-    trainer = tiny_trainer(tmp_path, resume_from=str(tmp_path), batch_size=2, callbacks=[StopAt(6)])
+    tiny_run(tmp_path, callbacks=[StopAtStep(4)])
+    trainer = tiny_trainer(tmp_path, resume_from=str(tmp_path), batch_size=2, callbacks=[StopAtStep(6)])
     trainer.train()
-    assert trainer.state.samples == 4 * 8 + 2 * 4
+    assert trainer.run.state.samples == 4 * 8 + 2 * 4
 
 
 def test_other_data_and_another_tokenizer_are_refused_with_the_way_out(tmp_path: Path) -> None:
-    tiny_run(tmp_path, callbacks=[StopAt(4)])
+    tiny_run(tmp_path, callbacks=[StopAtStep(4)])
     with pytest.raises(CheckpointError, match=r"other data.*--init_from"):
         tiny_run(tmp_path, resume_from=str(tmp_path), data=tokens(seed=3))
     with pytest.raises(CheckpointError, match=r"another tokenizer.*--init_from"):
@@ -140,8 +141,8 @@ def test_other_data_and_another_tokenizer_are_refused_with_the_way_out(tmp_path:
 
 
 def test_a_moved_end_needs_a_horizon(tmp_path: Path) -> None:
-    tiny_run(tmp_path, callbacks=[StopAt(4)])
-    with pytest.raises(UsageError, match=r"from step 10 to 20.*--horizon"):
+    tiny_run(tmp_path, callbacks=[StopAtStep(4)])
+    with pytest.raises(UsageError, match=r"from step 10 to 20.*--lr_on_resume"):
         tiny_run(tmp_path, resume_from=str(tmp_path), max_steps=20)
 
 
@@ -149,7 +150,7 @@ def test_a_moved_end_needs_a_horizon(tmp_path: Path) -> None:
 def test_a_decay_that_does_not_aim_at_the_end_needs_no_horizon(
     tmp_path: Path, settings: dict[str, object]
 ) -> None:
-    tiny_run(tmp_path, callbacks=[StopAt(4)], **settings)
+    tiny_run(tmp_path, callbacks=[StopAtStep(4)], **settings)
     assert tiny_run(tmp_path, resume_from=str(tmp_path), max_steps=12, **settings).step == 12
 
 
@@ -157,7 +158,7 @@ def test_horizons_stretch_warm_up_again_or_keep(tmp_path: Path) -> None:
     """At the old end's last step the rate is on its way (extend), at its peak again (rewarm), or where it was
     (keep).
     """
-    tiny_run(tmp_path / "run", callbacks=[StopAt(6)], eval_interval=100)
+    tiny_run(tmp_path / "run", callbacks=[StopAtStep(6)], eval_interval=100)
     rates = {}
     for horizon in ("extend", "rewarm", "keep"):
         spy = Spy()
@@ -166,7 +167,7 @@ def test_horizons_stretch_warm_up_again_or_keep(tmp_path: Path) -> None:
             tmp_path / horizon,
             resume_from=start,
             max_steps=20,
-            horizon=horizon,
+            lr_on_resume=horizon,
             callbacks=[spy],
             eval_interval=100,
         )
@@ -178,13 +179,13 @@ def test_horizons_stretch_warm_up_again_or_keep(tmp_path: Path) -> None:
 
 
 def test_a_horizon_once_said_holds_for_later_resumes(tmp_path: Path) -> None:
-    tiny_run(tmp_path, callbacks=[StopAt(6)], eval_interval=100)
+    tiny_run(tmp_path, callbacks=[StopAtStep(6)], eval_interval=100)
     tiny_run(
         tmp_path,
         resume_from=str(tmp_path),
         max_steps=20,
-        horizon="keep",
-        callbacks=[StopAt(8)],
+        lr_on_resume="keep",
+        callbacks=[StopAtStep(8)],
         eval_interval=100,
     )
     spy = Spy()
@@ -193,21 +194,21 @@ def test_a_horizon_once_said_holds_for_later_resumes(tmp_path: Path) -> None:
 
 
 def test_a_length_in_epochs_ends_at_the_same_sample_whatever_the_batch_size(tmp_path: Path) -> None:
-    stored = TrainingState(step=10, samples=80, schedule=Schedule("cosine", 2, 20, 0.1), total_steps=20)
+    stored = TrainingState(step=10, samples=80, schedule=LRSchedule("cosine", 2, 20, 0.1), total_steps=20)
     config = tiny_config(tmp_path, max_steps=None, num_epochs=4)
-    length = Length(steps=40, said_by="num_epochs 4", steps_per_epoch=10, tokens_per_step=32)
+    length = RunLength(steps=40, set_by="num_epochs 4", steps_per_epoch=10, tokens_per_step=32)
     plan = plan_resume(
         checkpoint=tmp_path,
         stored=stored,
         changes=[],
         training=config.training,
-        resolved=Schedule("cosine", 2, 40, 0.1),
+        resolved=LRSchedule("cosine", 2, 40, 0.1),
         length=length,
         sequences_per_step=4,
     )
     assert plan.total_steps == 10 + (160 - 80) // 4
     assert plan.schedule.decay_steps == plan.total_steps
-    assert plan.operations == ScheduleState()
+    assert plan.operations == LRScheduleState()
 
 
 def _builder(**settings: object):  # type: ignore[no-untyped-def]
@@ -243,7 +244,7 @@ def test_verify_resume_starts_at_the_best_model_and_compares_with_none(
     end.
     """
     settings = {"save_interval": None, "eval_interval": eval_interval}
-    tiny_run(tmp_path, callbacks=[StopAt(9)] if first else [], **settings)
+    tiny_run(tmp_path, callbacks=[StopAtStep(9)] if first else [], **settings)
     shutil.rmtree(tmp_path / "final_model")
     report = verify_resume(tmp_path, last - first, _builder(**settings))
     assert report.exact, str(report)
@@ -259,7 +260,7 @@ def test_verify_resume_names_what_differs(tmp_path: Path) -> None:
 
     def build(start: Path | None, folder: Path, callbacks: list[Callback]) -> Trainer:
         trainer = _builder()(start, folder, callbacks)
-        trainer.engine.dropout_seed = len(made)
+        trainer.run.engine.dropout_seed = len(made)
         made.append(trainer)
         return trainer
 

@@ -15,9 +15,10 @@ from snapshots import snapshot
 from tiny_run import SHAPE, tiny_config, tiny_model, tiny_run, tiny_trainer
 
 from llm_trainer.config import CheckpointError, ModelConfig
+from llm_trainer.config.saved_run import read_run_config
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
 from llm_trainer.model.hf.checkpoint import load_pretrained
-from llm_trainer.run_dir import list_checkpoints, read_run_config, verify, write_manifest
+from llm_trainer.run_dir import list_checkpoints, verify, write_manifest
 from llm_trainer.training.checkpoint.optimizer_state import (
     TENSORS_FILE,
     load_optimizer_state,

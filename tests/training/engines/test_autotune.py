@@ -1,4 +1,4 @@
-"""Choosing precision and compilation: by measurement, without touching the run, once for all of it."""
+"""Precision and compilation: chosen by rules that give the same answer every time, or measured if asked to."""
 
 from __future__ import annotations
 
@@ -9,16 +9,121 @@ import pytest
 import torch
 from tiny_run import SHAPE, tiny_model, tiny_trainer, tokens
 
+from llm_trainer import cpu_features
 from llm_trainer.config import ModelConfig, TrainingConfig
-from llm_trainer.data.sampling.samplers import WindowSampler
+from llm_trainer.cpu_features import multiplies_bf16, multiplies_int8
+from llm_trainer.data.sampling.window_sampler import WindowSampler
 from llm_trainer.training.engines import autotune
-from llm_trainer.training.engines.autotune import Choice, Probe, Remembered, choose
+from llm_trainer.training.engines.autotune import (
+    CompilationRecord,
+    Probe,
+    TuneResult,
+    WorkLeft,
+    auto_precision,
+    choose,
+    measure,
+)
 from llm_trainer.training.engines.precision import PrecisionName
-from llm_trainer.training.objectives.objective import NextToken, TrainingStep
+from llm_trainer.training.objectives.objective import ModelWithObjective, NextToken
+
+CPU = torch.device("cpu")
+
+
+def wide_model(width: int = 128) -> ModelConfig:
+    return ModelConfig(**SHAPE | {"hidden_size": width})
+
+
+# The rules of `auto`.
+
+
+def test_bf16_is_chosen_where_the_processor_multiplies_it_and_the_model_is_wide(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(autotune, "multiplies_bf16", lambda: True)
+    assert auto_precision(wide_model(128), CPU)[0] == "bf16"
+    assert auto_precision(wide_model(64), CPU)[0] == "fp32"
+    monkeypatch.setattr(autotune, "multiplies_bf16", lambda: False)
+    assert auto_precision(wide_model(128), CPU)[0] == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("features", "environment", "bf16", "int8"),
+    [
+        ({"amx_bf16": True, "avx512_bf16": True, "avx512_vnni": True}, {}, True, True),
+        ({"avx512_bf16": True, "avx512_vnni": True}, {}, True, True),
+        ({"avx512_vnni": True}, {}, False, True),
+        ({"avx_vnni": True}, {}, False, True),
+        ({}, {}, False, False),
+        ({"amx_bf16": True, "avx512_vnni": True}, {"ATEN_CPU_CAPABILITY": "avx2"}, False, False),
+        ({"avx512_bf16": True, "avx512_vnni": True}, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"}, False, True),
+        ({"amx_bf16": True, "avx512_bf16": True}, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}, True, False),
+        ({"amx_bf16": True, "avx512_vnni": True}, {"ONEDNN_MAX_CPU_ISA": "avx2"}, False, False),
+        ({"amx_bf16": True}, {"ONEDNN_MAX_CPU_ISA": "DEFAULT"}, True, False),
+    ],
+)
+def test_instructions_count_only_within_the_limits_that_the_user_sets(
+    monkeypatch: pytest.MonkeyPatch,
+    features: dict[str, bool],
+    environment: dict[str, str],
+    bf16: bool,
+    int8: bool,
+) -> None:
+    monkeypatch.setattr(cpu_features, "_features", lambda: features)
+    assert multiplies_bf16(environment) == bf16
+    assert multiplies_int8(environment) == int8
+
+
+def test_compilation_is_chosen_by_the_work_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autotune, "has_compiler", lambda: True)
+    model = tiny_model(wide_model(16))
+    training = TrainingConfig(precision="fp32")
+    short = WorkLeft(micro_batches=100, tokens=64, context=8)
+    long = WorkLeft(micro_batches=10**9, tokens=64, context=8)
+    assert choose(model, training, CPU, short).compile == "off"
+    assert choose(model, training, CPU, long).compile == "stack"
+    assert choose(model, training, CPU, long) == choose(model, training, CPU, long)
+
+
+def test_what_a_checkpoint_stores_takes_effect(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autotune, "has_compiler", lambda: True)
+    work = WorkLeft(micro_batches=1, tokens=64, context=8)
+    choice = choose(
+        tiny_model(wide_model(16)), TrainingConfig(), CPU, work, precision="bf16", compiled="blocks"
+    )
+    assert choice == TuneResult("bf16", "blocks", None)
+
+
+@pytest.mark.parametrize("setting", ["auto", "on"])
+def test_without_a_compiler_compilation_is_off_and_the_reason_says_so(
+    monkeypatch: pytest.MonkeyPatch, setting: str
+) -> None:
+    monkeypatch.setattr(autotune, "has_compiler", lambda: False)
+    work = WorkLeft(micro_batches=10**9, tokens=64, context=8)
+    training = TrainingConfig(compile=setting, precision="fp32")
+    choice = choose(tiny_model(wide_model(16)), training, CPU, work)
+    assert choice.compile == "off"
+    assert "no C++ compiler (install g++ to compile)" in str(choice)
+
+
+def test_nothing_is_timed_unless_autotune_is_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def timed(self: Probe, precision: PrecisionName, times: int = 2) -> float:
+        raise AssertionError("a choice by rule needs no clock")
+
+    monkeypatch.setattr(Probe, "seconds", timed)
+    trainer = tiny_trainer(tmp_path, precision="auto", compile="auto", max_steps=2)
+    trainer.train()
+    assert trainer.run.state.compile == "off"
+    with pytest.raises(AssertionError, match="needs no clock"):
+        tiny_trainer(
+            tmp_path / "measured", precision="fp32", autotune=True, max_steps=2, compile="auto"
+        ).train()
+
+
+# Measured choices.
 
 
 class _Compilations:
-    """Stands for the compiler: counts, and says what the clock would."""
+    """Stands for the compiler: counts compilations, and says what a clock would."""
 
     def __init__(self) -> None:
         self.seconds = {"fp32": 1.0, "bf16": 0.5, "compiled": 0.4}
@@ -52,7 +157,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> _Compilations:
     monkeypatch.setattr(autotune, "compile_model", compiles)
     monkeypatch.setattr(autotune, "undo_compile", lambda model: setattr(made, "is_on", False))
     monkeypatch.setattr(autotune, "uncompiled", Uncompiled)
-    monkeypatch.setattr(autotune, "_bf16_products_ratio", lambda: made.seconds["fp32"] / made.seconds["bf16"])
+    monkeypatch.setattr(autotune, "multiplies_bf16", lambda: True)
     monkeypatch.setattr(autotune, "has_compiler", lambda: True)
     return made
 
@@ -60,88 +165,72 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> _Compilations:
 def _probe(micro_batches_left: int = 1000) -> Probe:
     model = tiny_model(ModelConfig(**SHAPE))
     batch = WindowSampler(tokens(), 8, seed=0).batch(0, 4)
-    return Probe(model, TrainingStep(model, NextToken()), batch, torch.device("cpu"), micro_batches_left)
+    return Probe(
+        model, ModelWithObjective(model, NextToken()), batch, torch.device("cpu"), micro_batches_left
+    )
 
 
-def _choose(
+def _measured(
     probe: Probe,
     *,
     memory: Path | None = None,
     precision: str | None = None,
     compiled: str | None = None,
     **settings: str,
-) -> Choice:
-    return choose(
-        probe,
-        TrainingConfig(**settings),
-        precision=precision,
-        compiled=compiled,
-        memory=memory,
-        say=lambda line: None,
+) -> TuneResult:
+    return measure(
+        probe, TrainingConfig(**settings), precision=precision, compiled=compiled, cache_dir=memory
     )
 
 
 def test_the_faster_precision_is_chosen(machine: _Compilations) -> None:
-    assert _choose(_probe(), compile="off").precision == "bf16"
+    assert _measured(_probe(), compile="off").precision == "bf16"
     machine.seconds["bf16"] = 0.95  # not worth its rounding
-    assert _choose(_probe(), compile="off").precision == "fp32"
-    assert _choose(_probe(), compile="off", precision="bf16").precision == "bf16"
+    assert _measured(_probe(), compile="off").precision == "fp32"
+    assert _measured(_probe(), compile="off", precision="bf16").precision == "bf16"
 
 
 def test_compiling_is_tried_where_the_run_is_long_enough_and_kept_where_it_is_faster(
     machine: _Compilations,
 ) -> None:
-    assert _choose(_probe(micro_batches_left=50)).compile == "off"
+    assert _measured(_probe(micro_batches_left=50)).compile == "off"
     assert machine.count == 0
-    assert _choose(_probe()).compile == "stack"
+    assert _measured(_probe()).compile == "stack"
     machine.is_on, machine.seconds["compiled"] = False, 0.6
-    assert _choose(_probe()).compile == "off"
+    assert _measured(_probe()).compile == "off"
     assert (machine.count, machine.is_on) == (2, False)
 
 
 def test_a_second_run_knows_what_the_first_found_out(machine: _Compilations, tmp_path: Path) -> None:
-    assert _choose(_probe(), memory=tmp_path).compile == "stack"
+    assert _measured(_probe(), memory=tmp_path).compile == "stack"
     machine.is_on = False
     short = _probe(
         micro_batches_left=50
     )  # 25 s are left, a fifth of them to gain, and everything is in the compiler's cache
-    assert _choose(short, memory=tmp_path).compile == "stack"
+    assert _measured(short, memory=tmp_path).compile == "stack"
     machine.is_on = False
-    assert _choose(short).compile == "off"
+    assert _measured(short).compile == "off"
     machine.seconds["compiled"] = 0.6
-    assert _choose(_probe(), memory=tmp_path / "slow").compile == "off"
+    assert _measured(_probe(), memory=tmp_path / "slow").compile == "off"
     count = machine.count
-    assert _choose(_probe(), memory=tmp_path / "slow").compile == "off"
+    assert _measured(_probe(), memory=tmp_path / "slow").compile == "off"
     assert machine.count == count  # not even tried
 
 
 def test_a_memory_that_cannot_be_read_or_written_is_no_error(machine: _Compilations, tmp_path: Path) -> None:
-    (tmp_path / autotune.MEMORY_FILE).write_text("{not json", encoding="utf-8")
-    assert _choose(_probe(), memory=tmp_path).compile == "stack"
+    (tmp_path / autotune.CACHE_FILE).write_text("{not json", encoding="utf-8")
+    assert _measured(_probe(), memory=tmp_path).compile == "stack"
     (tmp_path / "file").write_text("", encoding="utf-8")
     machine.is_on = False
-    assert _choose(_probe(), memory=tmp_path / "file" / "folder").compile == "stack"
+    assert _measured(_probe(), memory=tmp_path / "file" / "folder").compile == "stack"
 
 
-def test_what_a_checkpoint_says_holds(machine: _Compilations) -> None:
-    machine.seconds |= {"compiled": 9.0, "bf16": 9.0}
-    choice = _choose(_probe(), precision="bf16", compiled="blocks")
-    assert (choice.precision, choice.compile, choice.reason) == ("bf16", "blocks", None)
-
-
-def test_without_a_compiler_compilation_is_off_and_says_so(
-    machine: _Compilations, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(autotune, "has_compiler", lambda: False)
-    for said in ("auto", "on"):
-        told: list[str] = []
-        choice = choose(_probe(), TrainingConfig(compile=said, precision="fp32"), say=told.append)
-        assert choice.compile == "off"
-        assert "no C++ compiler (install g++ to compile)" in told[0]
-
-
-def test_remembered_facts_are_plain_numbers() -> None:
-    assert dataclasses.asdict(Remembered(1.0, 2.0, 3.0)) == {"eager": 1.0, "compiled": 2.0, "took": 3.0}
+def test_a_compilation_record_is_plain_numbers() -> None:
+    assert dataclasses.asdict(CompilationRecord(1.0, 2.0, 3.0)) == {
+        "eager": 1.0,
+        "compiled": 2.0,
+        "took": 3.0,
+    }
 
 
 def test_probing_leaves_weights_and_gradients_as_they_are() -> None:
@@ -152,25 +241,23 @@ def test_probing_leaves_weights_and_gradients_as_they_are() -> None:
     assert all(parameter.grad is None for parameter in probe.model.parameters())
 
 
-def test_a_run_that_measured_is_the_run_that_was_told(tmp_path: Path) -> None:
-    measured = tiny_trainer(tmp_path / "measured", precision="auto")
-    measured.train()
-    assert measured.state.precision in ("fp32", "bf16")
-    told = tiny_trainer(tmp_path / "told", precision=measured.state.precision)
+def test_a_run_that_chose_is_the_run_that_was_told(tmp_path: Path) -> None:
+    chosen = tiny_trainer(tmp_path / "chosen", precision="auto")
+    chosen.train()
+    assert chosen.run.state.precision in ("fp32", "bf16")
+    told = tiny_trainer(tmp_path / "told", precision=chosen.run.state.precision)
     told.train()
-    for one, other in zip(measured.model.parameters(), told.model.parameters(), strict=True):
+    for one, other in zip(chosen.model.parameters(), told.model.parameters(), strict=True):
         assert torch.equal(one, other)
 
 
 def test_a_resumed_run_keeps_the_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(autotune, "_choose_precision", lambda probe: ("bf16", None, "a test says so"))
+    monkeypatch.setattr(autotune, "auto_precision", lambda config, device: ("bf16", "a test says so"))
     first = tiny_trainer(tmp_path, precision="auto", max_steps=10, save_interval=5)
     first.train()
-    monkeypatch.setattr(
-        autotune, "_choose_precision", lambda probe: ("fp32", None, "the machine is busy now")
-    )
+    monkeypatch.setattr(autotune, "auto_precision", lambda config, device: ("fp32", "other hardware"))
     resumed = tiny_trainer(tmp_path / "again", precision="auto", resume_from=str(tmp_path / "checkpoint-5"))
     resumed.train()
-    assert resumed.state.precision == "bf16"
+    assert resumed.run.state.precision == "bf16"
     for one, other in zip(first.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(one, other)

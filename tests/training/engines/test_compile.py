@@ -81,7 +81,7 @@ def test_compiled_losses_are_the_eager_ones(
             tmp_path / compile_, compile=compile_, precision=precision, model={"dropout": 0.0}, max_steps=30
         )
         trainer.train()
-        assert trainer.state.compile == (mode if compile_ == "on" else "off")
+        assert trainer.run.state.compile == (mode if compile_ == "on" else "off")
         losses[compile_] = [line["loss"] for line in read_metrics(tmp_path / compile_) if "loss" in line]
     assert losses["on"] == pytest.approx(losses["off"], abs=1e-4 if precision == "fp32" else 0.05)
 

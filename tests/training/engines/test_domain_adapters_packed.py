@@ -15,17 +15,17 @@ from tiny_run import VOCABULARY, tiny_config, tiny_model
 from llm_trainer.config import DataConfig, RunConfig
 from llm_trainer.config.resolve.parallelism import ParallelPlan
 from llm_trainer.config.schema.mixture import MixtureStage
-from llm_trainer.data.sampling.concat import joined
-from llm_trainer.data.sampling.mixture import TokenMixture
+from llm_trainer.data.sampling.concat import concat_datasets
+from llm_trainer.data.sampling.mixture import MixtureDataset
 from llm_trainer.data.sampling.packing import Packing
-from llm_trainer.data.sampling.samplers import open_sampler, validation_batches
+from llm_trainer.data.sampling.samplers import build_sampler, validation_batches
 from llm_trainer.data.token_shards import ShardWriter, TokenDataset
-from llm_trainer.distributed.context_parallel import part_of
-from llm_trainer.distributed.process_group import Ranks
+from llm_trainer.distributed.context_parallel import shard_batch
+from llm_trainer.distributed.process_group import ProcessGroup
 from llm_trainer.model.adapters.lora import is_adapter_parameter
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.engines.validation import validate
-from llm_trainer.training.objectives.objective import NextToken, TrainingStep
+from llm_trainer.training.objectives.objective import ModelWithObjective, NextToken
 from llm_trainer.training.trainer import Trainer
 
 NAMES = ["math", "law", "code"]
@@ -46,7 +46,7 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TokenDataset]
     parts = {}
     for number, name in enumerate(NAMES):
         folder, generator = tmp_path_factory.mktemp(name), np.random.default_rng(number)
-        with ShardWriter(folder, "train", vocab_size=VOCABULARY, tokenizer_hash="0" * 64, end_id=0) as writer:
+        with ShardWriter(folder, "train", vocab_size=VOCABULARY, tokenizer_hash="0" * 64, eos_id=0) as writer:
             for length in generator.integers(2, 9, 12 + number).tolist():
                 writer.add(1 + number + 3 * generator.integers(0, 10, length))
                 writer.end_document()
@@ -69,7 +69,7 @@ def trained_adapters() -> Transformer:
 def test_every_place_of_joined_corpora_says_which_it_is_from(
     corpora: dict[str, TokenDataset], packing: str
 ) -> None:
-    for batch in validation_batches(joined(corpora, "all"), CONTEXT, 4, packing=PACKINGS[packing]):
+    for batch in validation_batches(concat_datasets(corpora, "all"), CONTEXT, 4, packing=PACKINGS[packing]):
         assert batch.sources is not None
         assert batch.sources.names == tuple(NAMES)
         is_text = batch.labels > 0  # not an end of text, which all have
@@ -84,10 +84,10 @@ def test_validation_over_all_corpora_is_that_of_each_with_its_own_adapter(
     model = trained_adapters()
     alone = {}
     for name in NAMES:
-        model.use_domain(name)
+        model.set_domain(name)
         alone[name] = validate(model, corpora[name], CONTEXT, 4, packing=Packing("none"))
-    model.use_domain(None)
-    found = validate(model, joined(corpora, "all"), CONTEXT, 4, packing=PACKINGS[packing])
+    model.set_domain(None)
+    found = validate(model, concat_datasets(corpora, "all"), CONTEXT, 4, packing=PACKINGS[packing])
     wanted = sum(one.loss * one.tokens for one in alone.values()) / sum(one.tokens for one in alone.values())
     if (
         packing == "greedy"
@@ -96,7 +96,7 @@ def test_validation_over_all_corpora_is_that_of_each_with_its_own_adapter(
         return
     assert found.tokens == sum(one.tokens for one in alone.values())
     assert found.loss == pytest.approx(wanted, rel=1e-5)
-    model.use_domain("code")
+    model.set_domain("code")
     assert validate(model, corpora["law"], CONTEXT, 4, packing=Packing("none")).loss != pytest.approx(
         alone["law"].loss, rel=1e-4
     )
@@ -107,9 +107,11 @@ def test_ranks_that_share_sequences_know_the_corpus_of_each_of_their_places(
     corpora: dict[str, TokenDataset], packing: str
 ) -> None:
     for rank in (0, 1):
-        ranks = Ranks(rank, 2, plan=ParallelPlan(context_parallel=2))
-        for batch in validation_batches(joined(corpora, "all"), CONTEXT, 4, packing=PACKINGS[packing]):
-            part = part_of(batch, ranks)
+        process_group = ProcessGroup(rank, 2, plan=ParallelPlan(context_parallel=2))
+        for batch in validation_batches(
+            concat_datasets(corpora, "all"), CONTEXT, 4, packing=PACKINGS[packing]
+        ):
+            part = shard_batch(batch, process_group)
             assert part.sources is not None
             is_text = part.labels > 0
             assert torch.equal(part.sources.numbers[is_text], (part.labels[is_text] - 1) % 3)
@@ -120,10 +122,10 @@ def test_a_passs_gradients_are_those_of_documents_alone(corpora: dict[str, Token
     gradients = []
     for packing in ("first_fit", "none"):
         model = trained_adapters()
-        step = TrainingStep(model, NextToken())
+        step = ModelWithObjective(model, NextToken())
         for name, tokens in corpora.items():
-            alone = TokenMixture({name: tokens}, [MixtureStage(weights={name: 1})])
-            sampler = open_sampler(alone, CONTEXT, 0, PACKINGS[packing])
+            alone = MixtureDataset({name: tokens}, [MixtureStage(weights={name: 1})])
+            sampler = build_sampler(alone, CONTEXT, 0, PACKINGS[packing])
             batch = sampler.batch(0, sampler.samples_per_epoch)
             assert batch.num_supervised == tokens.num_tokens
             step(batch).total.backward()
@@ -136,8 +138,8 @@ def test_a_run_is_validated_with_the_adapters_that_it_trains(
 ) -> None:
     plain = tiny_config(tmp_path, SHAPE, max_steps=4, warmup_steps=0)
     data = DataConfig(packing_strategy="first_fit")
-    mixture = TokenMixture(corpora, [MixtureStage(weights=dict.fromkeys(NAMES, 1.0))])
-    held_out = joined(corpora, "all")
+    mixture = MixtureDataset(corpora, [MixtureStage(weights=dict.fromkeys(NAMES, 1.0))])
+    held_out = concat_datasets(corpora, "all")
     config = RunConfig(model=plain.model, training=plain.training, data=data)
     trainer = Trainer(tiny_model(config.model), config, mixture, held_out, console=Console(quiet=True))
     result = trainer.train()
@@ -145,7 +147,7 @@ def test_a_run_is_validated_with_the_adapters_that_it_trains(
     assert all(bool(one.any()) for one in trainer.model.blocks[0].domain_adapter.up)
     total, count = 0.0, 0
     for name in NAMES:
-        trainer.model.use_domain(name)
+        trainer.model.set_domain(name)
         one = validate(trainer.model, corpora[name], CONTEXT, 4, packing=Packing("none"))
         total, count = total + one.loss * one.tokens, count + one.tokens
     assert result.validation.loss == pytest.approx(total / count, rel=1e-5)

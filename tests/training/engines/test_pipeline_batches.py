@@ -14,15 +14,14 @@ from tiny_run import tiny_config, tiny_model, tokens
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from llm_trainer.config import RunConfig, UsageError
-from llm_trainer.config.parse.validation import check_whole
+from llm_trainer.config.parse.validation import check_complete
 from llm_trainer.config.resolve.batch_size import BatchPlan
 from llm_trainer.config.resolve.parallelism import ParallelPlan
+from llm_trainer.config.resolve.settings import resolve_settings
 from llm_trainer.config.schema.scaling_schedule import Operation
-from llm_trainer.distributed.process_group import Ranks
-from llm_trainer.orchestration.batch_fit import fitted
-from llm_trainer.orchestration.orchestrator import foreseen
-from llm_trainer.training.changes import change_batches
-from llm_trainer.training.memory.batch_size_finder import largest_micro_batch
+from llm_trainer.distributed.process_group import ProcessGroup
+from llm_trainer.orchestration.orchestrator import dry_run_schedule
+from llm_trainer.orchestration.run_overrides import fit_batch_size
 from llm_trainer.training.trainer import Trainer
 
 
@@ -31,8 +30,10 @@ def trainer(tmp_path: Path) -> Iterator[Trainer]:
     """The first of two ranks with two stages each, the other of which is pretended: no step is run here."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     config = tiny_config(tmp_path, {"num_layers": 4}, pipeline_parallel=2, pipeline_schedule="interleaved")
-    ranks = Ranks(0, 2, ParallelPlan(pipeline_parallel=2))
-    yield Trainer(tiny_model(config.model), config, tokens(), console=Console(quiet=True), ranks=ranks)
+    process_group = ProcessGroup(0, 2, ParallelPlan(pipeline_parallel=2))
+    yield Trainer(
+        tiny_model(config.model), config, tokens(), console=Console(quiet=True), process_group=process_group
+    )
     dist.destroy_process_group()
 
 
@@ -50,12 +51,12 @@ def test_an_entry_after_which_the_stages_cannot_share_a_step_is_refused_before_t
     with pytest.raises(
         UsageError, match=rf"entry {len(operations)} .*5 micro-batches do not make; take 4 or 6"
     ):
-        foreseen(operations, trainer)
+        dry_run_schedule(operations, trainer.run)
     assert (
         len(
-            foreseen(
+            dry_run_schedule(
                 [entry("set_grad_accum", 6), entry("change_grad_accum", 0.5), entry("set_batch_size", 5)],
-                trainer,
+                trainer.run,
             )
         )
         == 4
@@ -66,18 +67,18 @@ def test_batches_that_a_checkpoint_or_an_operation_brings_are_judged_when_they_a
     trainer: Trainer,
 ) -> None:
     with pytest.raises(UsageError, match="5 micro-batches do not make; take 4 or 6"):
-        change_batches(trainer, BatchPlan(1, 5))
+        trainer.run.set_batches(BatchPlan(1, 5))
 
 
 def test_a_micro_batch_is_not_sought_where_a_stage_alone_would_answer(trainer: Trainer) -> None:
     with pytest.raises(UsageError, match="auto does not go with pipeline_parallel"):
-        largest_micro_batch(trainer)
-    assert fitted(trainer, None) == (4, 2)
+        trainer.run.largest_micro_batch()
+    assert fit_batch_size(trainer.run, None) == BatchPlan(4, 2)
 
 
 def test_fp16_that_a_checkpoint_brings_is_refused_before_the_first_step(trainer: Trainer) -> None:
     with pytest.raises(UsageError, match="precision fp16 does not go with pipeline_parallel 2"):
-        trainer.engine.start("fp16", "off")
+        trainer.run.engine.start("fp16", "off")
 
 
 @pytest.mark.parametrize(
@@ -92,7 +93,7 @@ def test_fp16_that_a_checkpoint_brings_is_refused_before_the_first_step(trainer:
 )
 def test_micro_batches_that_are_to_be_found_do_not_go_with_stages(said: dict[str, dict[str, object]]) -> None:
     config = RunConfig.model_validate(said)
-    check_whole(config, {}, {"training"}, 1)
+    check_complete(resolve_settings(config, ParallelPlan()), {}, {"training"})
     config.training.pipeline_parallel = 2
     with pytest.raises(UsageError, match="do not go with pipeline_parallel"):
-        check_whole(config, {}, {"training"}, 2)
+        check_complete(resolve_settings(config, ParallelPlan(pipeline_parallel=2)), {}, {"training"})

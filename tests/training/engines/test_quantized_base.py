@@ -16,9 +16,9 @@ from llm_trainer.config.resolve.parallelism import check_plan
 from llm_trainer.config.schema.scaling_schedule import Operation
 from llm_trainer.diagnostics.verify_resume import compare_checkpoints
 from llm_trainer.model.adapters.lora import is_adapter_parameter, merge_lora
-from llm_trainer.model.adapters.nf4 import dequantized, is_quantized
+from llm_trainer.model.adapters.nf4 import dequantize, is_quantized
 from llm_trainer.model.hf.checkpoint import load_pretrained
-from llm_trainer.orchestration.orchestrator import foreseen
+from llm_trainer.orchestration.orchestrator import dry_run_schedule
 from llm_trainer.training.checkpoint.snapshot import HostCopies, Snapshot, capture
 from llm_trainer.training.logging.metrics import read_metrics
 from llm_trainer.training.memory.memory_estimator import Ledger
@@ -39,7 +39,7 @@ def a_trainer(folder: Path, dropout: float = 0.1, **settings: object) -> Trainer
 def base_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     named = model.named_parameters()
     return {
-        name: dequantized(parameter.detach()).clone()
+        name: dequantize(parameter.detach()).clone()
         for name, parameter in named
         if not is_adapter_parameter(name)
     }
@@ -107,7 +107,7 @@ def test_a_save_makes_one_matrix_of_the_base_whole_at_a_time(tmp_path: Path, in_
     (tmp_path / "written/config.json").write_text(taken.texts["config.json"], encoding="utf-8")
     written = dict(load_pretrained(tmp_path / "written").named_parameters())
     assert all(
-        torch.equal(written[name], dequantized(parameter)) for name, parameter in model.named_parameters()
+        torch.equal(written[name], dequantize(parameter)) for name, parameter in model.named_parameters()
     )
 
 
@@ -134,5 +134,5 @@ def test_what_does_not_go_with_it_is_refused_before_training(tmp_path: Path) -> 
         Trainer(tiny_model(trained.model), trained, tokens(), console=Console(quiet=True))
     trainer = a_trainer(tmp_path)
     with pytest.raises(UsageError, match=r"entry 1 .*do not go with quantize_base"):
-        foreseen([Operation(name="widen_mlp", value=96, max_wait_iters=1)], trainer)
-    assert len(foreseen([Operation(name="change_lr", value=0.5, max_wait_iters=1)], trainer)) == 2
+        dry_run_schedule([Operation(name="widen_mlp", value=96, max_wait_iters=1)], trainer.run)
+    assert len(dry_run_schedule([Operation(name="change_lr", value=0.5, max_wait_iters=1)], trainer.run)) == 2

@@ -15,16 +15,16 @@ from tiny_run import tiny_trainer
 from llm_trainer.config import UsageError
 from llm_trainer.diagnostics.verify_resume import compare_checkpoints
 from llm_trainer.model.surgery.depth import stack_layers
-from llm_trainer.training.callbacks import Callback
-from llm_trainer.training.trainer import Trainer
+from llm_trainer.training.callbacks.callback import Callback
+from llm_trainer.training.run import TrainingRun
 
 
 class RebuildAsItWas(Callback):
     """Takes the model apart and builds it again, after one step."""
 
-    def on_step_end(self, trainer: Trainer, step: int) -> None:
+    def on_step_end(self, run: TrainingRun, step: int) -> None:
         if step == 3:
-            trainer.engine.rebuild(trainer.engine.form())
+            run.engine.rebuild(run.engine.form())
 
 
 @pytest.mark.parametrize(
@@ -46,10 +46,10 @@ class Grow(Callback):
     def __init__(self) -> None:
         self.old: list[weakref.ref[object]] = []
 
-    def on_step_end(self, trainer: Trainer, step: int) -> None:
+    def on_step_end(self, run: TrainingRun, step: int) -> None:
         if step != 2:
             return
-        engine = trainer.engine
+        engine = run.engine
         held = [engine.model, engine.model.blocks[0], engine.optimizers[0]]
         held += [parameter for parameter in engine.model.parameters()]
         held += [value for kept in engine.optimizers[0].state.values() for value in kept.values()]
@@ -76,12 +76,12 @@ def test_nothing_of_the_old_model_remains(tmp_path: Path, compile_mode: str) -> 
 def test_a_frozen_part_does_not_move_and_its_state_rests(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, max_steps=2)
     trainer.train()
-    engine = trainer.engine
+    engine = trainer.run.engine
     form = engine.form()
     name = "blocks.0.mlp.up_proj.weight"
     engine.rebuild(replace(form, frozen=frozenset({name})))
     rested = engine.form()
     assert rested.frozen == {name}
-    assert torch.equal(rested.state[name]["exp_avg"], form.state[name]["exp_avg"])
+    assert torch.equal(rested.optimizer_state[name]["exp_avg"], form.optimizer_state[name]["exp_avg"])
     with pytest.raises(UsageError, match="every parameter is frozen"):
         engine.rebuild(replace(form, frozen=frozenset(form.weights)))

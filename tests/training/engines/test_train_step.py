@@ -16,12 +16,12 @@ from tiny_run import CONTEXT, SHAPE, VOCABULARY, tiny_model, tiny_trainer
 from torch import Tensor
 
 from llm_trainer.config import ModelConfig
-from llm_trainer.data.sampling.samplers import Batch
+from llm_trainer.data.sampling.batch import Batch
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.engines.precision import Precision
-from llm_trainer.training.engines.train_step import TrainingDiverged, clip_gradients, forward_backward
+from llm_trainer.training.engines.train_step import TrainingDivergedError, clip_gradients, forward_backward
 from llm_trainer.training.objectives.cross_entropy import LossMode
-from llm_trainer.training.objectives.objective import LossSum, NextToken, TrainingStep
+from llm_trainer.training.objectives.objective import LossSum, ModelWithObjective, NextToken
 
 CPU = torch.device("cpu")
 
@@ -47,7 +47,12 @@ def _gradients(
     model = tiny_model(ModelConfig(**SHAPE | {"dropout": dropout}))
     tokens = sum(batch.num_supervised for batch in batches)
     mean = forward_backward(
-        TrainingStep(model, NextToken(loss)), batches, tokens, Precision("fp32", CPU), seed=1, index=index
+        ModelWithObjective(model, NextToken(loss)),
+        batches,
+        tokens,
+        Precision("fp32", CPU),
+        seed=1,
+        index=index,
     )
     return [mean, *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)]
 
@@ -108,7 +113,7 @@ def test_a_batch_that_is_not_finite_changes_nothing_and_is_named(tmp_path: Path,
     trainer = tiny_trainer(
         tmp_path, console=Console(file=told, width=200), max_steps=3, optimizer=optimizer, save_interval=None
     )
-    trainer.engine.objective = _PoisonedObjective({3})  # the second micro-batch of the second step
+    trainer.run.engine.objective = _PoisonedObjective({3})  # the second micro-batch of the second step
     trainer._prepare()
     trainer._train_step()
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
@@ -118,13 +123,17 @@ def test_a_batch_that_is_not_finite_changes_nothing_and_is_named(tmp_path: Path,
     assert "samples 8 to 15" in told.getvalue()
     trainer._train_step()
     assert not all(torch.equal(tensor, before[name]) for name, tensor in trainer.model.state_dict().items())
-    assert (trainer.current_step, trainer.state.samples, trainer.state.skipped_in_a_row) == (3, 24, 0)
+    assert (trainer.current_step, trainer.run.state.samples, trainer.run.state.skipped_in_a_row) == (3, 24, 0)
 
 
 def test_too_many_bad_steps_in_a_row_end_the_run_with_the_way_out(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, max_skipped_steps=3, gradient_accumulation_steps=1)
-    trainer.engine.objective = _PoisonedObjective({0, 1, 3, 4, 5})  # two are borne, the third in a row is not
-    with pytest.raises(TrainingDiverged, match=r"3 steps in a row .* samples 20 to 23; lower learning_rate"):
+    trainer.run.engine.objective = _PoisonedObjective(
+        {0, 1, 3, 4, 5}
+    )  # two are borne, the third in a row is not
+    with pytest.raises(
+        TrainingDivergedError, match=r"3 steps in a row .* samples 20 to 23; lower learning_rate"
+    ):
         trainer.train()
     assert trainer.current_step == 6
 
@@ -148,7 +157,7 @@ def test_fp16_scales_the_loss_and_keeps_the_scale_in_the_checkpoint(tmp_path: Pa
     result = trainer.train()
     assert result.loss is not None
     assert result.loss == result.loss
-    assert trainer.engine.precision.state_dict()["_growth_tracker"] == 6
+    assert trainer.run.engine.precision.state_dict()["_growth_tracker"] == 6
     resumed = tiny_trainer(
         tmp_path / "resumed",
         precision="fp16",
@@ -158,6 +167,6 @@ def test_fp16_scales_the_loss_and_keeps_the_scale_in_the_checkpoint(tmp_path: Pa
         resume_from=str(tmp_path / "straight/checkpoint-3"),
     )
     resumed.train()
-    assert resumed.engine.precision.state_dict() == trainer.engine.precision.state_dict()
+    assert resumed.engine.precision.state_dict() == trainer.run.engine.precision.state_dict()
     for one, other in zip(resumed.model.parameters(), trainer.model.parameters(), strict=True):
         assert torch.equal(one, other)

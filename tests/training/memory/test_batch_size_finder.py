@@ -18,14 +18,13 @@ from tiny_run import tiny_config, tiny_model, tiny_trainer, tokens
 
 from llm_trainer.config import RunConfig, UsageError
 from llm_trainer.config.resolve.batch_size import BatchPlan, MicroBatchBounds, divisions
-from llm_trainer.data.sampling.samplers import Batch
-from llm_trainer.diagnostics.verify_resume import StopAt
+from llm_trainer.data.sampling.batch import Batch
+from llm_trainer.diagnostics.verify_resume import StopAtStep
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.run_dir import list_checkpoints
-from llm_trainer.training.callbacks import Callback
+from llm_trainer.training.callbacks.callback import Callback
+from llm_trainer.training.engines.out_of_memory import OutOfMemory, is_out_of_memory
 from llm_trainer.training.logging.metrics import read_metrics
-from llm_trainer.training.memory.batch_size_finder import largest_micro_batch
-from llm_trainer.training.memory.out_of_memory import OutOfMemory, is_out_of_memory
 from llm_trainer.training.objectives.objective import LossSum, NextToken
 from llm_trainer.training.trainer import Trainer
 
@@ -48,7 +47,7 @@ class ShortOfMemory(NextToken):
         loss = super().__call__(model, batch)
         if (
             len(batch) <= self.sequences
-            or self.trainer.state.step < self.from_step
+            or self.trainer.run.state.step < self.from_step
             or not torch.is_grad_enabled()
         ):
             return loss
@@ -69,9 +68,9 @@ def short(
     folder: Path, sequences: int, from_step: int = 0, *callbacks: Callback, **settings: object
 ) -> tuple[Trainer, list[str]]:
     trainer = tiny_trainer(folder, callbacks=callbacks, **AT_ONCE | settings)  # type: ignore[arg-type]
-    trainer.engine.objective = ShortOfMemory(trainer, sequences, from_step)
+    trainer.run.engine.objective = ShortOfMemory(trainer, sequences, from_step)
     said: list[str] = []
-    trainer.say = said.append  # type: ignore[method-assign]
+    trainer.run.log = said.append  # type: ignore[method-assign]
     return trainer, said
 
 
@@ -90,7 +89,7 @@ def test_a_run_that_has_too_little_memory_ends_as_one_with_smaller_micro_batches
         tmp_path / "small", batch_size=8, micro_batch_size=2, gradient_accumulation_steps=None
     ).train()
     assert are_equal(weights(tmp_path / "short"), weights(tmp_path / "small"))
-    assert trainer.batches == BatchPlan(2, 4)
+    assert trainer.run.batches == BatchPlan(2, 4)
     assert any("trying it again with micro_batch_size 4 × 2" in line for line in said)
     assert any("trying it again with micro_batch_size 2 × 4" in line for line in said)
     assert [
@@ -120,7 +119,7 @@ def test_out_of_memory_in_the_middle_saves_and_goes_on_as_a_run_resumed_there_wi
 def test_memory_that_runs_out_in_the_backward_pass_is_no_different(tmp_path: Path) -> None:
     for name, backward in (("forward", False), ("backward", True)):
         trainer, said = short(tmp_path / name, 4)
-        trainer.engine.objective = ShortOfMemory(trainer, 4, from_step=3, backward=backward)
+        trainer.run.engine.objective = ShortOfMemory(trainer, 4, from_step=3, backward=backward)
         trainer.train()
         assert sum("trying it again" in line for line in said) == 1
     assert are_equal(weights(tmp_path / "forward"), weights(tmp_path / "backward"))
@@ -136,7 +135,7 @@ def test_a_run_without_memory_for_a_single_sequence_says_what_would_help(tmp_pat
 
 
 def test_a_resumed_run_keeps_the_smaller_micro_batch(tmp_path: Path) -> None:
-    trainer, _ = short(tmp_path, 2, 0, StopAt(6))
+    trainer, _ = short(tmp_path, 2, 0, StopAtStep(6))
     trainer.train()
     resumed = tiny_trainer(tmp_path, resume_from="auto", **AT_ONCE)
     resumed.train()
@@ -151,7 +150,7 @@ class EndsTheRun(NextToken):
         self.trainer, self.from_step = trainer, from_step
 
     def __call__(self, model: Transformer, batch: Batch) -> LossSum:
-        if self.trainer.state.step >= self.from_step and torch.is_grad_enabled():
+        if self.trainer.run.state.step >= self.from_step and torch.is_grad_enabled():
             raise OutOfMemory("out of memory", is_agreed=False)
         return super().__call__(model, batch)
 
@@ -159,7 +158,7 @@ class EndsTheRun(NextToken):
 def ended_by_memory(folder: Path, from_step: int = 4) -> Path:
     """A run of micro-batches of 8 that has left its note for the next attempt."""
     trainer, _ = short(folder, 8)
-    trainer.engine.objective = EndsTheRun(trainer, from_step)
+    trainer.run.engine.objective = EndsTheRun(trainer, from_step)
     with pytest.raises(OutOfMemory, match="go on with --resume auto, which takes micro_batch_size 4 then"):
         trainer.train()
     return folder
@@ -170,12 +169,12 @@ def test_the_next_attempt_takes_what_is_noted_says_so_and_keeps_it_in_its_checkp
     tmp_path: Path, from_step: int
 ) -> None:
     ended_by_memory(tmp_path, from_step)
-    resumed, said = short(tmp_path, 8, 0, StopAt(6), resume_from="auto")
+    resumed, said = short(tmp_path, 8, 0, StopAtStep(6), resume_from="auto")
     resumed.train()
     assert resumed.batches == BatchPlan(4, 2)
     assert any("micro_batch_size 4" in line and "memory ran out" in line for line in said), said
     assert not (tmp_path / "memory.json").exists()
-    again, said = short(tmp_path, 8, 0, StopAt(8), resume_from="auto")
+    again, said = short(tmp_path, 8, 0, StopAtStep(8), resume_from="auto")
     again.train()
     assert again.batches == BatchPlan(4, 2)
     assert not any("memory ran out" in line for line in said)
@@ -205,7 +204,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(tmp_path: Path) -> None
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert is_out_of_memory(MemoryError())
     trainer, _ = short(tmp_path, 2)
-    trainer.engine.objective = lambda model, batch: 1 / 0  # type: ignore[assignment,return-value]
+    trainer.run.engine.objective = lambda model, batch: 1 / 0  # type: ignore[assignment,return-value]
     with pytest.raises(ZeroDivisionError):
         trainer.train()
 
@@ -213,8 +212,8 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(tmp_path: Path) -> None
 def chosen(folder: Path, gigabytes: float, **settings: object) -> BatchPlan:
     trainer = tiny_trainer(folder, max_steps=1, warmup_steps=0, memory_limit_gb=gigabytes, **AUTO | settings)  # type: ignore[arg-type]
     trainer.train()
-    assert trainer.sequences_per_step == 8
-    return trainer.batches
+    assert trainer.run.sequences_per_step == 8
+    return trainer.run.batches
 
 
 def test_auto_takes_all_at_once_where_there_is_memory_and_says_so_where_there_is_none(tmp_path: Path) -> None:
@@ -234,10 +233,12 @@ def test_auto_takes_the_largest_that_the_memory_holds(tmp_path: Path) -> None:
     found = {}
     for spare in (0.03, 0.12, 0.5, 2.0):
         trainer = Trainer(tiny_model(config.model), config, tokens(4000), console=Console(quiet=True))
-        held = trainer.watcher.machine.held()
-        trainer.watcher.machine.allowance = lambda ranks, held=held, spare=spare: held + int(spare * 1e9)  # type: ignore[method-assign]
+        held = trainer.run.monitor.machine.memory_in_use()
+        trainer.run.monitor.machine.memory_budget = lambda ranks, held=held, spare=spare: (
+            held + int(spare * 1e9)
+        )  # type: ignore[method-assign]
         try:
-            found[spare] = largest_micro_batch(trainer, share=1.0).micro_batch_size
+            found[spare] = trainer.run.largest_micro_batch(fraction=1.0).micro_batch_size
         except OutOfMemory:
             found[spare] = 0
     assert found[0.03] == 0
@@ -246,8 +247,8 @@ def test_auto_takes_the_largest_that_the_memory_holds(tmp_path: Path) -> None:
 
 def test_a_bound_gives_a_smaller_micro_batch_and_changes_nothing_by_itself(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, **AT_ONCE)
-    assert largest_micro_batch(trainer, most=3) == BatchPlan(2, 4)
-    assert trainer.batches == BatchPlan(8, 1)
+    assert trainer.run.largest_micro_batch(most=3) == BatchPlan(2, 4)
+    assert trainer.run.batches == BatchPlan(8, 1)
 
 
 def test_the_adaptive_batch_size_keeps_its_bounds(tmp_path: Path) -> None:
@@ -260,7 +261,7 @@ def test_the_adaptive_batch_size_keeps_its_bounds(tmp_path: Path) -> None:
     config = RunConfig(**sections, computational_efficiency=bounds)
     trainer = Trainer(tiny_model(config.model), config, tokens(), console=Console(quiet=True))
     trainer.train()
-    assert trainer.batches == BatchPlan(4, 2)
+    assert trainer.run.batches == BatchPlan(4, 2)
     with pytest.raises(
         UsageError, match="no micro-batch from min_batch_size 5 to max_batch_size 7 divides the 8 sequences"
     ):
@@ -282,7 +283,7 @@ trainer = Trainer(tiny_model(config.model), config, tokens(64 * 256 + 1))
 limit = psutil.Process().memory_info().vms + 1_500_000_000
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 trainer.train()
-print(trainer.batches.micro_batch_size, trainer.state.step)
+print(trainer.run.batches.micro_batch_size, trainer.run.state.step)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -17,8 +17,8 @@ from tiny_run import tiny_config, tiny_run, tiny_trainer
 
 from llm_trainer.run_dir import list_checkpoints
 from llm_trainer.training.logging.metrics import read_metrics
-from llm_trainer.training.logging.timers import Timings
-from llm_trainer.training.memory.memory_monitor import Watcher
+from llm_trainer.training.logging.timers import StepTimers
+from llm_trainer.training.memory.memory_monitor import MemoryMonitor
 
 CPU = torch.device("cpu")
 
@@ -44,7 +44,7 @@ def test_a_process_over_its_limit_is_told_once_and_saves_once(tmp_path: Path) ->
     shown = io.StringIO()
     tiny_run(tmp_path, memory_limit_gb=0.01, save_interval=None, console=Console(file=shown, width=1000))
     text = shown.getvalue()
-    assert text.count("memory is getting short: memory ") == 1
+    assert text.count("memory is running short: memory ") == 1
     assert text.count("saving an emergency checkpoint") == 1
     assert emergencies(tmp_path) == ["emergency-1"]
 
@@ -55,23 +55,23 @@ def test_a_run_with_room_saves_nothing_for_an_emergency(tmp_path: Path) -> None:
 
 
 def test_between_reports_memory_is_looked_at_when_it_is_time(tmp_path: Path) -> None:
-    training = tiny_config(tmp_path, memory_limit_gb=0.01, watch_seconds=0.01).training
-    watcher = Watcher(training, CPU, lambda line: None)
-    assert not watcher.wants_emergency()
+    training = tiny_config(tmp_path, memory_limit_gb=0.01, memory_poll_seconds=0.01).training
+    monitor = MemoryMonitor(training, CPU, lambda line: None)
+    assert not monitor.take_emergency()
     time.sleep(0.02)
-    assert watcher.wants_emergency()
+    assert monitor.take_emergency()
     time.sleep(0.02)
-    assert not watcher.wants_emergency(), "it was answered"
+    assert not monitor.take_emergency(), "it was answered"
 
 
 GROWS = """
 import torch
-from llm_trainer.training.logging.system_stats import Machine
+from llm_trainer.training.logging.system_stats import SystemStats
 
-machine = Machine(torch.device("cpu"))
-before = machine.look().resident
+machine = SystemStats(torch.device("cpu"))
+before = machine.sample().resident
 held = torch.ones(25_000_000)
-print((machine.look().resident - before) / held.nbytes)
+print((machine.sample().resident - before) / held.nbytes)
 """
 
 
@@ -84,9 +84,9 @@ def test_resident_memory_follows_what_is_held() -> None:
 
 
 def test_seconds_are_told_by_the_step_and_as_shares_of_the_whole() -> None:
-    timings = Timings(CPU)
+    timings = StepTimers(CPU)
     for _ in range(2):
-        with timings.of("forward"):
+        with timings.measure("forward"):
             time.sleep(0.02)
         timings.step_done()
     read = timings.read()
@@ -99,5 +99,5 @@ def test_seconds_are_told_by_the_step_and_as_shares_of_the_whole() -> None:
 def test_a_run_ends_with_a_line_of_where_its_time_went(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path)
     trainer.train()
-    assert "forward" in trainer.engine.timings.describe()
-    assert "optimizer" in trainer.engine.timings.describe()
+    assert "forward" in trainer.run.engine.timings.describe()
+    assert "optimizer" in trainer.run.engine.timings.describe()

@@ -11,29 +11,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm_trainer.distributed.parallelize import placed_like, whole
-from llm_trainer.model.module_names import plain_name
-from llm_trainer.model.surgery.model_state import Form, State, form_of
+from llm_trainer.distributed.parallelize import distribute_like, full_tensor
+from llm_trainer.model.module_names import canonical_name
+from llm_trainer.model.surgery.model_state import ModelState, TensorState
 
 
-def taken_apart(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> Form:
+def extract_state(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> ModelState:
     """Weights and optimizer state by name, gathered where they are cut over ranks (a collective call, alike
     on all).
     """
     state = {
         name: {
-            key: whole(value.detach()) if isinstance(value, Tensor) else torch.tensor(value)
+            key: full_tensor(value.detach()) if isinstance(value, Tensor) else torch.tensor(value)
             for key, value in kept.items()
         }
         for name, parameter, optimizer, _ in _held(model, optimizers)
         if (kept := optimizer.state.get(parameter))
     }
-    form = form_of(model, state)
-    return replace(form, weights={name: whole(weight) for name, weight in form.weights.items()})
+    form = ModelState.from_model(model, state)
+    return replace(form, weights={name: full_tensor(weight) for name, weight in form.weights.items()})
 
 
-def give_state(
-    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], state: Mapping[str, State]
+def load_state(
+    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], state: Mapping[str, TensorState]
 ) -> None:
     """Give the optimizers the state of the parameters that they hold; what is said of others is left out."""
     for name, parameter, optimizer, group in _held(model, optimizers):
@@ -42,7 +42,7 @@ def give_state(
                 value.ndim or group.get("fused") or group.get("capturable")
             )  # where torch keeps a counter
             held = value.to(parameter.device if is_beside else "cpu")
-            optimizer.state[parameter][key] = placed_like(held, parameter) if value.ndim else held
+            optimizer.state[parameter][key] = distribute_like(held, parameter) if value.ndim else held
 
 
 def _held(
@@ -57,4 +57,4 @@ def _held(
     }
     for name, parameter in model.named_parameters():
         if id(parameter) in holders:
-            yield plain_name(name), parameter, *holders[id(parameter)]
+            yield canonical_name(name), parameter, *holders[id(parameter)]

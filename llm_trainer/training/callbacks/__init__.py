@@ -1,0 +1,1 @@
+"""What happens around the steps of a run: hooks, early stopping, rollback after a loss spike."""
