@@ -31,7 +31,7 @@ from llm_trainer.model.adapters.nf4 import bytes_saved
 from llm_trainer.model.hf.checkpoint import empty_model
 from llm_trainer.training.engines.precision import PrecisionName
 from llm_trainer.training.memory.memory_estimator import StepMemory, step_memory
-from llm_trainer.training.memory.pipeline_memory import PlaceMemory, check_trained, place_memories
+from llm_trainer.training.memory.pipeline_memory import RankMemory, check_all_ranks_train, rank_memories
 from llm_trainer.training.optim.param_groups import trainable_sizes
 
 WEIGHT_BYTES = 4
@@ -152,7 +152,7 @@ def rank_memories(
         precision: Used instead of the settings' precision; None for theirs.
 
     Raises:
-        UsageError: The model or its micro-batches do not divide as the plan says.
+        UsageError: The model or its micro-batches do not divide as the plan requires.
     """
     own = tensor_parallel_config(config, plan.tensor_parallel)
     cache, checkpoint = kv_cache_bytes(own, precision or "bf16"), checkpoint_bytes(config, training)
@@ -173,7 +173,7 @@ def rank_memories(
 
 
 def _divide(
-    step: StepMemory | PlaceMemory,
+    step: StepMemory | RankMemory,
     own: ModelConfig,
     plan: ParallelPlan,
     batches: BatchPlan,
@@ -182,7 +182,7 @@ def _divide(
     checkpoint: int,
 ) -> RankMemory:
     """The memory of a step as the plan divides it; `own` is the rank's part under tensor parallelism."""
-    in_pipeline = isinstance(step, PlaceMemory)
+    in_pipeline = isinstance(step, RankMemory)
     is_sharded = batches.gradient_accumulation_steps == 1 and not in_pipeline
     kept_fraction = 1 / plan.shards if is_sharded else 1.0
     gradients, others = max(step.moments, key=lambda moment: kept_fraction * moment[0] + moment[1])
@@ -201,8 +201,8 @@ def _divide(
         kv_cache_per_sequence=cache,
         checkpoint=checkpoint,
         on_host=step.optimizer // plan.shards if offload else 0,
-        received=step.buffers if isinstance(step, PlaceMemory) else 0,
-        quantized_savings=0 if isinstance(step, PlaceMemory) else step.in_bits,
+        received=step.buffers if isinstance(step, RankMemory) else 0,
+        quantized_savings=0 if isinstance(step, RankMemory) else step.saved_by_quantization,
     )
 
 
@@ -324,7 +324,7 @@ def recommend_plan(
     """Return the plan with the lowest overhead that fits, or None if none does.
 
     Replicas are tried before shards, then tensor parallelism (within a node), then pipelines. Activations are
-    kept before they are recomputed, and micro-batches are halved last. The step of the whole run does not
+    kept before they are recomputed, and micro-batches are halved last. The global step does not
     change: n pipeline stages leave 1/n of the replicas and shards, each with n times the micro-batches.
 
     Args:
@@ -333,7 +333,7 @@ def recommend_plan(
         num_ranks: The number of ranks to use.
         limit: Bytes that one rank has.
         batches: The micro-batches of one rank without a pipeline.
-        context_parallel: The number of ranks that share each sequence.
+        context_parallel: The number of ranks over which each sequence is sharded.
         ranks_per_node: The largest tensor group.
         precision: Used instead of the settings' precision; None for theirs.
     """
@@ -361,7 +361,7 @@ def _is_valid_pipeline(
 ) -> bool:
     try:
         check_stages(stages, training.pipeline_schedule, config.num_hidden_layers, stages * micro_batches)
-        check_trained(config, training, stages)
+        check_all_ranks_train(config, training, stages)
     except UsageError:
         return False
     return True
@@ -407,13 +407,13 @@ def _step_memories(
     plan: ParallelPlan,
     batches: BatchPlan,
     precision: PrecisionName | None,
-) -> Sequence[StepMemory] | Sequence[PlaceMemory]:
+) -> Sequence[StepMemory] | Sequence[RankMemory]:
     """The memory of a step on a rank of each position in the pipeline, or on any rank without one."""
     step = {"sequences": batches.micro_batch_size, "micro_batches": batches.gradient_accumulation_steps}
     training = training.model_copy(update={"context_parallel": plan.context_parallel})
     if plan.pipeline_parallel == 1:
         return [step_memory(own, training, **step, precision=precision)]
-    return place_memories(own, training, ranks=plan.pipeline_parallel, **step, precision=precision)
+    return rank_memories(own, training, ranks=plan.pipeline_parallel, **step, precision=precision)
 
 
 def _least_bytes(

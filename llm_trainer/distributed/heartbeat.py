@@ -49,7 +49,7 @@ class Heartbeat:
         """Stop the heartbeat.
 
         Args:
-            finished: Also tell the other ranks that this one ended normally.
+            finished: Also report to the other ranks that this one ended normally.
         """
         self._stopped.set()
         if self._thread is not threading.current_thread():
@@ -59,7 +59,7 @@ class Heartbeat:
             self._set("beat", "left")
 
     def report_failure(self, error: Exception) -> None:
-        """Tell the other ranks why this rank ends."""
+        """Report to the other ranks why this rank ends."""
         self._set("failed", json.dumps({"kind": type(error).__name__, "message": str(error)}))
 
     def failure_of(self, rank: int, seconds: float) -> str | None:

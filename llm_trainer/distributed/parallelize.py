@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from llm_trainer.distributed.tensor_parallel import (
 from llm_trainer.model.adapters.nf4 import copy_into
 from llm_trainer.model.hf.checkpoint import load_weights
 from llm_trainer.model.transformer import Transformer
+from llm_trainer.torch_compat import local_shard_offsets
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,7 +50,7 @@ class PartialGradient(NamedTuple):
 def apply_parallelism(
     model: Transformer, root: nn.Module, process_group: ProcessGroup
 ) -> list[PartialGradient]:
-    """Shard a model over the ranks as the plan says. Build optimizers after this, over the sharded weights.
+    """Shard a model over the ranks as the plan requires; build optimizers after this, over the shards.
 
     Args:
         model: The model, with the same full weights on all ranks.
@@ -168,7 +169,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def is_on_other_stage(parameter: Tensor) -> bool:
-    """Whether another pipeline stage holds this parameter, which is then on the meta device here."""
+    """Whether another pipeline stage owns this parameter, which is then on the meta device here."""
     return parameter.device.type == "meta"
 
 
@@ -198,7 +199,7 @@ def assemble_like(local: Tensor, sharded: Tensor) -> Tensor:
 
 
 class LocalShard(NamedTuple):
-    """What one rank holds of a tensor.
+    """What one rank has of a tensor.
 
     Attributes:
         values: This rank's elements.
@@ -222,9 +223,7 @@ def local_shard(tensor: Tensor) -> LocalShard:
     sharded = cast("DTensor", tensor)
     if not _has_plain_placements(sharded):
         return local_shard(sharded.full_tensor())
-    # The method by which torch.distributed.checkpoint asks a tensor for its chunks.
-    chunk = cast("Any", sharded).__create_chunk_list__()[0]
-    return LocalShard(sharded.to_local(), tuple(chunk.offsets), tuple(sharded.shape))
+    return LocalShard(sharded.to_local(), local_shard_offsets(sharded), tuple(sharded.shape))
 
 
 def is_shard_writer(tensor: Tensor, rank: int) -> bool:

@@ -118,7 +118,7 @@ class ProcessGroup:
     def data_rank(self) -> int:
         """The index of this rank's group of ranks that read the same samples.
 
-        The ranks of a tensor group, of a pipeline and of a context group share one data rank.
+        The ranks of a tensor group, of a pipeline and of a context group have one data rank.
         """
         return self.plan.data_rank(self.rank)
 
@@ -312,7 +312,7 @@ def _rendezvous(launch: LaunchEnvironment, training: TrainingConfig) -> dist.Sto
     backend = "gloo" if not on_gpu or training.distributed_backend == "gloo" else "cpu:gloo,cuda:nccl"
     rendezvous = dist.rendezvous("env://", timeout=timedelta(seconds=_RENDEZVOUS_SECONDS))  # type: ignore[attr-defined]
     store, rank, count = next(iter(rendezvous))
-    # After a restart the store still holds what the previous attempt wrote, hence the prefix.
+    # After a restart the store still contains what the previous attempt wrote, hence the prefix.
     store = dist.PrefixStore(f"attempt-{launch.attempt}", store)  # type: ignore[attr-defined]
     own = dist.PrefixStore("training", store)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=own, rank=rank, world_size=count)

@@ -55,7 +55,7 @@ def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh) -> None:
                 )
         styles = {name: ColwiseParallel() if name in _COLUMNWISE else RowwiseParallel() for name in linears}
         parallelize_module(block, mesh, styles, src_data_rank=None)  # type: ignore[arg-type]
-        # Once for all matrices that share an input, so that its gradient is summed over the ranks once.
+        # Once for all matrices with the same input, so that its gradient is summed over the ranks once.
         for name, others in (("attn", 4), ("mlp", 0)):
             layouts = (Replicate(), *[None] * others)
             prepare = PrepareModuleInput(input_layouts=layouts, desired_input_layouts=layouts)

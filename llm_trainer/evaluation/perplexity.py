@@ -126,7 +126,7 @@ def evaluate_prepared(
 ) -> ValidationResult:
     """Evaluate a model on a split of a prepared folder.
 
-    Without a stride this is training's own `validate`, with rows packed as the folder says, and gives the
+    Without a stride this is training's own `validate`, with rows packed as in the folder, and gives the
     same loss.
 
     Args:

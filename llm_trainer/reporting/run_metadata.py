@@ -14,7 +14,7 @@ from pathlib import Path
 
 from llm_trainer.errors import CheckpointError
 
-FACTS_FILE = "report.json"
+METADATA_FILE = "report.json"
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class RunMetadata:
 
 def save_run_metadata(run_folder: Path, metadata: RunMetadata) -> None:
     """Write `report.json` atomically."""
-    temporary = run_folder / f".{FACTS_FILE}.tmp"
+    temporary = run_folder / f".{METADATA_FILE}.tmp"
     temporary.write_text(json.dumps(asdict(metadata), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(run_folder / FACTS_FILE)
+    temporary.replace(run_folder / METADATA_FILE)
 
 
 def load_run_metadata(run_folder: Path) -> RunMetadata:
@@ -59,7 +59,7 @@ def load_run_metadata(run_folder: Path) -> RunMetadata:
     Raises:
         CheckpointError: The file is not such a record.
     """
-    path = run_folder / FACTS_FILE
+    path = run_folder / METADATA_FILE
     if not path.exists():
         return RunMetadata()
     try:

@@ -1,4 +1,4 @@
-"""The memory estimate counts what training allocates, divides as the plan says, and is printed."""
+"""The memory estimate counts what training allocates, divides it as the plan requires, and is printed."""
 
 from __future__ import annotations
 
@@ -72,9 +72,9 @@ def test_a_deep_model_is_extrapolated_from_shallow_ones_as_if_it_were_run() -> N
     shallow = step_memory(_config(num_hidden_layers=12), training, sequences=2)  # extrapolated
     from llm_trainer.training.memory.memory_estimator import _run_twice
 
-    whole = _run_twice(_config(num_hidden_layers=12), training, 2, 1, "fp32")
-    assert (shallow.weights, shallow.optimizer) == (whole.weights, whole.optimizer)
-    assert shallow.peak() == pytest.approx(whole.peak(), rel=0.02)
+    full = _run_twice(_config(num_hidden_layers=12), training, 2, 1, "fp32")
+    assert (shallow.weights, shallow.optimizer) == (full.weights, full.optimizer)
+    assert shallow.peak() == pytest.approx(full.peak(), rel=0.02)
 
 
 def test_activation_checkpointing_needs_less_memory_and_selective_checkpointing_is_in_between() -> None:
@@ -202,22 +202,22 @@ def test_a_quantized_base_gets_a_plan_that_fits_though_its_floats_would_not() ->
 
 
 def test_preflight_prints_whether_a_step_fits(capsys: pytest.CaptureFixture[str]) -> None:
-    said = [f"--{name}={value}" for name, value in SMALL.items()]
-    assert main(["preflight", *said, "--precision=fp32", "--memory_gb=4"]) == 0
+    flags = [f"--{name}={value}" for name, value in SMALL.items()]
+    assert main(["preflight", *flags, "--precision=fp32", "--memory_gb=4"]) == 0
     assert "It fits" in capsys.readouterr().out
-    assert main(["preflight", *said, "--precision=fp32", "--memory_gb=0.02"]) == 1
+    assert main(["preflight", *flags, "--precision=fp32", "--memory_gb=0.02"]) == 1
     assert "It does not fit" in capsys.readouterr().out
 
 
 def test_preflight_uses_the_plan_of_the_settings_in_a_single_process(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    said = [f"--{name}={value}" for name, value in SMALL.items()]
+    flags = [f"--{name}={value}" for name, value in SMALL.items()]
     assert (
         main(
             [
                 "preflight",
-                *said,
+                *flags,
                 "--precision=fp32",
                 "--memory_gb=4",
                 "--context_parallel=2",
@@ -231,7 +231,7 @@ def test_preflight_uses_the_plan_of_the_settings_in_a_single_process(
         main(
             [
                 "preflight",
-                *said,
+                *flags,
                 "--precision=fp32",
                 "--memory_gb=4",
                 "--fsdp=4",
@@ -250,8 +250,13 @@ def test_adapters_of_an_existing_model_are_counted_with_its_sizes_and_without_it
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_pretrained(Transformer(_config(num_hidden_layers=3)), tmp_path)
-    said = {"attn_lora_rank": 4, "dropout": 0.1, "max_position_embeddings": 64, "use_adapter_modules": True}
-    flags = [f"--{name}={value}" for name, value in said.items()]
+    settings = {
+        "attn_lora_rank": 4,
+        "dropout": 0.1,
+        "max_position_embeddings": 64,
+        "use_adapter_modules": True,
+    }
+    flags = [f"--{name}={value}" for name, value in settings.items()]
     assert (
         main(
             [
@@ -266,7 +271,7 @@ def test_adapters_of_an_existing_model_are_counted_with_its_sizes_and_without_it
         == 0
     )
     output = capsys.readouterr().out
-    trained = pretrained_model(str(tmp_path), ModelConfig.model_validate(said))
+    trained = pretrained_model(str(tmp_path), ModelConfig.model_validate(settings))
     prepare_trainable(trained, TrainingConfig())
     assert f"{sum(one.numel() for one in trained.parameters()):,} parameters" in output
     averages = 8 * sum(one.numel() for one in trained.parameters() if one.requires_grad)
@@ -297,7 +302,7 @@ def test_an_offloaded_optimizer_is_not_counted_on_the_device() -> None:
 def test_preflight_prints_the_micro_batch_size_that_auto_would_choose(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    said = [
+    flags = [
         "preflight",
         *(f"--{name}={value}" for name, value in SMALL.items()),
         "--micro_batch_size=auto",
@@ -305,7 +310,7 @@ def test_preflight_prints_the_micro_batch_size_that_auto_would_choose(
     ]
     micro = {}
     for gigabytes in (0.02, 0.05, 1.0):
-        main([*said, f"--memory_gb={gigabytes}"])
+        main([*flags, f"--memory_gb={gigabytes}"])
         words = capsys.readouterr().out
         micro[gigabytes] = int(words.split(" sequences")[0].rsplit(" ", 1)[1])
     assert 1 <= micro[0.02] < micro[0.05] <= micro[1.0] == 16
@@ -330,11 +335,11 @@ def test_frozen_parameters_have_neither_gradients_nor_optimizer_state(
     model = Transformer(_config(**config))
     prepare_trainable(model, settings)
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    whole = sum(parameter.nbytes for parameter in model.parameters())
-    assert estimate.weights == whole
+    full = sum(parameter.nbytes for parameter in model.parameters())
+    assert estimate.weights == full
     assert 2 * trained <= estimate.optimizer < 2 * trained + 1024, "two moments, and step counters"
     assert max(gradients for gradients, _ in estimate.moments) <= trained
-    assert checkpoint_bytes(_config(**config), settings) == whole + 2 * trained
+    assert checkpoint_bytes(_config(**config), settings) == full + 2 * trained
 
 
 def test_a_measured_step_trains_only_what_training_would() -> None:

@@ -12,7 +12,7 @@ from llm_trainer.config.resolve.batch_size import BatchPlan
 from llm_trainer.config.resolve.parallelism import ParallelPlan
 from llm_trainer.diagnostics.memory_plan import communication_volume, rank_memories, recommend_plan
 from llm_trainer.training.memory.memory_estimator import step_memory
-from llm_trainer.training.memory.pipeline_memory import PlaceMemory, place_memories, schedule_order
+from llm_trainer.training.memory.pipeline_memory import RankMemory, rank_memories, schedule_order
 
 TWO_STAGES = ParallelPlan(pipeline_parallel=2)
 SMALL = {
@@ -32,62 +32,62 @@ def settings(schedule: str = "1f1b", **more: object) -> TrainingConfig:
     return TrainingConfig.model_validate({"precision": "fp32", "pipeline_schedule": schedule, **more})
 
 
-def places(schedule: str, micro_batches: int, ranks: int = 2, **changes: object) -> list[PlaceMemory]:
-    return place_memories(
+def rank_steps(schedule: str, micro_batches: int, ranks: int = 2, **changes: object) -> list[RankMemory]:
+    return rank_memories(
         config_of(**changes), settings(schedule), ranks=ranks, sequences=2, micro_batches=micro_batches
     )
 
 
-def highest(place: PlaceMemory) -> int:
-    return max(gradients + others for gradients, others in place.moments)
+def highest(step: RankMemory) -> int:
+    return max(gradients + others for gradients, others in step.moments)
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved"])
 def test_the_stages_have_the_whole_model_and_a_tied_embedding_twice(schedule: str) -> None:
-    held = [place.weights for place in places(schedule, 2, tie_word_embeddings=False)]
-    assert sum(held) == 4 * parameter_count(config_of(tie_word_embeddings=False))
+    weights = [step.weights for step in rank_steps(schedule, 2, tie_word_embeddings=False)]
+    assert sum(weights) == 4 * parameter_count(config_of(tie_word_embeddings=False))
     tied = config_of(tie_word_embeddings=True)
-    twice = sum(place.weights for place in places(schedule, 2, tie_word_embeddings=True))
+    twice = sum(step.weights for step in rank_steps(schedule, 2, tie_word_embeddings=True))
     assert twice == 4 * (parameter_count(tied) + tied.vocab_size * tied.hidden_size)
 
 
 def test_a_pipeline_of_one_rank_needs_as_much_as_the_full_model() -> None:
-    whole = step_memory(config_of(), settings(), sequences=2, micro_batches=2)
-    (alone,) = places("1f1b", 4, ranks=1)
-    assert (alone.weights, alone.optimizer, alone.buffers) == (whole.weights, whole.optimizer, 0)
-    assert highest(alone) == pytest.approx(whole.peak(), rel=0.02)
+    full = step_memory(config_of(), settings(), sequences=2, micro_batches=2)
+    (alone,) = rank_steps("1f1b", 4, ranks=1)
+    assert (alone.weights, alone.optimizer, alone.buffers) == (full.weights, full.optimizer, 0)
+    assert highest(alone) == pytest.approx(full.peak(), rel=0.02)
 
 
 def test_gpipe_keeps_all_micro_batches_and_1f1b_as_many_as_stages_follow() -> None:
-    few, many = ([highest(place) for place in places("gpipe", count)] for count in (4, 8))
+    few, many = ([highest(step) for step in rank_steps("gpipe", count)] for count in (4, 8))
     assert many[0] > 1.7 * few[0]
     all_at_once = few[0]
-    few, many = ([highest(place) for place in places("1f1b", count)] for count in (4, 8))
+    few, many = ([highest(step) for step in rank_steps("1f1b", count)] for count in (4, 8))
     assert few == many
     assert few[0] > 1.1 * few[1]
     assert few[0] < 0.7 * all_at_once
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2, 3, 4, 8, 12])
-@pytest.mark.parametrize("place", [0, 1, 3])
-def test_the_order_of_interleaved_stages_is_that_of_torch(micro_batches: int, place: int) -> None:
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_the_order_of_interleaved_stages_is_that_of_torch(micro_batches: int, rank: int) -> None:
     ranks, own = 4, 2
     theirs = object.__new__(ScheduleInterleaved1F1B)
     theirs.pp_group_size, theirs.n_local_stages, theirs._n_microbatches = ranks, own, micro_batches
     theirs.number_of_rounds = max(1, micro_batches // ranks)
     theirs.microbatches_per_round = micro_batches // theirs.number_of_rounds
-    actions = [action for action in theirs._calculate_single_rank_operations(place) if action is not None]
+    actions = [action for action in theirs._calculate_single_rank_operations(rank) if action is not None]
     wanted = [
         (action.computation_type.name.removeprefix("FULL_").lower(), action.stage_index // ranks)
         for action in actions
     ]
-    assert schedule_order("interleaved", ranks, place, micro_batches) == wanted
+    assert schedule_order("interleaved", ranks, rank, micro_batches) == wanted
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
 def test_every_micro_batch_passes_a_stage_once_forward_and_once_backward(schedule: str) -> None:
-    for place in range(3):
-        order = [what for what, _ in schedule_order(schedule, 3, place, 5)]
+    for rank in range(3):
+        order = [what for what, _ in schedule_order(schedule, 3, rank, 5)]
         assert order.count("forward") == order.count("backward") == 5
         assert all(order[:end].count("forward") >= order[:end].count("backward") for end in range(11))
 
@@ -110,8 +110,8 @@ def test_a_deep_stage_is_extrapolated_from_shallow_ones_as_if_it_were_run() -> N
 def test_frozen_parameters_are_counted_on_their_stage(schedule: str) -> None:
     config, frozen = config_of(num_hidden_layers=8), ["attn.1", "mlp.6"]
     run = {"ranks": 2, "sequences": 2, "micro_batches": 2}
-    plain = place_memories(config, settings(schedule), **run)
-    some = place_memories(config, settings(schedule, freeze_layers=frozen), **run)
+    plain = rank_memories(config, settings(schedule), **run)
+    some = rank_memories(config, settings(schedule, freeze_layers=frozen), **run)
     sizes = params_per_module(config)
     for one, other, part in zip(plain, some, frozen, strict=True):
         assert other.weights == one.weights
@@ -168,14 +168,16 @@ def test_unequal_rounds_of_an_interleaved_schedule_are_refused() -> None:
 
 
 def test_preflight_prints_the_peak_of_each_pipeline_rank(capsys: pytest.CaptureFixture[str]) -> None:
-    said = [
+    flags = [
         "preflight",
         *(f"--{name}={value}" for name, value in SMALL.items()),
         "--precision=fp32",
         "--memory_gb=4",
     ]
     assert (
-        main([*said, "--pipeline_parallel=2", "--batch_size=16", "--micro_batch_size=2", "--data_parallel=2"])
+        main(
+            [*flags, "--pipeline_parallel=2", "--batch_size=16", "--micro_batch_size=2", "--data_parallel=2"]
+        )
         == 0
     )
     output = capsys.readouterr().out

@@ -36,7 +36,10 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 
 @functools.cache
 def measured_peak_flops(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
-    """Return the best rate of a size³ matrix product within about 50 ms, in FLOP/s; measured once per process."""
+    """Return the best rate of a size³ matrix product, in FLOP/s.
+
+    Measuring takes about 50 ms and is done once per process.
+    """
     generator = torch.Generator(device).manual_seed(0)  # leaves the run's own generators untouched
     left = torch.randn(size, size, device=device, generator=generator).to(dtype)
     best, ends = 0.0, 0.0

@@ -79,7 +79,7 @@ class NextToken:
 
 
 class ModelWithObjective(nn.Module):
-    """Model and objective as one module, so that DDP, FSDP and compilation can wrap a whole forward pass."""
+    """Model and objective as one module, so that DDP, FSDP and compilation can wrap the forward pass."""
 
     def __init__(self, model: Transformer, objective: Objective) -> None:
         super().__init__()

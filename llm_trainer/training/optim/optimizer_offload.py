@@ -1,6 +1,6 @@
 """Optimizer state in host memory, moved to the device only for its update, a few parameters at a time.
 
-Between updates the device then holds only weights, gradients and activations. The update is the optimizer's
+Between updates the device then has only weights, gradients and activations. The update is the optimizer's
 own and runs on the device, so the result is the same (except that Muon stacks its matrices differently). The
 price is that the state crosses the bus twice per step. (Updating on the host instead, as DeepSpeed and
 torchao do, transfers less but computes more slowly and rounds differently; FSDP2's own CPU offload moves the

@@ -23,7 +23,7 @@ from llm_trainer.model.transformer import Transformer
 
 
 def prepare_trainable(model: Transformer, training: TrainingConfig) -> None:
-    """Freeze parameters as the settings say, and quantize the frozen base model where `quantize_base` is set.
+    """Freeze parameters as configured, and quantize the frozen base model where `quantize_base` is set.
 
     Frozen are the weights under adapters if `lora_train_base` is false, inactive adapters, and the modules of
     `freeze_layers`.

@@ -1,4 +1,4 @@
-"""Where a run's numbers go, and that they are valid, complete and told once."""
+"""Metrics are valid and complete, and each step is recorded once."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def write(
 
 
 def scalars(run_folder: Path, tag: str) -> dict[int, float]:
-    """What TensorBoard itself reads."""
+    """The values that TensorBoard itself reads."""
     accumulator = importlib.import_module(
         "tensorboard.backend.event_processing.event_accumulator"
     ).EventAccumulator(str(run_folder / "tensorboard"))
@@ -41,7 +41,7 @@ def scalars(run_folder: Path, tag: str) -> dict[int, float]:
     return {event.step: event.value for event in accumulator.Scalars(tag)}
 
 
-def test_lines_are_json_with_step_and_time_and_survive_to_the_bit(tmp_path: Path) -> None:
+def test_lines_are_json_with_step_and_time_and_are_read_back_bit_exactly(tmp_path: Path) -> None:
     write(tmp_path, range(1, 4))
     lines = read_metrics(tmp_path)
     assert [line["step"] for line in lines] == [1, 2, 3]
@@ -49,7 +49,7 @@ def test_lines_are_json_with_step_and_time_and_survive_to_the_bit(tmp_path: Path
     assert all(line["time"] > 1e9 for line in lines)
 
 
-def test_numbers_that_json_lacks_are_strings_in_the_file_and_numbers_when_read(tmp_path: Path) -> None:
+def test_values_that_json_lacks_are_strings_in_the_file_and_numbers_when_read(tmp_path: Path) -> None:
     tracker = MetricsTracker(tmp_path)
     tracker.update({"a": math.nan, "b": math.inf, "c": -math.inf}, 1)
     tracker.close()
@@ -76,7 +76,7 @@ def test_a_name_with_a_line_break_cannot_forge_a_line(tmp_path: Path) -> None:
     assert [line["step"] for line in read_metrics(tmp_path)] == [1]
 
 
-def test_a_resumed_run_drops_later_lines_and_a_torn_one(tmp_path: Path) -> None:
+def test_a_resumed_run_drops_later_lines_and_a_truncated_one(tmp_path: Path) -> None:
     write(tmp_path, range(1, 6))
     with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"step": 3, "lo')
@@ -85,8 +85,8 @@ def test_a_resumed_run_drops_later_lines_and_a_torn_one(tmp_path: Path) -> None:
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_an_interrupted_and_resumed_run_has_the_lines_of_the_straight_one(tmp_path: Path) -> None:
-    def told(folder: Path) -> list[dict[str, float]]:
+def test_a_resumed_run_has_the_same_lines_as_an_uninterrupted_one(tmp_path: Path) -> None:
+    def lines_of(folder: Path) -> list[dict[str, float]]:
         of_the_clock = {"time", "tokens_per_second", "mfu", "memory_gb"}
         measured = ("time/", "system/")
         return [
@@ -98,19 +98,19 @@ def test_an_interrupted_and_resumed_run_has_the_lines_of_the_straight_one(tmp_pa
             for line in read_metrics(folder)
         ]
 
-    tiny_run(tmp_path / "straight")
-    tiny_run(tmp_path / "cut", callbacks=[StopAtStep(8)])
-    tiny_run(tmp_path / "cut", resume_from=str(tmp_path / "cut" / "checkpoint-6"))
-    assert told(tmp_path / "cut") == told(tmp_path / "straight")
+    tiny_run(tmp_path / "uninterrupted")
+    tiny_run(tmp_path / "resumed", callbacks=[StopAtStep(8)])
+    tiny_run(tmp_path / "resumed", resume_from=str(tmp_path / "resumed" / "checkpoint-6"))
+    assert lines_of(tmp_path / "resumed") == lines_of(tmp_path / "uninterrupted")
 
 
-def test_a_garbled_line_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+def test_an_invalid_line_is_an_error_that_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("[]\n", encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"metrics\.jsonl has a line"):
         read_metrics(tmp_path)
 
 
-def test_tensorboard_reads_both_folders_that_the_manuals_name(tmp_path: Path) -> None:
+def test_tensorboard_reads_both_folders_of_the_manuals(tmp_path: Path) -> None:
     write(tmp_path, range(1, 4), report_to=("tensorboard",))
     assert scalars(tmp_path, "loss") == pytest.approx({1: 1.0, 2: 0.5, 3: 1 / 3})
     assert (tmp_path / "tensorboard").is_symlink()
@@ -118,7 +118,7 @@ def test_tensorboard_reads_both_folders_that_the_manuals_name(tmp_path: Path) ->
     assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
 
 
-def test_tensorboard_forgets_steps_that_a_resumed_run_does_again(tmp_path: Path) -> None:
+def test_tensorboard_replaces_steps_that_a_resumed_run_repeats(tmp_path: Path) -> None:
     write(tmp_path, range(1, 6), report_to=("tensorboard",))
     tracker = MetricsTracker(tmp_path, ("tensorboard",), resumed_step=2)
     tracker.update({"loss": 9.0}, 3)
@@ -134,8 +134,10 @@ def test_a_run_folder_that_was_moved_keeps_its_link(tmp_path: Path) -> None:
 
 def test_writing_events_needs_neither_tensorflow_nor_torchs_writer(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from llm_trainer.training.logging.metrics import MetricsTracker; "
-        f"t = MetricsTracker(Path({str(tmp_path)!r}), ['tensorboard']); t.update({{'loss': 1.0}}, 1); t.close(); "
+        "import sys; from pathlib import Path\n"
+        "from llm_trainer.training.logging.metrics import MetricsTracker\n"
+        f"tracker = MetricsTracker(Path({str(tmp_path)!r}), ['tensorboard'])\n"
+        "tracker.update({'loss': 1.0}, 1); tracker.close()\n"
         "assert not {'tensorflow', 'torch', 'torch.utils.tensorboard'} & set(sys.modules), 'heavy'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -148,10 +150,11 @@ def test_without_wandb_the_error_names_the_extra(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.slow
-def test_wandb_offline_gets_the_run_and_a_resume_goes_on_under_its_id(tmp_path: Path) -> None:
+def test_wandb_offline_records_the_run_and_a_resume_continues_its_id(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     code = (
-        "import sys; from pathlib import Path; from tiny_run import tiny_config; from llm_trainer.training.logging.metrics import MetricsTracker\n"
+        "import sys; from pathlib import Path; from tiny_run import tiny_config\n"
+        "from llm_trainer.training.logging.metrics import MetricsTracker\n"
         "folder, step = Path(sys.argv[1]), int(sys.argv[2])\n"
         "config = tiny_config(folder, wandb_project='shelf', wandb_run_name='book')\n"
         "tracker = MetricsTracker(folder, ['wandb'], resumed_step=step or None, config=config)\n"
@@ -171,12 +174,14 @@ def test_wandb_offline_gets_the_run_and_a_resume_goes_on_under_its_id(tmp_path: 
 
 
 @pytest.mark.slow
-def test_wandb_keeps_steps_that_come_again_after_a_rollback(tmp_path: Path) -> None:
+def test_wandb_keeps_steps_that_are_repeated_after_a_rollback(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     code = (
-        "import sys; from pathlib import Path; from llm_trainer.training.logging.metrics import MetricsTracker\n"
+        "import sys; from pathlib import Path\n"
+        "from llm_trainer.training.logging.metrics import MetricsTracker\n"
         "tracker = MetricsTracker(Path(sys.argv[1]), ['wandb'])\n"
-        "[tracker.update({'loss': loss}, step) for step, loss in ((1, 0.5), (2, 0.25), (3, 9.0625), (2, 0.1875), (3, 0.09375))]\n"
+        "steps = ((1, 0.5), (2, 0.25), (3, 9.0625), (2, 0.1875), (3, 0.09375))\n"
+        "[tracker.update({'loss': loss}, step) for step, loss in steps]\n"
         "tracker.close()"
     )
     environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
@@ -185,7 +190,7 @@ def test_wandb_keeps_steps_that_come_again_after_a_rollback(tmp_path: Path) -> N
     assert [loss for loss in (b"0.5", b"0.25", b"9.0625", b"0.1875", b"0.09375") if loss not in kept] == []
 
 
-def test_a_subclass_can_log_its_own_numbers(tmp_path: Path) -> None:
+def test_a_subclass_can_log_its_own_metrics(tmp_path: Path) -> None:
     """As the manual writes it."""
 
     class Custom(Trainer):
@@ -202,7 +207,7 @@ def test_a_subclass_can_log_its_own_numbers(tmp_path: Path) -> None:
     )
 
 
-def test_off_a_terminal_there_are_plain_lines_at_logging_steps_and_no_bar(tmp_path: Path) -> None:
+def test_without_a_terminal_there_are_plain_lines_at_log_steps_and_no_bar(tmp_path: Path) -> None:
     out = StringIO()
     tiny_run(tmp_path, console=Console(file=out, width=200), logging_steps=5)
     text = out.getvalue()
@@ -215,7 +220,7 @@ def test_off_a_terminal_there_are_plain_lines_at_logging_steps_and_no_bar(tmp_pa
     assert text.count("val_loss") == 3
 
 
-def test_on_a_terminal_there_is_a_bar_with_loss_rate_and_speed(tmp_path: Path) -> None:
+def test_on_a_terminal_there_is_a_bar_with_loss_learning_rate_and_throughput(tmp_path: Path) -> None:
     out = StringIO()
     reporter = ProgressReporter(10, console=Console(file=out, width=200, force_terminal=True))
     reporter.show_metrics(5, {"loss": 2.5, "learning_rate": 1e-3, "tokens_per_second": 1234.0})
@@ -225,7 +230,7 @@ def test_on_a_terminal_there_is_a_bar_with_loss_rate_and_speed(tmp_path: Path) -
         assert shown in out.getvalue()
 
 
-def test_the_bar_ends_where_the_run_ends_by_now() -> None:
+def test_the_bar_follows_a_changed_length_of_the_run() -> None:
     out = StringIO()
     reporter = ProgressReporter(10, console=Console(file=out, width=200, force_terminal=True))
     reporter.advance(5, 7)
@@ -234,7 +239,7 @@ def test_the_bar_ends_where_the_run_ends_by_now() -> None:
     assert "5/7" in out.getvalue()
 
 
-def test_text_from_outside_stays_one_harmless_line(tmp_path: Path) -> None:
+def test_control_characters_in_text_from_outside_are_escaped(tmp_path: Path) -> None:
     hostile = "run\r\n2026-01-01 00:00:00 forged\x1b[2J\u2028x\x00"
     assert escape_control_characters(hostile) == "run\\r\\n2026-01-01 00:00:00 forged\\x1b[2J\\u2028x\\x00"
     out = StringIO()

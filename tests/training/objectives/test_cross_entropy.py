@@ -1,6 +1,4 @@
-"""The chunked loss is the dense loss: value, gradients, soft cap, ignored labels; and it holds no more than a
-chunk.
-"""
+"""The chunked loss equals the dense loss, with gradients, soft cap and ignored labels, in less memory."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ from llm_trainer.training.objectives.cross_entropy import LossMode, linear_cross
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of sixteen rows, softmax three rows at a time, so that small tensors already cross every edge."""
+    """Chunks of 16 rows, softmax 3 rows at a time, so that small tensors already cross every boundary."""
     monkeypatch.setattr(losses, "_CHUNK_BYTES", {"cpu": 16 * 97 * 2})
     monkeypatch.setattr(losses, "_CACHED_ELEMENTS", 3 * 97)
 
@@ -51,7 +49,7 @@ def test_chunked_loss_and_gradients_equal_the_dense_ones(soft_cap: float | None,
         torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-5)
 
 
-def test_in_bf16_both_are_equally_far_from_fp32() -> None:
+def test_in_bf16_both_modes_are_equally_far_from_fp32() -> None:
     exact = _loss_and_gradients("dense")
     with torch.autocast("cpu", torch.bfloat16):
         dense, chunked = _loss_and_gradients("dense"), _loss_and_gradients("chunked")
@@ -77,7 +75,7 @@ def test_validation_computes_the_same_loss_without_gradients() -> None:
 
 
 @pytest.mark.parametrize("frozen", [0, 1])
-def test_what_is_frozen_gets_no_gradient_and_the_other_its_own(frozen: int) -> None:
+def test_a_frozen_input_gets_no_gradient_and_the_other_its_own(frozen: int) -> None:
     reference = _loss_and_gradients("dense")[1 + 1 - frozen]
     tensors = [x.detach() for x in _inputs()[:2]]
     tensors[1 - frozen].requires_grad_()
@@ -86,7 +84,7 @@ def test_what_is_frozen_gets_no_gradient_and_the_other_its_own(frozen: int) -> N
     torch.testing.assert_close(tensors[1 - frozen].grad, reference, rtol=1e-5, atol=1e-5)
 
 
-def test_a_second_backward_is_refused_and_not_wrong() -> None:
+def test_a_second_backward_pass_raises_an_error() -> None:
     total = linear_cross_entropy_sum(*_inputs(), mode="chunked")
     total.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="differentiated once"):
@@ -94,7 +92,7 @@ def test_a_second_backward_is_refused_and_not_wrong() -> None:
 
 
 class _Largest(TorchDispatchMode):
-    """Notes the most elements that any operation's result has."""
+    """Records the largest number of elements of any operation's result."""
 
     elements = 0
 
@@ -114,7 +112,7 @@ def _largest_result(mode: LossMode) -> int:
     return largest.elements
 
 
-def test_all_logits_are_never_held_at_once() -> None:
+def test_the_logits_are_never_all_in_memory() -> None:
     assert _largest_result("chunked") <= 16 * 97
     assert _largest_result("dense") == 53 * 97
 

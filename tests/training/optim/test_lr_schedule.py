@@ -1,4 +1,4 @@
-"""Rates and lengths: exact points of each schedule, durations in every unit, what is refused."""
+"""Learning-rate schedules and run lengths: exact values, durations in every unit, and refused settings."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ STEPS = RunLength(1000, "max_steps 1000", steps_per_epoch=250.0, tokens_per_step
         ("wsd", 1000, 0.1),
     ],
 )
-def test_points_of_each_schedule(kind: str, step: int, expected: float) -> None:
+def test_each_schedule_has_the_expected_values(kind: str, step: int, expected: float) -> None:
     schedule = LRSchedule(
         kind, warmup_steps=100, decay_steps=1000, minimum_fraction=0.1, wsd_decay_fraction=0.2
     )  # type: ignore[arg-type]
     assert schedule.factor(step) == pytest.approx(expected, abs=1e-12)
 
 
-def test_operations_multiply_the_rate_and_start_the_schedule_again() -> None:
+def test_operations_multiply_the_learning_rate_and_restart_the_schedule() -> None:
     schedule = LRSchedule("cosine", warmup_steps=10, decay_steps=100, minimum_fraction=0.0)
     assert schedule.factor(10, LRScheduleState(factor=0.5)) == 0.5
     again = LRScheduleState(offset=40)
@@ -68,7 +68,7 @@ def test_operations_multiply_the_rate_and_start_the_schedule_again() -> None:
         ({"max_steps": 0}, 0),
     ],
 )
-def test_a_run_ends_at_whichever_end_comes_first(settings: dict[str, int], steps: int) -> None:
+def test_a_run_ends_at_the_first_of_its_limits(settings: dict[str, int], steps: int) -> None:
     assert (
         resolve_run_length(
             TrainingConfig(**settings), samples_per_epoch=100, sequences_per_step=8, context=16
@@ -77,8 +77,8 @@ def test_a_run_ends_at_whichever_end_comes_first(settings: dict[str, int], steps
     )
 
 
-def test_durations_come_in_every_unit() -> None:
-    assert [STEPS.in_steps(Duration.parse(said)) for said in (30, "0.5 epochs", "5k tokens", "1 token")] == [
+def test_durations_are_accepted_in_every_unit() -> None:
+    assert [STEPS.in_steps(Duration.parse(text)) for text in (30, "0.5 epochs", "5k tokens", "1 token")] == [
         30,
         125,
         10,
@@ -92,14 +92,14 @@ def test_a_default_warmup_is_a_tenth_of_a_short_run() -> None:
     assert resolve_lr_schedule(TrainingConfig(), long).warmup_steps == 2000
 
 
-def test_a_warmup_that_was_said_and_is_longer_than_the_run_is_refused() -> None:
+def test_a_warmup_that_the_user_has_set_and_is_longer_than_the_run_is_refused() -> None:
     with pytest.raises(UsageError, match="warmup_steps 2000 is longer than the run of 1000 steps"):
         resolve_lr_schedule(TrainingConfig(warmup_steps=2000), STEPS)
     with pytest.raises(UsageError, match="longer than lr_decay_steps"):
         resolve_lr_schedule(TrainingConfig(warmup_steps=200, lr_decay_steps=100), STEPS)
 
 
-def test_the_lowest_rate_is_a_tenth_or_what_is_said() -> None:
+def test_the_minimum_learning_rate_is_a_tenth_unless_it_is_set() -> None:
     assert resolve_lr_schedule(TrainingConfig(), STEPS).minimum_fraction == 0.1
     schedule = resolve_lr_schedule(
         TrainingConfig(learning_rate=1e-3, min_lr=1e-4 / 4, lr_decay_iters=500), STEPS

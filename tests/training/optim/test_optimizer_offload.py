@@ -1,4 +1,4 @@
-"""Optimizer state in host memory: the same updates, a few parameters at a time."""
+"""Offloaded optimizer state gives the same updates, a few parameters at a time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_updates_in_portions_are_those_of_the_whole(tmp_path: Path, kind: str, device: str) -> None:
+def test_updates_in_chunks_equal_an_update_of_all_parameters(tmp_path: Path, kind: str, device: str) -> None:
     config = tiny_config(tmp_path, optimizer=kind)
     models = [tiny_model(config.model).to(device) for _ in range(2)]
     optimizers = [build_optimizers(model, config.training) for model in models]
@@ -33,6 +33,6 @@ def test_updates_in_portions_are_those_of_the_whole(tmp_path: Path, kind: str, d
     for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0 if kind == "adamw" else 1e-6)
     for optimizer in optimizers[1]:
-        held = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
-        assert held
-        assert {value.device.type for value in held} == {"cpu"}
+        moments = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
+        assert moments
+        assert {value.device.type for value in moments} == {"cpu"}

@@ -1,4 +1,4 @@
-"""AdamW and Muon: who is in which group, decay on matrices only, and the same numbers as torch's own."""
+"""AdamW and Muon: parameter groups, weight decay on matrices only, and the same results as torch's own."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ def _groups(optimizer: str, **shape: object) -> tuple[nn.Module, list[torch.opti
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_every_parameter_is_in_one_group_and_decay_is_for_matrices(optimizer: str, tied: bool) -> None:
+def test_every_parameter_is_in_one_group_and_only_matrices_decay(optimizer: str, tied: bool) -> None:
     model, optimizers = _groups(optimizer, tie_word_embeddings=tied, model_type="llama", bias=True)
-    held = [
+    grouped = [
         (id(p), p.ndim, group["weight_decay"])
         for o in optimizers
         for group in o.param_groups
         for p in group["params"]
     ]
-    assert sorted(number for number, _, _ in held) == sorted(id(p) for p in model.parameters())
-    assert {(ndim, decay) for _, ndim, decay in held} == {(1, 0.0), (2, 0.3)}
+    assert sorted(number for number, _, _ in grouped) == sorted(id(p) for p in model.parameters())
+    assert {(ndim, decay) for _, ndim, decay in grouped} == {(1, 0.0), (2, 0.3)}
 
 
-def test_muon_has_the_blocks_matrices_and_adamw_the_rest() -> None:
+def test_muon_gets_the_matrices_of_the_blocks_and_adamw_the_rest() -> None:
     model, (muon, adamw) = _groups("muon")
     names = {id(p): name for name, p in model.named_parameters()}
     of_muon = {names[id(p)] for group in muon.param_groups for p in group["params"]}
@@ -56,7 +56,7 @@ def test_frozen_parameters_are_left_out_and_a_frozen_model_is_refused() -> None:
         build_optimizers(model, TrainingConfig())
 
 
-def test_rates_are_each_groups_peak_times_the_factor() -> None:
+def test_the_learning_rate_of_a_group_is_its_peak_times_the_factor() -> None:
     _, optimizers = _groups("muon")
     peaks = peak_lrs(optimizers)
     assert peaks == [[0.02], [3e-4, 3e-4]]
@@ -83,7 +83,7 @@ def _steps(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], cou
 
 @pytest.mark.parametrize("adjust", [None, "match_rms_adamw"])
 @pytest.mark.parametrize("nesterov", [True, False])
-def test_batched_muon_is_torchs_muon(adjust: str | None, nesterov: bool) -> None:
+def test_batched_muon_equals_torchs_muon(adjust: str | None, nesterov: bool) -> None:
     mine, reference = _matrices(), _matrices()
     _steps(BatchedMuon(mine, lr=0.02, weight_decay=0.1, adjust_lr_fn=adjust, nesterov=nesterov), mine)
     _steps(
@@ -96,7 +96,7 @@ def test_batched_muon_is_torchs_muon(adjust: str | None, nesterov: bool) -> None
         torch.testing.assert_close(one, other, rtol=0, atol=2**-8 * 4 * 0.02 * 5)
 
 
-def test_adamw_is_torchs_adamw() -> None:
+def test_adamw_equals_torchs_adamw() -> None:
     mine, reference = _matrices(), _matrices()
     _steps(AdamW(mine, lr=0.01, fused=True), mine)
     _steps(torch.optim.AdamW(reference, lr=0.01, fused=True), reference)
@@ -104,7 +104,9 @@ def test_adamw_is_torchs_adamw() -> None:
 
 
 @pytest.mark.parametrize("kind", [AdamW, BatchedMuon])
-def test_a_step_that_was_not_finite_leaves_weights_and_state_alone(kind: type[torch.optim.Optimizer]) -> None:
+def test_a_step_with_gradients_that_are_not_finite_changes_neither_weights_nor_state(
+    kind: type[torch.optim.Optimizer],
+) -> None:
     parameters = _matrices()
     optimizer = kind(parameters, lr=0.01, **({"fused": True} if kind is AdamW else {}))
     _steps(optimizer, parameters, 1)

@@ -1,6 +1,4 @@
-"""What is trained and how fast: frozen parts, bases under adapters, rates by part and depth, and going on
-from such checkpoints.
-"""
+"""What is trained and how fast: frozen modules, adapters, learning rates by module and depth, resuming."""
 
 from __future__ import annotations
 
@@ -36,7 +34,7 @@ def weights(model: Transformer) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_frozen_parts_stay_and_the_others_learn(tmp_path: Path, optimizer: str) -> None:
+def test_frozen_modules_do_not_change_and_the_others_are_trained(tmp_path: Path, optimizer: str) -> None:
     model = tiny_model(ModelConfig(**SHAPE))
     before = weights(model)
     config = tiny_config(tmp_path, freeze_layers=["attn.0", "ln_*.1"], optimizer=optimizer, max_steps=3)
@@ -46,7 +44,7 @@ def test_frozen_parts_stay_and_the_others_learn(tmp_path: Path, optimizer: str) 
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_only_adapters_learn_over_a_frozen_base_and_they_lower_the_loss(
+def test_adapters_alone_are_trained_over_a_frozen_base_and_lower_the_loss(
     tmp_path: Path, optimizer: str
 ) -> None:
     model = tiny_model(ModelConfig(**SHAPE | LORA))
@@ -69,7 +67,7 @@ def test_only_adapters_learn_over_a_frozen_base_and_they_lower_the_loss(
     assert trainer.evaluate().loss < first - 0.02
 
 
-def test_sets_that_do_not_count_are_not_trained() -> None:
+def test_inactive_adapters_are_not_trained() -> None:
     sets = {"one": {"ranks": {"attn.0": 2}}, "other": {"ranks": {"attn.0": 2, "wte": 3}}}
     shape = ModelConfig(**SHAPE, lora=sets, active_adapters=["other"], lora_train_base=True)
     model = tiny_model(shape)
@@ -83,17 +81,17 @@ def test_sets_that_do_not_count_are_not_trained() -> None:
     assert sum(trainable_sizes(shape, TrainingConfig()).values()) == trained < parameter_count(shape)
 
 
-def test_a_resumed_adapter_run_is_the_uninterrupted_one_to_the_bit(tmp_path: Path) -> None:
-    whole = trained(tmp_path / "whole", LORA)
-    trained(tmp_path / "cut", LORA, max_steps=6, lr_decay_steps=10)
-    resumed = trained(tmp_path / "cut", LORA, resume_from="auto", max_steps=10, lr_decay_steps=10)
+def test_a_resumed_adapter_run_equals_the_uninterrupted_one_bit_exactly(tmp_path: Path) -> None:
+    uninterrupted = trained(tmp_path / "uninterrupted", LORA)
+    trained(tmp_path / "interrupted", LORA, max_steps=6, lr_decay_steps=10)
+    resumed = trained(tmp_path / "interrupted", LORA, resume_from="auto", max_steps=10, lr_decay_steps=10)
     assert resumed.state.step == 10
     for name, value in weights(trained(tmp_path / "again", LORA, lr_decay_steps=10).model).items():
         assert torch.equal(value, weights(resumed.model)[name]), name
-        assert torch.equal(value, weights(whole.model)[name]), name
+        assert torch.equal(value, weights(uninterrupted.model)[name]), name
 
 
-def test_a_checkpoint_with_adapters_becomes_a_plain_model(tmp_path: Path) -> None:
+def test_a_checkpoint_with_adapters_is_merged_into_a_plain_model(tmp_path: Path) -> None:
     trainer = trained(tmp_path, LORA)
     ids = torch.arange(8)[None]
     plain = load_transformer(tmp_path / "final_model")
@@ -106,7 +104,7 @@ def test_a_checkpoint_with_adapters_becomes_a_plain_model(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_rates_follow_part_and_depth(optimizer: str) -> None:
+def test_learning_rates_depend_on_module_and_depth(optimizer: str) -> None:
     model = tiny_model(ModelConfig(**SHAPE))
     training = TrainingConfig(
         optimizer=optimizer,
@@ -130,7 +128,7 @@ def test_rates_follow_part_and_depth(optimizer: str) -> None:
     assert rates["ln_f.weight"] == 1.0
 
 
-def test_a_rate_or_a_frost_for_a_part_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_a_multiplier_or_freeze_of_an_unknown_module_is_refused(tmp_path: Path) -> None:
     model = tiny_model(ModelConfig(**SHAPE))
     with pytest.raises(UsageError, match=r"attn\.9"):
         build_optimizers(model, TrainingConfig(lr_multipliers={"attn.9": 2.0}))
