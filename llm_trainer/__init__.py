@@ -1,9 +1,9 @@
 """From a folder of text to a served language model.
 
-The names below are imported when first asked for (PEP 562), so that `import llm_trainer` costs no torch:
+The public names are imported when they are first used (PEP 562), so that `import llm_trainer` does not import torch:
 
-    from llm_trainer import Trainer, load_model
-    from llm_trainer.config import ModelConfig, TrainingConfig, DataConfig
+    from llm_trainer import DataConfig, ModelConfig, Trainer, TrainingConfig
+    from llm_trainer import load_dataset, load_model, prepare_dataset
 """
 
 from __future__ import annotations
@@ -13,18 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llm_trainer.config import DataConfig, GenerationConfig, ModelConfig, RunConfig, TrainingConfig
+    from llm_trainer.data.pipeline.pipeline import prepare_dataset
+    from llm_trainer.data.prepared_dataset import load_dataset
     from llm_trainer.data.tokenization.tokenizer import Tokenizer
     from llm_trainer.inference.load_model import LanguageModel, load_model
     from llm_trainer.model.transformer import Transformer
-    from llm_trainer.training.callbacks import Callback, EarlyStopping
+    from llm_trainer.training.callbacks.callback import Callback
+    from llm_trainer.training.callbacks.early_stopping import EarlyStopping
     from llm_trainer.training.trainer import Trainer
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "Callback": "llm_trainer.training.callbacks",
+_MODULES = {
+    "Callback": "llm_trainer.training.callbacks.callback",
     "DataConfig": "llm_trainer.config",
-    "EarlyStopping": "llm_trainer.training.callbacks",
+    "EarlyStopping": "llm_trainer.training.callbacks.early_stopping",
     "GenerationConfig": "llm_trainer.config",
     "LanguageModel": "llm_trainer.inference.load_model",
     "ModelConfig": "llm_trainer.config",
@@ -33,7 +36,9 @@ _HOMES = {
     "Trainer": "llm_trainer.training.trainer",
     "TrainingConfig": "llm_trainer.config",
     "Transformer": "llm_trainer.model.transformer",
+    "load_dataset": "llm_trainer.data.prepared_dataset",
     "load_model": "llm_trainer.inference.load_model",
+    "prepare_dataset": "llm_trainer.data.pipeline.pipeline",
 }
 
 __all__ = [
@@ -48,14 +53,16 @@ __all__ = [
     "Trainer",
     "TrainingConfig",
     "Transformer",
+    "load_dataset",
     "load_model",
+    "prepare_dataset",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
+    value = getattr(importlib.import_module(_MODULES[name]), name)
     globals()[name] = value
     return value
 

@@ -1,11 +1,11 @@
-"""Errors that a person is meant to read: each names the thing, the value and the way out.
+"""Errors for the user to read. Each names what is wrong, the value, and what to do.
 
-The command line prints the message without a traceback and leaves with `exit_code`.
+The command line prints the message without a traceback and exits with `exit_code`.
 """
 
 
 class LLMTrainerError(Exception):
-    """Something went wrong that the user can mend; the message says how."""
+    """Something went wrong that the user can fix; the message says how."""
 
     exit_code = 1
 

@@ -1,10 +1,8 @@
-"""The run folder: what lies where, whether a checkpoint is whole, and which folder a person's word for one
-means.
+"""The run folder: names of its contents, verification of checkpoints, and lookup of the folder that a user names.
 
-A checkpoint is trusted only if its `manifest.json`, which is written last, lists every file with its size and
-SHA-256 and all of them agree. So a save that was killed, a disk that lied and a hand that edited are told
-apart from a good checkpoint without opening a single tensor; nothing here needs torch, and the command line
-can answer in milliseconds.
+A checkpoint is trusted only if its `manifest.json`, which is written last, lists every file with its size and SHA-256
+and all of them agree. This detects an interrupted save, a faulty disk and an edited file without opening a tensor.
+Nothing here needs torch, so the command line can answer in milliseconds.
 """
 
 from __future__ import annotations
@@ -22,16 +20,15 @@ from llm_trainer.errors import CheckpointError
 
 CHECKPOINT_PREFIX = "checkpoint-"
 EMERGENCY_PREFIX = "emergency-"
-# Saved often and soon replaced; beside the checkpoints that are kept.
+# Saved often and soon replaced, in addition to the checkpoints that are kept.
 EPHEMERAL_PREFIX = "recent-"
 BEST_MODEL = "best_model"
 FINAL_MODEL = "final_model"
-# A folder that is being written or thrown away; never taken for a checkpoint.
+# A folder that is being written or deleted. It never counts as a checkpoint.
 TEMPORARY_PREFIX = ".tmp-"
-# The earlier holder of a name while its successor takes the name: for that instant it is the only one, and it
-# is whole.
+# The previous folder of a name while its replacement is renamed. At that moment it is the only complete one.
 REPLACED_PREFIX = ".old-"
-# Where a new run puts what an earlier run left in the same folder.
+# Where a new run moves the files that an earlier run left in the same folder.
 EARLIER_PREFIX = "earlier-"
 
 MANIFEST_FILE = "manifest.json"
@@ -51,42 +48,42 @@ MANIFEST_FORMAT = 1
 _STEP_FOLDER = re.compile(
     rf"(?:{re.escape(REPLACED_PREFIX)})?(?:{CHECKPOINT_PREFIX}|{EMERGENCY_PREFIX}|{EPHEMERAL_PREFIX})(\d+)"
 )
-_STEP_SPELLING = re.compile(
+_STEP_NAME = re.compile(
     r"(?:checkpoint|ckpt|emergency|recent|step)(?:[-_]step)?[-_]?(\d+)(?:\.(?:pt|pth|ckpt|safetensors))?"
 )
-_NAME_SPELLING = re.compile(r"(best|final)(?:[-_]model)?(?:\.(?:pt|pth|ckpt|safetensors))?")
+_MODEL_NAME = re.compile(r"(best|final)(?:[-_]model)?(?:\.(?:pt|pth|ckpt|safetensors))?")
 
 Report = Callable[[str], None]
-Verify = Callable[[Path], list[str]]  # what is wrong with a checkpoint folder
+Verify = Callable[[Path], list[str]]  # returns the problems of a checkpoint folder
 FileEntry: TypeAlias = "Mapping[str, int | str]"
 JSON: TypeAlias = "str | int | float | bool | Sequence[JSON] | Mapping[str, JSON] | None"
 
 
 @dataclass(frozen=True)
 class FoundCheckpoint:
-    """A checkpoint folder in a run folder, not verified yet."""
+    """A checkpoint folder in a run folder, which is not verified yet."""
 
     path: Path
     step: int
 
 
 def ephemeral_name(step: int) -> str:
-    """`recent-<step>`."""
+    """Folder name of a short-lived checkpoint: `recent-<step>`."""
     return f"{EPHEMERAL_PREFIX}{step}"
 
 
 def checkpoint_name(step: int) -> str:
-    """`checkpoint-<step>`."""
+    """Folder name of a checkpoint: `checkpoint-<step>`."""
     return f"{CHECKPOINT_PREFIX}{step}"
 
 
 def emergency_name(step: int) -> str:
-    """`emergency-<step>`."""
+    """Folder name of an emergency checkpoint: `emergency-<step>`."""
     return f"{EMERGENCY_PREFIX}{step}"
 
 
 def file_entries(folder: Path, paths: Iterable[Path]) -> dict[str, FileEntry]:
-    """Size in bytes and SHA-256 of files under `folder`, by their names there."""
+    """Size in bytes and SHA-256 of files under `folder`, by their relative names."""
     return {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)}
         for path in sorted(paths)
@@ -94,8 +91,14 @@ def file_entries(folder: Path, paths: Iterable[Path]) -> dict[str, FileEntry]:
 
 
 def write_manifest(folder: Path, files: Mapping[str, FileEntry] | None = None) -> Path:
-    """List `files` (none: every file under `folder`) with sizes and hashes in `manifest.json`; the caller
-    syncs it to the disk.
+    """Write `manifest.json`, the list of a checkpoint's files. The caller syncs it to disk.
+
+    Args:
+        folder: The checkpoint folder.
+        files: Entries of the files, from `file_entries`; None: every file under `folder`.
+
+    Returns:
+        The path of the manifest.
     """
     if files is None:
         files = file_entries(
@@ -108,30 +111,38 @@ def write_manifest(folder: Path, files: Mapping[str, FileEntry] | None = None) -
     return manifest
 
 
-def verify(folder: Path, *, contents: bool = True, share: tuple[int, int] = (0, 1)) -> list[str]:
-    """What is wrong with a checkpoint folder, a line each; empty when it is whole. `contents=False`: sizes
-    only, nothing is read.
+def verify(folder: Path, *, contents: bool = True, shard: tuple[int, int] = (0, 1)) -> list[str]:
+    """Verify a checkpoint folder against its manifest.
 
-    `share` (number, of how many): of the files' contents only this part is read, for others to read the other parts.
+    Args:
+        folder: The checkpoint folder.
+        contents: Also compare the hashes of the contents. False: sizes only, and no file is read.
+        shard: (index, number) of the fraction of the contents that is read here, so that ranks can divide the work.
+
+    Returns:
+        The problems, one line each. Empty: the checkpoint is complete.
     """
     try:
         listed = _read_manifest(folder)
     except CheckpointError as error:
         return [str(error)]
-    read = _files_of(share, listed) if contents else set()
+    read = _files_of(shard, listed) if contents else set()
     problems = [
         problem
-        for name, said in listed.items()
-        for problem in _file_problems(folder / name, name, said, name in read)
+        for name, entry in listed.items()
+        for problem in _file_problems(folder / name, name, entry, name in read)
     ]
-    # Readers of weights take every *.safetensors they find, so one that nobody listed is not harmless.
+    # Readers of weights load every *.safetensors file that they find, so an unlisted one is a problem.
     found = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.safetensors")))
     return problems + [f"{name} is not in the manifest" for name in found if name not in listed]
 
 
 def list_checkpoints(run_folder: Path) -> list[FoundCheckpoint]:
-    """Every folder of `run_folder` that could be resumed, newest step first; at one step a checkpoint comes
-    before best and final.
+    """List the folders of `run_folder` that may be resumed.
+
+    Returns:
+        The checkpoints, not verified, by decreasing step. At the same step, checkpoints precede the best and the
+        final model.
     """
     if not run_folder.is_dir():
         return []
@@ -148,19 +159,26 @@ def list_checkpoints(run_folder: Path) -> list[FoundCheckpoint]:
 
 
 def resolve_resume_folder(spec: str | Path, report: Report | None = None, check: Verify = verify) -> Path:
-    """The checkpoint folder that `spec` means for resuming, verified byte by byte (by `check`).
+    """Find the checkpoint to resume, and verify its contents.
 
-    A run folder means its newest checkpoint that verifies; each newer one that does not is named, with the reason, through
-    `report` (stderr by default). A checkpoint folder, a file in one, or a spelling such as `checkpoint_step_50000.pt` means that
-    one, and damage to it is an error that names another. Raises CheckpointError.
+    A run folder means its newest complete checkpoint. A checkpoint folder, a file in one, or a name such as
+    `checkpoint_step_50000.pt` means that checkpoint.
+
+    Args:
+        spec: What the user named.
+        report: Called with a line for each damaged checkpoint that is skipped; None: print it to stderr.
+        check: Verifies a folder.
+
+    Raises:
+        CheckpointError: There is no such checkpoint, or it is damaged; the message names a complete one.
     """
     path = Path(spec)
     if path.is_dir() and not _is_model_folder(path):
-        return _newest_whole(path, report or _to_stderr, check)
+        return _newest_complete(path, report or _to_stderr, check)
     folder = _named_folder(path)
     if folder.is_file():
         raise CheckpointError(
-            f"{folder} holds weights only, which cannot be resumed; start from its weights with --init_from={folder}"
+            f"{folder} holds only weights, which cannot be resumed; start from them with --init_from={folder}"
         )
     problems = check(folder)
     if problems:
@@ -169,25 +187,33 @@ def resolve_resume_folder(spec: str | Path, report: Report | None = None, check:
 
 
 def resolve_model_folder(spec: str | Path, report: Report | None = None) -> Path:
-    """The folder (with `config.json`) whose weights `spec` means; a real `.pt` file is returned as it is, for
-    the importer.
+    """Find the model folder whose weights are to be loaded.
 
-    A run folder means best_model, else final_model, else its newest checkpoint; a damaged one is passed over and named through
-    `report` (stderr by default). Raises CheckpointError.
+    A run folder means best_model, else final_model, else its newest checkpoint.
+
+    Args:
+        spec: What the user named.
+        report: Called with a line for each damaged folder that is skipped; None: print it to stderr.
+
+    Returns:
+        A folder with `config.json`, or an existing `.pt` file, which needs to be imported.
+
+    Raises:
+        CheckpointError: There is no such model, or it is damaged.
     """
     path = Path(spec)
     if path.is_dir() and not _is_model_folder(path):
         preferred = [
-            folder for name in (BEST_MODEL, FINAL_MODEL) if (folder := _placed(path, name)) is not None
+            folder for name in (BEST_MODEL, FINAL_MODEL) if (folder := _existing(path, name)) is not None
         ]
         for folder in preferred:
             if problems := verify(folder, contents=False):
-                (report or _to_stderr)(f"passing over {folder}: {_briefly(problems)}")
+                (report or _to_stderr)(f"skipping {folder}: {_briefly(problems)}")
             else:
                 return folder
         if not preferred and not list_checkpoints(path) and (path / "ckpt.pt").is_file():
             return path / "ckpt.pt"
-        return _newest_whole(path, report or _to_stderr, _sizes)
+        return _newest_complete(path, report or _to_stderr, _sizes)
     folder = _named_folder(path)
     if folder.is_dir() and (folder / MANIFEST_FILE).exists() and (problems := verify(folder, contents=False)):
         raise CheckpointError(f"{folder} is damaged: {_briefly(problems)}{_another(folder, verify)}")
@@ -195,7 +221,7 @@ def resolve_model_folder(spec: str | Path, report: Report | None = None) -> Path
 
 
 def read_json(path: Path) -> dict[str, JSON]:
-    """A JSON object from a file; raises CheckpointError where it is missing, cut or something else."""
+    """Read a JSON object from a file; raises CheckpointError where it is missing or damaged."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -203,22 +229,22 @@ def read_json(path: Path) -> dict[str, JSON]:
     except ValueError as error:  # not utf-8, or not JSON
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds {type(value).__name__}, not an object")
+        raise CheckpointError(f"{path} holds a {type(value).__name__}, not an object")
     return value
 
 
-def _files_of(share: tuple[int, int], listed: Mapping[str, Mapping[str, JSON]]) -> set[str]:
-    """The files of one share, of about as many bytes as the others."""
+def _files_of(shard: tuple[int, int], listed: Mapping[str, Mapping[str, JSON]]) -> set[str]:
+    """The files of one of several shards of about equal size in bytes."""
 
     def size_of(name: str) -> int:
         size = listed[name].get("size")
         return size if isinstance(size, int) else 0
 
-    loads, own = [0] * share[1], set()
+    loads, own = [0] * shard[1], set()
     for name in sorted(listed, key=lambda name: (-size_of(name), name)):
         least = loads.index(min(loads))
         loads[least] += size_of(name)
-        own |= {name} if least == share[0] else set()
+        own |= {name} if least == shard[0] else set()
     return own
 
 
@@ -235,20 +261,20 @@ def _read_manifest(folder: Path) -> dict[str, Mapping[str, JSON]]:
     manifest = read_json(folder / MANIFEST_FILE)
     files = manifest.get("files")
     if manifest.get("format") != MANIFEST_FORMAT or not isinstance(files, dict) or not files:
-        raise CheckpointError(f"{MANIFEST_FILE} is not of format {MANIFEST_FORMAT}")
-    for name, said in files.items():
-        if Path(name).is_absolute() or ".." in Path(name).parts or not isinstance(said, dict):
-            raise CheckpointError(f"{MANIFEST_FILE} has an entry that is no file of this folder: {name!r}")
+        raise CheckpointError(f"{MANIFEST_FILE} is damaged, or not of format {MANIFEST_FORMAT}")
+    for name, entry in files.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts or not isinstance(entry, dict):
+            raise CheckpointError(f"{MANIFEST_FILE} has an entry that is not a file of this folder: {name!r}")
     return cast("dict[str, Mapping[str, JSON]]", files)
 
 
-def _file_problems(path: Path, name: str, said: Mapping[str, JSON], contents: bool) -> Iterator[str]:
+def _file_problems(path: Path, name: str, entry: Mapping[str, JSON], contents: bool) -> Iterator[str]:
     try:
         size = path.stat().st_size
-        if size != said.get("size"):
-            yield f"{name} has {size} bytes instead of {said.get('size')}"
-        elif contents and _sha256(path) != said.get("sha256"):
-            yield f"{name} has other contents than when it was saved"
+        if size != entry.get("size"):
+            yield f"{name} has {size} bytes instead of {entry.get('size')}"
+        elif contents and _sha256(path) != entry.get("sha256"):
+            yield f"{name} has changed since it was saved"
     except FileNotFoundError:
         yield f"{name} is missing"
     except OSError as error:
@@ -262,7 +288,7 @@ def step_from_name(name: str) -> int | None:
 
 
 def _step_of(path: Path) -> int | None:
-    """The step of a folder that is named or says that it is a checkpoint; None for anything else."""
+    """The step of a checkpoint folder, from its name or its state.json; None for other folders."""
     if (named := step_from_name(path.name)) is not None:
         return named
     if path.name.removeprefix(REPLACED_PREFIX) not in (BEST_MODEL, FINAL_MODEL):
@@ -274,8 +300,8 @@ def _step_of(path: Path) -> int | None:
     return step if isinstance(step, int) else None
 
 
-def _placed(run_folder: Path, name: str) -> Path | None:
-    """The folder of this name, or the one that was just giving the name up when the process was killed."""
+def _existing(run_folder: Path, name: str) -> Path | None:
+    """The folder of this name, or the previous one if the process was killed while it was being replaced."""
     return next(
         (
             folder
@@ -286,19 +312,19 @@ def _placed(run_folder: Path, name: str) -> Path | None:
     )
 
 
-def _newest_whole(run_folder: Path, report: Report, check: Verify) -> Path:
+def _newest_complete(run_folder: Path, report: Report, check: Verify) -> Path:
     found = list_checkpoints(run_folder)
     for one in found:
         problems = check(one.path)
         if not problems:
             return one.path
-        report(f"passing over {one.path}: {_briefly(problems)}")
+        report(f"skipping {one.path}: {_briefly(problems)}")
     if found:
         raise CheckpointError(
-            f"{run_folder}: none of its {len(found)} checkpoints is whole; the lines above say what is wrong with each"
+            f"{run_folder}: all of its {len(found)} checkpoints are damaged; the lines above list the problems"
         )
     names = f"{CHECKPOINT_PREFIX}<step>, {BEST_MODEL} or {FINAL_MODEL}"
-    raise CheckpointError(f"{run_folder} holds no checkpoint (no {names}); is it the run folder?")
+    raise CheckpointError(f"{run_folder} holds no checkpoint (no {names}); give the run folder")
 
 
 def _is_model_folder(path: Path) -> bool:
@@ -310,29 +336,29 @@ def _is_model_folder(path: Path) -> bool:
 
 
 def _named_folder(path: Path) -> Path:
-    """What a path that is not a run folder means: itself, the folder around a file, or the folder that an old
-    file name stands for.
+    """The folder that a path other than a run folder means: itself, the folder of a file, or the checkpoint that another
+    tool's file name means.
     """
     if path.is_dir():
         return path
     if path.is_file():
         return path if path.suffix in (".pt", ".pth", ".ckpt") else path.parent
     run_folder, name = path.parent, path.name
-    if match := _NAME_SPELLING.fullmatch(name):
-        placed = _placed(run_folder, BEST_MODEL if match[1] == "best" else FINAL_MODEL)
-    elif match := _STEP_SPELLING.fullmatch(name):
+    if match := _MODEL_NAME.fullmatch(name):
+        found = _existing(run_folder, BEST_MODEL if match[1] == "best" else FINAL_MODEL)
+    elif match := _STEP_NAME.fullmatch(name):
         step = int(match[1])
-        placed = _placed(run_folder, checkpoint_name(step)) or _placed(run_folder, emergency_name(step))
-        placed = placed or next((one.path for one in list_checkpoints(run_folder) if one.step == step), None)
+        found = _existing(run_folder, checkpoint_name(step)) or _existing(run_folder, emergency_name(step))
+        found = found or next((one.path for one in list_checkpoints(run_folder) if one.step == step), None)
     else:
-        placed = None
-    if placed is None:
+        found = None
+    if found is None:
         there = ", ".join(one.path.name for one in list_checkpoints(run_folder))
         raise CheckpointError(
-            f"{path}: no such checkpoint"
-            + (f"; {run_folder} holds {there}" if there else f"; {run_folder} holds none")
+            f"{str(path)!r} is not a checkpoint, a model folder or a run folder"
+            + (f"; {run_folder} holds {there}" if there else "")
         )
-    return placed
+    return found
 
 
 def _sizes(folder: Path) -> list[str]:
@@ -340,11 +366,11 @@ def _sizes(folder: Path) -> list[str]:
 
 
 def _another(folder: Path, check: Verify) -> str:
-    """Which checkpoint beside a damaged one is whole, as the end of a sentence."""
+    """A complete checkpoint next to a damaged one, as the end of a sentence."""
     for one in list_checkpoints(folder.parent):
         if one.path != folder and not check(one.path):
-            return f"; {one.path} is whole"
-    return "; no other checkpoint beside it is whole"
+            return f"; {one.path} is complete"
+    return "; no other checkpoint of the run is complete"
 
 
 def _briefly(problems: list[str]) -> str:

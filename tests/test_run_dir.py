@@ -1,4 +1,4 @@
-"""Which checkpoints can be trusted, and what a person's word for one means."""
+"""Which checkpoints are trusted, and which folder a name means."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from llm_trainer.config import CheckpointError, RunConfig
+from llm_trainer.errors import CheckpointError
 from llm_trainer.run_dir import (
     list_checkpoints,
-    read_run_config,
     resolve_model_folder,
     resolve_resume_folder,
     verify,
@@ -29,7 +28,7 @@ def make_checkpoint(folder: Path, step: int) -> Path:
     return folder
 
 
-def test_a_whole_folder_verifies(tmp_path: Path) -> None:
+def test_a_complete_checkpoint_has_no_problems(tmp_path: Path) -> None:
     assert verify(make_checkpoint(tmp_path / "checkpoint-1", 1)) == []
 
 
@@ -39,11 +38,13 @@ def test_a_whole_folder_verifies(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "remove"])
 def test_any_damage_to_any_file_is_named(tmp_path: Path, name: str, damage: str) -> None:
     folder = make_checkpoint(tmp_path / "checkpoint-1", 1)
-    whole = (folder / name).read_bytes()
+    original = (folder / name).read_bytes()
     if damage == "remove":
         (folder / name).unlink()
     else:
-        damaged = {"flip": bytes([whole[0] ^ 1]) + whole[1:], "cut": whole[:-1], "empty": b""}[damage]
+        damaged = {"flip": bytes([original[0] ^ 1]) + original[1:], "cut": original[:-1], "empty": b""}[
+            damage
+        ]
         (folder / name).write_bytes(damaged)
     (problem,) = verify(folder)
     assert problem.startswith(name)
@@ -62,7 +63,7 @@ def test_any_damage_to_any_file_is_named(tmp_path: Path, name: str, damage: str)
         "\x00",
     ],
 )
-def test_a_garbled_manifest_verifies_nothing(tmp_path: Path, text: str) -> None:
+def test_a_damaged_manifest_is_a_problem(tmp_path: Path, text: str) -> None:
     folder = make_checkpoint(tmp_path / "checkpoint-1", 1)
     (folder / "manifest.json").write_text(text, encoding="utf-8")
     assert verify(folder) != []
@@ -74,7 +75,7 @@ def test_a_manifest_cannot_point_out_of_its_folder(tmp_path: Path) -> None:
         (folder / "manifest.json").write_text(
             json.dumps({"format": 1, "files": {name: {"size": 1, "sha256": ""}}}), encoding="utf-8"
         )
-        assert "no file of this folder" in verify(folder)[0]
+        assert "not a file of this folder" in verify(folder)[0]
 
 
 def test_weights_that_the_manifest_does_not_list_are_a_problem_and_notes_are_not(tmp_path: Path) -> None:
@@ -100,26 +101,28 @@ def test_checkpoints_are_listed_newest_first_and_others_left_out(tmp_path: Path)
     assert names == ["final_model", "emergency-12", "checkpoint-10", "best_model", "checkpoint-9"]
 
 
-def test_resuming_a_run_takes_the_newest_that_verifies_and_names_those_passed_over(tmp_path: Path) -> None:
+def test_resuming_a_run_takes_the_newest_complete_checkpoint_and_reports_those_skipped(
+    tmp_path: Path,
+) -> None:
     for step in (5, 10, 15):
         make_checkpoint(tmp_path / f"checkpoint-{step}", step)
     (tmp_path / "checkpoint-15" / "manifest.json").unlink()
     (tmp_path / "checkpoint-10" / "model.safetensors").write_bytes(b"")
-    said: list[str] = []
-    assert resolve_resume_folder(tmp_path, said.append) == tmp_path / "checkpoint-5"
-    assert [line.split(":")[0].rsplit("/")[-1] for line in said] == ["checkpoint-15", "checkpoint-10"]
-    assert "the save did not finish" in said[0]
-    assert "model.safetensors has 0 bytes instead of 100" in said[1]
+    lines: list[str] = []
+    assert resolve_resume_folder(tmp_path, lines.append) == tmp_path / "checkpoint-5"
+    assert [line.split(":")[0].rsplit("/")[-1] for line in lines] == ["checkpoint-15", "checkpoint-10"]
+    assert "the save did not finish" in lines[0]
+    assert "model.safetensors has 0 bytes instead of 100" in lines[1]
 
 
-def test_a_damaged_checkpoint_that_was_named_is_an_error_that_names_a_whole_one(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_an_error_that_names_a_complete_one(tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "checkpoint-5", 5)
     (make_checkpoint(tmp_path / "checkpoint-10", 10) / "state.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(CheckpointError, match=r"state.json has .*checkpoint-5 is whole"):
+    with pytest.raises(CheckpointError, match=r"state.json has .*checkpoint-5 is complete"):
         resolve_resume_folder(tmp_path / "checkpoint-10")
 
 
-def test_the_earlier_holder_of_a_name_counts_while_its_successor_is_missing(tmp_path: Path) -> None:
+def test_the_previous_folder_of_a_name_is_used_while_its_replacement_is_missing(tmp_path: Path) -> None:
     make_checkpoint(tmp_path / ".old-checkpoint-5", 5)
     make_checkpoint(tmp_path / ".old-best_model", 3)
     assert resolve_resume_folder(tmp_path) == tmp_path / ".old-checkpoint-5"
@@ -137,12 +140,12 @@ def test_a_model_of_a_run_is_the_best_else_the_final_else_the_newest(tmp_path: P
     assert resolve_model_folder(tmp_path) == tmp_path / "best_model"
 
 
-def test_a_damaged_best_model_is_passed_over_aloud(tmp_path: Path) -> None:
+def test_a_damaged_best_model_is_skipped_and_reported(tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "final_model", 9)
     (make_checkpoint(tmp_path / "best_model", 5) / "model.safetensors").write_bytes(b"")
-    said: list[str] = []
-    assert resolve_model_folder(tmp_path, said.append) == tmp_path / "final_model"
-    assert "best_model" in said[0]
+    lines: list[str] = []
+    assert resolve_model_folder(tmp_path, lines.append) == tmp_path / "final_model"
+    assert "best_model" in lines[0]
 
 
 @pytest.mark.parametrize(
@@ -160,7 +163,9 @@ def test_a_damaged_best_model_is_passed_over_aloud(tmp_path: Path) -> None:
         ("checkpoint_step_70.pt", "final_model"),
     ],
 )
-def test_the_manuals_spellings_mean_folders(tmp_path: Path, spelling: str, folder: str) -> None:
+def test_file_names_of_the_manuals_mean_checkpoint_folders(
+    tmp_path: Path, spelling: str, folder: str
+) -> None:
     for name, step in (("checkpoint-50", 50), ("emergency-60", 60), ("best_model", 50), ("final_model", 70)):
         make_checkpoint(tmp_path / name, step)
     assert resolve_model_folder(tmp_path / spelling) == tmp_path / folder
@@ -170,13 +175,13 @@ def test_the_manuals_spellings_mean_folders(tmp_path: Path, spelling: str, folde
 def test_an_unknown_checkpoint_is_an_error_that_lists_those_there(tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "checkpoint-50", 50)
     for spelling in ("checkpoint-51.pt", "nothing", "checkpoint-51/model.safetensors"):
-        with pytest.raises(CheckpointError, match="no such checkpoint"):
+        with pytest.raises(CheckpointError, match="is not a checkpoint"):
             resolve_resume_folder(tmp_path / spelling)
     with pytest.raises(CheckpointError, match="holds checkpoint-50"):
         resolve_model_folder(tmp_path / "checkpoint_step_51.pt")
 
 
-def test_an_empty_folder_is_no_run(tmp_path: Path) -> None:
+def test_an_empty_folder_is_not_a_run_folder(tmp_path: Path) -> None:
     for resolve in (resolve_resume_folder, resolve_model_folder):
         with pytest.raises(CheckpointError, match="holds no checkpoint"):
             resolve(tmp_path)
@@ -197,20 +202,7 @@ def test_a_folder_that_transformers_wrote_is_a_model(tmp_path: Path) -> None:
         resolve_resume_folder(tmp_path)
 
 
-def test_what_was_said_to_one_start_is_not_read_back_as_the_runs(tmp_path: Path) -> None:
-    config = RunConfig(training={"lr_on_resume": "extend", "resume_from": "x", "learning_rate": 0.5})
-    (tmp_path / "run.json").write_text(
-        json.dumps({**config.model_dump(mode="json"), "versions": {"torch": "2"}}), encoding="utf-8"
-    )
-    stored = read_run_config(tmp_path)
-    assert (stored.training.lr_on_resume, stored.training.resume_from, stored.training.learning_rate) == (
-        None,
-        None,
-        0.5,
-    )
-
-
-def test_the_run_folder_is_looked_at_without_torch() -> None:
+def test_run_dir_imports_neither_torch_nor_numpy() -> None:
     import subprocess
     import sys
 

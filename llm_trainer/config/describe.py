@@ -124,13 +124,13 @@ def _entry(flag: str, description: str, width: int) -> list[str]:
     first = (
         [f"{head:<{_INDENT}}{body[0]}"]
         if len(head) < _INDENT - 1
-        else [*_wrap_flag(head, width), indent + body[0]]
+        else [*_wrap_flag(flag, width), indent + body[0]]
     )
     return [*first, *(indent + line for line in body[1:])]
 
 
-def _wrap_flag(head: str, width: int) -> list[str]:
-    return textwrap.wrap(head, width, initial_indent="  ", subsequent_indent=" " * 6, break_on_hyphens=False)
+def _wrap_flag(flag: str, width: int) -> list[str]:
+    return textwrap.wrap(flag, width, initial_indent="  ", subsequent_indent=" " * 6, break_on_hyphens=False)
 
 
 def explain(loaded: LoadedRun) -> str:

@@ -1,4 +1,4 @@
-"""A length of training said in the unit that suits it: steps, epochs or tokens."""
+"""A length of training, in steps, epochs or tokens."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _UNITS: dict[str, Unit] = {
 
 @dataclass(frozen=True)
 class Duration:
-    """So many steps, epochs or tokens; a bare number is steps. `Duration.parse("2 epochs")`,
+    """A number of steps, epochs or tokens; a plain number means steps. `Duration.parse("2 epochs")`,
     `Duration.parse("10M tokens")`.
     """
 
@@ -36,29 +36,33 @@ class Duration:
     unit: Unit = "steps"
 
     @classmethod
-    def parse(cls, said: Any) -> Duration:
-        """Read 500, "500", "0.5 epochs" or "10M tokens"; raises ValueError otherwise."""
-        if isinstance(said, Duration):
-            return said
-        if isinstance(said, bool) or not isinstance(said, (int, float, str)):
-            raise ValueError(f"{said!r} is not a duration; write 500, '2 epochs' or '10M tokens'")
-        match = _PATTERN.fullmatch(str(said))
+    def parse(cls, given: Any) -> Duration:
+        """Read 500, "500", "0.5 epochs" or "10M tokens"; raises ValueError for anything else."""
+        if isinstance(given, Duration):
+            return given
+        if isinstance(given, bool) or not isinstance(given, (int, float, str)):
+            raise ValueError(f"{given!r} is not a duration; write 500, '2 epochs' or '10M tokens'")
+        match = _PATTERN.fullmatch(str(given))
         if match is None or match[3] not in _UNITS:
-            raise ValueError(f"{said!r} is not a duration; write 500, '2 epochs' or '10M tokens'")
+            raise ValueError(f"{given!r} is not a duration; write 500, '2 epochs' or '10M tokens'")
         value = float(match[1].replace("_", "")) * _SCALES[match[2]]
         if not math.isfinite(value):
-            raise ValueError(f"{said!r} is not a finite length; give one that a run can reach")
+            raise ValueError(f"{given!r} is not a finite length; give one that a run can reach")
         return cls(value, _UNITS[match[3]])
 
     def steps(self, *, steps_per_epoch: float, tokens_per_step: float) -> int:
-        """The same length in whole steps, rounded up."""
+        """The length in whole steps, rounded up.
+
+        Args:
+            steps_per_epoch: Steps in one pass over the data.
+            tokens_per_step: Training tokens in one step, over all ranks.
+        """
         rate = {"steps": 1.0, "epochs": steps_per_epoch, "tokens": 1.0 / tokens_per_step}[self.unit]
         return math.ceil(self.value * rate - 1e-9)
 
     def __str__(self) -> str:
-        number = (
-            f"{int(self.value)}" if self.value == int(self.value) else repr(self.value)
-        )  # saved so: every digit counts
+        # This text is saved with the run, so it keeps every digit.
+        number = f"{int(self.value)}" if self.value == int(self.value) else repr(self.value)
         return number if self.unit == "steps" else f"{number} {self.unit}"
 
 
@@ -70,7 +74,7 @@ def _plain(duration: Duration) -> int | str:
 def _above_zero(duration: Duration) -> Duration:
     if duration.value <= 0:
         raise ValueError(
-            "must be above 0; for never, say none where the setting takes it, or more than the run is long"
+            "must be above 0; for never, use none where the setting allows it, or a length beyond the end of the run"
         )
     return duration
 

@@ -1,5 +1,5 @@
-"""How many parameters a shape has, by part, without torch: for presets, reports and estimates before anything
-is allocated.
+"""Parameter counts of a model shape, by module and without torch: for presets, reports and memory estimates, before
+anything is allocated.
 """
 
 from __future__ import annotations
@@ -7,22 +7,21 @@ from __future__ import annotations
 from llm_trainer.config.schema.model import ModelConfig
 
 
-def _said(*choices: bool | None) -> bool:
+def _first_set(*choices: bool | None) -> bool:
     return next(choice for choice in choices if choice is not None)
 
 
 def params_per_module(config: ModelConfig) -> dict[str, int]:
-    """Parameters of each part, in the model's order and under its names (`wte`, `wpe`, `ln_1.0`, `attn.0`, …,
+    """Parameters of each module, in the model's order and under its names (`wte`, `wpe`, `ln_1.0`, `attn.0`, …,
     `ln_f`, `lm_head`).
 
-    A head that shares the embedding's matrix counts 0. Without torch;
-    `llm_trainer.model.module_names.parameter_counts` counts a real model.
+    A tied head counts 0. `llm_trainer.model.module_names.parameter_counts` counts a real model.
     """
     sizes = {"wte": config.vocab_size * config.hidden_size}
     if config.position_embedding == "learned":
         sizes["wpe"] = config.max_position_embeddings * config.hidden_size
     norm = config.hidden_size * (
-        2 if config.norm == "layernorm" and _said(config.norm_bias, config.bias) else 1
+        2 if config.norm == "layernorm" and _first_set(config.norm_bias, config.bias) else 1
     )
     for layer in range(config.num_hidden_layers):
         own = config.block_config(layer)
@@ -49,7 +48,7 @@ def params_per_module(config: ModelConfig) -> dict[str, int]:
 
 
 def _adaptable(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of each matrix that can have low-rank adapters; a tied head has its embedding's."""
+    """Inputs and outputs of each matrix that can have LoRA adapters. A tied head uses that of the embedding."""
     hidden = config.hidden_size
     found = {"wte": (hidden, config.vocab_size)}
     for layer in range(config.num_hidden_layers):
@@ -67,14 +66,14 @@ def _adaptable(config: ModelConfig) -> dict[str, tuple[int, int]]:
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """All parameters of a model of this shape; tied weights count once."""
+    """Number of parameters of a model of this shape; tied weights count once."""
     return sum(params_per_module(config).values())
 
 
 def _attention_size(config: ModelConfig) -> int:
     queries, keys = config.num_attention_heads * config.head_width, config.kv_heads * config.head_width
-    output_bias = _said(config.attention_bias, config.bias)
-    biases = (queries + 2 * keys if _said(config.qkv_bias, output_bias) else 0) + (
+    output_bias = _first_set(config.attention_bias, config.bias)
+    biases = (queries + 2 * keys if _first_set(config.qkv_bias, output_bias) else 0) + (
         config.hidden_size if output_bias else 0
     )
     return (
@@ -84,5 +83,5 @@ def _attention_size(config: ModelConfig) -> int:
 
 def _mlp_size(config: ModelConfig) -> int:
     width, maps_in = config.mlp_width, 2 if config.activation == "swiglu" else 1
-    biases = maps_in * width + config.hidden_size if _said(config.mlp_bias, config.bias) else 0
+    biases = maps_in * width + config.hidden_size if _first_set(config.mlp_bias, config.bias) else 0
     return (maps_in + 1) * config.hidden_size * width + biases

@@ -1,7 +1,6 @@
-"""The manuals' sizes of model by name, each with its true parameter count beside the manual's figure.
+"""The model sizes of the manuals by name, each with its true parameter count next to the manual's figure.
 
-A preset is only a shape: everything in it can be overridden piece by piece (`--preset framework-tiny
---num_layers 4`).
+A preset is only a shape: each setting in it can be overridden (`--preset framework-tiny --num_layers 4`).
 """
 
 from __future__ import annotations
@@ -17,18 +16,18 @@ from llm_trainer.errors import UsageError
 
 @dataclass(frozen=True)
 class Preset:
-    """A named shape; `nominal_size` is the manual's own count in words, empty where it gives none."""
+    """A named model shape. `nominal_size` is the parameter count as the manual writes it, empty where it has none."""
 
     name: str
     settings: Mapping[str, object]
     nominal_size: str = ""
 
     def model(self) -> ModelConfig:
-        """The shape as a ModelConfig."""
+        """The shape as a `ModelConfig`."""
         return ModelConfig.model_validate(self.settings)
 
     def parameters(self) -> int:
-        """The true number of parameters; a matrix that embedding and head share counts once."""
+        """The true number of parameters; a tied embedding counts once."""
         return parameter_count(self.model())
 
 
@@ -85,13 +84,13 @@ PRESETS: Mapping[str, Preset] = {
 
 
 def get_preset(name: str) -> Preset:
-    """The preset of this name; raises UsageError with the closest names otherwise."""
-    spelled = name.lower().replace("_", "-")
-    if spelled not in PRESETS:
-        close = difflib.get_close_matches(spelled, PRESETS, n=3, cutoff=0.4)
+    """Look up a preset by name; raises UsageError with the closest names for an unknown one."""
+    key = name.lower().replace("_", "-")
+    if key not in PRESETS:
+        close = difflib.get_close_matches(key, PRESETS, n=3, cutoff=0.4)
         raise UsageError(
             f"there is no preset {name!r}; "
             + (f"did you mean {' or '.join(close)}? " if close else "")
             + "`llm-trainer presets` lists them"
         )
-    return PRESETS[spelled]
+    return PRESETS[key]

@@ -1,6 +1,4 @@
-"""Every JSON, YAML and Python configuration block of the five manuals loads as it stands, and says what it
-says.
-"""
+"""Every JSON, YAML and Python configuration block of the five manuals loads unchanged."""
 
 from __future__ import annotations
 
@@ -12,8 +10,9 @@ import pytest
 from paths import SHARED
 
 from llm_trainer.config import DataConfig, ModelConfig, TrainingConfig, UsageError
-from llm_trainer.config.parse.loader import Door, LoadedRun, load_run
-from llm_trainer.config.parse.not_implemented import owed_settings
+from llm_trainer.config.parse.command import CommandSpec, LoadedRun
+from llm_trainer.config.parse.loader import load_run
+from llm_trainer.config.parse.validation import not_implemented_settings
 from llm_trainer.config.resolve.deepspeed import read_deepspeed
 from llm_trainer.config.schema.domains import read_domain_bridge
 from llm_trainer.config.schema.scaling_schedule import read_schedule
@@ -27,7 +26,7 @@ SECTIONS = (
     "computational_efficiency",
     "adaptive_reasoning",
 )
-DOOR = Door("train", "Train.", SECTIONS)
+SPEC = CommandSpec("train", "Train.", SECTIONS)
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
@@ -51,7 +50,7 @@ def case(language: str) -> pytest.MarkDecorator:
     found = blocks(language)
     if not found:
         return pytest.mark.parametrize(
-            "block", [pytest.param("", marks=pytest.mark.skip("the manuals are not beside this clone"))]
+            "block", [pytest.param("", marks=pytest.mark.skip("the manuals are not next to this clone"))]
         )
     return pytest.mark.parametrize("block", [text for _, text in found], ids=[where for where, _ in found])
 
@@ -59,7 +58,7 @@ def case(language: str) -> pytest.MarkDecorator:
 def load(folder: Path, name: str, text: str) -> LoadedRun:
     path = folder / name
     path.write_text(text, encoding="utf-8")
-    return load_run(DOOR, [f"--config={path}"])
+    return load_run(SPEC, [f"--config={path}"])
 
 
 @case("json")
@@ -76,8 +75,8 @@ def test_json_block_loads(block: str, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="fits 4 ranks"):
             config.check_ranks(2)
     else:
-        loaded = load_run(DOOR, [f"--config={path}"])
-        assert loaded.said(), "a block that says nothing was not understood"
+        loaded = load_run(SPEC, [f"--config={path}"])
+        assert loaded.set_values(), "the block set nothing"
 
 
 @case("yaml")
@@ -87,7 +86,7 @@ def test_yaml_block_loads(block: str, tmp_path: Path) -> None:
         path.write_text(block, encoding="utf-8")
         assert len(read_schedule(path, layers=12)) == block.count("- name:")
     else:
-        assert load(tmp_path, "block.yaml", block).said()
+        assert load(tmp_path, "block.yaml", block).set_values()
 
 
 @case("python")
@@ -104,7 +103,7 @@ def test_python_block_runs(block: str) -> None:
         assert names[name].model_fields_set or not re.search(r"=\w", block)  # type: ignore[attr-defined]
 
 
-@pytest.mark.skipif(not MANUALS.is_dir(), reason="the manuals are not beside this clone")
+@pytest.mark.skipif(not MANUALS.is_dir(), reason="the manuals are not next to this clone")
 def test_the_manuals_have_blocks_of_each_kind() -> None:
     assert {kind: len(blocks(kind)) for kind in ("json", "yaml", "python")} == {
         "json": 7,
@@ -118,8 +117,8 @@ TRAINING_BLOCK = """{"training": {"batch_size": 16, "eval_batch_size": 32, "num_
 "use_knowledge_distillation": true}}"""
 
 
-def test_a_block_with_features_to_come_loads_and_names_all_of_them(tmp_path: Path) -> None:
+def test_a_block_with_features_that_are_not_implemented_loads_and_names_them(tmp_path: Path) -> None:
     loaded = load(tmp_path, "training.json", TRAINING_BLOCK)
     assert loaded.config.training.precision == "fp16"
-    owed = "\n".join(owed_settings(loaded.config))
-    assert "use_knowledge_distillation" in owed
+    missing = "\n".join(not_implemented_settings(loaded.config))
+    assert "use_knowledge_distillation" in missing

@@ -1,7 +1,7 @@
-"""The domain bridge file: which data sets make up which domain, their weights, and how they are split.
+"""The domain bridge file: which datasets belong to which domain, their weights, and how they are split.
 
-`vocab_size` is here the number of domain terms that are collected, and a loader's `min_length` is in characters: this file has words of its
-own, which is why it is not a section of a run.
+This file is not a section of a run, because some names have another meaning: `vocab_size` is the number of terms that
+are collected per domain, and `min_length` of a loader is in characters.
 """
 
 from __future__ import annotations
@@ -18,138 +18,141 @@ from llm_trainer.config.schema.domain_loaders import (
     DIFFICULTIES,
     DOMAINS,
     DomainLoader,
+    read_definitions,
     read_loader_file,
-    read_rows,
     shipped_loaders,
 )
 from llm_trainer.errors import UsageError
 
 
 class LoaderOptions(Section):
-    """What a bridge file says about one loader; which of these a loader takes is in its row of the table."""
+    """Options of one loader in a bridge file. Which of them a loader accepts depends on its definition."""
 
     max_samples: int | None = setting(
-        None, "at most so many texts, the first ones; reading stops there", unit="texts", gt=0
+        None, "Read only the first texts, up to this number.", unit="texts", gt=0
     )
     n_examples: int | None = setting(
-        None, "so many texts, drawn evenly from all that are read", unit="texts", gt=0
+        None, "Keep this many texts, sampled uniformly from all that are read.", unit="texts", gt=0
     )
-    min_length: int = setting(0, "shorter texts are left out and counted", unit="characters", ge=0)
-    max_length: int | None = setting(None, "longer texts are left out and counted", unit="characters", gt=0)
-    split: str | None = setting(None, "another split of the data set on the hub")
-    path: str | None = setting(None, "a local file or folder with the same fields, in place of the hub")
-    filter_hard: bool = setting(False, "only the hard ones")
-    difficulty: str | None = setting(None, "only these: easy, medium, hard, or a value of the data set's own")
-    include_cot: bool = setting(False, "with the chain of thought, where the data set has one")
+    min_length: int = setting(0, "Leave out (and count) shorter texts.", unit="characters", ge=0)
+    max_length: int | None = setting(None, "Leave out (and count) longer texts.", unit="characters", gt=0)
+    split: str | None = setting(None, "Another split of the hub dataset.")
+    path: str | None = setting(None, "Local file or folder with the same fields, instead of the hub.")
+    filter_hard: bool = setting(False, "Keep only the hard ones.")
+    difficulty: str | None = setting(None, "Keep only these: easy, medium, hard, or a value of the dataset.")
+    include_cot: bool = setting(False, "Include the chain of thought, where the dataset has one.")
 
 
 class DomainBridge(Section):
-    """The file as a whole."""
+    """The content of a domain bridge file."""
 
-    loaders: dict[str, dict[str, bool | int | str]] = setting(dict, "loader → its options")
+    loaders: dict[str, dict[str, bool | int | str]] = setting(dict, "Options by loader.")
     custom_loaders: dict[str, dict[str, Any]] = setting(
-        dict, "loader → its row, for loaders of your own: no code, the form of the table"
+        dict, "Additional loaders, defined like those of the built-in table, without code."
     )
     loader_files: list[str] = setting(
-        list, "YAML files with more loaders of that form", aliases=("loaders_file",)
+        list, "YAML files that define additional loaders.", aliases=("loaders_file",)
     )
     local_dir: str = setting(
-        "data/domain_raw", "a file or folder here that is called as a loader is read in place of the hub"
+        "data/domain_raw",
+        "A file or folder in this folder that is named like a loader is read instead of the hub.",
     )
     domain_weights: dict[str, float] = setting(
-        dict, "domain → its share of the tokens in training, relative to the others; 1 if not given"
+        dict, "Sampling weight of each domain in training, relative to the others. 1 where it is not given."
     )
-    train_ratio: float = setting(0.8, "share of examples for training", ge=0, le=1)
-    val_ratio: float = setting(0.1, "share for validation", ge=0, le=1)
-    test_ratio: float = setting(0.1, "share for testing", ge=0, le=1)
+    train_ratio: float = setting(0.8, "Fraction of examples for training.", ge=0, le=1)
+    val_ratio: float = setting(0.1, "Fraction of examples for validation.", ge=0, le=1)
+    test_ratio: float = setting(0.1, "Fraction of examples for testing.", ge=0, le=1)
     deduplicate: Literal["exact", "near"] = setting(
         "exact",
-        "the same text counts once; near: of texts that hardly differ one is kept as well (questions on one passage look so)",
+        "Keep only one of equal texts; near: also only one of nearly equal texts (such as questions on the same passage).",
     )
     max_examples_per_domain: int | None = setting(
-        None, "at most so many of each domain, drawn evenly", unit="examples", gt=0
+        None, "Largest number of examples of each domain, sampled uniformly.", unit="examples", gt=0
     )
     domain_caps: dict[str, int] = setting(
-        dict, "domain → at most so many of it; other domains: max_examples_per_domain"
+        dict, "Largest number of examples by domain, instead of max_examples_per_domain."
     )
-    extract_vocab: bool = setting(False, "collect each domain's terms")
-    vocab_size: int = setting(1000, "how many terms of each domain", unit="terms", gt=0)
-    add_terms: bool = setting(
-        False, "give these terms ids of their own in the tokenizer; needs extract_vocab"
-    )
+    extract_vocab: bool = setting(False, "Collect the terms of each domain.")
+    vocab_size: int = setting(1000, "Number of terms of each domain.", unit="terms", gt=0)
+    add_terms: bool = setting(False, "Add these terms to the tokenizer's vocabulary. Needs extract_vocab.")
     tokenizer_path: str | None = setting(
         None,
-        "the tokenizer of all domains, as of a model that goes on learning; none: one is trained on them",
+        "Existing tokenizer for all domains, such as that of a model to train further. Unset: one is trained on them.",
     )
     tokenizer_vocab_size: int = setting(
-        32000, "ids of a tokenizer that is trained, at most", unit="tokens", gt=256
+        32000, "Largest vocabulary size of a tokenizer that is trained.", unit="tokens", gt=256
     )
-    num_workers: int = setting(1, "workers that tokenise at once", unit="workers", ge=1)
-    skip_unavailable: bool = setting(False, "go on without the data sets that cannot be had")
-    seed: int = setting(42, "of the split and of what is drawn", ge=0, le=MAX_SEED)
-    output_dir: str = setting("data/domain_specific", "where the domains go")
+    num_workers: int = setting(1, "Number of processes that tokenize in parallel.", unit="workers", ge=1)
+    skip_unavailable: bool = setting(False, "Continue without datasets that are not available.")
+    seed: int = setting(42, "Random seed of the split and of the sampling.", ge=0, le=MAX_SEED)
+    output_dir: str = setting("data/domain_specific", "Folder that the prepared domains are written to.")
 
     @model_validator(mode="after")
-    def _fits_together(self) -> DomainBridge:
+    def _check(self) -> DomainBridge:
         total = self.train_ratio + self.val_ratio + self.test_ratio
         if abs(total - 1) > 1e-6:
             raise UsageError(f"train_ratio, val_ratio and test_ratio add up to {total:g}, not to 1")
         if not self.train_ratio:
-            raise UsageError("train_ratio=0 leaves nothing to train on")
+            raise UsageError("train_ratio=0 leaves no training data; raise it")
         if self.add_terms and not self.extract_vocab:
             raise UsageError(
-                "add_terms is on and extract_vocab is off: no terms are collected; switch extract_vocab on"
+                "add_terms is on, but extract_vocab is off, so that no terms are collected; enable extract_vocab"
             )
-        rows = self.rows()
+        definitions = self.all_loaders()
         for loader, options in self.loaders.items():
-            _check_options(loader, options, rows)
-        known = dict.fromkeys([*DOMAINS, *(domain for row in rows.values() for domain in row.domains())])
+            _check_options(loader, options, definitions)
+        known = dict.fromkeys(
+            [*DOMAINS, *(domain for one in definitions.values() for domain in one.domains())]
+        )
         for name in ("domain_weights", "domain_caps"):
             for domain, value in getattr(self, name).items():
                 if domain not in known:
-                    raise UsageError(unknown_name(domain, name, known).replace("setting", "domain"))
+                    raise UsageError(unknown_name(domain, name, known, "domain"))
                 if not value > 0:
                     raise UsageError(
-                        f"{name}.{domain}={value:g} must be above 0; leave the domain out instead"
+                        f"invalid value for {name}.{domain}: {value:g} must be above 0; remove the domain instead"
                     )
         return self
 
-    def rows(self) -> Mapping[str, DomainLoader]:
-        """Every loader that can be named: the shipped table, the files', this file's own; a later one of the
-        same name wins.
+    def all_loaders(self) -> Mapping[str, DomainLoader]:
+        """Every loader by name: the built-in ones, those of `loader_files`, and those of this file. A later one replaces an
+        earlier one of the same name.
         """
-        rows = dict(shipped_loaders())
+        definitions = dict(shipped_loaders())
         for name in self.loader_files:
-            rows |= read_loader_file(Path(name))
-        return rows | read_rows(self.custom_loaders, "custom_loaders")
+            definitions |= read_loader_file(Path(name))
+        return definitions | read_definitions(self.custom_loaders, "custom_loaders")
 
     def cap(self, domain: str) -> int | None:
-        """At most so many examples of a domain."""
+        """Largest number of examples of a domain; None: no limit."""
         return self.domain_caps.get(domain, self.max_examples_per_domain)
 
     def options(self, loader: str) -> LoaderOptions:
-        """What was said about a loader."""
-        said: dict[str, Any] = dict(self.loaders[loader])
-        return LoaderOptions(**said)
+        """The options of a loader."""
+        options: dict[str, Any] = dict(self.loaders[loader])
+        return LoaderOptions(**options)
 
 
-def _check_options(loader: str, options: Mapping[str, Any], rows: Mapping[str, DomainLoader]) -> None:
-    if loader not in rows:
-        raise UsageError(unknown_name(loader, "a domain bridge file", rows).replace("setting", "loader"))
-    allowed = rows[loader].options()
+def _check_options(loader: str, options: Mapping[str, Any], definitions: Mapping[str, DomainLoader]) -> None:
+    if loader not in definitions:
+        raise UsageError(unknown_name(loader, "a domain bridge file", definitions, "loader"))
+    allowed = definitions[loader].options()
     for option, value in options.items():
         kind = allowed.get(option)
         if kind is None:
             raise UsageError(unknown_name(option, loader, allowed))
         if type(value) is not kind or (kind is int and isinstance(value, int) and value < 0):
             raise UsageError(
-                f"{loader}.{option}={value!r} must be {'a whole number, 0 or more' if kind is int else kind.__name__}"
+                f"invalid value for {loader}.{option}: {value!r} must be "
+                f"{'a whole number, 0 or more' if kind is int else f'of type {kind.__name__}'}"
             )
     difficulty = options.get("difficulty")
-    levels = rows[loader].difficulty_levels
+    levels = definitions[loader].difficulty_levels
     if difficulty in DIFFICULTIES and difficulty not in levels:
         raise UsageError(
-            f"{loader}.difficulty={difficulty!r}: its data set has {', '.join(levels) or 'no such levels'}"
+            f"invalid value for {loader}.difficulty: {difficulty!r}; its dataset has "
+            f"{', '.join(levels) or 'no such levels'}"
         )
     if options.get("filter_hard") and difficulty not in (None, "hard"):
         raise UsageError(
@@ -162,21 +165,28 @@ def _check_options(loader: str, options: Mapping[str, Any], rows: Mapping[str, D
 
 
 def read_domain_bridge(path: Path) -> DomainBridge:
-    """The domain bridge file; raises UsageError where it says what is unknown or out of bounds."""
+    """Read a domain bridge file; raises UsageError for unknown names and invalid values."""
     return parse_domain_bridge(read_bridge_file(path), str(path))
 
 
-def parse_domain_bridge(values: Mapping[str, Any], place: str) -> DomainBridge:
-    """A bridge from what was said; raises UsageError that names the place. Names that begin with an
-    underscore are remarks.
+def parse_domain_bridge(values: Mapping[str, Any], source: str) -> DomainBridge:
+    """Validate the content of a domain bridge file.
+
+    Args:
+        values: The settings. Names that begin with an underscore are comments.
+        source: Where they come from, for messages.
+
+    Raises:
+        UsageError: A name is unknown or a value is invalid.
     """
     try:
         return DomainBridge(**{name: value for name, value in values.items() if not name.startswith("_")})
     except UsageError as error:
-        raise UsageError(f"{place}: {error}") from None
+        raise UsageError(f"{source}: {error}") from None
 
 
 def read_bridge_file(path: Path) -> dict[str, object]:
+    """Read the content of a domain bridge file without validating it; raises UsageError where it is not a mapping."""
     content = read_mapping_or_list(path)
     if not isinstance(content, dict):
         raise UsageError(f"{path} is not a domain bridge file: it must be a mapping")

@@ -1,8 +1,8 @@
-"""Scaling schedules: operations that change the run while it trains, read and judged entry by entry.
+"""Scaling schedules: lists of operations that change the model or the run during training.
 
-An entry names an operation and its value, and fires below a validation loss (`trigger_loss`), after so many
-steps (`max_wait_iters`), or on whichever comes first. This module knows each operation's kind of value, and
-which parts exist; how operations change a model is `llm_trainer/orchestration`'s.
+An entry names an operation and its value. It fires when a validation loss is below `trigger_loss`, after
+`max_wait_iters` steps, or on whichever comes first. This module validates entries: the kind of value of each operation,
+and the names of modules. `llm_trainer/orchestration` applies the operations.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from llm_trainer.config.parse.config_files import read_mapping_or_list
 from llm_trainer.config.schema.base import Section, setting, unknown_name
 from llm_trainer.errors import UsageError
 
-_PART = re.compile(r"(attn|mlp|ln_1|ln_2)\.(\d+)|wte|wpe|ln_f|lm_head")
-_LORA_PART = re.compile(r"(attn|mlp)\.(\d+)|wte|lm_head")
+_MODULE = re.compile(r"(attn|mlp|ln_1|ln_2)\.(\d+)|wte|wpe|ln_f|lm_head")
+_LORA_MODULE = re.compile(r"(attn|mlp)\.(\d+)|wte|lm_head")
 
 
 class Operation(Section):
@@ -28,18 +28,20 @@ class Operation(Section):
 
     model_config = ConfigDict(allow_inf_nan=True)
 
-    name: str = setting("", "the operation")
-    value: Any = setting(None, "its argument")
-    trigger_loss: float | None = setting(None, "fires when a validation loss is below it", unit="nats")
+    name: str = setting("", "Name of the operation.")
+    value: Any = setting(None, "Argument of the operation.")
+    trigger_loss: float | None = setting(None, "Fire when a validation loss is below this.", unit="nats")
     max_wait_iters: int | None = setting(
-        None, "fires after so many steps since the previous operation, whatever the loss", unit="steps", ge=0
+        None, "Fire this long after the previous operation, whatever the loss.", unit="steps", ge=0
     )
-    reevaluate: bool = setting(False, "evaluate again right after")
-    desc: str | None = setting(None, "free text for the log", aliases=("description",))
+    reevaluate: bool = setting(False, "Validate again right after the operation.")
+    desc: str | None = setting(None, "Text for the log.", aliases=("description",))
     mode: Literal["copy", "identity"] | None = setting(
-        None, "stack_layers: identity keeps the function exactly; none: copy"
+        None, "stack_layers: identity keeps the model's function exactly. Unset: copy."
     )
-    approximate: bool = setting(False, "widen_model: allow a change that is not exact")
+    approximate: bool = setting(
+        False, "widen_model: allow a change that does not keep the model's function exactly."
+    )
 
 
 def _number(value: Any) -> bool:
@@ -58,7 +60,7 @@ def _count_or_zero(value: Any, layers: int) -> str | None:
     return None if _number(value) and value >= 0 and value == int(value) else "a whole number, 0 or more"
 
 
-def _rate(value: Any, layers: int) -> str | None:
+def _not_negative(value: Any, layers: int) -> str | None:
     return None if _number(value) and value >= 0 else "a number, 0 or more"
 
 
@@ -70,15 +72,15 @@ def _switch(value: Any, layers: int) -> str | None:
     return None if isinstance(value, bool) else "true or false"
 
 
-def _exists(part: Any, layers: int, pattern: re.Pattern[str] = _PART) -> bool:
-    """Whether there is such a part; of a range (`attn.0-3`) its last, of a glob (`mlp.*`) any of its kind."""
-    if not isinstance(part, str):
+def _exists(module: Any, layers: int, pattern: re.Pattern[str] = _MODULE) -> bool:
+    """Whether there is such a module. Of a range (`attn.0-3`) the last must exist, of a glob (`mlp.*`) at least one."""
+    if not isinstance(module, str):
         return False
-    if set(part) & set("*?["):
+    if set(module) & set("*?["):
         return any(
-            fnmatch.fnmatch(name, part) for name in _names(min(layers, 1000)) if pattern.fullmatch(name)
+            fnmatch.fnmatch(name, module) for name in _names(min(layers, 1000)) if pattern.fullmatch(name)
         )
-    match = pattern.fullmatch(re.sub(r"\.\d+-(\d+)$", r".\1", part))
+    match = pattern.fullmatch(re.sub(r"\.\d+-(\d+)$", r".\1", module))
     return match is not None and (match[2] is None or int(match[2]) < layers)
 
 
@@ -92,27 +94,27 @@ def _names(layers: int) -> list[str]:
     ]
 
 
-def _parts(value: Any, layers: int) -> str | None:
-    parts = value if isinstance(value, list) and value else [value]
+def _modules(value: Any, layers: int) -> str | None:
+    modules = value if isinstance(value, list) and value else [value]
     known = f"attn.N, mlp.N, ln_1.N, ln_2.N (N below {layers}), wte, wpe, ln_f, lm_head, or a list of them"
-    return None if all(_exists(part, layers) for part in parts) else known
+    return None if all(_exists(module, layers) for module in modules) else known
 
 
-def _part_and_rank(value: Any, layers: int) -> str | None:
+def _module_and_rank(value: Any, layers: int) -> str | None:
     fits = (
         isinstance(value, list)
         and len(value) == 2
-        and _exists(value[0], layers, _LORA_PART)
+        and _exists(value[0], layers, _LORA_MODULE)
         and _count_or_zero(value[1], layers) is None
     )
     return (
         None
         if fits
-        else f"[part, rank] with a part attn.N, mlp.N (N below {layers}), wte or lm_head and a rank of 0 or more"
+        else f"[module, rank] with a module attn.N, mlp.N (N below {layers}), wte or lm_head, and a rank of 0 or more"
     )
 
 
-def _part_and_share(value: Any, layers: int) -> str | None:
+def _module_and_fraction(value: Any, layers: int) -> str | None:
     fits = (
         isinstance(value, list)
         and len(value) == 2
@@ -120,7 +122,7 @@ def _part_and_share(value: Any, layers: int) -> str | None:
         and _number(value[1])
         and 0 < value[1] < 1
     )
-    return None if fits else "[part, share] with a share between 0 and 1"
+    return None if fits else "[module, fraction] with a fraction between 0 and 1"
 
 
 def _layer_list(value: Any, layers: int) -> str | None:
@@ -182,29 +184,36 @@ def _layer(value: Any, layers: int) -> str | None:
 
 
 OPERATIONS: Mapping[str, Callable[[Any, int], str | None]] = {
-    "change_lr": _positive, "set_lr": _rate,
+    "change_lr": _positive, "set_lr": _not_negative,
     "change_batch_size": _positive, "set_batch_size": _count,
     "change_grad_accum": _positive, "set_grad_accum": _count,
     "change_warmup_iters": _positive, "set_warmup_iters": _count_or_zero,
     "change_eval_iters": _positive, "set_eval_iters": _count,
     "change_eval_interval": _positive, "set_eval_interval": _count,
     "reset_lr_schedule": _nothing, "adjust_batch_size": _batch_fit,
-    "freeze_layer": _parts, "unfreeze_layer": _parts,
-    "set_layer_lora_rank": _part_and_rank, "set_attn_lora_rank": _count_or_zero, "set_embedding_lora_rank": _count_or_zero,
+    "freeze_layer": _modules, "unfreeze_layer": _modules,
+    "set_layer_lora_rank": _module_and_rank, "set_attn_lora_rank": _count_or_zero, "set_embedding_lora_rank": _count_or_zero,
     "merge_lora_weights": _nothing, "stack_layers": _layer_list, "widen_mlp": _count, "widen_model": _width_and_heads,
     "resize_vocabulary": _vocabulary, "set_embedding_freeze_mode": _switch, "set_embedding_finetune_mode": _switch,
-    "prune_heads": _part_and_share, "prune_mlp": _part_and_share, "enable_exit": _layer, "disable_exit": _layer,
+    "prune_heads": _module_and_fraction, "prune_mlp": _module_and_fraction, "enable_exit": _layer, "disable_exit": _layer,
 }  # fmt: skip
-"""Operation → what is wrong with its value: (value, layers of the model at that point) → what it should be,
-or None.
+"""Operation → its check: (value, layers of the model at that point) → what the value should be, or None if it is valid.
 """
 
 
 def read_schedule(path: Path, *, layers: int | None = None) -> list[Operation]:
-    """The operations of a YAML or JSON schedule, in order.
+    """Read a YAML or JSON schedule.
 
-    `layers` is the model's number of blocks at the start; `stack_layers` is followed through the list. Without it parts may have any
-    number. Raises UsageError that names the file, the entry and what is wrong with it.
+    Args:
+        path: The file.
+        layers: Number of the model's layers at the start, which `stack_layers` changes along the list.
+            None: unknown, and modules may have any number.
+
+    Returns:
+        The operations, in order.
+
+    Raises:
+        UsageError: An entry is not valid; the message names the file and the entry.
     """
     content = read_mapping_or_list(path)
     if not isinstance(content, list):
@@ -212,30 +221,28 @@ def read_schedule(path: Path, *, layers: int | None = None) -> list[Operation]:
     depth = 1 << 30 if layers is None else layers
     operations = []
     for number, entry in enumerate(content, start=1):
-        place = f"{path}, entry {number}"
-        operation = _operation(entry, place)
-        wanted = OPERATIONS[operation.name](operation.value, depth)
-        if wanted is not None:
-            raise UsageError(f"{place}: {operation.name} takes {wanted}, not {operation.value!r}")
+        where = f"{path}, entry {number}"
+        operation = _operation(entry, where)
+        expected = OPERATIONS[operation.name](operation.value, depth)
+        if expected is not None:
+            raise UsageError(f"{where}: {operation.name} takes {expected}, not {operation.value!r}")
         if operation.name == "stack_layers":
             depth = len(operation.value)
         operations.append(operation)
     return operations
 
 
-def _operation(entry: object, place: str) -> Operation:
+def _operation(entry: object, where: str) -> Operation:
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
-        raise UsageError(f"{place}: an entry is a mapping with a name, a value and a trigger, not {entry!r}")
+        raise UsageError(f"{where}: an entry is a mapping with a name, a value and a trigger, not {entry!r}")
     try:
         operation = Operation(**{str(key): value for key, value in entry.items()})
     except UsageError as error:
-        raise UsageError(f"{place}: {error}") from None
+        raise UsageError(f"{where}: {error}") from None
     if operation.name not in OPERATIONS:
-        raise UsageError(
-            f"{place}: {unknown_name(operation.name, 'a schedule', OPERATIONS).replace('setting', 'operation')}"
-        )
+        raise UsageError(f"{where}: {unknown_name(operation.name, 'a schedule', OPERATIONS, 'operation')}")
     if operation.trigger_loss is None and operation.max_wait_iters is None:
         raise UsageError(
-            f"{place}: {operation.name} would never fire; give it trigger_loss, max_wait_iters or both"
+            f"{where}: {operation.name} would never fire; give it trigger_loss, max_wait_iters or both"
         )
     return operation

@@ -1,4 +1,4 @@
-"""Settings files: what JSON, YAML and Python may say, and what is wrong with those that may not."""
+"""Settings files: what JSON, YAML and Python files may contain, and the messages for those that are not valid."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import pytest
 from paths import ROOT, SHARED
 
 from llm_trainer.config import UsageError
+from llm_trainer.config.parse.command import CommandSpec
 from llm_trainer.config.parse.config_files import read_mapping_or_list, read_settings
-from llm_trainer.config.parse.loader import Door, load_run
-from llm_trainer.config.parse.not_implemented import refuse_owed
+from llm_trainer.config.parse.loader import load_run
+from llm_trainer.config.parse.validation import check_implemented
 from llm_trainer.config.schema.scaling_schedule import OPERATIONS, read_schedule
 
-DOOR = Door("train", "Train.", ("model", "training", "data"), positional_config=True)
+SPEC = CommandSpec("train", "Train.", ("model", "training", "data"), positional_config=True)
 CONFIGS = ROOT / "configs"
 
 NANOGPT = """
@@ -38,8 +39,8 @@ def write(folder: Path, name: str, text: str) -> Path:
     return path
 
 
-def test_every_name_of_nanogpts_train_script_has_a_home(tmp_path: Path) -> None:
-    config = load_run(DOOR, [str(write(tmp_path, "c.py", NANOGPT))]).config
+def test_every_name_of_nanogpts_train_script_is_a_setting(tmp_path: Path) -> None:
+    config = load_run(SPEC, [str(write(tmp_path, "c.py", NANOGPT))]).config
     training = config.training
     assert (training.output_dir, training.distributed_backend, training.precision, training.compile) == (
         "out-x",
@@ -64,30 +65,32 @@ def test_every_name_of_nanogpts_train_script_has_a_home(tmp_path: Path) -> None:
     ("name", "text", "message"),
     [
         ("a.json", "{", "line 1, column 2: not JSON"),
-        ("a.json", '{"seed": 1, "seed": 2}', "seed is said twice, 1 and 2"),
+        ("a.json", '{"seed": 1, "seed": 2}', "seed is set twice, to 1 and 2"),
         ("a.yaml", "a: [", "not YAML"),
-        ("a.yaml", "training:\n  seed: 1\n  seed: 2\n", "line 3: seed is said twice"),
+        ("a.yaml", "training:\n  seed: 1\n  seed: 2\n", "line 3: seed is set twice"),
         ("a.yaml", "- name: change_lr\n", "pass it as --scaling_schedule_file"),
-        ("a.yaml", "just words", "holds str, not settings"),
+        ("a.yaml", "just words", "holds a str, not a mapping of settings"),
         (
             "a.yaml",
             "learning_rate: {{ lr }}",
-            "line 1: .* cannot be a name; put a text with braces or brackets in quotes",
+            "line 1: .* cannot be a name; put text with braces or brackets in quotes",
         ),
         ("a.yaml", "? [a]\n: 1", "line 1: .* cannot be a name"),
         ("a.yaml", "x:\n  run_name: 2024-02-30", "'2024-02-30' is no timestamp.* in quotes.*line 2"),
         ("a.yaml", "seed: !!int five", "'five' is no int"),
-        ("a.yaml", "a: &a {x: 1}\nb: {<<: *a, y: 1, y: 2}", "line 2: y is said twice"),
+        ("a.yaml", "a: &a {x: 1}\nb: {<<: *a, y: 1, y: 2}", "line 2: y is set twice"),
         ("a.json", '{"seed": ' + "9" * 5000 + "}", "not JSON: .*digits"),
         ("a.toml", "", "read from .json, .yaml, .yml and .py"),
         ("a.py", "1 / 0", "ZeroDivisionError"),
-        ("a.py", "raise SystemExit(3)", "left with status 3"),
+        ("a.py", "raise SystemExit(3)", "exited with code 3"),
         ("a.py", "x = {1}.__class__\nseed = object()", "seed is a object"),
         ("a.json", '{"train_micro_batch_size_per_gpu": 4}', "--use_deepspeed --deepspeed_config"),
         ("a.json", '{"loaders": {}}', "prepare_domain_datasets.py --config"),
     ],
 )
-def test_a_file_that_is_no_settings_file_says_so(tmp_path: Path, name: str, text: str, message: str) -> None:
+def test_a_file_that_is_not_a_settings_file_is_an_error(
+    tmp_path: Path, name: str, text: str, message: str
+) -> None:
     with pytest.raises(UsageError, match=message):
         read_settings(write(tmp_path, name, text))
 
@@ -95,17 +98,17 @@ def test_a_file_that_is_no_settings_file_says_so(tmp_path: Path, name: str, text
 @pytest.mark.parametrize("text", ["lerning_rate = 1", "training = {'lerning_rate': 1}"])
 def test_unknown_names_in_files_are_errors(tmp_path: Path, text: str) -> None:
     with pytest.raises(UsageError, match="did you mean learning_rate"):
-        load_run(DOOR, [str(write(tmp_path, "a.py", text))])
+        load_run(SPEC, [str(write(tmp_path, "a.py", text))])
 
 
-def test_missing_folders_and_other_encodings_are_named(tmp_path: Path) -> None:
+def test_missing_files_folders_and_other_encodings_are_errors(tmp_path: Path) -> None:
     write(tmp_path, "near.json", "{}")
     with pytest.raises(UsageError, match=r"has near\.json"):
         read_settings(tmp_path / "far.json")
     with pytest.raises(UsageError, match="is a folder"):
         read_settings(tmp_path)
     (tmp_path / "latin.yaml").write_bytes("a: é".encode("latin-1"))
-    with pytest.raises(UsageError, match="not utf-8"):
+    with pytest.raises(UsageError, match="not UTF-8"):
         read_settings(tmp_path / "latin.yaml")
     (tmp_path / "bom.json").write_bytes(b'\xef\xbb\xbf{"seed": 3}')
     assert read_settings(tmp_path / "bom.json")[0].value == 3
@@ -125,14 +128,14 @@ def test_missing_folders_and_other_encodings_are_named(tmp_path: Path) -> None:
         ("2024-01-01x", "2024-01-01x"),
     ],
 )
-def test_yaml_numbers_are_what_people_write(tmp_path: Path, text: str, value: object) -> None:
+def test_yaml_numbers_are_read_as_people_write_them(tmp_path: Path, text: str, value: object) -> None:
     content = read_mapping_or_list(write(tmp_path, "n.yaml", f"x: {text}\n"))
     assert content == {"x": value}
     assert isinstance(content, dict)
     assert type(content["x"]) is type(value)
 
 
-def test_a_yaml_mapping_may_begin_with_another_and_say_some_of_it_otherwise(tmp_path: Path) -> None:
+def test_a_yaml_mapping_may_merge_another_and_override_it(tmp_path: Path) -> None:
     text = "one: &one {x: 1, y: 2}\ntwo: &two {<<: *one, y: 3}\nthree: {z: 4, <<: [*two, *one]}\n"
     content = read_mapping_or_list(write(tmp_path, "m.yaml", text))
     assert content == {"one": {"x": 1, "y": 2}, "two": {"x": 1, "y": 3}, "three": {"x": 1, "y": 3, "z": 4}}
@@ -151,17 +154,17 @@ SHIPPED = [
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_configurations_load_and_switch_on_nothing_that_is_owed(name: str) -> None:
-    loaded = load_run(DOOR, ["--config", str(CONFIGS / name)])
-    refuse_owed(loaded.config)
-    assert loaded.said()
+def test_shipped_configurations_load_and_enable_nothing_that_is_not_implemented(name: str) -> None:
+    loaded = load_run(SPEC, ["--config", str(CONFIGS / name)])
+    check_implemented(loaded.config)
+    assert loaded.set_values()
 
 
-def test_both_spellings_of_the_configuration_folder_lead_to_one_place() -> None:
+def test_config_and_configs_are_the_same_folder() -> None:
     assert (CONFIGS.parent / "config").resolve() == CONFIGS.resolve()
 
 
-def test_shipped_yaml_and_python_configurations_open_with_what_they_are() -> None:
+def test_shipped_yaml_and_python_configurations_begin_with_a_comment() -> None:
     for path in [*CONFIGS.glob("*.yaml"), *CONFIGS.glob("*.py")]:
         assert path.read_text(encoding="utf-8").startswith("# "), path.name
 
@@ -178,8 +181,8 @@ def test_shipped_yaml_and_python_configurations_open_with_what_they_are() -> Non
 def test_shipped_schedules_are_valid(name: str, layers: int) -> None:
     path = CONFIGS / name
     assert read_schedule(path, layers=layers)
-    loaded = load_run(DOOR, [f"--scaling_schedule_file={path}", f"--n_layer={layers}", "--n_embd=96"])
-    refuse_owed(loaded.config)
+    loaded = load_run(SPEC, [f"--scaling_schedule_file={path}", f"--n_layer={layers}", "--n_embd=96"])
+    check_implemented(loaded.config)
 
 
 @pytest.mark.parametrize(
@@ -195,27 +198,29 @@ def test_shipped_schedules_are_valid(name: str, layers: int) -> None:
         ("{name: stack_layers, value: [0, 4], trigger_loss: 1}", "from 0 to 3"),
         ("{name: reset_lr_schedule, value: 3, trigger_loss: 1}", "takes null"),
         ("{name: change_lr, value: 1, triger_loss: 1}", "did you mean trigger_loss"),
-        ("{name: change_lr, value: 1, max_wait_iters: -1}", "max_wait_iters=-1"),
+        ("{name: change_lr, value: 1, max_wait_iters: -1}", "max_wait_iters: -1"),
         ("just words", "is a mapping"),
     ],
 )
-def test_a_wrong_schedule_names_the_entry_and_what_it_wants(tmp_path: Path, entry: str, message: str) -> None:
+def test_an_invalid_schedule_is_an_error_that_names_the_entry(
+    tmp_path: Path, entry: str, message: str
+) -> None:
     path = write(tmp_path, "s.yaml", f"- {{name: change_lr, value: 2, trigger_loss: 3}}\n- {entry}\n")
     with pytest.raises(UsageError, match=rf"entry 2.*{message}"):
         read_schedule(path, layers=4)
 
 
-def test_a_schedule_is_followed_through_its_growth(tmp_path: Path) -> None:
+def test_a_schedule_is_checked_for_the_number_of_layers_at_each_entry(tmp_path: Path) -> None:
     grown = "- {name: stack_layers, value: [0, 0, 1, 1], max_wait_iters: 1}\n- {name: freeze_layer, value: attn.3, max_wait_iters: 1}\n"
     assert len(read_schedule(write(tmp_path, "s.yaml", grown), layers=2)) == 2
     with pytest.raises(UsageError, match="N below 2"):
         read_schedule(write(tmp_path, "t.yaml", grown.split("\n")[1] + "\n"), layers=2)
 
 
-def test_the_whole_vocabulary_of_operations_is_known() -> None:
+def test_every_operation_of_the_design_is_known() -> None:
     page = SHARED / "design" / "operations.md"
     if not page.is_file():
-        pytest.skip("the design documents are not beside this clone")
+        pytest.skip("the design documents are not next to this clone")
     import re
 
     rows = [

@@ -1,4 +1,4 @@
-"""DeepSpeed's own file is one more source of settings: it adds what nobody said, and may not say otherwise."""
+"""A DeepSpeed file is one more source of settings: it sets what no other source sets, and may not contradict the others."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llm_trainer.config import RunConfig, TrainingConfig, UsageError
-from llm_trainer.config.resolve.deepspeed import with_deepspeed_file, zero_settings
+from llm_trainer.config.resolve.deepspeed import deepspeed_file, merge_deepspeed, zero_settings
 
 THE_MANUALS = {
     "train_batch_size": 64,
@@ -20,14 +20,16 @@ THE_MANUALS = {
 }
 
 
-def merged(folder: Path, content: dict[str, object], **said: object) -> TrainingConfig:
+def merged(folder: Path, content: dict[str, object], **given: object) -> TrainingConfig:
     path = folder / "ds.json"
     path.write_text(json.dumps(content), encoding="utf-8")
-    training = TrainingConfig(use_deepspeed=True, deepspeed_config=str(path), **said)
-    return with_deepspeed_file(RunConfig(training=training)).training
+    training = TrainingConfig(use_deepspeed=True, deepspeed_config=str(path), **given)
+    file = deepspeed_file(training)
+    assert file is not None
+    return merge_deepspeed(RunConfig(training=training), file).training
 
 
-def test_the_file_says_what_nobody_said(tmp_path: Path) -> None:
+def test_the_file_sets_what_no_other_source_sets(tmp_path: Path) -> None:
     training = merged(tmp_path, THE_MANUALS, max_steps=5)
     assert (training.batch_size, training.micro_batch_size, training.gradient_accumulation_steps) == (
         64,
@@ -45,7 +47,7 @@ def test_the_file_says_what_nobody_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "both"),
+    ("given", "both"),
     [
         ({"learning_rate": 3e-4}, ("lr is 0.0001", "learning_rate is 0.0003")),
         ({"zero_stage": 3}, ("stage is 2", "zero_stage is 3")),
@@ -56,20 +58,20 @@ def test_the_file_says_what_nobody_said(tmp_path: Path) -> None:
     ],
 )
 def test_a_contradiction_names_both_values(
-    tmp_path: Path, said: dict[str, object], both: tuple[str, str]
+    tmp_path: Path, given: dict[str, object], both: tuple[str, str]
 ) -> None:
     with pytest.raises(UsageError) as error:
-        merged(tmp_path, THE_MANUALS, **said)
+        merged(tmp_path, THE_MANUALS, **given)
     for part in both:
         assert part in str(error.value)
 
 
-def test_what_agrees_is_no_contradiction(tmp_path: Path) -> None:
+def test_equal_values_are_accepted(tmp_path: Path) -> None:
     training = merged(tmp_path, THE_MANUALS, batch_size=4, learning_rate=1e-4)
     assert (training.batch_size, training.micro_batch_size) == (64, 4)
 
 
-def test_auto_leaves_a_thing_to_the_settings(tmp_path: Path) -> None:
+def test_auto_leaves_a_value_to_the_settings(tmp_path: Path) -> None:
     content: dict[str, object] = {
         "train_batch_size": "auto",
         "optimizer": {"type": "AdamW", "params": {"lr": "auto"}},
@@ -79,14 +81,14 @@ def test_auto_leaves_a_thing_to_the_settings(tmp_path: Path) -> None:
     assert training.batch_size is None
 
 
-def test_sizes_of_buffers_are_passed_on(tmp_path: Path) -> None:
+def test_buffer_sizes_are_passed_on(tmp_path: Path) -> None:
     training = merged(tmp_path, {"zero_optimization": {"stage": 3, "reduce_bucket_size": 1000}})
-    assert zero_settings(training) == {"stage": 3, "reduce_bucket_size": 1000}
+    assert zero_settings(training, deepspeed_file(training)) == {"stage": 3, "reduce_bucket_size": 1000}
 
 
 @pytest.mark.parametrize(
     "content", [{"zero_optimization": {"stage": 0}}, {"scheduler": {"type": "WarmupLR"}}]
 )
-def test_what_has_no_counterpart_is_refused(tmp_path: Path, content: dict[str, object]) -> None:
+def test_keys_that_are_not_supported_are_errors(tmp_path: Path, content: dict[str, object]) -> None:
     with pytest.raises(UsageError, match=r"ds\.json"):
         merged(tmp_path, content)

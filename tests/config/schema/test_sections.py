@@ -1,4 +1,4 @@
-"""Sections by themselves: names, spellings, bounds and assignments."""
+"""Sections alone: names, shorthands, bounds and assignments."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from llm_trainer.config import (
     TrainingConfig,
     UsageError,
 )
-from llm_trainer.config.reference import reference
+from llm_trainer.config.describe import reference
 from llm_trainer.config.schema.base import Section
-from llm_trainer.config.schema.run_config import home_section, path_aliases, section_types
+from llm_trainer.config.schema.run_config import dotted_aliases, section_class, section_types
 
 KINDS = list(section_types().values())
 
@@ -37,24 +37,28 @@ def test_every_alias_sets_its_field_and_reads_back(kind: type[Section]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-def test_every_field_has_a_meaning(kind: type[Section]) -> None:
-    assert all(field.description for field in kind.model_fields.values())
+def test_every_help_text_is_full_sentences(kind: type[Section]) -> None:
+    for name, field in kind.model_fields.items():
+        text = field.description or ""
+        first = text.split()[0].rstrip(":,")
+        assert text[0].isupper() or first in ("nf4", "llama3", "greedy", "domain_specific"), name
+        assert text.endswith((".", "]")), name
 
 
-def test_paths_lead_into_known_sections_and_are_no_names_there() -> None:
-    for path, (section, name) in path_aliases().items():
-        where, _, said = path.partition(".")
-        assert said not in home_section(where).names()
-        assert name in home_section(section).model_fields
+def test_dotted_aliases_name_other_sections_and_are_not_names_there() -> None:
+    for path, (section, name) in dotted_aliases().items():
+        where, _, alias = path.partition(".")
+        assert alias not in section_class(where).names()
+        assert name in section_class(section).model_fields
 
 
 def test_two_names_of_one_setting_may_agree_but_not_differ() -> None:
     assert ModelConfig(n_embd=96, hidden_size=96).d_model == 96
-    with pytest.raises(UsageError, match=r"n_embd=96 and d_model=48 are two names of one setting"):
+    with pytest.raises(UsageError, match=r"n_embd=96 and d_model=48 set the same option"):
         ModelConfig(n_embd=96, d_model=48)
 
 
-def test_an_unknown_name_is_refused_with_the_closest_known_one() -> None:
+def test_an_unknown_name_is_an_error_that_suggests_the_closest() -> None:
     with pytest.raises(UsageError, match=r"no setting named 'lerning_rate'; did you mean learning_rate"):
         TrainingConfig(lerning_rate=1e-3)
     with pytest.raises(UsageError, match="did you mean warmup_steps"):
@@ -62,11 +66,11 @@ def test_an_unknown_name_is_refused_with_the_closest_known_one() -> None:
 
 
 def test_a_value_out_of_bounds_is_named_with_its_bounds() -> None:
-    with pytest.raises(UsageError, match=r"adam_beta1=1.5: must be less than 1"):
+    with pytest.raises(UsageError, match=r"invalid value for adam_beta1: 1.5 is not in \[0, 1\)"):
         TrainingConfig(beta1=1.5)
-    with pytest.raises(UsageError, match=r"optimizer='sgd': must be 'adamw' or 'muon'"):
+    with pytest.raises(UsageError, match=r"optimizer: 'sgd' \(must be 'adamw' or 'muon'\)"):
         TrainingConfig(optimizer="sgd")
-    with pytest.raises(UsageError, match=r"learning_rate=nan: must be a finite number"):
+    with pytest.raises(UsageError, match=r"learning_rate: nan \(must be a finite number\)"):
         TrainingConfig(learning_rate=float("nan"))
 
 
@@ -81,7 +85,7 @@ def test_a_value_out_of_bounds_is_named_with_its_bounds() -> None:
         ("lr", float("inf")),
     ],
 )
-def test_assignments_are_validated_and_leave_the_value_when_refused(assign: tuple[str, object]) -> None:
+def test_an_invalid_assignment_leaves_the_value(assign: tuple[str, object]) -> None:
     config = TrainingConfig()
     before = getattr(config, assign[0])
     with pytest.raises(UsageError):
@@ -96,11 +100,11 @@ def test_a_shape_may_be_assigned_line_by_line() -> None:
     assert config.head_width == 10
     config.check_shape()
     config.n_head = 7
-    with pytest.raises(UsageError, match="does not divide into 7 heads"):
+    with pytest.raises(UsageError, match="not divisible by num_attention_heads 7"):
         config.check_shape()
 
 
-def test_spellings_work_in_assignments() -> None:
+def test_shorthands_work_in_assignments() -> None:
     config = TrainingConfig()
     config.fp16 = True
     assert config.precision == "fp16"
@@ -112,7 +116,7 @@ def test_spellings_work_in_assignments() -> None:
     assert "wandb" in config.report_to
 
 
-def test_a_family_gives_defaults_that_do_not_count_as_said() -> None:
+def test_defaults_of_a_family_do_not_count_as_set() -> None:
     llama = ModelConfig(model_type="llama", bias=True)
     assert (llama.position_embedding, llama.norm, llama.bias) == ("rope", "rmsnorm", True)
     assert llama.model_fields_set == {"model_type", "bias"}
@@ -128,7 +132,7 @@ def test_lists_are_split_at_commas_but_stop_strings_are_not() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "meant"),
+    ("value", "expected"),
     [
         (500, Duration(500)),
         ("500", Duration(500)),
@@ -136,35 +140,35 @@ def test_lists_are_split_at_commas_but_stop_strings_are_not() -> None:
         ("10M tokens", Duration(1e7, "tokens")),
     ],
 )
-def test_durations_are_read_in_their_units(said: object, meant: Duration) -> None:
-    assert TrainingConfig(eval_interval=said).eval_interval == meant
-    assert Duration.parse(str(meant)) == meant
+def test_durations_are_read_in_their_units(value: object, expected: Duration) -> None:
+    assert TrainingConfig(eval_interval=value).eval_interval == expected
+    assert Duration.parse(str(expected)) == expected
 
 
 @pytest.mark.parametrize(
-    "said", ["0.013937282 epochs", "1234567.5 tokens", "1e-07 epochs", "123456789012 tokens", 7, "2.5"]
+    "value", ["0.013937282 epochs", "1234567.5 tokens", "1e-07 epochs", "123456789012 tokens", 7, "2.5"]
 )
-def test_a_saved_duration_keeps_every_digit(said: object) -> None:
-    saved = TrainingConfig(eval_interval=said).model_dump(mode="json")["eval_interval"]
-    assert TrainingConfig(eval_interval=saved).eval_interval == Duration.parse(said)
+def test_a_saved_duration_keeps_every_digit(value: object) -> None:
+    saved = TrainingConfig(eval_interval=value).model_dump(mode="json")["eval_interval"]
+    assert TrainingConfig(eval_interval=saved).eval_interval == Duration.parse(value)
 
 
-@pytest.mark.parametrize("said", ["1e999 tokens", "1e300T tokens", float("inf"), float("nan")])
-def test_a_duration_without_end_is_refused(said: object) -> None:
+@pytest.mark.parametrize("value", ["1e999 tokens", "1e300T tokens", float("inf"), float("nan")])
+def test_an_infinite_duration_is_an_error(value: object) -> None:
     with pytest.raises(UsageError, match=r"warmup_steps.*is not a"):
-        TrainingConfig(warmup_steps=said)
+        TrainingConfig(warmup_steps=value)
 
 
 @pytest.mark.parametrize("name", ["eval_interval", "save_interval", "ephemeral_save_interval"])
-@pytest.mark.parametrize("said", [0, "0", "0 epochs", "0.0 tokens"])
-def test_an_interval_of_nothing_is_refused_with_what_means_never(name: str, said: object) -> None:
+@pytest.mark.parametrize("value", [0, "0", "0 epochs", "0.0 tokens"])
+def test_an_interval_of_zero_is_an_error_that_says_how_to_set_never(name: str, value: object) -> None:
     with pytest.raises(UsageError, match=rf"{name}.*above 0.*none"):
-        TrainingConfig(**{name: said})
-    assert TrainingConfig(warmup_steps=said).warmup_steps is not None
+        TrainingConfig(**{name: value})
+    assert TrainingConfig(warmup_steps=value).warmup_steps is not None
 
 
 @pytest.mark.parametrize("factor", [-2, -1e-9, float("nan"), float("inf")])
-def test_a_rate_factor_that_would_train_uphill_is_refused(factor: float) -> None:
+def test_a_negative_lr_multiplier_is_an_error(factor: float) -> None:
     with pytest.raises(UsageError, match="lr_multipliers"):
         TrainingConfig(lr_multipliers={"attn.0": factor})
     assert TrainingConfig(lr_multipliers={"attn.0": 0}).lr_multipliers == {"attn.0": 0}
@@ -188,7 +192,7 @@ def test_run_config_survives_json() -> None:
     assert copy.deepcopy(config) == config
 
 
-def test_a_setting_may_stand_where_a_manual_puts_it() -> None:
+def test_a_setting_may_be_given_in_the_section_where_a_manual_has_it() -> None:
     assert RunConfig(training={"gradient_checkpointing": True}).model.gradient_checkpointing
     assert RunConfig(adaptive_reasoning={"enabled": True}).training.use_adaptive_reasoning
     with pytest.raises(
@@ -200,12 +204,12 @@ def test_a_setting_may_stand_where_a_manual_puts_it() -> None:
 def test_the_settings_reference_is_up_to_date() -> None:
     page = ROOT / "docs" / "reference" / "settings.md"
     assert page.read_text(encoding="utf-8") == reference(), (
-        "run python -m llm_trainer.config.reference > docs/reference/settings.md"
+        "run python -m llm_trainer.config.describe > docs/reference/settings.md"
     )
 
 
 @pytest.mark.parametrize(
-    ("said", "meant"),
+    ("value", "expected"),
     [
         ({}, "auto"),
         ({"fp16": True}, "fp16"),
@@ -224,13 +228,13 @@ def test_the_settings_reference_is_up_to_date() -> None:
         ({"precision": "auto", "use_amp": True}, "auto"),
     ],
 )
-def test_every_name_of_precision_sets_the_one_field(said: dict[str, object], meant: str) -> None:
-    for order in itertools.permutations(said.items()):
-        assert TrainingConfig(**dict(order)).precision == meant
+def test_every_name_of_precision_sets_the_one_field(value: dict[str, object], expected: str) -> None:
+    for order in itertools.permutations(value.items()):
+        assert TrainingConfig(**dict(order)).precision == expected
 
 
 @pytest.mark.parametrize(
-    "said",
+    "value",
     [
         {"fp16": True, "bf16": True},
         {"fp16": True, "mixed_precision": False},
@@ -240,13 +244,13 @@ def test_every_name_of_precision_sets_the_one_field(said: dict[str, object], mea
         {"precision": "fp32", "fp16": True},
     ],
 )
-def test_contradictory_precisions_are_refused_in_any_order(said: dict[str, object]) -> None:
-    for order in itertools.permutations(said.items()):
-        with pytest.raises(UsageError, match="said twice and differently"):
+def test_contradictory_precisions_are_errors_in_any_order(value: dict[str, object]) -> None:
+    for order in itertools.permutations(value.items()):
+        with pytest.raises(UsageError, match="contradictory settings of precision"):
             TrainingConfig(**dict(order))
 
 
-def test_contradictory_switches_are_refused() -> None:
+def test_contradictory_switches_are_errors() -> None:
     with pytest.raises(UsageError, match="decay_lr=False and lr_scheduler='cosine'"):
         TrainingConfig(decay_lr=False, lr_scheduler="cosine")
     with pytest.raises(UsageError, match="wandb_log=False"):
@@ -261,6 +265,6 @@ def test_contradictory_switches_are_refused() -> None:
         max_size=4,
     )
 )
-def test_any_values_are_taken_or_refused_by_our_own_error(values: dict[str, object]) -> None:
+def test_any_values_are_accepted_or_are_a_usage_error(values: dict[str, object]) -> None:
     with contextlib.suppress(UsageError):
         assert DataConfig(**values).model_fields_set <= set(DataConfig.model_fields)
