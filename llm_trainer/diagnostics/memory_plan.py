@@ -31,7 +31,11 @@ from llm_trainer.model.adapters.nf4 import bytes_saved
 from llm_trainer.model.hf.checkpoint import empty_model
 from llm_trainer.training.engines.precision import PrecisionName
 from llm_trainer.training.memory.memory_estimator import StepMemory, step_memory
-from llm_trainer.training.memory.pipeline_memory import RankMemory, check_all_ranks_train, rank_memories
+from llm_trainer.training.memory.pipeline_memory import (
+    PipelineRankMemory,
+    check_all_ranks_train,
+    pipeline_rank_memories,
+)
 from llm_trainer.training.optim.param_groups import trainable_sizes
 
 WEIGHT_BYTES = 4
@@ -54,7 +58,7 @@ class RankMemory:
         checkpoint: A checkpoint on disk, over all ranks.
         on_host: Optimizer state in host memory, if it is offloaded.
         received: Buffers for what neighbouring pipeline stages send.
-        quantized_savings: How much larger quantized weights would be as floats, as which they are saved.
+        saved_by_quantization: How much larger quantized weights would be as floats, as which they are saved.
     """
 
     weights: int
@@ -67,7 +71,7 @@ class RankMemory:
     checkpoint: int
     on_host: int = 0
     received: int = 0
-    quantized_savings: int = 0
+    saved_by_quantization: int = 0
 
     @property
     def total(self) -> int:
@@ -85,7 +89,7 @@ class RankMemory:
     @property
     def async_save_copy(self) -> int:
         """The host memory that an asynchronous save takes: weights, as floats, and optimizer state."""
-        return self.weights + self.quantized_savings + self.optimizer + self.on_host
+        return self.weights + self.saved_by_quantization + self.optimizer + self.on_host
 
     def parts(self) -> dict[str, int]:
         """Return what `total` consists of, by a label for display."""
@@ -173,7 +177,7 @@ def rank_memories(
 
 
 def _divide(
-    step: StepMemory | RankMemory,
+    step: StepMemory | PipelineRankMemory,
     own: ModelConfig,
     plan: ParallelPlan,
     batches: BatchPlan,
@@ -182,7 +186,7 @@ def _divide(
     checkpoint: int,
 ) -> RankMemory:
     """The memory of a step as the plan divides it; `own` is the rank's part under tensor parallelism."""
-    in_pipeline = isinstance(step, RankMemory)
+    in_pipeline = isinstance(step, PipelineRankMemory)
     is_sharded = batches.gradient_accumulation_steps == 1 and not in_pipeline
     kept_fraction = 1 / plan.shards if is_sharded else 1.0
     gradients, others = max(step.moments, key=lambda moment: kept_fraction * moment[0] + moment[1])
@@ -201,8 +205,8 @@ def _divide(
         kv_cache_per_sequence=cache,
         checkpoint=checkpoint,
         on_host=step.optimizer // plan.shards if offload else 0,
-        received=step.buffers if isinstance(step, RankMemory) else 0,
-        quantized_savings=0 if isinstance(step, RankMemory) else step.saved_by_quantization,
+        received=step.buffers if isinstance(step, PipelineRankMemory) else 0,
+        saved_by_quantization=0 if isinstance(step, PipelineRankMemory) else step.saved_by_quantization,
     )
 
 
@@ -407,13 +411,13 @@ def _step_memories(
     plan: ParallelPlan,
     batches: BatchPlan,
     precision: PrecisionName | None,
-) -> Sequence[StepMemory] | Sequence[RankMemory]:
+) -> Sequence[StepMemory] | Sequence[PipelineRankMemory]:
     """The memory of a step on a rank of each position in the pipeline, or on any rank without one."""
     step = {"sequences": batches.micro_batch_size, "micro_batches": batches.gradient_accumulation_steps}
     training = training.model_copy(update={"context_parallel": plan.context_parallel})
     if plan.pipeline_parallel == 1:
         return [step_memory(own, training, **step, precision=precision)]
-    return rank_memories(own, training, ranks=plan.pipeline_parallel, **step, precision=precision)
+    return pipeline_rank_memories(own, training, ranks=plan.pipeline_parallel, **step, precision=precision)
 
 
 def _least_bytes(

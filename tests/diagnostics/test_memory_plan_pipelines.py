@@ -12,7 +12,11 @@ from llm_trainer.config.resolve.batch_size import BatchPlan
 from llm_trainer.config.resolve.parallelism import ParallelPlan
 from llm_trainer.diagnostics.memory_plan import communication_volume, rank_memories, recommend_plan
 from llm_trainer.training.memory.memory_estimator import step_memory
-from llm_trainer.training.memory.pipeline_memory import RankMemory, rank_memories, schedule_order
+from llm_trainer.training.memory.pipeline_memory import (
+    PipelineRankMemory,
+    pipeline_rank_memories,
+    schedule_order,
+)
 
 TWO_STAGES = ParallelPlan(pipeline_parallel=2)
 SMALL = {
@@ -32,13 +36,15 @@ def settings(schedule: str = "1f1b", **more: object) -> TrainingConfig:
     return TrainingConfig.model_validate({"precision": "fp32", "pipeline_schedule": schedule, **more})
 
 
-def rank_steps(schedule: str, micro_batches: int, ranks: int = 2, **changes: object) -> list[RankMemory]:
-    return rank_memories(
+def rank_steps(
+    schedule: str, micro_batches: int, ranks: int = 2, **changes: object
+) -> list[PipelineRankMemory]:
+    return pipeline_rank_memories(
         config_of(**changes), settings(schedule), ranks=ranks, sequences=2, micro_batches=micro_batches
     )
 
 
-def highest(step: RankMemory) -> int:
+def highest(step: PipelineRankMemory) -> int:
     return max(gradients + others for gradients, others in step.moments)
 
 
@@ -110,8 +116,8 @@ def test_a_deep_stage_is_extrapolated_from_shallow_ones_as_if_it_were_run() -> N
 def test_frozen_parameters_are_counted_on_their_stage(schedule: str) -> None:
     config, frozen = config_of(num_hidden_layers=8), ["attn.1", "mlp.6"]
     run = {"ranks": 2, "sequences": 2, "micro_batches": 2}
-    plain = rank_memories(config, settings(schedule), **run)
-    some = rank_memories(config, settings(schedule, freeze_layers=frozen), **run)
+    plain = pipeline_rank_memories(config, settings(schedule), **run)
+    some = pipeline_rank_memories(config, settings(schedule, freeze_layers=frozen), **run)
     sizes = params_per_module(config)
     for one, other, part in zip(plain, some, frozen, strict=True):
         assert other.weights == one.weights
