@@ -1,5 +1,6 @@
-"""Small records with the fields of each data set of the loader table, as their cards and the code that loads
-them show them.
+"""Small records with the fields of each data set that a domain loader reads.
+
+The fields are those that the data sets' cards and the code that loads them show.
 """
 
 from __future__ import annotations

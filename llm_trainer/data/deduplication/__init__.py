@@ -1,1 +1,1 @@
-"""Documents that are the same, or nearly."""
+"""Deduplication: finds documents that are equal, or nearly equal."""

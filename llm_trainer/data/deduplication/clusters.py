@@ -1,17 +1,16 @@
-"""Which documents are the same, or nearly: groups of them from keys on disk, in memory of a stated size,
-whatever the order of workers.
+"""Clusters of equal or nearly equal documents, from keys on disk, in bounded memory.
 
-A document has a number (its place in the corpus) and keys: its content's hash for exact duplicates, one key a
-band (`minhash`) for near ones. Two documents with an equal key in any column belong together, and groups are
-the connected components of that relation, as in FineWeb: a and b may be alike, b and c too, and a and c less
-so. The label of a group is the least number in it. Which documents are in a group follows from the keys
-alone, so neither workers nor the order of files changes it.
+A document has a number (its position in the corpus) and keys: the hash of its contents for exact duplicates,
+one key per band (`minhash`) for near-duplicates. Two documents with an equal key in any column are in one
+cluster, and clusters are the connected components of that relation, as in FineWeb: a may be like b, and b
+like c, and a less like c. The label of a cluster is the least number in it. The clusters depend on the keys
+alone, so neither the order of workers nor that of files changes them.
 
-Equal keys are found by sorting, one column and one range of the keys' values at a time, as many columns at
-once as the memory holds; the keys are read from disk again for each. No text, no signature and no index of
-all keys is in memory, but 4 bytes a document (its label) and the share that is being sorted: `sort_bytes`, or
-3 bytes a document where that is more. Indexes of bands in memory, as datasketch and rensa keep them, have 14
-entries a document, and reading keys again is the cheapest of all there is to do here.
+Equal keys are found by sorting, one column and one range of the keys' values at a time, or several columns at
+once if memory allows; the keys are read from disk again for each pass. No text, no signature and no index of
+all keys is in memory, only 4 bytes per document (its label) and the part that is being sorted: `sort_bytes`,
+or 3 bytes per document if that is more. Indexes of bands in memory, as in datasketch and rensa, have 14
+entries per document, and reading the keys again is the cheapest step of deduplication.
 """
 
 from __future__ import annotations
@@ -32,20 +31,24 @@ from llm_trainer.errors import DataError
 Keys: TypeAlias = NDArray[np.uint64]
 Labels: TypeAlias = NDArray[np.uint32]
 
-LEFT_OUT = 255  # in an array of splits: this document is in none
+EXCLUDED = 255
+"""In an array of splits: the document is in no split."""
 SORT_BYTES = 32 * 2**20
-_BYTES_A_KEY = 12  # while it waits: key and number
-_BYTES_SORTED = 48  # while it is sorted: these, their order, and what sorting and comparing make of them
-_RANGES = 16  # of values at most, so that time grows no faster than the number of documents
-_ROWS_A_BLOCK = 2**13
+_UNSORTED_KEY_BYTES = 12  # per key before it is sorted: key and number
+_SORTED_KEY_BYTES = 48  # per key while it is sorted: these, their order, and temporary arrays
+_MAX_RANGES = 16  # of values, so that time grows no faster than the number of documents
+_ROWS_PER_BLOCK = 2**13
 
 
 @dataclass(frozen=True)
 class KeyTable:
-    """The keys of all documents: `blocks()` gives them in order, (rows, columns × width) at a time, the same
-    on each call.
+    """The keys of all documents.
 
-    A key is `width` neighbouring numbers; keys of different columns are not compared.
+    Attributes:
+        blocks: Yields the keys in order, as arrays of shape (rows, columns × width), the same on each call.
+        documents: The number of documents.
+        columns: Keys per document; keys of different columns are not compared.
+        width: Numbers per key.
     """
 
     blocks: Callable[[], Iterator[Keys]]
@@ -54,27 +57,33 @@ class KeyTable:
     width: int = 1
 
     @classmethod
-    def of_hashes(cls, blocks: Callable[[], Iterator[Keys]], documents: int) -> KeyTable:
-        """One key a document: a hash of 16 bytes, as (rows, 2) of uint64."""
+    def from_hashes(cls, blocks: Callable[[], Iterator[Keys]], documents: int) -> KeyTable:
+        """Build a table of one key per document, a hash of 16 bytes, from uint64 blocks of shape (rows, 2)."""
         return cls(blocks, documents, columns=1, width=2)
 
     @classmethod
-    def of_files(cls, files: Sequence[Path], bands: int) -> KeyTable:
-        """Band keys as `minhash.BandWriter` wrote them, documents numbered through the files in this order.
+    def from_files(cls, files: Sequence[Path], bands: int) -> KeyTable:
+        """Build a table of the band keys that `minhash.BandKeyWriter` wrote.
 
-        Raises DataError for a file that ends inside a document's keys.
+        Args:
+            files: The files; documents are numbered through them in this order.
+            bands: Keys per document.
+
+        Raises:
+            DataError: A file is truncated.
         """
         sizes = [file.stat().st_size for file in files]
         for file, size in zip(files, sizes, strict=True):
             if size % (8 * bands):
                 raise DataError(
-                    f"{file} is cut short: {size} bytes are no multiple of {8 * bands}; delete it to have it made again"
+                    f"{file} is truncated: its {size} bytes are not a multiple of {8 * bands}; delete it and run "
+                    "the command again, which rebuilds it"
                 )
 
         def blocks() -> Iterator[Keys]:
             for file in files:
                 with file.open("rb") as opened:
-                    while raw := opened.read(_ROWS_A_BLOCK * 8 * bands):
+                    while raw := opened.read(_ROWS_PER_BLOCK * 8 * bands):
                         yield np.frombuffer(raw, "<u8").reshape(-1, bands)
 
         return cls(blocks, sum(sizes) // (8 * bands), bands)
@@ -83,11 +92,19 @@ class KeyTable:
 def near_duplicate_clusters(
     files: Sequence[Path], bands: int, *, console: Console | None = None, sort_bytes: int = SORT_BYTES
 ) -> Labels:
-    """For each document of these files of band keys the least number in its group; one without
-    near-duplicates has its own.
+    """Find near-duplicates by their band keys.
+
+    Args:
+        files: Files of band keys.
+        bands: Keys per document.
+        console: Where progress is shown.
+        sort_bytes: About how much memory sorting may use.
+
+    Returns:
+        For each document the least number in its cluster, which is its own if it has no near-duplicate.
     """
     return find_clusters(
-        KeyTable.of_files(files, bands), "finding near-duplicates", console=console, sort_bytes=sort_bytes
+        KeyTable.from_files(files, bands), "finding near-duplicates", console=console, sort_bytes=sort_bytes
     )
 
 
@@ -98,27 +115,49 @@ def exact_duplicate_clusters(
     console: Console | None = None,
     sort_bytes: int = SORT_BYTES,
 ) -> Labels:
-    """For each document the least number among those with the same hash of 16 bytes; `hashes()` gives blocks
-    of (rows, 2).
+    """Find documents with equal contents by their hashes.
+
+    Args:
+        hashes: Yields hashes of 16 bytes, as uint64 arrays of shape (rows, 2).
+        documents: The number of documents.
+        console: Where progress is shown.
+        sort_bytes: About how much memory sorting may use.
+
+    Returns:
+        For each document the least number among those with the same hash.
     """
     return find_clusters(
-        KeyTable.of_hashes(hashes, documents), "finding duplicates", console=console, sort_bytes=sort_bytes
+        KeyTable.from_hashes(hashes, documents), "finding duplicates", console=console, sort_bytes=sort_bytes
     )
 
 
 def find_clusters(
-    table: KeyTable, what: str, *, console: Console | None = None, sort_bytes: int = SORT_BYTES
+    table: KeyTable, description: str, *, console: Console | None = None, sort_bytes: int = SORT_BYTES
 ) -> Labels:
-    """(documents,) the label of each document's group: the least number in it."""
+    """Find the connected components of documents with an equal key in any column.
+
+    Args:
+        table: The keys.
+        description: What is done, for the progress bar.
+        console: Where progress is shown.
+        sort_bytes: About how much memory sorting may use.
+
+    Returns:
+        The least number in each document's cluster, of shape (documents,).
+
+    Raises:
+        DataError: There are 2^32 documents or more.
+    """
     if table.documents >= 2**32:
         raise DataError(
-            f"{table.documents} documents are too many to deduplicate at once; prepare them in parts of fewer than 2^32"
+            f"{table.documents} documents are too many to deduplicate at once; prepare them in parts of fewer "
+            "than 2^32 documents"
         )
     parents = np.arange(table.documents, dtype=np.uint32)
-    for numbers, is_same in _runs(table, None, what, console, sort_bytes):
+    for numbers, is_same in _runs(table, None, description, console, sort_bytes):
         pairs = np.flatnonzero(is_same)
         if pairs.size:
-            _join(parents, numbers[pairs], numbers[pairs + 1])
+            _merge_clusters(parents, numbers[pairs], numbers[pairs + 1])
     return parents
 
 
@@ -129,14 +168,20 @@ def count_leaked_documents(
     console: Console | None = None,
     sort_bytes: int = SORT_BYTES,
 ) -> int:
-    """How many held-out documents have a key in common with a document of another split.
+    """Count held-out documents that have a key in common with a document of another split.
 
-    `splits` has each document's: 0 for training, other numbers for what is held out, LEFT_OUT for what was dropped. Zero where
-    deduplication and split did their work; this looks at the keys themselves and at where documents went, not at groups.
+    The count is zero if deduplication and splitting worked. It is computed from the keys themselves and the
+    documents' final splits, not from clusters.
+
+    Args:
+        table: The keys.
+        splits: Each document's split: 0 for training, other numbers for held-out splits, EXCLUDED for none.
+        console: Where progress is shown.
+        sort_bytes: About how much memory sorting may use.
     """
     assert splits.shape == (table.documents,), f"{splits.shape} splits for {table.documents} documents"
     leaks = np.zeros(table.documents, np.bool_)
-    for numbers, is_same in _runs(table, splits != LEFT_OUT, "looking for leaks", console, sort_bytes):
+    for numbers, is_same in _runs(table, splits != EXCLUDED, "looking for leakage", console, sort_bytes):
         if not numbers.size:
             continue
         begins = np.flatnonzero(np.append(True, ~is_same))
@@ -147,23 +192,29 @@ def count_leaked_documents(
 
 
 def _runs(
-    table: KeyTable, is_in: NDArray[np.bool_] | None, what: str, console: Console | None, sort_bytes: int
+    table: KeyTable,
+    is_included: NDArray[np.bool_] | None,
+    description: str,
+    console: Console | None,
+    sort_bytes: int,
 ) -> Iterator[tuple[Labels, NDArray[np.bool_]]]:
-    """For each column, and range of values in it: document numbers with equal keys side by side, and whether
-    each equals the next.
+    """For each column and range of values: document numbers sorted by key, and whether each key equals the
+    next.
 
-    So many columns are held at once as fit into `sort_bytes`; where not even one does, the keys' highest bits
+    As many columns are sorted at once as fit into `sort_bytes`; if not even one does, the keys' highest bits
     divide it.
     """
-    room = sort_bytes / (max(1, table.documents) * table.width)  # bytes for each document
-    bits = (min(max(1, math.ceil(_BYTES_SORTED / room)), _RANGES) - 1).bit_length()
-    at_once = max(1, 1 + int((room - _BYTES_SORTED) // _BYTES_A_KEY))
-    passes = [(first, part) for first in range(0, table.columns, at_once) for part in range(1 << bits)]
+    bytes_per_key = sort_bytes / (max(1, table.documents) * table.width)
+    bits = (min(max(1, math.ceil(_SORTED_KEY_BYTES / bytes_per_key)), _MAX_RANGES) - 1).bit_length()
+    columns_at_once = max(1, 1 + int((bytes_per_key - _SORTED_KEY_BYTES) // _UNSORTED_KEY_BYTES))
+    passes = [
+        (first, part) for first in range(0, table.columns, columns_at_once) for part in range(1 << bits)
+    ]
     size = 8 * table.documents * table.columns * table.width
-    with ByteProgress(console, what, size * len(passes)) as progress:
+    with ByteProgress(console, description, size * len(passes)) as progress:
         for first, part in passes:
-            columns = range(first, min(first + at_once, table.columns))
-            yield from _sorted_pass(table, columns, bits, part, is_in, progress)
+            columns = range(first, min(first + columns_at_once, table.columns))
+            yield from _sorted_pass(table, columns, bits, part, is_included, progress)
 
 
 def _sorted_pass(
@@ -171,7 +222,7 @@ def _sorted_pass(
     columns: range,
     bits: int,
     part: int,
-    is_in: NDArray[np.bool_] | None,
+    is_included: NDArray[np.bool_] | None,
     progress: ByteProgress,
 ) -> Iterator[tuple[Labels, NDArray[np.bool_]]]:
     keys: list[list[Keys]] = [[] for _ in columns]
@@ -179,22 +230,22 @@ def _sorted_pass(
     begin = 0
     for block in table.blocks():
         here = np.arange(begin, begin + len(block), dtype=np.uint32)
-        chosen = None if is_in is None else is_in[begin : begin + len(block)]
-        for place, column in enumerate(columns):
+        included = None if is_included is None else is_included[begin : begin + len(block)]
+        for index, column in enumerate(columns):
             own = block[:, column * table.width : (column + 1) * table.width]
-            wanted = chosen
+            selected = included
             if bits:
-                in_range = (own[:, 0] >> np.uint64(64 - bits)) == part
-                wanted = in_range if chosen is None else in_range & chosen
-            keys[place].append(own.copy() if wanted is None else own[wanted])
-            numbers[place].append(here if wanted is None else here[wanted])
+                is_in_range = (own[:, 0] >> np.uint64(64 - bits)) == part
+                selected = is_in_range if included is None else is_in_range & included
+            keys[index].append(own.copy() if selected is None else own[selected])
+            numbers[index].append(here if selected is None else here[selected])
         begin += len(block)
         progress.advance(block.nbytes)
     assert begin == table.documents, f"{begin} keys for {table.documents} documents"
-    for place in range(len(columns)):
-        if keys[place]:
-            yield _sorted(np.concatenate(keys[place]), np.concatenate(numbers[place]))
-        keys[place], numbers[place] = [], []
+    for index in range(len(columns)):
+        if keys[index]:
+            yield _sorted(np.concatenate(keys[index]), np.concatenate(numbers[index]))
+        keys[index], numbers[index] = [], []
 
 
 def _sorted(keys: Keys, numbers: Labels) -> tuple[Labels, NDArray[np.bool_]]:
@@ -203,25 +254,26 @@ def _sorted(keys: Keys, numbers: Labels) -> tuple[Labels, NDArray[np.bool_]]:
     return numbers[order], (keys[1:] == keys[:-1]).all(axis=1)
 
 
-def _join(parents: Labels, left: Labels, right: Labels) -> None:
-    """Unite the groups of each pair, in place: roots hang on smaller ones until no pair's differ, then all
-    hang on their roots.
+def _merge_clusters(parents: Labels, left: Labels, right: Labels) -> None:
+    """Unite the clusters of each pair, in place (union-find with path compression).
+
+    Larger roots are attached to smaller ones until the roots of every pair are equal; then each document is
+    attached to its root.
     """
     while left.size:
         left, right = _roots(parents, left), _roots(parents, right)
         differ = left != right
         left, right = left[differ], right[differ]
         np.minimum.at(parents, np.maximum(left, right), np.minimum(left, right))
-    for begin in range(
-        0, parents.size, _ROWS_A_BLOCK
-    ):  # what is above stands before, and so hangs on its root by now
-        block = parents[begin : begin + _ROWS_A_BLOCK]
+    # A parent has a smaller number, so that by then it is attached to its root.
+    for begin in range(0, parents.size, _ROWS_PER_BLOCK):
+        block = parents[begin : begin + _ROWS_PER_BLOCK]
         block[:] = _roots(parents, block)
 
 
 def _roots(parents: Labels, nodes: Labels) -> Labels:
     while True:
-        above = parents[nodes]
-        if np.array_equal(above, nodes):
+        next_nodes = parents[nodes]
+        if np.array_equal(next_nodes, nodes):
             return nodes
-        nodes = above
+        nodes = next_nodes

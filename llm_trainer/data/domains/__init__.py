@@ -1,1 +1,1 @@
-"""Texts gathered by what they are about, and exercises that need no network."""
+"""Data sets by domain: texts grouped by subject, and generated exercises that need no network."""

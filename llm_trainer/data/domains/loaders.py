@@ -1,4 +1,4 @@
-"""Reading the data sets of the loader table: from the hub, or from local files with the same fields."""
+"""Reads the data sets that domain loaders define: from local files with the same fields, or from the hub."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llm_trainer.config.schema.domain_loaders import DomainLoader, HubPart
+from llm_trainer.config.schema.domain_loaders import DomainLoader, HubDataset
 from llm_trainer.config.schema.domains import LoaderOptions
 from llm_trainer.data.domains.templates import RecordFormatter, RecordRejected
-from llm_trainer.data.pipeline.splits import hash_fraction
-from llm_trainer.data.sources.base import Rejected
-from llm_trainer.data.sources.record_reader import RECORD_SUFFIXES, Record, read_local_records
+from llm_trainer.data.hashing import hash_fraction
+from llm_trainer.data.sources.base import Record, Rejected
+from llm_trainer.data.sources.hub_source import hub_errors
+from llm_trainer.data.sources.record_reader import RECORD_SUFFIXES, read_local_records
 from llm_trainer.errors import DataError
 
-_EXAMPLES = 5
+_MAX_EXAMPLES = 5
 
 
 @dataclass(frozen=True, slots=True)
 class DomainText:
-    """A text of a domain, and the loader that it is from."""
+    """A text of a domain, and the name of the loader that read it."""
 
     text: str
     domain: str
@@ -31,8 +32,15 @@ class DomainText:
 
 @dataclass
 class LoaderStats:
-    """One loader at work: what it read from, and what came of it. Records read = texts + left out, each with
-    its reason.
+    """What one loader read; records = texts + records left out, each with its reason.
+
+    Attributes:
+        loader: The loader's name.
+        origin: The path or data set that it read.
+        records: Records read.
+        texts: Records that became texts.
+        left_out: Records left out, by reason.
+        examples: The position and reason of the first records left out.
     """
 
     loader: str
@@ -43,126 +51,140 @@ class LoaderStats:
     examples: list[str] = field(default_factory=list)
 
     def leave_out(self, reason: str, where: str) -> None:
-        """Count a record that gives no text."""
+        """Count a record that does not become a text."""
         self.left_out[reason] += 1
-        if len(self.examples) < _EXAMPLES:
+        if len(self.examples) < _MAX_EXAMPLES:
             self.examples.append(f"{where}: {reason}")
 
     def line(self) -> str:
-        """For the console."""
+        """Return the counts as a line for the console."""
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.left_out.most_common())
         left_out = f"; {self.left_out.total():,} left out ({reasons})" if reasons else ""
         return f"{self.loader} ({self.origin}): {self.texts:,} texts of {self.records:,} records{left_out}"
 
 
 def read_loader(
-    reading: LoaderStats,
-    row: DomainLoader,
+    stats: LoaderStats,
+    loader: DomainLoader,
     options: LoaderOptions,
     local_dir: Path,
     seed: int,
-    most: int | None,
+    max_texts: int | None,
 ) -> Iterator[DomainText]:
-    """The texts of one loader; `reading` is filled on the way. Reading stops after `most` texts, or after
-    `max_samples`.
+    """Yield the texts of one loader.
 
-    Raises DataError where the data set can neither be found locally nor be had from the hub.
+    Args:
+        stats: Names the loader; its counts are updated while texts are read.
+        loader: The loader's definition.
+        options: The user's options for it.
+        local_dir: The folder that may have a local copy.
+        seed: The seed of the sample, if `n_examples` is set.
+        max_texts: Reading stops after so many texts, or after `max_samples`.
+
+    Raises:
+        DataError: The data set is neither a local file nor available on the hub.
     """
-    maker = RecordFormatter(row, options)
-    limits = [limit for limit in (most, options.max_samples) if limit is not None]
-    examples = _examples(
-        reading, read_records(reading, row, options, local_dir), maker, min(limits, default=None)
-    )
+    formatter = RecordFormatter(loader, options)
+    limits = [limit for limit in (max_texts, options.max_samples) if limit is not None]
+    records = read_records(stats, loader, options, local_dir)
+    texts = _format_records(stats, records, formatter, min(limits, default=None))
     if options.n_examples is None:
-        yield from examples
+        yield from texts
         return
     drawn = heapq.nsmallest(
         options.n_examples,
-        enumerate(examples),
+        enumerate(texts),
         key=lambda numbered: hash_fraction(numbered[1].text, f"examples {seed}"),
     )
-    if reading.texts > len(drawn):
-        reading.left_out["not among the n_examples drawn"] += reading.texts - len(drawn)
-        reading.texts = len(drawn)
-    yield from (example for _, example in sorted(drawn, key=lambda numbered: numbered[0]))
+    if stats.texts > len(drawn):
+        stats.left_out["not among the n_examples drawn"] += stats.texts - len(drawn)
+        stats.texts = len(drawn)
+    yield from (text for _, text in sorted(drawn, key=lambda numbered: numbered[0]))
 
 
-def _examples(
-    reading: LoaderStats, found: Iterator[Record | Rejected], maker: RecordFormatter, limit: int | None
+def _format_records(
+    stats: LoaderStats, records: Iterator[Record | Rejected], formatter: RecordFormatter, limit: int | None
 ) -> Iterator[DomainText]:
-    for record in found:
-        reading.records += 1
+    for record in records:
+        stats.records += 1
         if isinstance(record, Rejected):
-            reading.leave_out(record.reason, record.where)
+            stats.leave_out(record.reason, record.where)
             continue
         try:
-            text = maker.text(record.fields)
+            text = formatter.text(record.fields)
         except RecordRejected as reason:
-            reading.leave_out(str(reason), record.where)
+            stats.leave_out(str(reason), record.where)
             continue
-        reading.texts += 1
-        yield DomainText(text, maker.domain(record.fields, record.part), reading.loader)
-        if reading.texts == limit:
+        stats.texts += 1
+        yield DomainText(text, formatter.domain(record.fields, record.part), stats.loader)
+        if stats.texts == limit:
             return
 
 
 def read_records(
-    reading: LoaderStats, row: DomainLoader, options: LoaderOptions, local_dir: Path
+    stats: LoaderStats, loader: DomainLoader, options: LoaderOptions, local_dir: Path
 ) -> Iterator[Record | Rejected]:
-    """The records of a loader, and where they are from noted in `reading`: the path that was said, else a
-    local copy, else the hub.
+    """Yield the records of a loader: from the path that is set, else from a local copy, else from the hub.
+
+    Args:
+        stats: Names the loader; its `origin` is set.
+        loader: The loader's definition.
+        options: The user's options for it.
+        local_dir: The folder that may have a local copy.
+
+    Raises:
+        DataError: The data set cannot be found or read, or `split` is set for a local copy.
     """
-    path = find_local_path(reading.loader, row, options, local_dir)
+    path = find_local_path(stats.loader, loader, options, local_dir)
     if path is not None:
         if options.split is not None:
             raise DataError(
-                f"split={options.split} is for the hub, and the texts are read from {path}; leave it out"
+                f"split={options.split} is for the hub, but the texts are read from {path}; leave it out"
             )
-        reading.origin = str(path)
+        stats.origin = str(path)
         yield from read_local_records(path)
         return
-    for part in row.hub:
+    for part in loader.hub:
         configurations: list[str | None] = [*part.configurations] or [None]
         for configuration in configurations:
-            reading.origin = f"{part.name} on the hub"
+            stats.origin = f"{part.name} on the hub"
             yield from _hub_records(part, configuration, options.split or part.split)
 
 
-def find_local_path(loader: str, row: DomainLoader, options: LoaderOptions, local_dir: Path) -> Path | None:
-    """The local file or folder that a loader reads, if any. Raises DataError where one is named and missing."""
-    said = options.path or row.path
-    if said is not None:
-        if not Path(said).exists():
+def find_local_path(name: str, loader: DomainLoader, options: LoaderOptions, local_dir: Path) -> Path | None:
+    """Return the local file or folder that a loader reads, or None.
+
+    Args:
+        name: The loader's name; a local copy has this name, with or without `load_`.
+        loader: The loader's definition.
+        options: The user's options for it.
+        local_dir: The folder that may have a local copy.
+
+    Raises:
+        DataError: A path is set and does not exist.
+    """
+    path = options.path or loader.path
+    if path is not None:
+        if not Path(path).exists():
             raise DataError(
-                f"{said} does not exist; its path must be a file or a folder of them ({', '.join(RECORD_SUFFIXES)})"
+                f"{path} does not exist; give a file, or a folder of files ({', '.join(RECORD_SUFFIXES)})"
             )
-        return Path(said)
+        return Path(path)
     names = [
-        name + suffix for name in (loader, loader.removeprefix("load_")) for suffix in ("", *RECORD_SUFFIXES)
+        stem + suffix for stem in (name, name.removeprefix("load_")) for suffix in ("", *RECORD_SUFFIXES)
     ]
-    return next((local_dir / name for name in names if (local_dir / name).exists()), None)
+    return next((local_dir / copy for copy in names if (local_dir / copy).exists()), None)
 
 
-def _hub_records(part: HubPart, configuration: str | None, split: str) -> Iterator[Record | Rejected]:
-    """Rows of one configuration, streamed. Raises DataError where it cannot be had."""
-    try:
-        import datasets
-    except ImportError:
-        raise DataError(
-            "reading data sets from the hub needs the extra 'hub': pip install 'llm-trainer[hub]'"
-        ) from None
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # HTTPError is its client's, whose name changed
-
+def _hub_records(part: HubDataset, configuration: str | None, split: str) -> Iterator[Record | Rejected]:
+    """The rows of one configuration, streamed. Raises DataError if it cannot be loaded."""
     name = f"{part.name}, {configuration}" if configuration else part.name
-    try:
+    with hub_errors(name):
         for index, row in enumerate(_stream(part, configuration, split)):
             yield Record(row, name, f"{name}, {split} row {index}")
-    except (OSError, ValueError, RuntimeError, HTTPError, datasets.exceptions.DatasetsError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"{name} could not be loaded from the hub ({first})") from None
 
 
-def _stream(part: HubPart, configuration: str | None, split: str) -> Iterable[Mapping[str, object]]:
+def _stream(part: HubDataset, configuration: str | None, split: str) -> Iterable[Mapping[str, object]]:
     import datasets
 
     if part.files:  # one by one, since their fields may differ
@@ -177,6 +199,6 @@ def _stream(part: HubPart, configuration: str | None, split: str) -> Iterable[Ma
     return rows
 
 
-def hub_file_url(part: HubPart, file: str) -> str:
-    """The address of one file of a repository, which every builder of `datasets` reads."""
+def hub_file_url(part: HubDataset, file: str) -> str:
+    """Return the address of one file of a repository on the hub, which `datasets` can read."""
     return f"hf://datasets/{part.name}{f'@{part.revision}' if part.revision else ''}/{file}"

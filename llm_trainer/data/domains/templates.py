@@ -1,7 +1,7 @@
-"""From a record to a text: a loader's template filled in, and its filters.
+"""Turns records into texts: fills in a loader's template, and applies its filters.
 
-Values are texts, numbers, lists, or conversations; a template says how a value that is not a text becomes
-one. A CSV cell that holds a list as JSON counts as that list.
+Values are texts, numbers, lists or conversations. A template's field may have a format, which converts a
+value that is not a text. A CSV cell that contains a list as JSON is treated as that list.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from llm_trainer.config.schema.domain_loaders import DomainLoader, Place, parse_part
+from llm_trainer.config.schema.domain_loaders import DomainLoader, TemplateField, parse_template
 from llm_trainer.config.schema.domains import LoaderOptions
 
 _SPEAKERS = {
@@ -25,53 +25,69 @@ _SPEAKERS = {
 
 
 class RecordRejected(Exception):
-    """A record that gives no text; the message is the reason, in a few fixed words."""
+    """A record that does not become a text; the message is the reason, one of a few fixed phrases."""
 
 
 @dataclass(frozen=True)
-class _Form:
-    parts: Sequence[Sequence[str | Place]]
+class _Template:
+    """The paragraphs of a text, each a list of literal texts and fields."""
+
+    paragraphs: Sequence[Sequence[str | TemplateField]]
 
     @property
     def required(self) -> set[str]:
+        """The names of the fields that a record must have."""
         return {
-            piece.name
-            for part in self.parts
-            for piece in part
-            if isinstance(piece, Place) and not piece.is_optional
+            item.name
+            for paragraph in self.paragraphs
+            for item in paragraph
+            if isinstance(item, TemplateField) and not item.is_optional
         }
 
 
 class RecordFormatter:
-    """One loader with its options: decides about records and makes their texts."""
+    """Accepts or rejects the records of one loader, and formats their texts.
 
-    def __init__(self, row: DomainLoader, options: LoaderOptions) -> None:
-        self._row, self._options = row, options
-        self._forms = [
-            _Form([parse_part(part) for part in form.parts(options.include_cot)]) for form in row.forms
+    Args:
+        loader: The loader's definition.
+        options: The user's options for it.
+    """
+
+    def __init__(self, loader: DomainLoader, options: LoaderOptions) -> None:
+        self._loader, self._options = loader, options
+        self._templates = [
+            _Template([parse_template(part) for part in template.parts(options.include_cot)])
+            for template in loader.templates
         ]
         wanted = "hard" if options.filter_hard else options.difficulty
-        levels = None if wanted is None else row.difficulty_levels.get(wanted, [wanted])
+        levels = None if wanted is None else loader.difficulty_levels.get(wanted, [wanted])
         self._levels = None if levels is None else {level.casefold() for level in levels}
         self._domains = {
-            part.name.rpartition("/")[2]: part.domain for part in row.hub if part.domain is not None
+            part.name.rpartition("/")[2]: part.domain for part in loader.hub if part.domain is not None
         }
 
     def text(self, fields: Mapping[str, object]) -> str:
-        """The text of a record; raises Unfit."""
-        for name, values in self._row.keep.items():
+        """Return the text of a record.
+
+        Args:
+            fields: The record's values by field name.
+
+        Raises:
+            RecordRejected: The loader's filters or the options exclude the record, or it has no usable text.
+        """
+        for name, values in self._loader.keep.items():
             if not _is_one_of(fields.get(name), values):
                 raise RecordRejected(f"other {name}")
-        for name, values in self._row.drop.items():
+        for name, values in self._loader.drop.items():
             if _is_one_of(fields.get(name), values):
                 raise RecordRejected(f"other {name}")
         if (
             self._levels is not None
-            and str(fields.get(self._row.difficulty_field or "")).casefold() not in self._levels
+            and str(fields.get(self._loader.difficulty_field or "")).casefold() not in self._levels
         ):
             raise RecordRejected("other difficulty")
         try:
-            text = self._filled(fields)
+            text = self._fill(fields)
         except RecursionError:
             raise RecordRejected("nested too deeply") from None
         if len(text) < self._options.min_length:
@@ -81,44 +97,63 @@ class RecordFormatter:
         return text
 
     def domain(self, fields: Mapping[str, object], part: str) -> str:
-        """The domain of a record of this part (a file's name, or the data set's on the hub)."""
-        said = self._row.domain_map.get(str(fields.get(self._row.domain_field or "")))
-        of_part = next((domain for name, domain in self._domains.items() if name in part), None)
-        return said or of_part or self._row.domain
+        """Return the domain of a record.
 
-    def _filled(self, fields: Mapping[str, object]) -> str:
-        form = next((form for form in self._forms if form.required <= fields.keys()), None)
-        if form is None:
-            missing = sorted(self._forms[0].required - fields.keys())
+        Args:
+            fields: The record's values by field name.
+            part: The file that it is from, or the data set on the hub.
+        """
+        of_record = self._loader.domain_map.get(str(fields.get(self._loader.domain_field or "")))
+        of_part = next((domain for name, domain in self._domains.items() if name in part), None)
+        return of_record or of_part or self._loader.domain
+
+    def _fill(self, fields: Mapping[str, object]) -> str:
+        template = next((one for one in self._templates if one.required <= fields.keys()), None)
+        if template is None:
+            missing = sorted(self._templates[0].required - fields.keys())
             raise RecordRejected(f"no field {missing[0]!r}")
-        parts = [filled for part in form.parts if (filled := _part(part, fields)) is not None]
-        text = "\n\n".join(parts).strip()
+        paragraphs = [
+            filled
+            for paragraph in template.paragraphs
+            if (filled := _fill_paragraph(paragraph, fields)) is not None
+        ]
+        text = "\n\n".join(paragraphs).strip()
         if not text or "\0" in text or (not text.isascii() and _has_lone_surrogate(text)):
             raise RecordRejected("empty" if not text else "not a text")
         return text
 
 
-def _part(pieces: Sequence[str | Place], fields: Mapping[str, object]) -> str | None:
-    """A part filled in; None where an optional field of it is empty. Raises Unfit where a required one is."""
+def _fill_paragraph(paragraph: Sequence[str | TemplateField], fields: Mapping[str, object]) -> str | None:
+    """The paragraph with its fields filled in; None if an optional field is empty.
+
+    Raises RecordRejected if a required field is empty.
+    """
     filled = []
-    for piece in pieces:
-        if isinstance(piece, str):
-            filled.append(piece)
+    for item in paragraph:
+        if isinstance(item, str):
+            filled.append(item)
             continue
-        value = as_text(fields.get(piece.name), piece.way).strip()
-        if not value and piece.is_optional:
+        value = as_text(fields.get(item.name), item.format).strip()
+        if not value and item.is_optional:
             return None
         if not value:
-            raise RecordRejected(f"empty field {piece.name!r}")
+            raise RecordRejected(f"empty field {item.name!r}")
         filled.append(value)
     return "".join(filled)
 
 
-def as_text(value: object, way: str | None) -> str:
-    """A field's value as text, in the way that the template says; nothing for None. Raises Unfit for what
-    that way cannot take.
+def as_text(value: object, field_format: str | None) -> str:
+    """Convert a field's value to a text.
+
+    Args:
+        value: The value; None becomes the empty text.
+        field_format: One of the formats of templates, for instance "first" or "turns"; None for a plain
+            value.
+
+    Raises:
+        RecordRejected: The format cannot convert the value.
     """
-    return _plain(value) if way is None else _WAYS[way](_parsed(value))
+    return _plain(value) if field_format is None else _FORMATS[field_format](_parsed(value))
 
 
 def _parsed(value: object) -> object:
@@ -174,25 +209,25 @@ def _letter(value: object) -> str:
 
 
 def _turns(value: object) -> str:
-    if isinstance(value, Mapping):  # a list of records stored as columns
+    if isinstance(value, Mapping):  # a list of records that is stored as columns
         columns = {
             str(name): column
             for name, column in value.items()
             if isinstance(column, Sequence) and not isinstance(column, str)
         }
         value = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=False)]
-    said = [_turn(turn) for turn in _items(value) if isinstance(turn, Mapping)]
-    return "\n\n".join(f"{speaker}: {text}" for speaker, text in said if text)
+    turns = [_turn(turn) for turn in _items(value) if isinstance(turn, Mapping)]
+    return "\n\n".join(f"{speaker}: {text}" for speaker, text in turns if text)
 
 
 def _turn(turn: Mapping[str, object]) -> tuple[str, str]:
-    """(speaker, text) of one turn, in any of the usual forms."""
+    """(speaker, text) of one turn of a conversation, in any of the usual formats."""
     speaker = str(turn.get("role", turn.get("from", "")))
     text = turn.get("content", turn.get("value", turn.get("text")))
     return _SPEAKERS.get(speaker.lower(), speaker.capitalize()), text.strip() if isinstance(text, str) else ""
 
 
-_WAYS: Mapping[str, Callable[[object], str]] = {
+_FORMATS: Mapping[str, Callable[[object], str]] = {
     "first": _first,
     "last": _last,
     "lines": _plain,
@@ -203,7 +238,7 @@ _WAYS: Mapping[str, Callable[[object], str]] = {
 
 
 def _is_one_of(value: object, values: Sequence[object]) -> bool:
-    """Equality that tells True from 1."""
+    """Whether a value is among others, where True does not equal 1."""
     return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in values)
 
 

@@ -1,7 +1,4 @@
-"""Cleaning: what normalization changes and keeps, that chunks give the same result as the complete text, and
-that no
-document is lost.
-"""
+"""Cleaning: what normalization changes, that chunks give the same result, and that no document is lost."""
 
 from __future__ import annotations
 
@@ -88,7 +85,7 @@ def test_boilerplate_lines_are_removed_and_sentences_about_the_same_things_are_k
             "The recipe wants two cups of flour.",
             "SHARE ON FACEBOOK, TWITTER and Pinterest",
             "We use cookies in this chapter as an example of state that a server keeps in a browser; the "
-            "protocol has none, and so every request brings along what the server wants to remember of the ones "
+            "protocol has none, and so every request brings along what the server wants to remember of those "
             "before it: a name, a value, a path and an age.",
             "She asked whether all rights reserved to the crown had lapsed.",
             "\u00a9 2019 Example Inc. All rights reserved.",

@@ -1,6 +1,4 @@
-"""Published filters and language detection run in their own libraries; without one, the error names the
-extra.
-"""
+"""Published filters and language detection run in their own libraries; an error names a missing extra."""
 
 from __future__ import annotations
 

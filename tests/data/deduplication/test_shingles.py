@@ -1,4 +1,4 @@
-"""Hashed runs of words: equal where a plain reading of the rule says so, and nowhere else."""
+"""Hashed word n-grams: equal exactly if a plain implementation of the rule finds them equal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from llm_trainer.data.deduplication import shingles
 from llm_trainer.data.deduplication.shingles import StreamingShingler, shingle_hashes
 
 WORD = re.compile(
-    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u30a0-\ud7ff\u3040-\u309f\U00010000-\U0010ffff]|[a-z0-9_\u00c0-\u0dff\u0400-\u04ff]+"
+    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u30a0-\ud7ff\u3040-\u309f\U00010000-\U0010ffff]"
+    r"|[a-z0-9_\u00c0-\u0dff\u0400-\u04ff]+"
 )
 texts = st.lists(
     st.sampled_from(
@@ -39,44 +40,47 @@ texts = st.lists(
 ).map(" ".join)
 
 
-def plainly(text: str, words: int) -> list[tuple[str, ...]]:
-    """The runs of words, as tuples of strings."""
+def plain_ngrams(text: str, words: int) -> list[tuple[str, ...]]:
+    """The word n-grams, as tuples of strings."""
     found = tuple(WORD.findall(text.lower()))
     if not found:
         return [("no words", text.lower())]
-    return [found[place : place + words] for place in range(max(1, len(found) - words + 1))]
+    return [found[start : start + words] for start in range(max(1, len(found) - words + 1))]
 
 
-def in_pieces(text: str, cuts: list[int], words: int) -> list[int]:
-    """The same through `StreamingShingler`, cut anywhere."""
-    places = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-    long = StreamingShingler(words)
-    found = [hashes for begin, end in itertools.pairwise(places) for hashes in long.add(text[begin:end])]
-    return np.concatenate([*found, *long.end()]).tolist()
+def chunked_hashes(text: str, cuts: list[int], words: int) -> list[int]:
+    """The hashes of a text that is divided anywhere, through `StreamingShingler`."""
+    bounds = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
+    shingler = StreamingShingler(words)
+    found = [hashes for begin, end in itertools.pairwise(bounds) for hashes in shingler.add(text[begin:end])]
+    return np.concatenate([*found, *shingler.end()]).tolist()
 
 
 @settings(max_examples=300)
 @given(st.lists(texts, min_size=1, max_size=6), st.integers(1, 6))
 @example(["", "a b c d e", "!!!", "\u65e5\u672c\u8a9e\u306e\u30c6"], 5)
-def test_hashes_are_equal_where_the_runs_of_words_are(corpus: list[str], words: int) -> None:
+def test_hashes_are_equal_exactly_if_the_ngrams_are(corpus: list[str], words: int) -> None:
     hashes, offsets = shingle_hashes(corpus, words)
-    plain = [plainly(text, words) for text in corpus]
-    assert np.diff(offsets).tolist() == [len(runs) for runs in plain]
+    plain = [plain_ngrams(text, words) for text in corpus]
+    assert np.diff(offsets).tolist() == [len(ngrams) for ngrams in plain]
     pairs = set(zip(itertools.chain.from_iterable(plain), hashes.tolist(), strict=True))
-    assert len(pairs) == len({run for run, _ in pairs}) == len({one for _, one in pairs})
+    assert len(pairs) == len({ngram for ngram, _ in pairs}) == len({one for _, one in pairs})
 
 
 @settings(max_examples=300)
 @given(texts, st.lists(st.integers(0, 40), max_size=4), st.integers(1, 6))
-def test_a_text_in_pieces_has_the_hashes_of_the_whole(text: str, cuts: list[int], words: int) -> None:
-    assert in_pieces(text, cuts, words) == shingle_hashes([text], words)[0].tolist()
+def test_a_text_in_chunks_has_the_hashes_of_the_complete_text(text: str, cuts: list[int], words: int) -> None:
+    assert chunked_hashes(text, cuts, words) == shingle_hashes([text], words)[0].tolist()
 
 
-def test_long_texts_are_hashed_in_blocks_to_the_same() -> None:
+def test_long_texts_hashed_in_blocks_have_the_same_hashes() -> None:
     text = " ".join(f"word{number % 977}" for number in range(60000))
     assert len(text) > shingles.BLOCK_BYTES
-    long = StreamingShingler(5)
-    assert np.concatenate([*long.add(text), *long.end()]).tolist() == shingle_hashes([text], 5)[0].tolist()
+    shingler = StreamingShingler(5)
+    assert (
+        np.concatenate([*shingler.add(text), *shingler.end()]).tolist()
+        == shingle_hashes([text], 5)[0].tolist()
+    )
 
 
 def test_hashes_do_not_depend_on_the_process_or_the_machine() -> None:

@@ -1,3 +1,5 @@
+"""Preparation of domains: texts are read, split, tokenized with one tokenizer, and mixed by weight."""
+
 from __future__ import annotations
 
 import json
@@ -37,7 +39,7 @@ GENERAL = (
 
 
 def records(name: str, count: int) -> list[dict[str, object]]:
-    """So many different records with a data set's fields."""
+    """`count` different records with a data set's fields."""
     found = []
     for number in range(count):
         record = dict(RECORDS[name][number % len(RECORDS[name])])
@@ -93,7 +95,7 @@ def lines_of(folder: Path, split: str) -> list[dict[str, str]]:
     ]
 
 
-def test_domains_are_split_tokenised_alike_and_mixed_by_weight(local: Path) -> None:
+def test_domains_are_split_tokenized_alike_and_mixed_by_weight(local: Path) -> None:
     summary = prepare_domains(bridge(local))
     folder = summary.folder
     assert set(summary.domains) == {"math", "science", "logic", "general"}
@@ -120,12 +122,12 @@ def test_domains_are_split_tokenised_alike_and_mixed_by_weight(local: Path) -> N
     assert [note.partition(":")[0] for note in summary.notes if "must be shorter" in note] == small
 
 
-def test_records_in_are_texts_kept_and_records_left_out(local: Path) -> None:
+def test_every_record_becomes_a_text_or_is_left_out(local: Path) -> None:
     summary = prepare_domains(
         bridge(local, loaders={"load_wildchat": {"min_length": 110}, "load_math": {"filter_hard": True}})
     )
-    for reading in summary.readings:
-        assert reading.records == reading.texts + reading.left_out.total()
+    for stats in summary.loaders:
+        assert stats.records == stats.texts + stats.left_out.total()
     facts = json.loads((summary.folder / DOMAINS_FILE).read_text(encoding="utf-8"))
     wildchat, competition = facts["loaders"]
     assert wildchat["licence"] == "ODC-BY"
@@ -142,7 +144,7 @@ def test_the_same_text_of_two_data_sets_counts_once(local: Path) -> None:
     )
     summary = prepare_domains(bridge(local, loaders={"load_math": {}, "load_numinamath": {}}))
     assert summary.domains["math"].sources == {"load_math": 100}
-    assert summary.readings[1].left_out == {"repeated": 100}
+    assert summary.loaders[1].left_out == {"repeated": 100}
 
 
 def test_a_cap_draws_evenly_and_reading_stops_early(local: Path) -> None:
@@ -150,20 +152,20 @@ def test_a_cap_draws_evenly_and_reading_stops_early(local: Path) -> None:
     (local / "load_quant.jsonl").write_text("\n".join(lines), encoding="utf-8")
     summary = prepare_domains(bridge(local, loaders={"load_quant": {}}, max_examples_per_domain=100))
     assert sum(summary.domains["logic"].examples.values()) == 100
-    assert summary.readings[0].records == 400
+    assert summary.loaders[0].records == 400
     texts = [
         record["text"]
         for split in ("train", "val", "test")
         for record in lines_of(summary.folder / "logic", split)
     ]
-    places = [int(text.split()[2].rstrip("?")) for text in texts]
-    assert 25 <= sum(place >= 200 for place in places) <= 75
+    numbers = [int(text.split()[2].rstrip("?")) for text in texts]
+    assert 25 <= sum(number >= 200 for number in numbers) <= 75
     other = prepare_domains(bridge(local, loaders={"load_quant": {}}, max_examples_per_domain=100, seed=1))
     again = [record["text"] for record in lines_of(other.folder / "logic", "train")]
     assert set(again) != set(texts)
 
 
-def test_a_domain_may_have_a_cap_of_its_own(local: Path) -> None:
+def test_a_domain_can_have_its_own_cap(local: Path) -> None:
     loaders = {"load_math": {}, "load_wildchat": {}, "load_quant": {}}
     summary = prepare_domains(
         bridge(local, loaders=loaders, max_examples_per_domain=30, domain_caps={"math": 50, "general": 10})
@@ -177,7 +179,7 @@ def test_a_domain_may_have_a_cap_of_its_own(local: Path) -> None:
         bridge(local, domain_caps={"math": 0})
 
 
-def test_added_texts_move_none_of_those_that_were_there(local: Path) -> None:
+def test_added_texts_do_not_change_the_splits_of_others(local: Path) -> None:
     def splits(folder: Path) -> dict[str, str]:
         return {
             record["text"]: split for split in ("train", "val", "test") for record in lines_of(folder, split)
@@ -194,20 +196,20 @@ def test_added_texts_move_none_of_those_that_were_there(local: Path) -> None:
 @pytest.mark.parametrize(
     ("count", "expected"), [(2, [2, 0, 0]), (4, [2, 1, 1]), (10, [8, 1, 1]), (30, [24, 3, 3])]
 )
-def test_few_texts_are_split_by_rank_so_that_none_is_left_empty(
+def test_few_texts_are_split_by_rank_so_that_no_split_is_empty(
     count: int, expected: list[int], tmp_path: Path
 ) -> None:
-    with TextStore(tmp_path) as gathered:
+    with TextStore(tmp_path) as store:
         for number in range(count):
-            assert gathered.add(DomainText(f"text {number}", "math", "load_math"))
-        assert not gathered.add(DomainText("text 0 ", "science", "load_scieval"))
-        counts, sources = write_splits(gathered, "math", tmp_path / "math", DomainBridge())
+            assert store.add(DomainText(f"text {number}", "math", "load_math"))
+        assert not store.add(DomainText("text 0 ", "science", "load_scieval"))
+        counts, sources = write_splits(store, "math", tmp_path / "math", DomainBridge())
     assert [counts.get(split, 0) for split in ("train", "validation", "test")] == expected
     assert sources == {"load_math": count}
     assert (tmp_path / "math" / "test.jsonl").exists() == bool(expected[2])
 
 
-def test_the_same_again_is_found_and_gives_the_same_bytes(local: Path) -> None:
+def test_a_second_run_gives_the_same_bytes(local: Path) -> None:
     def contents(folder: Path) -> dict[str, bytes]:
         names = ("*/texts/*.jsonl", "*/dataset/*", "*/vocabulary.json", "mixture.json", "domains.json")
         return {
@@ -224,7 +226,7 @@ def test_the_same_again_is_found_and_gives_the_same_bytes(local: Path) -> None:
     assert contents(elsewhere.folder) == before
 
 
-def test_terms_are_words_of_the_domain_and_not_of_its_form(local: Path) -> None:
+def test_terms_are_words_of_the_domain_and_not_of_its_template(local: Path) -> None:
     lines = []
     for number in range(60):
         question = (
@@ -256,19 +258,15 @@ def test_terms_are_words_of_the_domain_and_not_of_its_form(local: Path) -> None:
 
 def test_the_score_is_dunnings() -> None:
     assert log_likelihood_ratio(10, 1000, 10, 1000) == pytest.approx(0.0, abs=1e-9)
-    cells = {
-        110: 60,
-        10: 60,
-        9890: 9940,
-        9990: 9940,
-    }  # observed and expected: the word and all others, here and there
+    # Observed and expected counts: the word and all others, in each of the two texts.
+    cells = {110: 60, 10: 60, 9890: 9940, 9990: 9940}
     by_cells = 2 * sum(observed * math.log(observed / expected) for observed, expected in cells.items())
     assert log_likelihood_ratio(110, 10_000, 10, 10_000) == pytest.approx(by_cells, rel=1e-9)
     assert log_likelihood_ratio(110, 10_000, 10, 10_000) > log_likelihood_ratio(11, 1000, 1, 1000)
 
 
 @given(st.integers(0, 50), st.integers(1, 500), st.integers(0, 50), st.integers(1, 500))
-def test_the_score_is_never_negative_and_the_same_both_ways(
+def test_the_score_is_never_negative_and_symmetric(
     count: int, more: int, other: int, other_more: int
 ) -> None:
     score = log_likelihood_ratio(count, count + more, other, other + other_more)
@@ -278,23 +276,23 @@ def test_the_score_is_never_negative_and_the_same_both_ways(
     )
 
 
-def test_rare_and_short_words_and_words_of_general_text_are_no_terms() -> None:
-    domain = WordCounts.of(
+def test_rare_words_short_words_and_words_of_general_text_are_not_terms() -> None:
+    domain = WordCounts.from_texts(
         ["photon photon photon spin spin ox ox ox cat", "cat cat photon quark"] * 3 + ["\\frac{1}{2}"] * 4
     )
-    found = rank_terms(domain, WordCounts.of(["cat cat cat cat sat on mats"] * 3), 10)
+    found = rank_terms(domain, WordCounts.from_texts(["cat cat cat cat sat on mats"] * 3), 10)
     assert [term.term for term in found][:1] == ["photon"]
     assert {term.term for term in found} == {"photon", "spin", "quark", "\\frac"}
     assert found[0].count == 12
 
 
-def test_terms_become_tokens_with_their_space_best_first() -> None:
+def test_terms_become_tokens_with_a_space_before_them_best_first() -> None:
     one, other = Term("axon", 5.0, 3, 1.0, 0.0), Term("lemma", 9.0, 3, 1.0, 0.0)
     assert tokens_of_terms([[one], [other, one]], [" axiom"]) == [" lemma", " axon"]
     assert tokens_of_terms([[one, other]], [" lemma"]) == [" axon"]
 
 
-def test_all_data_sets_that_cannot_be_had_are_named_in_one_error(
+def test_all_unavailable_data_sets_are_named_in_one_error(
     local: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
@@ -306,16 +304,17 @@ def test_all_data_sets_that_cannot_be_had_are_named_in_one_error(
     }
     with pytest.raises(
         DataError,
-        match=r"(?s)2 of 3.*load_usaco: .*usacobench_formatted.*load_xword: .*gone does not exist.*load_math\.jsonl",
+        match=r"(?s)2 of 3.*load_usaco: .*usacobench_formatted.*load_xword: .*gone does not exist.*"
+        r"load_math\.jsonl",
     ):
         prepare_domains(bridge(local, loaders=loaders))
     assert not (local.parent / "domains" / MIXTURE_FILE).exists()
     summary = prepare_domains(bridge(local, loaders=loaders, skip_unavailable=True))
     assert set(summary.domains) == {"math"}
-    assert sum("cannot be had" in note for note in summary.notes) == 2
+    assert sum("is not available" in note for note in summary.notes) == 2
 
 
-def test_a_domain_without_texts_says_why(local: Path) -> None:
+def test_a_domain_without_texts_is_refused_with_the_reasons(local: Path) -> None:
     with pytest.raises(
         DataError, match=r"no text is left(?s:.*)50 left out \(50 shorter than min_length 10000\)"
     ):
@@ -324,7 +323,7 @@ def test_a_domain_without_texts_says_why(local: Path) -> None:
         prepare_domains(bridge(local, loaders={}))
 
 
-def test_near_duplicates_are_left_out_where_that_is_asked_for(local: Path) -> None:
+def test_near_duplicates_are_removed_with_deduplicate_near(local: Path) -> None:
     body = " ".join(f"word{number}" for number in range(120))
     lines = [
         json.dumps({"Question": f"{body} and number {number}?", "Answer": "yes"}) for number in range(40)
@@ -341,13 +340,13 @@ def test_a_given_tokenizer_is_used_for_all_domains(
 ) -> None:
     tiny_tokenizer.save(tmp_path / "mine")
     summary = prepare_domains(bridge(local, tokenizer_path=str(tmp_path / "mine")))
-    assert summary.tokenizer_ids == tiny_tokenizer.vocab_size
+    assert summary.vocab_size == tiny_tokenizer.vocab_size
     assert {
         open_prepared_dataset(summary.folder / name).metadata.tokenizer.hash for name in summary.domains
     } == {tiny_tokenizer.hash}
 
 
-def test_a_run_that_cannot_read_leaves_the_older_result_whole(local: Path) -> None:
+def test_a_run_that_cannot_read_keeps_the_older_result(local: Path) -> None:
     folder = prepare_domains(bridge(local)).folder
     tokens = len(open_prepared_dataset(folder).train)
     (local / "load_math.jsonl").unlink()
@@ -357,7 +356,7 @@ def test_a_run_that_cannot_read_leaves_the_older_result_whole(local: Path) -> No
     assert len(open_prepared_dataset(folder).train) == tokens
 
 
-def test_a_run_that_is_stopped_midway_leaves_no_mixture(local: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_leaves_no_mixture(local: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare_domains(bridge(local))
 
     def stop(*_: object, **__: object) -> None:
@@ -387,21 +386,21 @@ def test_built_in_domains_need_nothing_and_cover_every_domain(tmp_path: Path) ->
     [
         ({"loaders": {"load_maths": {}}}, "did you mean load_math"),
         ({"loaders": {"load_math": {"max_sample": 3}}}, "did you mean max_samples"),
-        ({"loaders": {"load_math": {"max_samples": 0}}}, "load_math.max_samples=0"),
+        ({"loaders": {"load_math": {"max_samples": 0}}}, "load_math.*max_samples.*0"),
         ({"loaders": {"load_math": {"max_samples": "3"}}}, "must be a whole number"),
         ({"loaders": {"load_quant": {"difficulty": "hard"}}}, "load_quant has no setting named 'difficulty'"),
-        ({"loaders": {"load_olympiad_bench": {"difficulty": "easy"}}}, "its data set has medium, hard"),
+        ({"loaders": {"load_olympiad_bench": {"difficulty": "easy"}}}, "its dataset has medium, hard"),
         ({"loaders": {"load_math": {"filter_hard": True, "difficulty": "easy"}}}, "contradict each other"),
         ({"loaders": {"load_math": {"include_cot": True}}}, "no setting named 'include_cot'"),
         ({"domain_weights": {"maths": 1.0}}, "did you mean math"),
         ({"domain_weights": {"math": 0}}, "must be above 0"),
         ({"train_ratio": 0.9, "val_ratio": 0.2, "test_ratio": 0}, "add up to 1.1"),
-        ({"train_ratio": 0, "val_ratio": 1, "test_ratio": 0}, "nothing to train on"),
+        ({"train_ratio": 0, "val_ratio": 1, "test_ratio": 0}, "leaves no training data"),
         ({"add_terms": True}, "extract_vocab"),
         ({"custom_loaders": {"load_x": {"text": "{a}"}}}, "names no data"),
         ({"loader_files": ["nowhere.yaml"]}, "nowhere.yaml"),
     ],
 )
-def test_a_bridge_that_cannot_work_says_why(settings: dict[str, object], message: str) -> None:
+def test_an_invalid_bridge_is_refused_with_a_reason(settings: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         DomainBridge(**settings)  # type: ignore[arg-type]

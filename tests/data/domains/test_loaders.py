@@ -1,3 +1,5 @@
+"""Domain loaders: the records of their data sets become texts, or are left out with a reason."""
+
 from __future__ import annotations
 
 import csv
@@ -15,23 +17,26 @@ from paths import ROOT
 from llm_trainer.config import DataError, UsageError
 from llm_trainer.config.schema.domain_loaders import (
     DomainLoader,
-    parse_part,
+    parse_template,
+    read_definitions,
     read_loader_file,
-    read_rows,
     shipped_loaders,
 )
 from llm_trainer.config.schema.domains import DomainBridge, LoaderOptions
 from llm_trainer.data.domains.loaders import DomainText, LoaderStats, hub_file_url, read_loader
 from llm_trainer.data.domains.templates import RecordFormatter, RecordRejected, as_text
-from llm_trainer.data.sources.record_reader import RECORD_SUFFIXES, Record, read_local_records
+from llm_trainer.data.sources.base import Record
+from llm_trainer.data.sources.record_reader import RECORD_SUFFIXES, read_local_records
 
 
 def read(
-    name: str, folder: Path, row: DomainLoader | None = None, most: int | None = None, **options: object
+    name: str, folder: Path, row: DomainLoader | None = None, max_texts: int | None = None, **options: object
 ) -> tuple[list[DomainText], LoaderStats]:
-    reading = LoaderStats(name)
-    found = read_loader(reading, row or shipped_loaders()[name], LoaderOptions(**options), folder, 42, most)
-    return list(found), reading
+    stats = LoaderStats(name)
+    found = read_loader(
+        stats, row or shipped_loaders()[name], LoaderOptions(**options), folder, 42, max_texts
+    )
+    return list(found), stats
 
 
 def write_lines(folder: Path, name: str) -> None:
@@ -65,7 +70,8 @@ EXPECTED = {
     "load_gpqa_extended": [
         (
             "science",
-            "Question: What binds nucleons?\n\nIt outweighs the repulsion of the protons.\n\nAnswer: The strong force",
+            "Question: What binds nucleons?\n\nIt outweighs the repulsion of the protons.\n\n"
+            "Answer: The strong force",
         )
     ],
     "load_livecodebench": [
@@ -96,20 +102,20 @@ EXPECTED = {
 }
 
 
-def test_there_are_records_for_every_loader_of_the_table() -> None:
+def test_there_are_records_for_every_loader() -> None:
     assert set(RECORDS) == set(EXPECTED) == set(shipped_loaders())
 
 
 @pytest.mark.parametrize("name", list(EXPECTED))
-def test_a_loader_makes_texts_of_a_local_file_with_its_fields(name: str, tmp_path: Path) -> None:
+def test_a_loader_reads_texts_from_a_local_file_with_its_fields(name: str, tmp_path: Path) -> None:
     write_lines(tmp_path, name)
-    examples, reading = read(name, tmp_path)
+    examples, stats = read(name, tmp_path)
     assert len(examples) == len(EXPECTED[name])
     for example, (domain, text) in zip(examples, EXPECTED[name], strict=True):
         assert example.domain == domain
         assert example.text == text if len(example.text) <= len(text) else example.text.startswith(text)
-    assert reading.records == len(RECORDS[name]) == reading.texts + reading.left_out.total()
-    assert reading.origin == str(tmp_path / f"{name}.jsonl")
+    assert stats.records == len(RECORDS[name]) == stats.texts + stats.left_out.total()
+    assert stats.origin == str(tmp_path / f"{name}.jsonl")
 
 
 @pytest.mark.parametrize("name", list(EXPECTED))
@@ -117,26 +123,26 @@ def test_a_record_without_a_field_is_left_out_by_name(name: str, tmp_path: Path)
     (tmp_path / f"{name}.jsonl").write_text(
         '{"unrelated": 1, "language": "EN", "modality": "text-only"}\n', encoding="utf-8"
     )
-    examples, reading = read(name, tmp_path)
+    examples, stats = read(name, tmp_path)
     assert not examples
-    assert next(iter(reading.left_out)).startswith("no field ")
+    assert next(iter(stats.left_out)).startswith("no field ")
 
 
-@pytest.mark.parametrize("form", ["json", "jsonl.gz", "parquet", "arrow", "folder"])
-def test_every_form_of_file_gives_the_same_texts(form: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("file_format", ["json", "jsonl.gz", "parquet", "arrow", "folder"])
+def test_every_file_format_gives_the_same_texts(file_format: str, tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     records = [dict(record) for record in RECORDS["load_wildchat"]]
-    if form == "json":
+    if file_format == "json":
         (tmp_path / "load_wildchat.json").write_text(json.dumps(records), encoding="utf-8")
-    elif form == "jsonl.gz":
+    elif file_format == "jsonl.gz":
         (tmp_path / "wildchat").mkdir()
         with gzip.open(tmp_path / "wildchat" / "a.jsonl.gz", "wt", encoding="utf-8") as opened:
             opened.write("\n".join(map(json.dumps, records)))
-    elif form == "parquet":
+    elif file_format == "parquet":
         pq.write_table(pa.Table.from_pylist(records), tmp_path / "wildchat.parquet")
-    elif form == "arrow":
+    elif file_format == "arrow":
         table = pa.Table.from_pylist(records)
         with (
             pa.OSFile(str(tmp_path / "wildchat.arrow"), "wb") as sink,
@@ -172,31 +178,31 @@ def test_what_cannot_be_read_is_counted_and_the_rest_is_kept(tmp_path: Path) -> 
         b'{"Question": "", "Answer": "b"}',
     ]
     (tmp_path / "load_quant.jsonl").write_bytes(b"\n".join([*lines, b'{"Question": "c", "Answer": 3}']))
-    examples, reading = read("load_quant", tmp_path)
+    examples, stats = read("load_quant", tmp_path)
     assert [example.text for example in examples] == ["Question: a\n\nAnswer: b", "Question: c\n\nAnswer: 3"]
-    assert reading.left_out == {"not JSON": 1, "no record": 1, "not utf-8": 1, "empty field 'Question'": 1}
-    assert reading.records == 6
+    assert stats.left_out == {"not JSON": 1, "not a record": 1, "not utf-8": 1, "empty field 'Question'": 1}
+    assert stats.records == 6
 
 
-def test_limits_take_the_first_texts_and_draw_evenly(tmp_path: Path) -> None:
+def test_max_samples_takes_the_first_texts_and_n_examples_draws_evenly(tmp_path: Path) -> None:
     lines = [
         json.dumps({"Question": f"question {number}", "Answer": "x" * (number + 1)}) for number in range(200)
     ]
     (tmp_path / "load_quant.jsonl").write_text("\n".join(lines), encoding="utf-8")
     everything = [example.text for example in read("load_quant", tmp_path)[0]]
-    first, reading = read("load_quant", tmp_path, max_samples=7)
+    first, stats = read("load_quant", tmp_path, max_samples=7)
     assert [example.text for example in first] == everything[:7]
-    assert reading.records == 7
-    assert len(read("load_quant", tmp_path, most=9)[0]) == 9
-    drawn, reading = read("load_quant", tmp_path, n_examples=40)
+    assert stats.records == 7
+    assert len(read("load_quant", tmp_path, max_texts=9)[0]) == 9
+    drawn, stats = read("load_quant", tmp_path, n_examples=40)
     texts = [example.text for example in drawn]
     assert texts == [text for text in everything if text in set(texts)]  # in their order
     assert len(texts) == 40
     assert sum(everything.index(text) >= 100 for text in texts) in range(10, 31)
-    assert reading.texts + reading.left_out.total() == reading.records == 200
-    long, reading = read("load_quant", tmp_path, min_length=100, max_length=150)
+    assert stats.texts + stats.left_out.total() == stats.records == 200
+    long, stats = read("load_quant", tmp_path, min_length=100, max_length=150)
     assert all(100 <= len(example.text) <= 150 for example in long)
-    assert set(reading.left_out) == {"shorter than min_length 100", "longer than max_length 150"}
+    assert set(stats.left_out) == {"shorter than min_length 100", "longer than max_length 150"}
 
 
 @pytest.mark.parametrize(
@@ -213,16 +219,16 @@ def test_limits_take_the_first_texts_and_draw_evenly(tmp_path: Path) -> None:
         ("load_usaco", {"difficulty": "Bronze"}, 1),
     ],
 )
-def test_difficulty_keeps_what_the_data_set_calls_so(
+def test_difficulty_keeps_records_of_that_level(
     name: str, options: dict[str, object], texts: int, tmp_path: Path
 ) -> None:
     write_lines(tmp_path, name)
-    examples, reading = read(name, tmp_path, **options)
+    examples, stats = read(name, tmp_path, **options)
     assert len(examples) == texts
-    assert reading.left_out["other difficulty"] == len(RECORDS[name]) - texts
+    assert stats.left_out["other difficulty"] == len(RECORDS[name]) - texts
 
 
-def test_include_cot_brings_the_chain_of_thought(tmp_path: Path) -> None:
+def test_include_cot_adds_the_chain_of_thought(tmp_path: Path) -> None:
     write_lines(tmp_path, "load_curated_thoughts")
     examples, _ = read("load_curated_thoughts", tmp_path, include_cot=True)
     assert [example.text for example in examples] == [
@@ -250,16 +256,16 @@ def test_the_parts_of_a_data_set_have_domains_of_their_own(tmp_path: Path) -> No
     assert len(examples) == 3
 
 
-def test_a_data_set_in_the_hubs_form_is_read_through_datasets(tmp_path: Path) -> None:
+def test_a_folder_in_the_hubs_layout_is_read_through_datasets(tmp_path: Path) -> None:
     folder = tmp_path / "somebody" / "puzzles"
     folder.mkdir(parents=True)
     (folder / "train.jsonl").write_text(
         "\n".join(json.dumps({"q": f"q{n}", "a": [f"a{n}"]}) for n in range(5)), encoding="utf-8"
     )
     row = DomainLoader(domain="logic", hub=str(folder), text=["{q}", "{a|first}"])
-    examples, reading = read("load_puzzles", tmp_path / "nothing", row, max_samples=3)
+    examples, stats = read("load_puzzles", tmp_path / "nothing", row, max_samples=3)
     assert [example.text for example in examples] == ["q0\n\na0", "q1\n\na1", "q2\n\na2"]
-    assert reading.origin.endswith("on the hub")
+    assert stats.origin.endswith("on the hub")
 
 
 def test_files_of_a_hub_repository_have_addresses() -> None:
@@ -279,7 +285,7 @@ def test_without_a_network_the_error_names_the_data_set(
         read("load_quant", tmp_path)
 
 
-def test_a_split_is_for_the_hub_alone(tmp_path: Path) -> None:
+def test_a_split_is_an_option_of_the_hub_only(tmp_path: Path) -> None:
     write_lines(tmp_path, "load_quant")
     with pytest.raises(DataError, match="split=test is for the hub"):
         read("load_quant", tmp_path, split="test")
@@ -293,16 +299,16 @@ def test_a_split_is_for_the_hub_alone(tmp_path: Path) -> None:
     assert [example.text for example in read("load_x", tmp_path, row, split="test")[0]] == ["test"]
 
 
-def test_a_path_that_is_said_must_be_there(tmp_path: Path) -> None:
+def test_a_path_that_is_set_must_exist(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"gone\.jsonl does not exist"):
         read("load_quant", tmp_path, path=str(tmp_path / "gone.jsonl"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="holds no records"):
+    with pytest.raises(DataError, match="has no records"):
         read("load_quant", tmp_path, path=str(tmp_path / "empty"))
 
 
 @pytest.mark.parametrize(
-    ("value", "way", "text"),
+    ("value", "field_format", "text"),
     [
         (None, None, ""),
         (2.5, None, "2.5"),
@@ -324,11 +330,11 @@ def test_a_path_that_is_said_must_be_there(tmp_path: Path) -> None:
         ({"role": ["user"], "content": ["hi"]}, "turns", "User: hi"),
     ],
 )
-def test_values_become_texts(value: object, way: str | None, text: str) -> None:
-    assert as_text(value, way) == text
+def test_values_become_texts(value: object, field_format: str | None, text: str) -> None:
+    assert as_text(value, field_format) == text
 
 
-def test_what_is_no_text_is_unfit() -> None:
+def test_a_value_that_is_not_a_text_is_rejected() -> None:
     with pytest.raises(RecordRejected):
         as_text(b"bytes".__iter__(), None)
 
@@ -350,18 +356,18 @@ VALUES = st.recursive(
 
 @pytest.mark.parametrize("name", list(EXPECTED))
 @given(data=st.data())
-def test_whatever_is_in_a_record_it_is_a_text_or_left_out(name: str, data: st.DataObject) -> None:
+def test_any_record_becomes_a_text_or_is_left_out(name: str, data: st.DataObject) -> None:
     row = shipped_loaders()[name]
     fields = data.draw(st.fixed_dictionaries(dict.fromkeys(row.fields(), VALUES)))
     fields |= {field: values[0] for field, values in row.keep.items()}
-    maker = RecordFormatter(row, LoaderOptions(include_cot=data.draw(st.booleans())))
+    formatter = RecordFormatter(row, LoaderOptions(include_cot=data.draw(st.booleans())))
     try:
-        text = maker.text(fields)
+        text = formatter.text(fields)
     except RecordRejected:
         return
     assert text.strip()
     text.encode("utf-8")
-    assert maker.domain(fields, "a part") in row.domains()
+    assert formatter.domain(fields, "a part") in row.domains()
 
 
 @pytest.mark.parametrize("suffix", [*RECORD_SUFFIXES, ".jsonl.gz", ".csv.bz2", ".json.zst"])
@@ -369,7 +375,7 @@ def test_whatever_is_in_a_record_it_is_a_text_or_left_out(name: str, data: st.Da
     raw=st.binary(max_size=60)
     | st.sampled_from([b"", b"PAR1", b"ARROW1\0\0", b"a,b\n1,\0\n", b"\xef\xbb\xbf{}", b"[{}, 3]", b"{\n}"])
 )
-def test_whatever_is_in_a_file_reading_goes_on(
+def test_reading_continues_after_any_file(
     suffix: str, raw: bytes, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("any")
@@ -390,17 +396,18 @@ def test_a_record_that_is_nested_too_deeply_is_left_out() -> None:
         )
 
 
-def test_braces_can_be_written_and_are_checked() -> None:
-    assert parse_part("{{a}}") == ["{", "a", "}"]
+def test_braces_can_be_escaped_and_are_checked() -> None:
+    assert parse_template("{{a}}") == ["{", "a", "}"]
     for wrong in ("{a", "a}", "{a|sideways}"):
         with pytest.raises(UsageError, match="template"):
-            parse_part(wrong)
+            parse_template(wrong)
 
 
 def test_a_loader_is_added_with_a_yaml_entry_and_no_code(tmp_path: Path) -> None:
     (tmp_path / "recipes.csv").write_text("title,steps\nBread,Knead it.\n", encoding="utf-8")
     (tmp_path / "mine.yaml").write_text(
-        f"load_recipes:\n  domain: cooking\n  path: {tmp_path / 'recipes.csv'}\n  text: ['# {{title}}', '{{steps}}', '{{wine?}}']\n",
+        f"load_recipes:\n  domain: cooking\n  path: {tmp_path / 'recipes.csv'}\n"
+        "  text: ['# {title}', '{steps}', '{wine?}']\n",
         encoding="utf-8",
     )
     row = read_loader_file(tmp_path / "mine.yaml")["load_recipes"]
@@ -411,7 +418,7 @@ def test_a_loader_is_added_with_a_yaml_entry_and_no_code(tmp_path: Path) -> None
         loaders={"load_recipes": {"min_length": 3}},
         domain_weights={"cooking": 2},
     )
-    assert bridge.rows()["load_recipes"].domains() == ["cooking"]
+    assert bridge.all_loaders()["load_recipes"].domains() == ["cooking"]
 
 
 @pytest.mark.parametrize(
@@ -420,7 +427,7 @@ def test_a_loader_is_added_with_a_yaml_entry_and_no_code(tmp_path: Path) -> None
         ({"hub": "a/b"}, "load_x has no text"),
         ({"text": "{a}"}, "names no data"),
         ({"text": "{a", "path": "p"}, "load_x: the template"),
-        ({"text": "{a}", "path": "p", "domain": "../up"}, "a domain is a folder's name"),
+        ({"text": "{a}", "path": "p", "domain": "../up"}, "the name of a domain consists of"),
         ({"text": "{a}", "path": "p", "difficulty_levels": {"hard": ["x"]}}, "needs difficulty_field"),
         (
             {"text": "{a}", "path": "p", "difficulty_field": "d", "difficulty_levels": {"tough": ["x"]}},
@@ -431,26 +438,27 @@ def test_a_loader_is_added_with_a_yaml_entry_and_no_code(tmp_path: Path) -> None
         ("hub", "must be a mapping"),
     ],
 )
-def test_a_row_that_cannot_work_says_why(row: object, message: str) -> None:
+def test_an_invalid_loader_is_refused_with_a_reason(row: object, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        read_rows({"load_x": row}, "mine.yaml")
+        read_definitions({"load_x": row}, "mine.yaml")
 
 
-def test_every_row_says_where_it_was_looked_up_and_under_which_licence() -> None:
+def test_every_loader_has_a_source_and_a_licence() -> None:
     for name, row in shipped_loaders().items():
         assert row.verified, name
         assert row.licence != "not stated", name
         assert row.about, name
 
 
-def test_the_page_shows_the_table_and_its_examples_work() -> None:
-    page = (ROOT / "docs" / "domain_data_bridge.md").read_text(encoding="utf-8")
+def test_the_documentation_page_has_the_table_and_its_examples_work() -> None:
+    (file,) = (ROOT / "docs").rglob("domain_data_bridge.md")
+    page = file.read_text(encoding="utf-8")
     for name, row in shipped_loaders().items():
         line = next(line for line in page.splitlines() if line.startswith(f"| `{name}` |"))
         assert row.hub[0].name in line
         assert line.endswith(f"| {row.licence} |")
         assert ", ".join(row.domains()) in line
-    example = read_rows(yaml.safe_load(page.split("```yaml\n")[1].split("```")[0]), "the page")[
+    example = read_definitions(yaml.safe_load(page.split("```yaml\n")[1].split("```")[0]), "the page")[
         "load_recipes"
     ]
     record = {
@@ -467,7 +475,7 @@ def test_the_page_shows_the_table_and_its_examples_work() -> None:
     assert bridge.options("load_math").max_samples == 3000
 
 
-def test_local_records_name_the_file_and_the_row(tmp_path: Path) -> None:
+def test_local_records_name_the_file_and_the_line(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"x": 1}\n\n{"x": 2}\n', encoding="utf-8")
     found = list(read_local_records(tmp_path))
     assert found == [

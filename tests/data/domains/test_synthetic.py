@@ -1,5 +1,6 @@
-"""Each kind of exercise is worked a second time from the words of its question alone, in another way than the
-one that made it.
+"""The answer of each kind of exercise is found a second time, from the words of its question alone.
+
+The way is another one than the generator's.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from fractions import Fraction
 
 import pytest
 
-from llm_trainer.data.domains.synthetic.exercises import Exercise, exercise, exercises, kinds, listed, money
+from llm_trainer.data.domains.synthetic.base import Exercise, listed, money
+from llm_trainer.data.domains.synthetic.exercises import exercises, generate_exercise, generators
 
-MADE = ("math", "science", "logic", "reasoning")
+DOMAINS = ("math", "science", "logic", "reasoning")
 MONTHS = [
     "January",
     "February",
@@ -34,7 +36,9 @@ DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sun
 
 
 def of_kind(domain: str, kind: str, count: int = 25) -> Iterator[Exercise]:
-    found = (made for index in itertools.count() if (made := exercise(domain, index, 7)).kind == kind)
+    found = (
+        found for index in itertools.count() if (found := generate_exercise(domain, index, 7)).kind == kind
+    )
     return itertools.islice(found, count)
 
 
@@ -50,8 +54,7 @@ def dollars(text: str) -> list[Fraction]:
     return [Fraction(found) for found in re.findall(r"\$(\d+(?:\.\d+)?)", text)]
 
 
-# --- math
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --- math ---
 
 
 def python_value(text: str) -> object:
@@ -181,8 +184,7 @@ def check_right_triangle(question: str, answer: str) -> None:
         assert 2 * found[1] == one * other
 
 
-# --- science
-# ------------------------------------------------------------------------------------------------------------------------------
+# --- science ---
 
 
 def check_speed(question: str, answer: str) -> None:
@@ -270,8 +272,7 @@ def check_lever(question: str, answer: str) -> None:
     assert numbers(answer)[0] * other_arm == force * arm
 
 
-# --- logic
-# --------------------------------------------------------------------------------------------------------------------------------
+# --- logic ---
 
 
 def truth(formula: str, values: dict[str, bool]) -> bool:
@@ -326,7 +327,7 @@ def check_syllogism(question: str, answer: str) -> None:
     assert len(claims) == 3
     assert len(things) == 3
 
-    def holds(claim: tuple[str, str, str, str], sets: dict[str, frozenset[int]]) -> bool:
+    def is_true_of(claim: tuple[str, str, str, str], sets: dict[str, frozenset[int]]) -> bool:
         word, a, negated, b = claim
         both = sets[a] & sets[b]
         if word == "some":
@@ -336,13 +337,17 @@ def check_syllogism(question: str, answer: str) -> None:
     def follows() -> bool:
         universe = range(
             4
-        )  # three kinds of things, each inhabited, and a counterexample to a syllogism needs no more
+        )  # three kinds of things, none of them empty: a counterexample to a syllogism needs no more
         subsets = [
             frozenset(chosen) for size in range(1, 5) for chosen in itertools.combinations(universe, size)
         ]
         for chosen in itertools.product(subsets, repeat=3):
             sets = dict(zip(things, chosen, strict=True))
-            if holds(claims[0], sets) and holds(claims[1], sets) and not holds(claims[2], sets):
+            if (
+                is_true_of(claims[0], sets)
+                and is_true_of(claims[1], sets)
+                and not is_true_of(claims[2], sets)
+            ):
                 return False
         return True
 
@@ -414,8 +419,7 @@ def check_two_clubs(question: str, answer: str) -> None:
     assert a + b - int(answer) + neither == total
 
 
-# --- reasoning
-# ----------------------------------------------------------------------------------------------------------------------------
+# --- reasoning ---
 
 
 def check_shopping(question: str, answer: str) -> None:
@@ -513,37 +517,41 @@ def check_sharing(question: str, answer: str) -> None:
     assert 0 <= left < people
 
 
-@pytest.mark.parametrize(("domain", "kind"), [(domain, kind) for domain in MADE for kind in kinds(domain)])
-def test_the_answer_is_right(domain: str, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("domain", "kind"), [(domain, kind) for domain in DOMAINS for kind in generators(domain)]
+)
+def test_the_answer_is_correct(domain: str, kind: str) -> None:
     check = globals()[f"check_{kind}"]
-    for made in of_kind(domain, kind):
+    for found in of_kind(domain, kind):
         try:
-            check(made.question, made.answer)
+            check(found.question, found.answer)
         except AssertionError as error:
-            raise AssertionError(made.text()) from error
+            raise AssertionError(found.text()) from error
 
 
-@pytest.mark.parametrize(("domain", "kind"), [(domain, kind) for domain in MADE for kind in kinds(domain)])
-def test_the_answer_of_another_exercise_is_found_wrong(domain: str, kind: str) -> None:
-    check, made = globals()[f"check_{kind}"], list(of_kind(domain, kind))
+@pytest.mark.parametrize(
+    ("domain", "kind"), [(domain, kind) for domain in DOMAINS for kind in generators(domain)]
+)
+def test_the_answer_of_another_exercise_is_found_incorrect(domain: str, kind: str) -> None:
+    check, found = globals()[f"check_{kind}"], list(of_kind(domain, kind))
     wrong = 0
-    for one, other in itertools.pairwise(made):
+    for one, other in itertools.pairwise(found):
         try:
             check(one.question, other.answer)
         except (AssertionError, KeyError, ValueError, IndexError, SyntaxError):
             wrong += 1
-    assert wrong >= len(made) // 4
+    assert wrong >= len(found) // 4
 
 
-@pytest.mark.parametrize("domain", MADE)
-def test_exercises_are_many_varied_and_a_function_of_seed_and_number(domain: str) -> None:
-    made = list(exercises(domain, 300, 42))
-    assert made == list(exercises(domain, 300, 42))
-    assert made[:50] == list(exercises(domain, 50, 42))
-    assert made[:50] != list(exercises(domain, 50, 43))
-    assert len({one.question for one in made}) == 300
-    assert {one.kind for one in made} == set(kinds(domain))
-    for one in made:
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_exercises_are_varied_and_a_function_of_seed_and_index(domain: str) -> None:
+    found = list(exercises(domain, 300, 42))
+    assert found == list(exercises(domain, 300, 42))
+    assert found[:50] == list(exercises(domain, 50, 42))
+    assert found[:50] != list(exercises(domain, 50, 43))
+    assert len({one.question for one in found}) == 300
+    assert {one.kind for one in found} == set(generators(domain))
+    for one in found:
         assert one.text().startswith("Question: ")
         assert one.text().endswith(f"\n\nAnswer: {one.answer}")
         assert "  " not in one.text()
@@ -555,11 +563,11 @@ def test_exercises_are_many_varied_and_a_function_of_seed_and_number(domain: str
 
 @pytest.mark.parametrize("kind", ["syllogism", "truth_value", "equivalence", "tautology"])
 def test_answers_of_yes_and_no_are_mixed(kind: str) -> None:
-    answers = [made.answer for made in of_kind("logic", kind, 60)]
+    answers = [found.answer for found in of_kind("logic", kind, 60)]
     assert all(answers.count(answer) >= 4 for answer in set(answers))
     assert len(set(answers)) >= 2
 
 
-def test_words_are_listed_and_money_is_shown_as_people_write_it() -> None:
+def test_words_are_listed_and_money_is_formatted_as_people_write_it() -> None:
     assert [listed(["a"]), listed(["a", "b"]), listed(["a", "b", "c"], "or")] == ["a", "a and b", "a, b or c"]
     assert [money(300), money(350), money(5)] == ["$3", "$3.50", "$0.05"]

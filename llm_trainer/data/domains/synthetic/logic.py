@@ -1,6 +1,6 @@
 """Exercises of the domain logic: propositions, syllogisms, knights and knaves, orders and sets.
 
-Puzzles are drawn until a search over all cases finds exactly one that fits, so each has one answer.
+A puzzle is redrawn until a search over all cases finds exactly one that fits, so each puzzle has one answer.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from llm_trainer.data.domains.synthetic.exercises import NAMES, Kind, listed
-
-Drawn = tuple[str, Sequence[str], str]
+from llm_trainer.data.domains.synthetic.base import NAMES, Generator, QuestionStepsAnswer, listed
 
 
 @dataclass(frozen=True)
@@ -26,10 +24,10 @@ class _Formula:
     def inner(self) -> str:
         return f"({self.shown})" if self.parts else self.shown
 
-    def joints(self) -> Iterator[_Formula]:
-        """Every formula in it that joins others, inner ones first."""
+    def compounds(self) -> Iterator[_Formula]:
+        """Yield every compound formula in it, inner ones first."""
         for part in self.parts:
-            yield from part.joints()
+            yield from part.compounds()
         if self.parts:
             yield self
 
@@ -45,15 +43,17 @@ def _formula(rng: Random, letters: str, depth: int) -> _Formula:
     second = first
     while second.shown == first.shown:
         second = _formula(rng, letters, rng.randint(0, depth - 1))
-    joined: dict[str, Callable[[bool, bool], bool]] = {
+    connectives: dict[str, Callable[[bool, bool], bool]] = {
         "and": lambda a, b: a and b,
         "or": lambda a, b: a or b,
         "implies": lambda a, b: not a or b,
         "if and only if": lambda a, b: a == b,
     }
-    join = joined[kind]
+    connective = connectives[kind]
     shown = f"{first.inner()} {kind} {second.inner()}"
-    return _Formula(shown, lambda values: join(first.value(values), second.value(values)), (first, second))
+    return _Formula(
+        shown, lambda values: connective(first.value(values), second.value(values)), (first, second)
+    )
 
 
 def _rows(letters: Sequence[str]) -> list[dict[str, bool]]:
@@ -63,7 +63,7 @@ def _rows(letters: Sequence[str]) -> list[dict[str, bool]]:
     ]
 
 
-def _said(values: Mapping[str, bool]) -> str:
+def _described(values: Mapping[str, bool]) -> str:
     return listed([f"{letter} is {_word(value)}" for letter, value in values.items()])
 
 
@@ -71,7 +71,7 @@ def _word(value: bool) -> str:
     return "true" if value else "false"
 
 
-def truth_value(rng: Random) -> Drawn:
+def truth_value(rng: Random) -> QuestionStepsAnswer:
     """The value of a formula for given values."""
     formula = _formula(rng, "pqr", 2)
     values = {letter: rng.random() < 0.5 for letter in "pqr"}
@@ -79,12 +79,12 @@ def truth_value(rng: Random) -> Drawn:
     question = rng.choice(
         ("Suppose {}. Is the statement “{}” true or false?", "Given that {}, evaluate “{}”.")
     )
-    steps = [f"“{part.shown}” is {_word(part.value(values))}." for part in formula.joints()]
-    return question.format(_said(values), formula.shown), steps, word
+    steps = [f"“{part.shown}” is {_word(part.value(values))}." for part in formula.compounds()]
+    return question.format(_described(values), formula.shown), steps, word
 
 
-def tautology(rng: Random) -> Drawn:
-    """Tautology, contradiction or neither, by the truth table; each about as often as the others."""
+def tautology(rng: Random) -> QuestionStepsAnswer:
+    """Tautology, contradiction or neither, by the truth table, each about equally often."""
     wanted, answer = rng.choice(("a tautology", "a contradiction", "neither")), ""
     rows = _rows("pq")
     while answer != wanted:
@@ -92,13 +92,14 @@ def tautology(rng: Random) -> Drawn:
         results = [formula.value(values) for values in rows]
         answer = "a tautology" if all(results) else "neither" if any(results) else "a contradiction"
     steps = [
-        f"If {_said(values)}, it is {_word(result)}." for values, result in zip(rows, results, strict=True)
+        f"If {_described(values)}, it is {_word(result)}."
+        for values, result in zip(rows, results, strict=True)
     ]
     question = f"Is “{formula.shown}” a tautology, a contradiction, or neither?"
     return question, ["Go through the truth table.", *steps], answer
 
 
-def equivalence(rng: Random) -> Drawn:
+def equivalence(rng: Random) -> QuestionStepsAnswer:
     """Whether two formulas are equivalent; often by a law, with a counterexample otherwise."""
     one = _formula(rng, "pq", 2)
     other = _rewritten(rng) if rng.random() < 0.4 else (one, _formula(rng, "pq", 2))
@@ -108,11 +109,11 @@ def equivalence(rng: Random) -> Drawn:
     if differs is None:
         return question, ["Both have the same value in each of the four rows of the truth table."], "yes"
     a, b = (_word(formula.value(differs)) for formula in (first, second))
-    return question, [f"If {_said(differs)}, the first is {a} and the second is {b}."], "no"
+    return question, [f"If {_described(differs)}, the first is {a} and the second is {b}."], "no"
 
 
 def _rewritten(rng: Random) -> tuple[_Formula, _Formula]:
-    """Two sides of a law."""
+    """Two formulas, often the two sides of a logical law."""
     p, q = rng.sample(("p", "q"), 2)
     values = {
         "not (p and q)": lambda v: not (v["p"] and v["q"]),
@@ -152,8 +153,8 @@ _MOODS = {
 }
 
 
-def syllogism(rng: Random) -> Drawn:
-    """Whether a conclusion follows, by trying every way in which the three kinds of things can overlap."""
+def syllogism(rng: Random) -> QuestionStepsAnswer:
+    """Whether a conclusion follows, by checking every way in which the three kinds of things can overlap."""
     things = rng.sample(_THINGS, 3)
     first, second = rng.choice([(0, 1), (1, 0)]), rng.choice([(1, 2), (2, 1)])
     moods = [rng.choice("aeio"), rng.choice("aeio"), rng.choice("aeio")]
@@ -166,24 +167,30 @@ def syllogism(rng: Random) -> Drawn:
         if all(
             any(region[kind] for region in world) for kind in range(3)
         ):  # none of the three kinds is empty
-            truths = [_holds(claim, world) for claim in claims]
+            truths = [_is_true(claim, world) for claim in claims]
             if truths[0] and truths[1] and not truths[2]:
                 counterexample = world
                 break
-    question = f"{words[0].capitalize()}, and {words[1]}. There are things of each kind. Does it follow that {words[2]}?"
+    question = (
+        f"{words[0].capitalize()}, and {words[1]}. There are things of each kind. Does it follow that "
+        f"{words[2]}?"
+    )
     if counterexample is None:
         return question, ["Whenever both premises are true, the conclusion is true as well."], "yes"
     shown = [listed([_a(things[kind], region[kind]) for kind in range(3)]) for region in counterexample]
     return (
         question,
         [
-            f"No: let there be only things that are {'; things that are '.join(shown)}. Both premises hold and the conclusion fails."
+            (
+                f"No: let there be only things that are {'; things that are '.join(shown)}. Both "
+                "premises hold and the conclusion fails."
+            )
         ],
         "no",
     )
 
 
-def _holds(claim: tuple[str, int, int], world: Sequence[Sequence[bool]]) -> bool:
+def _is_true(claim: tuple[str, int, int], world: Sequence[Sequence[bool]]) -> bool:
     mood, a, b = claim
     subjects = [region for region in world if region[a]]
     both = [region for region in subjects if region[b]]
@@ -196,8 +203,8 @@ def _a(things: str, is_one: bool) -> str:
     return things if is_one else f"not {things}"
 
 
-def knights_and_knaves(rng: Random) -> Drawn:
-    """Who tells the truth; drawn until exactly one assignment fits."""
+def knights_and_knaves(rng: Random) -> QuestionStepsAnswer:
+    """Who speaks the truth, redrawn until exactly one assignment fits."""
     while True:
         people = rng.sample(NAMES, rng.choice((2, 3)))
         claims = [_claim(rng, speaker, people) for speaker in people]
@@ -210,11 +217,14 @@ def knights_and_knaves(rng: Random) -> Drawn:
         ]
         if len(fitting) == 1:
             break
-    said = " ".join(
+    statements = " ".join(
         f"{speaker} says: “{claim.shown[0].upper()}{claim.shown[1:]}.”"
         for speaker, claim in zip(people, claims, strict=True)
     )
-    question = f"On an island, knights always tell the truth and knaves always lie. You meet {listed(people)}. {said} Who is what?"
+    question = (
+        f"On an island, knights always tell the truth and knaves always lie. You meet {listed(people)}. "
+        f"{statements} Who is what?"
+    )
     answer = listed([f"{name} is a {_rank(is_knight)}" for name, is_knight in fitting[0].items()])
     steps = ["Try each possibility; a knight's words must be true and a knave's false."]
     for values in _rows(people):
@@ -259,8 +269,8 @@ def _claim(rng: Random, speaker: str, people: Sequence[str]) -> _Formula:
     )
 
 
-def ordering(rng: Random) -> Drawn:
-    """Who stands where, from clues that leave one order; clues that are not needed are left out."""
+def ordering(rng: Random) -> QuestionStepsAnswer:
+    """The order of a line of people, from clues that determine it; redundant clues are omitted."""
     people = rng.sample(NAMES, rng.choice((3, 4, 5)))
     true_order = tuple(rng.sample(people, len(people)))
     clues = _order_clues(rng, true_order)
@@ -274,22 +284,26 @@ def ordering(rng: Random) -> Drawn:
         without = [other for other in clues if other is not clue]
         if len(left(without)) == 1:
             clues = without
-    told = " ".join(words for words, _ in clues)
+    clue_text = " ".join(words for words, _ in clues)
     question = (
-        f"{listed(sorted(people))} stand in a line. {told} In which order do they stand, from front to back?"
+        f"{listed(sorted(people))} stand in a line. {clue_text} In which order do they stand, from "
+        "front to back?"
     )
     steps = []
     for number in range(1, len(clues) + 1):
         remaining = left(clues[:number])
         steps.append(
-            f"After clue {number}, {len(remaining)} of {len(orders)} orders {'are' if len(remaining) > 1 else 'is'} left."
+            (
+                f"After clue {number}, {len(remaining)} of {len(orders)} orders "
+                f"{'are' if len(remaining) > 1 else 'is'} left."
+            )
         )
     answer = ", ".join(true_order)
     return question, [*steps, f"It is {answer}."], answer
 
 
 def _order_clues(rng: Random, order: Sequence[str]) -> list[tuple[str, Callable[[Sequence[str]], bool]]]:
-    """True clues about an order that together leave no other."""
+    """True clues about an order, which together determine it."""
     clues: list[tuple[str, Callable[[Sequence[str]], bool]]] = []
     for a, b in itertools.combinations(order, 2):
         words = rng.choice((f"{a} stands somewhere in front of {b}.", f"{b} stands somewhere behind {a}."))
@@ -304,7 +318,7 @@ def _order_clues(rng: Random, order: Sequence[str]) -> list[tuple[str, Callable[
     return clues
 
 
-def sets(rng: Random) -> Drawn:
+def sets(rng: Random) -> QuestionStepsAnswer:
     """Union, intersection and difference of finite sets."""
     a, b = (sorted(rng.sample(range(1, 16), rng.randint(3, 7))) for _ in range(2))
     kind, result = rng.choice(
@@ -329,7 +343,7 @@ def _set(elements: Sequence[int]) -> str:
     return "{" + ", ".join(map(str, elements)) + "}" if elements else "the empty set"
 
 
-def two_clubs(rng: Random) -> Drawn:
+def two_clubs(rng: Random) -> QuestionStepsAnswer:
     """Inclusion and exclusion."""
     both, only_a, only_b, neither = (
         rng.randint(1, 15),
@@ -339,15 +353,21 @@ def two_clubs(rng: Random) -> Drawn:
     )
     a, b, total = only_a + both, only_b + both, only_a + only_b + both + neither
     one, other = rng.sample(("chess", "tennis", "choir", "drama", "swimming", "robotics"), 2)
-    question = f"Of {total} pupils, {a} are in the {one} club and {b} in the {other} club; {neither} are in neither. How many are in both clubs?"
+    question = (
+        f"Of {total} pupils, {a} are in the {one} club and {b} in the {other} club; {neither} are in "
+        "neither. How many are in both clubs?"
+    )
     steps = [
         f"{total} - {neither} = {total - neither} pupils are in at least one club.",
-        f"{a} + {b} = {a + b} counts those in both twice, so there are {a + b} - {total - neither} = {both} of them.",
+        (
+            f"{a} + {b} = {a + b} counts those in both twice, so there are {a + b} - {total - neither} "
+            f"= {both} of them."
+        ),
     ]
     return question, steps, str(both)
 
 
-KINDS: tuple[Kind, ...] = (
+GENERATORS: tuple[Generator, ...] = (
     truth_value,
     tautology,
     equivalence,

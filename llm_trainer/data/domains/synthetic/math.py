@@ -1,20 +1,15 @@
-"""Exercises of the domain math: arithmetic, number theory, algebra, calculus, counting and geometry, with
-worked answers.
-"""
+"""Exercises of the domain math: arithmetic, number theory, algebra, calculus, counting and geometry."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from fractions import Fraction
 from random import Random
 
-from llm_trainer.data.domains.synthetic.exercises import NAMES, Kind, money
-
-Drawn = tuple[str, Sequence[str], str]
+from llm_trainer.data.domains.synthetic.base import NAMES, Generator, QuestionStepsAnswer, money
 
 
-def sum_of_products(rng: Random) -> Drawn:
+def sum_of_products(rng: Random) -> QuestionStepsAnswer:
     """a × b ± c × d."""
     a, b, c, d = (rng.randint(2, 60) for _ in range(4))
     sign = rng.choice("+-")
@@ -29,7 +24,7 @@ def sum_of_products(rng: Random) -> Drawn:
     return question, steps, str(result)
 
 
-def long_division(rng: Random) -> Drawn:
+def long_division(rng: Random) -> QuestionStepsAnswer:
     """Quotient and remainder."""
     divisor, dividend = rng.randint(3, 48), rng.randint(100, 9999)
     quotient, remainder = divmod(dividend, divisor)
@@ -40,13 +35,16 @@ def long_division(rng: Random) -> Drawn:
         )
     )
     steps = [
-        f"{divisor} × {quotient} = {divisor * quotient}, and {divisor * (quotient + 1)} is already more than {dividend}.",
+        (
+            f"{divisor} × {quotient} = {divisor * quotient}, and {divisor * (quotient + 1)} is already "
+            f"more than {dividend}."
+        ),
         f"So the quotient is {quotient}, and {dividend} - {divisor * quotient} = {remainder} is left.",
     ]
     return question.format(dividend, divisor), steps, f"quotient {quotient}, remainder {remainder}"
 
 
-def fractions(rng: Random) -> Drawn:
+def fractions(rng: Random) -> QuestionStepsAnswer:
     """Sum, difference or product of two fractions."""
     one, other = (Fraction(rng.randint(1, 11), rng.randint(2, 12)) for _ in range(2))
     sign = rng.choice("+-×")
@@ -63,12 +61,15 @@ def fractions(rng: Random) -> Drawn:
         tops = [part.numerator * common // part.denominator for part in (one, other)]
         top = tops[0] + tops[1] if sign == "+" else tops[0] - tops[1]
         steps = [
-            f"The common denominator is {common}: {tops[0]}/{common} {sign} {tops[1]}/{common} = {top}/{common}."
+            (
+                f"The common denominator is {common}: {tops[0]}/{common} {sign} {tops[1]}/{common} = "
+                f"{top}/{common}."
+            )
         ]
     return question, [*steps, f"In lowest terms that is {_fraction(result)}."], _fraction(result)
 
 
-def percentage(rng: Random) -> Drawn:
+def percentage(rng: Random) -> QuestionStepsAnswer:
     """A price that rises or falls by a percentage."""
     percent, price = rng.choice((5, 10, 12, 15, 20, 25, 30, 40, 60, 75)), rng.randrange(400, 40000, 100)
     thing = rng.choice(("coat", "bicycle", "lamp", "train ticket", "telescope", "guitar", "desk", "camera"))
@@ -84,7 +85,7 @@ def percentage(rng: Random) -> Drawn:
     return question, steps, money(result)
 
 
-def common_divisor(rng: Random) -> Drawn:
+def common_divisor(rng: Random) -> QuestionStepsAnswer:
     """Greatest common divisor by Euclid's algorithm, and the least common multiple from it."""
     shared = rng.randint(2, 24)
     a, b = shared * rng.randint(2, 30), shared * rng.randint(2, 30)
@@ -104,7 +105,7 @@ def common_divisor(rng: Random) -> Drawn:
     return f"Find the least common multiple of {a} and {b}.", steps, str(multiple)
 
 
-def factorization(rng: Random) -> Drawn:
+def factorization(rng: Random) -> QuestionStepsAnswer:
     """Prime factors."""
     factors = sorted(rng.choice((2, 2, 3, 3, 5, 7, 11, 13, 17, 19, 23)) for _ in range(rng.randint(2, 5)))
     number, steps, left = math.prod(factors), [], math.prod(factors)
@@ -118,7 +119,7 @@ def factorization(rng: Random) -> Drawn:
     return question, [*steps, f"So {number} = {answer}."], answer
 
 
-def linear_equation(rng: Random) -> Drawn:
+def linear_equation(rng: Random) -> QuestionStepsAnswer:
     """a·x + b = c·x + d with a whole solution."""
     x, a, c = rng.randint(-12, 12), rng.randint(2, 15), rng.randint(-9, 9)
     c = c if c != a else c - 1
@@ -130,20 +131,26 @@ def linear_equation(rng: Random) -> Drawn:
         left, right, name
     )
     steps = [
-        f"Bring the terms with {name} to the left and the numbers to the right: {_times(a - c, name)} = {d - b}.",
+        (
+            f"Bring the terms with {name} to the left and the numbers to the right: "
+            f"{_times(a - c, name)} = {d - b}."
+        ),
         f"Divide by {a - c}: {name} = {x}." if a - c != 1 else f"So {name} = {x}.",
     ]
     return question, steps, f"{name} = {x}"
 
 
-def quadratic_equation(rng: Random) -> Drawn:
+def quadratic_equation(rng: Random) -> QuestionStepsAnswer:
     """x² + b·x + c = 0 with whole roots."""
     one, other = sorted(rng.randint(-12, 12) for _ in range(2))
     b, c = -(one + other), one * other
     equation = f"x² {_signed(b, 'x')}{_signed(c, '')}".strip() + " = 0"
     root = abs(one - other)
     steps = [
-        f"The discriminant is {_in_brackets(b)}² - 4 × {_in_brackets(c)} = {b * b - 4 * c}, whose square root is {root}.",
+        (
+            f"The discriminant is {_in_brackets(b)}² - 4 × {_in_brackets(c)} = {b * b - 4 * c}, whose "
+            f"square root is {root}."
+        ),
         f"So x = ({-b} - {root})/2 = {one} or x = ({-b} + {root})/2 = {other}."
         if root
         else f"So x = {-b}/2 = {one}, a double root.",
@@ -152,8 +159,8 @@ def quadratic_equation(rng: Random) -> Drawn:
     return rng.choice(("Solve {}.", "Find all solutions of {}.")).format(equation), steps, answer
 
 
-def two_unknowns(rng: Random) -> Drawn:
-    """A system of two linear equations, told as a purchase."""
+def two_unknowns(rng: Random) -> QuestionStepsAnswer:
+    """A system of two linear equations, as a purchase."""
     first, second = rng.sample(
         ("apple", "pear", "pencil", "stamp", "candle", "ticket", "postcard", "muffin"), 2
     )
@@ -162,19 +169,26 @@ def two_unknowns(rng: Random) -> Drawn:
     c, d = a, b + rng.randint(1, 5)
     name, friend = rng.sample(NAMES, 2)
     question = (
-        f"{name} pays {money(a * x + b * y)} for {a} {first}s and {b} {second}s. {friend} pays {money(c * x + d * y)} for {c} {first}s and "
+        f"{name} pays {money(a * x + b * y)} for {a} {first}s and {b} {second}s. {friend} pays "
+        f"{money(c * x + d * y)} for {c} {first}s and "
         f"{d} {second}s. What does one {first} cost, and what one {second}?"
     )
     extra = (d - b) * y
     steps = [
-        f"{friend} buys as many {first}s and {d - b} more {second}{'s' if d - b > 1 else ''}, and pays {money(extra)} more.",
+        (
+            f"{friend} buys as many {first}s and {d - b} more {second}{'s' if d - b > 1 else ''}, and "
+            f"pays {money(extra)} more."
+        ),
         f"So one {second} costs {money(y)}.",
-        f"{a} {first}s cost {money(a * x + b * y)} - {money(b * y)} = {money(a * x)}, so one costs {money(x)}.",
+        (
+            f"{a} {first}s cost {money(a * x + b * y)} - {money(b * y)} = {money(a * x)}, so one costs "
+            f"{money(x)}."
+        ),
     ]
     return question, steps, f"one {first} costs {money(x)}, one {second} {money(y)}"
 
 
-def arithmetic_sequence(rng: Random) -> Drawn:
+def arithmetic_sequence(rng: Random) -> QuestionStepsAnswer:
     """A term, or the sum, of an arithmetic sequence."""
     start, step, n = (
         rng.randint(-20, 40),
@@ -196,7 +210,7 @@ def arithmetic_sequence(rng: Random) -> Drawn:
     return f"What is the sum of the first {n} terms of the sequence {shown}?", steps, str(total)
 
 
-def derivative(rng: Random) -> Drawn:
+def derivative(rng: Random) -> QuestionStepsAnswer:
     """Derivative of a polynomial, and its value at a point."""
     coefficients = {power: rng.randint(-9, 9) for power in range(rng.randint(2, 4), -1, -1)}
     coefficients[max(coefficients)] = rng.randint(1, 9)
@@ -212,7 +226,7 @@ def derivative(rng: Random) -> Drawn:
     return question, steps, f"f'(x) = {_polynomial(derived)}, f'({at}) = {value}"
 
 
-def remainder_of_power(rng: Random) -> Drawn:
+def remainder_of_power(rng: Random) -> QuestionStepsAnswer:
     """a^n modulo m by repeated squaring."""
     base, power, modulus = rng.randint(2, 19), rng.randint(5, 40), rng.randint(5, 30)
     question = rng.choice(("What is the remainder of {}^{} divided by {}?", "Compute {}^{} modulo {}."))
@@ -235,7 +249,7 @@ def remainder_of_power(rng: Random) -> Drawn:
     return question.format(base, power, modulus), steps, str(result)
 
 
-def committee(rng: Random) -> Drawn:
+def committee(rng: Random) -> QuestionStepsAnswer:
     """Combinations, from one group or from two."""
     people, chosen = rng.randint(5, 14), rng.randint(2, 4)
     count = math.comb(people, chosen)
@@ -245,7 +259,10 @@ def committee(rng: Random) -> Drawn:
         return question, [f"Order does not matter, so the number is {way} = {count}."], str(count)
     others, taken = rng.randint(4, 10), rng.randint(1, 3)
     second = math.comb(others, taken)
-    question = f"A jury has {chosen} of {people} teachers and {taken} of {others} pupils. How many such juries are there?"
+    question = (
+        f"A jury has {chosen} of {people} teachers and {taken} of {others} pupils. How many such juries "
+        "are there?"
+    )
     steps = [
         f"There are {way} = {count} choices of teachers and {second} of pupils.",
         f"Each goes with each: {count} × {second} = {count * second}.",
@@ -253,13 +270,14 @@ def committee(rng: Random) -> Drawn:
     return question, steps, str(count * second)
 
 
-def drawing_balls(rng: Random) -> Drawn:
-    """Two balls without putting back."""
+def drawing_balls(rng: Random) -> QuestionStepsAnswer:
+    """Two balls, drawn without replacement."""
     one, other = rng.sample(("red", "blue", "green", "white", "black", "yellow"), 2)
     a, b = rng.randint(2, 12), rng.randint(2, 12)
     total, result = a + b, Fraction(a, a + b) * Fraction(a - 1, a + b - 1)
     question = (
-        f"An urn holds {a} {one} and {b} {other} balls. Two are drawn at random, without putting the first back. "
+        f"An urn holds {a} {one} and {b} {other} balls. Two are drawn at random, without putting "
+        "the first back. "
         f"What is the probability that both are {one}?"
     )
     steps = [
@@ -269,20 +287,26 @@ def drawing_balls(rng: Random) -> Drawn:
     return question, steps, _fraction(result)
 
 
-def right_triangle(rng: Random) -> Drawn:
+def right_triangle(rng: Random) -> QuestionStepsAnswer:
     """A side of a right triangle whose sides are whole numbers, or its area."""
     m, n = rng.choice([(m, n) for m in range(2, 7) for n in range(1, m) if math.gcd(m, n) == 1])
     times = rng.randint(1, 6)
     a, b, c = times * (m * m - n * n), times * 2 * m * n, times * (m * m + n * n)
     unit = rng.choice(("cm", "m", "mm"))
     if rng.random() < 0.5:
-        question = f"The legs of a right triangle are {a} {unit} and {b} {unit} long. How long is the hypotenuse, and what is the area?"
+        question = (
+            f"The legs of a right triangle are {a} {unit} and {b} {unit} long. How long is the "
+            "hypotenuse, and what is the area?"
+        )
         steps = [
             f"By the theorem of Pythagoras c² = {a}² + {b}² = {c * c}, so c = {c} {unit}.",
             f"The area is {a} × {b} / 2 = {a * b // 2} {unit}².",
         ]
         return question, steps, f"hypotenuse {c} {unit}, area {a * b // 2} {unit}²"
-    question = f"A right triangle has a hypotenuse of {c} {unit} and one leg of {a} {unit}. How long is the other leg?"
+    question = (
+        f"A right triangle has a hypotenuse of {c} {unit} and one leg of {a} {unit}. How long is the "
+        "other leg?"
+    )
     return (
         question,
         [f"The other leg squared is {c}² - {a}² = {b * b}.", f"So it is {b} {unit} long."],
@@ -311,7 +335,7 @@ def _sum(first: str, second: int) -> str:
 
 
 def _signed(factor: int, name: str) -> str:
-    """` + 3x`, ` - x`, or nothing; ends with a space."""
+    """A term with its sign: `+ 3x `, `- x `, or nothing; it ends with a space."""
     if factor == 0:
         return ""
     size = "" if name and abs(factor) == 1 else str(abs(factor))
@@ -333,7 +357,9 @@ def _polynomial(coefficients: dict[int, int]) -> str:
     )
 
 
-KINDS: tuple[Kind, ...] = (
-    sum_of_products, long_division, fractions, percentage, common_divisor, factorization, linear_equation, quadratic_equation,
-    two_unknowns, arithmetic_sequence, derivative, remainder_of_power, committee, drawing_balls, right_triangle,
+GENERATORS: tuple[Generator, ...] = (
+    sum_of_products, long_division, fractions, percentage, common_divisor, factorization, linear_equation,
+    quadratic_equation,
+    two_unknowns, arithmetic_sequence, derivative, remainder_of_power, committee, drawing_balls,
+    right_triangle,
 )  # fmt: skip

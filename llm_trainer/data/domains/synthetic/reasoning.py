@@ -1,26 +1,22 @@
-"""Exercises of the domain reasoning: several small steps in everyday words, each of which has to be kept
-track of.
-"""
+"""Exercises of the domain reasoning: word problems of several small steps."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from datetime import date, timedelta
 from fractions import Fraction
 from random import Random
 
-from llm_trainer.data.domains.synthetic.exercises import NAMES, Kind, listed, money
-
-Drawn = tuple[str, Sequence[str], str]
+from llm_trainer.data.domains.synthetic.base import NAMES, Generator, QuestionStepsAnswer, listed, money
 
 _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 _MONTHS = (
-    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December",
+    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October",
+    "November", "December",
 )  # fmt: skip
 _GOODS = ("notebook", "mug", "plant", "scarf", "poster", "kite", "puzzle", "lantern", "basket", "chess set")
 
 
-def shopping(rng: Random) -> Drawn:
+def shopping(rng: Random) -> QuestionStepsAnswer:
     """Several things, a discount, and the change."""
     name, (one, other) = rng.choice(NAMES), rng.sample(_GOODS, 2)
     prices = [rng.randrange(100, 2000, 50) for _ in range(2)]
@@ -47,13 +43,14 @@ def shopping(rng: Random) -> Drawn:
     )
 
 
-def ages(rng: Random) -> Drawn:
-    """Ages now from what they are compared with."""
+def ages(rng: Random) -> QuestionStepsAnswer:
+    """Ages now, from how they compare with each other."""
     first, second, third = rng.sample(NAMES, 3)
     age, older, times = rng.randint(3, 15), rng.randint(1, 9), rng.randint(2, 4)
     b, c, later = age + older, age * times, rng.randint(2, 12)
     question = (
-        f"{first} is {age} years old. {second} is {older} year{'s' if older > 1 else ''} older than {first}, and {third} is "
+        f"{first} is {age} years old. {second} is {older} year{'s' if older > 1 else ''} older than "
+        f"{first}, and {third} is "
         f"{times} times as old as {first}. How old will the three be together in {later} years?"
     )
     together = age + b + c
@@ -65,13 +62,14 @@ def ages(rng: Random) -> Drawn:
     return question, steps, str(together + 3 * later)
 
 
-def timetable(rng: Random) -> Drawn:
+def timetable(rng: Random) -> QuestionStepsAnswer:
     """A journey with a change of trains."""
     start = rng.randrange(5 * 60, 18 * 60, 5)
     legs = [rng.randrange(15, 170, 5), rng.randrange(5, 55, 5), rng.randrange(20, 200, 5)]
     arrival, change, end = start + legs[0], start + legs[0] + legs[1], start + sum(legs)
     question = (
-        f"A train leaves at {_clock(start)} and rides for {_span(legs[0])}. After a wait of {_span(legs[1])} another train goes on for "
+        f"A train leaves at {_clock(start)} and rides for {_span(legs[0])}. After a wait of "
+        f"{_span(legs[1])} another train goes on for "
         f"{_span(legs[2])}. When does it arrive, and how long is the whole journey?"
     )
     steps = [
@@ -82,22 +80,31 @@ def timetable(rng: Random) -> Drawn:
     return question, steps, f"at {_clock(end)}, after {_span(sum(legs))}"
 
 
-def weekday(rng: Random) -> Drawn:
-    """The day of the week some days from another."""
+def weekday(rng: Random) -> QuestionStepsAnswer:
+    """The day of the week some days after another."""
     today, days = rng.randrange(7), rng.randint(8, 400)
     back = rng.random() < 0.4
     weeks, rest = divmod(days, 7)
     result = (today - days) % 7 if back else (today + days) % 7
-    question = f"Today is {_DAYS[today]}. Which day of the week {'was it' if back else 'will it be'} {days} days {'ago' if back else 'from now'}?"
+    question = (
+        f"Today is {_DAYS[today]}. Which day of the week {'was it' if back else 'will it be'} {days} "
+        f"days {'ago' if back else 'from now'}?"
+    )
     steps = [
-        f"{days} days are {weeks} weeks and {rest} day{'' if rest == 1 else 's'}; whole weeks change nothing.",
-        f"{rest} day{'' if rest == 1 else 's'} {'before' if back else 'after'} {_DAYS[today]} is {_DAYS[result]}.",
+        (
+            f"{days} days are {weeks} weeks and {rest} day{'' if rest == 1 else 's'}; whole weeks "
+            "change nothing."
+        ),
+        (
+            f"{rest} day{'' if rest == 1 else 's'} {'before' if back else 'after'} {_DAYS[today]} is "
+            f"{_DAYS[result]}."
+        ),
     ]
     return question, steps, _DAYS[result]
 
 
-def dates(rng: Random) -> Drawn:
-    """The date some days after another, over the end of a month."""
+def dates(rng: Random) -> QuestionStepsAnswer:
+    """The date some days after another, across the end of a month."""
     start = date(rng.randint(2001, 2031), rng.randint(1, 12), rng.randint(1, 28))
     days = rng.randint(10, 75)
     end, steps, at, left = start + timedelta(days), [], start, days
@@ -111,8 +118,8 @@ def dates(rng: Random) -> Drawn:
     return f"Which date is {days} days after {_date(start)}?", steps, _date(end)
 
 
-def swaps(rng: Random) -> Drawn:
-    """Who holds what after some exchanges."""
+def swaps(rng: Random) -> QuestionStepsAnswer:
+    """Who has what after some exchanges."""
     people, things = rng.sample(NAMES, 3), rng.sample(_GOODS, 3)
     held = dict(zip(people, things, strict=True))
     question = f"{listed([f'{name} has a {thing}' for name, thing in held.items()])}."
@@ -130,7 +137,7 @@ def swaps(rng: Random) -> Drawn:
     return f"{question} Who has the {held[asked]} in the end?", steps, asked
 
 
-def walk(rng: Random) -> Drawn:
+def walk(rng: Random) -> QuestionStepsAnswer:
     """How far from the start a walk on a grid ends."""
     x = y = 0
     moves, steps = [], []
@@ -143,7 +150,10 @@ def walk(rng: Random) -> Drawn:
         moves.append(f"{length} block{'s' if length > 1 else ''} {way}")
         steps.append(f"After {moves[-1]}: {_position(x, y)}.")
     name = rng.choice(NAMES)
-    question = f"{name} walks {', then '.join(moves)}. How many blocks from the start is that, walking along the streets, and in which direction?"
+    question = (
+        f"{name} walks {', then '.join(moves)}. How many blocks from the start is that, walking along "
+        "the streets, and in which direction?"
+    )
     distance = abs(x) + abs(y)
     return (
         question,
@@ -154,7 +164,7 @@ def walk(rng: Random) -> Drawn:
     )
 
 
-def working_together(rng: Random) -> Drawn:
+def working_together(rng: Random) -> QuestionStepsAnswer:
     """Rates that add up."""
     one, other = rng.sample(NAMES, 2)
     a, b = rng.choice(
@@ -167,23 +177,27 @@ def working_together(rng: Random) -> Drawn:
     question = f"{one} needs {a} hours to {work}, {other} needs {b} hours. How long do they need together?"
     rate = Fraction(1, a) + Fraction(1, b)
     steps = [
-        f"In an hour {one} does 1/{a} of the work and {other} 1/{b}, together {rate.numerator}/{rate.denominator}.",
+        (
+            f"In an hour {one} does 1/{a} of the work and {other} 1/{b}, together "
+            f"{rate.numerator}/{rate.denominator}."
+        ),
         f"So they need {together} hours.",
     ]
     return question, steps, f"{together} hours"
 
 
-def better_offer(rng: Random) -> Drawn:
+def better_offer(rng: Random) -> QuestionStepsAnswer:
     """Which of two packs is cheaper by weight."""
     thing = rng.choice(("rice", "flour", "coffee", "nuts", "oats", "lentils"))
     weights = rng.sample((200, 250, 400, 500, 750, 1000, 1500), 2)
     prices = [rng.randrange(100, 1500, 10) for _ in range(2)]
     rates = [Fraction(price * 1000, weight) for price, weight in zip(prices, weights, strict=True)]
-    while abs(rates[0] - rates[1]) < 2:  # cents; a difference that shows after rounding
+    while abs(rates[0] - rates[1]) < 2:  # cents: a difference that is visible after rounding
         prices[1] += 10
         rates[1] = Fraction(prices[1] * 1000, weights[1])
     question = (
-        f"Shop A sells {weights[0]} g of {thing} for {money(prices[0])}, shop B sells {weights[1]} g for {money(prices[1])}. "
+        f"Shop A sells {weights[0]} g of {thing} for {money(prices[0])}, shop B sells {weights[1]} "
+        f"g for {money(prices[1])}. "
         "Where is a kilogram cheaper?"
     )
     steps = [
@@ -193,15 +207,16 @@ def better_offer(rng: Random) -> Drawn:
     return question, [*steps, f"It is cheaper in {answer}."], answer
 
 
-def sharing(rng: Random) -> Drawn:
-    """Things shared out, some given away, some lost."""
+def sharing(rng: Random) -> QuestionStepsAnswer:
+    """Things divided among friends, some of which are given away."""
     people, each, left = rng.randint(2, 9), rng.randint(3, 20), rng.randint(0, 8)
     left = min(left, people - 1)
     total = people * each + left
     thing = rng.choice(("marbles", "stickers", "cards", "shells", "sweets", "beads"))
     name, given = rng.choice(NAMES), rng.randint(1, each - 1)
     question = (
-        f"{people} friends, {name} among them, share {total} {thing} equally, as far as that goes. {name} then gives {given} away. "
+        f"{people} friends, {name} among them, share {total} {thing} equally, as far as that goes. "
+        f"{name} then gives {given} away. "
         f"How many {thing} does {name} have, and how many were left over when they shared?"
     )
     steps = [
@@ -235,7 +250,7 @@ def _cents(rate: Fraction) -> str:
     return money(int(rate)) if rate.denominator == 1 else f"about {money(round(rate))}"
 
 
-KINDS: tuple[Kind, ...] = (
+GENERATORS: tuple[Generator, ...] = (
     shopping,
     ages,
     timetable,
