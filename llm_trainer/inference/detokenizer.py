@@ -1,11 +1,11 @@
-"""Tokens to text as they come: whole characters, cut exactly at stop strings, never a letter that would have
-to be taken back.
+"""Tokens to text as they arrive: complete characters, cut exactly at stop strings, and never a letter that
+would have to be taken back.
 
-Tokens are bytes, so a character may arrive in halves and a stop string may begin in one token and end three
-tokens later. What is not yet certain is held back: an unfinished character, and any end of the text that
-could be the start of a stop string. The pieces joined are therefore the whole text, however the bytes were
-split into tokens. Of several stop strings, the one that is *complete* first ends the text (of those the
-longest): that too does not depend on where tokens end.
+Tokens are bytes, so that a character may arrive in halves, and a stop string may begin in one token and end
+three tokens later. What is not certain yet is held back: an incomplete character, and any end of the text
+that could be the start of a stop string. The concatenated pieces are therefore the complete text, however the
+bytes were split into tokens. Of several stop strings, the one that is *complete* first ends the text (the
+longest, if several are); that too does not depend on where tokens end.
 """
 
 from __future__ import annotations
@@ -14,24 +14,33 @@ import codecs
 from collections.abc import Sequence
 
 
-class TextStream:
-    """Collects the bytes of one answer and gives out its text in final pieces."""
+class Detokenizer:
+    """Collects the bytes of one completion and returns its text in final pieces."""
 
     def __init__(self, stops: Sequence[str] = ()) -> None:
+        """Args:
+        stops: Stop strings; the text ends before the first of them. Empty ones are ignored.
+        """
         self.stops = tuple(stop for stop in stops if stop)
         self.stopped = False
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
 
     def push(self, piece: bytes) -> str:
-        """Take the next token's bytes; return the text that is now certain. After a stop string, nothing
-        more.
+        """Add the bytes of the next token.
+
+        Args:
+            piece: The bytes.
+
+        Returns:
+            The text that is now certain; nothing after a stop string.
         """
         return self._release(self._decoder.decode(piece))
 
     def finish(self) -> str:
-        """The rest, at the end of generation: half a character becomes U+FFFD, and a stop string only begun
-        is ordinary text.
+        """The rest of the text, at the end of generation.
+
+        Half a character becomes U+FFFD, and an incomplete stop string is ordinary text.
         """
         text = self._release(self._decoder.decode(b"", final=True))
         rest, self._held = self._held, ""
@@ -52,15 +61,21 @@ class TextStream:
 
 
 def first_stop(text: str, stops: Sequence[str]) -> int | None:
-    """Where the stop string begins that is complete first in `text` (of those complete at once, the longest);
-    none: None.
+    """Where the stop string begins that is complete first.
+
+    Args:
+        text: The text.
+        stops: The stop strings; of those that are complete at the same character, the longest counts.
+
+    Returns:
+        Index in `text`, or None without a complete stop string.
     """
-    found = [(begin + len(stop), begin) for stop in stops if (begin := text.find(stop)) >= 0]
+    found = [(start + len(stop), start) for stop in stops if (start := text.find(stop)) >= 0]
     return min(found)[1] if found else None
 
 
 def longest_started_stop(text: str, stops: Sequence[str]) -> int:
-    """How many characters at the end of `text` are the beginning of a stop string."""
+    """How many characters at the end of the text are the beginning of a stop string."""
     longest = 0
     for stop in stops:
         for size in range(min(len(stop) - 1, len(text)), longest, -1):

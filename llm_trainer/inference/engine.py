@@ -1,31 +1,27 @@
-"""A model that answers in text: tokenizer, network and decoding loop behind `generate` and `stream`."""
+"""A model that completes text: tokenizer, network and decoding loop behind `generate` and `stream`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, overload
 
+from llm_trainer.config.environment import is_cpu_decoder_enabled
 from llm_trainer.config.schema.generation import GenerationConfig
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
 from llm_trainer.errors import UsageError
-from llm_trainer.inference.cpu.fused_decoder import FusedStep, is_fusible
-from llm_trainer.inference.cpu.lm_head import Head
+from llm_trainer.inference.cpu.fused_decoder import FusedDecoder, can_fuse
+from llm_trainer.inference.cpu.lm_head import LMHead
 from llm_trainer.inference.generation_loop import decode
-from llm_trainer.inference.model_runner import DecodingStep, ModelStep
-from llm_trainer.inference.sequence import Answer, GrowingAnswer
+from llm_trainer.inference.model_runner import EagerModelRunner, ModelRunner
+from llm_trainer.inference.sequence import Completion, GenerationSequence
 from llm_trainer.model.transformer import Transformer
 
-# More rows at once would cost memory for their caches and win little.
-MAX_BATCH = 32
+# More rows at once would cost memory for their caches and gain little.
+MAX_BATCH_SIZE = 32
 
 
 class LanguageModel:
-    """Text in, text out.
-
-    Without a tokenizer only `generate_ids` works. `end_ids` are the tokens that end a text; none: the
-    tokenizer's own. `compile` is auto, on or off: compiling takes seconds that a few answers never win back,
-    so auto leaves it off.
-    """
+    """Text in, text out."""
 
     def __init__(
         self,
@@ -34,10 +30,24 @@ class LanguageModel:
         end_ids: Iterable[int] | None = None,
         compile: str = "auto",
     ) -> None:
+        """Prepare a model for generation.
+
+        Args:
+            model: The network; it is put into evaluation mode.
+            tokenizer: Its tokenizer. None: only `generate_ids` works.
+            end_ids: Tokens that end a text. None: the tokenizer's own.
+            compile: `auto`, `on` or `off`. Compiling takes seconds that a few completions never win back, so
+                `auto` does not compile.
+
+        Raises:
+            UsageError: The tokenizer has more tokens than the model's embedding has rows, or `compile` is
+                invalid.
+        """
         if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
             raise UsageError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens, but the model's embedding has {model.config.vocab_size} rows: "
-                "they do not belong together; use the tokenizer that the model was trained with"
+                f"the tokenizer has {tokenizer.vocab_size} tokens, but the model's embedding has "
+                f"{model.config.vocab_size} rows, so they do not belong together; use the tokenizer that the "
+                "model was trained with"
             )
         self.model = model.eval()
         self.tokenizer = tokenizer
@@ -45,8 +55,8 @@ class LanguageModel:
         self.vocab_size = model.config.vocab_size if tokenizer is None else tokenizer.vocab_size
         own_end = [] if tokenizer is None or tokenizer.eos_id is None else [tokenizer.eos_id]
         self.end_ids = frozenset(own_end if end_ids is None else end_ids)
-        self._step = choose_step(self.model, compile)
-        self._head = Head(self.model, self.vocab_size)
+        self._runner = select_runner(self.model, compile)
+        self._head = LMHead(self.model, self.vocab_size)
 
     @overload
     def generate(self, prompt: str, settings: GenerationConfig | None = None, **changes: Any) -> str: ...
@@ -57,71 +67,110 @@ class LanguageModel:
     def generate(
         self, prompt: str | Sequence[str], settings: GenerationConfig | None = None, **changes: Any
     ) -> str | list[str]:
-        """The text that follows a prompt, or each of several; `changes` are settings by any of their names
-        (`max_tokens=200`).
+        """Generate the text that follows a prompt, or each of several.
 
-        One prompt and one sample give a string; else a list, all samples of the first prompt first. Raises
-        UsageError for a setting that does not exist or a prompt longer than the context, DataError for
-        characters that a character tokenizer lacks.
+        Args:
+            prompt: One prompt, or several.
+            settings: How to generate. None: the defaults.
+            **changes: Settings that differ, by any of their names (`max_tokens=200`).
+
+        Returns:
+            A string for one prompt and one sample; otherwise a list, with all samples of the first prompt
+            first.
+
+        Raises:
+            UsageError: A setting does not exist, or a prompt is longer than the context.
+            DataError: A prompt has characters that a character tokenizer lacks.
         """
-        settled = settings_with(settings, changes)
-        texts = [
-            answer.text for answer in self.answers([prompt] if isinstance(prompt, str) else prompt, settled)
-        ]
-        return texts[0] if isinstance(prompt, str) and settled.num_samples == 1 else texts
+        config = override(settings, changes)
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        texts = [completion.text for completion in self.complete(prompts, config)]
+        return texts[0] if isinstance(prompt, str) and config.num_samples == 1 else texts
 
     def stream(self, prompt: str, settings: GenerationConfig | None = None, **changes: Any) -> Iterator[str]:
-        """The same text in pieces, as it becomes certain. Raises what `generate` raises, at once and not at
-        the first piece.
-        """
-        settled = settings_with(settings, changes)
-        if settled.num_samples != 1:
-            raise UsageError(
-                f"num_samples={settled.num_samples}: only one sample can be streamed; use generate, or stream one after another"
-            )
-        growing = self._grow(self.encode_prompt(prompt), settled, 0)
-        return (delta for step in self._decode([growing]) for _, delta in step if delta)
+        """Generate the same text in pieces, as it becomes certain.
 
-    def answers(self, prompts: Sequence[str], settings: GenerationConfig) -> list[Answer]:
-        """Text, ids and finish reason for each sample of each prompt, prompt by prompt."""
+        Args:
+            prompt: The prompt.
+            settings: How to generate. None: the defaults.
+            **changes: Settings that differ, by any of their names.
+
+        Returns:
+            An iterator over the pieces.
+
+        Raises:
+            UsageError: As `generate`, at once and not at the first piece; also for several samples.
+            DataError: As `generate`.
+        """
+        config = override(settings, changes)
+        if config.num_samples != 1:
+            raise UsageError(
+                f"num_samples={config.num_samples}: only one sample can be streamed; use generate, or stream "
+                "one after another"
+            )
+        sequence = self._sequence(self.encode_prompt(prompt), config, 0)
+        return (delta for step in self._decode([sequence]) for _, delta in step if delta)
+
+    def complete(self, prompts: Sequence[str], settings: GenerationConfig) -> list[Completion]:
+        """Text, ids and finish reason of each sample, prompt by prompt; raises as `generate`."""
         return self.generate_ids([self.encode_prompt(prompt) for prompt in prompts], settings)
 
     def generate_ids(
         self, prompts: Sequence[Sequence[int]], settings: GenerationConfig | Sequence[GenerationConfig]
-    ) -> list[Answer]:
-        """Answers to prompts given as ids, with one setting for all or one each; `num_samples` answers for
-        each prompt in turn.
+    ) -> list[Completion]:
+        """Complete prompts that are given as ids.
 
         A sample depends on its prompt, its settings and its number alone, not on the batch that it is
         computed in.
+
+        Args:
+            prompts: Ids of each prompt.
+            settings: One for all prompts, or one per prompt.
+
+        Returns:
+            `num_samples` completions for each prompt in turn.
+
+        Raises:
+            UsageError: A prompt is empty, too long or has ids outside the vocabulary, or the numbers of
+                prompts and settings differ.
         """
         each = [settings] * len(prompts) if isinstance(settings, GenerationConfig) else list(settings)
         if len(each) != len(prompts):
-            raise UsageError(f"{len(prompts)} prompts, but settings for {len(each)}")
-        growing = [
-            self._grow(prompt, own, sample)
+            raise UsageError(f"{len(prompts)} prompts, but settings for {len(each)}; give one per prompt")
+        sequences = [
+            self._sequence(prompt, own, sample)
             for prompt, own in zip(prompts, each, strict=True)
             for sample in range(own.num_samples)
         ]
-        for start in range(0, len(growing), MAX_BATCH):
-            for _ in self._decode(growing[start : start + MAX_BATCH]):
+        for start in range(0, len(sequences), MAX_BATCH_SIZE):
+            for _ in self._decode(sequences[start : start + MAX_BATCH_SIZE]):
                 pass
-        return [one.answer for one in growing]
+        return [sequence.completion for sequence in sequences]
 
     def encode_prompt(self, prompt: str) -> list[int]:
-        """Ids of a prompt, nothing added. An empty one becomes the token that begins a text: bos, else eos,
-        else a newline.
+        """Ids of a prompt, with nothing added.
+
+        Args:
+            prompt: The text. An empty one becomes the token that begins a text: bos, else eos, else a
+                newline.
+
+        Returns:
+            Its ids.
+
+        Raises:
+            UsageError: The model has no tokenizer.
+            DataError: The text has characters that a character tokenizer lacks.
         """
         tokenizer = self._require_tokenizer()
         if prompt:
             return tokenizer.encode(prompt)
         start = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
-        # Texts of character tokenizers have no such token; nanoGPT starts them at a newline too.
+        # Character tokenizers have no such token; nanoGPT starts their texts at a newline too.
         return tokenizer.encode("\n") if start is None else [start]
 
-    def _grow(self, prompt: Sequence[int], settings: GenerationConfig, sample: int) -> GrowingAnswer:
+    def _sequence(self, prompt: Sequence[int], settings: GenerationConfig, sample: int) -> GenerationSequence:
         if not prompt:
-            raise UsageError("an empty list of ids has nothing to go on from; give at least one token")
+            raise UsageError("an empty list of ids cannot be continued; give at least one token")
         if not 0 <= min(prompt) <= max(prompt) < self.model.config.vocab_size:
             wrong = next(token for token in prompt if not 0 <= token < self.model.config.vocab_size)
             raise UsageError(
@@ -130,35 +179,60 @@ class LanguageModel:
         token_bytes = None if self.tokenizer is None else self.tokenizer.token_bytes
         if settings.stop and token_bytes is None:
             raise UsageError("stop strings need a tokenizer, and this model has none")
-        return GrowingAnswer(
+        return GenerationSequence(
             prompt, settings, self.context, sample=sample, end_ids=self.end_ids, token_bytes=token_bytes
         )
 
-    def _decode(self, growing: Sequence[GrowingAnswer]) -> Iterator[list[tuple[GrowingAnswer, str]]]:
-        return decode(self.model, growing, self._step, self._head)
+    def _decode(
+        self, sequences: Sequence[GenerationSequence]
+    ) -> Iterator[list[tuple[GenerationSequence, str]]]:
+        return decode(self.model, sequences, self._runner, self._head)
 
     def _require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise UsageError(
-                "this model has no tokenizer and knows ids only; load a folder that holds tokenizer.json"
+                "this model has no tokenizer and takes ids only; load a folder with a tokenizer.json"
             )
         return self.tokenizer
 
 
-def choose_step(model: Transformer, compile: str = "auto") -> DecodingStep:
-    """The fastest decoding step that this model allows."""
+def select_runner(model: Transformer, compile: str = "auto") -> ModelRunner:
+    """The fastest way to run decoding steps that this model allows.
+
+    Args:
+        model: The network.
+        compile: `auto`, `on` or `off`; without the fused decoder it has no effect.
+
+    Returns:
+        The fused decoder where the model allows it and LLM_TRAINER_CPU_DECODER is not 0, else the model as it
+        is.
+
+    Raises:
+        UsageError: `compile` is something else.
+    """
     if compile not in ("auto", "on", "off"):
-        raise UsageError(f"compile {compile!r} is unknown; give auto, on or off")
-    if is_fusible(model):
-        return FusedStep(model, compile=compile == "on")
-    return ModelStep(model)
+        raise UsageError(f"invalid value for compile: {compile!r}; choose auto, on or off")
+    if can_fuse(model) and is_cpu_decoder_enabled():
+        return FusedDecoder(model, compile=compile == "on")
+    return EagerModelRunner(model)
 
 
-def settings_with(settings: GenerationConfig | None, changes: dict[str, Any]) -> GenerationConfig:
-    """A copy of `settings` (none: the defaults) with some of them changed, by any name."""
+def override(settings: GenerationConfig | None, changes: dict[str, Any]) -> GenerationConfig:
+    """A copy of the settings with some of them changed.
+
+    Args:
+        settings: The settings. None: the defaults.
+        changes: New values, by any name of a setting.
+
+    Returns:
+        The changed copy.
+
+    Raises:
+        UsageError: A setting does not exist, or a value is invalid.
+    """
     if settings is None:
         return GenerationConfig(**changes)
-    settled = settings.model_copy(deep=True)
+    changed = settings.model_copy(deep=True)
     for name, value in changes.items():
-        setattr(settled, name, value)
-    return settled
+        setattr(changed, name, value)
+    return changed

@@ -1,10 +1,10 @@
-"""From logits to the next token, for a batch whose rows each have settings and a seed of their own.
+"""From logits to the next token, for a batch whose rows have settings and seeds of their own.
 
-The order is that of the field (transformers' logits processors): repetition penalty, temperature, top-k,
-top-p, min-p, draw. Temperature 0 (and one too low to divide by) is an exact argmax. A draw inverts the
-cumulative distribution, in the order of token ids, at one uniform number from the row's own generator: what a
-row draws depends on its logits and its seed alone, never on its neighbours, on the batch's size or on the
-device. Drawing one number a row instead of noise for each logit (`torch.multinomial`, Gumbel) is also
+The order is the usual one (that of transformers' logits processors): repetition penalty, temperature, top-k,
+top-p, min-p, draw. Temperature 0, and one too low to divide by, is an exact argmax. A draw inverts the
+cumulative distribution, in the order of token ids, at one uniform number from the row's own generator. So
+what a row draws depends on its logits and its seed alone, and never on the other rows, the batch size or the
+device. Drawing one number per row instead of noise for each logit (`torch.multinomial`, Gumbel) is also
 cheaper.
 """
 
@@ -18,37 +18,49 @@ from torch import Tensor
 
 from llm_trainer.config.schema.generation import GenerationConfig
 
-# Nearly always the top-p set lies within so many of the likeliest tokens: finding them is several times
-# cheaper than sorting a vocabulary.
+# The top-p set is nearly always among this many likeliest tokens: finding them is several times cheaper than
+# sorting a vocabulary.
 TOP_P_PROBE = 256
 
 
-class SamplingRow:
+class SamplingState:
     """What one sequence brings to a draw: its settings, its random numbers and the tokens it has seen."""
 
     def __init__(self, settings: GenerationConfig, prompt_ids: Sequence[int] = (), sample: int = 0) -> None:
-        """`sample` tells the several answers to one prompt apart: each has random numbers of its own under
-        one seed.
+        """Start a sequence.
+
+        Args:
+            settings: Its sampling settings.
+            prompt_ids: Its prompt, whose tokens the repetition penalty counts as seen.
+            sample: The number of this completion among those of one prompt; each has random numbers of its
+                own.
         """
         self.settings = settings
-        # A string seed goes through SHA-512, so that neighbouring seeds have nothing in common; no seed: from
-        # the operating system.
+        # A string seed goes through SHA-512, so that neighbouring seeds have nothing in common. Without a
+        # seed, the operating system gives one.
         self.random = random.Random(None if settings.seed is None else f"{settings.seed}/{sample}")
         self.seen: set[int] | None = set(prompt_ids) if settings.repetition_penalty != 1.0 else None
 
 
 class Sampler:
-    """Draws the next token of each row at once. Built anew only when the rows of the batch change."""
+    """Draws the next token of every row at once; built anew only when the rows of the batch change."""
 
     def __init__(
-        self, rows: Sequence[SamplingRow], vocab_size: int, device: torch.device | str = "cpu"
+        self, rows: Sequence[SamplingState], vocab_size: int, device: torch.device | str = "cpu"
     ) -> None:
+        """Prepare the settings of all rows as tensors.
+
+        Args:
+            rows: The sequences of the batch.
+            vocab_size: Number of tokens that may be drawn.
+            device: Where the logits are.
+        """
         self.rows = list(rows)
         self.device = torch.device(device)
         settings = [row.settings for row in rows]
         self.greedy = all(each.is_greedy for each in settings)
         self.any_greedy = any(each.is_greedy for each in settings)
-        # Rows that are greedy get temperature 1 here and are overwritten by the argmax below.
+        # Rows that are greedy get temperature 1 here, and the argmax replaces their draw below.
         self.temperature = self._column([1.0 if each.is_greedy else each.temperature for each in settings])
         self.top_k = [min(each.top_k or vocab_size, vocab_size) for each in settings]
         self.top_p = self._column([1.0 if each.top_p is None else each.top_p for each in settings])
@@ -60,9 +72,9 @@ class Sampler:
         self.penalty, self.seen = self._repetition(vocab_size)
 
     @property
-    def looks_at(self) -> int | None:
-        """How many of a row's largest logits decide what is drawn (and those that tie with the last of them);
-        none: all.
+    def num_candidates(self) -> int | None:
+        """How many of a row's largest logits (with those equal to the last of them) decide the draw; None:
+        all.
         """
         if self.seen is not None:
             return None
@@ -70,11 +82,16 @@ class Sampler:
         return max(filter(None, counts)) if all(counts) else None
 
     def __call__(self, logits: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Logits (B, n) of any floating type of the tokens `ids` (n,), in ascending order (none: of all), →
-        token ids (B,).
+        """Draw a token for each row.
 
-        What is left out must be outside what the sampler `looks_at`; then the draw is the same as with all
-        logits.
+        Args:
+            logits: (B, n), of any floating type.
+            ids: The tokens that the logits belong to, (n,), ascending. None: all, from 0 on. Tokens may be
+                left out if they are not among the `num_candidates` largest of any row; the draw is then the
+                same.
+
+        Returns:
+            Token ids, (B,).
         """
         drawn = self._draw(logits)
         return drawn if ids is None else ids[drawn]
@@ -94,8 +111,13 @@ class Sampler:
         return ids
 
     def restrict(self, scores: Tensor) -> Tensor:
-        """Scores (B, V), already divided by the temperature, with −inf on every token that top-k, top-p or
-        min-p leaves out.
+        """Set every token that top-k, top-p or min-p excludes to −∞.
+
+        Args:
+            scores: Logits divided by the temperature, (B, V).
+
+        Returns:
+            (B, V).
         """
         if self.limits_top_k:
             scores = keep_top_k(scores, self.top_k)
@@ -127,14 +149,30 @@ class Sampler:
 
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
-    """Divide positive and multiply negative logits (B, V) of seen tokens (B, V) by penalty (B, 1) (Keskar
-    2019, arXiv:1909.05858).
+    """Divide positive and multiply negative logits of seen tokens by the penalty (Keskar 2019,
+    arXiv:1909.05858).
+
+    Args:
+        logits: (B, V).
+        seen: (B, V), bool.
+        penalty: (B, 1).
+
+    Returns:
+        (B, V).
     """
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def keep_top_k(scores: Tensor, top_k: Sequence[int]) -> Tensor:
-    """−inf below the k-th largest score of each row (B, V); k by row. Tokens that tie with the k-th stay."""
+    """Set scores below the k-th largest of each row to −∞; those equal to the k-th stay.
+
+    Args:
+        scores: (B, V).
+        top_k: k of each row.
+
+    Returns:
+        (B, V).
+    """
     largest_k = max((k for k in top_k if k < scores.shape[1]), default=scores.shape[1])
     values = scores.topk(largest_k, dim=-1).values
     rank = torch.tensor([min(k, largest_k) - 1 for k in top_k], device=scores.device)[:, None]
@@ -144,11 +182,19 @@ def keep_top_k(scores: Tensor, top_k: Sequence[int]) -> Tensor:
 
 
 def keep_top_p(scores: Tensor, top_p: Tensor, probe: int = TOP_P_PROBE) -> Tensor:
-    """−inf outside the fewest likeliest tokens that together have probability `top_p` (B, 1) (Holtzman 2019,
-    arXiv:1904.09751).
+    """Set all scores but the fewest likeliest tokens with a total probability of `top_p` to −∞ (Holtzman
+    2019, arXiv:1904.09751).
 
     A token stays while the tokens likelier than it have less than `top_p` together; the likeliest always
-    stays. Scores are (B, V).
+    stays.
+
+    Args:
+        scores: (B, V).
+        top_p: (B, 1).
+        probe: How many likeliest tokens are looked at before the whole vocabulary is sorted.
+
+    Returns:
+        (B, V).
     """
     normalizer = scores.logsumexp(dim=-1, keepdim=True)
     count = min(probe, scores.shape[1])
@@ -166,24 +212,36 @@ def keep_top_p(scores: Tensor, top_p: Tensor, probe: int = TOP_P_PROBE) -> Tenso
 
 
 def keep_min_p(scores: Tensor, min_p: Tensor) -> Tensor:
-    """−inf on tokens less likely than `min_p` (B, 1) times the likeliest of their row (B, V) (Nguyen 2024,
+    """Set tokens less likely than `min_p` times the likeliest of their row to −∞ (Nguyen 2024,
     arXiv:2407.01082).
+
+    Args:
+        scores: (B, V).
+        min_p: (B, 1).
+
+    Returns:
+        (B, V).
     """
     threshold = scores.amax(dim=-1, keepdim=True) + min_p.log()
     return scores.masked_fill(scores < threshold, -torch.inf)
 
 
 def draw(probabilities: Tensor, uniforms: Sequence[float]) -> Tensor:
-    """The token of each row (B, V) at which the cumulative probability first exceeds the row's uniform number
-    in [0, 1) → (B,).
+    """The token of each row at which the cumulative probability first exceeds the row's uniform number.
 
-    Sums are in double precision: in single, the tail of a large vocabulary would be lost in rounding. A token
-    of probability 0 is never drawn, whatever rounding does at the ends.
+    Sums are in double precision: in single precision, the tail of a large vocabulary would be lost in
+    rounding. A token of probability 0 is never drawn, whatever rounding does at the ends.
+
+    Args:
+        probabilities: (B, V).
+        uniforms: A number in [0, 1) per row.
+
+    Returns:
+        Token ids, (B,).
     """
     cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
-    target = (
-        torch.tensor(uniforms, dtype=torch.float64, device=probabilities.device)[:, None] * cumulative[:, -1:]
-    )
+    numbers = torch.tensor(uniforms, dtype=torch.float64, device=probabilities.device)
+    target = numbers[:, None] * cumulative[:, -1:]
     ids = torch.searchsorted(cumulative, target, right=True)[:, 0]
     # The product may round up to the total itself; then it is the last token that has any probability.
     last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())[:, 0]

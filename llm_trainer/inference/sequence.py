@@ -1,4 +1,4 @@
-"""One answer in the making: its ids, its text, and when it ends."""
+"""One sequence while it is generated: its ids, its text, and when it ends."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from typing import Literal
 
 from llm_trainer.config.schema.generation import GenerationConfig
 from llm_trainer.errors import UsageError
-from llm_trainer.inference.detokenizer import TextStream
-from llm_trainer.inference.sampling import SamplingRow
+from llm_trainer.inference.detokenizer import Detokenizer
+from llm_trainer.inference.sampling import SamplingState
 
 FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What came of one prompt. `finish_reason`: `stop` at the end of text or at a stop string, `length` at a
-    limit.
+class Completion:
+    """What was generated for one prompt.
 
-    `ids` holds every token drawn but the one that ends a text; `text` ends before a stop string, whose tokens are still in `ids`.
+    `ids` are all sampled tokens but the one that ends a text. `text` ends before a stop string, whose tokens
+    are still in `ids`. `finish_reason` is `stop` at the end of text or at a stop string, and `length` at a
+    limit.
     """
 
     ids: list[int]
@@ -27,12 +28,15 @@ class Answer:
     finish_reason: FinishReason
 
 
-class GrowingAnswer:
+class GenerationSequence:
     """A row of the batch, from its prompt to its end.
 
-    It ends at an end-of-text token, at a stop string, after `max_new_tokens`, or where prompt and answer fill
-    the model's context, unless it slides: then the model goes on from the latter half of what it saw
-    (nanoGPT's sample.py drops one token a step instead, and reads the whole context anew for each).
+    It ends at an end-of-text token, at a stop string, after `max_new_tokens`, or where prompt and completion
+    fill the model's context. With `sliding_context` it does not end there: the model continues from the
+    second half of what it saw. (nanoGPT's sample.py drops one token per step instead, and reads the complete
+    context again for each.)
+
+    The name is not `Sequence`, so that it does not hide `collections.abc.Sequence`.
     """
 
     def __init__(
@@ -45,84 +49,101 @@ class GrowingAnswer:
         end_ids: Collection[int] = (),
         token_bytes: Callable[[int], bytes] | None = None,
     ) -> None:
-        """`sample` numbers the answers to one prompt; `token_bytes` turns ids to text, and without it there
-        is none.
+        """Start a sequence.
+
+        Args:
+            prompt_ids: The prompt, at least one token.
+            settings: How to sample, and when to stop.
+            context: The model's context, in tokens.
+            sample: The number of this completion among those of one prompt.
+            end_ids: Tokens that end a text.
+            token_bytes: The bytes of a token. None: there is no text, only ids.
+
+        Raises:
+            UsageError: The prompt is longer than the context, and `sliding_context` is off.
         """
-        if len(prompt_ids) > context and not settings.slide:
+        if len(prompt_ids) > context and not settings.sliding_context:
             raise UsageError(
-                f"the prompt has {len(prompt_ids)} tokens, but the model's context is {context}; shorten it, or set slide"
+                f"the prompt has {len(prompt_ids)} tokens, but the model's context is {context}; shorten it, "
+                "or set sliding_context"
             )
         self.prompt_ids = list(prompt_ids)
         self.settings = settings
-        self.sampling = SamplingRow(settings, prompt_ids, sample)
+        self.sampling = SamplingState(settings, prompt_ids, sample)
         self.ids: list[int] = []
         self.text = ""
         self.finish_reason: FinishReason | None = None
         self._context = context
-        self._first_seen = max(0, len(prompt_ids) - context)
-        self._room = (
-            settings.max_new_tokens
-            if settings.slide
-            else min(settings.max_new_tokens, context - len(prompt_ids))
-        )
+        self._first_visible = max(0, len(prompt_ids) - context)
+        self._max_new_tokens = settings.max_new_tokens
+        if not settings.sliding_context:
+            self._max_new_tokens = min(settings.max_new_tokens, context - len(prompt_ids))
         self._end_ids = frozenset() if settings.ignore_eos else frozenset(end_ids)
-        self._stream = TextStream(settings.stop)
+        self._detokenizer = Detokenizer(settings.stop)
         self._token_bytes = token_bytes
-        if self._room == 0:
+        if self._max_new_tokens == 0:
             self.finish_reason = "length"
 
     @property
-    def seen_ids(self) -> list[int]:
-        """The tokens of prompt and answer that the model looks back on."""
-        return (self.prompt_ids + self.ids)[self._first_seen :]
+    def visible_ids(self) -> list[int]:
+        """The tokens of prompt and completion that the model attends to."""
+        return (self.prompt_ids + self.ids)[self._first_visible :]
 
     @property
     def length(self) -> int:
-        """How many tokens those are; the next one has this position."""
-        return len(self.prompt_ids) + len(self.ids) - self._first_seen
+        """How many tokens are visible; the next one has this position."""
+        return len(self.prompt_ids) + len(self.ids) - self._first_visible
 
     @property
-    def longest(self) -> int:
-        """How many they may become."""
-        return min(len(self.prompt_ids) + self._room, self._context)
-
-    def slide(self) -> bool:
-        """Forget the first half of the context if it is full; whether it was."""
-        if self.length <= self._context:
-            return False
-        self._first_seen += self.length - max(1, self._context // 2)
-        return True
+    def max_length(self) -> int:
+        """How many tokens may become visible."""
+        return min(len(self.prompt_ids) + self._max_new_tokens, self._context)
 
     @property
     def last_id(self) -> int:
         """The token that the next step reads."""
         return self.ids[-1] if self.ids else self.prompt_ids[-1]
 
+    @property
+    def completion(self) -> Completion:
+        """The result, once the sequence has ended."""
+        assert self.finish_reason is not None, "the sequence has not ended yet"
+        return Completion(self.ids, self.text, self.finish_reason)
+
+    def slide_context(self) -> bool:
+        """Drop the first half of the visible tokens if the context is full.
+
+        Returns:
+            Whether it was full.
+        """
+        if self.length <= self._context:
+            return False
+        self._first_visible += self.length - max(1, self._context // 2)
+        return True
+
     def accept(self, token: int) -> str:
-        """Take the next token; return the text that is now certain, and set `finish_reason` if this was the
-        end.
+        """Add the next token, and set `finish_reason` if it is the last one.
+
+        Args:
+            token: Its id.
+
+        Returns:
+            The text that is now certain.
         """
         if token in self._end_ids:
             return self._finish("stop")
         self.ids.append(token)
-        delta = self._stream.push(self._token_bytes(token)) if self._token_bytes else ""
+        delta = self._detokenizer.push(self._token_bytes(token)) if self._token_bytes else ""
         self.text += delta
-        if self._stream.stopped:
+        if self._detokenizer.stopped:
             self.finish_reason = "stop"
-        elif len(self.ids) >= self._room:
+        elif len(self.ids) >= self._max_new_tokens:
             return delta + self._finish("length")
         return delta
 
     def _finish(self, reason: FinishReason) -> str:
-        rest = self._stream.finish()
+        rest = self._detokenizer.finish()
         self.text += rest
-        # What was held back may have completed a stop string only with the half character that the end made
-        # whole.
-        self.finish_reason = "stop" if self._stream.stopped else reason
+        # An incomplete character that the end completes may have completed a stop string.
+        self.finish_reason = "stop" if self._detokenizer.stopped else reason
         return rest
-
-    @property
-    def answer(self) -> Answer:
-        """The result, once finished."""
-        assert self.finish_reason is not None, "the answer is still growing"
-        return Answer(self.ids, self.text, self.finish_reason)

@@ -1,4 +1,4 @@
-"""Inner functions of the MLP, by their names in the configuration."""
+"""Activation functions of the MLP, by their names in the configuration."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from torch import Tensor
 
 
 def relu_squared(x: Tensor) -> Tensor:
-    """max(x, 0)², as in Primer (So et al. 2021, arXiv:2109.08668), in x's type.
+    """max(x, 0)², as in Primer (So et al. 2021, arXiv:2109.08668), in the type of `x`.
 
-    In eager mode its gradient is written out: autograd's takes three passes more over the network's widest tensor, and under autocast
-    `square` is done in fp32, with a conversion each way. That is a fifth of a small model's step on a CPU.
+    In eager mode its gradient is written out. Autograd's gradient takes three more passes over the network's
+    widest tensor, and under autocast `square` is done in fp32, with a conversion each way; together that is a
+    fifth of a small model's step on a CPU.
     """
     if torch.compiler.is_compiling():
         positive = F.relu(x)
@@ -40,23 +41,22 @@ class _EagerReluSquared(torch.autograd.Function):
 def gelu_tanh(x: Tensor) -> Tensor:
     """GELU by its tanh approximation, as GPT-2 computes it.
 
-    Compiled for a CPU it is x · sigmoid(2u), which is x · (1 + tanh u) / 2 and takes half the time there,
-    tanh being slow.
+    Compiled for a CPU it is x · sigmoid(2u), which equals x · (1 + tanh u) / 2 and takes half the time,
+    because tanh is slow there.
     """
     if torch.compiler.is_compiling() and x.device.type == "cpu":
         wide = x.float()
-        return (wide * torch.sigmoid(2.0 * math.sqrt(2.0 / math.pi) * (wide + 0.044715 * wide**3))).to(
-            x.dtype
-        )
+        gate = torch.sigmoid(2.0 * math.sqrt(2.0 / math.pi) * (wide + 0.044715 * wide**3))
+        return (wide * gate).to(x.dtype)
     return F.gelu(x, approximate="tanh")
 
 
 def relu(x: Tensor) -> Tensor:
     """max(x, 0).
 
-    Compiled for a CPU it is x · sign(max(x, 0)), whose gradient is the same: with its own, Inductor stores
-    which features were positive as truth values beside bf16, one by one, and that takes six times as long as
-    all the rest.
+    Compiled for a CPU it is x · sign(max(x, 0)), whose gradient is the same. For the gradient of `F.relu`,
+    Inductor stores which features were positive as booleans next to bf16 values, one by one, and that takes
+    six times as long as all other operations.
     """
     if torch.compiler.is_compiling() and x.device.type == "cpu":
         return x * torch.sign(F.relu(x.detach()))

@@ -1,9 +1,9 @@
 """Softmax attention by the fastest way that the device has for it.
 
-PyTorch's fused kernels nearly always. The exception is training in bf16 on a CPU over short sequences: the
-fused backward pass multiplies tiles too small for the matrix units (AMX, AVX512-BF16) and takes ten times as
-long as whole products there (4 heads of 32, 64 tokens, batch 12: 7.0 ms against 0.6; at 512 tokens 22 against
-9; at 1024 they are even, and the scores cost memory).
+That is nearly always PyTorch's fused kernel. The exception is training in bf16 on a CPU over short sequences.
+There the backward pass of the fused kernel multiplies tiles too small for the matrix units (AMX, AVX512-BF16)
+and takes ten times as long as products of whole matrices (4 heads of 32, 64 tokens, batch 12: 7.0 ms against
+0.6; at 512 tokens 22 against 9). At 1024 tokens the two take equally long, and the scores cost memory.
 """
 
 from __future__ import annotations
@@ -15,39 +15,54 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SHORT = 512  # tokens
+EAGER_MAX_TOKENS = 512
 
 
-class Share(Protocol):
-    """A part of each sequence, where the other tokens are elsewhere: what a model has to be told to work on
-    its part alone.
+class SequenceShard(Protocol):
+    """The part of each sequence that one rank has, where other ranks have the other tokens.
 
-    All else in a model is done token by token.
+    A model under context parallelism needs it for positions, masks and attention; everything else in a model
+    is computed token by token. `distributed/context_parallel.py` implements it.
     """
 
-    def places(self, count: int, device: torch.device) -> tuple[int, Tensor]:
-        """How long sequences are of which `count` tokens are here, and where in them these stand, (count,)
-        int64.
+    def token_positions(self, count: int, device: torch.device) -> tuple[int, Tensor]:
+        """Where the local tokens are in their sequences.
+
+        Args:
+            count: How many tokens of each sequence are on this rank.
+            device: The device of the result.
+
+        Returns:
+            The length of the complete sequences, and the positions of the local tokens, (count,) int64.
         """
 
-    def attend(
+    def attention(
         self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, dropout: float = 0.0
     ) -> Tensor:
-        """As the function `attend`, with a mask (or causally, without one) over all tokens of the sequences,
-        in their order.
+        """Like the function `attention`, from the local tokens to the complete sequences.
+
+        The mask has a column for every token of the sequences, in their order; without one, attention is
+        causal.
         """
 
 
-def attend(
+def attention(
     queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, dropout: float = 0.0
 ) -> Tensor:
-    """queries (B, H, T, D), keys and values (B, KV, S, D) → (B, H, T, D).
+    """Scaled dot-product attention; each key-value head serves a group of neighbouring query heads.
 
-    mask: additive, broadcastable to (B, H, T, S); without one attention is causal, and a single query sees
-    all keys. KV heads are shared by neighbouring query heads.
+    Args:
+        queries: (B, H, T, D).
+        keys: (B, KV, S, D).
+        values: (B, KV, S, D).
+        mask: Additive, broadcastable to (B, H, T, S). None: causal, and a single query sees all keys.
+        dropout: Probability with which an attention weight is zeroed.
+
+    Returns:
+        (B, H, T, D).
     """
     if _is_short_cpu_training(queries, keys) and dropout == 0.0:
-        return attend_by_products(queries, keys, values, mask)
+        return eager_attention(queries, keys, values, mask)
     causal = mask is None
     if queries.size(2) == 1:  # a statement, for a compiler that knows the length as a symbol only
         causal = False
@@ -62,9 +77,11 @@ def attend(
     )
 
 
-def attend_by_products(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """The same with all scores at once: two batched products around a softmax, which rounds scores to the
-    queries' type.
+def eager_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention with all scores at once: two batched products around a softmax.
+
+    Scores are rounded to the type of the queries. Arguments and result are those of `attention`, with as many
+    keys as queries.
     """
     batch, heads, count, width = queries.shape
     if keys.size(1) != heads:
@@ -84,5 +101,5 @@ def _is_short_cpu_training(queries: Tensor, keys: Tensor) -> bool:
         and queries.dtype == torch.bfloat16
         and queries.requires_grad
         and torch.is_grad_enabled()
-        and queries.size(2) == keys.size(2) <= SHORT
+        and queries.size(2) == keys.size(2) <= EAGER_MAX_TOKENS
     )

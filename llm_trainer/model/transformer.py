@@ -1,15 +1,15 @@
-"""The whole network: GPT-2's shape, Llama's, and what lies between, by configuration and without a subclass
+"""The whole network: GPT-2's shape, Llama's, and shapes between them, by configuration and without a subclass
 per family.
 
 Read it from top to bottom: attention, MLP, block, model. B is the batch, T the tokens of a sequence, C the
 width of the residual stream (`hidden_size`), H and KV the query and key-value heads, D the width of a head, V
 the vocabulary.
 
-Query, key, value, gate and up projections are separate matrices, though one fused product is a little faster
-on small shapes: each is then one thing with one name for Hugging Face's files, for LoRA, tensor parallelism,
-Muon and pruning. What depends on the sequence and not on the layer (rotary tables, masks) is made once per
-pass and handed to every block; blocks carry no index of their own, so that a compiled block serves for all of
-them.
+Query, key, value, gate and up projections are separate matrices, though one fused matrix would be a little
+faster on small shapes. Each is then one module with one name for Hugging Face's files, for LoRA, tensor
+parallelism, Muon and pruning. What depends on the sequence and not on the layer (rotary tables, masks) is
+computed once per pass and given to every block. Blocks have no index of their own, so that one compiled block
+serves for all of them.
 """
 
 from __future__ import annotations
@@ -18,108 +18,37 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm_trainer.config.schema.model import ModelConfig
 from llm_trainer.errors import UsageError
-from llm_trainer.model.activation_checkpointing import recomputed
+from llm_trainer.model.activation_checkpointing import checkpointed
 from llm_trainer.model.activations import ACTIVATIONS
-from llm_trainer.model.adapters.bottleneck_adapter import Bottleneck, Choice, chosen_domains
-from llm_trainer.model.attention import Share, attend
-from llm_trainer.model.kv_cache import KVCache, LayerCache, Place
+from llm_trainer.model.adapters.bottleneck_adapter import AdapterIndex, BottleneckAdapter, domain_indices
+from llm_trainer.model.adapters.lora import inject_adapters, set_lora_rank
+from llm_trainer.model.attention import SequenceShard, attention
+from llm_trainer.model.base import TransformerBase
+from llm_trainer.model.kv_cache import CachePosition, KVCache, LayerCache
+from llm_trainer.model.layers import Embedding, Linear, compute_dtype, fused_linears, make_norm
+from llm_trainer.model.module_names import set_trainable
 from llm_trainer.model.norms import RMSNorm
-from llm_trainer.model.positional import Rotary, cache_mask, positions_in_documents, rotate, sequence_mask
-
-
-def _either(first: bool | None, *others: bool) -> bool:
-    """The first that is said."""
-    return next(value for value in (first, *others) if value is not None)
-
-
-def computing_dtype(x: Tensor) -> torch.dtype:
-    """The type that matrix products will have: autocast's where it is on, so that tables and masks do not
-    pull attention back to fp32.
-    """
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
-class Linear(nn.Linear):
-    """A linear map without default initialisation, which `Transformer.initialize` would only overwrite.
-
-    (`nn.utils.skip_init` does the same by way of the meta device, where drawing numbers imports
-    torch._dynamo: 1.4 s of a program's start.)
-    """
-
-    def reset_parameters(self) -> None:
-        """Leave the weights as allocated."""
-
-    def adapted(self, x: Tensor, y: Tensor) -> Tensor:
-        """What this map gives for `x` where its matrix gives `y`: the same, unless adapters add to it
-        (lora.py).
-        """
-        return y
-
-    def effective_weight(self) -> Tensor:
-        """The matrix (out, in) that computes what the map does without dropout."""
-        return self.weight
-
-
-def project(x: Tensor, maps: Sequence[nn.Linear]) -> Sequence[Tensor]:
-    """Several linear maps of one input, x (…, in) → (…, out) each.
-
-    In training they are one product with their weights joined: products of a hundred features cost more for
-    being called than for their arithmetic; low-rank adapters add to each map's share. Each map is called by
-    itself where it is more than that (a hook, a weight spread over ranks), and without gradients, where a
-    single token would pay for joining the weights.
-    """
-    if not (torch.is_grad_enabled() and all(map(_is_plain, maps))):
-        return [linear(x) for linear in maps]
-    bias = None if maps[0].bias is None else torch.cat([linear.bias for linear in maps])
-    joined = F.linear(x, torch.cat([linear.weight for linear in maps]), bias)
-    shares = torch.split(joined, [linear.out_features for linear in maps], dim=-1)
-    return [
-        linear.adapted(x, share) if isinstance(linear, Linear) else share
-        for linear, share in zip(maps, shares, strict=True)
-    ]
-
-
-def _is_plain(linear: nn.Linear) -> bool:
-    return (
-        isinstance(linear, Linear)
-        and type(linear.weight) is nn.Parameter
-        and not linear._forward_hooks
-        and not linear._forward_pre_hooks
-    )
-
-
-class Embedding(nn.Embedding):
-    """An embedding without default initialisation, likewise."""
-
-    def reset_parameters(self) -> None:
-        """Leave the weights as allocated."""
-
-
-def make_norm(config: ModelConfig) -> nn.Module:
-    """LayerNorm or RMSNorm over C features."""
-    if config.norm == "rmsnorm":
-        return RMSNorm(config.hidden_size, config.norm_epsilon)
-    return nn.LayerNorm(
-        config.hidden_size, eps=config.norm_epsilon, bias=_either(config.norm_bias, config.bias)
-    )
+from llm_trainer.model.positional import (
+    RotaryEmbedding,
+    cache_mask,
+    positions_in_documents,
+    rotate,
+    sequence_mask,
+)
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped key-value heads (Ainslie et al. 2023, arXiv:2305.13245) through
-    PyTorch's fused kernels.
-    """
+    """Causal self-attention with grouped key-value heads (Ainslie et al. 2023, arXiv:2305.13245)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width, heads, kv_heads = config.head_width, config.num_attention_heads, config.kv_heads
-        bias = _either(config.attention_bias, config.bias)
-        qkv_bias = _either(config.qkv_bias, bias)
+        bias = _first_set(config.attention_bias, config.bias)
+        qkv_bias = _first_set(config.qkv_bias, bias)
         self.q_proj = Linear(config.hidden_size, heads * width, qkv_bias)
         self.k_proj = Linear(config.hidden_size, kv_heads * width, qkv_bias)
         self.v_proj = Linear(config.hidden_size, kv_heads * width, qkv_bias)
@@ -127,8 +56,8 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(width, config.norm_epsilon) if config.qk_norm else None
         self.k_norm = RMSNorm(width, config.norm_epsilon) if config.qk_norm else None
         self.head_width = width
-        self.dropout = _attention_dropout(config)
-        self.attend = attend
+        self.dropout = config.dropout if config.attention_dropout is None else config.attention_dropout
+        self.attention_function = attention
 
     def forward(
         self,
@@ -136,65 +65,72 @@ class Attention(nn.Module):
         rotary: tuple[Tensor, Tensor] | None = None,
         mask: Tensor | None = None,
         cache: LayerCache | None = None,
-        place: Place | None = None,
+        cache_position: CachePosition | None = None,
     ) -> Tensor:
-        """x (B, T, C) → (B, T, C). Without a mask attention is causal; one new token over a cache sees all
-        that the cache shows.
+        """Attend from each token to those before it.
+
+        Args:
+            x: (B, T, C).
+            rotary: Tables of cos and sin, or None.
+            mask: Additive, broadcastable to (B, H, T, S). None: causal; one new token over a cache sees all
+                that the cache shows.
+            cache: Keys and values of earlier tokens, or None.
+            cache_position: Where the tokens of `x` go in the cache.
+
+        Returns:
+            (B, T, C).
         """
         batch, count, _ = x.shape
-        x = x.to(computing_dtype(x))  # once: autocast would do it in each projection
+        x = x.to(compute_dtype(x))  # once: autocast would do it in each projection
         # (B, T, H, D), and (B, T, KV, D) twice
         q, k, v = (
             y.view(batch, count, -1, self.head_width)
-            for y in project(x, (self.q_proj, self.k_proj, self.v_proj))
+            for y in fused_linears(x, (self.q_proj, self.k_proj, self.v_proj))
         )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
-        if cache is not None and place is not None:
-            keys, values = cache.write(k, v, place)  # (B, KV, S, D)
+        if cache is not None and cache_position is not None:
+            keys, values = cache.write(k, v, cache_position)  # (B, KV, S, D)
         else:
             keys, values = k.transpose(1, 2), v.transpose(1, 2)
-        y = self.attend(
-            q.transpose(1, 2), keys, values, mask, self.dropout if self.training else 0.0
-        )  # (B, H, T, D)
+        dropout = self.dropout if self.training else 0.0
+        y = self.attention_function(q.transpose(1, 2), keys, values, mask, dropout)  # (B, H, T, D)
         projected: Tensor = self.o_proj(y.transpose(1, 2).reshape(batch, count, -1))
         return projected
 
 
-def _attention_dropout(config: ModelConfig) -> float:
-    return config.dropout if config.attention_dropout is None else config.attention_dropout
-
-
 class MLP(nn.Module):
-    """Two linear maps around an activation; with swiglu a third gates them (Shazeer 2020, arXiv:2002.05202)."""
+    """Two linear maps around an activation; with swiglu a third one gates them (Shazeer 2020,
+    arXiv:2002.05202).
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        bias = _either(config.mlp_bias, config.bias)
-        self.up_proj = Linear(config.hidden_size, config.mlp_width, bias)
-        self.down_proj = Linear(config.mlp_width, config.hidden_size, bias)
-        self.gate_proj = (
-            Linear(config.hidden_size, config.mlp_width, bias) if config.activation == "swiglu" else None
-        )
+        width, inner = config.hidden_size, config.mlp_width
+        bias = _first_set(config.mlp_bias, config.bias)
+        self.up_proj = Linear(width, inner, bias)
+        self.down_proj = Linear(inner, width, bias)
+        self.gate_proj = Linear(width, inner, bias) if config.activation == "swiglu" else None
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, C) → (B, T, C)."""
-        x = x.to(computing_dtype(x))
+        x = x.to(compute_dtype(x))
         if self.gate_proj is None:
             inner: Tensor = self.activation(self.up_proj(x))
         else:
-            gate, up = project(x, (self.gate_proj, self.up_proj))
+            gate, up = fused_linears(x, (self.gate_proj, self.up_proj))
             inner = self.activation(gate) * up
         projected: Tensor = self.down_proj(inner)
         return projected
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each added to the residual stream; normalised before (as GPT-2 and Llama do) or
-    after the sum.
+    """Attention, then MLP, each added to the residual stream.
+
+    The stream is normalized before each (pre-norm, as GPT-2 and Llama do) or after each sum (post-norm).
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -205,10 +141,10 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
         self.pre_norm = config.pre_norm
-        width, inner = config.hidden_size, config.adapter_size
-        self.adapter = Bottleneck(1, width, inner) if config.use_adapter_modules else None
+        width, inner, domains = config.hidden_size, config.adapter_size, len(config.domain_names)
+        self.adapter = BottleneckAdapter(1, width, inner) if config.use_adapter_modules else None
         self.domain_adapter = (
-            Bottleneck(len(config.domain_names), width, inner) if config.use_domain_adaptation else None
+            BottleneckAdapter(domains, width, inner) if config.use_domain_adaptation else None
         )
 
     def forward(
@@ -217,85 +153,113 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor] | None = None,
         mask: Tensor | None = None,
         cache: LayerCache | None = None,
-        place: Place | None = None,
-        domains: Choice = None,
+        cache_position: CachePosition | None = None,
+        domains: AdapterIndex = None,
     ) -> Tensor:
-        """x (B, T, C) → (B, T, C)."""
+        """Run the block; all arguments but `domains` are those of `Attention.forward`.
+
+        Args:
+            x: (B, T, C).
+            rotary: Tables of cos and sin, or None.
+            mask: Attention mask, or None.
+            cache: Keys and values of earlier tokens, or None.
+            cache_position: Where the tokens of `x` go in the cache.
+            domains: Which domain's adapter each row or token takes.
+
+        Returns:
+            (B, T, C).
+        """
         if self.pre_norm:
-            x = x + self.dropout(self.attn(self.ln_1(x), rotary, mask, cache, place))
+            x = x + self.dropout(self.attn(self.ln_1(x), rotary, mask, cache, cache_position))
             x = x + self.dropout(self.mlp(self.ln_2(x)))
         else:
-            x = self.ln_1(x + self.dropout(self.attn(x, rotary, mask, cache, place)))
+            x = self.ln_1(x + self.dropout(self.attn(x, rotary, mask, cache, cache_position)))
             x = self.ln_2(x + self.dropout(self.mlp(x)))
         if self.adapter is not None:
             x = self.adapter(x, 0)
         return x if self.domain_adapter is None else self.domain_adapter(x, domains)
 
 
-class Transformer(nn.Module):
-    """Token ids in, hidden states or logits out."""
+class Transformer(TransformerBase):
+    """The language model: token ids in, hidden states or logits out."""
 
     def __init__(self, config: ModelConfig, generator: torch.Generator | None = None) -> None:
+        """Build the model and initialize its weights, except on the meta device.
+
+        Args:
+            config: The model's shape.
+            generator: Source of the random weights. None: torch's global one.
+
+        Raises:
+            UsageError: The configuration describes no model that can be built.
+        """
         super().__init__()
         config.check_shape()  # again: settings may have been assigned one by one
-        self.config = config = config.with_lora_table()
+        self.config = config = config.with_lora_tables()
         device = torch.get_default_device()
         self.wte = Embedding(config.vocab_size, config.hidden_size)
         self.wpe = None
-        if config.positions == "learned":
+        if config.position_embedding == "learned":
             self.wpe = Embedding(config.max_position_embeddings, config.hidden_size)
-        self.rotary = Rotary(config) if config.positions == "rope" else None
+        self.rotary = RotaryEmbedding(config) if config.position_embedding == "rope" else None
         self.dropout = nn.Dropout(
             config.dropout if config.embedding_dropout is None else config.embedding_dropout
         )
         self.blocks = nn.ModuleList(
-            [Block(config.of_block(number)) for number in range(config.num_hidden_layers)]
+            [Block(config.block_config(number)) for number in range(config.num_hidden_layers)]
         )
-        # The last sum of a post-norm stack is normalised already.
+        # The last sum of a post-norm stack is normalized already.
         self.ln_f = make_norm(config) if config.pre_norm else nn.Identity()
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.domain: int | None = 0 if len(config.domain_names) == 1 else None
-        self.share: Share | None = None
+        self.sequence_shard: SequenceShard | None = None
         self.tie_weights()
         if device.type != "meta":
             self.initialize(generator)
-        if config.lora or config.lora_in_use:
-            from llm_trainer.model.adapters.lora import attach_all  # it builds on this module
+        if config.lora or config.active_adapters:
+            inject_adapters(self)
 
-            attach_all(self)
-
-    def tie_weights(self) -> None:
-        """Let the head use the embedding's matrix, where the configuration says so."""
-        if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.wte.weight
-
-    def take_share(self, share: Share) -> None:
-        """Expect this part of each sequence as input, and give it as output."""
-        self.share = share
+    def set_sequence_shard(self, shard: SequenceShard) -> None:
+        """Work on a part of each sequence (context parallelism): it is the input, and the output is for it
+        alone.
+        """
+        self.sequence_shard = shard
         for module in self.modules():
             if isinstance(module, Attention):
-                module.attend = share.attend
+                module.attention_function = shard.attention
 
     def freeze_layer(self, parts: str | Sequence[str]) -> list[str]:
-        """Stop training parts by name, range or glob (`attn.2`, `mlp.0-3`, `ln_*`); returns all that are
-        frozen by it (parts.py).
-        """
-        from llm_trainer.model.module_names import set_trainable  # it builds on this module
+        """Stop training some parts.
 
+        Args:
+            parts: A name (`attn.2`), a range (`mlp.0-3`), a glob (`ln_*`), or a list of them; see
+                `module_names`.
+
+        Returns:
+            All parts that this freezes, including a part that is tied to one of them.
+
+        Raises:
+            UsageError: The model has no such part.
+        """
         return set_trainable(self, parts, False)
 
     def unfreeze_layer(self, parts: str | Sequence[str]) -> list[str]:
-        """Train parts again."""
-        from llm_trainer.model.module_names import set_trainable
-
+        """Train some parts again; arguments, result and errors are those of `freeze_layer`."""
         return set_trainable(self, parts, True)
 
     def set_layer_lora_rank(self, parts: str | Sequence[str], rank: int) -> list[str]:
-        """Give attn.N, mlp.N, wte or lm_head low-rank adapters of this rank, 0: merge and remove them
-        (lora.py).
-        """
-        from llm_trainer.model.adapters.lora import set_lora_rank
+        """Give parts low-rank adapters of another rank; see `adapters.lora.set_lora_rank`.
 
+        Args:
+            parts: Names, ranges or globs of `attn.N`, `mlp.N`, `wte` and `lm_head`.
+            rank: The new rank; 0 merges the adapters and removes them.
+
+        Returns:
+            The parts that were changed.
+
+        Raises:
+            UsageError: A part does not exist or takes no adapter, or the rank is negative.
+        """
         return set_lora_rank(self, parts, rank)
 
     def forward(
@@ -307,15 +271,14 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         domains: Tensor | None = None,
     ) -> Tensor:
-        """input_ids (B, T) → logits (B, T, V)."""
-        return self.logits(
-            self.hidden_states(
-                input_ids, document_ids=document_ids, positions=positions, cache=cache, domains=domains
-            )
+        """input_ids (B, T) → logits (B, T, V); the other arguments are those of `hidden_states`."""
+        hidden = self.hidden_states(
+            input_ids, document_ids=document_ids, positions=positions, cache=cache, domains=domains
         )
+        return self.logits(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden (…, C) → logits (…, V), squashed where `logit_soft_cap` says so (Gemma 2, arXiv:2408.00118)."""
+        """hidden (…, C) → logits (…, V), with `logit_soft_cap` applied (Gemma 2, arXiv:2408.00118)."""
         logits: Tensor = self.lm_head(hidden)
         cap = self.config.logit_soft_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)
@@ -329,55 +292,72 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         domains: Tensor | None = None,
     ) -> Tensor:
-        """input_ids (B, T) → what the head reads, (B, T, C).
+        """Run the model up to the head.
 
-        document_ids (B, T): packed documents neither see each other nor count on from each other's positions.
-        They are of whole sequences also where the model has its share of each (see `take_share`). positions
-        (B, T): where each token stands; without a cache this moves position embeddings only, with one also
-        the slots. cache: keys and values of earlier tokens; these ones are added (see KVCache). domains (B,)
-        or (B, T): whose adapter each row, or each place, takes, by its number (see `domain_rows`); none: what
-        `use_domain` said. Raises UsageError where the sequence is longer than the context or the cache.
+        Args:
+            input_ids: (B, T).
+            document_ids: (B, T). Packed documents do not see each other, and learned positions restart with
+                each. Under context parallelism the ids are those of the complete sequences.
+            positions: Position of each token, (B, T). Without a cache they choose position embeddings only;
+                with one they choose the slots as well.
+            cache: Keys and values of earlier tokens, to which these tokens are added; see `KVCache`.
+            domains: Which domain's adapter each row, (B,), or each token, (B, T), takes; see
+                `domain_indices`. None: the one that `set_domain` chose.
+
+        Returns:
+            What the head reads, (B, T, C).
+
+        Raises:
+            UsageError: The sequence is longer than the context or the cache, or two arguments exclude each
+                other.
         """
         count = input_ids.size(1)
         if document_ids is not None and cache is not None:
-            raise UsageError("packed documents and a cache do not go together; decode one document a row")
-        if self.share is not None and cache is not None:
-            raise UsageError(
-                "a model that has its share of each sequence cannot decode; use one that is whole"
-            )
-        place = None if cache is None else cache.place(input_ids, positions, self.config.sliding_window)
-        start, stop = (0, count) if place is None else (place.start, place.stop)
-        places = None
-        if self.share is not None:
-            stop, places = self.share.places(count, input_ids.device)
+            raise UsageError("packed documents cannot be combined with a cache; decode one document per row")
+        if self.sequence_shard is not None and cache is not None:
+            raise UsageError("decoding is not supported under context parallelism")
+        window = self.config.sliding_window
+        cache_position = None if cache is None else cache.locate(input_ids, positions, window)
+        start, stop = (0, count) if cache_position is None else (cache_position.start, cache_position.stop)
+        local = None  # positions of this rank's tokens, under context parallelism
+        if self.sequence_shard is not None:
+            stop, local = self.sequence_shard.token_positions(count, input_ids.device)
         if stop > self.config.max_position_embeddings:
             raise UsageError(
-                f"{stop} tokens are more than the model's context of {self.config.max_position_embeddings}"
+                f"{stop} tokens are more than the model's context of {self.config.max_position_embeddings}; "
+                "shorten the sequence"
             )
         if document_ids is not None and positions is None and self.wpe is not None:
-            positions = positions_in_documents(
-                document_ids
-            )  # rotary attention sees differences only and needs none
-            positions = positions if places is None else positions[:, places]
-        elif places is not None and positions is None:
-            positions = places[None]
+            # Rotary attention sees only differences of positions and needs none of this.
+            positions = positions_in_documents(document_ids)
+            positions = positions if local is None else positions[:, local]
+        elif local is not None and positions is None:
+            positions = local[None]
         x = self.embed(input_ids, start, stop, positions)
-        dtype = computing_dtype(x)
+        dtype = compute_dtype(x)
         rotary = None if self.rotary is None else self.rotary(start, stop, positions, dtype)
-        window = self.config.sliding_window
-        if place is None:
-            mask = sequence_mask(stop, window, document_ids, x.device, dtype, places)
+        if cache_position is None:
+            mask = sequence_mask(stop, window, document_ids, x.device, dtype, local)
         else:
-            mask = cache_mask(start, stop, place.positions, window, x.device, dtype)
-        x = self._through_blocks(x, rotary, mask, cache, place, self.domain if domains is None else domains)
+            mask = cache_mask(start, stop, cache_position.positions, window, x.device, dtype)
+        domain: AdapterIndex = self.domain if domains is None else domains
+        x = self._run_blocks(x, rotary, mask, cache, cache_position, domain)
         if cache is not None and positions is None:
             cache.length = stop
         hidden: Tensor = self.ln_f(x)
         return hidden
 
     def embed(self, input_ids: Tensor, start: int, stop: int, positions: Tensor | None) -> Tensor:
-        """input_ids (B, T), which stand at `start` to `stop` or at `positions` (B, T) → what the first block
-        reads, (B, T, C).
+        """What the first block reads.
+
+        Args:
+            input_ids: (B, T).
+            start: Position of the first token.
+            stop: Position after the last token.
+            positions: Position of each token, (B, T), instead of `start` and `stop`.
+
+        Returns:
+            (B, T, C).
         """
         x = self.wte(input_ids)
         if self.wpe is not None:
@@ -385,62 +365,77 @@ class Transformer(nn.Module):
         embedded: Tensor = self.dropout(x)
         return embedded
 
-    def _through_blocks(
+    def _run_blocks(
         self,
         x: Tensor,
         rotary: tuple[Tensor, Tensor] | None,
         mask: Tensor | None,
         cache: KVCache | None,
-        place: Place | None,
-        domains: Choice,
+        cache_position: CachePosition | None,
+        domains: AdapterIndex,
     ) -> Tensor:
         if cache is not None:
             for block, layer in zip(self.blocks, cache.layers, strict=True):
-                x = block(x, rotary, mask, layer, place, domains)
+                x = block(x, rotary, mask, layer, cache_position, domains)
             return x
-        every = (
-            self.config.checkpoint_every
-            if self.config.gradient_checkpointing and self.training and torch.is_grad_enabled()
-            else 0
-        )
+        saves_memory = self.config.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        every = self.config.activation_checkpoint_every if saves_memory else 0
+        policy = self.config.activation_checkpoint_policy
         inputs = (rotary, mask) if domains is None else (rotary, mask, None, None, domains)
         for number, block in enumerate(self.blocks):
-            x = (
-                recomputed(block, x, *inputs, keep=self.config.checkpoint_keep)
-                if every and number % every == 0
-                else block(x, *inputs)
-            )
+            if every and number % every == 0:
+                x = checkpointed(block, x, *inputs, policy=policy)
+            else:
+                x = block(x, *inputs)
         return x
 
-    def domain_rows(self, names: Sequence[str] | None, numbers: Tensor | None = None) -> Tensor | None:
-        """Whose adapter each row, (B,), or each place, (B, T), takes: `chosen_domains` of this model's; None
-        where it tells none apart.
+    def domain_indices(self, names: Sequence[str] | None, numbers: Tensor | None = None) -> Tensor | None:
+        """Which adapter each row or token takes, for the `domains` argument of `hidden_states`.
+
+        Args:
+            names: The domain of each row, or, with `numbers`, the domains that these count.
+            numbers: Index in `names` of each row, (B,), or each token, (B, T).
+
+        Returns:
+            (B,) or (B, T) int64, or None for a model without domain adapters.
+
+        Raises:
+            UsageError: A row's domain has no adapter.
         """
         if names is None or not self.config.use_domain_adaptation:
             return None
-        return chosen_domains(self.config.domain_names, names, numbers).to(self.wte.weight.device)
+        return domain_indices(self.config.domain_names, names, numbers).to(self.wte.weight.device)
 
-    def use_domain(self, name: str | None) -> None:
-        """Whose adapter rows take of which no domain is given; None: none. Raises UsageError for a domain
-        that has no adapter.
+    def set_domain(self, name: str | None) -> None:
+        """Choose the domain adapter of rows for which no domain is given.
+
+        Args:
+            name: The domain; None: no adapter.
+
+        Raises:
+            UsageError: The domain has no adapter.
         """
-        self.domain = None if name is None else int(chosen_domains(self.config.domain_names, [name])[0])
+        self.domain = None if name is None else int(domain_indices(self.config.domain_names, [name])[0])
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator | None = None) -> None:
-        """Draw fresh weights: normal(0, initializer_range), residual outputs divided by √(2 × layers) as
-        GPT-2 does (Radford et al. 2019), or zero where `zero_init_outputs` says so; norms one, biases zero.
+        """Draw fresh weights.
 
-        Numbers are drawn on the CPU in fp32 whatever the weights' device and type, so one seed means one
-        model everywhere.
+        Matrices are normal(0, initializer_range). Those that write into the residual stream are divided by
+        √(2 × layers) as GPT-2 does (Radford et al. 2019), or are zero with `zero_init_outputs`. Norms are
+        one, biases zero. Numbers are drawn on the CPU in fp32 whatever the weights' device and type, so that
+        one seed gives one model everywhere.
+
+        Args:
+            generator: Source of the random numbers. None: torch's global one.
         """
         deviation = self.config.initializer_range
-        outputs = (
-            0.0 if self.config.zero_init_outputs else deviation / math.sqrt(2 * self.config.num_hidden_layers)
-        )
+        residual_deviation = deviation / math.sqrt(2 * self.config.num_hidden_layers)
+        if self.config.zero_init_outputs:
+            residual_deviation = 0.0
         for name, module in self.named_modules():
-            if isinstance(module, Bottleneck):
-                module.restart(name, deviation)
+            if isinstance(module, BottleneckAdapter):
+                module.reset(name, deviation)
         for name, parameter in self.named_parameters():  # a tied matrix comes once, as wte
             if "adapter." in name:
                 continue
@@ -448,7 +443,13 @@ class Transformer(nn.Module):
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
                 continue
             drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            parameter.copy_(drawn.normal_(0.0, outputs if residual else deviation, generator=generator))
+            is_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            drawn.normal_(0.0, residual_deviation if is_residual else deviation, generator=generator)
+            parameter.copy_(drawn)
         if self.rotary is not None:
             self.rotary.reset()
+
+
+def _first_set(*values: bool | None) -> bool:
+    """The first value that is not None."""
+    return next(value for value in values if value is not None)

@@ -1,4 +1,6 @@
-"""Answers with adapters: by name, from a folder, without any; merged, so that the fused step serves them."""
+"""Generation with adapters by name, from a folder or without any; they are merged, so that the model can be
+fused.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,9 @@ import torch
 from llm_trainer.config import ModelConfig, UsageError
 from llm_trainer.config.schema.lora import LoraConfig
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
-from llm_trainer.inference.cpu.fused_decoder import FusedStep, is_fusible
+from llm_trainer.inference.cpu.fused_decoder import FusedDecoder, can_fuse
 from llm_trainer.inference.load_model import load_model
-from llm_trainer.model.adapters.lora import add_adapters, is_adapter_parameter, use_adapters
+from llm_trainer.model.adapters.lora import add_adapters, is_adapter_parameter, set_adapters
 from llm_trainer.model.hf.checkpoint import save_pretrained
 from llm_trainer.model.interop.peft_format import save_adapter
 from llm_trainer.model.transformer import Transformer
@@ -42,26 +44,24 @@ def adapted(tmp_path: Path) -> Transformer:
 
 @pytest.mark.parametrize("name", ["poetry", "law", "base"])
 def test_adapters_are_chosen_by_name_and_merged(adapted: Transformer, name: str, tmp_path: Path) -> None:
-    use_adapters(adapted, [] if name == "base" else [name])
+    set_adapters(adapted, [] if name == "base" else [name])
     loaded, _ = load_model(tmp_path / "model", device="cpu", adapter=name)
-    assert is_fusible(loaded.model)
-    assert isinstance(loaded._step, FusedStep)
+    assert can_fuse(loaded.model)
+    assert isinstance(loaded._runner, FusedDecoder)
     torch.testing.assert_close(loaded.model(IDS), adapted(IDS))
 
 
-def test_a_folder_of_adapters_goes_over_its_base(adapted: Transformer, tmp_path: Path) -> None:
+def test_adapters_are_loaded_from_a_folder(adapted: Transformer, tmp_path: Path) -> None:
     save_adapter(adapted, tmp_path / "adapter", "law")
-    use_adapters(adapted, ["law"])
+    set_adapters(adapted, ["law"])
     loaded, _ = load_model(tmp_path / "model", device="cpu", adapter=str(tmp_path / "adapter"))
     torch.testing.assert_close(loaded.model(IDS), adapted(IDS))
 
 
-def test_an_unknown_adapter_is_refused_with_those_that_are_there(
-    adapted: Transformer, tmp_path: Path
-) -> None:
+def test_an_unknown_adapter_is_refused_with_the_known_ones(adapted: Transformer, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="poetry, law, base"):
         load_model(tmp_path / "model", device="cpu", adapter="prose")
 
 
-def test_a_model_whose_adapters_are_not_merged_is_not_fused(adapted: Transformer) -> None:
-    assert not is_fusible(adapted)
+def test_a_model_with_unmerged_adapters_is_not_fused(adapted: Transformer) -> None:
+    assert not can_fuse(adapted)

@@ -1,3 +1,5 @@
+"""Generated ids do not depend on cache, batch or streaming, and generation ends where it should."""
+
 import pytest
 import torch
 
@@ -13,7 +15,7 @@ SHAPES = {
     "gpt2": {"model_type": "gpt2"},
     "llama": {"model_type": "llama", "num_key_value_heads": 2},
     "windowed": {"model_type": "llama", "sliding_window": 5, "qk_norm": True, "logit_soft_cap": 5.0},
-    "post_norm": {"model_type": "gpt2", "pre_norm": False, "positions": "none"},
+    "post_norm": {"model_type": "gpt2", "pre_norm": False, "position_embedding": "none"},
 }
 
 
@@ -55,14 +57,14 @@ def without_cache(model: LanguageModel, prompt: list[int], count: int) -> list[i
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_greedy_with_cache_equals_without(shape: str) -> None:
+def test_greedy_ids_with_a_cache_equal_those_without(shape: str) -> None:
     model = make(shape, None)
     for prompt in prompts((1, 7, 20)):
         assert model.generate_ids([prompt], greedy())[0].ids == without_cache(model, prompt, 20)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_batch_of_ragged_prompts_equals_each_alone(shape: str) -> None:
+def test_prompts_of_different_lengths_in_a_batch_equal_each_alone(shape: str) -> None:
     model = make(shape, None)
     ragged = prompts((3, 1, 11, 24, 3))
     counts = [20, 3, 9, 24, 1]  # rows end at different steps and leave the batch
@@ -74,7 +76,7 @@ def test_a_batch_of_ragged_prompts_equals_each_alone(shape: str) -> None:
     assert [len(answer.ids) for answer in together] == counts
 
 
-def test_more_prompts_than_one_batch_holds() -> None:
+def test_more_prompts_than_the_maximum_batch() -> None:
     model = make("llama", None)
     many = prompts(tuple(1 + index % 5 for index in range(40)))
     assert model.generate_ids(many, greedy(3)) == [
@@ -118,31 +120,31 @@ def test_generate_takes_one_prompt_or_several_and_any_name_of_a_setting(tokenize
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("stops", [[], ["e", " q"], ["東", "🙂", "\ufffd"]])
-def test_streamed_pieces_joined_are_the_generated_text(
+def test_concatenated_pieces_are_the_generated_text(
     tokenizer: Tokenizer, seed: int, stops: list[str]
 ) -> None:
     model = make("llama", tokenizer, seed=seed)
     settings = GenerationConfig(seed=seed, temperature=1.0, max_new_tokens=40, stop=stops)
-    whole = model.generate("The", settings)
-    assert "".join(model.stream("The", settings)) == whole
-    assert not any(stop in whole for stop in stops)
+    full = model.generate("The", settings)
+    assert "".join(model.stream("The", settings)) == full
+    assert not any(stop in full for stop in stops)
     if not stops:
-        ids = model.answers(["The"], settings)[0].ids
-        assert whole == tokenizer.decode(ids)
+        ids = model.complete(["The"], settings)[0].ids
+        assert full == tokenizer.decode(ids)
 
 
 def test_a_stop_string_across_tokens_ends_the_text_where_it_begins(tokenizer: Tokenizer) -> None:
     model = make("llama", tokenizer)
     settings = GenerationConfig(seed=1, temperature=1.0, max_new_tokens=40, ignore_eos=True)
-    whole = model.answers(["The"], settings)[0]
-    pieces = [tokenizer.token_bytes(token).decode("utf-8", errors="replace") for token in whole.ids]
+    full = model.complete(["The"], settings)[0]
+    pieces = [tokenizer.token_bytes(token).decode("utf-8", errors="replace") for token in full.ids]
     border = sum(map(len, pieces[:10]))
-    stop = whole.text[border - 1 : border + 1]
+    stop = full.text[border - 1 : border + 1]
     cut = model.generate("The", settings, stop=[stop])
-    assert cut == whole.text[: whole.text.index(stop)]
-    answer = model.answers(["The"], GenerationConfig(**{**settings.model_dump(), "stop": [stop]}))[0]
-    assert answer.finish_reason == "stop"
-    assert len(answer.ids) < 40
+    assert cut == full.text[: full.text.index(stop)]
+    completion = model.complete(["The"], GenerationConfig(**{**settings.model_dump(), "stop": [stop]}))[0]
+    assert completion.finish_reason == "stop"
+    assert len(completion.ids) < 40
 
 
 def test_the_end_of_text_stops_unless_ignored() -> None:
@@ -167,10 +169,10 @@ def test_generation_ends_where_the_context_is_full() -> None:
 
 
 @pytest.mark.parametrize("shape", ["gpt2", "llama"])
-def test_a_sliding_answer_goes_on_from_the_latter_half_of_a_full_context(shape: str) -> None:
+def test_a_sliding_context_continues_from_the_second_half_of_a_full_one(shape: str) -> None:
     model = make(shape, None, context=12)
     ragged = prompts((3, 12, 9, 17))
-    answers = model.generate_ids(ragged, [greedy(count, slide=True) for count in (30, 25, 4, 20)])
+    answers = model.generate_ids(ragged, [greedy(count, sliding_context=True) for count in (30, 25, 4, 20)])
     assert [len(answer.ids) for answer in answers] == [30, 25, 4, 20]
     for prompt, answer in zip(ragged, answers, strict=True):
         seen = prompt[-12:]
@@ -180,7 +182,7 @@ def test_a_sliding_answer_goes_on_from_the_latter_half_of_a_full_context(shape: 
             seen = [*seen, token]
 
 
-def test_padding_rows_of_the_embedding_are_never_drawn(tokenizer: Tokenizer) -> None:
+def test_padding_rows_of_the_embedding_are_never_sampled(tokenizer: Tokenizer) -> None:
     model = make("gpt2", tokenizer)
     with torch.no_grad():
         model.model.wte.weight[tokenizer.vocab_size :] *= 50
@@ -205,7 +207,7 @@ def test_an_empty_prompt_starts_a_text(tokenizer: Tokenizer) -> None:
         make("gpt2", Tokenizer.from_characters(["abc"])).encode_prompt("")
 
 
-def test_characters_that_a_character_tokenizer_lacks_are_named() -> None:
+def test_characters_missing_in_a_character_tokenizer_are_named() -> None:
     model = make("gpt2", Tokenizer.from_characters(["abc\n"]))
     with pytest.raises(DataError, match="'z'"):
         model.generate("abz")
@@ -228,7 +230,7 @@ def test_streaming_refuses_before_the_first_piece(tokenizer: Tokenizer) -> None:
         model.stream("The", num_samples=2)
 
 
-def test_no_new_tokens_is_an_empty_text(tokenizer: Tokenizer) -> None:
+def test_zero_new_tokens_give_an_empty_text(tokenizer: Tokenizer) -> None:
     model = make("gpt2", tokenizer)
     assert model.generate("The", max_tokens=0) == ""
     assert list(model.stream("The", max_tokens=0)) == []

@@ -1,3 +1,5 @@
+"""Restrictions equal those of transformers, and each row draws by its own settings and seed alone."""
+
 import math
 
 import pytest
@@ -7,7 +9,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from llm_trainer.config.schema.generation import GenerationConfig
-from llm_trainer.inference.sampling import Sampler, SamplingRow, draw, keep_min_p, keep_top_k, keep_top_p
+from llm_trainer.inference.sampling import Sampler, SamplingState, draw, keep_min_p, keep_top_k, keep_top_p
 
 VOCAB = 97
 
@@ -20,7 +22,9 @@ def sampler(
     *settings: GenerationConfig, prompts: list[list[int]] | None = None, vocab: int = VOCAB
 ) -> Sampler:
     prompts = prompts or [[] for _ in settings]
-    return Sampler([SamplingRow(each, prompt) for each, prompt in zip(settings, prompts, strict=True)], vocab)
+    return Sampler(
+        [SamplingState(each, prompt) for each, prompt in zip(settings, prompts, strict=True)], vocab
+    )
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])
@@ -63,7 +67,7 @@ def test_repetition_penalty_remembers_what_was_drawn() -> None:
     )
 
 
-def test_settings_hold_row_by_row() -> None:
+def test_settings_apply_row_by_row() -> None:
     mixed = [
         GenerationConfig(temperature=0),
         GenerationConfig(temperature=0.7, top_k=3, seed=1),
@@ -73,16 +77,16 @@ def test_settings_hold_row_by_row() -> None:
     ]
     prompts = [[1], [2, 3], [4], [5, 6, 7], [8]]
     together = sampler(*mixed, prompts=prompts)
-    apart = [sampler(each, prompts=[prompt]) for each, prompt in zip(mixed, prompts, strict=True)]
+    separate = [sampler(each, prompts=[prompt]) for each, prompt in zip(mixed, prompts, strict=True)]
     for step in range(20):
         scores = logits(5, seed=step)
-        alone = torch.cat([one(scores[index : index + 1]) for index, one in enumerate(apart)])
+        alone = torch.cat([one(scores[index : index + 1]) for index, one in enumerate(separate)])
         assert torch.equal(together(scores), alone)
 
 
-def test_same_seed_same_draws_and_other_seed_or_sample_others() -> None:
+def test_draws_depend_on_seed_and_sample() -> None:
     def drawn(seed: int | None, sample: int = 0) -> list[int]:
-        ours = Sampler([SamplingRow(GenerationConfig(temperature=1.5, seed=seed), [], sample)], VOCAB)
+        ours = Sampler([SamplingState(GenerationConfig(temperature=1.5, seed=seed), [], sample)], VOCAB)
         return [int(ours(logits(1, step))) for step in range(30)]
 
     assert drawn(7) == drawn(7)
@@ -98,13 +102,11 @@ def test_greedy_is_the_first_argmax() -> None:
 
 @pytest.mark.parametrize("temperature", [1e-40, 1e-30, 1e-7, 1e-6])
 @pytest.mark.parametrize("top_p", [None, 0.9])
-def test_a_temperature_that_numbers_cannot_be_divided_by_is_greedy(
-    temperature: float, top_p: float | None
-) -> None:
+def test_a_temperature_too_small_to_divide_by_is_greedy(temperature: float, top_p: float | None) -> None:
     logits = torch.tensor([[0.0, -8e4, 9e4, 8.9e4], [1.0, 0.0, -1.0, 2.0]])
-    cold = SamplingRow(GenerationConfig(temperature=temperature, top_p=top_p, seed=1))
+    cold = SamplingState(GenerationConfig(temperature=temperature, top_p=top_p, seed=1))
     assert Sampler([cold, cold], 4)(logits).tolist() == [2, 3]
-    warm = SamplingRow(GenerationConfig(temperature=1.0, top_k=1, seed=1))
+    warm = SamplingState(GenerationConfig(temperature=1.0, top_k=1, seed=1))
     assert Sampler([cold, warm], 4)(logits).tolist() == [2, 3]
 
 

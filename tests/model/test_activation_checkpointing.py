@@ -1,4 +1,4 @@
-"""Activation checkpointing changes no gradient, in whichever form, compiled or not."""
+"""Activation checkpointing changes no gradient, with any policy, compiled or not."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from llm_trainer.config.schema.model import ModelConfig
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.engines.compile import compile_model, has_compiler
 
-FORMS: list[dict[str, object]] = [
+SETTINGS: list[dict[str, object]] = [
     {},
-    {"checkpoint_every": 2},
-    {"checkpoint_keep": ["attention"]},
-    {"checkpoint_keep": ["products"]},
-    {"checkpoint_keep": ["attention", "products"], "checkpoint_every": 2},
+    {"activation_checkpoint_every": 2},
+    {"activation_checkpoint_policy": ["attention"]},
+    {"activation_checkpoint_policy": ["matmul"]},
+    {"activation_checkpoint_policy": ["attention", "matmul"], "activation_checkpoint_every": 2},
 ]
 
 
@@ -37,11 +37,11 @@ def _gradients(dropout: float, mode: str = "off", **changes: object) -> list[tor
     return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_gradients_are_the_plain_ones(form: dict[str, object], dropout: float) -> None:
+def test_gradients_equal_those_without_checkpointing(settings: dict[str, object], dropout: float) -> None:
     plain = _gradients(dropout)
-    saving = _gradients(dropout, gradient_checkpointing=True, **form)
+    saving = _gradients(dropout, gradient_checkpointing=True, **settings)
     assert len(plain) == len(saving)
     for one, other in zip(plain, saving, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
@@ -49,9 +49,9 @@ def test_gradients_are_the_plain_ones(form: dict[str, object], dropout: float) -
 
 @pytest.mark.slow
 @pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
-@pytest.mark.parametrize("form", FORMS, ids=str)
-def test_gradients_are_the_plain_ones_when_compiled(form: dict[str, object]) -> None:
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_compiled_gradients_equal_those_without_checkpointing(settings: dict[str, object]) -> None:
     for one, other in zip(
-        _gradients(0.0), _gradients(0.0, "blocks", gradient_checkpointing=True, **form), strict=True
+        _gradients(0.0), _gradients(0.0, "blocks", gradient_checkpointing=True, **settings), strict=True
     ):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

@@ -11,13 +11,13 @@ from llm_trainer.model.activations import ACTIVATIONS, relu_squared
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 0.0), (torch.float32, 0.0), (torch.bfloat16, 2**-7)]
 )
-def test_relu_squared_and_its_gradient_are_autograds(dtype: torch.dtype, tolerance: float) -> None:
+def test_relu_squared_and_its_gradient_equal_autograds(dtype: torch.dtype, tolerance: float) -> None:
     generator = torch.Generator().manual_seed(0)
     ours = torch.randn(4, 33, generator=generator).to(dtype).requires_grad_()
     plain = ours.detach().clone().requires_grad_()
-    above = torch.randn(4, 33, generator=generator).to(dtype)
-    relu_squared(ours).backward(above)
-    torch.relu(plain).square().backward(above)
+    upstream = torch.randn(4, 33, generator=generator).to(dtype)
+    relu_squared(ours).backward(upstream)
+    torch.relu(plain).square().backward(upstream)
     assert ours.grad is not None
     torch.testing.assert_close(relu_squared(ours), torch.relu(plain).square(), rtol=tolerance, atol=0)
     torch.testing.assert_close(ours.grad, plain.grad, rtol=tolerance, atol=0)
@@ -32,7 +32,7 @@ def test_relu_squared_stays_in_its_type_under_autocast() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["relu", "relu2", "gelu_tanh"])
-def test_compiled_they_and_their_gradients_are_the_eager_ones(name: str, dtype: torch.dtype) -> None:
+def test_compiled_activations_and_gradients_equal_the_eager_ones(name: str, dtype: torch.dtype) -> None:
     torch.compiler.reset()
     x = torch.randn(40, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
     x[0] = 0

@@ -1,4 +1,4 @@
-"""Attention by whole products is attention by the fused kernels."""
+"""Eager attention equals attention by the fused kernels."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llm_trainer.model.attention import attend, attend_by_products
+from llm_trainer.model.attention import attention, eager_attention
 from llm_trainer.model.positional import sequence_mask
 
 
@@ -20,13 +20,13 @@ def _inputs(kv_heads: int, dtype: torch.dtype) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("packed", [False, True])
-def test_products_equal_the_fused_kernel_forward_and_backward(kv_heads: int, packed: bool) -> None:
+def test_eager_attention_equals_the_fused_kernel_forward_and_backward(kv_heads: int, packed: bool) -> None:
     documents = torch.arange(24).div(7, rounding_mode="floor").expand(2, 24) if packed else None
     mask = sequence_mask(24, None, documents, torch.device("cpu"), torch.float32)
     results = []
-    for attention in (attend_by_products, attend):
+    for function in (eager_attention, attention):
         inputs = _inputs(kv_heads, torch.float32)
-        output = attention(*inputs, mask)
+        output = function(*inputs, mask)
         output.square().sum().backward()
         results.append([output.detach(), *(x.grad for x in inputs)])
     for mine, fused in zip(*results, strict=True):
@@ -35,6 +35,6 @@ def test_products_equal_the_fused_kernel_forward_and_backward(kv_heads: int, pac
 
 def test_bf16_training_on_a_cpu_stays_within_bf16_of_fp32() -> None:
     exact = F.scaled_dot_product_attention(*_inputs(4, torch.float32), is_causal=True)
-    rounded = attend(*_inputs(4, torch.bfloat16), None)
+    rounded = attention(*_inputs(4, torch.bfloat16), None)
     assert rounded.dtype == torch.bfloat16
     torch.testing.assert_close(rounded.float(), exact, rtol=0, atol=0.03)

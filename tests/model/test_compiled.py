@@ -1,5 +1,5 @@
-"""The model compiles whole and by block, without breaks, once for all layers, and computes what it computes
-without.
+"""The model compiles as a whole and block by block, without graph breaks and once for all layers, with equal
+results.
 """
 
 import pytest
@@ -25,11 +25,11 @@ def gradients(model: Transformer, autocast: bool, documents: torch.Tensor | None
     ]
 
 
-@pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["whole", "packed"])
+@pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["unpacked", "packed"])
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("shape", ["gpt2", "grouped", "qk_norm", "window", "post_norm_rms"])
-def test_all_blocks_share_one_graph_without_breaks(shape, autocast, documents):
-    torch._dynamo.reset()
+def test_all_blocks_use_one_graph_without_breaks(shape, autocast, documents):
+    torch.compiler.reset()
     model = Transformer(small_config(**SHAPES[shape], num_hidden_layers=5), torch.Generator().manual_seed(1))
     eager = gradients(model, autocast, documents)
     counter = CompileCounter()  # an "eager" backend that counts graphs
@@ -46,7 +46,7 @@ def test_all_blocks_share_one_graph_without_breaks(shape, autocast, documents):
 
 @pytest.mark.parametrize("shape", ["gpt2", "grouped", "squared"])
 def test_the_whole_model_is_one_graph(shape):
-    torch._dynamo.reset()
+    torch.compiler.reset()
     counters.clear()
     model = Transformer(small_config(**SHAPES[shape]), torch.Generator().manual_seed(1))
     eager = gradients(model, False, DOCUMENTS)
@@ -58,7 +58,7 @@ def test_the_whole_model_is_one_graph(shape):
 
 
 def test_a_budget_of_two_graphs_serves_ragged_lengths():
-    torch._dynamo.reset()
+    torch.compiler.reset()
     model = Transformer(small_config(model_type="llama")).eval()
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter)
@@ -75,8 +75,8 @@ def test_a_budget_of_two_graphs_serves_ragged_lengths():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", ["gpt2", "grouped"])
-def test_code_from_the_compiler_computes_the_same(shape):
-    torch._dynamo.reset()
+def test_compiled_code_computes_the_same(shape):
+    torch.compiler.reset()
     model = Transformer(small_config(**SHAPES[shape]), torch.Generator().manual_seed(1))
     eager = gradients(model, False, None)
     model.compile()

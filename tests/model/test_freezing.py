@@ -1,4 +1,4 @@
-"""Parts by ranges and globs, frozen and trained again, counted."""
+"""Parts are selected by ranges and globs, frozen, trained again and counted."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def model_of(**changes: object) -> Transformer:
         (["mlp.3", "w*"], ["wte", "wpe", "mlp.3"]),
     ],
 )
-def test_names_ranges_and_globs_mean_parts(wanted: str | list[str], found: list[str]) -> None:
+def test_names_ranges_and_globs_match_parts(wanted: str | list[str], found: list[str]) -> None:
     assert matching_parts(model_of(), wanted) == found
 
 
 @pytest.mark.parametrize("wanted", ["attn.2-4", "attn.3-1", "mlp*x", "atn.0", "attn.0-99999999999"])
-def test_what_means_no_part_is_an_error_that_lists_them(wanted: str) -> None:
+def test_a_pattern_without_a_match_is_an_error_that_lists_the_parts(wanted: str) -> None:
     with pytest.raises(UsageError, match=r"its parts are .*attn\.0 … attn\.3"):
         matching_parts(model_of(), wanted)
 
 
-def test_freezing_stops_gradients_and_comes_off_again() -> None:
+def test_parts_are_frozen_and_trained_again() -> None:
     model = model_of(tie_word_embeddings=False)
     assert model.freeze_layer(["attn.0-1", "wte"]) == ["wte", "attn.0", "attn.1"]
     assert frozen_parts(model) == ["wte", "attn.0", "attn.1"]
@@ -44,7 +44,7 @@ def test_freezing_stops_gradients_and_comes_off_again() -> None:
     assert frozen_parts(model) == ["wte"]
 
 
-def test_one_of_two_tied_parts_freezes_both_and_says_so() -> None:
+def test_freezing_a_tied_part_freezes_and_reports_both() -> None:
     model = model_of()
     assert model.freeze_layer("lm_head") == ["wte", "lm_head"]
     assert frozen_parts(model) == ["wte", "lm_head"]

@@ -1,4 +1,4 @@
-"""Counting from the shape, counting the model, and counting PyTorch's own operations give the same numbers."""
+"""Parameters and FLOPs counted from the shape equal those of the model and of PyTorch's own counter."""
 
 import pytest
 import torch
@@ -6,21 +6,21 @@ from model_shapes import SHAPES, small_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from llm_trainer.config import ModelConfig, UsageError
-from llm_trainer.config.param_count import parameter_count, part_sizes
+from llm_trainer.config.param_count import parameter_count, params_per_module
 from llm_trainer.model.flops import attention_span, estimate_flops
 from llm_trainer.model.module_names import parameter_counts, part_names, part_of_parameter, resolve_part
 from llm_trainer.model.transformer import Transformer
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_count_from_the_shape_is_the_models_own(shape):
+def test_the_parameter_count_of_the_shape_is_that_of_the_model(shape):
     config = small_config(**SHAPES[shape])
     model = Transformer(config)
     assert parameter_count(config) == sum(parameter.numel() for parameter in model.parameters())
-    assert part_sizes(config) == parameter_counts(model)
+    assert params_per_module(config) == parameter_counts(model)
 
 
-def test_gpt2_has_the_parameters_that_its_paper_gives():
+def test_gpt2_has_the_published_number_of_parameters():
     assert parameter_count(ModelConfig()) == 124_439_808
 
 
@@ -31,7 +31,7 @@ def test_tied_weights_count_once():
 
 
 @pytest.mark.parametrize("shape", ["gpt2", "llama", "grouped"])
-def test_the_flop_estimate_is_what_pytorch_counts(shape):
+def test_the_flop_estimate_equals_pytorchs_count(shape):
     config = small_config(**SHAPES[shape])
     model, ids = Transformer(config), torch.zeros(2, 16, dtype=torch.long)
     with (
@@ -47,7 +47,7 @@ def test_the_flop_estimate_is_what_pytorch_counts(shape):
     assert ours == pytest.approx(counted, rel=1e-6)
 
 
-def test_a_causal_count_takes_the_mean_of_what_tokens_see():
+def test_a_causal_count_takes_the_mean_of_the_visible_tokens():
     config = small_config(sliding_window=4)
     seen = [min(position + 1, 4) for position in range(10)]
     assert attention_span(config, 10, causal=True) == pytest.approx(sum(seen) / 10)
@@ -55,11 +55,11 @@ def test_a_causal_count_takes_the_mean_of_what_tokens_see():
     assert estimate_flops(config, 10, causal=True) < estimate_flops(config, 10)
 
 
-def test_every_parameter_belongs_to_the_part_that_holds_it():
+def test_every_parameter_belongs_to_the_part_that_contains_it():
     model = Transformer(small_config(**SHAPES["grouped"]))
     for name, parameter in model.named_parameters():
-        held = resolve_part(model, part_of_parameter(name)).parameters()
-        assert any(parameter is other for other in held), name
+        of_part = resolve_part(model, part_of_parameter(name)).parameters()
+        assert any(parameter is other for other in of_part), name
 
 
 def test_parts_are_found_in_a_compiled_model_too():
@@ -72,7 +72,7 @@ def test_parts_are_found_in_a_compiled_model_too():
 
 @pytest.mark.parametrize("name", ["attn.9", "attention.0", "wpe"])
 def test_an_unknown_part_is_an_error_that_lists_the_parts(name):
-    model = Transformer(small_config(positions="rope"))
+    model = Transformer(small_config(position_embedding="rope"))
     with pytest.raises(UsageError, match=r"attn\.0 … attn\.1") as caught:
         resolve_part(model, name)
     assert name in str(caught.value)

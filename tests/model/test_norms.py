@@ -1,4 +1,4 @@
-"""The quick RMSNorm is PyTorch's own, forwards and backwards."""
+"""The fast RMSNorm equals PyTorch's own, forward and backward."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from llm_trainer.model.norms import RMSNorm, rms_norm
 
 
 @pytest.mark.parametrize("shape", [(3, 7, 32), (2, 5, 4, 16), (9, 8), (1, 1, 32)])
-def test_values_and_gradients_are_pytorchs(shape):
+def test_values_and_gradients_equal_pytorchs(shape):
     generator = torch.Generator().manual_seed(0)
     x, gradient = (torch.randn(shape, generator=generator) for _ in range(2))
     weight = torch.randn(shape[-1], generator=generator)
@@ -21,7 +21,7 @@ def test_values_and_gradients_are_pytorchs(shape):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_a_gradient_that_is_not_contiguous_is_taken():
+def test_a_gradient_that_is_not_contiguous_is_accepted():
     x = torch.randn(4, 6, 8, requires_grad=True)
     weight = torch.randn(8)
     (ours,) = torch.autograd.grad(rms_norm(x, weight, 1e-5).transpose(0, 1).cumsum(0).sum(), x)
@@ -29,7 +29,7 @@ def test_a_gradient_that_is_not_contiguous_is_taken():
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_the_result_has_the_type_of_what_came_in():
+def test_the_result_has_the_type_of_the_input():
     norm = RMSNorm(8, 1e-5)
     assert norm(torch.randn(3, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
     assert norm(torch.randn(3, 8)).dtype == torch.float32

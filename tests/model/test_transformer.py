@@ -1,5 +1,5 @@
-"""Two ways to one result: cached and not, packed and alone, batched and alone, compiled and eager,
-checkpointed and not.
+"""Two ways to compute one thing agree: with and without cache, packed and alone, batched and alone, with and
+without activation checkpointing.
 """
 
 import math
@@ -35,14 +35,14 @@ def close(one: torch.Tensor, other: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    "chunks", [[20], [1] * 20, [7, 1, 1, 5, 6]], ids=["at once", "one by one", "in pieces"]
+    "chunks", [[20], [1] * 20, [7, 1, 1, 5, 6]], ids=["at once", "one by one", "in chunks"]
 )
 @pytest.mark.parametrize("shape", SHAPES)
-def test_logits_with_a_cache_are_those_without(shape, chunks):
+def test_logits_with_a_cache_equal_those_without(shape, chunks):
     model, ids = model_of(shape), some_ids()
     cache = KVCache(model.config, ROWS, LENGTH)
-    pieces = [model(piece, cache=cache) for piece in ids.split(chunks, dim=1)]
-    close(torch.cat(pieces, dim=1), model(ids))
+    outputs = [model(chunk, cache=cache) for chunk in ids.split(chunks, dim=1)]
+    close(torch.cat(outputs, dim=1), model(ids))
     assert cache.length == LENGTH
 
 
@@ -64,7 +64,7 @@ def test_rows_of_different_lengths_decode_as_each_alone(shape):
             close(logits[row, 0], model(ids[row : row + 1, : lengths[row] + step + 1])[0, -1])
 
 
-def test_a_row_is_freed_and_used_again_without_clearing():
+def test_a_row_is_reused_without_clearing():
     model, ids = model_of("grouped"), some_ids()
     cache = KVCache(model.config, ROWS, LENGTH)
     model(ids, cache=cache)
@@ -126,7 +126,7 @@ def test_rotary_attention_sees_only_differences_of_positions():
     close(model(ids, positions=torch.arange(9, 9 + LENGTH).expand(ROWS, -1)), model(ids))
 
 
-def test_a_sliding_window_sees_so_many_tokens_and_no_more():
+def test_a_token_sees_its_sliding_window_and_no_more():
     one_layer = model_of("window", num_hidden_layers=1)
     ids = some_ids(1)
     changed = ids.clone()
@@ -136,7 +136,7 @@ def test_a_sliding_window_sees_so_many_tokens_and_no_more():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_recomputed_activations_give_the_same_gradients(shape):
+def test_activation_checkpointing_gives_the_same_gradients(shape):
     plain, saving = (
         model_of(shape, dropout=0.1).train(),
         model_of(shape, dropout=0.1, gradient_checkpointing=True).train(),
@@ -149,7 +149,7 @@ def test_recomputed_activations_give_the_same_gradients(shape):
         assert torch.equal(one.grad, other.grad), name
 
 
-def test_each_kind_of_dropout_acts_in_training_only_and_on_its_own_place():
+def test_each_kind_of_dropout_applies_in_training_only():
     ids = some_ids()
     for kind in ("dropout", "attention_dropout", "embedding_dropout"):
         silent = {"dropout": 0.0, "attention_dropout": 0.0, "embedding_dropout": 0.0}
@@ -158,13 +158,13 @@ def test_each_kind_of_dropout_acts_in_training_only_and_on_its_own_place():
         assert not torch.equal(model.train()(ids), model(ids)), kind
 
 
-def test_sequences_of_one_token_get_their_attention_dropout():
+def test_sequences_of_one_token_get_attention_dropout():
     model = model_of("gpt2", attention_dropout=0.5).train()
     torch.manual_seed(0)
     assert not torch.equal(model(some_ids(64, 1))[:, 0], model_of("gpt2")(some_ids(64, 1))[:, 0])
 
 
-def test_one_seed_gives_one_model_whatever_its_type():
+def test_one_seed_gives_one_model_in_any_dtype():
     draw = lambda: torch.Generator().manual_seed(11)  # noqa: E731
     fp32 = Transformer(small_config(), draw())
     again = Transformer(small_config(), draw())
@@ -218,7 +218,7 @@ def test_bf16_autocast_stays_near_fp32_and_keeps_attention_in_bf16(shape):
     assert (half.float() - full).abs().max() < 0.05 * full.abs().max()
 
 
-def test_too_long_a_sequence_is_an_error_that_names_the_context():
+def test_a_sequence_that_is_too_long_is_an_error_that_names_the_context():
     model = model_of("llama")
     with pytest.raises(UsageError, match=r"49 tokens .*48"):
         model(torch.zeros(1, 49, dtype=torch.long))
@@ -232,13 +232,13 @@ def test_too_long_a_sequence_is_an_error_that_names_the_context():
         model(some_ids(2, 1), cache=cache)
 
 
-def test_grouped_heads_shrink_the_cache_by_heads_over_groups():
-    whole = KVCache(small_config(model_type="llama"), 2, 16).num_bytes
+def test_grouped_heads_shrink_the_cache():
+    full = KVCache(small_config(model_type="llama"), 2, 16).num_bytes
     grouped = KVCache(small_config(model_type="llama", num_key_value_heads=2), 2, 16).num_bytes
-    assert whole == 2 * grouped == 2 * 2 * 2 * 16 * 32 * 4
+    assert full == 2 * grouped == 2 * 2 * 2 * 16 * 32 * 4
 
 
-def test_a_model_built_on_no_device_holds_no_weights():
+def test_a_model_on_the_meta_device_has_no_memory():
     with torch.device("meta"):
         model = Transformer(ModelConfig())
     assert model.wte.weight.is_meta

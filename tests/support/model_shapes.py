@@ -1,4 +1,4 @@
-"""Small models of every kind that the tests run through."""
+"""Small models of every kind that is supported, for tests that run through all of them."""
 
 from typing import Any
 

@@ -1,17 +1,22 @@
-"""Which tokens can have the largest logits, found from an int8 copy of the head: a quarter of the bytes of
-fp32, half of bf16.
+"""The tokens that can have the largest logits, found with an int8 copy of the head: a quarter of the bytes of
+fp32, half of those of bf16.
 
-One row's product with the head takes as long as reading it, and greedy or top-k decoding looks at a few of
-the logits that come of it. So the product is first taken with a copy of the head in eight bits, whose error
-is bounded row by row; only the tokens that may still be among the largest by that bound (some ten of 32,000)
-are then computed from the weights themselves. What is drawn is what the whole product gives. (Maximum inner
-product search by scan and rescoring, as with compressed vectors in Jégou et al. 2011,
-doi:10.1109/TPAMI.2010.57, but with a bound instead of a guess.)
+What: the product of one row with the head takes as long as reading the head, and greedy or top-k decoding
+looks at a few of the resulting logits. So the product is first taken with a copy of the head in eight bits,
+whose error is bounded row by row. Only the tokens that may still be among the largest by that bound (about 4
+of 32,000 for greedy decoding, 150 for top-50) are then computed from the weights themselves. The sampled
+token is the one that the full product gives. (Maximum inner product search by scan and rescoring, as with
+compressed vectors in Jégou et al. 2011, doi:10.1109/TPAMI.2010.57, but with a bound instead of a guess.)
 
-With w = s·q + e and x = y + r, where s·q and y are what was kept of them and e and r what was lost, |w·x −
-s·q·y| ≤ ‖e‖‖x‖ + ‖s·q‖‖r‖ by Cauchy and Schwarz. The vector is kept in two digits of eight bits, so r hardly
-counts; both digits are rows of one product, which oneDNN takes exactly, in integers. What follows it is
-numpy's: passes over a vocabulary are too short to be worth waking a second thread for.
+With w = s·q + e and x = y + r, where s·q and y are what was kept of w and x, and e and r what was lost, |w·x
+− s·q·y| ≤ ‖e‖‖x‖ + ‖s·q‖‖r‖ by Cauchy and Schwarz. The vector is kept in two digits of eight bits, so that r
+hardly counts. Both digits are rows of one product, which oneDNN takes exactly, in integers. The rest is
+numpy, because passes over a vocabulary are too short to be worth waking a second thread.
+
+Why: with 32,000 tokens, the full product takes 2.6 ms of a step in fp32 and 1.6 in bf16; the search takes 0.9
+to 1.0 ms for the int8 product and 0.15 for the passes after it (docs/explanation/decisions.md). Check:
+tests/inference/cpu/test_int8_candidates.py compares it with the full product, also for ties, and compares
+generated ids with and without it. Switch: LLM_TRAINER_CPU_DECODER=0 (see the package's docstring).
 """
 
 from __future__ import annotations
@@ -20,14 +25,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llm_trainer.torch_compat import int8_linear, pack_int8_weight
+
 Vector = np.ndarray[tuple[int], np.dtype[np.float32]]
 
-# Below so many weights a product is done before the search would pay.
-FEWEST_WEIGHTS = 4_000_000
-# Of the tokens, at most so large a share may be left to compute exactly; with more, the whole product is the
-# faster one.
-LARGEST_SHARE = 0.05
-# Rows quantised at once: their copies in fp32 should stay within a core's cache.
+# With fewer weights the product is done before the search would pay.
+MIN_WEIGHTS = 4_000_000
+# The largest fraction of the tokens that may remain to be computed exactly; with more, the full product is
+# faster.
+MAX_FRACTION = 0.05
+# Rows quantized at once: their copies in fp32 should stay within a core's cache.
 ROWS_AT_ONCE = 512
 LARGEST_DIGIT, ZERO_POINT = 127, 128
 # Rounding of sums of products in fp32, relative to the product of the two norms; generous for any order of
@@ -35,41 +42,48 @@ LARGEST_DIGIT, ZERO_POINT = 127, 128
 ROUNDING = 1e-5
 
 
-class Shortlist:
+class Int8Candidates:
     """An int8 copy of a head's rows (V, C), and the bound of what each row lost."""
 
     def __init__(self, weight: Tensor) -> None:
-        """Weight (V, C) of fp32 or bf16 on the CPU; takes V × C bytes, and some tenths of a second for 16
-        million weights.
+        """Quantize the head; this takes V × C bytes, and some tenths of a second for 16 million weights.
+
+        Args:
+            weight: (V, C), fp32 or bf16, on the CPU.
         """
         rows, width = weight.shape
         self._digit = torch.finfo(weight.dtype).eps
         self._scale = torch.empty(rows)
         lost = torch.empty(rows)
-        self._longest = 0.0
-        quantised = torch.empty(rows, width, dtype=torch.int8)
+        self._largest_norm = 0.0
+        quantized = torch.empty(rows, width, dtype=torch.int8)
         for start in range(0, rows, ROWS_AT_ONCE):
             part = slice(start, start + ROWS_AT_ONCE)
             exact = weight[part].float()
             scale = (exact.abs().amax(dim=1) / LARGEST_DIGIT).clamp_min(torch.finfo(torch.float32).tiny)
             digits = (exact / scale[:, None]).round_()
-            quantised[part] = digits.to(torch.int8)
+            quantized[part] = digits.to(torch.int8)
             digits *= scale[:, None]
             self._scale[part] = scale
             lost[part] = (exact - digits).norm(dim=1)
-            self._longest = max(self._longest, float(digits.norm(dim=1).amax()))
+            self._largest_norm = max(self._largest_norm, float(digits.norm(dim=1).amax()))
         self._lost: Vector = lost.numpy()
-        self._packed = torch.ops.onednn.qlinear_prepack(quantised, None)
+        self._packed = pack_int8_weight(quantized)
         self._zero_points = torch.zeros(rows, dtype=torch.int32)
-        self._most = int(LARGEST_SHARE * rows)
+        self._max_count = int(MAX_FRACTION * rows)
 
     def __call__(self, x: Tensor, count: int) -> Tensor | None:
-        """Ids in ascending order, among them those of the `count` largest products of x (C,) with the rows
-        and all that tie with them.
+        """Find the rows that can have the largest products with a vector.
 
-        None where so many rows come into question that the whole product is done sooner.
+        Args:
+            x: The vector, (C,).
+            count: How many of the largest products are wanted.
+
+        Returns:
+            Ids of rows, ascending, among them those of the `count` largest products and all that are equal to
+            one of them. None where so many rows remain that the full product is faster.
         """
-        if count > self._most:
+        if count > self._max_count:
             return None
         vector = x.float().numpy()
         length = float(np.linalg.norm(vector))
@@ -80,40 +94,31 @@ class Shortlist:
         found = products[0] * coarse
         found += products[1] * fine
         likely = [int(found.argmax())] if count == 1 else torch.from_numpy(found).topk(count).indices.numpy()
-        # What any `count` rows surely reach, the last of the `count` largest reaches too.
+        # The last of the `count` largest products is at least what any `count` rows surely reach.
         least = found[likely] - self._lost[likely] * length
         bar = float(least.min())
-        # Sums in fp32, and the whole product's rounding to its own type, which may also make ties.
-        rounding = ROUNDING * self._longest * length + 2 * self._digit * abs(bar)
+        # Sums in fp32, and the full product's rounding to its own type, which may also make products equal.
+        rounding = ROUNDING * self._largest_norm * length + 2 * self._digit * abs(bar)
         found += self._lost * length
-        ids = np.flatnonzero(found >= bar - 2 * (self._longest * lost + rounding))
-        return torch.from_numpy(ids) if ids.size <= self._most else None
+        ids = np.flatnonzero(found >= bar - 2 * (self._largest_norm * lost + rounding))
+        return torch.from_numpy(ids) if ids.size <= self._max_count else None
 
     def _products(self, digits: Tensor) -> Tensor:
-        """Digits (2, C), 128 above what they mean → (2, V)."""
-        products: Tensor = torch.ops.onednn.qlinear_pointwise(
-            digits,
-            1.0,
-            ZERO_POINT,
-            self._packed,
-            self._scale,
-            self._zero_points,
-            None,
-            1.0,
-            0,
-            torch.float32,
-            "none",
-            [],
-            "",
-        )
-        return products
+        """Digits (2, C), 128 above the numbers that they mean → (2, V)."""
+        return int8_linear(digits, ZERO_POINT, self._packed, self._scale, self._zero_points)
 
 
 def in_two_digits(
     vector: Vector,
 ) -> tuple[np.ndarray[tuple[int, int], np.dtype[np.uint8]], tuple[float, float], float]:
-    """A vector (C,) as two digits (2, C), 128 above what they mean, their scales, and the length of what is
-    left of the vector.
+    """Write a vector in two digits of eight bits.
+
+    Args:
+        vector: (C,).
+
+    Returns:
+        The digits, (2, C), 128 above the numbers that they mean; their two scales; and the norm of what was
+        lost.
     """
     coarse_scale = float(np.abs(vector).max()) / LARGEST_DIGIT
     coarse = np.rint(vector / coarse_scale)
@@ -125,15 +130,19 @@ def in_two_digits(
     return digits, (coarse_scale, fine_scale), lost
 
 
-def shortlist_pays(weight: Tensor) -> bool:
-    """Whether a head (V, C) is large enough, and in a place and type that the search is made for."""
-    fits = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
-    return fits and weight.numel() >= FEWEST_WEIGHTS and multiplies_bytes_exactly()
-
-
-def multiplies_bytes_exactly() -> bool:
-    """Whether oneDNN is there and the processor has VNNI; without it, sums of two products of bytes saturate
-    at 16 bits.
+def is_worthwhile(weight: Tensor) -> bool:
+    """Whether a head (V, C) is large enough for the search, and has a device and type that the search
+    supports.
     """
-    able = torch.cpu.get_capabilities()
-    return torch.backends.mkldnn.is_available() and bool(able.get("avx512_vnni") or able.get("avx_vnni"))  # type: ignore[no-untyped-call]
+    is_supported = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
+    return is_supported and weight.numel() >= MIN_WEIGHTS and has_exact_int8_products()
+
+
+def has_exact_int8_products() -> bool:
+    """Whether oneDNN is available and the processor has VNNI.
+
+    Without VNNI, sums of two int8 products saturate at 16 bits.
+    """
+    capabilities = torch.cpu.get_capabilities()  # type: ignore[no-untyped-call]
+    has_vnni = bool(capabilities.get("avx512_vnni") or capabilities.get("avx_vnni"))
+    return torch.backends.mkldnn.is_available() and has_vnni

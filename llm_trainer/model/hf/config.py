@@ -1,12 +1,13 @@
-"""Our configuration as Hugging Face's config.json and back.
+"""Our model configuration as Hugging Face's config.json, and back.
 
-A shape is written under the family that computes the same function: `gpt2`, `llama`, `qwen2` (biases on query, key and value alone),
-`qwen3` (QK-norm) or `mistral` (sliding window). What those files have no word for (initialisation, most dropouts) stands in a
-section `llm_trainer` of the same file, which others ignore, so that reading back gives the configuration that was written. A shape that no
-family computes is written whole under `model_type: llm_trainer`.
+A shape is written under the family of transformers that computes the same function: `gpt2`, `llama`, `qwen2`
+(biases on query, key and value alone), `qwen3` (QK-norm) or `mistral` (sliding window). Settings that those
+files have no key for (initialization, most dropouts) are in a section `llm_trainer` of the same file, which
+others ignore, so that reading gives back the configuration that was written. A shape that no family computes
+is written entirely under `model_type: llm_trainer`.
 
-Reading trusts nothing it does not know: a word that changes the computation and that we do not compute is an error, never skipped.
-`auto_map` names code to be run from the folder; it is not looked at.
+Unknown content is never skipped: a key that changes the computation in a way that is not implemented here is
+an error. The one exception is `auto_map`, which names code to be run from the folder; it is not looked at.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from llm_trainer.config.saved_run import with_current_names
 from llm_trainer.config.schema.model import ModelConfig
 from llm_trainer.errors import CheckpointError, UsageError
 
@@ -64,10 +66,11 @@ _ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
 }
 
-# What those classes of transformers assume where a file is silent.
+# What those classes of transformers assume where a key is missing.
 _GPT2_DEFAULTS = {
-    "vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "activation_function": "gelu_new",
-    "resid_pdrop": 0.1, "attn_pdrop": 0.1, "embd_pdrop": 0.1, "tie_word_embeddings": True,
+    "vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024,
+    "activation_function": "gelu_new", "resid_pdrop": 0.1, "attn_pdrop": 0.1, "embd_pdrop": 0.1,
+    "tie_word_embeddings": True,
 }  # fmt: skip
 _LLAMA_DEFAULTS = {
     "rms_norm_eps": 1e-6,
@@ -75,7 +78,7 @@ _LLAMA_DEFAULTS = {
     "hidden_act": "silu",
     "attention_dropout": 0.0,
 }
-# Words that change what is computed, with the only values that we compute.
+# Keys that change what is computed, with the only values that are computed here.
 _GPT2_FIXED = {
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
@@ -84,8 +87,11 @@ _GPT2_FIXED = {
 _LLAMA_FIXED = {"hidden_act": ("silu",), "partial_rotary_factor": (None, 1.0)}
 
 
-def resolved(config: ModelConfig) -> ModelConfig:
-    """The same shape with every "none: as …" replaced by the value that it stands for."""
+def with_explicit_values(config: ModelConfig) -> ModelConfig:
+    """The same shape, with the value of every setting that follows another one filled in.
+
+    Two configurations of one shape are then equal, and a saved one does not depend on today's defaults.
+    """
     bias = config.bias
     attention_bias = bias if config.attention_bias is None else config.attention_bias
     filled = {
@@ -102,76 +108,89 @@ def resolved(config: ModelConfig) -> ModelConfig:
     return ModelConfig(**{**config.model_dump(), **filled})
 
 
-def family_of(config: ModelConfig) -> str | None:
-    """The family of transformers that computes the same function, or None."""
-    shape = resolved(config)
-    if not shape.pre_norm or shape.logit_soft_cap is not None or shape.mlp_widths or shape.kv_head_counts:
+def hf_family(config: ModelConfig) -> str | None:
+    """The family of transformers that computes the same function as this shape, or None."""
+    shape = with_explicit_values(config)
+    has_own_parts = shape.use_adapter_modules or shape.use_domain_adaptation
+    is_uneven = shape.mlp_hidden_sizes or shape.kv_heads_per_layer
+    if not shape.pre_norm or shape.logit_soft_cap is not None or is_uneven or has_own_parts:
         return None
-    if shape.use_adapter_modules or shape.use_domain_adaptation:
+    if shape.position_embedding == "learned":
+        return "gpt2" if _is_gpt2(shape) else None
+    if (shape.position_embedding, shape.norm, shape.activation) != ("rope", "rmsnorm", "swiglu"):
         return None
+    return _llama_family(shape)
+
+
+def _is_gpt2(shape: ModelConfig) -> bool:
+    return (
+        not shape.qk_norm
+        and shape.sliding_window is None
+        and shape.kv_heads == shape.num_attention_heads
+        and _heads_fill_width(shape)
+        and shape.norm == "layernorm"
+        and all((shape.qkv_bias, shape.attention_bias, shape.mlp_bias, shape.norm_bias))
+        and shape.activation in _GPT2_ACTIVATIONS
+    )
+
+
+def _llama_family(shape: ModelConfig) -> str | None:
     biases = (shape.qkv_bias, shape.attention_bias, shape.mlp_bias)
-    even = shape.head_width * shape.num_attention_heads == shape.hidden_size
-    if shape.positions == "learned":
-        plain = (
-            not shape.qk_norm
-            and shape.sliding_window is None
-            and shape.kv_heads == shape.num_attention_heads
-            and even
-        )
-        fits = (
-            plain
-            and shape.norm == "layernorm"
-            and all(biases)
-            and shape.norm_bias
-            and shape.activation in _GPT2_ACTIVATIONS
-        )
-        return "gpt2" if fits else None
-    if (shape.positions, shape.norm, shape.activation) != ("rope", "rmsnorm", "swiglu"):
-        return None
     if shape.sliding_window is not None:
         return "mistral" if not any(biases) and not shape.qk_norm else None
     if shape.qk_norm:
         return "qwen3" if not shape.mlp_bias and shape.qkv_bias == shape.attention_bias else None
     if shape.qkv_bias != shape.attention_bias:
-        return "qwen2" if biases == (True, False, False) and even else None
-    if even:
+        return "qwen2" if biases == (True, False, False) and _heads_fill_width(shape) else None
+    if _heads_fill_width(shape):
         return "llama"
     return "mistral" if not any(biases) else None  # Mistral's class takes heads of any width
 
 
+def _heads_fill_width(shape: ModelConfig) -> bool:
+    return shape.head_width * shape.num_attention_heads == shape.hidden_size
+
+
 def config_to_huggingface(config: ModelConfig) -> dict[str, Any]:
-    """The content of config.json, without token ids and type."""
-    family, shape = family_of(config), resolved(config)
+    """The content of config.json, without token ids and dtype.
+
+    Args:
+        config: The model's shape.
+
+    Returns:
+        Keys and values for JSON.
+    """
+    family, shape = hf_family(config), with_explicit_values(config)
     if family is None:
-        return {"model_type": OWN_SECTION, **_own_words(shape)}
+        return {"model_type": OWN_SECTION, **_own_settings(shape)}
     names = {**_SHARED_NAMES, **(_GPT2_NAMES if family == "gpt2" else _LLAMA_NAMES)}
     content: dict[str, Any] = {"model_type": family, "architectures": [_ARCHITECTURES[family]]}
-    content |= {theirs: getattr(shape, ours) for theirs, ours in names.items()}
+    content |= {key: getattr(shape, field) for key, field in names.items()}
     if family == "gpt2":
         content["activation_function"] = _GPT2_ACTIVATIONS[shape.activation]
     else:
-        content |= {"hidden_act": "silu", **_rope_words(shape)}
+        content |= {"hidden_act": "silu", **_rope_settings(shape)}
     if family in ("llama", "qwen3"):
         content["attention_bias"] = shape.attention_bias
     if family == "llama":
         content["mlp_bias"] = shape.mlp_bias
     if family == "mistral":
         content["sliding_window"] = shape.sliding_window
-    return content | _left_over(shape, content)
+    return content | _remaining_settings(shape, content)
 
 
-def _own_words(shape: ModelConfig) -> dict[str, Any]:
+def _own_settings(shape: ModelConfig) -> dict[str, Any]:
     return shape.model_dump(mode="json", exclude={"model_type"})
 
 
-def _left_over(shape: ModelConfig, content: Mapping[str, Any]) -> dict[str, Any]:
-    """A section with our words for all that would otherwise read back differently."""
-    wanted, read = _own_words(shape), _own_words(resolved(config_from_huggingface(content)))
+def _remaining_settings(shape: ModelConfig, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Our own section, with every setting that would otherwise be read back differently."""
+    wanted, read = _own_settings(shape), _own_settings(with_explicit_values(config_from_huggingface(content)))
     different = {name: value for name, value in wanted.items() if read[name] != value}
     return {OWN_SECTION: different} if different else {}
 
 
-def _rope_words(shape: ModelConfig) -> dict[str, Any]:
+def _rope_settings(shape: ModelConfig) -> dict[str, Any]:
     """Both spellings: `rope_parameters` of transformers 5, and `rope_theta` with `rope_scaling` of version 4
     and of other readers.
     """
@@ -179,123 +198,128 @@ def _rope_words(shape: ModelConfig) -> dict[str, Any]:
     theta = shape.rope_theta if scaling is None or scaling.rope_theta is None else scaling.rope_theta
     if scaling is None:
         return {"rope_theta": theta, "rope_parameters": {"rope_type": "default", "rope_theta": theta}}
-    words: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
+    parameters: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
     if scaling.kind == "llama3":
-        words["low_freq_factor"] = scaling.low_frequency_factor
-        words["high_freq_factor"] = scaling.high_frequency_factor
-        words["original_max_position_embeddings"] = scaling.original_context
-    both = {**words, "rope_theta": theta}
-    return {"rope_theta": theta, "rope_scaling": both, "rope_parameters": both}
+        parameters["low_freq_factor"] = scaling.low_frequency_factor
+        parameters["high_freq_factor"] = scaling.high_frequency_factor
+        parameters["original_max_position_embeddings"] = scaling.original_context
+    parameters["rope_theta"] = theta
+    return {"rope_theta": theta, "rope_scaling": parameters, "rope_parameters": parameters}
 
 
 def config_from_huggingface(content: Mapping[str, Any]) -> ModelConfig:
-    """Read the content of a config.json; raises CheckpointError for a family or a word that we do not
-    compute.
+    """Read the content of a config.json.
+
+    Args:
+        content: The parsed JSON object.
+
+    Returns:
+        The model's shape.
+
+    Raises:
+        CheckpointError: The family is unknown, a value is invalid, or a key asks for something that is not
+            implemented here.
     """
     family = content.get("model_type")
     try:
         if family == OWN_SECTION:
             known = ModelConfig.model_fields.keys()
+            settings = with_current_names("model", content)
             return ModelConfig(
-                **{name: value for name, value in content.items() if name in known and name != "model_type"}
+                **{name: value for name, value in settings.items() if name in known and name != "model_type"}
             )
         if family not in FAMILIES:
             raise CheckpointError(
-                f"config.json has model_type {family!r}; those that can be read are {', '.join(FAMILIES)} and {OWN_SECTION}"
+                f"model_type {family!r} in config.json is not supported; supported are {', '.join(FAMILIES)} "
+                f"and {OWN_SECTION}"
             )
         if content.get("quantization_config"):
             raise CheckpointError(
-                "the weights are quantised (config.json has quantization_config); take the model's unquantised version"
+                "the weights are quantized (config.json has quantization_config), which is not supported; "
+                "take the model's version without quantization"
             )
         values = _from_gpt2(content) if family == "gpt2" else _from_llama(family, content)
-        return ModelConfig(**{**values, **content.get(OWN_SECTION, {})})
+        return ModelConfig(**{**values, **with_current_names("model", content.get(OWN_SECTION, {}))})
     except (UsageError, ValidationError, TypeError, KeyError) as error:
         raise CheckpointError(f"config.json does not describe a {family} model: {error!s}") from error
 
 
 def _from_gpt2(content: Mapping[str, Any]) -> dict[str, Any]:
-    words = {**_GPT2_DEFAULTS, **content}
-    _refuse_unknown_computation(words, _GPT2_FIXED)
-    values = {
-        ours: words[theirs] for theirs, ours in {**_SHARED_NAMES, **_GPT2_NAMES}.items() if theirs in words
-    }
-    return {"model_type": "gpt2", **values, "activation": words["activation_function"]}
+    given = {**_GPT2_DEFAULTS, **content}
+    _check_computation(given, _GPT2_FIXED)
+    names = {**_SHARED_NAMES, **_GPT2_NAMES}
+    values = {field: given[key] for key, field in names.items() if key in given}
+    return {"model_type": "gpt2", **values, "activation": given["activation_function"]}
 
 
 def _from_llama(family: str, content: Mapping[str, Any]) -> dict[str, Any]:
-    words = {**_LLAMA_DEFAULTS, **content}
-    _refuse_unknown_computation(words, _LLAMA_FIXED)
-    values = {
-        ours: words[theirs]
-        for theirs, ours in {**_SHARED_NAMES, **_LLAMA_NAMES}.items()
-        if words.get(theirs) is not None
-    }
+    given = {**_LLAMA_DEFAULTS, **content}
+    _check_computation(given, _LLAMA_FIXED)
+    names = {**_SHARED_NAMES, **_LLAMA_NAMES}
+    values = {field: given[key] for key, field in names.items() if given.get(key) is not None}
     if family == "qwen3":
         values.setdefault("head_dim", 128)
-    bias = bool(words.get("attention_bias", False)) if family in ("llama", "qwen3") else False
+    bias = bool(given.get("attention_bias", False)) if family in ("llama", "qwen3") else False
     return {
         "model_type": "llama",
         **values,
-        **_from_rope_words(words),
+        **_from_rope_settings(given),
         "attention_bias": bias,
         "qkv_bias": bias or family == "qwen2",
-        "mlp_bias": bool(words.get("mlp_bias", False)) if family == "llama" else False,
+        "mlp_bias": bool(given.get("mlp_bias", False)) if family == "llama" else False,
         "qk_norm": family == "qwen3",
-        "sliding_window": _sliding_window(family, words),
+        "sliding_window": _sliding_window(family, given),
     }
 
 
-def _from_rope_words(words: Mapping[str, Any]) -> dict[str, Any]:
-    """`rope_parameters` of transformers 5, or `rope_scaling` and `rope_theta` of the versions before."""
-    said = words.get("rope_parameters") or words.get("rope_scaling") or {}
-    kind = said.get("rope_type", said.get("type", "default"))
-    theta = said.get("rope_theta", words.get("rope_theta")) or 10000.0
+def _from_rope_settings(content: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope_parameters` of transformers 5, or `rope_scaling` and `rope_theta` of earlier versions."""
+    given = content.get("rope_parameters") or content.get("rope_scaling") or {}
+    kind = given.get("rope_type", given.get("type", "default"))
+    theta = given.get("rope_theta", content.get("rope_theta")) or 10000.0
     if kind not in ("default", "linear", "llama3"):
         raise CheckpointError(
-            f"config.json stretches positions by {kind!r}; those that can be read are default, linear and llama3"
+            f"rope_type {kind!r} in config.json is not supported; supported are default, linear and llama3"
         )
-    if said.get("partial_rotary_factor", 1.0) != 1.0:
+    if given.get("partial_rotary_factor", 1.0) != 1.0:
         raise CheckpointError(
-            "config.json rotates only a part of each head (partial_rotary_factor), which this model does not compute"
+            "partial_rotary_factor in config.json is not supported: every feature of a head is rotated here"
         )
     if kind == "default":
         return {"rope_theta": theta}
-    scaling: dict[str, Any] = {"kind": kind, "factor": said["factor"]}
+    scaling: dict[str, Any] = {"kind": kind, "factor": given["factor"]}
     if kind == "llama3":
-        scaling |= {
-            "low_frequency_factor": said["low_freq_factor"],
-            "high_frequency_factor": said["high_freq_factor"],
-        }
-        scaling["original_context"] = (
-            said.get("original_max_position_embeddings") or words["max_position_embeddings"]
-        )
+        scaling["low_frequency_factor"] = given["low_freq_factor"]
+        scaling["high_frequency_factor"] = given["high_freq_factor"]
+        original = given.get("original_max_position_embeddings")
+        scaling["original_context"] = original or content["max_position_embeddings"]
     return {"rope_theta": theta, "rope_scaling": scaling}
 
 
-def _sliding_window(family: str, words: Mapping[str, Any]) -> int | None:
-    """One window for all layers, or none; raises CheckpointError where layers differ."""
+def _sliding_window(family: str, content: Mapping[str, Any]) -> int | None:
+    """The window of all layers, or None; raises CheckpointError where layers differ."""
     if family == "llama":
         return None
     if family == "mistral":
-        window = words.get("sliding_window", 4096)
+        window = content.get("sliding_window", 4096)
         return None if window is None else int(window)
-    if not words.get("use_sliding_window", False) or words.get("sliding_window") is None:
+    if not content.get("use_sliding_window", False) or content.get("sliding_window") is None:
         return None
-    first_windowed = words.get("max_window_layers", 28)
-    if words.get("layer_types") is None and first_windowed >= words["num_hidden_layers"]:
+    first_windowed = content.get("max_window_layers", 28)
+    layer_types = content.get("layer_types")
+    if layer_types is None and first_windowed >= content["num_hidden_layers"]:
         return None
-    if set(words.get("layer_types") or ()) == {"sliding_attention"} or (
-        words.get("layer_types") is None and first_windowed == 0
-    ):
-        return int(words["sliding_window"])
+    if set(layer_types or ()) == {"sliding_attention"} or (layer_types is None and first_windowed == 0):
+        return int(content["sliding_window"])
     raise CheckpointError(
-        "config.json gives a sliding window to some layers only (max_window_layers, layer_types), which this model does not compute"
+        "config.json gives a sliding window to some layers only (max_window_layers, layer_types), "
+        "which is not supported"
     )
 
 
-def _refuse_unknown_computation(words: Mapping[str, Any], fixed: Mapping[str, tuple[Any, ...]]) -> None:
-    for name, computed in fixed.items():
-        if name in words and words[name] not in computed:
+def _check_computation(content: Mapping[str, Any], fixed: Mapping[str, tuple[Any, ...]]) -> None:
+    for key, supported in fixed.items():
+        if key in content and content[key] not in supported:
             raise CheckpointError(
-                f"config.json has {name} = {words[name]!r}; only {computed[-1]!r} is computed here"
+                f"{key} = {content[key]!r} in config.json is not supported; only {supported[-1]!r} is"
             )

@@ -1,7 +1,7 @@
 """Which tensor of a Hugging Face file holds which of our parameters.
 
-Llama's files and ours differ in names only: each of our parameters is one of theirs. GPT-2's files keep
-query, key and value in one matrix, and matrices as (inputs, outputs), the other way round from `nn.Linear`.
+Llama's files differ from ours in names only: each of our parameters is one of theirs. GPT-2's files keep
+query, key and value in one matrix, and store matrices as (inputs, outputs), the transpose of `nn.Linear`.
 """
 
 from __future__ import annotations
@@ -29,66 +29,72 @@ _GPT2 = {
 _GPT2_LINEARS = {"attn.o_proj": "attn.c_proj", "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"}
 _QKV = ("q_proj", "k_proj", "v_proj")
 
-# Buffers that older files carry beside the weights: causal masks and rotary tables.
+# Buffers that older files have next to the weights: causal masks and rotary tables.
 IGNORED_ENDINGS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One tensor of theirs: our parameters stacked along the outputs, and then turned over where
-    `transposed`.
+class TensorMapping:
+    """One tensor of a Hugging Face file and the parameters that it holds.
+
+    The parameters `names` are concatenated along their outputs to the tensor `hf_name`, which is then
+    transposed where `transposed`.
     """
 
-    theirs: str
-    ours: tuple[str, ...]
+    hf_name: str
+    names: tuple[str, ...]
     transposed: bool = False
 
-    def join(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Theirs from ours."""
-        tensors = [parameters[name].detach() for name in self.ours]
-        joined = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-        return (joined.T if self.transposed else joined).contiguous()
+    def to_hf(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """The file's tensor, made of our parameters by name."""
+        tensors = [parameters[name].detach() for name in self.names]
+        concatenated = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        return (concatenated.T if self.transposed else concatenated).contiguous()
 
-    def split(self, tensor: Tensor) -> dict[str, Tensor]:
-        """Ours from theirs."""
-        turned = tensor.T if self.transposed and tensor.dim() == 2 else tensor
-        return dict(zip(self.ours, turned.tensor_split(len(self.ours)), strict=True))
+    def from_hf(self, tensor: Tensor) -> dict[str, Tensor]:
+        """Our parameters by name, taken from the file's tensor."""
+        ours = tensor.T if self.transposed and tensor.dim() == 2 else tensor
+        return dict(zip(self.names, ours.tensor_split(len(self.names)), strict=True))
 
-    def shape(self, shape_of: Mapping[str, torch.Size]) -> tuple[int, ...]:
-        """The shape that theirs must have for ours to have theirs."""
-        first = shape_of[self.ours[0]]
-        stacked = (sum(shape_of[name][0] for name in self.ours), *first[1:])
-        return stacked[::-1] if self.transposed else stacked
+    def hf_shape(self, shapes: Mapping[str, torch.Size]) -> tuple[int, ...]:
+        """The shape of the file's tensor for parameters of these shapes."""
+        first = shapes[self.names[0]]
+        concatenated = (sum(shapes[name][0] for name in self.names), *first[1:])
+        return concatenated[::-1] if self.transposed else concatenated
 
 
-def entries(parameter_names: Iterable[str], family: str) -> list[Entry]:
-    """The tensors that a file of this family (`gpt2`, `llm_trainer`, or any of Llama's relatives) has for
-    these parameters.
+def tensor_mappings(parameter_names: Iterable[str], family: str) -> list[TensorMapping]:
+    """The tensors that a file has for some parameters.
+
+    Args:
+        parameter_names: Names of our parameters.
+        family: `gpt2`, `llm_trainer` (our own names), or any of Llama's relatives.
+
+    Returns:
+        One mapping per tensor of the file.
     """
-    name_for: dict[str, Callable[[str], Entry | None]] = {
-        "gpt2": _gpt2_entry,
-        "llm_trainer": lambda name: Entry(name, (name,)),
+    mapping_for: dict[str, Callable[[str], TensorMapping | None]] = {
+        "gpt2": _gpt2_mapping,
+        "llm_trainer": lambda name: TensorMapping(name, (name,)),
     }
-    found = (name_for.get(family, _llama_entry)(name) for name in parameter_names)
-    return [entry for entry in found if entry is not None]
+    found = (mapping_for.get(family, _llama_mapping)(name) for name in parameter_names)
+    return [mapping for mapping in found if mapping is not None]
 
 
-def _llama_entry(name: str) -> Entry:
-    return Entry(".".join(_LLAMA.get(piece, piece) for piece in name.split(".")), (name,))
+def _llama_mapping(name: str) -> TensorMapping:
+    return TensorMapping(".".join(_LLAMA.get(piece, piece) for piece in name.split(".")), (name,))
 
 
-def _gpt2_entry(name: str) -> Entry | None:
-    *place, kind = name.split(".")
-    prefix = ".".join(_GPT2.get(piece, piece) for piece in place)
-    if place[-1] in _QKV:  # all three come with the query's
-        ours = tuple(".".join([*place[:-1], projection, kind]) for projection in _QKV)
-        theirs = f"{prefix.removesuffix(place[-1])}c_attn.{kind}"
-        return Entry(theirs, ours, transposed=kind == "weight") if place[-1] == "q_proj" else None
-    for ours_ending, theirs_ending in _GPT2_LINEARS.items():
-        if prefix.endswith(ours_ending):
-            return Entry(
-                f"{prefix.removesuffix(ours_ending)}{theirs_ending}.{kind}",
-                (name,),
-                transposed=kind == "weight",
-            )
-    return Entry(f"{prefix}.{kind}", (name,))
+def _gpt2_mapping(name: str) -> TensorMapping | None:
+    *module, kind = name.split(".")
+    prefix = ".".join(_GPT2.get(piece, piece) for piece in module)
+    if module[-1] in _QKV:  # the mapping of q_proj covers all three
+        names = tuple(".".join([*module[:-1], projection, kind]) for projection in _QKV)
+        hf_name = f"{prefix.removesuffix(module[-1])}c_attn.{kind}"
+        is_first = module[-1] == "q_proj"
+        return TensorMapping(hf_name, names, transposed=kind == "weight") if is_first else None
+    for ending, hf_ending in _GPT2_LINEARS.items():
+        if prefix.endswith(ending):
+            hf_name = f"{prefix.removesuffix(ending)}{hf_ending}.{kind}"
+            return TensorMapping(hf_name, (name,), transposed=kind == "weight")
+    return TensorMapping(f"{prefix}.{kind}", (name,))

@@ -1,8 +1,8 @@
-"""nanoGPT's ckpt.pt, read without running what it may hold.
+"""nanoGPT's ckpt.pt, read without running what it may contain.
 
-The file is a pickle. PyTorch's `weights_only` reader builds tensors, numbers, texts and plain containers and
-refuses anything else, so a file with code in it is an error and the code does not run. Optimizer state is
-left alone: its order of parameters is not ours.
+The file is a pickle. PyTorch's `weights_only` reader builds tensors, numbers, strings and plain containers
+and refuses anything else, so that a file with code in it is an error and the code does not run. The optimizer
+state is not read, because its order of parameters is not ours.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 from llm_trainer.config.schema.model import ModelConfig
 from llm_trainer.errors import CheckpointError
 from llm_trainer.model.hf.checkpoint import empty_model
-from llm_trainer.model.hf.weight_map import Entry, entries
-from llm_trainer.model.module_names import plain_name
+from llm_trainer.model.hf.weight_map import TensorMapping, tensor_mappings
+from llm_trainer.model.module_names import canonical_name
 from llm_trainer.model.transformer import Transformer
 
 _SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
@@ -28,9 +28,18 @@ _SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 def load_nanogpt(
     path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Transformer:
-    """The model in a nanoGPT checkpoint, in evaluation mode; dtype none: fp32.
+    """Load the model of a nanoGPT checkpoint, in evaluation mode.
 
-    Raises CheckpointError where the file is missing, damaged, holds more than data, or is not nanoGPT's.
+    Args:
+        path: The ckpt.pt.
+        device: Where the weights go.
+        dtype: Type of the weights. None: fp32.
+
+    Returns:
+        The model.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, contains more than data, or is not nanoGPT's.
     """
     content = _unpickle_data(Path(path))
     arguments, weights = content.get("model_args"), content.get("model")
@@ -38,15 +47,16 @@ def load_nanogpt(
         raise CheckpointError(f"{path} is not a nanoGPT checkpoint: it has no 'model_args' and 'model'")
     missing = [name for name in _SIZES if not isinstance(arguments.get(name), int)]
     if missing:
-        raise CheckpointError(f"{path} does not say its {', '.join(missing)} in 'model_args'")
+        raise CheckpointError(f"{path} lacks {', '.join(missing)} in 'model_args'")
     model = empty_model(_config_of(arguments), device, dtype or torch.float32)
-    _fill(model, {plain_name(str(name)): tensor for name, tensor in weights.items()}, Path(path))
+    _fill(model, {canonical_name(str(name)): tensor for name, tensor in weights.items()}, Path(path))
     return model.eval()
 
 
 def dataset_of(path: str | Path) -> str | None:
-    """The name of the folder in `data/` that the checkpoint was trained on, where it says so: its vocabulary
-    is there.
+    """The name of the dataset that a checkpoint was trained on, or None where it does not record one.
+
+    It is a folder in `data/`, which also has the vocabulary.
     """
     config = _unpickle_data(Path(path)).get("config")
     name = config.get("dataset") if isinstance(config, Mapping) else None
@@ -59,16 +69,16 @@ def _unpickle_data(path: Path) -> Mapping[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except pickle.UnpicklingError as error:
+        reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
-            f"{path} was not opened: it is damaged, or it holds more than tensors and plain values, which could run code "
-            f"({str(error).strip().splitlines()[0]})"
+            f"{path} was not opened: it is damaged, or it contains more than tensors and plain values, "
+            f"which could run code ({reason})"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read as a PyTorch file: {str(error).strip().splitlines()[0]}"
-        ) from error
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{path} cannot be read as a PyTorch file: {reason}") from error
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path} is not a nanoGPT checkpoint: it holds a {type(content).__name__}")
+        raise CheckpointError(f"{path} is not a nanoGPT checkpoint: it contains a {type(content).__name__}")
     return content
 
 
@@ -83,22 +93,22 @@ def _config_of(arguments: Mapping[str, Any]) -> ModelConfig:
 
 @torch.no_grad()
 def _fill(model: Transformer, weights: Mapping[str, Any], path: Path) -> None:
-    """nanoGPT names its weights as GPT-2's files do, but keeps its matrices as nn.Linear has them."""
+    """Copy the weights, which have the names of GPT-2's files but matrices oriented as in nn.Linear."""
     parameters = dict(model.named_parameters())
-    table = [Entry(entry.theirs, entry.ours) for entry in entries(parameters, "gpt2")]
-    shape_of = {name: parameter.shape for name, parameter in parameters.items()}
-    known = {entry.theirs for entry in table} | {"lm_head.weight"}
+    table = [TensorMapping(mapping.hf_name, mapping.names) for mapping in tensor_mappings(parameters, "gpt2")]
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    known = {mapping.hf_name for mapping in table} | {"lm_head.weight"}
     unexpected = [name for name in weights if name not in known and not name.endswith(".attn.bias")]
     if unexpected:
         raise CheckpointError(
-            f"{path} holds {', '.join(unexpected[:5])}, which a nanoGPT model does not have"
+            f"{path} contains {', '.join(unexpected[:5])}, which a nanoGPT model does not have"
         )
-    for entry in table:
-        tensor = weights.get(entry.theirs)
-        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != entry.shape(shape_of):
+    for mapping in table:
+        tensor, wanted = weights.get(mapping.hf_name), mapping.hf_shape(shapes)
+        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != wanted:
             found = "nothing" if tensor is None else f"{tuple(getattr(tensor, 'shape', ()))}"
             raise CheckpointError(
-                f"{path}: {entry.theirs} should have shape {entry.shape(shape_of)}, and has {found}"
+                f"{path}: {mapping.hf_name} should have the shape {wanted}, but the file has {found}"
             )
-        for name, ours in entry.split(tensor).items():
-            parameters[name].copy_(ours)
+        for name, values in mapping.from_hf(tensor).items():
+            parameters[name].copy_(values)

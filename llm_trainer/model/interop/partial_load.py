@@ -1,5 +1,5 @@
-"""Weights of a pretrained checkpoint for a model that is not quite that one: what fits is taken, and a report
-says what came from where.
+"""Weights of a pretrained checkpoint for a model of another shape: tensors that fit are loaded, and a report
+lists where every parameter came from.
 """
 
 from __future__ import annotations
@@ -13,55 +13,69 @@ from torch import nn
 
 from llm_trainer.errors import CheckpointError
 from llm_trainer.model.hf.checkpoint import load_pretrained
-from llm_trainer.model.module_names import matching_parts, part_of_parameter, unwrapped
+from llm_trainer.model.module_names import matching_parts, part_of_parameter, unwrap_model
 
 
 @dataclass(frozen=True)
 class TransferReport:
-    """Names of the model's parameters that were taken, of those that stayed as they were, with the reason,
-    and what was not needed.
+    """What was loaded from a checkpoint.
+
+    `loaded` are the model's parameters that were loaded, `skipped` those that were not, with the reason, and
+    `unused` the checkpoint's parameters that the model did not take.
     """
 
     source: Path
-    taken: tuple[str, ...]
-    kept: dict[str, str]
+    loaded: tuple[str, ...]
+    skipped: dict[str, str]
     unused: tuple[str, ...]
 
     def lines(self) -> list[str]:
-        """For a person: a line for what was taken by part, and one for each reason why others stayed."""
-        parts = list(dict.fromkeys(part_of_parameter(name) for name in self.taken))
-        said = [f"from {self.source}: {len(self.taken)} tensors of {len(parts)} parts ({', '.join(parts)})"]
-        for reason in dict.fromkeys(self.kept.values()):
-            names = [name for name, why in self.kept.items() if why == reason]
-            said.append(f"  as they were, {reason}: {', '.join(names)}")
-        return said + ([f"  not needed: {', '.join(self.unused)}"] if self.unused else [])
+        """The report for the console: one line for what was loaded, and one for each reason for skipping."""
+        parts = list(dict.fromkeys(part_of_parameter(name) for name in self.loaded))
+        lines = [
+            f"loaded {len(self.loaded)} tensors of {len(parts)} parts from {self.source}: {', '.join(parts)}"
+        ]
+        for reason in dict.fromkeys(self.skipped.values()):
+            names = [name for name, why in self.skipped.items() if why == reason]
+            lines.append(f"  not loaded, {reason}: {', '.join(names)}")
+        return lines + ([f"  unused tensors of the source: {', '.join(self.unused)}"] if self.unused else [])
 
 
 @torch.no_grad()
 def load_partially(model: nn.Module, source: Path, parts: str | Sequence[str] = ("*",)) -> TransferReport:
-    """Copy the tensors of `source` that have the name and the shape of one of the model's, in these parts;
-    the others stay.
+    """Load the tensors of a checkpoint that have the name and the shape of one of the model's.
 
-    Raises CheckpointError where nothing fits or `source` cannot be read, UsageError for parts that the model
-    does not have.
+    Args:
+        model: A transformer, wrapped or not; its other parameters stay as they are.
+        source: A model folder.
+        parts: The parts to load; see `module_names.matching_parts`.
+
+    Returns:
+        What was loaded and what was not.
+
+    Raises:
+        CheckpointError: Nothing fits, or the source cannot be read.
+        UsageError: The model has no such part.
     """
-    plain = unwrapped(model)
+    plain = unwrap_model(model)
     wanted = set(matching_parts(plain, parts))
-    there = {name: parameter for name, parameter in load_pretrained(source).named_parameters()}
-    taken: list[str] = []
-    kept: dict[str, str] = {}
+    available = dict(load_pretrained(source).named_parameters())
+    loaded: list[str] = []
+    skipped: dict[str, str] = {}
     for name, parameter in plain.named_parameters():
         if part_of_parameter(name) not in wanted:
-            kept[name] = "not asked for"
-        elif name not in there:
-            kept[name] = "not in the source"
-        elif there[name].shape != parameter.shape:
-            kept[name] = f"{tuple(there[name].shape)} there and {tuple(parameter.shape)} here"
+            skipped[name] = "not selected"
+        elif name not in available:
+            skipped[name] = "missing in the source"
+        elif available[name].shape != parameter.shape:
+            shapes = f"{tuple(available[name].shape)} in the source, {tuple(parameter.shape)} in the model"
+            skipped[name] = f"shape {shapes}"
         else:
-            parameter.copy_(there[name])
-            taken.append(name)
-    if not taken:
+            parameter.copy_(available[name])
+            loaded.append(name)
+    if not loaded:
         raise CheckpointError(
-            f"no tensor of {source} fits this model; {'; '.join(dict.fromkeys(kept.values()))}"
+            f"no tensor of {source} fits this model; {'; '.join(dict.fromkeys(skipped.values()))}"
         )
-    return TransferReport(source, tuple(taken), kept, tuple(name for name in there if name not in taken))
+    unused = tuple(name for name in available if name not in loaded)
+    return TransferReport(source, tuple(loaded), skipped, unused)

@@ -1,9 +1,11 @@
-"""Adapters in PEFT's folder form: adapter_config.json and adapter_model.safetensors, written and read without
-peft.
+"""Adapters in PEFT's folder format, adapter_config.json and adapter_model.safetensors, without the peft
+package.
 
-`peft` opens what is written here over the `transformers` model of the same base, and what it saved is read here, with equal logits.
-GPT-2's files hold query, key and value in one matrix: three adapters of ours become one with their factors side by side and B block by
-block, of the sum of their ranks, and are taken apart again when read; a foreign adapter of that matrix becomes three that share A.
+`peft` opens what is written here over the `transformers` model of the same base, and what it saved is read
+here, with equal logits. GPT-2's files have query, key and value in one matrix. Three of our adapters become
+one adapter of that matrix, whose rank is the sum of theirs: their factors A are stacked, and their factors B
+are the blocks of a block-diagonal B. It is split again when it is read. A foreign adapter of the matrix
+becomes three with the same A.
 """
 
 from __future__ import annotations
@@ -21,34 +23,37 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from llm_trainer.config.schema.lora import DEFAULT_NAME, LoraConfig
+from llm_trainer.config.schema.lora import DEFAULT_ADAPTER, LoraConfig
 from llm_trainer.errors import CheckpointError, UsageError
-from llm_trainer.model.adapters.lora import add_adapters, targets
-from llm_trainer.model.adapters.lora_layers import LoraEmbedding, LoraLinear, LowRank
-from llm_trainer.model.hf.config import family_of
-from llm_trainer.model.hf.weight_map import entries
-from llm_trainer.model.module_names import plain_name, unwrapped
-from llm_trainer.model.transformer import Transformer
+from llm_trainer.model.adapters.lora import add_adapters, lora_targets
+from llm_trainer.model.adapters.lora_layers import LoraEmbedding, LoraFactors, LoraLinear, lora_factors
+from llm_trainer.model.base import TransformerBase
+from llm_trainer.model.hf.config import hf_family
+from llm_trainer.model.hf.weight_map import tensor_mappings
+from llm_trainer.model.module_names import canonical_name, unwrap_model
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-# Words of their file that change what is computed, with the values that are computed here.
+# Keys of PEFT's configuration that change what is computed, with the values that are supported here.
 _FIXED: dict[str, tuple[object, ...]] = {
-    "peft_type": ("LORA",), "bias": ("none", None), "use_dora": (False, None), "use_qalora": (False, None), "lora_bias": (False, None),
-    "modules_to_save": (None, []), "trainable_token_indices": (None, []), "layer_replication": (None, []), "use_bdlora": (False, None),
-    "alora_invocation_tokens": (None, []), "target_parameters": (None, []), "arrow_config": (None,), "megatron_config": (None,),
+    "peft_type": ("LORA",), "bias": ("none", None), "use_dora": (False, None), "use_qalora": (False, None),
+    "lora_bias": (False, None), "modules_to_save": (None, []), "trainable_token_indices": (None, []),
+    "layer_replication": (None, []), "use_bdlora": (False, None), "alora_invocation_tokens": (None, []),
+    "target_parameters": (None, []), "arrow_config": (None,), "megatron_config": (None,),
     "kasa_config": (None,), "monteclora_config": (None,),
 }  # fmt: skip
-# How peft can begin adapters without taking their product from the weights under them. PiSSA, OLoRA, CorDA,
-# LoftQ and LoRA-GA do that, and peft does it again to the base that an adapter is put on; the folder holds
-# only what lies over that other base.
-_KEEPING_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+# Initializations of PEFT that leave the base weights as they are. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA
+# subtract the adapter's product from the base, and peft does it again to the base that an adapter is loaded
+# over; the folder has only what is added to that changed base.
+_BASE_KEEPING_INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 @dataclass(frozen=True)
-class Factors:
-    """An adapter of one matrix of theirs: A (rank, in), B (out, rank), what their product is multiplied by."""
+class _HfFactors:
+    """An adapter of one matrix of a Hugging Face model: A (rank, in), B (out, rank) and their product's
+    factor.
+    """
 
     a: Tensor
     b: Tensor
@@ -61,102 +66,117 @@ class Factors:
 
 
 def save_adapter(
-    model: nn.Module, folder: Path | str, name: str = DEFAULT_NAME, *, base: str | None = None
+    model: nn.Module, folder: Path | str, name: str = DEFAULT_ADAPTER, *, base: str | None = None
 ) -> None:
-    """Write one set of adapters into `folder`; `base` is what peft shall take for its model.
+    """Write one set of adapters into a folder of PEFT's format.
 
-    Raises UsageError for a set that the model does not have and for a shape that no class of transformers
-    computes.
+    Args:
+        model: A transformer, wrapped or not.
+        folder: Where to write; it is created if it does not exist.
+        name: The set.
+        base: The base model that peft shall load, as a path or a name on the hub.
+
+    Raises:
+        UsageError: The model has no such set, or transformers has no class for its shape.
     """
-    plain, place = unwrapped(model), Path(folder)
+    plain, target = unwrap_model(model), Path(folder)
     if name not in plain.config.lora:
         raise UsageError(
-            f"the model has no adapter {name!r}; those that it has: {', '.join(plain.config.lora) or 'none'}"
+            f"the model has no adapter {name!r}; its adapters are: {', '.join(plain.config.lora) or 'none'}"
         )
-    if family_of(plain.config) is None:
+    family = hf_family(plain.config)
+    if family is None:
         raise UsageError(
-            "transformers has no class for this shape, so that peft has nothing to put the adapter on; merge it instead"
+            "transformers has no class for this shape, so that peft has no model to load the adapter over; "
+            "merge the adapter into the model instead"
         )
-    held = _low_ranks(plain, name)
+    own = _adapter_factors(plain, name)
     factors = {
-        theirs: joined
-        for theirs, ours in _modules(plain).items()
-        if (joined := _joined(plain, held, ours)) is not None
+        module: combined
+        for module, targets in _hf_modules(plain).items()
+        if (combined := _combined(plain, own, targets)) is not None
     }
-    place.mkdir(parents=True, exist_ok=True)
+    target.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
-    for theirs, one in factors.items():
-        if theirs.endswith(("wte", "embed_tokens")):
-            tensors |= {
-                f"{_PREFIX}{theirs}.lora_embedding_A": one.b.T,
-                f"{_PREFIX}{theirs}.lora_embedding_B": one.a.T,
-            }
+    for module, one in factors.items():
+        key = f"{_PREFIX}{module}"
+        if module.endswith(("wte", "embed_tokens")):
+            tensors |= {f"{key}.lora_embedding_A": one.b.T, f"{key}.lora_embedding_B": one.a.T}
         else:
-            tensors |= {f"{_PREFIX}{theirs}.lora_A.weight": one.a, f"{_PREFIX}{theirs}.lora_B.weight": one.b}
+            tensors |= {f"{key}.lora_A.weight": one.a, f"{key}.lora_B.weight": one.b}
     save_file(
         {key: value.detach().cpu().contiguous() for key, value in tensors.items()},
-        place / WEIGHTS_NAME,
+        target / WEIGHTS_NAME,
         metadata={"format": "pt"},
     )
-    content = _config_content(
-        plain.config.lora[name], factors, base, is_gpt2=family_of(plain.config) == "gpt2"
-    )
-    (place / CONFIG_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    content = _config_content(plain.config.lora[name], factors, base, is_gpt2=family == "gpt2")
+    (target / CONFIG_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def load_adapter(model: nn.Module, folder: Path | str, name: str = DEFAULT_NAME) -> None:
-    """Add the adapters in a folder to the model as a set of this name, in use. Raises CheckpointError for one
-    that does not fit it.
+def load_adapter(model: nn.Module, folder: Path | str, name: str = DEFAULT_ADAPTER) -> None:
+    """Add the adapters in a folder to the model, as an active set.
+
+    Args:
+        model: A transformer, wrapped or not.
+        folder: A folder of PEFT's format.
+        name: The new set's name.
+
+    Raises:
+        CheckpointError: The folder cannot be read, uses something that is not supported, or does not fit the
+            model.
+        UsageError: The name is taken.
     """
-    plain, place = unwrapped(model), Path(folder)
-    config = _read_config(place)
-    factors = _read_factors(place, config)
-    modules = _modules(plain)
-    strange = sorted(factors.keys() - modules.keys())
-    if strange:
+    plain, source = unwrap_model(model), Path(folder)
+    config = _read_config(source)
+    factors = _read_factors(source, config)
+    modules = _hf_modules(plain)
+    unknown = sorted(factors.keys() - modules.keys())
+    if unknown:
         raise CheckpointError(
-            f"{place} adapts {strange[0]}, which this model does not have; it belongs to another base"
+            f"{source} has an adapter of {unknown[0]}, which this model does not have; it belongs to another "
+            "base"
         )
-    ours: dict[str, Factors] = {}
-    for theirs, one in factors.items():
-        ours |= _split(plain, modules[theirs], one, theirs)
-    if plain.config.tie_word_embeddings and not _alike(ours.get("wte"), ours.pop("lm_head", None)):
+    by_target: dict[str, _HfFactors] = {}
+    for module, one in factors.items():
+        by_target |= _split(plain, modules[module], one, module)
+    if plain.config.tie_word_embeddings and not _equal(by_target.get("wte"), by_target.pop("lm_head", None)):
         raise CheckpointError(
-            f"{place} adapts only one of embedding and head, or each in another way, and this model shares one matrix between them"
+            f"{source} adapts only one of embedding and head, or both differently, but this model shares one "
+            "matrix between them"
         )
     use_rslora = bool(config.get("use_rslora"))
-    strength = {
-        target: one.scale * (math.sqrt(one.rank) if use_rslora else one.rank) for target, one in ours.items()
+    alphas = {
+        target: one.scale * (math.sqrt(one.rank) if use_rslora else one.rank)
+        for target, one in by_target.items()
     }
-    ranks = {target: one.rank for target, one in ours.items()}
+    ranks = {target: one.rank for target, one in by_target.items()}
     dropout = float(config.get("lora_dropout") or 0.0)
-    add_adapters(
-        plain, name, LoraConfig(ranks=ranks, alphas=strength, dropout=dropout, use_rslora=use_rslora)
-    )
+    add_adapters(plain, name, LoraConfig(ranks=ranks, alphas=alphas, dropout=dropout, use_rslora=use_rslora))
     with torch.no_grad():
-        for target, low in _low_ranks(plain, name).items():
-            one = ours["wte" if target == "lm_head" and plain.config.tie_word_embeddings else target]
-            low.a.copy_(one.a)
-            low.b.copy_(one.b)
+        for target, own in _adapter_factors(plain, name).items():
+            is_tied_head = target == "lm_head" and plain.config.tie_word_embeddings
+            one = by_target["wte" if is_tied_head else target]
+            own.a.copy_(one.a)
+            own.b.copy_(one.b)
 
 
 def is_adapter_folder(folder: Path | str) -> bool:
-    """Whether PEFT's configuration lies there."""
+    """Whether a folder has PEFT's configuration in it."""
     return (Path(folder) / CONFIG_NAME).is_file()
 
 
-def _modules(model: Transformer) -> dict[str, list[str]]:
-    """Module of theirs → the targets of ours that it is."""
+def _hf_modules(model: TransformerBase) -> dict[str, list[str]]:
+    """Module of the Hugging Face model → the LoRA targets that it is made of."""
     names = [
-        plain_name(name)
+        canonical_name(name)
         for name, _ in model.named_parameters()
         if name.endswith(".weight") and ".lora." not in name
     ]
-    places = {_weight_of(target.name): target.name for target in targets(model)}
+    target_of = {_weight_of(target.name): target.name for target in lora_targets(model)}
     found = {
-        entry.theirs.removesuffix(".weight"): [places[name] for name in entry.ours]
-        for entry in entries(names, family_of(model.config) or "llm_trainer")
-        if all(name in places for name in entry.ours)
+        mapping.hf_name.removesuffix(".weight"): [target_of[name] for name in mapping.names]
+        for mapping in tensor_mappings(names, hf_family(model.config) or "llm_trainer")
+        if all(name in target_of for name in mapping.names)
     }
     return {**found, "lm_head": ["lm_head"]}
 
@@ -167,62 +187,64 @@ def _weight_of(target: str) -> str:
     return f"blocks.{number}.{kind}.{projection}.weight" if rest else f"{kind}.weight"
 
 
-def _low_ranks(model: Transformer, name: str) -> dict[str, LowRank]:
-    found: dict[str, LowRank] = {}
-    for target in targets(model):
+def _adapter_factors(model: TransformerBase, name: str) -> dict[str, LoraFactors]:
+    found: dict[str, LoraFactors] = {}
+    for target in lora_targets(model):
         module = target.module
         if isinstance(module, (LoraLinear, LoraEmbedding)) and name in module.lora:
-            low = module.lora[name]
-            assert isinstance(low, LowRank)
-            found[target.name] = low
+            found[target.name] = lora_factors(module, name)
     return found
 
 
-def _joined(model: Transformer, held: Mapping[str, LowRank], ours: list[str]) -> Factors | None:
-    """One adapter for matrices of ours that are one of theirs; one scale for all, into which B is brought."""
-    there = [held[target] for target in ours if target in held]
-    if not there:
+def _combined(
+    model: TransformerBase, own: Mapping[str, LoraFactors], targets: list[str]
+) -> _HfFactors | None:
+    """One adapter for the targets that are one Hugging Face matrix, with one scale, which B absorbs."""
+    present = [own[target] for target in targets if target in own]
+    if not present:
         return None
-    if len(ours) == 1:
-        return Factors(there[0].a.detach(), there[0].b.detach(), there[0].scale)
-    sizes = {target.name: target.module.weight.size(0) for target in targets(model)}
-    scale = there[0].scale
+    if len(targets) == 1:
+        return _HfFactors(present[0].a.detach(), present[0].b.detach(), present[0].scale)
+    sizes = {target.name: target.module.weight.size(0) for target in lora_targets(model)}
+    scale = present[0].scale
     blocks = [
-        held[one].b.detach() * (held[one].scale / scale)
-        if one in held
-        else there[0].b.new_zeros(sizes[one], 0)
-        for one in ours
+        own[target].b.detach() * (own[target].scale / scale)
+        if target in own
+        else present[0].b.new_zeros(sizes[target], 0)
+        for target in targets
     ]
-    return Factors(torch.cat([low.a.detach() for low in there]), _block_diagonal(blocks), scale)
+    return _HfFactors(torch.cat([one.a.detach() for one in present]), _block_diagonal(blocks), scale)
 
 
-def _split(model: Transformer, ours: list[str], one: Factors, theirs: str) -> dict[str, Factors]:
-    """Theirs as ours; the reverse of `_joined` where B is in blocks. Raises CheckpointError for other shapes
-    than the matrix has.
+def _split(model: TransformerBase, targets: list[str], one: _HfFactors, module: str) -> dict[str, _HfFactors]:
+    """The adapter of each target; the inverse of `_combined` where B is block-diagonal.
+
+    Raises CheckpointError where the factors do not have the shape of the matrix.
     """
-    shapes = {target.name: tuple(target.module.weight.shape) for target in targets(model)}
-    outputs, inputs = sum(shapes[target][0] for target in ours), shapes[ours[0]][1]
+    shapes = {target.name: tuple(target.module.weight.shape) for target in lora_targets(model)}
+    outputs, inputs = sum(shapes[target][0] for target in targets), shapes[targets[0]][1]
     if one.a.size(1) != inputs or one.b.size(0) != outputs or one.a.size(0) != one.b.size(1):
         raise CheckpointError(
-            f"the adapter of {theirs} has factors of {tuple(one.a.shape)} and {tuple(one.b.shape)}, the matrix is {outputs} × {inputs}"
+            f"the adapter of {module} has factors of {tuple(one.a.shape)} and {tuple(one.b.shape)}, but the "
+            f"matrix is {outputs} × {inputs}"
         )
-    rows = one.b.tensor_split(len(ours))
-    share = one.rank // len(ours)
-    blocks = [row[:, number * share : (number + 1) * share] for number, row in enumerate(rows)]
-    if len(ours) > 1 and share * len(ours) == one.rank and torch.equal(_block_diagonal(blocks), one.b):
+    rows = one.b.tensor_split(len(targets))
+    rank = one.rank // len(targets)
+    blocks = [row[:, number * rank : (number + 1) * rank] for number, row in enumerate(rows)]
+    if len(targets) > 1 and rank * len(targets) == one.rank and torch.equal(_block_diagonal(blocks), one.b):
         return {
-            target: Factors(a, b, one.scale)
-            for target, a, b in zip(ours, torch.split(one.a, share), blocks, strict=True)
+            target: _HfFactors(a, b, one.scale)
+            for target, a, b in zip(targets, torch.split(one.a, rank), blocks, strict=True)
         }
-    return {target: Factors(one.a, row, one.scale) for target, row in zip(ours, rows, strict=True)}
+    return {target: _HfFactors(one.a, row, one.scale) for target, row in zip(targets, rows, strict=True)}
 
 
 def _block_diagonal(blocks: Sequence[Tensor]) -> Tensor:
-    joined: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
-    return joined
+    matrix: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+    return matrix
 
 
-def _alike(embedding: Factors | None, head: Factors | None) -> bool:
+def _equal(embedding: _HfFactors | None, head: _HfFactors | None) -> bool:
     if embedding is None or head is None:
         return embedding is head
     same = (
@@ -234,12 +256,12 @@ def _alike(embedding: Factors | None, head: Factors | None) -> bool:
 
 
 def _config_content(
-    table: LoraConfig, factors: Mapping[str, Factors], base: str | None, *, is_gpt2: bool
+    table: LoraConfig, factors: Mapping[str, _HfFactors], base: str | None, *, is_gpt2: bool
 ) -> dict[str, Any]:
-    ranks = {theirs: one.rank for theirs, one in factors.items()}
+    ranks = {module: one.rank for module, one in factors.items()}
     alphas = {
-        theirs: one.scale * (math.sqrt(one.rank) if table.use_rslora else one.rank)
-        for theirs, one in factors.items()
+        module: one.scale * (math.sqrt(one.rank) if table.use_rslora else one.rank)
+        for module, one in factors.items()
     }
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     return {
@@ -254,8 +276,8 @@ def _config_content(
         "fan_in_fan_out": is_gpt2,
         "bias": "none",
         "target_modules": list(factors),
-        "rank_pattern": {_pattern(theirs): one for theirs, one in ranks.items() if one != rank},
-        "alpha_pattern": {_pattern(theirs): one for theirs, one in alphas.items() if one != alpha},
+        "rank_pattern": {_pattern(module): one for module, one in ranks.items() if one != rank},
+        "alpha_pattern": {_pattern(module): one for module, one in alphas.items() if one != alpha},
     }
 
 
@@ -269,49 +291,47 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path} cannot be read: {error}; an adapter's folder holds {CONFIG_NAME} and {WEIGHTS_NAME}"
+            f"{path} cannot be read: {error}; an adapter's folder has {CONFIG_NAME} and {WEIGHTS_NAME}"
         ) from error
     if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
-    for word, computed in _FIXED.items():
-        if word in config and config[word] not in computed:
+        raise CheckpointError(f"{path} is not a JSON object")
+    for key, supported in _FIXED.items():
+        if key in config and config[key] not in supported:
             raise CheckpointError(
-                f"{path} has {word} = {config[word]!r}; only {computed[0]!r} is computed here"
+                f"{key} = {config[key]!r} in {path} is not supported; only {supported[0]!r} is"
             )
-    beginning = config.get("init_lora_weights")
-    if (beginning.lower() if isinstance(beginning, str) else beginning) not in _KEEPING_BASE:
+    initialization = config.get("init_lora_weights")
+    plain = initialization.lower() if isinstance(initialization, str) else initialization
+    if plain not in _BASE_KEEPING_INITIALIZATIONS:
         raise CheckpointError(
-            f"{path} has init_lora_weights = {beginning!r}, which changes the weights under the adapter, and they are not in the folder; "
-            "take the model that peft merges it into (merge_and_unload), or save it with path_initial_model_for_weight_conversion"
+            f"{path} has init_lora_weights = {initialization!r}, which changes the weights under the "
+            "adapter, and the folder does not have them; take the model that peft merges it into "
+            "(merge_and_unload), or save it with path_initial_model_for_weight_conversion"
         )
     return config
 
 
-def _read_factors(folder: Path, config: Mapping[str, Any]) -> dict[str, Factors]:
+def _read_factors(folder: Path, config: Mapping[str, Any]) -> dict[str, _HfFactors]:
+    path = folder / WEIGHTS_NAME
     try:
-        tensors = load_file(folder / WEIGHTS_NAME)
+        tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder / WEIGHTS_NAME} cannot be read: {error}") from error
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.lora_(embedding_)?([AB])(\.weight)?", key)
         if match is None:
-            raise CheckpointError(
-                f"{folder / WEIGHTS_NAME} holds {key}, which is no factor of a low-rank adapter"
-            )
-        turned = tensor.T if match[2] else tensor
-        kind = (
-            match[3] if not match[2] else {"A": "B", "B": "A"}[match[3]]
-        )  # an embedding's A is what ours has as B, turned over
-        pairs.setdefault(match[1], {})[kind] = turned
-    halves = [theirs for theirs, pair in pairs.items() if len(pair) < 2]
-    if halves or not pairs:
-        raise CheckpointError(
-            f"{folder / WEIGHTS_NAME} lacks a factor of {halves[0] if halves else 'every adapter'}"
-        )
+            raise CheckpointError(f"{path} has {key}, which is not a factor of a low-rank adapter")
+        if match[2]:  # PEFT's A of an embedding is our B, transposed, and the other way round
+            pairs.setdefault(match[1], {})["B" if match[3] == "A" else "A"] = tensor.T
+        else:
+            pairs.setdefault(match[1], {})[match[3]] = tensor
+    incomplete = [module for module, pair in pairs.items() if len(pair) < 2]
+    if incomplete or not pairs:
+        raise CheckpointError(f"{path} lacks a factor of {incomplete[0] if incomplete else 'every adapter'}")
     return {
-        theirs: Factors(pair["A"], pair["B"], _scale(theirs, pair["A"].size(0), config))
-        for theirs, pair in pairs.items()
+        module: _HfFactors(pair["A"], pair["B"], _scale(module, pair["A"].size(0), config))
+        for module, pair in pairs.items()
     }
 
 

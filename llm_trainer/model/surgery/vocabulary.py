@@ -1,8 +1,8 @@
-"""Another vocabulary: rows of the embedding and of the head kept by id, or moved as a file says; new rows at
-the mean of the old.
+"""Another vocabulary: rows of the embedding and the head kept by id or moved as a file says; new rows at the
+mean.
 
 The mean of all rows is a token that means nothing in particular (Hewitt 2021, "Initializing new word
-embeddings"): the logits of the old ids are kept exactly; their probabilities share with the newcomers.
+embeddings"). The logits of the old ids are kept exactly; their probabilities make room for the new ones.
 """
 
 from __future__ import annotations
@@ -15,19 +15,28 @@ import torch
 
 from llm_trainer.config.schema.model import ModelConfig
 from llm_trainer.errors import UsageError
-from llm_trainer.model.surgery.model_state import Form
-from llm_trainer.model.surgery.width_map import MEAN, sew
+from llm_trainer.model.surgery.model_state import ModelState
+from llm_trainer.model.surgery.width_map import MEAN, remap
 
 
 def read_remapping(path: Path | str) -> dict[int, int]:
-    """Old id → new id, from a JSON object such as {"0": 0, "17": 5}. Raises UsageError for a missing file or
-    another content.
+    """Read a vocabulary remapping.
+
+    Args:
+        path: A JSON object of old id → new id, such as {"0": 0, "17": 5}.
+
+    Returns:
+        Old id → new id.
+
+    Raises:
+        UsageError: The file is missing or has another content.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(
-            f"there is no vocabulary remapping file {path}; write the JSON object of old id → new id, or correct remap_file"
+            f"the vocabulary remapping file {path} does not exist; write the JSON object of old id → new id, "
+            "or correct remap_file"
         ) from None
     except (OSError, ValueError) as error:
         raise UsageError(f"the vocabulary remapping file {path} cannot be read: {error}") from None
@@ -35,33 +44,49 @@ def read_remapping(path: Path | str) -> dict[int, int]:
         key.isdecimal() and type(value) is int and value >= 0 for key, value in content.items()
     ):
         raise UsageError(
-            f'{path} is not a vocabulary remapping: a JSON object of old id → new id, such as {{"0": 0, "17": 5}}'
+            f"{path} is not a vocabulary remapping: it must be a JSON object of old id → new id, such as "
+            '{"0": 0, "17": 5}'
         )
     if len(set(content.values())) != len(content):
-        raise UsageError(f"{path} sends two old ids to one new id; each new id has one source")
+        raise UsageError(f"{path} maps two old ids to one new id; give each new id one source")
     return {int(old): new for old, new in content.items()}
 
 
 def resized_config(config: ModelConfig, size: int, remapping: Mapping[int, int] | None = None) -> ModelConfig:
-    """The shape after `resize_vocabulary`. Raises UsageError for a remapping of ids that are not there."""
+    """The shape after `resize_vocabulary`.
+
+    Raises:
+        UsageError: The remapping names an id that does not exist.
+    """
     for old, new in (remapping or {}).items():
         if old >= config.vocab_size or new >= size:
             raise UsageError(
-                f"the remapping sends id {old} of {config.vocab_size} to {new} of {size}, which is past the end"
+                f"the remapping maps id {old} of {config.vocab_size} to {new} of {size}, which is out of "
+                "range"
             )
     return config.model_copy(update={"vocab_size": size})
 
 
-def resize_vocabulary(form: Form, size: int, remapping: Mapping[int, int] | None = None) -> Form:
-    """A vocabulary of `size` ids; `remapping` old → new moves those that it names and drops the others.
-    Raises UsageError.
+def resize_vocabulary(state: ModelState, size: int, remapping: Mapping[int, int] | None = None) -> ModelState:
+    """Give the model another vocabulary.
+
+    Args:
+        state: The present model.
+        size: The new number of ids.
+        remapping: Old id → new id; ids that it does not name are dropped. None: every id keeps its number.
+
+    Returns:
+        The new model.
+
+    Raises:
+        UsageError: The remapping names an id that does not exist.
     """
-    config = resized_config(form.config, size, remapping)
+    config = resized_config(state.config, size, remapping)
     index = torch.full((size,), MEAN)
     if remapping is None:
-        kept = min(size, form.config.vocab_size)
+        kept = min(size, state.config.vocab_size)
         index[:kept] = torch.arange(kept)
     else:
         for old, new in remapping.items():
             index[new] = old
-    return sew(form, config, {(None, "vocabulary"): index})
+    return remap(state, config, {(None, "vocabulary"): index})

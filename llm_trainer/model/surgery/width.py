@@ -1,4 +1,4 @@
-"""Wider MLPs, and a wider residual stream with more heads, keeping the function (see `axes.py` for how)."""
+"""Wider MLPs, and a wider residual stream with more heads, keeping the function; `width_map` explains how."""
 
 from __future__ import annotations
 
@@ -6,50 +6,82 @@ import torch
 
 from llm_trainer.config.schema.model import ModelConfig
 from llm_trainer.errors import UsageError
-from llm_trainer.model.surgery.model_state import Form
-from llm_trainer.model.surgery.width_map import Changes, sew, spread
+from llm_trainer.model.surgery.model_state import ModelState
+from llm_trainer.model.surgery.width_map import Changes, remap, repeat_index
 
-SPLIT = 0.5
-"""How much readers of copies differ, in standard deviations of their matrix; their sum does not."""
+# How much the readers of copies differ, in standard deviations of their matrix; their sum does not change.
+DEFAULT_NOISE = 0.5
 
 
 def widened_mlp_config(config: ModelConfig, width: int) -> ModelConfig:
-    """The shape after `widen_mlp`. Raises UsageError for a width below the present one."""
-    widest = max(config.mlp_widths, default=config.mlp_width)
+    """The shape after `widen_mlp`.
+
+    Raises:
+        UsageError: The width is below the present one.
+    """
+    widest = max(config.mlp_hidden_sizes, default=config.mlp_width)
     if width < widest:
         raise UsageError(
-            f"widen_mlp {width} is narrower than the MLP, which has {widest} units; prune_mlp shrinks it"
+            f"widen_mlp {width} is narrower than the MLP, which has {widest} units; use prune_mlp to "
+            "shrink it"
         )
-    return config.model_copy(update={"intermediate_size": width, "mlp_widths": []})
+    return config.model_copy(update={"intermediate_size": width, "mlp_hidden_sizes": []})
 
 
 def widen_mlp(
-    form: Form, width: int, *, noise: float = SPLIT, generator: torch.Generator | None = None
-) -> Form:
-    """MLPs of `width` units: units are copied, what reads them is divided by the copies. The function is
-    kept. Raises UsageError.
+    state: ModelState,
+    width: int,
+    *,
+    noise: float = DEFAULT_NOISE,
+    generator: torch.Generator | None = None,
+) -> ModelState:
+    """Widen every MLP by copying units and dividing what reads them; the function is kept.
+
+    Args:
+        state: The present model.
+        width: The new number of units.
+        noise: How much the readers of copies differ, in standard deviations of their matrix.
+        generator: Source of the noise. None: torch's global one.
+
+    Returns:
+        The wider model.
+
+    Raises:
+        UsageError: The width is below the present one.
     """
-    config = widened_mlp_config(form.config, width)
+    config = widened_mlp_config(state.config, width)
     blocks = range(config.num_hidden_layers)
     changes: Changes = {
-        (block, "mlp"): spread(form.config.of_block(block).mlp_width, width) for block in blocks
+        (block, "mlp"): repeat_index(state.config.block_config(block).mlp_width, width) for block in blocks
     }
-    return sew(form, config, changes, noise=noise, generator=generator)
+    return remap(state, config, changes, noise=noise, generator=generator)
 
 
 def widened_model_config(
     config: ModelConfig, hidden_size: int, heads: int | None = None, *, approximate: bool = False
 ) -> ModelConfig:
-    """The shape after `widen_model`; `heads` None: as many more as the stream gets wider.
+    """The shape after `widen_model`.
 
-    MLPs keep their width, key-value heads grow as the query heads do, the size of a head stays. Raises
-    UsageError for a width that would not keep the function, unless `approximate`, and for one that cannot be
-    built.
+    MLPs keep their width, key-value heads grow as the query heads do, and the width of a head stays.
+
+    Args:
+        config: The present shape.
+        hidden_size: The new width of the residual stream, in features.
+        heads: The new number of query heads. None: they grow in proportion to the width.
+        approximate: Allow sizes that change the function.
+
+    Returns:
+        The new shape.
+
+    Raises:
+        UsageError: The sizes would not keep the function and `approximate` is false, or no model can have
+            them.
     """
     old, width, group = config.hidden_size, config.head_width, config.num_attention_heads // config.kv_heads
-    if config.kv_head_counts:
+    if config.kv_heads_per_layer:
         raise UsageError(
-            f"widen_model: blocks were pruned to {config.kv_head_counts} key-value heads, and only equal ones can be widened"
+            f"widen_model needs blocks with equally many heads, and these were pruned to "
+            f"{config.kv_heads_per_layer} key-value heads"
         )
     heads = heads or config.num_attention_heads * hidden_size // old
     if hidden_size < old or heads < config.num_attention_heads:
@@ -59,14 +91,16 @@ def widened_model_config(
         )
     if heads % group:
         raise UsageError(
-            f"widen_model: {heads} heads do not divide into groups of {group} that share a key-value head; take a multiple"
+            f"widen_model: {heads} heads cannot be divided into groups of {group} per key-value head; "
+            f"give a multiple of {group}"
         )
     keeps_heads = config.head_dim is not None or hidden_size == heads * width
     exact = hidden_size % old == 0 and heads % config.num_attention_heads == 0 and keeps_heads
     if not exact and not approximate:
         raise UsageError(
-            f"widen_model [{hidden_size}, {heads}] cannot keep the function: the width must be a multiple of {old}, the heads of "
-            f"{config.num_attention_heads}, each {width} wide; take such, or say approximate: true"
+            f"widen_model [{hidden_size}, {heads}] cannot keep the function: the width must be a multiple of "
+            f"{old}, the heads of {config.num_attention_heads}, each {width} wide; give such sizes, or set "
+            "approximate: true"
         )
     return config.model_copy(
         update={
@@ -80,25 +114,39 @@ def widened_model_config(
 
 
 def widen_model(
-    form: Form,
+    state: ModelState,
     hidden_size: int,
     heads: int | None = None,
     *,
     approximate: bool = False,
-    noise: float = SPLIT,
+    noise: float = DEFAULT_NOISE,
     generator: torch.Generator | None = None,
-) -> Form:
-    """A residual stream of `hidden_size` features and `heads` heads: features and heads are copied, their
-    readers divided.
+) -> ModelState:
+    """Widen the residual stream by copying features and heads and dividing what reads them.
 
-    The function is kept for multiples; other widths change the statistics that norms see. Raises as
-    `widened_model_config`.
+    The function is kept for multiples; other widths change the statistics that norms see.
+
+    Args:
+        state: The present model.
+        hidden_size: The new width of the residual stream, in features.
+        heads: The new number of query heads. None: they grow in proportion to the width.
+        approximate: Allow sizes that change the function.
+        noise: How much the readers of copies differ, in standard deviations of their matrix.
+        generator: Source of the noise. None: torch's global one.
+
+    Returns:
+        The wider model.
+
+    Raises:
+        UsageError: As `widened_model_config`.
     """
-    old, config = form.config, widened_model_config(form.config, hidden_size, heads, approximate=approximate)
+    old = state.config
+    config = widened_model_config(old, hidden_size, heads, approximate=approximate)
     width = config.head_width
+    query_index = repeat_index(old.num_attention_heads * width, config.num_attention_heads * width, width)
     changes: Changes = {
-        (None, "hidden"): spread(old.hidden_size, config.hidden_size),
-        (None, "heads"): spread(old.num_attention_heads * width, config.num_attention_heads * width, width),
-        (None, "kv"): spread(old.kv_heads * width, config.kv_heads * width, width),
+        (None, "hidden"): repeat_index(old.hidden_size, config.hidden_size),
+        (None, "heads"): query_index,
+        (None, "kv"): repeat_index(old.kv_heads * width, config.kv_heads * width, width),
     }
-    return sew(form, config, changes, noise=noise, generator=generator)
+    return remap(state, config, changes, noise=noise, generator=generator)

@@ -1,16 +1,17 @@
-"""What each axis of each parameter counts, and the one way in which all changes of width are sewn.
+"""What each axis of each parameter counts, and the one way in which all changes of width are made.
 
 A change says, for some spaces (the residual stream, a block's heads, its MLP's units, the vocabulary), which
-old entry each new entry is taken from. Whatever writes into a space is copied with its entries; whatever
-reads from one is divided by the number of copies, so that sums over the space stay as they were and the
-function with them (Net2Wider: Chen et al. 2016, arXiv:1511.05641). Taking a part of the entries is the same
-thing without copies.
+old entry each new entry is taken from. A matrix that writes into a space is copied with the entries of the
+space. A matrix that reads from one is divided by the number of copies, so that sums over the space stay as
+they were, and the function with them (Net2Wider: Chen et al. 2016, arXiv:1511.05641). Taking a part of the
+entries is the same operation without copies.
 
-Copies that are equal and read equally would get equal gradients for ever. Net2Wider adds noise, which changes
-the function; here the readers of copies differ by noise that sums to zero over the copies, which does not.
+Copies that are equal and are read equally would get equal gradients for ever. Net2Wider adds noise, which
+changes the function. Here the readers of copies differ by noise that sums to zero over the copies, which does
+not.
 
-Optimizer state follows as gradients do. Of c copies that are read with weight 1/c each gets 1/c of the
-gradient, and the readers get the whole of it; averages of gradients are mapped by that factor, averages of
+Optimizer state is transformed as gradients are. Of c copies that are read with weight 1/c, each gets 1/c of
+the gradient, and the readers get all of it. Averages of gradients are multiplied by that factor, averages of
 their squares by its square.
 """
 
@@ -24,12 +25,13 @@ import torch
 from torch import Tensor
 
 from llm_trainer.config.schema.model import ModelConfig
-from llm_trainer.model.surgery.model_state import Form
+from llm_trainer.model.surgery.model_state import ModelState
 
+# In an index: no old entry, but the mean of all of them.
 MEAN = -1
-"""In an index: no old entry, but the mean of all of them."""
 
-# Parameter in a block → (space, does it read) for each axis; None: an axis that no change touches.
+# Parameter in a block → (space, whether it reads from it) for each axis. None: an axis that no change
+# affects.
 _WRITES_HIDDEN, _READS_HIDDEN = ("hidden", False), ("hidden", True)
 Axis = tuple[str, bool] | None
 _IN_BLOCK: dict[str, tuple[Axis, ...]] = {
@@ -60,17 +62,19 @@ _OUTSIDE: dict[str, tuple[Axis, ...]] = {
     "ln_f.bias": (_WRITES_HIDDEN,),
     "lm_head.weight": (("vocabulary", False), _READS_HIDDEN),
 }
-# Averages of gradients follow by the gradient's factor to this power; other tensors of a parameter's shape
-# (none today) by the first.
+# Averages of gradients are multiplied by the gradient's factor to this power; other tensors of a parameter's
+# shape (there are none today) by the factor itself.
 _POWERS = {"exp_avg_sq": 2, "max_exp_avg_sq": 2}
 
+# (block or None for all, space) → for each new entry the old one that it is taken from (int64), or MEAN.
 Changes = Mapping[tuple[int | None, str], Tensor]
-"""(block or None for all, space) → for each new entry the old one it comes from (int64), or MEAN."""
 
 
-class Sewing(NamedTuple):
-    """How one axis changes: where entries come from, what weights and gradients are multiplied by, and
-    whether it reads copies.
+class AxisMap(NamedTuple):
+    """How one axis changes.
+
+    `source` is the old entry of each new one, `weight` and `gradient` are the factors of weights and
+    gradients, and `is_reader` tells whether the axis reads from its space.
     """
 
     source: Tensor
@@ -79,39 +83,55 @@ class Sewing(NamedTuple):
     is_reader: bool
 
 
-def sew(
-    form: Form,
+def remap(
+    state: ModelState,
     config: ModelConfig,
     changes: Changes,
     *,
     noise: float = 0.0,
     generator: torch.Generator | None = None,
-) -> Form:
-    """The form of shape `config` in which entries of spaces are taken, copied and divided as `changes` say.
+) -> ModelState:
+    """Take, copy and divide the entries of spaces.
 
-    `noise` times the standard deviation of each matrix is how much the readers of copies differ; drawn on the CPU, alike everywhere.
+    Args:
+        state: The present model.
+        config: The shape of the new one.
+        changes: The old entry of each new entry, by block and space.
+        noise: How much the readers of copies differ, in standard deviations of each matrix. It is drawn on
+            the CPU, so that it is the same on every device.
+        generator: Source of the noise. None: torch's global one.
+
+    Returns:
+        The new model.
     """
     weights: dict[str, Tensor] = {}
-    state: dict[str, dict[str, Tensor]] = {}
-    for name, weight in form.weights.items():
-        sewings = [_sewing(axis, _block_of(name), changes) for axis in _axes(name, form.config)]
-        weights[name] = _applied(weight, sewings, power=None)
+    optimizer_state: dict[str, dict[str, Tensor]] = {}
+    for name, weight in state.weights.items():
+        maps = [_axis_map(axis, _block_of(name), changes) for axis in _axes(name, state.config)]
+        weights[name] = _mapped(weight, maps, power=None)
         if noise:
-            weights[name] = _with_noise(weights[name], sewings, noise, generator)
-        if name in form.state:
-            shape, kept = weight.shape, form.state[name]
-            state[name] = {
-                key: _applied(value, sewings, power=_POWERS.get(key, 1))
+            weights[name] = _with_noise(weights[name], maps, noise, generator)
+        if name in state.optimizer_state:
+            shape, kept = weight.shape, state.optimizer_state[name]
+            optimizer_state[name] = {
+                key: _mapped(value, maps, power=_POWERS.get(key, 1))
                 if value.shape == shape and value.ndim
                 else value
                 for key, value in kept.items()
             }
-    return replace(form, config=config, weights=weights, state=state)
+    return replace(state, config=config, weights=weights, optimizer_state=optimizer_state)
 
 
-def spread(old: int, new: int, unit: int = 1) -> Tensor:
-    """An index that lays the old entries one after the other, again and again, until there are `new`; entries
-    move in groups of `unit`.
+def repeat_index(old: int, new: int, unit: int = 1) -> Tensor:
+    """An index that repeats the old entries in order until there are `new`.
+
+    Args:
+        old: Number of old entries.
+        new: Number of new entries.
+        unit: Entries move in groups of this size.
+
+    Returns:
+        For each new entry the old one, (new,) int64.
     """
     groups = torch.arange(new // unit) % (old // unit)
     return (groups[:, None] * unit + torch.arange(unit)).flatten()
@@ -122,12 +142,12 @@ def _block_of(name: str) -> int | None:
 
 
 def _axes(name: str, config: ModelConfig) -> tuple[Axis, ...]:
-    """The axes of a parameter; the factors b (out, rank) and a (rank, in) of a low-rank adapter have one each
-    of their matrix.
+    """The axes of a parameter.
 
-    Under tied embeddings the matrix writes copies, so what the head reads is divided in the last norm; what
-    comes after that, as bottlenecks do where norms come after the sums, reads what is divided and writes it
-    divided.
+    The factors b (out, rank) and a (rank, in) of a low-rank adapter have one axis each of their matrix. Under
+    tied embeddings the matrix writes copies, so that what the head reads is divided in the last norm. What
+    comes after that norm, as bottleneck adapters do in a post-norm model, reads divided values and writes
+    them divided.
     """
     matrix, adapter, factor = name.partition(".lora.")
     if adapter:
@@ -140,6 +160,7 @@ def _axes(name: str, config: ModelConfig) -> tuple[Axis, ...]:
 
 
 def _from_last_norm(config: ModelConfig) -> tuple[str, ...]:
+    """Prefixes of the parameters from the last norm on."""
     if config.pre_norm:
         return ("ln_f.",)
     return tuple(
@@ -147,34 +168,31 @@ def _from_last_norm(config: ModelConfig) -> tuple[str, ...]:
     )
 
 
-def _sewing(axis: Axis, block: int | None, changes: Changes) -> Sewing | None:
+def _axis_map(axis: Axis, block: int | None, changes: Changes) -> AxisMap | None:
     if axis is None:
         return None
     space, is_reader = axis
     index = changes.get((block, space), changes.get((None, space)))
     if index is None:
         return None
-    taken = index.clamp(min=0)
-    copies = torch.where(
-        index == MEAN, 1, torch.bincount(index[index != MEAN], minlength=int(taken.max()) + 1)[taken]
-    ).double()
+    source = index.clamp(min=0)
+    counts = torch.bincount(index[index != MEAN], minlength=int(source.max()) + 1)
+    copies = torch.where(index == MEAN, 1, counts[source]).double()
     ones = torch.ones_like(copies)
-    return Sewing(index, 1 / copies if is_reader else ones, ones if is_reader else 1 / copies, is_reader)
+    return AxisMap(index, 1 / copies if is_reader else ones, ones if is_reader else 1 / copies, is_reader)
 
 
-def _applied(tensor: Tensor, sewings: list[Sewing | None], power: int | None) -> Tensor:
-    """A weight (power None) or an average of gradients to a power, sewn along each axis."""
-    for axis, sewing in enumerate(sewings):
-        if sewing is None:
+def _mapped(tensor: Tensor, maps: list[AxisMap | None], power: int | None) -> Tensor:
+    """A weight (power None), or an average of gradients to a power, remapped along each axis."""
+    for axis, axis_map in enumerate(maps):
+        if axis_map is None:
             continue
-        taken = tensor.index_select(axis, sewing.source.clamp(min=0).to(tensor.device))
-        if bool((sewing.source == MEAN).any()):
-            taken.index_copy_(
-                axis,
-                (sewing.source == MEAN).nonzero().flatten().to(tensor.device),
-                _means(tensor, axis, sewing.source),
-            )
-        factor = sewing.weight if power is None else sewing.gradient**power
+        is_mean = axis_map.source == MEAN
+        taken = tensor.index_select(axis, axis_map.source.clamp(min=0).to(tensor.device))
+        if bool(is_mean.any()):
+            entries = is_mean.nonzero().flatten().to(tensor.device)
+            taken.index_copy_(axis, entries, _means(tensor, axis, int(is_mean.sum())))
+        factor = axis_map.weight if power is None else axis_map.gradient**power
         if bool((factor != 1).any()):
             shape = [1] * tensor.ndim
             shape[axis] = -1
@@ -183,36 +201,28 @@ def _applied(tensor: Tensor, sewings: list[Sewing | None], power: int | None) ->
     return tensor
 
 
-def _means(tensor: Tensor, axis: int, index: Tensor) -> Tensor:
+def _means(tensor: Tensor, axis: int, count: int) -> Tensor:
     shape = list(tensor.shape)
-    shape[axis] = int((index == MEAN).sum())
+    shape[axis] = count
     return tensor.mean(axis, keepdim=True).expand(shape)
 
 
 def _with_noise(
-    weight: Tensor, sewings: list[Sewing | None], noise: float, generator: torch.Generator | None
+    weight: Tensor, maps: list[AxisMap | None], noise: float, generator: torch.Generator | None
 ) -> Tensor:
-    """The matrix with noise along the axis that reads copies, which sums to zero over the copies of each
-    entry.
-    """
-    for axis, sewing in enumerate(sewings):
-        if (
-            sewing is None
-            or not sewing.is_reader
-            or weight.ndim < 2
-            or weight.is_meta
-            or bool((sewing.weight == 1).all())
-        ):
+    """The matrix with noise along the axis that reads copies; its sum over the copies of an entry is zero."""
+    if weight.ndim < 2 or weight.is_meta:
+        return weight
+    for axis, axis_map in enumerate(maps):
+        if axis_map is None or not axis_map.is_reader or bool((axis_map.weight == 1).all()):
             continue
-        drawn = (
-            torch.randn(weight.shape, generator=generator, dtype=torch.float64) * float(weight.std()) * noise
-        )
-        index, count = sewing.source, int(sewing.source.max()) + 1
-        sums = torch.zeros(
-            *drawn.shape[:axis], count, *drawn.shape[axis + 1 :], dtype=drawn.dtype
-        ).index_add_(axis, index, drawn)
+        drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+        drawn = drawn * float(weight.std()) * noise
+        index, count = axis_map.source, int(axis_map.source.max()) + 1
+        sums_shape = (*drawn.shape[:axis], count, *drawn.shape[axis + 1 :])
+        sums = torch.zeros(sums_shape, dtype=drawn.dtype).index_add_(axis, index, drawn)
         shape = [1] * weight.ndim
         shape[axis] = -1
-        drawn -= sums.index_select(axis, index) * sewing.weight.view(shape)
+        drawn -= sums.index_select(axis, index) * axis_map.weight.view(shape)
         weight = weight + drawn.to(weight.device, weight.dtype)
     return weight

@@ -1,15 +1,17 @@
+"""The int8 candidates include the largest logits, and generated ids equal those of the full product."""
+
 import pytest
 import torch
 
 from llm_trainer.config.schema.generation import GenerationConfig
 from llm_trainer.config.schema.model import ModelConfig
-from llm_trainer.inference.cpu.int8_candidates import LARGEST_SHARE, Shortlist, multiplies_bytes_exactly
-from llm_trainer.inference.cpu.lm_head import Head, Scores
+from llm_trainer.inference.cpu.int8_candidates import MAX_FRACTION, Int8Candidates, has_exact_int8_products
+from llm_trainer.inference.cpu.lm_head import LMHead, TokenScores
 from llm_trainer.inference.engine import LanguageModel
-from llm_trainer.inference.sampling import Sampler, SamplingRow
+from llm_trainer.inference.sampling import Sampler, SamplingState
 from llm_trainer.model.transformer import Transformer
 
-needs_exact_bytes = pytest.mark.skipif(not multiplies_bytes_exactly(), reason="this processor has no VNNI")
+needs_exact_int8 = pytest.mark.skipif(not has_exact_int8_products(), reason="this processor has no VNNI")
 ROWS, WIDTH = 3000, 64
 
 
@@ -28,45 +30,45 @@ def heads() -> dict[str, torch.Tensor]:
     return {"plain": plain, "uneven": uneven, "zeros": with_zeros, "twins": twins}
 
 
-@needs_exact_bytes
+@needs_exact_int8
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", heads())
 @pytest.mark.parametrize("count", [1, 20])
-def test_the_largest_products_and_their_ties_are_on_the_list(
+def test_the_largest_products_and_their_ties_are_candidates(
     kind: str, dtype: torch.dtype, count: int
 ) -> None:
     weight = heads()[kind].to(dtype)
-    shortlist = Shortlist(weight)
+    candidates = Int8Candidates(weight)
     found = 0
     for seed in range(30):
         x = torch.randn(WIDTH, generator=torch.Generator().manual_seed(seed))
         x[seed % WIDTH] *= 1 + seed  # one feature outweighs the others, as in trained models
         products = torch.mv(weight, x.to(dtype))
-        ids = shortlist(x.to(dtype), count)
+        ids = candidates(x.to(dtype), count)
         if ids is None:
             continue
         found += 1
         assert ids.tolist() == sorted(set(ids.tolist()))
-        assert len(ids) <= LARGEST_SHARE * ROWS
+        assert len(ids) <= MAX_FRACTION * ROWS
         needed = (products >= products.topk(count).values[-1]).nonzero()[:, 0]
         assert set(needed.tolist()) <= set(ids.tolist())
-    assert found > 10, "else nothing was tried"
+    assert found > 10, "otherwise nothing was tested"
 
 
-@needs_exact_bytes
-def test_no_sum_of_bytes_overflows() -> None:
-    shortlist = Shortlist(torch.ones(16, 4096))
+@needs_exact_int8
+def test_no_int8_sum_overflows() -> None:
+    candidates = Int8Candidates(torch.ones(16, 4096))
     for digit in (0, 255):
-        products = shortlist._products(torch.full((2, 4096), digit, dtype=torch.uint8))
+        products = candidates._products(torch.full((2, 4096), digit, dtype=torch.uint8))
         torch.testing.assert_close(products, torch.full((2, 16), 4096.0 * (digit - 128)))
 
 
-@needs_exact_bytes
-def test_where_every_token_is_as_likely_the_whole_product_is_taken() -> None:
+@needs_exact_int8
+def test_equally_likely_tokens_take_the_full_product() -> None:
     weight = torch.randn(WIDTH, generator=torch.Generator().manual_seed(0)).expand(ROWS, WIDTH).contiguous()
-    assert Shortlist(weight)(weight[0], 1) is None
-    assert Shortlist(weight)(torch.zeros(WIDTH), 1) is None
-    assert Shortlist(weight)(torch.full((WIDTH,), torch.nan), 1) is None
+    assert Int8Candidates(weight)(weight[0], 1) is None
+    assert Int8Candidates(weight)(torch.zeros(WIDTH), 1) is None
+    assert Int8Candidates(weight)(torch.full((WIDTH,), torch.nan), 1) is None
 
 
 def language_model(dtype: torch.dtype) -> LanguageModel:
@@ -83,41 +85,41 @@ def language_model(dtype: torch.dtype) -> LanguageModel:
     return LanguageModel(Transformer(shape, torch.Generator().manual_seed(0)).to(dtype))
 
 
-@needs_exact_bytes
+@needs_exact_int8
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "settings",
     [{"temperature": 0}, {"temperature": 1.0, "top_k": 20, "seed": 3}, {"top_k": 9, "top_p": 0.7, "seed": 1}],
 )
-def test_a_text_is_the_same_with_and_without(
+def test_generated_ids_are_the_same_with_and_without_candidates(
     settings: dict[str, float], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = GenerationConfig(max_new_tokens=60, **settings)
-    whole = language_model(dtype).generate_ids([[5, 6, 7]], config)[0].ids
-    lists: list[int] = []
-    search = Head._search
+    full = language_model(dtype).generate_ids([[5, 6, 7]], config)[0].ids
+    counts: list[int] = []
+    search = LMHead._search
 
-    def counting(self: Head, *arguments: torch.Tensor) -> torch.Tensor | None:
+    def counting(self: LMHead, *arguments: torch.Tensor) -> torch.Tensor | None:
         ids = search(self, *arguments)
         if ids is not None:
-            lists.append(len(ids))
+            counts.append(len(ids))
         return ids
 
-    monkeypatch.setattr(Head, "_search", counting)
-    monkeypatch.setattr("llm_trainer.inference.cpu.lm_head.TOKENS_BEFORE_SHORTLIST", 0)
-    monkeypatch.setattr("llm_trainer.inference.cpu.int8_candidates.FEWEST_WEIGHTS", 0)
-    assert language_model(dtype).generate_ids([[5, 6, 7]], config)[0].ids == whole
-    assert len(lists) > 20, "else the list was hardly used"
+    monkeypatch.setattr(LMHead, "_search", counting)
+    monkeypatch.setattr("llm_trainer.inference.cpu.lm_head.TOKENS_BEFORE_CANDIDATES", 0)
+    monkeypatch.setattr("llm_trainer.inference.cpu.int8_candidates.MIN_WEIGHTS", 0)
+    assert language_model(dtype).generate_ids([[5, 6, 7]], config)[0].ids == full
+    assert len(counts) > 20, "otherwise the candidates were hardly used"
 
 
-@needs_exact_bytes
-def test_tokens_without_a_meaning_are_not_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm_trainer.inference.cpu.lm_head.TOKENS_BEFORE_SHORTLIST", 0)
-    monkeypatch.setattr("llm_trainer.inference.cpu.int8_candidates.FEWEST_WEIGHTS", 0)
+@needs_exact_int8
+def test_rows_beyond_the_vocabulary_are_no_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llm_trainer.inference.cpu.lm_head.TOKENS_BEFORE_CANDIDATES", 0)
+    monkeypatch.setattr("llm_trainer.inference.cpu.int8_candidates.MIN_WEIGHTS", 0)
     model = language_model(torch.float32).model
-    hidden = model.lm_head.weight[2900:2901].detach()  # likest to a token beyond the vocabulary
+    hidden = model.lm_head.weight[2900:2901].detach()  # most similar to a row beyond the vocabulary
     with torch.inference_mode():
-        scores = Head(model, 2500)(hidden, 1)
+        scores = LMHead(model, 2500)(hidden, 1)
         expected = model.logits(hidden)[:, :2500]
     assert scores.ids is not None
     assert int(scores.ids[scores.logits.argmax()]) == int(expected.argmax())
@@ -134,15 +136,17 @@ def test_tokens_without_a_meaning_are_not_listed(monkeypatch: pytest.MonkeyPatch
         ({"temperature": 0, "repetition_penalty": 1.2}, None),
     ],
 )
-def test_the_sampler_says_what_it_looks_at(settings: dict[str, float], expected: int | None) -> None:
-    assert Sampler([SamplingRow(GenerationConfig(**settings))], 50).looks_at == expected
+def test_the_sampler_reports_how_many_candidates_decide(
+    settings: dict[str, float], expected: int | None
+) -> None:
+    assert Sampler([SamplingState(GenerationConfig(**settings))], 50).num_candidates == expected
 
 
-def test_drawing_from_the_looked_at_alone_draws_the_same() -> None:
+def test_drawing_from_the_candidates_alone_draws_the_same() -> None:
     logits = torch.randn(1, 500, generator=torch.Generator().manual_seed(0))
     ids = logits[0].topk(30).indices.sort().values
     for seed in range(20):
         settings = GenerationConfig(top_k=25, temperature=1.5, seed=seed)
-        whole = Sampler([SamplingRow(settings)], 500)(*Scores(logits))
-        part = Sampler([SamplingRow(settings)], 500)(*Scores(logits[:, ids], ids))
-        assert torch.equal(whole, part)
+        full = Sampler([SamplingState(settings)], 500)(*TokenScores(logits))
+        part = Sampler([SamplingState(settings)], 500)(*TokenScores(logits[:, ids], ids))
+        assert torch.equal(full, part)

@@ -1,4 +1,4 @@
-"""Low-rank adapters: what they compute, that they start at nothing, grow, merge and go without changing the
+"""Low-rank adapters: what they compute, and that adding, growing, merging and removing them keeps the
 function.
 """
 
@@ -12,20 +12,21 @@ from model_shapes import small_config
 from torch import Tensor, nn
 
 from llm_trainer.config import UsageError
-from llm_trainer.config.param_count import part_sizes
+from llm_trainer.config.param_count import params_per_module
 from llm_trainer.config.schema.lora import LoraConfig
 from llm_trainer.model.adapters.lora import (
-    adapters_in_use,
+    active_adapters,
     add_adapters,
     is_adapter_parameter,
     merge_lora,
     remove_adapters,
+    set_adapters,
     set_lora_rank,
-    use_adapters,
 )
 from llm_trainer.model.hf.checkpoint import load_pretrained, save_pretrained
+from llm_trainer.model.layers import Linear
 from llm_trainer.model.module_names import parameter_counts
-from llm_trainer.model.transformer import Linear, Transformer
+from llm_trainer.model.transformer import Transformer
 
 IDS = torch.randint(61, (2, 12), generator=torch.Generator().manual_seed(3))
 EVERYWHERE = {"attn_lora_rank": 4, "mlp_lora_rank": 3, "embedding_lora_rank": 2, "lora_alpha": 5.0}
@@ -37,8 +38,8 @@ def model_of(dtype: torch.dtype = torch.float64, **changes: object) -> Transform
 
 
 @torch.no_grad()
-def disturbed(model: Transformer) -> Transformer:
-    """The model with adapters that do something."""
+def randomized(model: Transformer) -> Transformer:
+    """The model with random adapters, which change what it computes."""
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if is_adapter_parameter(name):
@@ -56,27 +57,27 @@ def test_fresh_adapters_change_nothing_and_trained_ones_do(shape: str) -> None:
     plain = model_of(**SHAPES[shape] | {"head_lora_rank": 0})
     model = model_of(**SHAPES[shape] | EVERYWHERE)
     assert torch.equal(logits(model), logits(plain))
-    assert (logits(disturbed(model)) - logits(plain)).abs().max() > 1e-2
+    assert (logits(randomized(model)) - logits(plain)).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_an_adapted_model_is_the_model_of_the_summed_matrices(shape: str) -> None:
-    model = disturbed(model_of(**SHAPES[shape] | EVERYWHERE))
+    model = randomized(model_of(**SHAPES[shape] | EVERYWHERE))
     plain = model_of(**SHAPES[shape] | {"head_lora_rank": 0})
     with torch.no_grad():
         for name, parameter in plain.named_parameters():
             owner = model.get_submodule(name.rpartition(".")[0])
             parameter.copy_(getattr(owner, name.rpartition(".")[2]))
-            for low in getattr(owner, "lora", {}).values():
+            for factors in getattr(owner, "lora", {}).values():
                 if name.endswith("weight"):
-                    parameter.add_(low.b @ low.a * 5.0 / low.a.size(0))
+                    parameter.add_(factors.b @ factors.a * 5.0 / factors.a.size(0))
     torch.testing.assert_close(logits(model), logits(plain), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("is_trained", [True, False])
-def test_the_joined_products_of_training_are_those_of_inference(shape: str, is_trained: bool) -> None:
-    model = disturbed(model_of(**SHAPES[shape] | EVERYWHERE))
+def test_fused_products_in_training_equal_those_of_inference(shape: str, is_trained: bool) -> None:
+    model = randomized(model_of(**SHAPES[shape] | EVERYWHERE))
     for parameter in model.parameters():
         parameter.requires_grad_(is_trained)
     torch.testing.assert_close(model(IDS).detach(), logits(model), rtol=0, atol=1e-12)
@@ -85,34 +86,36 @@ def test_the_joined_products_of_training_are_those_of_inference(shape: str, is_t
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 def test_growing_merging_and_removing_keep_the_function(shape: str, dtype: torch.dtype, bound: float) -> None:
-    model = disturbed(model_of(dtype, **SHAPES[shape] | EVERYWHERE))
+    model = randomized(model_of(dtype, **SHAPES[shape] | EVERYWHERE))
     before = logits(model)
 
-    def kept() -> None:
+    def assert_unchanged() -> None:
         torch.testing.assert_close(logits(model), before, rtol=0, atol=bound)
 
     model.set_layer_lora_rank("attn.*", 9)
     assert model.blocks[1].attn.q_proj.lora["default"].rank == 9
-    kept()
+    assert_unchanged()
     model.set_layer_lora_rank("mlp.0", 0)
     assert type(model.blocks[0].mlp.up_proj) is Linear
-    kept()
+    assert_unchanged()
     merge_lora(model)
     assert not model.blocks[0].attn.o_proj.lora["default"].b.any()
-    kept()
-    disturbed(model)
+    assert_unchanged()
+    randomized(model)
     before = logits(model)
     merge_lora(model, restart=False)
-    kept()
+    assert_unchanged()
     assert model.config.lora == {}
     assert not any(is_adapter_parameter(name) for name, _ in model.named_parameters())
-    assert Transformer(model.config).config.lora == {}, "the single ranks would make the adapters anew"
+    assert Transformer(model.config).config.lora == {}, (
+        "the single rank settings would create the adapters again"
+    )
 
 
 def test_a_smaller_rank_keeps_the_largest_singular_values() -> None:
-    model = disturbed(model_of(attn_lora_rank=6))
-    held = model.blocks[0].attn.q_proj.lora["default"]
-    left, values, right = torch.linalg.svd(held.delta().detach())
+    model = randomized(model_of(attn_lora_rank=6))
+    factors = model.blocks[0].attn.q_proj.lora["default"]
+    left, values, right = torch.linalg.svd(factors.delta().detach())
     model.set_layer_lora_rank("attn.0", 2)
     best = left[:, :2] * values[:2] @ right[:2]
     torch.testing.assert_close(
@@ -120,14 +123,14 @@ def test_a_smaller_rank_keeps_the_largest_singular_values() -> None:
     )
 
 
-def test_a_rank_that_grows_reads_new_directions() -> None:
+def test_a_larger_rank_reads_new_directions() -> None:
     model = model_of()
     for rank in (2, 4, 8):
         set_lora_rank(model, "attn.0", rank)
         assert int(torch.linalg.matrix_rank(factor_a(model))) == rank
 
 
-def test_adapters_that_begin_again_read_the_directions_of_their_seed() -> None:
+def test_restarted_adapters_read_the_directions_of_their_seed() -> None:
     model = model_of(attn_lora_rank=4)
     first = factor_a(model)
     for seed in (1, 2):
@@ -145,65 +148,65 @@ def factor_a(model: Transformer) -> Tensor:
     return model.blocks[0].attn.q_proj.lora["default"].a.detach().clone()
 
 
-def test_rslora_and_alpha_set_the_strength() -> None:
-    def strength(**settings: object) -> float:
+def test_rslora_and_alpha_set_the_scale() -> None:
+    def scale(**settings: object) -> float:
         return float(model_of(attn_lora_rank=16, **settings).blocks[0].attn.q_proj.lora["default"].scale)
 
-    assert strength() == 2.0
-    assert strength(lora_alpha=4) == 0.25
-    assert strength(lora_alpha=4, use_rslora=True) == 1.0
+    assert scale() == 2.0
+    assert scale(lora_alpha=4) == 0.25
+    assert scale(lora_alpha=4, use_rslora=True) == 1.0
 
 
-def test_adapters_survive_a_folder_and_the_base_is_transformers_own(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    model = disturbed(model_of(torch.float32, **EVERYWHERE))
+def test_adapters_are_saved_and_loaded(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    model = randomized(model_of(torch.float32, **EVERYWHERE))
     save_pretrained(model, tmp_path)
-    read = load_pretrained(tmp_path)
-    assert torch.equal(logits(read), logits(model))
-    assert read.config.lora == model.config.lora
+    loaded = load_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    assert loaded.config.lora == model.config.lora
 
 
-def test_several_sets_by_name_count_when_they_are_told_to() -> None:
+def test_only_the_active_sets_are_added() -> None:
     model = model_of()
-    nothing = logits(model)
+    without = logits(model)
     add_adapters(model, "poetry", LoraConfig(ranks={"attn.0": 2}))
     add_adapters(model, "law", LoraConfig(ranks={"attn.0.q_proj": 3, "mlp.1": 2}))
-    disturbed(model)
+    randomized(model)
     both = logits(model)
     results = []
     for names in (["poetry"], ["law"], []):
-        use_adapters(model, names)
-        assert adapters_in_use(model) == names
+        set_adapters(model, names)
+        assert active_adapters(model) == names
         results.append(logits(model))
-    assert torch.equal(results[-1], nothing)
+    assert torch.equal(results[-1], without)
     assert len({float(result.sum()) for result in [*results, both]}) == 4
     with pytest.raises(UsageError, match="poetry, law"):
-        use_adapters(model, ["prose"])
+        set_adapters(model, ["prose"])
 
 
-def test_which_sets_count_is_part_of_the_shape(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_the_active_sets_are_saved_with_the_shape(tmp_path) -> None:  # type: ignore[no-untyped-def]
     model = model_of(torch.float32)
     for name in ("poetry", "law", "prose"):
         add_adapters(model, name, LoraConfig(ranks={"attn.0": 2}))
-    disturbed(model)
+    randomized(model)
     for names in (["poetry", "law", "prose"], ["prose", "law"], []):
-        use_adapters(model, names)
+        set_adapters(model, names)
         save_pretrained(model, tmp_path / "-".join(["model", *names]))
-        read = load_pretrained(tmp_path / "-".join(["model", *names]))
-        assert adapters_in_use(read) == names
-        assert torch.equal(logits(read), logits(model))
-    use_adapters(model, ["law", "prose"])
+        loaded = load_pretrained(tmp_path / "-".join(["model", *names]))
+        assert active_adapters(loaded) == names
+        assert torch.equal(logits(loaded), logits(model))
+    set_adapters(model, ["law", "prose"])
     remove_adapters(model, "law")
-    assert adapters_in_use(Transformer(model.config)) == adapters_in_use(model) == ["prose"]
+    assert active_adapters(Transformer(model.config)) == active_adapters(model) == ["prose"]
     for name in ("prose", "poetry"):
         remove_adapters(model, name)
     model.set_layer_lora_rank("mlp.0", 2)
-    assert adapters_in_use(model) == ["default"]
+    assert active_adapters(model) == ["default"]
     with pytest.raises(UsageError, match="no adapter 'prose'"):
-        model_of(lora_in_use=["prose"])
+        model_of(active_adapters=["prose"])
 
 
 def test_a_tied_embedding_and_head_share_their_adapter() -> None:
-    model = disturbed(model_of(embedding_lora_rank=3))
+    model = randomized(model_of(embedding_lora_rank=3))
     assert model.wte.lora["default"] is model.lm_head.lora["default"]
     assert model.set_layer_lora_rank("wte", 5) == ["wte", "lm_head"]
     assert model.wte.lora["default"] is model.lm_head.lora["default"]
@@ -212,12 +215,12 @@ def test_a_tied_embedding_and_head_share_their_adapter() -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_parameters_are_counted_alike_with_and_without_torch(shape: str) -> None:
     model = model_of(**SHAPES[shape] | EVERYWHERE)
-    assert parameter_counts(model) == part_sizes(model.config)
+    assert parameter_counts(model) == params_per_module(model.config)
     assert model.config == Transformer(copy.deepcopy(model.config)).config
 
 
-def test_dropout_is_of_training_only() -> None:
-    model = disturbed(model_of(attn_lora_rank=2, lora_dropout=0.5))
+def test_adapter_dropout_applies_in_training_only() -> None:
+    model = randomized(model_of(attn_lora_rank=2, lora_dropout=0.5))
     assert torch.equal(logits(model), logits(model))
     model.train()
     assert not torch.equal(logits(model), logits(model))
@@ -233,7 +236,7 @@ def test_a_part_without_matrices_takes_no_adapter() -> None:
         model_of(lora={"default": {"ranks": {"attn.9": 2}}})
 
 
-def test_modules_without_adapters_stay_as_they_were() -> None:
+def test_modules_without_adapters_stay_plain() -> None:
     model = model_of(attn_lora_rank=2)
     assert type(model.blocks[0].mlp.up_proj) is Linear
     assert isinstance(model.blocks[0].attn.q_proj, nn.Linear)

@@ -1,4 +1,4 @@
-"""What we save, transformers opens; what it saved, we open; and both compute the same logits."""
+"""transformers opens what we save, we open what it saves, and both compute the same logits."""
 
 import json
 
@@ -17,7 +17,7 @@ from llm_trainer.model.hf.checkpoint import (
     load_weights,
     save_pretrained,
 )
-from llm_trainer.model.hf.config import family_of, resolved
+from llm_trainer.model.hf.config import hf_family, with_explicit_values
 from llm_trainer.model.transformer import Transformer
 
 WITH_COUNTERPART = {
@@ -31,7 +31,7 @@ WITH_COUNTERPART = {
 }
 
 
-def shaken(model: torch.nn.Module) -> torch.nn.Module:
+def randomized(model: torch.nn.Module) -> torch.nn.Module:
     """Random numbers in every parameter, biases and norms too, so that no mistake hides behind a zero or a
     one.
 
@@ -58,7 +58,7 @@ def opened_by_transformers(folder) -> torch.nn.Module:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("shape", WITH_COUNTERPART)
 def test_transformers_computes_our_logits_from_our_folder(shape, tied, tmp_path):
-    ours = shaken(Transformer(small_config(**SHAPES[shape], tie_word_embeddings=tied)))
+    ours = randomized(Transformer(small_config(**SHAPES[shape], tie_word_embeddings=tied)))
     save_pretrained(ours, tmp_path, eos_id=3)
     theirs = opened_by_transformers(tmp_path)
     assert theirs.config.model_type == WITH_COUNTERPART[shape]
@@ -113,7 +113,7 @@ THEIRS = {
 
 @pytest.mark.parametrize("name", THEIRS)
 def test_we_compute_the_logits_of_transformers_from_its_folder(name, tmp_path):
-    theirs = shaken(transformers.AutoModelForCausalLM.from_config(THEIRS[name]))
+    theirs = randomized(transformers.AutoModelForCausalLM.from_config(THEIRS[name]))
     theirs.save_pretrained(tmp_path)
     ours = load_pretrained(tmp_path)
     ids = ids_for(theirs)
@@ -134,7 +134,7 @@ def test_logits_agree_on_random_shapes(
     heads, groups, half_width, layers, inner, vocabulary, family, tmp_path_factory
 ):
     query_heads = heads * groups
-    ours = shaken(
+    ours = randomized(
         Transformer(
             ModelConfig(
                 model_type=family,
@@ -157,7 +157,7 @@ def test_logits_agree_on_random_shapes(
 
 
 def test_greedy_decoding_in_transformers_continues_as_we_would(tmp_path):
-    ours = shaken(Transformer(small_config(**SHAPES["grouped"])))
+    ours = randomized(Transformer(small_config(**SHAPES["grouped"])))
     save_pretrained(ours, tmp_path)
     ids = ids_for(ours, 5)[:1]
     theirs = opened_by_transformers(tmp_path).generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
@@ -167,29 +167,35 @@ def test_greedy_decoding_in_transformers_continues_as_we_would(tmp_path):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_saved_model_reads_back_the_same_to_the_bit_whatever_its_shape(shape, tmp_path):
+def test_a_saved_model_of_any_shape_is_loaded_bit_exactly(shape, tmp_path):
     config = small_config(**SHAPES[shape], dropout=0.1, zero_init_outputs=True, initializer_range=0.03)
-    model = shaken(Transformer(config))
+    model = randomized(Transformer(config))
     save_pretrained(model, tmp_path)
     back = load_pretrained(tmp_path)
-    own_names = {name: value for name, value in resolved(config).model_dump().items() if name != "model_type"}
+    own_names = {
+        name: value
+        for name, value in with_explicit_values(config).model_dump().items()
+        if name != "model_type"
+    }
     assert {
-        name: value for name, value in resolved(back.config).model_dump().items() if name != "model_type"
+        name: value
+        for name, value in with_explicit_values(back.config).model_dump().items()
+        if name != "model_type"
     } == own_names
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, back.get_parameter(name)), name
     assert torch.equal(model(ids_for(model)), back(ids_for(model)))
 
 
-def test_a_shape_that_no_family_computes_is_saved_in_our_own_names(tmp_path):
+def test_a_shape_without_a_family_is_saved_under_our_own_names(tmp_path):
     config = small_config(**SHAPES["squared"])
-    assert family_of(config) is None
+    assert hf_family(config) is None
     save_pretrained(Transformer(config), tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "llm_trainer"
 
 
-def test_weights_in_several_files_read_back_here_and_in_transformers(tmp_path):
-    ours = shaken(Transformer(small_config(**SHAPES["grouped"])))
+def test_sharded_weights_are_loaded_here_and_in_transformers(tmp_path):
+    ours = randomized(Transformer(small_config(**SHAPES["grouped"])))
     save_pretrained(ours, tmp_path, max_shard_bytes=20_000)
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
     ids = ids_for(ours)
@@ -197,8 +203,8 @@ def test_weights_in_several_files_read_back_here_and_in_transformers(tmp_path):
     torch.testing.assert_close(opened_by_transformers(tmp_path)(ids).logits, ours(ids), atol=1e-5, rtol=1e-5)
 
 
-def test_shards_that_transformers_wrote_are_read(tmp_path):
-    theirs = shaken(transformers.AutoModelForCausalLM.from_config(THEIRS["llama"]))
+def test_shards_written_by_transformers_are_loaded(tmp_path):
+    theirs = randomized(transformers.AutoModelForCausalLM.from_config(THEIRS["llama"]))
     theirs.save_pretrained(tmp_path, max_shard_size="20KB")
     assert (tmp_path / "model.safetensors.index.json").exists()
     ids = ids_for(theirs)
@@ -208,7 +214,7 @@ def test_shards_that_transformers_wrote_are_read(tmp_path):
 def test_a_gpt2_file_without_prefix_and_with_mask_buffers_is_read_as_the_hubs_is(tmp_path):
     from safetensors.torch import load_file, save_file
 
-    ours = shaken(Transformer(small_config()))
+    ours = randomized(Transformer(small_config()))
     save_pretrained(ours, tmp_path)
     tensors = {
         name.removeprefix("transformer."): tensor
@@ -249,7 +255,7 @@ def test_rope_settings_of_older_files_are_read():
     assert (older.rope_scaling.kind, older.rope_theta) == ("linear", 10000.0)
 
 
-def test_the_weights_type_is_kept_on_disk_and_chosen_on_loading(tmp_path):
+def test_the_dtype_is_kept_on_disk_and_chosen_on_loading(tmp_path):
     model = Transformer(small_config()).to(torch.bfloat16)
     save_pretrained(model, tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
@@ -266,7 +272,7 @@ def test_the_weights_type_is_kept_on_disk_and_chosen_on_loading(tmp_path):
     "wrap_target", [torch.compile, lambda model: model], ids=["into compiled", "into plain"]
 )
 def test_wrappers_leave_no_trace_in_the_file(wrap, wrap_target, tmp_path):
-    model, target = shaken(Transformer(small_config())), Transformer(small_config())
+    model, target = randomized(Transformer(small_config())), Transformer(small_config())
     wrapped = wrap(model)
     save_pretrained(model if wrapped is None else wrapped, tmp_path)
     load_weights(wrap_target(target), tmp_path)
@@ -289,7 +295,7 @@ def test_every_shape_with_a_counterpart_names_it():
         assert config_to_huggingface(small_config(**SHAPES[shape]))["model_type"] == family
 
 
-def test_rotary_tables_are_no_part_of_the_weights(tmp_path):
+def test_rotary_tables_are_not_saved(tmp_path):
     save_pretrained(Transformer(small_config(model_type="llama")), tmp_path)
     assert not any("rotary" in name for name in load_pretrained(tmp_path).state_dict())
 
@@ -298,7 +304,7 @@ def test_a_folder_with_our_tokenizer_is_complete_for_transformers(tmp_path):
     from llm_trainer.data.tokenization.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.train_bpe(["the quick brown fox jumps over the lazy dog\n"] * 20, vocab_size=300)
-    model = shaken(Transformer(small_config(**SHAPES["grouped"], vocab_size=tokenizer.vocab_size)))
+    model = randomized(Transformer(small_config(**SHAPES["grouped"], vocab_size=tokenizer.vocab_size)))
     save_pretrained(
         model, tmp_path, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id
     )
@@ -309,3 +315,15 @@ def test_a_folder_with_our_tokenizer_is_complete_for_transformers(tmp_path):
     torch.testing.assert_close(
         opened_by_transformers(tmp_path)(theirs).logits, model(theirs), atol=1e-5, rtol=1e-5
     )
+
+
+def test_the_section_of_own_settings_is_read_under_its_earlier_names():
+    config = small_config(activation_checkpoint_every=2, activation_checkpoint_policy=["attention", "matmul"])
+    content = config_to_huggingface(config)
+    assert content["model_type"] == "gpt2"
+    own = dict(content["llm_trainer"])
+    own["checkpoint_every"] = own.pop("activation_checkpoint_every")
+    own["checkpoint_keep"] = ["attention", "products"]
+    del own["activation_checkpoint_policy"]
+    read = config_from_huggingface({**content, "llm_trainer": own})
+    assert with_explicit_values(read) == with_explicit_values(config)

@@ -1,6 +1,4 @@
-"""Model folders that are damaged, hostile or not what they say: one clear error, and nothing from them is
-run.
-"""
+"""Model folders that are damaged, hostile or mislabelled give one clear error, and nothing in them is run."""
 
 import json
 import pickle
@@ -22,9 +20,9 @@ def folder(tmp_path):
     return tmp_path
 
 
-def change_config(folder, **words):
+def change_config(folder, **keys):
     path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **words}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
 
 
 def change_tensors(folder, change):
@@ -52,7 +50,7 @@ def test_a_folder_of_pickles_is_refused_unopened(folder, name):
     assert not (folder / "canary").exists()
 
 
-def test_a_pickle_in_the_clothes_of_safetensors_is_refused_unopened(folder):
+def test_a_pickle_named_safetensors_is_refused_unopened(folder):
     (folder / "model.safetensors").write_bytes(pickle.dumps(Hostile(folder / "canary")))
     with pytest.raises(CheckpointError, match="damaged"):
         load_pretrained(folder)
@@ -85,7 +83,7 @@ def test_code_that_a_configuration_names_is_not_run(folder):
         + b'{"a":{"dtype":"F32","shape":[1000000,1000000],"data_offsets":[0,4000000000]}}',
         b"",
     ],
-    ids=["huge", "large", "garbled", "promises more than it holds", "empty"],
+    ids=["huge", "large", "garbled", "declares more than it contains", "empty"],
 )
 def test_a_bad_header_is_an_error_and_allocates_nothing(folder, header):
     (folder / "model.safetensors").write_bytes(header)
@@ -118,7 +116,7 @@ def test_tensors_must_be_exactly_those_of_the_configuration(folder, change, mess
         load_pretrained(folder)
 
 
-def test_a_head_beside_tied_embeddings_must_be_the_embedding(tmp_path):
+def test_a_saved_head_of_a_tied_model_must_equal_the_embedding(tmp_path):
     save_pretrained(Transformer(small_config()), tmp_path)
     change_tensors(
         tmp_path,
@@ -160,7 +158,7 @@ def test_a_bad_config_is_an_error_that_names_it(folder, content):
 
 
 @pytest.mark.parametrize(
-    "words",
+    "keys",
     [
         {"hidden_act": "gelu"},
         {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 10000.0}},
@@ -171,21 +169,21 @@ def test_a_bad_config_is_an_error_that_names_it(folder, content):
         {"hidden_size": "wide"},
         {"hidden_size": -32},
     ],
-    ids=lambda words: next(iter(words)),
+    ids=lambda keys: next(iter(keys)),
 )
-def test_a_word_that_changes_the_computation_is_refused_and_never_skipped(folder, words):
-    change_config(folder, **words)
+def test_a_key_that_changes_the_computation_is_refused_and_never_skipped(folder, keys):
+    change_config(folder, **keys)
     with pytest.raises(CheckpointError):
         load_pretrained(folder)
 
 
-def test_a_config_that_promises_a_huge_model_allocates_nothing(folder):
+def test_a_config_that_declares_a_huge_model_allocates_nothing(folder):
     change_config(folder, vocab_size=10**12)
     with pytest.raises(CheckpointError, match=r"embed_tokens\.weight .*\(61, 32\).*\(1000000000000, 32\)"):
         load_pretrained(folder)
 
 
-def test_layers_of_different_windows_are_refused():
+def test_layers_with_different_windows_are_refused():
     qwen = {
         "model_type": "qwen2",
         "hidden_size": 32,

@@ -1,4 +1,4 @@
-"""nanoGPT's checkpoints give the same logits here, and what they may hide is not run."""
+"""nanoGPT's checkpoints give the same logits here, and code in them is not run."""
 
 import pickle
 
@@ -62,7 +62,7 @@ class NanoGPT(nn.Module):
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("prefix", ["", "_orig_mod."])
-def test_logits_are_nanogpts(bias, prefix, tmp_path):
+def test_logits_equal_nanogpts(bias, prefix, tmp_path):
     theirs = NanoGPT(bias).eval()
     weights = {f"{prefix}{name}": tensor for name, tensor in theirs.state_dict().items()}
     torch.save(
@@ -113,7 +113,7 @@ def test_a_truncated_file_is_an_error_that_names_it(tmp_path):
         (lambda content: content["model_args"].update(n_embd=64), r"\(61, 64\)"),
     ],
 )
-def test_a_checkpoint_that_does_not_fit_says_where(change, message, tmp_path):
+def test_the_error_names_what_does_not_fit(change, message, tmp_path):
     content = {"model": NanoGPT(True).state_dict(), "model_args": dict(ARGUMENTS)}
     change(content)
     torch.save(content, tmp_path / "ckpt.pt")

@@ -1,4 +1,4 @@
-"""Taking what fits of another model's weights, with a report of all that was and was not taken."""
+"""Loading the weights of another model that fit, with a report of what was loaded and what was not."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ def source(tmp_path: Path) -> Path:
     return tmp_path / "source"
 
 
-def test_a_deeper_model_with_another_vocabulary_takes_what_fits_and_tells_the_rest(source: Path) -> None:
+def test_a_deeper_model_with_another_vocabulary_loads_what_fits_and_reports_the_rest(source: Path) -> None:
     model = Transformer(
         small_config(num_hidden_layers=3, vocab_size=70, attn_lora_rank=2), torch.Generator().manual_seed(0)
     )
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     report = load_partially(model, source)
-    there = dict(load_pretrained(source).named_parameters())
+    available = dict(load_pretrained(source).named_parameters())
     for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, there[name] if name in report.taken else before[name]), name
-    assert report.kept["wte.weight"] == "(61, 32) there and (70, 32) here"
-    assert report.kept["blocks.2.mlp.up_proj.weight"] == "not in the source"
-    assert report.kept["blocks.0.attn.q_proj.lora.default.a"] == "not in the source"
-    assert set(report.taken) | set(report.kept) == set(before)
+        assert torch.equal(parameter, available[name] if name in report.loaded else before[name]), name
+    assert report.skipped["wte.weight"] == "shape (61, 32) in the source, (70, 32) in the model"
+    assert report.skipped["blocks.2.mlp.up_proj.weight"] == "missing in the source"
+    assert report.skipped["blocks.0.attn.q_proj.lora.default.a"] == "missing in the source"
+    assert set(report.loaded) | set(report.skipped) == set(before)
     assert report.unused == ("wte.weight",)
     text = "\n".join(report.lines())
     assert "attn.1" in text
-    assert "not needed: wte.weight" in text
+    assert "unused tensors of the source: wte.weight" in text
 
 
-def test_only_the_parts_that_were_asked_for_are_taken(source: Path) -> None:
+def test_only_the_selected_parts_are_loaded(source: Path) -> None:
     report = load_partially(Transformer(small_config()), source, ["attn.0", "ln_*"])
-    assert {name.split(".")[2] if name.startswith("blocks") else name for name in report.taken} == {
+    assert {name.split(".")[2] if name.startswith("blocks") else name for name in report.loaded} == {
         "attn",
         "ln_1",
         "ln_2",
@@ -52,6 +52,6 @@ def test_only_the_parts_that_were_asked_for_are_taken(source: Path) -> None:
         load_partially(Transformer(small_config()), source, "attn.9")
 
 
-def test_a_source_of_which_nothing_fits_is_an_error(source: Path) -> None:
+def test_a_source_without_a_fitting_tensor_is_an_error(source: Path) -> None:
     with pytest.raises(CheckpointError, match="fits"):
         load_partially(Transformer(small_config(hidden_size=64, max_position_embeddings=50)), source)

@@ -1,5 +1,5 @@
-"""Adapter folders between this system and peft: the same logits over transformers' model, both ways, and what
-does not fit refused.
+"""Adapter folders are exchanged with peft in both directions with equal logits; folders that do not fit are
+refused.
 """
 
 from __future__ import annotations
@@ -111,11 +111,11 @@ def test_we_compute_what_peft_does_from_its_folder(
 
 
 @pytest.mark.parametrize(
-    "beginning", ["gaussian", "eva", "orthogonal", "mica", "pissa", "pissa_niter_4", "olora"]
+    "initialization", ["gaussian", "eva", "orthogonal", "mica", "pissa", "pissa_niter_4", "olora"]
 )
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-def test_an_adapter_that_began_by_changing_its_base_is_refused_and_any_other_is_computed(
-    beginning: str, tmp_path: Path
+def test_initializations_that_change_the_base_are_refused_and_all_others_are_loaded(
+    initialization: str, tmp_path: Path
 ) -> None:
     import peft
     from transformers import AutoModelForCausalLM
@@ -124,7 +124,7 @@ def test_an_adapter_that_began_by_changing_its_base_is_refused_and_any_other_is_
         Transformer(small_config(model_type="llama"), torch.Generator().manual_seed(0)), tmp_path / "base"
     )
     torch.manual_seed(0)
-    settings = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=beginning)
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=initialization)
     trained = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), settings)
     with torch.no_grad():
         for name, parameter in trained.named_parameters():
@@ -132,10 +132,10 @@ def test_an_adapter_that_began_by_changing_its_base_is_refused_and_any_other_is_
                 parameter.add_(0.1)
     trained.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     ours = load_pretrained(tmp_path / "base")
-    if beginning.startswith(("pissa", "olora")):
+    if initialization.startswith(("pissa", "olora")):
         with pytest.raises(
             CheckpointError,
-            match=f"init_lora_weights = '{beginning}', which changes the weights under the adapter",
+            match=f"init_lora_weights = '{initialization}', which changes the weights under the adapter",
         ):
             load_adapter(ours, tmp_path / "adapter")
         return
@@ -146,7 +146,7 @@ def test_an_adapter_that_began_by_changing_its_base_is_refused_and_any_other_is_
     torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-5)
 
 
-def test_what_does_not_fit_is_refused_with_its_reason(tmp_path: Path) -> None:
+def test_an_adapter_that_does_not_fit_is_refused_with_the_reason(tmp_path: Path) -> None:
     model = adapted()
     save_adapter(model, tmp_path)
     with pytest.raises(CheckpointError, match="another base"):
@@ -163,7 +163,7 @@ def test_what_does_not_fit_is_refused_with_its_reason(tmp_path: Path) -> None:
         save_adapter(adapted(pre_norm=False), tmp_path / "other")
 
 
-def test_a_head_adapted_alone_is_refused_where_the_matrix_is_shared(tmp_path: Path) -> None:
+def test_an_adapter_of_the_head_alone_is_refused_for_a_tied_model(tmp_path: Path) -> None:
     save_adapter(adapted(tie_word_embeddings=False, head_lora_rank=2), tmp_path)
     with pytest.raises(CheckpointError, match="shares one matrix"):
         load_adapter(Transformer(small_config()), tmp_path)

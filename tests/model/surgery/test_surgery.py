@@ -1,4 +1,4 @@
-"""A model that grows keeps what it computes, and its optimizer's state goes where its gradients go."""
+"""A model that grows keeps its function, and optimizer state is transformed as gradients are."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from llm_trainer.config import ModelConfig, UsageError
 from llm_trainer.model.adapters.lora import is_adapter_parameter
 from llm_trainer.model.surgery.depth import stack_layers
-from llm_trainer.model.surgery.model_state import Form, build, form_of
+from llm_trainer.model.surgery.model_state import ModelState
 from llm_trainer.model.surgery.pruning import prune_heads, prune_mlp
 from llm_trainer.model.surgery.vocabulary import read_remapping, resize_vocabulary
 from llm_trainer.model.surgery.width import widen_mlp, widen_model
@@ -65,35 +65,35 @@ def trained(config: ModelConfig, dtype: torch.dtype = torch.float32, seed: int =
     return model
 
 
-def logits(form: Form) -> Tensor:
+def logits(state: ModelState) -> Tensor:
     with torch.no_grad():
-        result: Tensor = build(form).eval()(IDS)
+        result: Tensor = state.to_model().eval()(IDS)
     return result
 
 
-def identity_copies(form: Form) -> Form:
-    layers = form.config.num_hidden_layers
-    return stack_layers(form, [*range(layers), *range(layers)], identity=True)
+def identity_copies(state: ModelState) -> ModelState:
+    layers = state.config.num_hidden_layers
+    return stack_layers(state, [*range(layers), *range(layers)], identity=True)
 
 
-def multiple(factor: int, noise: float = 0.5) -> Callable[[Form], Form]:
-    def widen(form: Form) -> Form:
-        old = form.config
-        return widen_model(form, factor * old.hidden_size, factor * old.num_attention_heads, noise=noise)
+def multiple(factor: int, noise: float = 0.5) -> Callable[[ModelState], ModelState]:
+    def widen(state: ModelState) -> ModelState:
+        old = state.config
+        return widen_model(state, factor * old.hidden_size, factor * old.num_attention_heads, noise=noise)
 
     return widen
 
 
-def half_more_units(noise: float = 0.5) -> Callable[[Form], Form]:
-    return lambda form: widen_mlp(form, form.config.mlp_width * 3 // 2, noise=noise)
+def half_more_units(noise: float = 0.5) -> Callable[[ModelState], ModelState]:
+    return lambda state: widen_mlp(state, state.config.mlp_width * 3 // 2, noise=noise)
 
 
-PRESERVING: dict[str, Callable[[Form], Form]] = {
+PRESERVING: dict[str, Callable[[ModelState], ModelState]] = {
     "identity copies": identity_copies,
     "wider MLP": half_more_units(),
     "twice as wide": multiple(2),
     "three times": multiple(3),
-    "larger vocabulary": lambda form: resize_vocabulary(form, 23),
+    "larger vocabulary": lambda state: resize_vocabulary(state, 23),
 }
 
 
@@ -105,9 +105,9 @@ def test_growth_keeps_the_function(change: str, dtype: torch.dtype, config: Mode
     if change == "identity copies":
         config.pre_norm = True
     model = trained(config, dtype)
-    before = form_of(model)
+    before = ModelState.from_model(model)
     after = PRESERVING[change](before)
-    assert after.parameters > before.parameters
+    assert after.num_parameters > before.num_parameters
     difference = (logits(after)[..., :19] - logits(before)).abs().max()
     assert float(difference) <= TOLERANCE[dtype]
 
@@ -116,7 +116,7 @@ def test_growth_keeps_the_function(change: str, dtype: torch.dtype, config: Mode
 @given(config=shapes())
 def test_a_wider_model_can_be_widened_and_stacked_again(config: ModelConfig) -> None:
     config.pre_norm = True
-    before = form_of(trained(config, torch.float64))
+    before = ModelState.from_model(trained(config, torch.float64))
     after = half_more_units()(identity_copies(multiple(2)(before)))
     assert float((logits(after) - logits(before)).abs().max()) <= 1e-10
 
@@ -151,19 +151,19 @@ ADAPTED_SHAPE: dict[str, Any] = {
 def test_growth_keeps_the_function_of_trained_adapters(change: str, adapters: str) -> None:
     config = ModelConfig(**ADAPTED_SHAPE | ADAPTERS[adapters])
     config.pre_norm |= change == "identity copies"
-    before = form_of(trained(config, torch.float64))
+    before = ModelState.from_model(trained(config, torch.float64))
     after = PRESERVING[change](before)
     assert float((logits(after)[..., :19] - logits(before)).abs().max()) <= 1e-10
 
 
 @pytest.mark.parametrize("adapters", ["low rank", "bottlenecks", "domains"])
-def test_adapters_of_silent_copies_learn_over_a_frozen_base(adapters: str) -> None:
-    before = form_of(trained(ModelConfig(**ADAPTED_SHAPE | ADAPTERS[adapters]), torch.float64))
+def test_adapters_of_identity_copies_learn_over_a_frozen_base(adapters: str) -> None:
+    before = ModelState.from_model(trained(ModelConfig(**ADAPTED_SHAPE | ADAPTERS[adapters]), torch.float64))
     frozen = frozenset(name for name in before.weights if not is_adapter_parameter(name))
-    model = build(identity_copies(replace(before, frozen=frozen)))
+    model = identity_copies(replace(before, frozen=frozen)).to_model()
     optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=0.1)
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    for _ in range(2):  # the second step is the first in which what stands before an output has a gradient
+    for _ in range(2):  # only in the second step do layers before a zero output have a gradient
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(model(IDS).flatten(0, 1), IDS.roll(-1).flatten()).backward()
         optimizer.step()
@@ -176,12 +176,14 @@ def test_adapters_of_silent_copies_learn_over_a_frozen_base(adapters: str) -> No
     assert [name for name, parameter in copies.items() if torch.equal(parameter, start[name])] == []
 
 
-def test_pruning_goes_with_bottleneck_adapters() -> None:
-    form = form_of(trained(ModelConfig(**ADAPTED_SHAPE | ADAPTERS["domains"] | ADAPTERS["bottlenecks"])))
-    smaller = prune_heads(prune_mlp(form, "mlp.0", 0.5), "attn.1", 0.5)
+def test_models_with_bottleneck_adapters_can_be_pruned() -> None:
+    state = ModelState.from_model(
+        trained(ModelConfig(**ADAPTED_SHAPE | ADAPTERS["domains"] | ADAPTERS["bottlenecks"]))
+    )
+    smaller = prune_heads(prune_mlp(state, "mlp.0", 0.5), "attn.1", 0.5)
     assert bool(torch.isfinite(logits(smaller)).all())
     name = "blocks.0.domain_adapter.down"
-    assert torch.equal(smaller.weights[name], form.weights[name])
+    assert torch.equal(smaller.weights[name], state.weights[name])
 
 
 def test_heads_may_grow_by_another_factor_than_the_stream() -> None:
@@ -193,14 +195,14 @@ def test_heads_may_grow_by_another_factor_than_the_stream() -> None:
         num_hidden_layers=2,
         max_position_embeddings=16,
     )
-    before = form_of(trained(config, torch.float64))
+    before = ModelState.from_model(trained(config, torch.float64))
     after = widen_model(before, 16, 6)
     assert (after.config.num_attention_heads, after.config.head_width) == (6, 4)
     assert float((logits(after) - logits(before)).abs().max()) <= 1e-10
 
 
-def gradients(form: Form) -> dict[str, Tensor]:
-    model = build(form).eval()
+def gradients(state: ModelState) -> dict[str, Tensor]:
+    model = state.to_model().eval()
     loss = torch.nn.functional.cross_entropy(model(IDS)[..., :19].flatten(0, 1), IDS.roll(-1).flatten())
     torch.autograd.backward(loss)
     return {
@@ -213,33 +215,33 @@ def gradients(form: Form) -> dict[str, Tensor]:
 )
 @settings(max_examples=20)
 @given(config=shapes())
-def test_averages_of_gradients_become_those_of_the_grown_model(
-    change: Callable[[Form], Form], config: ModelConfig
+def test_gradient_averages_become_those_of_the_grown_model(
+    change: Callable[[ModelState], ModelState], config: ModelConfig
 ) -> None:
-    """If the averages were the gradients themselves, they would be the grown model's gradients; their
-    squares' likewise.
-    """
-    assert_averages_follow(change, config)
+    """Averages that equal the gradients become the grown model's gradients, and so do their squares."""
+    assert_averages_are_transformed(change, config)
 
 
 @pytest.mark.parametrize("adapters", ADAPTERS)
 @pytest.mark.parametrize(
     "change", [half_more_units(noise=0), multiple(2, noise=0)], ids=["wider MLP", "twice as wide"]
 )
-def test_averages_of_adapters_gradients_do_too(change: Callable[[Form], Form], adapters: str) -> None:
-    assert_averages_follow(change, ModelConfig(**ADAPTED_SHAPE | ADAPTERS[adapters]))
+def test_gradient_averages_of_adapters_become_those_of_the_grown_model(
+    change: Callable[[ModelState], ModelState], adapters: str
+) -> None:
+    assert_averages_are_transformed(change, ModelConfig(**ADAPTED_SHAPE | ADAPTERS[adapters]))
 
 
-def assert_averages_follow(change: Callable[[Form], Form], config: ModelConfig) -> None:
-    before = form_of(trained(config, torch.float64))
+def assert_averages_are_transformed(change: Callable[[ModelState], ModelState], config: ModelConfig) -> None:
+    before = ModelState.from_model(trained(config, torch.float64))
     found = gradients(before)
     state = {
         name: {"exp_avg": g, "exp_avg_sq": g * g, "momentum_buffer": g, "step": torch.tensor(7.0)}
         for name, g in found.items()
     }
-    after = change(replace(before, state=state))
+    after = change(replace(before, optimizer_state=state))
     for name, expected in gradients(after).items():
-        kept = after.state[name]
+        kept = after.optimizer_state[name]
         torch.testing.assert_close(kept["exp_avg"], expected, atol=1e-9, rtol=1e-6)
         torch.testing.assert_close(kept["momentum_buffer"], expected, atol=1e-9, rtol=1e-6)
         torch.testing.assert_close(kept["exp_avg_sq"], expected * expected, atol=1e-9, rtol=1e-6)
@@ -247,12 +249,12 @@ def assert_averages_follow(change: Callable[[Form], Form], config: ModelConfig) 
 
 
 @pytest.mark.parametrize("change", [half_more_units(), multiple(2)], ids=["wider MLP", "twice as wide"])
-def test_copies_learn_different_things(change: Callable[[Form], Form]) -> None:
+def test_copies_get_different_gradients(change: Callable[[ModelState], ModelState]) -> None:
     """Equal copies with equal readers would have equal gradients for ever."""
     config = ModelConfig(
         vocab_size=19, hidden_size=8, num_attention_heads=2, num_hidden_layers=2, max_position_embeddings=16
     )
-    after = change(form_of(trained(config, torch.float64)))
+    after = change(ModelState.from_model(trained(config, torch.float64)))
     units = gradients(after)["blocks.0.mlp.up_proj.weight"]
     assert len({tuple(row) for row in units.round(decimals=12).tolist()}) == len(units)
 
@@ -261,42 +263,46 @@ def test_widening_is_the_same_for_the_same_seed() -> None:
     config = ModelConfig(
         vocab_size=19, hidden_size=8, num_attention_heads=2, num_hidden_layers=1, max_position_embeddings=16
     )
-    form = form_of(trained(config))
-    one, other = (widen_mlp(form, 48, generator=torch.Generator().manual_seed(3)) for _ in range(2))
+    state = ModelState.from_model(trained(config))
+    one, other = (widen_mlp(state, 48, generator=torch.Generator().manual_seed(3)) for _ in range(2))
     assert all(torch.equal(one.weights[name], other.weights[name]) for name in one.weights)
 
 
-def with_state(model: Transformer) -> Form:
-    form = form_of(model)
-    return replace(form, state={name: {"exp_avg": weight + 1} for name, weight in form.weights.items()})
+def with_state(model: Transformer) -> ModelState:
+    state = ModelState.from_model(model)
+    return replace(
+        state, optimizer_state={name: {"exp_avg": weight + 1} for name, weight in state.weights.items()}
+    )
 
 
-def test_stacked_copies_copy_weights_and_state_and_share_nothing() -> None:
+def test_stacked_blocks_have_their_own_weights_and_optimizer_state() -> None:
     config = ModelConfig(
         vocab_size=19, hidden_size=8, num_attention_heads=2, num_hidden_layers=2, max_position_embeddings=16
     )
-    form = with_state(trained(config))
-    after = stack_layers(form, [0, 0, 1, 0])
-    for place, source in enumerate([0, 0, 1, 0]):
-        old, new = f"blocks.{source}.mlp.up_proj.weight", f"blocks.{place}.mlp.up_proj.weight"
-        assert torch.equal(after.weights[new], form.weights[old])
-        assert torch.equal(after.state[new]["exp_avg"], form.state[old]["exp_avg"])
-    copies = [after.weights[f"blocks.{place}.mlp.up_proj.weight"] for place in (0, 1, 3)]
+    state = with_state(trained(config))
+    after = stack_layers(state, [0, 0, 1, 0])
+    for number, source in enumerate([0, 0, 1, 0]):
+        old, new = f"blocks.{source}.mlp.up_proj.weight", f"blocks.{number}.mlp.up_proj.weight"
+        assert torch.equal(after.weights[new], state.weights[old])
+        assert torch.equal(after.optimizer_state[new]["exp_avg"], state.optimizer_state[old]["exp_avg"])
+    copies = [after.weights[f"blocks.{number}.mlp.up_proj.weight"] for number in (0, 1, 3)]
     assert len({copy.data_ptr() for copy in copies}) == 3
-    assert build(after).config.num_hidden_layers == 4
+    assert after.to_model().config.num_hidden_layers == 4
 
 
-def test_identity_is_refused_where_the_function_cannot_be_kept() -> None:
+def test_identity_is_refused_where_the_function_would_change() -> None:
     config = ModelConfig(
         vocab_size=19, hidden_size=8, num_attention_heads=2, num_hidden_layers=2, max_position_embeddings=16
     )
-    form = form_of(trained(config))
+    state = ModelState.from_model(trained(config))
     for sources in ([1, 0], [0, 0], [1, 1, 0]):
         with pytest.raises(UsageError, match="identity"):
-            stack_layers(form, sources, identity=True)
+            stack_layers(state, sources, identity=True)
     with pytest.raises(UsageError, match="pre_norm"):
         stack_layers(
-            form_of(trained(config.model_copy(update={"pre_norm": False}))), [0, 0, 1], identity=True
+            ModelState.from_model(trained(config.model_copy(update={"pre_norm": False}))),
+            [0, 0, 1],
+            identity=True,
         )
 
 
@@ -304,46 +310,48 @@ def test_widths_that_cannot_keep_the_function_need_approximate() -> None:
     config = ModelConfig(
         vocab_size=19, hidden_size=8, num_attention_heads=2, num_hidden_layers=2, max_position_embeddings=16
     )
-    form = form_of(trained(config))
+    state = ModelState.from_model(trained(config))
     for hidden, heads in ((12, 3), (16, 2), (8, 4)):
         with pytest.raises(UsageError, match="approximate"):
-            widen_model(form, hidden, heads)
-        wider = widen_model(form, hidden, heads, approximate=True)
+            widen_model(state, hidden, heads)
+        wider = widen_model(state, hidden, heads, approximate=True)
         assert wider.config.head_width == 4
         assert bool(torch.isfinite(logits(wider)).all())
     with pytest.raises(UsageError, match="narrower"):
-        widen_model(form, 4, 1)
+        widen_model(state, 4, 1)
     with pytest.raises(UsageError, match="narrower"):
-        widen_mlp(form, 8)
+        widen_mlp(state, 8)
 
 
 def test_a_remapping_file_moves_rows_and_gives_new_ids_the_mean(tmp_path: Path) -> None:
     config = ModelConfig(
         vocab_size=19, hidden_size=8, num_attention_heads=2, num_hidden_layers=1, max_position_embeddings=16
     )
-    form = with_state(trained(config))
+    state = with_state(trained(config))
     path = tmp_path / "remap.json"
     path.write_text(json.dumps({"3": 0, "0": 2}), encoding="utf-8")
-    after = resize_vocabulary(form, 4, read_remapping(path))
-    old, new = form.weights["wte.weight"], after.weights["wte.weight"]
+    after = resize_vocabulary(state, 4, read_remapping(path))
+    old, new = state.weights["wte.weight"], after.weights["wte.weight"]
     assert torch.equal(new[[0, 2]], old[[3, 0]])
     torch.testing.assert_close(new[1], old.mean(0))
     torch.testing.assert_close(new[3], old.mean(0))
-    assert torch.equal(after.state["wte.weight"]["exp_avg"][0], old[3] + 1)
+    assert torch.equal(after.optimizer_state["wte.weight"]["exp_avg"][0], old[3] + 1)
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
-        (None, "there is no vocabulary remapping file"),
+        (None, "vocabulary remapping file .* does not exist"),
         ("[1]", "not a vocabulary remapping"),
         ('{"1": 2, "3": 2}', "two old ids"),
         ("{", "read"),
     ],
 )
-def test_a_remapping_file_that_is_none_is_named(tmp_path: Path, content: str | None, said: str) -> None:
+def test_an_invalid_remapping_file_is_refused_by_name(
+    tmp_path: Path, content: str | None, message: str
+) -> None:
     path = tmp_path / "remap.json"
     if content is not None:
         path.write_text(content, encoding="utf-8")
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         read_remapping(path)
