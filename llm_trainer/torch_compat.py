@@ -2,9 +2,9 @@
 
 PyTorch gives no promise for names that begin with an underscore. Everything that leans on such a name is
 wrapped here, so that a new torch release is checked by reading one file and by running
-`tests/test_torch_compat.py`, which names the part that is gone. Each docstring says what is used, why no
-public part does, and since which torch release the part exists. Where nothing more is known, it says that the
-part was checked in torch 2.13.
+`tests/test_torch_compat.py`, which names the part that is gone. Each docstring names the part, why no public
+one serves, and the torch release that introduced it. Where that release is not known, the docstring gives the
+one in which the part was checked.
 
 The module is at the bottom of the package and imports nothing of it. Slow imports (Dynamo takes more than a
 second) wait inside the functions that need them.

@@ -29,6 +29,6 @@ class TransformerBase(nn.Module):
     lm_head: Linear
 
     def tie_weights(self) -> None:
-        """Let the head use the embedding's matrix, where the configuration says so."""
+        """Let the head use the embedding's matrix, if `tie_word_embeddings` is set."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.wte.weight

@@ -83,7 +83,7 @@ def _is_plain(linear: nn.Linear) -> bool:
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
-    """LayerNorm or RMSNorm over C features, as the configuration says."""
+    """LayerNorm or RMSNorm over C features, by the setting `norm`."""
     if config.norm == "rmsnorm":
         return RMSNorm(config.hidden_size, config.norm_epsilon)
     bias = config.bias if config.norm_bias is None else config.norm_bias

@@ -1,5 +1,5 @@
-"""Another vocabulary: rows of the embedding and the head kept by id or moved as a file says; new rows at the
-mean.
+"""Another vocabulary: rows of the embedding and the head are kept by id or moved by a remapping file, and new
+rows start at the mean.
 
 The mean of all rows is a token that means nothing in particular (Hewitt 2021, "Initializing new word
 embeddings"). The logits of the old ids are kept exactly; their probabilities make room for the new ones.

@@ -1,6 +1,6 @@
 """What each axis of each parameter counts, and the one way in which all changes of width are made.
 
-A change says, for some spaces (the residual stream, a block's heads, its MLP's units, the vocabulary), which
+A change gives, for some spaces (the residual stream, a block's heads, its MLP's units, the vocabulary), which
 old entry each new entry is taken from. A matrix that writes into a space is copied with the entries of the
 space. A matrix that reads from one is divided by the number of copies, so that sums over the space stay as
 they were, and the function with them (Net2Wider: Chen et al. 2016, arXiv:1511.05641). Taking a part of the
