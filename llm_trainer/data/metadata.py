@@ -1,5 +1,6 @@
-"""metadata.json: what a prepared folder holds and how it came to be. Written last, so a folder that has it is
-whole.
+"""metadata.json: what a prepared folder contains and how it was made.
+
+The file is written last, so a folder that has it is complete.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ METADATA_FILE = "metadata.json"
 FORMAT = 1
 
 
-class SplitFacts(BaseModel):
-    """One split: how much there is, and in which files of `dataset/` (name → bytes)."""
+class SplitInfo(BaseModel):
+    """One split: its size, and its files in `dataset/` (name → bytes)."""
 
     documents: int
     tokens: int
@@ -26,8 +27,8 @@ class SplitFacts(BaseModel):
     files: dict[str, int]
 
 
-class TokenizerFacts(BaseModel):
-    """The tokenizer: `kind` is bpe, char or the name that it was loaded by; `hash` is `Tokenizer.hash`."""
+class TokenizerInfo(BaseModel):
+    """The tokenizer: `kind` is its type, or the path or name it was loaded from; `hash` is `Tokenizer.hash`."""
 
     kind: str
     vocab_size: int
@@ -36,11 +37,26 @@ class TokenizerFacts(BaseModel):
 
 
 class Metadata(BaseModel):
-    """The whole file. Documents in = documents kept + documents rejected, always.
+    """The contents of the file; `documents_in` is always `documents_kept` plus all of `documents_rejected`.
 
-    `key` is the hash of everything that decided the result. `max_length` becomes the model's context. `supervised_end_share` is the share
-    of documents after which an end of text stands for the model to learn. `leaks` counts the held-out documents that have an equal (or
-    also, as `leak_check` says, a nearly equal) one in another split. `notes` are in words.
+    Attributes:
+        format: Version of the format.
+        key: Hash of everything that decides the result.
+        source: Where the text comes from.
+        tokenizer: The tokenizer.
+        max_length: Tokens per row that the data was prepared for; becomes the model's context.
+        split_method: How documents were assigned to splits, as a sentence.
+        splits: train, validation, test → their sizes and files.
+        documents_in: Documents that were read.
+        documents_kept: Documents in the splits.
+        documents_rejected: Reason → number of documents.
+        rejected_examples: A few rejected documents, with their reasons.
+        documents_cut: Documents that a split ends in the middle of.
+        supervised_end_share: Fraction of the documents that keep their end-of-text token.
+        options: The settings that decide the result.
+        notes: Remarks for the user.
+        leaks: Held-out documents that also occur in another split; None if this was not counted.
+        leak_check: Whether nearly equal documents count as leaks (near), or equal ones alone (exact).
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -48,10 +64,10 @@ class Metadata(BaseModel):
     format: int
     key: str
     source: str
-    tokenizer: TokenizerFacts
+    tokenizer: TokenizerInfo
     max_length: int | None
     split_method: str
-    splits: dict[str, SplitFacts]
+    splits: dict[str, SplitInfo]
     documents_in: int
     documents_kept: int
     documents_rejected: dict[str, int]
@@ -66,20 +82,23 @@ class Metadata(BaseModel):
     @model_validator(mode="after")
     def _documents_are_conserved(self) -> Metadata:
         if self.documents_in != self.documents_kept + sum(self.documents_rejected.values()):
-            raise ValueError("documents in are not documents kept plus documents rejected")
+            raise ValueError("documents_in is not documents_kept plus documents_rejected")
         return self
 
     @classmethod
     def read(cls, folder: Path) -> Metadata:
-        """Read a prepared folder's metadata.json. Raises DataError where it is missing, damaged or of another
-        format.
+        """Read the metadata.json of a prepared folder.
+
+        Raises:
+            DataError: The file is missing, damaged or of another format.
         """
         file = folder / METADATA_FILE
         try:
             found = cls.model_validate_json(file.read_bytes())
         except FileNotFoundError:
             raise DataError(
-                f"{folder} has no {METADATA_FILE}: it was not prepared, or not to the end; run `llm-trainer prepare`"
+                f"{folder} has no {METADATA_FILE}, so its preparation is missing or incomplete;"
+                " run `llm-trainer prepare`"
             ) from None
         except (OSError, ValidationError) as error:
             raise DataError(
@@ -87,12 +106,13 @@ class Metadata(BaseModel):
             ) from None
         if found.format != FORMAT:
             raise DataError(
-                f"{file} has format {found.format}, this program reads {FORMAT}; prepare the data again"
+                f"{file} has format {found.format}, and this program reads format {FORMAT};"
+                " prepare the data again"
             )
         return found
 
     def write(self, folder: Path) -> None:
-        """Write metadata.json in one step: temporary file, fsync, rename."""
+        """Write metadata.json atomically: temporary file, fsync, rename."""
         temporary = folder / f"{METADATA_FILE}.partial"
         with temporary.open("w", encoding="utf-8") as opened:
             opened.write(self.model_dump_json(indent=2) + "\n")

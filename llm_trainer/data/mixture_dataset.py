@@ -1,4 +1,4 @@
-"""A mixture as a folder: `mixture.json` names prepared folders and says how they are mixed.
+"""A mixture as a folder: `mixture.json` names prepared folders and their weights.
 
     {
       "format": 1,
@@ -7,8 +7,8 @@
     }
 
 Paths are relative to the folder. Instead of `weights` there may be `stages`: a list of `{"until": "2000
-steps", "weights": {…}}`, the last one without `until`. With neither, each member weighs as many tokens as it
-has. Held-out splits are those of all members, end to end.
+steps", "weights": {…}}`, the last one without `until`. With neither, the weight of each member is its number
+of tokens. The held-out splits of all members are concatenated.
 """
 
 from __future__ import annotations
@@ -17,27 +17,32 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from llm_trainer.config.schema.data import DataConfig
 from llm_trainer.config.schema.mixture import MixtureStage
-from llm_trainer.data.metadata import FORMAT, Metadata, SplitFacts
-from llm_trainer.data.sampling.concat import joined
-from llm_trainer.data.sampling.mixture import TokenMixture
+from llm_trainer.data.metadata import FORMAT, Metadata, SplitInfo
+from llm_trainer.data.prepared_splits import PreparedDataset
+from llm_trainer.data.sampling.concat import concat_datasets
+from llm_trainer.data.sampling.mixture import MixtureDataset
 from llm_trainer.data.token_shards import TokenDataset
 from llm_trainer.errors import DataError, UsageError
-
-if TYPE_CHECKING:
-    from llm_trainer.data.prepared_dataset import PreparedData
 
 MIXTURE_FILE = "mixture.json"
 
 
 class MixtureFile(BaseModel):
-    """The file: `members` are name → prepared folder; `weights` or `stages` say how they are mixed."""
+    """The contents of mixture.json.
+
+    Attributes:
+        format: Version of the format.
+        members: Name → prepared folder, relative to the mixture's.
+        weights: Name → weight, for the whole run.
+        stages: Weights that change during a run.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -54,13 +59,22 @@ def write_mixture(
     weights: Mapping[str, float] | None = None,
     stages: Sequence[MixtureStage] = (),
 ) -> Path:
-    """Write `mixture.json` into `folder`, in one step; `members` are name → prepared folder. Returns the
-    file.
+    """Write `mixture.json` atomically.
 
-    Raises UsageError for weights and stages together.
+    Args:
+        folder: Where the file is written.
+        members: Name → prepared folder.
+        weights: Name → weight, for the whole run.
+        stages: Weights that change during a run, instead of `weights`.
+
+    Returns:
+        The file.
+
+    Raises:
+        UsageError: Both weights and stages are given.
     """
     if weights is not None and stages:
-        raise UsageError("a mixture has weights or stages, not both; put the weights into the stages")
+        raise UsageError("a mixture has either weights or stages; put the weights into the stages")
     folder.mkdir(parents=True, exist_ok=True)
     content: dict[str, JsonValue] = {
         "format": 1,
@@ -78,18 +92,21 @@ def write_mixture(
     return temporary.replace(folder / MIXTURE_FILE)
 
 
-def open_mixture(folder: Path, open_member: Callable[[Path], PreparedData]) -> PreparedData:
-    """The members of `folder`'s mixture as one `PreparedData` whose `train` is a `TokenMixture`.
+def open_mixture(folder: Path, open_member: Callable[[Path], PreparedDataset]) -> PreparedDataset:
+    """Open the members of a mixture as one `PreparedDataset` whose `train` is a `MixtureDataset`.
 
-    Raises DataError where the file or a member cannot be used, tokenizers differ, or a mixture holds a
-    mixture.
+    Args:
+        folder: The folder of `mixture.json`.
+        open_member: Opens a prepared folder.
+
+    Raises:
+        DataError: The file or a member cannot be used, members have different tokenizers, or a member is a
+            mixture itself.
     """
-    from llm_trainer.data.prepared_dataset import PreparedData
-
-    said = _read(folder / MIXTURE_FILE)
-    stages = _stages(said, folder)
-    members: dict[str, PreparedData] = {}
-    for name, path in said.members.items():
+    file = _read(folder / MIXTURE_FILE)
+    stages = _stages(file, folder)
+    members: dict[str, PreparedDataset] = {}
+    for name, path in file.members.items():
         if (folder / path / MIXTURE_FILE).is_file():
             raise DataError(
                 f"{folder / MIXTURE_FILE}: {name} ({folder / path}) is a mixture itself; name its members instead"
@@ -97,7 +114,7 @@ def open_mixture(folder: Path, open_member: Callable[[Path], PreparedData]) -> P
         members[name] = open_member(folder / path)
     stages = stages or [MixtureStage(weights={name: float(len(one.train)) for name, one in members.items()})]
     try:
-        train = TokenMixture({name: one.train for name, one in members.items()}, stages, str(folder))
+        train = MixtureDataset({name: one.train for name, one in members.items()}, stages, str(folder))
     except UsageError as error:
         raise DataError(f"{folder / MIXTURE_FILE}: {error}") from None
     held_out: dict[str, TokenDataset | None] = {}
@@ -107,27 +124,32 @@ def open_mixture(folder: Path, open_member: Callable[[Path], PreparedData]) -> P
             for name, one in members.items()
             if (part := getattr(one, split)) is not None and len(part)
         }
-        held_out[split] = joined(parts, str(folder)) if parts else None
+        held_out[split] = concat_datasets(parts, str(folder)) if parts else None
     streams = {"train": train, **{split: part for split, part in held_out.items() if part is not None}}
     metadata = _metadata({name: one.metadata for name, one in members.items()}, streams)
     tokenizer = next(iter(members.values())).tokenizer
-    return PreparedData(train, held_out["validation"], held_out["test"], tokenizer, metadata)
+    return PreparedDataset(train, held_out["validation"], held_out["test"], tokenizer, metadata)
 
 
-def reweighed(prepared: PreparedData, config: DataConfig) -> PreparedData:
-    """The data in the shares that the settings say, if they say any. Raises UsageError where it is no
-    mixture.
+def with_mixture_weights(prepared: PreparedDataset, config: DataConfig) -> PreparedDataset:
+    """Apply the mixture weights of the settings, if there are any.
+
+    Args:
+        prepared: The data.
+        config: `mixture_weights` or `mixture_stages` replace those of mixture.json.
+
+    Raises:
+        UsageError: The data is not a mixture, or both settings are given.
     """
-    from dataclasses import replace
-
     if config.mixture_weights is None and config.mixture_stages is None:
         return prepared
-    if not isinstance(prepared.train, TokenMixture):
+    if not isinstance(prepared.train, MixtureDataset):
         raise UsageError(
-            f"mixture_weights and mixture_stages are for a mixture, and {prepared.train.source} is one corpus; leave them out"
+            f"mixture_weights and mixture_stages need a mixture, and {prepared.train.source} is a single"
+            " corpus; remove these settings"
         )
     if config.mixture_weights is not None and config.mixture_stages is not None:
-        raise UsageError("mixture_weights and mixture_stages both say the shares; give one")
+        raise UsageError("mixture_weights and mixture_stages both set the weights; give only one of them")
     stages = config.mixture_stages or [MixtureStage(weights=config.mixture_weights or {})]
     return replace(prepared, train=prepared.train.with_stages(stages))
 
@@ -144,18 +166,18 @@ def _read(file: Path) -> MixtureFile:
             f"{file} is not a mixture ({what}); it needs members, and weights or stages"
         ) from None
     if found.format != 1:
-        raise DataError(f"{file} has format {found.format}, this program reads 1")
+        raise DataError(f"{file} has format {found.format}, and this program reads format 1")
     if not found.members:
-        raise DataError(f"{file} names no members; give name → prepared folder")
+        raise DataError(f"{file} has no members; give a name and a prepared folder for each corpus")
     if found.weights is not None and found.stages is not None:
-        raise DataError(f"{file} has weights and stages; put the weights into the stages")
+        raise DataError(f"{file} has both weights and stages; put the weights into the stages")
     return found
 
 
-def _stages(said: MixtureFile, folder: Path) -> list[MixtureStage]:
-    """The stages that the file gives; none where members weigh what they hold."""
+def _stages(file: MixtureFile, folder: Path) -> list[MixtureStage]:
+    """The stages of the file; none if the members are weighted by their size."""
     try:
-        return said.stages or ([MixtureStage(weights=said.weights)] if said.weights is not None else [])
+        return file.stages or ([MixtureStage(weights=file.weights)] if file.weights is not None else [])
     except UsageError as error:
         raise DataError(f"{folder / MIXTURE_FILE}: {error}") from None
 
@@ -165,7 +187,7 @@ def _relative(path: Path, folder: Path) -> str:
 
 
 def _metadata(members: Mapping[str, Metadata], streams: Mapping[str, TokenDataset]) -> Metadata:
-    """The members' facts added up; the row length is the shortest that one of them was prepared for."""
+    """The members' numbers added up; the row length is the shortest that a member was prepared for."""
     first = next(iter(members.values()))
     lengths = {one.max_length for one in members.values() if one.max_length is not None}
     rejected: dict[str, int] = {}
@@ -173,31 +195,39 @@ def _metadata(members: Mapping[str, Metadata], streams: Mapping[str, TokenDatase
         for reason, count in one.documents_rejected.items():
             rejected[reason] = rejected.get(reason, 0) + count
     kept = sum(one.documents_kept for one in members.values())
-    ended = sum(one.supervised_end_share * one.documents_kept for one in members.values())
+    with_eos = sum(one.supervised_end_share * one.documents_kept for one in members.values())
     packings = [one.options.get("packing") for one in members.values()]
-    alike = all(packing == packings[0] for packing in packings)
-    notes = (
-        [f"members were prepared for rows of {', '.join(map(str, sorted(lengths)))} tokens"]
-        if len(lengths) > 1
-        else []
-    )
-    notes += (
-        []
-        if alike
-        else ["members were prepared with different packing; greedy is taken where nothing is said"]
-    )
+    same_packing = all(packing == packings[0] for packing in packings)
+    notes = []
+    if len(lengths) > 1:
+        notes.append(
+            f"the members were prepared for rows of {', '.join(map(str, sorted(lengths)))} tokens;"
+            f" the default is {min(lengths)}"
+        )
+    if not same_packing:
+        notes.append("the members were prepared with different packing; the default is greedy")
+    key = hashlib.sha256(json.dumps({name: one.key for name, one in members.items()}).encode()).hexdigest()
     return Metadata(
-        format=FORMAT, key=hashlib.sha256(json.dumps({name: one.key for name, one in members.items()}).encode()).hexdigest(),
-        source=f"mixture of {', '.join(members)}", tokenizer=first.tokenizer, max_length=min(lengths, default=None),
-        split_method=first.split_method, documents_in=sum(one.documents_in for one in members.values()), documents_kept=kept,
-        splits={split: _facts(tokens) for split, tokens in streams.items()}, documents_rejected=rejected, rejected_examples=[],
-        documents_cut=sum(one.documents_cut for one in members.values()), supervised_end_share=ended / kept if kept else 0.0,
-        options={"packing": packings[0]} if alike else {}, notes=notes,
-    )  # fmt: skip
+        format=FORMAT,
+        key=key,
+        source=f"mixture of {', '.join(members)}",
+        tokenizer=first.tokenizer,
+        max_length=min(lengths, default=None),
+        split_method=first.split_method,
+        splits={split: _split_info(tokens) for split, tokens in streams.items()},
+        documents_in=sum(one.documents_in for one in members.values()),
+        documents_kept=kept,
+        documents_rejected=rejected,
+        rejected_examples=[],
+        documents_cut=sum(one.documents_cut for one in members.values()),
+        supervised_end_share=with_eos / kept if kept else 0.0,
+        options={"packing": packings[0]} if same_packing else {},
+        notes=notes,
+    )
 
 
-def _facts(tokens: TokenDataset) -> SplitFacts:
-    return SplitFacts(
+def _split_info(tokens: TokenDataset) -> SplitInfo:
+    return SplitInfo(
         documents=tokens.num_documents,
         tokens=len(tokens),
         bytes=tokens.num_bytes,

@@ -1,8 +1,8 @@
-"""Reading nanoGPT's data folders: `train.bin` and `val.bin` of plain uint16, and `meta.pkl` with the table of
-characters.
+"""Reads nanoGPT's data folders: `train.bin` and `val.bin` of plain uint16 ids, and `meta.pkl` with the characters.
 
-`meta.pkl` is a pickle, and a pickle can run anything when it is loaded. The unpickler here builds plain containers, numbers and texts; a
-file that names any class or function is refused. We write no pickle ourselves. Without `meta.pkl` the ids are GPT-2's, as nanoGPT assumes.
+`meta.pkl` is a pickle, and loading a pickle can execute arbitrary code. The unpickler here builds only plain
+containers, numbers and strings; a file that refers to any class or function is refused. This project writes no
+pickles. Without `meta.pkl` the ids are GPT-2's, as nanoGPT assumes.
 """
 
 from __future__ import annotations
@@ -38,10 +38,21 @@ _SAMPLE = 2**20
 
 
 def open_bin(file: Path, vocab_size: int, tokenizer_hash: str) -> TokenDataset:
-    """Open a file of uint16 ids as one document. Raises DataError where it is empty or of an odd size."""
+    """Open a file of uint16 ids as one document.
+
+    Args:
+        file: The file, which is memory-mapped.
+        vocab_size: Number of ids of the tokenizer.
+        tokenizer_hash: `Tokenizer.hash` of the tokenizer.
+
+    Raises:
+        DataError: The file is empty or its size is odd.
+    """
     size = file.stat().st_size
     if size == 0 or size % 2:
-        raise DataError(f"{file} has {size} bytes, which is no file of uint16 ids; run its prepare.py again")
+        raise DataError(
+            f"{file} has {size} bytes, so it is not a file of uint16 ids; run nanoGPT's prepare.py again"
+        )
     ids = np.memmap(file, dtype="<u2", mode="r").view(np.ndarray)
     starts = [np.zeros(1, dtype=np.int64)]
     fingerprint = _fingerprint(ids)
@@ -56,8 +67,10 @@ def open_bin(file: Path, vocab_size: int, tokenizer_hash: str) -> TokenDataset:
 
 
 def read_vocabulary(folder: Path) -> tuple[Tokenizer | None, int, list[str]]:
-    """(tokenizer, vocabulary size, notes) of a nanoGPT folder: from meta.pkl, from a tokenizer.json put
-    beside it, or GPT-2's.
+    """Find the tokenizer of a nanoGPT folder: from meta.pkl, from a tokenizer.json next to it, or GPT-2's.
+
+    Returns:
+        The tokenizer (None if it is GPT-2's and cannot be loaded), its number of ids, and notes for the user.
     """
     if (folder / META_FILE).is_file():
         tokenizer = _character_tokenizer(folder / META_FILE)
@@ -67,25 +80,27 @@ def read_vocabulary(folder: Path) -> tuple[Tokenizer | None, int, list[str]]:
         return (
             tokenizer,
             tokenizer.vocab_size,
-            [f"no {META_FILE}: the vocabulary is that of {TOKENIZER_FILE} beside it"],
+            [f"no {META_FILE}: the vocabulary is that of {TOKENIZER_FILE} in the same folder"],
         )
-    note = f"no {META_FILE}: the ids are taken to be GPT-2's ({GPT2_VOCAB_SIZE})"
+    note = f"no {META_FILE}: the ids are assumed to be GPT-2's ({GPT2_VOCAB_SIZE})"
     try:
         return Tokenizer.tiktoken("gpt2"), GPT2_VOCAB_SIZE, [note]
     except DataError as error:
-        return None, GPT2_VOCAB_SIZE, [note, f"training works, but no text can be shown: {error}"]
+        return None, GPT2_VOCAB_SIZE, [note, f"training works, but no text can be decoded: {error}"]
 
 
 def read_meta(file: Path) -> dict[object, object]:
-    """The dictionary in a meta.pkl. Raises DataError for anything but built-in containers, numbers and texts;
-    nothing in it is run.
+    """Read the dictionary in a meta.pkl without executing anything in it.
+
+    Raises:
+        DataError: The file holds anything but built-in containers, numbers and strings.
     """
     try:
         found = _ContainersOnly(io.BytesIO(file.read_bytes())).load()
     except _BROKEN_PICKLE as error:
-        why = str(error) or type(error).__name__
+        reason = str(error) or type(error).__name__
         raise DataError(
-            f"{file} is not a meta.pkl that can be trusted: {why}; remove it or run prepare.py again"
+            f"{file} is not a meta.pkl that can be trusted: {reason}; remove it or run nanoGPT's prepare.py again"
         ) from None
     if not isinstance(found, dict):
         raise DataError(
@@ -96,11 +111,12 @@ def read_meta(file: Path) -> dict[object, object]:
 
 class _ContainersOnly(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> type:
-        found = (
-            _CONTAINERS.get(name) if module in ("builtins", "__builtin__") else None
-        )  # the latter in old protocols
+        # "__builtin__" is the module's name in old pickle protocols.
+        found = _CONTAINERS.get(name) if module in ("builtins", "__builtin__") else None
         if found is None:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, and code is not run from data files")
+            raise pickle.UnpicklingError(
+                f"it refers to {module}.{name}, and code in data files is not executed"
+            )
         return found
 
     def persistent_load(self, _: object) -> object:
@@ -121,15 +137,16 @@ def _character_tokenizer(file: Path) -> Tokenizer:
 
 
 def _fingerprint(ids: np.ndarray) -> str:
-    """sha256 over the length, the ends and evenly spaced pieces: whole for files up to 32 MB, quick for
-    OpenWebText's 17 GB.
+    """sha256 over the length and evenly spaced blocks, the first and last included.
+
+    It covers all ids of files up to 32 MB, and is quick for OpenWebText's 17 GB.
     """
     digest = hashlib.sha256(str(len(ids)).encode())
-    places = (
+    starts = (
         range(0, len(ids), _SAMPLE)
         if len(ids) <= 16 * _SAMPLE
         else np.linspace(0, len(ids) - _SAMPLE, 16).astype(np.int64).tolist()
     )
-    for place in places:
-        digest.update(np.ascontiguousarray(ids[place : place + _SAMPLE]).tobytes())
+    for start in starts:
+        digest.update(np.ascontiguousarray(ids[start : start + _SAMPLE]).tobytes())
     return digest.hexdigest()

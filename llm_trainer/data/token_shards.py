@@ -1,15 +1,14 @@
-"""Token shards: the form that training reads. One split is one or more files `<split>-00000.tokens` that read
-as one stream of ids.
+"""Token shards, the file format that training reads.
 
-A shard is a header, the ids (uint16 where the vocabulary allows, else uint32), and where each document
-begins:
+One split is one or more files `<split>-00000.tokens` that are read as one stream of ids. A shard is a header,
+the ids (uint16 if the vocabulary is small enough, else uint32), and the offset of each document:
 
     offset   size  what (little-endian)
          0      8  magic b"LLMTOKEN"
          8      4  format version
-        12      4  bytes an id: 2 or 4
-        16      8  ids
-        24      8  documents
+        12      4  bytes per id: 2 or 4
+        16      8  number of ids
+        24      8  number of documents
         32      8  largest id
         40      8  size of the vocabulary
         48      8  utf-8 bytes of the text (all ones: unknown)
@@ -21,9 +20,9 @@ begins:
        256      …  ids; zeros up to a multiple of 8; document starts as uint64
 
 The files are memory-mapped: opening costs the same for a megabyte and a terabyte, and ranks on one machine
-share the pages. A shard is written beside its final name and renamed when it is whole, so a file under the
-final name is never half-written. The header proves itself, the size is checked on opening, and contents up to
-`VERIFY_UP_TO` bytes are hashed as well.
+use the same memory pages. A shard is written under a temporary name and renamed when it is complete, so a
+file under its final name is never half-written. The header contains a hash of itself, the size is checked
+when a shard is opened, and the contents of files up to `VERIFY_UP_TO` bytes are hashed as well.
 """
 
 from __future__ import annotations
@@ -39,9 +38,10 @@ from pathlib import Path
 
 import numpy as np
 
+from llm_trainer.data.tokenization.tokenizer import Tokenizer
 from llm_trainer.errors import DataError
 
-SUFFIX = ".tokens"
+SHARD_SUFFIX = ".tokens"
 VERSION = 1
 HEADER_BYTES = 256
 VERIFY_UP_TO = 64 * 2**20
@@ -54,7 +54,7 @@ _NONE = 2**64 - 1
 
 @dataclass(frozen=True)
 class ShardHeader:
-    """What a shard says about itself; hashes are hexadecimal."""
+    """The header of a shard; hashes are hexadecimal."""
 
     item_bytes: int
     num_tokens: int
@@ -62,32 +62,48 @@ class ShardHeader:
     largest_id: int
     vocab_size: int
     num_bytes: int | None
-    end_id: int | None
+    eos_id: int | None
     tokenizer_hash: str
     content_hash: str
 
     @property
     def starts_offset(self) -> int:
-        """Where in the file the document starts begin, in bytes."""
+        """Offset in the file, in bytes, of the document starts."""
         return HEADER_BYTES + -(-self.num_tokens * self.item_bytes // 8) * 8
 
     @property
     def file_bytes(self) -> int:
-        """Size of the whole file."""
+        """Size of the file."""
         return self.starts_offset + 8 * self.num_documents
 
     def pack(self) -> bytes:
         """The header's 256 bytes."""
         fields = _FIELDS.pack(
-            _MAGIC, VERSION, self.item_bytes, self.num_tokens, self.num_documents, self.largest_id, self.vocab_size,
-            _NONE if self.num_bytes is None else self.num_bytes, _NONE if self.end_id is None else self.end_id,
-            bytes.fromhex(self.tokenizer_hash), bytes.fromhex(self.content_hash),
-        )  # fmt: skip
+            _MAGIC,
+            VERSION,
+            self.item_bytes,
+            self.num_tokens,
+            self.num_documents,
+            self.largest_id,
+            self.vocab_size,
+            _NONE if self.num_bytes is None else self.num_bytes,
+            _NONE if self.eos_id is None else self.eos_id,
+            bytes.fromhex(self.tokenizer_hash),
+            bytes.fromhex(self.content_hash),
+        )
         return (fields + hashlib.sha256(fields).digest()).ljust(HEADER_BYTES, b"\0")
 
     @classmethod
     def unpack(cls, raw: bytes, file: Path) -> ShardHeader:
-        """Read a header; raises DataError naming `file` where it is none, damaged, or of another version."""
+        """Parse a header.
+
+        Args:
+            raw: The first 256 bytes of the file.
+            file: The file that errors name.
+
+        Raises:
+            DataError: It is not a header, it is damaged, or it has another format version.
+        """
         if len(raw) < HEADER_BYTES or raw[:8] != _MAGIC:
             raise DataError(f"{file} is not a token shard; prepare the data again with `llm-trainer prepare`")
         fields = raw[: _FIELDS.size]
@@ -100,19 +116,31 @@ class ShardHeader:
         )
         if version != VERSION or item not in (2, 4):
             raise DataError(
-                f"{file} has the form of version {version}; this program reads version {VERSION}: prepare the data again"
+                f"{file} has format version {version}, and this program reads version {VERSION};"
+                " prepare the data again"
             )
         return cls(
-            item, tokens, documents, largest, vocab, None if num_bytes == _NONE else num_bytes, None if end == _NONE else end,
-            tokenizer.hex(), content.hex(),
-        )  # fmt: skip
+            item,
+            tokens,
+            documents,
+            largest,
+            vocab,
+            None if num_bytes == _NONE else num_bytes,
+            None if end == _NONE else end,
+            tokenizer.hex(),
+            content.hex(),
+        )
 
 
 class ShardWriter:
-    """Writes one split as shards of about `shard_tokens` ids; a document is never split over two.
+    """Writes one split as shards; a document is never split over two of them.
 
-    `add` ids, then `end_document`; `close` finishes the last file and returns the files written. As a context manager an exception
-    removes what was not finished. Memory: the starts of one shard's documents, 8 bytes each.
+    Call `add` with the ids of a document, then `end_document`; `close` finishes the last file. As a context
+    manager it closes at the end, or removes the unfinished file after an exception. It keeps the document
+    starts of one shard in memory, 8 bytes each.
+
+    Attributes:
+        files: The finished shards.
     """
 
     def __init__(
@@ -122,41 +150,60 @@ class ShardWriter:
         *,
         vocab_size: int,
         tokenizer_hash: str,
-        end_id: int | None,
+        eos_id: int | None,
         shard_tokens: int = SHARD_TOKENS,
     ) -> None:
+        """Create `folder` and begin the first shard.
+
+        Args:
+            folder: Where the files are written.
+            split: The first part of the files' names.
+            vocab_size: All ids must be below it; it decides between uint16 and uint32.
+            tokenizer_hash: Stored in the header, so that data and tokenizer can be matched.
+            eos_id: The id that ends each document; None if there is none.
+            shard_tokens: A shard ends with the document that reaches this number of ids.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._split = folder, split
-        self._vocab_size, self._tokenizer_hash, self._end_id = vocab_size, tokenizer_hash, end_id
+        self._vocab_size, self._tokenizer_hash, self._end_id = vocab_size, tokenizer_hash, eos_id
         self._shard_tokens = shard_tokens
         self._dtype = np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
         self.files: list[Path] = []
-        self._tokens = self._bytes = self._largest = self._document_start = 0  # of the shard at hand
+        self._tokens = self._bytes = self._largest = self._document_start = 0  # of the current shard
         self._starts: array[int] = array("Q")
         self._begin()
 
     def add(self, ids: np.ndarray | Sequence[int], num_bytes: int = 0) -> None:
-        """Append ids to the document at hand; `num_bytes`: their text in utf-8. Raises DataError for ids
-        outside the vocabulary.
+        """Append ids to the current document.
+
+        Args:
+            ids: `(tokens,)`.
+            num_bytes: Bytes of their text in UTF-8.
+
+        Raises:
+            DataError: An id is outside the vocabulary.
         """
         values = np.asarray(ids, dtype=np.int64)
         if len(values):
             if int(values.min()) < 0 or int(values.max()) >= self._vocab_size:
                 raise DataError(
-                    f"ids {int(values.min())} to {int(values.max())} do not fit the vocabulary of {self._vocab_size}"
+                    f"ids from {int(values.min())} to {int(values.max())} do not fit the vocabulary of"
+                    f" {self._vocab_size} ids; encode the text with the tokenizer of this data"
                 )
             self._largest = max(self._largest, int(values.max()))
             self._write(values.astype(self._dtype).tobytes())
             self._tokens += len(values)
         self._bytes += num_bytes
 
-    def end_document(self, *, append_end: bool = True) -> None:
-        """Close the document at hand; with `append_end` the end of text follows, where there is one. An empty
-        document leaves no trace.
+    def end_document(self, *, append_eos: bool = True) -> None:
+        """End the current document; an empty one is not written.
+
+        Args:
+            append_eos: Append the end-of-text id, if there is one.
         """
         if self._tokens == self._document_start:
             return
-        if append_end and self._end_id is not None:
+        if append_eos and self._end_id is not None:
             self.add([self._end_id])
         self._starts.append(self._document_start)
         self._document_start = self._tokens
@@ -165,16 +212,18 @@ class ShardWriter:
             self._begin()
 
     def add_documents(self, documents: Sequence[np.ndarray], num_bytes: int = 0) -> None:
-        """Append whole documents: the same as `add` and `end_document` of each, and much faster where they
-        are short.
+        """Append complete documents: the same as `add` and `end_document` for each, and much faster for short ones.
+
+        Args:
+            documents: Ids of each document, `(tokens,)`.
+            num_bytes: Bytes of their text in UTF-8.
         """
         assert self._tokens == self._document_start
         ends = [] if self._end_id is None else [np.array([self._end_id])]
         lengths = np.array([len(ids) + len(ends) for ids in documents if len(ids)], dtype=np.int64)
         if self._tokens + int(lengths.sum()) >= self._shard_tokens:
-            self._bytes += (
-                num_bytes  # counted for the shard at hand, though some documents may go to the next
-            )
+            # All bytes are counted for the current shard, though some documents may go to the next one.
+            self._bytes += num_bytes
             for ids in documents:
                 self.add(ids)
                 self.end_document()
@@ -186,9 +235,11 @@ class ShardWriter:
             )
             self._document_start = self._tokens
 
-    def append(self, file: Path) -> None:
-        """Add all documents of a shard that was made with the same tokenizer. Raises DataError where it is
-        damaged.
+    def append_shard(self, file: Path) -> None:
+        """Append all documents of a shard that was made with the same tokenizer.
+
+        Raises:
+            DataError: The shard is damaged.
         """
         shard = _Shard.open(file)
         assert shard.header.tokenizer_hash == self._tokenizer_hash
@@ -205,7 +256,7 @@ class ShardWriter:
             self._begin()
 
     def close(self) -> list[Path]:
-        """Finish the last shard; returns all files. An empty split has one empty shard."""
+        """Finish the last shard and return all files; an empty split has one empty shard."""
         self.end_document()
         if self._tokens or not self.files:
             self._finish()
@@ -228,7 +279,7 @@ class ShardWriter:
             self.abort()
 
     def _begin(self) -> None:
-        self._final = self._folder / f"{self._split}-{len(self.files):05d}{SUFFIX}"
+        self._final = self._folder / f"{self._split}-{len(self.files):05d}{SHARD_SUFFIX}"
         self._temporary = self._final.with_suffix(".partial")
         self._file = self._temporary.open("wb")
         self._file.write(b"\0" * HEADER_BYTES)
@@ -244,9 +295,16 @@ class ShardWriter:
         self._write(b"\0" * (-self._tokens * self._dtype.itemsize % 8))
         self._write(np.asarray(self._starts, dtype="<u8").tobytes())
         header = ShardHeader(
-            self._dtype.itemsize, self._tokens, len(self._starts), self._largest, self._vocab_size, self._bytes, self._end_id,
-            self._tokenizer_hash, self._digest.hexdigest(),
-        )  # fmt: skip
+            self._dtype.itemsize,
+            self._tokens,
+            len(self._starts),
+            self._largest,
+            self._vocab_size,
+            self._bytes,
+            self._end_id,
+            self._tokenizer_hash,
+            self._digest.hexdigest(),
+        )
         self._file.seek(0)
         self._file.write(header.pack())
         self._file.flush()
@@ -273,9 +331,10 @@ class _Shard:
             raise DataError(f"{file} cannot be read: {error.strerror or error}") from None
         if size != header.file_bytes:
             raise DataError(
-                f"{file} is truncated or garbled: {size} bytes, its header says {header.file_bytes}; prepare the data again"
+                f"{file} is truncated or damaged: it has {size} bytes and its header gives"
+                f" {header.file_bytes}; prepare the data again"
             )
-        # Plain arrays over the maps: slicing np.memmap itself costs a microsecond more each time.
+        # Plain arrays over the maps: slicing an np.memmap takes a microsecond longer.
         ids = _mapped(file, f"<u{header.item_bytes}", HEADER_BYTES, header.num_tokens)
         shard = cls(file, header, ids, _mapped(file, "<u8", header.starts_offset, header.num_documents))
         if size <= VERIFY_UP_TO:
@@ -290,7 +349,8 @@ class _Shard:
                 digest.update(block)
         if digest.hexdigest() != self.header.content_hash:
             raise DataError(
-                f"{self.file} is garbled: its contents do not have the hash in its header; prepare the data again"
+                f"{self.file} is damaged: its contents do not match the hash in its header;"
+                " prepare the data again"
             )
 
 
@@ -301,11 +361,20 @@ def _mapped(file: Path, dtype: str, offset: int, count: int) -> np.ndarray:
 
 
 class TokenDataset:
-    """The ids of one split as one stream, whatever files hold it.
+    """The ids of one split as one stream, in however many files they are.
 
-    `num_bytes` is the size of the text in utf-8, None where it is unknown; `end_id` is the id that ends each document, None where there is
-    none; `fingerprint` changes with every change of the ids, their order, or the tokenizer; `corpora` are those that the stream was joined
-    from, in order, with their tokens.
+    Attributes:
+        num_tokens: Number of ids.
+        num_documents: Number of documents.
+        num_bytes: Size of the text in UTF-8; None if unknown.
+        vocab_size: Number of ids of the tokenizer.
+        tokenizer: The tokenizer of the ids; None if it was not loaded with them.
+        tokenizer_hash: `Tokenizer.hash` of that tokenizer.
+        fingerprint: Changes with every change of the ids, their order, or the tokenizer.
+        eos_id: The id that ends each document; None if there is none.
+        source: Where the ids come from, for messages.
+        corpora: Names of the corpora that were concatenated; empty for a single one.
+        row_tables: Cache of the tables of `sampling/packed_rows.py`.
     """
 
     def __init__(
@@ -317,50 +386,75 @@ class TokenDataset:
         tokenizer_hash: str,
         fingerprint: str,
         num_bytes: int | None = None,
-        end_id: int | None = None,
+        eos_id: int | None = None,
         largest_id: int | None = None,
         source: str = "memory",
         corpora: Sequence[tuple[str, int]] = (),
+        tokenizer: Tokenizer | None = None,
     ) -> None:
+        """Make a stream of arrays; `open` and `from_ids` are the usual ways.
+
+        Args:
+            ids: The ids, one array per file, `(tokens,)`.
+            starts: The offsets of the documents in each array, `(documents,)`.
+            vocab_size: Number of ids of the tokenizer.
+            tokenizer_hash: `Tokenizer.hash` of the tokenizer.
+            fingerprint: Identifies the contents.
+            num_bytes: Size of the text in UTF-8.
+            eos_id: The id that ends each document.
+            largest_id: The largest id, if known.
+            source: Where the ids come from, for messages.
+            corpora: Name and number of tokens of each corpus that was concatenated.
+            tokenizer: The tokenizer of the ids.
+        """
         self.id_arrays, self.start_arrays = list(ids), list(starts)
         self._first_token = np.cumsum([0, *map(len, ids)], dtype=np.int64)  # of each array in the stream
         self.num_tokens = int(self._first_token[-1])
         self.num_documents = sum(map(len, starts))
         self.num_bytes = num_bytes
         self.vocab_size = vocab_size
+        self.tokenizer = tokenizer
         self.tokenizer_hash = tokenizer_hash
         self.fingerprint = fingerprint
-        self.end_id = end_id
+        self.eos_id = eos_id
         self.source = source
         self.corpora = tuple(name for name, _ in corpora)
         self._corpus_ends = np.cumsum([tokens for _, tokens in corpora], dtype=np.int64)
         self._known_largest = largest_id
-        self.packed: dict[
-            tuple[int, str, int], tuple[np.ndarray, np.ndarray]
-        ] = {}  # tables of rows by (context, strategy, stride)
+        # By (context, strategy, stride).
+        self.row_tables: dict[tuple[int, str, int], tuple[np.ndarray, np.ndarray]] = {}
 
-    def corpus_of(self, places: np.ndarray) -> np.ndarray:
-        """Which of `corpora` the token at each of these places of the stream is from, int64 of the same
-        shape.
-        """
-        found: np.ndarray = np.searchsorted(self._corpus_ends, places, side="right")
+    def corpus_indices(self, offsets: np.ndarray) -> np.ndarray:
+        """The index in `corpora` of the token at each of these offsets, int64 of the same shape."""
+        found: np.ndarray = np.searchsorted(self._corpus_ends, offsets, side="right")
         return found
 
     @classmethod
     def open(cls, folder: str | Path, split: str) -> TokenDataset:
-        """Open the shards of `split` in `folder` or its `dataset/`. Raises DataError where they are missing
-        or damaged.
+        """Open the shards of a split.
+
+        Args:
+            folder: The folder of the shards, or the prepared folder whose `dataset/` holds them.
+            split: train, validation or test.
+
+        Raises:
+            DataError: Shards are missing or damaged.
         """
-        place = Path(folder)
-        place = place / "dataset" if (place / "dataset").is_dir() else place
-        files = sorted(place.glob(f"{split}-*{SUFFIX}"))
+        shards_folder = Path(folder)
+        if (shards_folder / "dataset").is_dir():
+            shards_folder = shards_folder / "dataset"
+        files = sorted(shards_folder.glob(f"{split}-*{SHARD_SUFFIX}"))
         if not files:
             raise DataError(
-                f"no token shards of the split {split!r} in {place}; prepare the data with `llm-trainer prepare`"
+                f"no token shards of the split {split!r} in {shards_folder};"
+                " prepare the data with `llm-trainer prepare`"
             )
-        if [file.name for file in files] != [f"{split}-{index:05d}{SUFFIX}" for index in range(len(files))]:
+        if [file.name for file in files] != [
+            f"{split}-{index:05d}{SHARD_SUFFIX}" for index in range(len(files))
+        ]:
             raise DataError(
-                f"shards of the split {split!r} in {place} are missing: there are {', '.join(file.name for file in files)}"
+                f"shards of the split {split!r} in {shards_folder} are missing: there are only"
+                f" {', '.join(file.name for file in files)}; prepare the data again"
             )
         shards = [_Shard.open(file) for file in files]
         first = shards[0].header
@@ -370,7 +464,8 @@ class TokenDataset:
                 first.vocab_size,
             ):
                 raise DataError(
-                    f"{shard.file} and {files[0].name} were made with different tokenizers; prepare the data again"
+                    f"{shard.file} and {files[0].name} were made with different tokenizers;"
+                    " prepare the data again"
                 )
         sizes = [shard.header.num_bytes for shard in shards]
         known = [size for size in sizes if size is not None]
@@ -384,16 +479,16 @@ class TokenDataset:
             tokenizer_hash=first.tokenizer_hash,
             fingerprint=digest.hexdigest(),
             num_bytes=sum(known) if len(known) == len(sizes) else None,
-            end_id=first.end_id,
+            eos_id=first.eos_id,
             largest_id=max(shard.header.largest_id for shard in shards),
-            source=str(place),
+            source=str(shards_folder),
         )
 
     @classmethod
     def from_ids(
         cls, ids: Sequence[int] | np.ndarray, *, vocab_size: int, tokenizer_hash: str = "0" * 64
     ) -> TokenDataset:
-        """A stream in memory, as one document; for tests and small experiments."""
+        """Make a stream in memory, as one document; for tests and small experiments."""
         values = np.asarray(ids, dtype=np.int64)
         fingerprint = hashlib.sha256(values.tobytes() + tokenizer_hash.encode()).hexdigest()
         starts = np.zeros(min(1, len(values)), dtype=np.int64)
@@ -406,22 +501,28 @@ class TokenDataset:
 
     @cached_property
     def largest_id(self) -> int:
-        """The largest id in the stream; where no header knows it, all ids are read once."""
+        """The largest id in the stream; if no header contains it, all ids are read once."""
         if self._known_largest is not None:
             return self._known_largest
-        pieces = (ids[start : start + 2**24] for ids in self.id_arrays for start in range(0, len(ids), 2**24))
-        return max((int(piece.max()) for piece in pieces), default=0)
+        blocks = (ids[start : start + 2**24] for ids in self.id_arrays for start in range(0, len(ids), 2**24))
+        return max((int(block.max()) for block in blocks), default=0)
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Ids `start … start + count - 1` of the stream as int64 `(count,)`. Raises IndexError outside the
-        stream.
+        """Read ids `start … start + count - 1` of the stream as int64 `(count,)`.
+
+        Raises:
+            IndexError: The range is outside the stream.
         """
         out = np.empty(count, dtype=np.int64)
         self.read_into(start, out)
         return out
 
     def read_into(self, start: int, out: np.ndarray) -> None:
-        """Fill `out` `(count,)` with ids from `start` on. Raises IndexError outside the stream."""
+        """Fill `out` `(count,)` with the ids from `start` on.
+
+        Raises:
+            IndexError: The range is outside the stream.
+        """
         if start < 0 or start + len(out) > self.num_tokens:
             raise IndexError(f"ids {start} to {start + len(out)} of a stream of {self.num_tokens}")
         index = (
@@ -432,19 +533,24 @@ class TokenDataset:
         done = 0
         while done < len(out):
             ids, inside = self.id_arrays[index], start + done - int(self._first_token[index])
-            piece = ids[inside : inside + len(out) - done]
-            out[done : done + len(piece)] = piece
-            done += len(piece)
+            block = ids[inside : inside + len(out) - done]
+            out[done : done + len(block)] = block
+            done += len(block)
             index += 1
 
     @property
     def item_bytes(self) -> int:
-        """Bytes of an id as it is stored."""
+        """Bytes per stored id."""
         return self.id_arrays[0].itemsize if self.id_arrays else 0
 
     def documents(self, block: int = 2**14) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Where documents begin and how long they are, in order, in blocks of at most `block`: int64
-        `(documents,)` each.
+        """Iterate over all documents in order.
+
+        Args:
+            block: Most documents that are yielded at once.
+
+        Yields:
+            Offsets in the stream and lengths in tokens, both int64 `(documents,)`.
         """
         for index, starts in enumerate(self.start_arrays):
             base = int(self._first_token[index])
@@ -455,7 +561,15 @@ class TokenDataset:
                 yield bounds[:-1] + base, np.diff(bounds)
 
     def document_starts_in(self, start: int, count: int) -> np.ndarray:
-        """Where documents begin within the slice, relative to `start`, ascending, int64 `(documents,)`."""
+        """Offsets of the documents that begin in a slice of the stream, relative to its `start`, ascending.
+
+        Args:
+            start: First token of the slice.
+            count: Tokens in the slice.
+
+        Returns:
+            int64 `(documents,)`.
+        """
         first = (
             0
             if len(self.id_arrays) == 1
@@ -467,9 +581,8 @@ class TokenDataset:
             if base >= start + count:
                 break
             starts = self.start_arrays[index]
-            bounds = np.array(
-                [max(start - base, 0), start + count - base], dtype=starts.dtype
-            )  # of one type, or all starts are converted
+            # With another dtype, searchsorted would convert all starts.
+            bounds = np.array([max(start - base, 0), start + count - base], dtype=starts.dtype)
             low, high = np.searchsorted(starts, bounds)
             found.append(starts[low:high].astype(np.int64) + (base - start))
         return np.concatenate(found) if found else np.empty(0, np.int64)

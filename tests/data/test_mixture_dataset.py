@@ -9,10 +9,10 @@ import pytest
 
 from llm_trainer.config import DataConfig
 from llm_trainer.config.schema.mixture import MixtureStage
-from llm_trainer.data.mixture_dataset import MIXTURE_FILE, reweighed, write_mixture
-from llm_trainer.data.pipeline.pipeline import prepare
-from llm_trainer.data.prepared_dataset import open_prepared
-from llm_trainer.data.sampling.mixture import TokenMixture
+from llm_trainer.data.mixture_dataset import MIXTURE_FILE, with_mixture_weights, write_mixture
+from llm_trainer.data.pipeline.pipeline import prepare_dataset
+from llm_trainer.data.prepared_dataset import open_prepared_dataset
+from llm_trainer.data.sampling.mixture import MixtureDataset
 from llm_trainer.data.sampling.packing import Packing
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
 from llm_trainer.errors import DataError, UsageError
@@ -28,7 +28,7 @@ def members(
         source = folder / f"{name}.jsonl"
         source.write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
         config = DataConfig(input=str(source), val_ratio=0.1, packing_strategy="first_fit", max_length=64)
-        found[name] = prepare(config, folder / name, tokenizer=tiny_tokenizer).folder
+        found[name] = prepare_dataset(config, folder / name, tokenizer=tiny_tokenizer).folder
     return found
 
 
@@ -36,9 +36,9 @@ def test_a_written_mixture_opens_with_its_members_and_their_held_out_parts(
     tmp_path: Path, members: dict[str, Path]
 ) -> None:
     write_mixture(tmp_path / "mix", members, weights={"first": 1, "second": 3})
-    found = open_prepared(tmp_path / "mix")
-    parts = {name: open_prepared(folder) for name, folder in members.items()}
-    assert isinstance(found.train, TokenMixture)
+    found = open_prepared_dataset(tmp_path / "mix")
+    parts = {name: open_prepared_dataset(folder) for name, folder in members.items()}
+    assert isinstance(found.train, MixtureDataset)
     assert {name: member.fingerprint for name, member in found.train.members.items()} == {
         name: part.train.fingerprint for name, part in parts.items()
     }
@@ -60,15 +60,15 @@ def test_a_mixture_moves_with_its_members(tmp_path: Path, members: dict[str, Pat
     write_mixture(
         tmp_path / "a", {name: tmp_path / "a" / name for name in members}, weights={"first": 1, "second": 1}
     )
-    before = open_prepared(tmp_path / "a").train.fingerprint
+    before = open_prepared_dataset(tmp_path / "a").train.fingerprint
     (tmp_path / "a").rename(tmp_path / "b")
-    assert open_prepared(tmp_path / "b").train.fingerprint == before
+    assert open_prepared_dataset(tmp_path / "b").train.fingerprint == before
 
 
 def test_without_weights_members_weigh_what_they_hold(tmp_path: Path, members: dict[str, Path]) -> None:
     write_mixture(tmp_path, members)
-    train = open_prepared(tmp_path).train
-    assert isinstance(train, TokenMixture)
+    train = open_prepared_dataset(tmp_path).train
+    assert isinstance(train, MixtureDataset)
     assert train.stages[0].weights == {name: float(len(member)) for name, member in train.members.items()}
 
 
@@ -78,8 +78,8 @@ def test_stages_are_written_and_read_as_they_are(tmp_path: Path, members: dict[s
         MixtureStage(weights={"first": 1, "second": 2}),
     ]
     write_mixture(tmp_path, members, stages=stages)
-    train = open_prepared(tmp_path).train
-    assert isinstance(train, TokenMixture)
+    train = open_prepared_dataset(tmp_path).train
+    assert isinstance(train, MixtureDataset)
     assert train.stages == stages
 
 
@@ -87,7 +87,7 @@ def test_stages_are_written_and_read_as_they_are(tmp_path: Path, members: dict[s
     ("content", "complaint"),
     [
         ("{", "is not a mixture"),
-        ('{"members": {}}', "names no members"),
+        ('{"members": {}}', "has no members"),
         ('{"members": {"a": "a"}, "weight": {"a": 1}}', "weight"),
         ('{"members": {"a": "nowhere"}, "weights": {"a": 1}}', "nowhere does not exist"),
         ('{"members": {"a": "a"}, "weights": {"a": -1}}', "0 or more"),
@@ -100,7 +100,7 @@ def test_a_mixture_file_that_cannot_be_used_is_refused_by_name(
 ) -> None:
     (tmp_path / MIXTURE_FILE).write_text(content, encoding="utf-8")
     with pytest.raises(DataError, match=complaint):
-        open_prepared(tmp_path)
+        open_prepared_dataset(tmp_path)
 
 
 def test_weights_for_members_that_are_not_there_name_the_file(
@@ -108,36 +108,38 @@ def test_weights_for_members_that_are_not_there_name_the_file(
 ) -> None:
     write_mixture(tmp_path, members, weights={"first": 1, "third": 1})
     with pytest.raises(DataError, match=r"mixture.json.*name third"):
-        open_prepared(tmp_path)
+        open_prepared_dataset(tmp_path)
 
 
 def test_a_mixture_of_mixtures_is_refused(tmp_path: Path, members: dict[str, Path]) -> None:
     write_mixture(tmp_path / "inner", members)
     write_mixture(tmp_path / "outer", {"inner": tmp_path / "inner"})
     with pytest.raises(DataError, match="is a mixture itself"):
-        open_prepared(tmp_path / "outer")
+        open_prepared_dataset(tmp_path / "outer")
 
 
 def test_the_settings_say_other_shares(tmp_path: Path, members: dict[str, Path]) -> None:
     write_mixture(tmp_path, members)
-    prepared = open_prepared(tmp_path)
-    train = reweighed(prepared, DataConfig(mixture_weights={"first": 2, "second": 5})).train
-    assert isinstance(train, TokenMixture)
+    prepared = open_prepared_dataset(tmp_path)
+    train = with_mixture_weights(prepared, DataConfig(mixture_weights={"first": 2, "second": 5})).train
+    assert isinstance(train, MixtureDataset)
     assert train.stages[0].weights == {"first": 2, "second": 5}
-    assert reweighed(prepared, DataConfig()) is prepared
+    assert with_mixture_weights(prepared, DataConfig()) is prepared
     staged = DataConfig(
         mixture_stages=[
             {"until": "5 steps", "weights": {"first": 1, "second": 0}},
             {"weights": {"first": 1, "second": 1}},
         ]
     )
-    train = reweighed(prepared, staged).train
-    assert isinstance(train, TokenMixture)
+    train = with_mixture_weights(prepared, staged).train
+    assert isinstance(train, MixtureDataset)
     assert len(train.stages) == 2
-    with pytest.raises(UsageError, match="one corpus"):
-        reweighed(open_prepared(members["first"]), DataConfig(mixture_weights={"first": 1}))
-    with pytest.raises(UsageError, match="give one"):
-        reweighed(
+    with pytest.raises(UsageError, match="a single corpus"):
+        with_mixture_weights(
+            open_prepared_dataset(members["first"]), DataConfig(mixture_weights={"first": 1})
+        )
+    with pytest.raises(UsageError, match="give only one"):
+        with_mixture_weights(
             prepared,
             DataConfig(mixture_weights={"first": 1, "second": 1}, mixture_stages=staged.mixture_stages),
         )

@@ -5,11 +5,10 @@ from __future__ import annotations
 import base64
 import os
 import pickle
-import subprocess
-import sys
 import urllib.request
 from pathlib import Path
 
+import fork_server
 import numpy as np
 import pytest
 from paths import ROOT
@@ -17,8 +16,8 @@ from paths import ROOT
 from llm_trainer.data import nanogpt_format as nanogpt
 from llm_trainer.data.catalog import http_download as downloads
 from llm_trainer.data.catalog import nanogpt_datasets as classic
-from llm_trainer.data.prepared_dataset import open_prepared
-from llm_trainer.data.sampling.samplers import WindowSampler
+from llm_trainer.data.prepared_dataset import open_prepared_dataset
+from llm_trainer.data.sampling.window_sampler import WindowSampler
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
 from llm_trainer.errors import DataError
 
@@ -37,7 +36,7 @@ def nanogpt_folder(folder: Path, text: str) -> Path:
 
 
 def test_a_character_folder_opens_with_its_own_ids(tmp_path: Path, tiny_text: str) -> None:
-    data = open_prepared(nanogpt_folder(tmp_path, tiny_text))
+    data = open_prepared_dataset(nanogpt_folder(tmp_path, tiny_text))
     assert data.tokenizer is not None
     assert data.validation is not None
     assert data.test is None
@@ -56,7 +55,7 @@ def test_without_meta_the_ids_are_gpt2s_and_that_is_said(
 
     monkeypatch.setattr(Tokenizer, "tiktoken", offline)
     np.array([1, 2, 50256], dtype=np.uint16).tofile(tmp_path / "train.bin")
-    data = open_prepared(tmp_path)
+    data = open_prepared_dataset(tmp_path)
     assert (data.tokenizer, data.validation, data.vocab_size, data.train.largest_id) == (
         None,
         None,
@@ -84,7 +83,7 @@ def test_a_pickle_with_code_in_it_is_refused_and_not_run(
         pickle.dumps({"itos": {0: "a"}, "more": Evil(canary)}, protocol=protocol)
     )
     with pytest.raises(DataError, match=r"meta\.pkl.*system"):
-        open_prepared(tmp_path)
+        open_prepared_dataset(tmp_path)
     assert not canary.exists()
 
 
@@ -114,7 +113,7 @@ def test_a_damaged_meta_is_named(tmp_path: Path, content: bytes) -> None:
     np.zeros(9, dtype=np.uint16).tofile(tmp_path / "train.bin")
     (tmp_path / "meta.pkl").write_bytes(content)
     with pytest.raises(DataError, match=r"meta\.pkl"):
-        open_prepared(tmp_path)
+        open_prepared_dataset(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"odd"])
@@ -122,7 +121,7 @@ def test_a_damaged_bin_is_named(tmp_path: Path, tiny_text: str, content: bytes) 
     nanogpt_folder(tmp_path, tiny_text)
     (tmp_path / "val.bin").write_bytes(content)
     with pytest.raises(DataError, match=r"val\.bin"):
-        open_prepared(tmp_path)
+        open_prepared_dataset(tmp_path)
 
 
 def ranks_file(folder: Path, tokenizer: Tokenizer) -> Path:
@@ -141,7 +140,6 @@ def test_the_scripts_run_from_any_folder_without_an_installation(
     source = tmp_path / "input.txt"
     source.write_text(tiny_text, encoding="utf-8")
     command = [
-        sys.executable,
         str(ROOT / "data" / name / "prepare.py"),
         "--input",
         str(source),
@@ -149,9 +147,9 @@ def test_the_scripts_run_from_any_folder_without_an_installation(
     ]
     if name != "shakespeare_char":
         command += ["--ranks", str(ranks_file(tmp_path, tiny_tokenizer))]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = fork_server.run(command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    data = open_prepared(tmp_path / "out")
+    data = open_prepared_dataset(tmp_path / "out")
     assert data.tokenizer is not None
     assert data.validation is not None
     ids = [*data.train.read(0, len(data.train)), *data.validation.read(0, len(data.validation))]
@@ -162,14 +160,13 @@ def test_the_scripts_run_from_any_folder_without_an_installation(
 
 def test_a_script_told_nonsense_leaves_with_one_message(tmp_path: Path) -> None:
     command = [
-        sys.executable,
         str(ROOT / "data" / "shakespeare_char" / "prepare.py"),
         "--input",
         "nowhere.txt",
         "--output_dir",
         str(tmp_path),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = fork_server.run(command)
     assert done.returncode == 1
     assert "nowhere.txt does not exist" in done.stderr
     assert "Traceback" not in done.stderr
@@ -184,5 +181,5 @@ def test_without_a_network_a_download_says_how_to_supply_it(
     monkeypatch.setattr(urllib.request, "urlopen", offline)
     monkeypatch.setattr(downloads, "_FIRST_PAUSE_SECONDS", 0)
     with pytest.raises(DataError, match=r"tinyshakespeare/input\.txt could not be fetched.*--input"):
-        classic.fetch_shakespeare(tmp_path)
+        classic.download_shakespeare(tmp_path)
     assert not list(tmp_path.iterdir())

@@ -25,7 +25,7 @@ def write(
     shard_tokens: int = 2**27,
 ) -> TokenDataset:
     with ShardWriter(
-        folder, "train", vocab_size=vocab, tokenizer_hash=HASH, end_id=end, shard_tokens=shard_tokens
+        folder, "train", vocab_size=vocab, tokenizer_hash=HASH, eos_id=end, shard_tokens=shard_tokens
     ) as writer:
         for ids in documents:
             writer.add(ids, num_bytes=3 * len(ids))
@@ -81,7 +81,7 @@ def test_documents_in_bulk_are_those_one_by_one(
     one_by_one = write(tmp_path_factory.mktemp("shards"), documents, shard_tokens=shard_tokens, end=end)
     folder = tmp_path_factory.mktemp("bulk")
     with ShardWriter(
-        folder, "train", vocab_size=300, tokenizer_hash=HASH, end_id=end, shard_tokens=shard_tokens
+        folder, "train", vocab_size=300, tokenizer_hash=HASH, eos_id=end, shard_tokens=shard_tokens
     ) as writer:
         for part in (documents[:cut], documents[cut:]):
             writer.add_documents(
@@ -117,9 +117,9 @@ def test_ids_outside_the_vocabulary_are_refused_and_leave_nothing(tmp_path: Path
 
 def test_documents_without_an_end_of_text_and_documents_that_are_cut(tmp_path: Path) -> None:
     assert write(tmp_path / "a", [[1, 2], [3]], end=None).read(0, 3).tolist() == [1, 2, 3]
-    with ShardWriter(tmp_path / "b", "train", vocab_size=300, tokenizer_hash=HASH, end_id=0) as writer:
+    with ShardWriter(tmp_path / "b", "train", vocab_size=300, tokenizer_hash=HASH, eos_id=0) as writer:
         writer.add([5, 6])
-        writer.end_document(append_end=False)
+        writer.end_document(append_eos=False)
         writer.end_document()  # nothing since: no document
         writer.add([7])
         writer.end_document()
@@ -142,7 +142,7 @@ def test_every_truncation_is_refused_by_name(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"train-00000\.tokens"):
             TokenDataset.open(tmp_path, "train")
     file.write_bytes(whole + b"\0")
-    with pytest.raises(DataError, match="truncated or garbled"):
+    with pytest.raises(DataError, match="truncated or damaged"):
         TokenDataset.open(tmp_path, "train")
 
 
@@ -169,7 +169,7 @@ def test_missing_shards_and_splits_are_named(tmp_path: Path) -> None:
 
 def test_shards_of_different_tokenizers_do_not_mix(tmp_path: Path) -> None:
     write(tmp_path / "a", [[1]])
-    with ShardWriter(tmp_path / "b", "train", vocab_size=300, tokenizer_hash=HASH[::-1], end_id=0) as writer:
+    with ShardWriter(tmp_path / "b", "train", vocab_size=300, tokenizer_hash=HASH[::-1], eos_id=0) as writer:
         writer.add([1])
     (tmp_path / "b" / "train-00000.tokens").rename(tmp_path / "a" / "train-00001.tokens")
     with pytest.raises(DataError, match="different tokenizers"):
@@ -177,7 +177,7 @@ def test_shards_of_different_tokenizers_do_not_mix(tmp_path: Path) -> None:
 
 
 def test_nothing_unfinished_has_a_final_name(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path, "train", vocab_size=300, tokenizer_hash=HASH, end_id=0)
+    writer = ShardWriter(tmp_path, "train", vocab_size=300, tokenizer_hash=HASH, eos_id=0)
     writer.add([1, 2, 3])
     assert not list(tmp_path.glob("*.tokens"))
     writer.abort()

@@ -1,1 +1,1 @@
-"""From documents to token shards in stages that go on where they were killed."""
+"""From documents to token shards, in stages that resume after an interruption."""

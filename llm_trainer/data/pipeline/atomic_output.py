@@ -1,4 +1,4 @@
-"""A result appears whole or not at all: work in a hidden folder, move it into place, metadata.json last."""
+"""Publishes a result completely or not at all: it is staged in a hidden folder and moved, metadata.json last."""
 
 from __future__ import annotations
 
@@ -11,23 +11,26 @@ from pathlib import Path
 
 from llm_trainer.data.metadata import METADATA_FILE, Metadata
 from llm_trainer.data.pipeline.document_index import REJECTED_FILE
-from llm_trainer.data.pipeline.summary import PICTURE_FILE, SUMMARY_FILE
-from llm_trainer.data.sources.presplit_source import FILE_NAMES
-from llm_trainer.data.token_shards import SUFFIX
+from llm_trainer.data.pipeline.summary import HISTOGRAM_FILE, SUMMARY_FILE
+from llm_trainer.data.sources.presplit_source import SPLIT_FILE_NAMES
+from llm_trainer.data.token_shards import SHARD_SUFFIX
 from llm_trainer.errors import DataError
 
 _PREFIX = ".preparing-"
 _LOCK = ".prepare.lock"
-_FORMS = ((".txt", ".jsonl"), (".jsonl", ".txt"))
-OTHER_FORM = {
-    f"{name}{form}": f"{name}{other}" for name in FILE_NAMES.values() for form, other in _FORMS
-}  # of a split's texts
+_FORMATS = ((".txt", ".jsonl"), (".jsonl", ".txt"))
+# The text file of a split → the same split's file in the other format.
+OTHER_FORMAT = {
+    f"{name}{suffix}": f"{name}{other}" for name in SPLIT_FILE_NAMES.values() for suffix, other in _FORMATS
+}
 
 
 @contextlib.contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock: of two preparations at once the second waits and finds the result. Raises
-    DataError where it cannot write.
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Lock the output folder: of two preparations at once, the second waits and then finds the result.
+
+    Raises:
+        DataError: The folder is not writable.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -37,9 +40,8 @@ def exclusive(folder: Path) -> Iterator[None]:
             f"cannot write to {folder}: {error.strerror or error}; choose another --output_dir"
         ) from None
     with lock:
-        with contextlib.suppress(
-            ImportError, OSError
-        ):  # no such lock on Windows and some network file systems
+        # Windows and some network file systems have no such lock.
+        with contextlib.suppress(ImportError, OSError):
             import fcntl
 
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -47,20 +49,20 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def staged(folder: Path) -> Iterator[Path]:
-    """A fresh workplace inside `folder`, removed afterwards; those that killed runs left are removed first."""
-    for left in folder.glob(f"{_PREFIX}*"):
-        shutil.rmtree(left, ignore_errors=True)
-    workplace = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=folder))
+def staging_folder(folder: Path) -> Iterator[Path]:
+    """A new folder inside `folder` that is removed at the end; those of interrupted runs are removed first."""
+    for old in folder.glob(f"{_PREFIX}*"):
+        shutil.rmtree(old, ignore_errors=True)
+    staging = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=folder))
     try:
-        yield workplace
+        yield staging
     finally:
-        shutil.rmtree(workplace, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def clear_about_space(folder: Path) -> Iterator[None]:
-    """Turns a full disk into an error that says so."""
+def explain_full_disk(folder: Path) -> Iterator[None]:
+    """Turn the error of a full disk into a DataError that explains it."""
     try:
         yield
     except OSError as error:
@@ -72,28 +74,33 @@ def clear_about_space(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def publish(workplace: Path, folder: Path, metadata: Metadata) -> None:
-    """Move what `workplace` holds into `folder`; until metadata.json is written at the end, the folder does
-    not pass for prepared.
+def publish(staging: Path, folder: Path, metadata: Metadata) -> None:
+    """Move a result into `folder`, which does not count as prepared until metadata.json is written at the end.
 
-    Raises DataError where `folder/dataset` holds files that are not ours.
+    Args:
+        staging: The result, next to the files that it replaces.
+        folder: The output folder.
+        metadata: Its new metadata.
+
+    Raises:
+        DataError: `folder/dataset` holds files of another program.
     """
     old = folder / "dataset"
     if old.exists():
-        foreign = [file.name for file in old.iterdir() if file.suffix not in (SUFFIX, ".partial")]
+        foreign = [file.name for file in old.iterdir() if file.suffix not in (SHARD_SUFFIX, ".partial")]
         if foreign:
             raise DataError(
-                f"{old} holds other files ({', '.join(sorted(foreign)[:5])}); choose another --output_dir, or remove them"
+                f"{old} holds other files ({', '.join(sorted(foreign)[:5])});"
+                " choose another --output_dir, or remove them"
             )
     (folder / METADATA_FILE).unlink(missing_ok=True)
     if old.exists():
         shutil.rmtree(old)
-    for name in (SUMMARY_FILE, PICTURE_FILE, REJECTED_FILE):
-        (folder / name).unlink(
-            missing_ok=True
-        )  # of an older result, which may have had what this one has not
-    for made in sorted(workplace.iterdir()):
-        made.replace(folder / made.name)
-        if made.name in OTHER_FORM:
-            (folder / OTHER_FORM[made.name]).unlink(missing_ok=True)
+    # Files that the new result may not have.
+    for name in (SUMMARY_FILE, HISTOGRAM_FILE, REJECTED_FILE):
+        (folder / name).unlink(missing_ok=True)
+    for path in sorted(staging.iterdir()):
+        path.replace(folder / path.name)
+        if path.name in OTHER_FORMAT:
+            (folder / OTHER_FORMAT[path.name]).unlink(missing_ok=True)
     metadata.write(folder)

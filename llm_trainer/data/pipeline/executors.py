@@ -1,8 +1,7 @@
-"""Who does the jobs of a stage: this process, several processes, or a Ray cluster (`ray_executor.py`).
+"""Executors for the jobs of a stage: this process, several processes, or a Ray cluster (`ray_executor.py`).
 
-A job writes its result to a file and gives nothing back, so neither texts nor ids travel between processes,
-and which executor ran it leaves no trace in the result. Processes are started afresh (`spawn`): forking a
-process that has threads, as the tokenizer libraries do, may hang.
+Worker processes are started with `spawn`: forking a process that has threads, as the tokenizer libraries do,
+can deadlock.
 """
 
 from __future__ import annotations
@@ -15,71 +14,45 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import Literal, Protocol
+from typing import Literal
 
-from llm_trainer.errors import DataError, LLMTrainerError
+from llm_trainer.data.pipeline.jobs import Executor, Job, run_job
+from llm_trainer.data.pipeline.ray_executor import ray_executor
+from llm_trainer.errors import DataError
 
-_WORTH_PROCESSES = 16 * 2**20  # bytes of work; starting a process takes about a second
-
-
-class Job(Protocol):
-    """One piece of work, picklable."""
-
-    @property
-    def name(self) -> str:
-        """For messages."""
-
-    @property
-    def size(self) -> int:
-        """Bytes of work."""
-
-    def __call__(self, advance: Callable[[int], None]) -> None:
-        """Do it; `advance` may be told how many bytes are done."""
-
-
-class Executor(Protocol):
-    """Runs jobs, in any order. The first error ends the rest; where it is ours, its message gets the job's
-    name.
-    """
-
-    def run(self, jobs: Sequence[Job], advance: Callable[[int], None]) -> None:
-        """Do all jobs, telling `advance` of the bytes that are done."""
+_MIN_BYTES_FOR_PROCESSES = 16 * 2**20  # bytes of work; starting a process takes about a second
 
 
 @contextlib.contextmanager
 def open_executor(
     kind: Literal["local", "ray"], workers: int, ray_address: str | None = None
 ) -> Iterator[Executor]:
-    """The executor of this kind; its processes end with the context. Raises UsageError where Ray is asked for
-    and not installed.
+    """Open an executor; its processes end with the context.
+
+    Args:
+        kind: This machine, or a Ray cluster.
+        workers: Number of jobs that run at once.
+        ray_address: Address of a running cluster; by default one is started on this machine.
+
+    Raises:
+        DataError: The cluster cannot be reached.
+        UsageError: Ray is not installed.
     """
     if kind == "ray":
-        from llm_trainer.data.pipeline.ray_executor import ray_executor
-
         with ray_executor(workers, ray_address) as executor:
             yield executor
     elif workers == 1:
-        yield InProcess()
+        yield SerialExecutor()
     else:
-        with contextlib.closing(Processes(workers)) as processes:
+        with contextlib.closing(ProcessExecutor(workers)) as processes:
             yield processes
 
 
-def perform(job: Job, advance: Callable[[int], None]) -> None:
-    """Do one job; an error of ours says whose it is."""
-    try:
-        job(advance)
-    except LLMTrainerError as error:
-        if job.name in str(error):
-            raise
-        raise type(error)(f"{job.name}: {error}") from None
-
-
-class InProcess:
-    """One job after another, here."""
+class SerialExecutor:
+    """Runs one job after another in this process."""
 
     def run(self, jobs: Sequence[Job], advance: Callable[[int], None]) -> None:
-        """Do all jobs; of each, `advance` hears no more than its size in all."""
+        """Run all jobs; `advance` is called with exactly the size of each job in total."""
         for job in jobs:
             left = job.size
 
@@ -88,13 +61,14 @@ class InProcess:
                 advance(min(count, left))
                 left -= min(count, left)
 
-            perform(job, advance_at_most)
+            run_job(job, advance_at_most)
             advance(left)
 
 
-class Processes:
-    """So many processes, started when there is enough work for them. They end with this one, even if it is
-    killed.
+class ProcessExecutor:
+    """Runs jobs in several processes, which are started once there is enough work for them.
+
+    The processes end with this one, even if it is killed.
     """
 
     def __init__(self, workers: int) -> None:
@@ -102,22 +76,24 @@ class Processes:
         self._pool: ProcessPoolExecutor | None = None
 
     def run(self, jobs: Sequence[Job], advance: Callable[[int], None]) -> None:
-        """Do all jobs, little or single ones here. Raises DataError where a process died, naming the jobs
-        that it may have died of.
+        """Run all jobs; a single job or a small amount of work runs in this process.
+
+        Raises:
+            DataError: A worker process died; the message names the jobs that were running.
         """
-        if len(jobs) < 2 or sum(job.size for job in jobs) < _WORTH_PROCESSES:
-            InProcess().run(jobs, advance)
+        if len(jobs) < 2 or sum(job.size for job in jobs) < _MIN_BYTES_FOR_PROCESSES:
+            SerialExecutor().run(jobs, advance)
             return
         self._pool = self._pool or ProcessPoolExecutor(
-            self._workers, mp_context=multiprocessing.get_context("spawn"), initializer=_settle_worker
+            self._workers, mp_context=multiprocessing.get_context("spawn"), initializer=_initialize_worker
         )
         running: dict[Future[None], Job] = {}
         left = iter(jobs)
         try:
             while True:
                 for job in left:
-                    running[self._pool.submit(perform, job, _ignore)] = job
-                    if len(running) > self._workers:  # one waits, so that nobody does
+                    running[self._pool.submit(run_job, job, _ignore)] = job
+                    if len(running) > self._workers:  # one more than the workers, so that none is idle
                         break
                 if not running:
                     return
@@ -127,15 +103,16 @@ class Processes:
         except BrokenProcessPool:
             names = ", ".join(job.name for job in running.values())
             raise DataError(
-                f"a worker process died while it worked on one of: {names}. Out of memory, or killed: run again to go on from there, with "
-                "fewer num_workers if memory is short. In a script of your own, call prepare under `if __name__ == '__main__':`"
+                f"a worker process died while it worked on one of: {names}. It ran out of memory or was"
+                " killed: run the same command again to resume, with fewer num_workers if memory is short."
+                " In a script of your own, call prepare_dataset under `if __name__ == '__main__':`"
             ) from None
         finally:
             for future in running:
                 future.cancel()
 
     def close(self) -> None:
-        """End the processes, after the jobs at hand."""
+        """End the processes after their current jobs."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
@@ -145,8 +122,8 @@ def _ignore(count: int) -> None:
     pass
 
 
-def _settle_worker() -> None:
-    """Ctrl-C is for the process that started this one; and this one ends when that one does, however it does."""
+def _initialize_worker() -> None:
+    """Leave Ctrl-C to the parent process, and end when the parent ends for whatever reason."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -1,14 +1,15 @@
-"""From text to a prepared folder, in six stages: read, deduplicate, split, tokenizer, encode, assemble.
+"""Prepares text for training, in six stages: read, deduplicate, split, tokenizer, encode, assemble.
 
-A source is a sequence of units (`reading/documents.py`). No copy of the text is kept: each stage that needs a
-unit's text reads and cleans it again, and leaves behind something small. Every result is found again by its
-key, a hash of what it was made from (`stages.py`), so a run that was killed goes on, a changed input or
-option redoes what depends on it and nothing else, and the bytes are the same whoever did the work and in
-whatever order (`executors.py`). Memory does not grow with the corpus but for a few bytes a document.
+A source is a sequence of partitions (`sources/base.py`). No copy of the text is kept: each stage that needs
+the text of a partition reads and cleans it again, and stores only a small result. Every result is cached
+under a key, a hash of what it was made from (`stage_cache.py`). So an interrupted run resumes, a change of the
+input or of an option recomputes what depends on it and nothing else, and the output is the same bytes
+whichever executor did the work and in whichever order (`executors.py`). Memory grows by a few bytes per
+document, and otherwise not with the corpus.
 
-The prepared folder appears whole or not at all (`staging.py`), metadata.json last. Its own key is the hash of
-the contents and the options alone: the same again is a hit, in another folder or after touching the files
-too.
+The prepared folder is published completely or not at all (`atomic_output.py`), metadata.json last. Its own key
+is a hash of the contents and the options alone, so preparing the same again finds the result, also in another
+folder or after the files have been touched.
 """
 
 from __future__ import annotations
@@ -26,309 +27,432 @@ from pydantic import JsonValue
 from rich.console import Console
 
 from llm_trainer.config.schema.data import DataConfig
-from llm_trainer.data.cleaning.cleaner import Cleaning
+from llm_trainer.data.cleaning.cleaner import DocumentCleaner
 from llm_trainer.data.deduplication.minhash import MinHasher
-from llm_trainer.data.metadata import FORMAT, METADATA_FILE, Metadata, TokenizerFacts
-from llm_trainer.data.pipeline import atomic_output as staging
-from llm_trainer.data.pipeline import deduplicate as duplicates
-from llm_trainer.data.pipeline import write_shards as assembly
-from llm_trainer.data.pipeline.document_index import EXAMPLES, ReadTask, UnitTable
+from llm_trainer.data.metadata import FORMAT, METADATA_FILE, Metadata, TokenizerInfo
+from llm_trainer.data.pipeline.atomic_output import (
+    OTHER_FORMAT,
+    explain_full_disk,
+    folder_lock,
+    publish,
+    staging_folder,
+)
+from llm_trainer.data.pipeline.deduplicate import (
+    DUPLICATES_FILE,
+    KEPT,
+    REASONS,
+    count_leaks,
+    initial_states,
+    load_states,
+    mark_exact_duplicates,
+    mark_near_duplicates,
+)
+from llm_trainer.data.pipeline.document_index import MAX_EXAMPLES, DocumentIndex, ReadTask
 from llm_trainer.data.pipeline.executors import open_executor
-from llm_trainer.data.pipeline.split_plan import Corpus, plan_corpus
-from llm_trainer.data.pipeline.splits import Shares
-from llm_trainer.data.pipeline.stage_cache import VERSIONS, Stages, key_of
-from llm_trainer.data.pipeline.summary import PICTURE_FILE, PreparedSummary, lengths_picture
-from llm_trainer.data.pipeline.tokenize import EncodeTask, SampleTask, load_tokenizer, read_sample, too_short
-from llm_trainer.data.prepared_dataset import open_prepared
+from llm_trainer.data.pipeline.split_plan import SplitPlan, plan_splits
+from llm_trainer.data.pipeline.splits import SplitRatios
+from llm_trainer.data.pipeline.stage_cache import VERSIONS, StageCache, stage_key
+from llm_trainer.data.pipeline.summary import HISTOGRAM_FILE, PreparationSummary, document_length_histogram
+from llm_trainer.data.pipeline.tokenize import (
+    EncodeTask,
+    SampleTask,
+    load_tokenizer,
+    read_sample,
+    too_short_reason,
+)
+from llm_trainer.data.pipeline.write_shards import (
+    concat_rejected,
+    document_lengths,
+    split_info,
+    sum_stats,
+    write_shards,
+    write_split_texts,
+)
+from llm_trainer.data.prepared_dataset import open_prepared_dataset
 from llm_trainer.data.progress import ByteProgress
-from llm_trainer.data.sampling.packing import Packing, packing_lines
-from llm_trainer.data.sampling.window_sampler import require_window
-from llm_trainer.data.sources.base import Source, Unit
+from llm_trainer.data.sampling.packing import Packing, format_packing_stats
+from llm_trainer.data.sampling.window_sampler import check_fits_window
+from llm_trainer.data.sources.base import Partition, Source
 from llm_trainer.data.sources.builtin_corpus import BuiltinSource
 from llm_trainer.data.sources.file_source import FileSource
 from llm_trainer.data.sources.hub_source import HubSource
 from llm_trainer.data.token_shards import TokenDataset
 from llm_trainer.data.tokenization.factory import (
-    given_tokenizer,
     kind_to_train,
+    load_existing_tokenizer,
     tokenizer_options,
     train_tokenizer,
 )
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
-from llm_trainer.data.tokenization.vocab_training import training_estimate
+from llm_trainer.data.tokenization.vocab_training import estimate_training
 from llm_trainer.errors import DataError, UsageError
 
-__all__ = ["PreparedSummary", "open_source", "prepare"]
-
-_LENGTHS = 200_000  # documents of a split that its picture and the waste of packing are measured on
+_MEASURED_DOCUMENTS = 200_000  # documents per split for the histogram and the statistics of packing
 
 
-def prepare(
-    config: DataConfig,
-    output_dir: str | Path,
+def prepare_dataset(
+    data: DataConfig | str | Path | None = None,
+    output_dir: str | Path | None = None,
     *,
-    console: Console | None = None,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: Tokenizer | str | Path | None = None,
     source: Source | None = None,
     with_texts: bool = False,
-) -> PreparedSummary:
-    """Prepare `config.input` (a file, a folder, or "builtin") or `config.dataset_name` into `output_dir`.
+    console: Console | None = None,
+    **settings: object,
+) -> PreparationSummary:
+    """Prepare text for training: clean, deduplicate, split, tokenize and pack it into token shards.
 
-    `tokenizer` and `source` override the settings' choice; `with_texts` writes the splits as texts too. Progress goes to `console`. Raises
-    UsageError for settings that do not fit together and DataError for a corpus that cannot be used: missing, nothing readable in it, or
-    shorter than one window of `max_length`.
+        prepare_dataset("texts/", "data/mine", vocab_size=8192)
+        prepare_dataset(dataset_name="roneneldan/TinyStories", output_dir="data/stories")
+        prepare_dataset(DataConfig(input="texts/", deduplicate="near"), "data/mine")
+
+    Calling it again with the same input and settings finds the result; after an interruption it resumes. With
+    `num_workers` greater than 1 call it under `if __name__ == "__main__":`, since it starts processes.
+
+    Args:
+        data: The settings, or the text: a file, a folder, or "builtin" for the built-in corpus.
+        output_dir: The prepared folder; `load_dataset` opens it.
+        tokenizer: An existing tokenizer, or its file, folder or hub name; by default the settings decide,
+            and without any a byte-level BPE is trained.
+        source: Documents from anywhere else, instead of those that the settings name.
+        with_texts: Write the texts of the splits as well.
+        console: Shows progress.
+        **settings: Fields of `DataConfig`, if `data` is not one.
+
+    Returns:
+        What was made or found.
+
+    Raises:
+        DataError: The corpus is missing, has no usable text, or is shorter than one row of `max_length`.
+        UsageError: Settings are unknown, or do not fit together.
     """
+    config = _data_config(data, settings)
+    if isinstance(tokenizer, str | Path):
+        config = config.model_copy(update={"tokenizer_path": str(tokenizer)})
+        tokenizer = None
+    if output_dir is None:
+        output_dir = config.output_dir
+    if output_dir is None:
+        raise UsageError("no output_dir is set; give the folder for the prepared data")
     folder = Path(output_dir)
-    shares = Shares.of(config)
+    ratios = SplitRatios.from_config(config)
     if with_texts:
-        _refuse_overwriting(config, folder)
+        _check_input_is_not_overwritten(config, folder)
     source = source or open_source(config, folder)
-    given = tokenizer or given_tokenizer(config)
-    cleaning = Cleaning.of(config)
-    hasher = MinHasher.of(config) if config.deduplicate == "near" else None
-    units = source.units()
+    existing = tokenizer or load_existing_tokenizer(config)
+    cleaner = DocumentCleaner.from_config(config)
+    hasher = MinHasher.from_config(config) if config.deduplicate == "near" else None
+    partitions = source.partitions()
     if console is not None:
-        _announce(source, console)
-    options = {**_options(config, shares, given, cleaning, hasher), **({"texts": True} if with_texts else {})}
-    with staging.exclusive(folder):
-        hashes = _content_hashes(units, config.num_workers, console)
-        key = key_of("assemble", options, [*hashes])
+        _print_source(source, console)
+    options = _options(config, ratios, existing, cleaner, hasher)
+    if with_texts:
+        options["texts"] = True
+    with folder_lock(folder):
+        hashes = _content_hashes(partitions, config.num_workers, console)
+        key = stage_key("assemble", options, [*hashes])
         found = _find_prepared(folder, key)
         if found is not None:
-            return PreparedSummary(folder, found, from_cache=True)
+            return PreparationSummary(folder, found, from_cache=True)
         with (
-            staging.clear_about_space(folder),
+            explain_full_disk(folder),
             open_executor(config.executor, config.num_workers, config.ray_address) as executor,
         ):
-            stages = Stages.under(folder, executor, console)
-            preparation = _Preparation(
-                config, source.name, shares, given, cleaning, hasher, with_texts, stages, console
+            cache = StageCache.open(folder, executor, console)
+            stages = _Stages(
+                config, source.name, ratios, existing, cleaner, hasher, with_texts, cache, console
             )
-            with staging.staged(folder) as workplace:
-                result = preparation.run(units, hashes, workplace, options, key)
-                staging.publish(workplace, folder, result.metadata)
-            stages.forget_others() if config.keep_stages else stages.remove()
-    return dataclasses.replace(result, folder=folder)
+            with staging_folder(folder) as staging:
+                summary = stages.run(partitions, hashes, staging, options, key)
+                publish(staging, folder, summary.metadata)
+            cache.remove_unused() if config.cache_stages else cache.remove()
+    return dataclasses.replace(summary, folder=folder)
 
 
 @dataclass
-class _Preparation:
-    """One run from a source to staged files."""
+class _Stages:
+    """The six stages of one preparation, from a source to the files in the staging folder."""
 
     config: DataConfig
     source_name: str
-    shares: Shares
-    given: Tokenizer | None
-    cleaning: Cleaning
+    ratios: SplitRatios
+    existing: Tokenizer | None
+    cleaner: DocumentCleaner
     hasher: MinHasher | None
     with_texts: bool
-    stages: Stages
+    cache: StageCache
     console: Console | None
     rejected: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
 
     def run(
         self,
-        units: Sequence[Unit],
+        partitions: Sequence[Partition],
         hashes: Sequence[str],
-        workplace: Path,
+        staging: Path,
         options: dict[str, JsonValue],
         key: str,
-    ) -> PreparedSummary:
-        """The six stages."""
-        tables = self.read(units, hashes)
-        states = self.deduplicate(tables)
-        corpus, leaks = self.split(tables, states)
-        tokenizer = self.tokenizer(tables, corpus)
-        encoded = self.encode(corpus, tokenizer)
-        return self.assemble(corpus, leaks, tokenizer, encoded, workplace, options, key)
+    ) -> PreparationSummary:
+        """Run all stages; returns the summary, still without the folder."""
+        indexes = self.read(partitions, hashes)
+        states = self.deduplicate(indexes)
+        plan, leaks = self.split(indexes, states)
+        tokenizer = self.tokenizer(indexes, plan)
+        encoded = self.encode(plan, tokenizer)
+        return self.assemble(plan, leaks, tokenizer, encoded, staging, options, key)
 
-    def read(self, units: Sequence[Unit], hashes: Sequence[str]) -> list[UnitTable]:
-        """1: each unit's documents as a table. Raises DataError where nothing in the corpus can be used."""
+    def read(self, partitions: Sequence[Partition], hashes: Sequence[str]) -> list[DocumentIndex]:
+        """Stage 1: index the documents of each partition.
+
+        Raises:
+            DataError: No document of the corpus can be used.
+        """
         tasks = [
-            ReadTask(unit, self.cleaning, self.hasher, self._is_character_level, self.config.keep_rejected)
-            for unit in units
+            ReadTask(
+                partition, self.cleaner, self.hasher, self._is_character_level, self.config.keep_rejected
+            )
+            for partition in partitions
         ]
         keys = [task.key(content) for task, content in zip(tasks, hashes, strict=True)]
-        folders = self.stages.results("read", dict(zip(keys, tasks, strict=True)), "reading")
-        tables = [UnitTable(unit, key, folders[key]) for unit, key in zip(units, keys, strict=True)]
-        for table in tables:
-            self.rejected += table.rejected()
-            self.examples += table.examples()[: EXAMPLES - len(self.examples)]
-        if not any(table.rows()["kept"].any() for table in tables):
+        folders = self.cache.run_tasks("read", dict(zip(keys, tasks, strict=True)), "reading")
+        indexes = [
+            DocumentIndex(partition, key, folders[key])
+            for partition, key in zip(partitions, keys, strict=True)
+        ]
+        for index in indexes:
+            self.rejected += index.rejected()
+            self.examples += index.examples()[: MAX_EXAMPLES - len(self.examples)]
+        if not any(index.rows()["kept"].any() for index in indexes):
             counts = (
                 ", ".join(f"{count} {reason}" for reason, count in self.rejected.items())
-                or "no documents at all"
+                or "it has no documents"
             )
-            where = f" — {'; '.join(self.examples)}" if self.examples else ""
-            raise DataError(f"nothing usable in {self.source_name}: {counts}{where}. Give utf-8 text")
-        return tables
+            where = f" ({'; '.join(self.examples)})" if self.examples else ""
+            raise DataError(f"nothing usable in {self.source_name}: {counts}{where}; give UTF-8 text")
+        return indexes
 
-    def deduplicate(self, tables: Sequence[UnitTable]) -> np.ndarray:
-        """2: what becomes of each document (see `duplicates`), uint8 `(documents,)`."""
-        states = duplicates.kept_only(tables)
+    def deduplicate(self, indexes: Sequence[DocumentIndex]) -> np.ndarray:
+        """Stage 2: the state of each document (see `deduplicate.py`), uint8 `(documents,)`."""
+        states = initial_states(indexes)
         if self.config.deduplicate == "none":
             return states
 
-        def make(folder: Path) -> None:
-            duplicates.mark_exact(tables, states, self.console)
+        def compute(folder: Path) -> None:
+            mark_exact_duplicates(indexes, states, self.console)
             if self.hasher is not None:
-                duplicates.mark_near(tables, states, self.hasher, self.console)
-            np.save(folder / duplicates.DUPLICATES_FILE, states, allow_pickle=False)
+                mark_near_duplicates(indexes, states, self.hasher, self.console)
+            np.save(folder / DUPLICATES_FILE, states, allow_pickle=False)
 
         near: JsonValue = None if self.hasher is None else self.hasher.key
-        key = key_of("deduplicate", near, [table.key for table in tables])
-        states = duplicates.load_states(self.stages.result("deduplicate", key, make))
-        self.rejected += Counter(
-            {reason: int((states == state).sum()) for state, reason in duplicates.REASONS.items()}
-        )
+        key = stage_key("deduplicate", near, [index.key for index in indexes])
+        states = load_states(self.cache.run_here("deduplicate", key, compute))
+        self.rejected += Counter({reason: int((states == state).sum()) for state, reason in REASONS.items()})
         return states
 
-    def split(self, tables: Sequence[UnitTable], states: np.ndarray) -> tuple[Corpus, int]:
-        """3: each document's split; and how many held-out documents have an equal or near one in another
-        split.
-        """
-        with self.stages.timed("split"):
-            corpus = plan_corpus(tables, states, self.cleaning, self.shares, self.config.seed)
-            return corpus, duplicates.count_leaks(tables, states, corpus.codes, self.hasher, self.console)
+    def split(self, indexes: Sequence[DocumentIndex], states: np.ndarray) -> tuple[SplitPlan, int]:
+        """Stage 3: the split of each document, and the number of held-out documents in several splits."""
+        with self.cache.timed("split"):
+            plan = plan_splits(indexes, states, self.cleaner, self.ratios, self.config.seed)
+            return plan, count_leaks(indexes, states, plan.codes, self.hasher, self.console)
 
-    def tokenizer(self, tables: Sequence[UnitTable], corpus: Corpus) -> Path:
-        """4: the folder of the tokenizer: the given one, or one that has learned from a sample of the
-        training split.
-        """
-        config, given = self.config, self.given
-        options = tokenizer_options(config, given)
-        if given is not None:
-            return self.stages.result("tokenizer", key_of("tokenizer", options), given.save)
-        if (
-            self._is_character_level
-        ):  # an alphabet is no statistic: characters of the held-out text get an id as well
-            alphabet = sorted(set().union(*(table.alphabet() for table in tables)))
+    def tokenizer(self, indexes: Sequence[DocumentIndex], plan: SplitPlan) -> Path:
+        """Stage 4: the folder of the existing tokenizer, or of one trained on a sample of the training split."""
+        config, existing = self.config, self.existing
+        options = tokenizer_options(config, existing)
+        if existing is not None:
+            return self.cache.run_here("tokenizer", stage_key("tokenizer", options), existing.save)
+        if self._is_character_level:
+            # The alphabet includes the characters of held-out text, so that it can be encoded.
+            alphabet = sorted(set().union(*(index.alphabet() for index in indexes)))
             characters = Tokenizer.from_alphabet(alphabet).with_special_tokens(config.special_tokens)
-            return self.stages.result(
-                "tokenizer", key_of("tokenizer", options, "".join(alphabet)), characters.save
-            )
-        cap = config.tokenizer_sample_megabytes * 1e6
-        size = min(cap, corpus.training_bytes)
-        samples = self._sample(corpus, size / max(1, corpus.training_bytes))
-        if (
-            next(read_sample(samples.values(), cap), None) is None
-        ):  # a small cap, and documents that are all larger
-            samples = self._sample(corpus, 1.0)
+            key = stage_key("tokenizer", options, "".join(alphabet))
+            return self.cache.run_here("tokenizer", key, characters.save)
+        max_bytes = config.tokenizer_sample_megabytes * 1e6
+        size = min(max_bytes, plan.training_bytes)
+        samples = self._sample(plan, size / max(1, plan.training_bytes))
+        if next(read_sample(samples.values(), max_bytes), None) is None:
+            # The limit is small and all documents are larger, so none was drawn.
+            samples = self._sample(plan, 1.0)
 
-        def make(folder: Path) -> None:
+        def compute(folder: Path) -> None:
             if self.console is not None:
-                what = f"learning {config.vocab_size} ids from {size / 1e6:.1f} MB of training text"
-                self.console.print(f"{what}, {training_estimate(size)}", highlight=False)
-            with ByteProgress(self.console, "learning", int(size)) as progress:
-                train_tokenizer(config, read_sample(samples.values(), cap), progress).save(folder)
+                self.console.print(
+                    f"training a tokenizer of {config.vocab_size} ids on {size / 1e6:.1f} MB of training text,"
+                    f" {estimate_training(size)}",
+                    highlight=False,
+                )
+            with ByteProgress(self.console, "training the tokenizer", int(size)) as progress:
+                train_tokenizer(config, read_sample(samples.values(), max_bytes), progress).save(folder)
 
-        return self.stages.result("tokenizer", key_of("tokenizer", options, [*samples]), make)
+        return self.cache.run_here("tokenizer", stage_key("tokenizer", options, [*samples]), compute)
 
-    def encode(self, corpus: Corpus, tokenizer: Path) -> list[Path]:
-        """5: the folder of each unit's token files."""
-        states = corpus.states_of_units() if self.config.keep_rejected else itertools.repeat(None)
-        digest, least = load_tokenizer(tokenizer).hash, self.config.min_length
+    def encode(self, plan: SplitPlan, tokenizer: Path) -> list[Path]:
+        """Stage 5: the folder of each partition's token files."""
+        states = plan.states_by_partition() if self.config.keep_rejected else itertools.repeat(None)
+        tokenizer_hash, min_length = load_tokenizer(tokenizer).hash, self.config.min_length
         tasks = [
-            EncodeTask(unit, tokenizer, digest, least, own, self.with_texts)
-            for unit, own in zip(corpus.units, states, strict=False)
+            EncodeTask(planned, tokenizer, tokenizer_hash, min_length, own_states, self.with_texts)
+            for planned, own_states in zip(plan.partitions, states, strict=False)
         ]
         keys = [task.key for task in tasks]
-        folders = self.stages.results("encode", dict(zip(keys, tasks, strict=True)), "encoding")
+        folders = self.cache.run_tasks("encode", dict(zip(keys, tasks, strict=True)), "encoding")
         return [folders[key] for key in keys]
 
     def assemble(
-        self, corpus: Corpus, leaks: int, tokenizer_folder: Path, encoded: list[Path], workplace: Path,
-        options: dict[str, JsonValue], key: str,
-    ) -> PreparedSummary:  # fmt: skip
-        """6: shards, metadata and summary in `workplace`. Raises DataError where the training split cannot be
-        trained on.
+        self,
+        plan: SplitPlan,
+        leaks: int,
+        tokenizer_folder: Path,
+        encoded: list[Path],
+        staging: Path,
+        options: dict[str, JsonValue],
+        key: str,
+    ) -> PreparationSummary:
+        """Stage 6: write shards, metadata and summary into the staging folder.
+
+        Raises:
+            DataError: The training split is empty or shorter than one row.
         """
-        with self.stages.timed("assemble"):
+        with self.cache.timed("assemble"):
             tokenizer = load_tokenizer(tokenizer_folder)
-            tokenizer.save(workplace)
-            opened = assembly.write_shards(encoded, corpus.splits, tokenizer, workplace, self.console)
+            tokenizer.save(staging)
+            opened = write_shards(encoded, plan.splits, tokenizer, staging, self.console)
             if self.with_texts:
-                assembly.write_texts(encoded, corpus.splits, workplace, self.console)
+                write_split_texts(encoded, plan.splits, staging, self.console)
             if self.config.keep_rejected:
-                assembly.write_rejected(
-                    [*dict.fromkeys(unit.table.folder for unit in corpus.units), *dict.fromkeys(encoded)],
-                    workplace,
-                )
-            cut, dropped = assembly.total(encoded, "cut"), assembly.total(encoded, "dropped")
-            kept = int((corpus.states == duplicates.KEPT).sum())
-            rejected = self.rejected + Counter({too_short(self.config.min_length): dropped})
-            documents = sum(tokens.num_documents for tokens in opened.values())
-            metadata = Metadata(
-                format=FORMAT, key=key, source=self.source_name, max_length=self.config.max_length, split_method=corpus.method,
-                tokenizer=TokenizerFacts(
-                    kind=self.config.tokenizer_path or tokenizer.kind, vocab_size=tokenizer.vocab_size, hash=tokenizer.hash,
-                    eos_id=tokenizer.eos_id,
-                ),
-                splits={split: assembly.facts_of(tokens, workplace / "dataset", split) for split, tokens in opened.items()},
-                documents_in=kept + self.rejected.total(), documents_kept=kept - dropped, documents_rejected=dict(sorted(rejected.items())),
-                rejected_examples=self.examples, documents_cut=cut, options=options, notes=self._check(opened),
-                supervised_end_share=(documents - cut) / documents if tokenizer.eos_id is not None else 0.0,
-                leaks=leaks, leak_check="exact" if self.hasher is None else "near",
-            )  # fmt: skip
-            lengths = {split: assembly.document_lengths(tokens, _LENGTHS) for split, tokens in opened.items()}
-            (workplace / PICTURE_FILE).write_text(lengths_picture(lengths), encoding="utf-8")
-        packing = packing_lines(lengths["train"], self.config.max_length, Packing.of(self.config))
-        made = PreparedSummary(
-            Path(), metadata, False, self.stages.made, self.stages.found, self.stages.seconds, packing
+                read = dict.fromkeys(planned.index.folder for planned in plan.partitions)
+                concat_rejected([*read, *dict.fromkeys(encoded)], staging)
+            metadata = self._metadata(plan, leaks, tokenizer, opened, encoded, staging, options, key)
+            lengths = {
+                split: document_lengths(tokens, _MEASURED_DOCUMENTS) for split, tokens in opened.items()
+            }
+            (staging / HISTOGRAM_FILE).write_text(document_length_histogram(lengths), encoding="utf-8")
+        packing = format_packing_stats(
+            lengths["train"], self.config.max_length, Packing.from_config(self.config)
         )
-        made.write(workplace)
-        return made
+        cache = self.cache
+        summary = PreparationSummary(
+            Path(), metadata, False, cache.num_computed, cache.num_cached, cache.seconds, packing
+        )
+        summary.write(staging)
+        return summary
+
+    def _metadata(
+        self,
+        plan: SplitPlan,
+        leaks: int,
+        tokenizer: Tokenizer,
+        opened: dict[str, TokenDataset],
+        encoded: list[Path],
+        staging: Path,
+        options: dict[str, JsonValue],
+        key: str,
+    ) -> Metadata:
+        cut, dropped = sum_stats(encoded, "cut"), sum_stats(encoded, "dropped")
+        kept = int((plan.states == KEPT).sum())
+        rejected = self.rejected + Counter({too_short_reason(self.config.min_length): dropped})
+        documents = sum(tokens.num_documents for tokens in opened.values())
+        return Metadata(
+            format=FORMAT,
+            key=key,
+            source=self.source_name,
+            tokenizer=TokenizerInfo(
+                kind=self.config.tokenizer_path or tokenizer.kind,
+                vocab_size=tokenizer.vocab_size,
+                hash=tokenizer.hash,
+                eos_id=tokenizer.eos_id,
+            ),
+            max_length=self.config.max_length,
+            split_method=plan.method,
+            splits={
+                split: split_info(tokens, staging / "dataset", split) for split, tokens in opened.items()
+            },
+            documents_in=kept + self.rejected.total(),
+            documents_kept=kept - dropped,
+            documents_rejected=dict(sorted(rejected.items())),
+            rejected_examples=self.examples,
+            documents_cut=cut,
+            supervised_end_share=(documents - cut) / documents if tokenizer.eos_id is not None else 0.0,
+            options=options,
+            notes=self._check_splits(opened),
+            leaks=leaks,
+            leak_check="exact" if self.hasher is None else "near",
+        )
 
     @property
     def _is_character_level(self) -> bool:
-        return self.given is None and kind_to_train(self.config) == "char"
+        return self.existing is None and kind_to_train(self.config) == "char"
 
-    def _sample(self, corpus: Corpus, share: float) -> dict[str, Path]:
-        tasks = [SampleTask(planned, share) for planned in corpus.units]
-        return self.stages.results("sample", {task.key: task for task in tasks}, "reading for the tokenizer")
+    def _sample(self, plan: SplitPlan, fraction: float) -> dict[str, Path]:
+        tasks = [SampleTask(planned, fraction) for planned in plan.partitions]
+        return self.cache.run_tasks(
+            "sample", {task.key: task for task in tasks}, "sampling text for the tokenizer"
+        )
 
-    def _check(self, opened: dict[str, TokenDataset]) -> list[str]:
-        """Notes on the splits."""
+    def _check_splits(self, opened: dict[str, TokenDataset]) -> list[str]:
+        """Check that the training split can be used; returns notes about the others."""
         if not len(opened["train"]):
-            least = self.config.min_length
             raise DataError(
-                f"no training text is left of {self.source_name}; lower min_length ({least}) or give more text"
+                f"no training text is left of {self.source_name};"
+                f" lower min_length ({self.config.min_length}) or give more text"
             )
-        if self.config.max_length is not None and Packing.of(self.config).strategy == "greedy":
-            require_window(
+        if self.config.max_length is not None and Packing.from_config(self.config).strategy == "greedy":
+            check_fits_window(
                 opened["train"], self.config.max_length, source=self.source_name, setting="max_length"
             )
         return [
-            f"the {split} split is empty: give more text, or a larger share"
+            f"the {split} split is empty: give more text, or a larger ratio"
             for split, tokens in opened.items()
             if not len(tokens)
         ]
 
 
 def open_source(config: DataConfig, output_dir: Path) -> Source:
-    """The documents that the settings name; raises UsageError where they name none or two."""
+    """Open the documents that the settings name.
+
+    Args:
+        config: `input` or `dataset_name` names the corpus.
+        output_dir: A folder that is not read, even if it is inside the input.
+
+    Raises:
+        UsageError: The settings name no corpus, or two.
+    """
     if config.input is not None and config.dataset_name is not None:
         raise UsageError(
-            f"input={config.input!r} and dataset_name={config.dataset_name!r} both name a corpus; give one"
+            f"input={config.input!r} and dataset_name={config.dataset_name!r} both name a corpus;"
+            " give only one of them"
         )
     if config.input is not None:
         if config.input == "builtin":
             return BuiltinSource()
         return FileSource(
-            Path(config.input), config.text_column, config.one_document_a_line, excluded=output_dir
+            Path(config.input), config.text_column, config.one_document_per_line, excluded=output_dir
         )
     if config.dataset_name is not None:
         names = (config.dataset_name, config.dataset_config, config.dataset_split, config.validation_split)
-        return HubSource(*names, config.text_column, streams=config.dataset_streaming)
-    ways_out = "give --input with a text file, a folder or the word builtin, or --dataset_name with a name on the hub"
-    raise UsageError(f"nothing to prepare: {ways_out}")
+        return HubSource(*names, config.text_column, streaming=config.dataset_streaming)
+    raise UsageError(
+        "nothing to prepare: give --input with a text file, a folder or the word builtin,"
+        " or --dataset_name with the name of a dataset on the Hugging Face hub"
+    )
 
 
-def _refuse_overwriting(config: DataConfig, folder: Path) -> None:
-    """Raises UsageError where the texts of the splits would take the place of the input."""
+def _data_config(data: DataConfig | str | Path | None, settings: dict[str, object]) -> DataConfig:
+    """The settings of `prepare_dataset` as a `DataConfig`."""
+    if isinstance(data, DataConfig):
+        if settings:
+            raise UsageError(
+                f"{', '.join(settings)}: settings are given as keyword arguments and in a DataConfig;"
+                " put all of them into the DataConfig"
+            )
+        return data
+    return DataConfig(**settings) if data is None else DataConfig(input=str(data), **settings)
+
+
+def _check_input_is_not_overwritten(config: DataConfig, folder: Path) -> None:
+    """Raise UsageError if the texts of the splits would be written over the input."""
     if config.input is not None and Path(config.input).resolve() in {
-        (folder / name).resolve() for name in staging.OTHER_FORM
+        (folder / name).resolve() for name in OTHER_FORMAT
     }:
         raise UsageError(
             f"{config.input} would be overwritten by the texts of a split; choose another --output_dir"
@@ -336,50 +460,54 @@ def _refuse_overwriting(config: DataConfig, folder: Path) -> None:
 
 
 def _options(
-    config: DataConfig, shares: Shares, given: Tokenizer | None, cleaning: Cleaning, hasher: MinHasher | None
+    config: DataConfig,
+    ratios: SplitRatios,
+    existing: Tokenizer | None,
+    cleaner: DocumentCleaner,
+    hasher: MinHasher | None,
 ) -> dict[str, JsonValue]:
-    """Every setting that decides the result, for the key and for metadata.json; paths and numbers of workers
-    do not.
-    """
+    """The settings that decide the result, for the key and for metadata.json; paths and workers do not."""
     return {
-        **tokenizer_options(config, given),
-        "cleaning": cleaning.key,
+        **tokenizer_options(config, existing),
+        "cleaning": cleaner.key,
         "deduplicate": config.deduplicate if hasher is None else hasher.key,
         "keep_rejected": config.keep_rejected,
         "max_length": config.max_length,
         "min_length": config.min_length,
-        "packing": Packing.of(config).to_json(),
-        "shares": [shares.train, shares.validation, shares.test],
+        "packing": Packing.from_config(config).to_json(),
+        "shares": [ratios.train, ratios.validation, ratios.test],
         "seed": config.seed,
         "versions": {**VERSIONS},
     }
 
 
-def _content_hashes(units: Sequence[Unit], workers: int, console: Console | None) -> list[str]:
-    """Each unit's content hash; threads suffice, since hashing lets go of the interpreter's lock."""
+def _content_hashes(partitions: Sequence[Partition], workers: int, console: Console | None) -> list[str]:
+    """The content hash of each partition; threads are enough, since hashing releases the interpreter's lock."""
     with (
         ThreadPoolExecutor(workers) as pool,
-        ByteProgress(console, "looking for changes", sum(unit.size for unit in units)) as progress,
+        ByteProgress(console, "checking for changes", sum(one.size for one in partitions)) as progress,
     ):
         hashes = []
-        for unit, found in zip(units, pool.map(lambda unit: unit.content_hash(), units), strict=True):
+        for partition, found in zip(
+            partitions, pool.map(lambda one: one.content_hash(), partitions), strict=True
+        ):
             hashes.append(found)
-            progress.advance(unit.size)
+            progress.advance(partition.size)
         return hashes
 
 
 def _find_prepared(folder: Path, key: str) -> Metadata | None:
-    """The metadata of a whole result with this key."""
+    """The metadata of the folder if it is complete and has this key."""
     if not (folder / METADATA_FILE).is_file():
         return None
     try:
-        found = open_prepared(folder).metadata
-    except DataError:  # damaged or of another version: made again
+        found = open_prepared_dataset(folder).metadata
+    except DataError:  # damaged or of another version: it is made again
         return None
     return found if found.key == key else None
 
 
-def _announce(source: Source, console: Console) -> None:
+def _print_source(source: Source, console: Console) -> None:
     if isinstance(source, BuiltinSource):
         for part, size in source.sizes().items():
             console.print(f"built-in corpus: {part}, {size / 1e6:.2f} MB", highlight=False)

@@ -1,4 +1,4 @@
-"""The corpus after stage 3: each unit with what becomes of its documents."""
+"""The corpus after stage 3: each partition with the splits of its documents."""
 
 from __future__ import annotations
 
@@ -9,56 +9,70 @@ from dataclasses import dataclass
 import numpy as np
 from pydantic import JsonValue
 
-from llm_trainer.data.cleaning.cleaner import Cleaning
+from llm_trainer.data.cleaning.cleaner import DocumentCleaner
 from llm_trainer.data.pipeline.deduplicate import KEPT
-from llm_trainer.data.pipeline.document_index import NO_SPLIT, SPLITS, UnitTable, read_again
+from llm_trainer.data.pipeline.document_index import NO_SPLIT, SPLITS, DocumentIndex, reread_documents
 from llm_trainer.data.pipeline.splits import (
     BY_HASH,
     CONTIGUOUS,
-    GIVEN,
-    Part,
-    Shares,
-    UnitPlan,
-    parts_of,
+    FROM_SOURCE,
+    PartitionPlan,
+    SplitChunk,
+    SplitRatios,
+    assign_chunks,
     plan_by_hash,
     plan_contiguous,
 )
 
 
 @dataclass(frozen=True)
-class PlannedUnit:
-    """A unit, and what becomes of its documents. `size` is the bytes of those that are kept."""
+class PlannedPartition:
+    """A partition and the splits of its documents.
 
-    table: UnitTable
-    cleaning: Cleaning
-    plan: UnitPlan
+    Attributes:
+        index: Its documents.
+        cleaner: The cleaner that the index was made with.
+        plan: Their splits.
+        size: Bytes of the documents that are kept.
+    """
+
+    index: DocumentIndex
+    cleaner: DocumentCleaner
+    plan: PartitionPlan
     size: int
 
     @property
     def name(self) -> str:
-        """The unit's."""
-        return self.table.unit.name
+        """The partition's name."""
+        return self.index.partition.name
 
     @property
     def inputs(self) -> list[JsonValue]:
-        """What a key of anything made of the unit's text depends on."""
+        """Everything about the partition that decides a result made from its text; part of the result's key."""
         cuts: dict[str, JsonValue] = {
             str(row): [list(cut) for cut in cuts] for row, cuts in self.plan.cuts.items()
         }
-        return [self.table.key, hashlib.sha256(self.plan.codes).hexdigest(), cuts]
+        return [self.index.key, hashlib.sha256(self.plan.codes).hexdigest(), cuts]
 
-    def parts(self, is_wanted: bytes) -> Iterator[Part]:
-        """The text of the wanted documents, each piece with its split."""
-        return parts_of(self.plan, read_again(self.table.unit, self.cleaning, is_wanted))
+    def read_chunks(self, is_wanted: bytes) -> Iterator[SplitChunk]:
+        """Read the text of the wanted documents (one byte per row), each chunk with its split."""
+        chunks = reread_documents(self.index.partition, self.cleaner, is_wanted)
+        return assign_chunks(self.plan, chunks)
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """All units, planned. `states` are stage 2's, uint8 `(documents,)`; `method` is in words; `splits` are
-    those that there will be.
+class SplitPlan:
+    """All partitions with the splits of their documents.
+
+    Attributes:
+        partitions: The partitions, in order.
+        states: The states of stage 2, uint8 `(documents,)` over all partitions.
+        method: How splits were assigned, as a phrase.
+        splits: The splits of the result.
+        training_bytes: Bytes of text in the training split.
     """
 
-    units: list[PlannedUnit]
+    partitions: list[PlannedPartition]
     states: np.ndarray
     method: str
     splits: list[str]
@@ -66,55 +80,70 @@ class Corpus:
 
     @property
     def codes(self) -> np.ndarray:
-        """Each document's split, or LEFT_OUT: uint8 `(documents,)` over all units."""
-        return np.frombuffer(b"".join(unit.plan.codes for unit in self.units), dtype=np.uint8)
+        """The split of each document, or `EXCLUDED`: uint8 `(documents,)` over all partitions."""
+        return np.frombuffer(b"".join(one.plan.codes for one in self.partitions), dtype=np.uint8)
 
-    def states_of_units(self) -> Iterator[bytes]:
-        """Each unit's part of `states`."""
+    def states_by_partition(self) -> Iterator[bytes]:
+        """The part of `states` that belongs to each partition."""
         first = 0
-        for unit in self.units:
-            last = first + len(unit.plan.codes)
+        for one in self.partitions:
+            last = first + len(one.plan.codes)
             yield self.states[first:last].tobytes()
             first = last
 
 
-def plan_corpus(
-    tables: Sequence[UnitTable], states: np.ndarray, cleaning: Cleaning, shares: Shares, seed: int
-) -> Corpus:
-    """Decide every kept document's split: as its source says, else by hash, else, with too few documents for
-    that, by its place.
+def plan_splits(
+    indexes: Sequence[DocumentIndex],
+    states: np.ndarray,
+    cleaner: DocumentCleaner,
+    ratios: SplitRatios,
+    seed: int,
+) -> SplitPlan:
+    """Assign a split to every kept document.
+
+    The split comes from the source if it has splits of its own, else from the document's hash, or, with too
+    few documents for that, from its position in the corpus.
+
+    Args:
+        indexes: The documents.
+        states: Their states, uint8 `(documents,)`.
+        cleaner: The cleaner that the indexes were made with.
+        ratios: The sizes of the splits.
+        seed: Random seed of the split by hash.
     """
     given = {
         SPLITS[code]
-        for table in tables
-        for code in np.unique(table.rows()["split"]).tolist()
+        for index in indexes
+        for code in np.unique(index.rows()["split"]).tolist()
         if code != NO_SPLIT
     }
-    is_by_hash = bool(given) or shares.can_split_by_hash(int((states == KEPT).sum()))
-    sizes = [int(table.rows()["size"][own].sum()) for table, own in _with_kept(tables, states)]
-    edges, start, training = shares.boundaries(sum(sizes)), 0, 0
-    units = []
-    for (table, own), size in zip(_with_kept(tables, states), sizes, strict=True):
-        rows = table.rows()
+    is_by_hash = bool(given) or ratios.can_split_by_hash(int((states == KEPT).sum()))
+    sizes = [int(index.rows()["size"][kept].sum()) for index, kept in _with_kept(indexes, states)]
+    boundaries, start, training = ratios.boundaries(sum(sizes)), 0, 0
+    partitions = []
+    for (index, kept), size in zip(_with_kept(indexes, states), sizes, strict=True):
+        rows = index.rows()
         if is_by_hash:
-            plan = plan_by_hash(rows["hash"], rows["split"], own, shares, seed)
+            plan = plan_by_hash(rows["hash"], rows["split"], kept, ratios, seed)
             training += int(
                 rows["size"][np.frombuffer(plan.codes, dtype=np.uint8) == SPLITS.index("train")].sum()
             )
         else:
-            plan = plan_contiguous(rows["size"], own, start, edges)
-        units.append(PlannedUnit(table, cleaning, plan, size))
+            plan = plan_contiguous(rows["size"], kept, start, boundaries)
+        partitions.append(PlannedPartition(index, cleaner, plan, size))
         start += size
-    method = GIVEN if given else BY_HASH if is_by_hash else CONTIGUOUS
-    wanted = {"train": True, "validation": shares.validation > 0, "test": shares.test > 0}
+    method = FROM_SOURCE if given else BY_HASH if is_by_hash else CONTIGUOUS
+    wanted = {"train": True, "validation": ratios.validation > 0, "test": ratios.test > 0}
     splits = [split for split in SPLITS if split == "train" or (split in given if given else wanted[split])]
-    return Corpus(units, states, method, splits, training if is_by_hash else edges[0])
+    return SplitPlan(partitions, states, method, splits, training if is_by_hash else boundaries[0])
 
 
-def _with_kept(tables: Sequence[UnitTable], states: np.ndarray) -> Iterator[tuple[UnitTable, np.ndarray]]:
-    """Each table, and which of its documents are kept: bool `(documents,)`."""
+def _with_kept(
+    indexes: Sequence[DocumentIndex], states: np.ndarray
+) -> Iterator[tuple[DocumentIndex, np.ndarray]]:
+    """Each index, and which of its documents are kept: bool `(documents,)`."""
     first = 0
-    for table in tables:
-        last = first + len(table.rows())
-        yield table, states[first:last] == KEPT
+    for index in indexes:
+        last = first + len(index.rows())
+        yield index, states[first:last] == KEPT
         first = last

@@ -1,79 +1,87 @@
-"""Stage 3, `split`: which document is for training, which for validation, which for testing.
+"""Stage 3, `split`: assigns documents to training, validation and test.
 
-By hash: a document's split is decided by the hash of its own text and the seed, so it stays where it is when
-others come or go, and no order matters. Duplicates have been dropped before: with near-deduplication a
-document's near-duplicates cannot be in another split. A split by hash needs enough documents for the shares
-to come out; with few, or one, the text is cut in one place instead, the last part being held out, as nanoGPT
-does.
+By default the hash of a document's own text and the seed decide its split, so it stays in that split when
+other documents are added or removed, and no order matters. Duplicates have been dropped before; with
+near-deduplication, near-duplicates of a document cannot be in another split. A split by hash needs enough
+documents for the sizes of the splits to come out right. With few documents, or a single one, the text is cut
+at fixed positions instead and the last part is held out, as nanoGPT does.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from llm_trainer.config.schema.data import DataConfig
+from llm_trainer.data.hashing import hash_fractions
 from llm_trainer.data.pipeline.document_index import NO_SPLIT, SPLITS
-from llm_trainer.data.sources.base import Piece
+from llm_trainer.data.sources.base import TextChunk
 from llm_trainer.errors import UsageError
 
-LEFT_OUT = 255  # in a plan: a document that is rejected, or repeats another
+EXCLUDED = 255  # in a plan: a document that is rejected or repeats another one
 BY_HASH = "by the hash of each document"
-CONTIGUOUS = "contiguous: too few documents for hashes, so the last part is held out"
-GIVEN = "as the source says"
-_ENOUGH_HELD_OUT = 8  # documents to be expected in the smallest split, for a split by hash
-_SPECIAL = np.uint64(0x9E3779B97F4A7C15)
+CONTIGUOUS = "contiguous: too few documents for a split by hash, so the last part is held out"
+FROM_SOURCE = "from the source"
+_MIN_HELD_OUT = 8  # expected documents in the smallest split, for a split by hash
 
 
 @dataclass(frozen=True)
-class Shares:
-    """Shares of the three splits; they add up to 1."""
+class SplitRatios:
+    """Fractions of the three splits, which add up to 1."""
 
     train: float
     validation: float
     test: float
 
     @classmethod
-    def of(cls, config: DataConfig) -> Shares:
-        """The shares that the settings mean. What they leave is for training, or for testing where
-        train_ratio and no test_ratio is said.
+    def from_config(cls, config: DataConfig) -> SplitRatios:
+        """The fractions that the settings describe.
 
-        Raises UsageError where they do not add up to 1 or leave nothing for training.
+        The rest that val_ratio and test_ratio leave is for training; if train_ratio is set and test_ratio is
+        not, the rest is for testing.
+
+        Raises:
+            UsageError: The fractions do not add up to 1, or leave nothing for training.
         """
         validation, test = config.val_ratio, config.test_ratio
         train = config.train_ratio
-        if train is None or (
-            not config.is_said("train_ratio") and train + validation + test != 1.0
-        ):  # a door's default gives way
+        # A command's own default of train_ratio does not override what the user has set.
+        if train is None or (not config.is_set("train_ratio") and train + validation + test != 1.0):
             train = 1.0 - validation - test
-        elif not config.is_said("test_ratio"):
+        elif not config.is_set("test_ratio"):
             test = max(0.0, round(1.0 - train - validation, 9))
         if abs(train + validation + test - 1.0) > 1e-6 or train <= 0:
-            said = f"train_ratio {train:g}, val_ratio {validation:g} and test_ratio {test:g}"
-            raise UsageError(f"{said} must add up to 1 and leave a share for training")
+            raise UsageError(
+                f"train_ratio {train:g}, val_ratio {validation:g} and test_ratio {test:g} must add up to 1"
+                " and leave something for training"
+            )
         return cls(train, validation, test)
 
     def can_split_by_hash(self, documents: int) -> bool:
-        """Whether so many documents are enough for every held-out share to come out about right."""
-        held_out = [share for share in (self.validation, self.test) if share > 0]
-        return not held_out or documents * min(held_out) >= _ENOUGH_HELD_OUT
+        """Whether this number of documents is enough for the held-out splits to get about their sizes."""
+        held_out = [ratio for ratio in (self.validation, self.test) if ratio > 0]
+        return not held_out or documents * min(held_out) >= _MIN_HELD_OUT
 
-    def by_hash(self, hashes: np.ndarray, seed: int) -> np.ndarray:
-        """The split of each document by its content hash, uint8 `(documents,)`: places in `SPLITS`."""
-        place = places(hashes, f"split {seed}")
+    def split_by_hash(self, hashes: np.ndarray, seed: int) -> np.ndarray:
+        """The split of each document by its content hash.
+
+        Args:
+            hashes: uint64 `(documents, 2)`.
+            seed: Random seed of the split.
+
+        Returns:
+            Indices into `SPLITS`, uint8 `(documents,)`.
+        """
+        fractions = hash_fractions(hashes, f"split {seed}")
         codes = np.zeros(len(hashes), dtype=np.uint8)
-        codes[place < self.validation + self.test] = SPLITS.index("test")
-        codes[place < self.validation] = SPLITS.index("validation")
+        codes[fractions < self.validation + self.test] = SPLITS.index("test")
+        codes[fractions < self.validation] = SPLITS.index("validation")
         return codes
 
     def boundaries(self, size: int) -> tuple[int, int, int]:
-        """Where a text of `size` is cut: training ends at the first, validation at the second, testing at
-        `size`.
-        """
+        """The offsets at which training, validation and test end in a text of `size` bytes."""
         train_end = int(size * self.train) if self.validation + self.test > 0 else size
         return (
             train_end,
@@ -82,33 +90,14 @@ class Shares:
         )
 
 
-def places(hashes: NDArray[np.uint64], salt: str) -> np.ndarray:
-    """A number in [0, 1) for each content hash (uint64 `(n, 2)`), which depends on the hash and the salt
-    alone: float64 `(n,)`.
-    """
-    start = np.uint64(int.from_bytes(hashlib.blake2b(salt.encode("utf-8"), digest_size=8).digest(), "little"))
-    mixed: NDArray[np.uint64] = (hashes[:, 0] ^ start) + hashes[:, 1] * _SPECIAL
-    for shift, factor in (
-        (30, 0xBF58476D1CE4E5B9),
-        (27, 0x94D049BB133111EB),
-    ):  # splitmix64's finalizer (Steele et al. 2014)
-        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
-    mixed = mixed ^ (mixed >> np.uint64(31))
-    return (mixed >> np.uint64(11)).astype(np.float64) / 2.0**53
-
-
-def unit_hash(text: str, salt: str) -> float:
-    """A number in [0, 1) that depends on the text and the salt alone."""
-    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8, key=salt.encode("utf-8")).digest()
-    return int.from_bytes(digest, "big") / 2**64
-
-
 @dataclass(frozen=True)
-class UnitPlan:
-    """What becomes of one unit's documents: `codes[row]` is a place in `SPLITS`, or `LEFT_OUT`.
+class PartitionPlan:
+    """The splits of the documents of one partition.
 
-    A document over an edge between splits is in `cuts`: (bytes from its start at which a split ends, that
-    split), ascending.
+    Attributes:
+        codes: One byte per row: an index into `SPLITS`, or `EXCLUDED`.
+        cuts: Row of each document that lies in several splits → (offset in bytes at which a split ends, index
+            of that split), ascending.
     """
 
     codes: bytes
@@ -116,42 +105,61 @@ class UnitPlan:
 
 
 def plan_contiguous(
-    sizes: np.ndarray, is_kept: np.ndarray, start: int, edges: tuple[int, int, int]
-) -> UnitPlan:
-    """The plan of a unit whose kept text begins `start` bytes into the corpus, which is cut at `edges`.
-    Arrays are `(documents,)`.
+    sizes: np.ndarray, is_kept: np.ndarray, start: int, boundaries: tuple[int, int, int]
+) -> PartitionPlan:
+    """Plan a partition of a corpus that is cut at fixed positions.
+
+    Args:
+        sizes: Bytes of each document, `(documents,)`.
+        is_kept: Which documents are kept, bool `(documents,)`.
+        start: Offset of the partition's kept text in that of the corpus, in bytes.
+        boundaries: The offsets at which the three splits end.
     """
     lengths = np.where(is_kept, sizes, 0).astype(np.int64)
     ends = start + np.cumsum(lengths)
     begins = ends - lengths
-    codes = np.minimum(np.searchsorted(edges, begins, side="right"), len(SPLITS) - 1).astype(np.uint8)
+    codes = np.minimum(np.searchsorted(boundaries, begins, side="right"), len(SPLITS) - 1).astype(np.uint8)
     cuts: dict[int, tuple[tuple[int, int], ...]] = {}
-    for row in np.flatnonzero(is_kept & (ends > np.take(edges, codes))).tolist():
+    for row in np.flatnonzero(is_kept & (ends > np.take(boundaries, codes))).tolist():
         begin, end = int(begins[row]), int(ends[row])
-        first = next(edge for edge in range(3) if edges[edge] >= end)
+        last = next(code for code in range(3) if boundaries[code] >= end)
         cuts[row] = tuple(
-            (edges[code] - begin, code) for code in range(int(codes[row]), first + 1) if edges[code] > begin
+            (boundaries[code] - begin, code)
+            for code in range(int(codes[row]), last + 1)
+            if boundaries[code] > begin
         )
-    codes[~is_kept] = LEFT_OUT
-    return UnitPlan(codes.tobytes(), cuts)
+    codes[~is_kept] = EXCLUDED
+    return PartitionPlan(codes.tobytes(), cuts)
 
 
 def plan_by_hash(
-    hashes: np.ndarray, given: np.ndarray, is_kept: np.ndarray, shares: Shares, seed: int
-) -> UnitPlan:
-    """The plan of a unit by hash; documents that say a split (`given`) get it. Arrays are `(documents,)`,
-    hashes `(documents, 2)`.
+    hashes: np.ndarray, given: np.ndarray, is_kept: np.ndarray, ratios: SplitRatios, seed: int
+) -> PartitionPlan:
+    """Plan a partition by the hashes of its documents.
+
+    Args:
+        hashes: uint64 `(documents, 2)`.
+        given: The split that the source assigns, or `NO_SPLIT`, uint8 `(documents,)`; it takes precedence.
+        is_kept: Which documents are kept, bool `(documents,)`.
+        ratios: The sizes of the splits.
+        seed: Random seed of the split.
     """
-    codes = np.where(given == NO_SPLIT, shares.by_hash(hashes, seed), given).astype(np.uint8)
-    codes[~is_kept] = LEFT_OUT
-    return UnitPlan(codes.tobytes())
+    codes = np.where(given == NO_SPLIT, ratios.split_by_hash(hashes, seed), given).astype(np.uint8)
+    codes[~is_kept] = EXCLUDED
+    return PartitionPlan(codes.tobytes())
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """Text on its way into one split (a place in `SPLITS`). `ends` says that the document (or what of it this split gets) ends here;
-    `is_cut`
-    that it does so only because the split does; `is_whole` that this is a whole document in one piece.
+class SplitChunk:
+    """Text of one document in one split.
+
+    Attributes:
+        row: The document's row in its index.
+        split: Index into `SPLITS`.
+        text: The text.
+        ends: The document, or its part in this split, ends here.
+        is_cut: It ends here only because the split does.
+        is_whole: This is a complete document in one chunk.
     """
 
     row: int
@@ -162,39 +170,48 @@ class Part:
     is_whole: bool
 
 
-def parts_of(plan: UnitPlan, pieces: Iterable[tuple[int, Piece]]) -> Iterator[Part]:
-    """Say for each (row, piece) where it goes; a piece over an edge becomes two parts."""
+def assign_chunks(plan: PartitionPlan, chunks: Iterable[tuple[int, TextChunk]]) -> Iterator[SplitChunk]:
+    """Assign each chunk to its split; a chunk across a boundary is divided.
+
+    Args:
+        plan: The splits of the partition's documents.
+        chunks: The row and text of each chunk, in order.
+    """
     position, is_first = 0, True
-    for row, piece in pieces:
+    for row, chunk in chunks:
         cuts = plan.cuts.get(row)
         if cuts is None:
-            yield Part(row, plan.codes[row], piece.text, piece.is_last, False, is_first and piece.is_last)
+            yield SplitChunk(
+                row, plan.codes[row], chunk.text, chunk.is_last, False, is_first and chunk.is_last
+            )
         else:
             position = 0 if is_first else position
-            found = list(_cut(row, piece, position, cuts))
-            position += len(piece.text.encode("utf-8"))
-            if len(found) == 1 and is_first and piece.is_last:
-                yield Part(row, found[0].split, piece.text, True, False, True)
+            parts = list(_cut(row, chunk, position, cuts))
+            position += len(chunk.text.encode("utf-8"))
+            if len(parts) == 1 and is_first and chunk.is_last:
+                yield SplitChunk(row, parts[0].split, chunk.text, True, False, True)
             else:
-                yield from found
-        is_first = piece.is_last
+                yield from parts
+        is_first = chunk.is_last
 
 
-def _cut(row: int, piece: Piece, position: int, cuts: tuple[tuple[int, int], ...]) -> Iterator[Part]:
-    """The parts of a piece that begins `position` bytes into its document."""
-    text = piece.text
+def _cut(
+    row: int, chunk: TextChunk, position: int, cuts: tuple[tuple[int, int], ...]
+) -> Iterator[SplitChunk]:
+    """The parts of a chunk that begins `position` bytes into its document."""
+    text = chunk.text
     for end, split in cuts:
         if position >= end or not text:
             continue
         taken = text[: _characters_in(text, end - position)]
         text = text[len(taken) :]
         position += len(taken.encode("utf-8"))
-        is_document_end = piece.is_last and not text
-        yield Part(row, split, taken, is_document_end or position >= end, not is_document_end, False)
+        is_document_end = chunk.is_last and not text
+        yield SplitChunk(row, split, taken, is_document_end or position >= end, not is_document_end, False)
 
 
 def _characters_in(text: str, size: int) -> int:
-    """How many characters reach `size` bytes of utf-8; one that crosses it counts."""
+    """The number of characters in the first `size` bytes of UTF-8; one that is cut there counts."""
     if text.isascii() or size >= 4 * len(text):
         return min(size, len(text))
     raw = text.encode("utf-8")

@@ -1,9 +1,10 @@
-"""What stages leave behind, found again by key: a folder `<output>/.stages/<stage>/<key>/` each.
+"""Caches the results of stages by key, one folder `<output>/.stages/<stage>/<key>/` each.
 
-A result's key is a hash of all that decides it: its inputs' keys, the options it reads, the version of the
-code. No path and no date is in it, so moving the texts or the folder keeps it, and any change misses. A
-result is written beside its place and renamed when it is whole: a run that is killed leaves whole results and
-scraps, the next one clears the scraps away and goes on from the results.
+The key of a result is a hash of everything that decides it: the keys of its inputs, the options that it
+depends on, and the version of the code. It contains no path and no date, so moving the texts or the folder
+keeps the result, and any change misses the cache. A result is written into a temporary folder and renamed
+when it is complete: an interrupted run leaves complete results and temporary folders; the next run removes
+the temporary folders and reuses the results.
 """
 
 from __future__ import annotations
@@ -23,66 +24,70 @@ from typing import Protocol
 from pydantic import JsonValue
 from rich.console import Console
 
-from llm_trainer.data.pipeline.executors import Executor
+from llm_trainer.data.pipeline.jobs import Executor
 from llm_trainer.data.progress import ByteProgress
 from llm_trainer.errors import DataError
 
 STAGES_FOLDER = ".stages"
-FACTS_FILE = "facts.json"
-_SCRAP = ".making-"
+STATS_FILE = "facts.json"
+_TEMPORARY_PREFIX = ".making-"
 
 Advance = Callable[[int], None]
 
-# Part of every key: raise a stage's number when the same input would give another result.
+# Part of every key. Increase a stage's number when the same input would give another result.
 VERSIONS = {"read": 1, "deduplicate": 1, "sample": 1, "tokenizer": 1, "encode": 1, "texts": 1, "assemble": 1}
 
 
 class Task(Protocol):
-    """Work on one unit: picklable, and writing the same files each time that it runs."""
+    """Work on one partition: picklable, and writing the same files each time that it runs."""
 
     @property
     def name(self) -> str:
-        """The unit's, for messages."""
+        """The partition's name, for messages."""
 
     @property
     def size(self) -> int:
         """Bytes of work, for progress."""
 
     def run(self, folder: Path, advance: Advance) -> None:
-        """Write the result's files into `folder`; tell `advance` how many bytes are done, now and then."""
+        """Write the result's files into `folder`; `advance` may be called with the bytes done so far."""
 
 
-def key_of(stage: str, *inputs: JsonValue) -> str:
-    """The key of a stage's result: the hash of its inputs (which are keys and options) and of the stage's
-    version.
+def stage_key(stage: str, *inputs: JsonValue) -> str:
+    """The key of a stage's result: a hash of its inputs (keys and options) and of the stage's version."""
+    content = json.dumps([stage, VERSIONS[stage], *inputs], sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:40]
+
+
+def write_stats(folder: Path, stats: Mapping[str, JsonValue]) -> None:
+    """Write the numbers that later stages read from a result."""
+    (folder / STATS_FILE).write_text(json.dumps(stats, ensure_ascii=False, sort_keys=True), encoding="utf-8")
+
+
+def read_stats(folder: Path) -> dict[str, JsonValue]:
+    """Read what `write_stats` wrote.
+
+    Raises:
+        DataError: The file is damaged, as it may be after a power failure.
     """
-    said = json.dumps([stage, VERSIONS[stage], *inputs], sort_keys=True, ensure_ascii=True)
-    return hashlib.sha256(said.encode()).hexdigest()[:40]
-
-
-def write_facts(folder: Path, facts: Mapping[str, JsonValue]) -> None:
-    """Write `facts.json`."""
-    (folder / FACTS_FILE).write_text(json.dumps(facts, ensure_ascii=False, sort_keys=True), encoding="utf-8")
-
-
-def read_facts(folder: Path) -> dict[str, JsonValue]:
-    """Read `facts.json`; raises DataError where it is damaged, as after a power failure."""
     try:
-        found = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+        found = json.loads((folder / STATS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise damaged(folder, error) from None
+        raise damaged_result(folder, error) from None
     assert isinstance(found, dict)
     return found
 
 
-def damaged(folder: Path, error: Exception) -> DataError:
-    """The error for a result that cannot be read."""
-    return DataError(f"the stage's result {folder} is damaged ({error}); remove that folder and run again")
+def damaged_result(folder: Path, error: Exception) -> DataError:
+    """The error for a cached result that cannot be read."""
+    return DataError(
+        f"the cached result {folder} is damaged ({error}); remove that folder and run the command again"
+    )
 
 
 @dataclass(frozen=True)
-class _Making:
-    """A job for an executor: run the task beside its place, then rename."""
+class _TaskJob:
+    """Runs a task in a temporary folder and renames it."""
 
     task: Task
     folder: Path
@@ -97,75 +102,97 @@ class _Making:
 
     def __call__(self, advance: Advance) -> None:
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        scrap = Path(tempfile.mkdtemp(prefix=_SCRAP, dir=self.folder.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY_PREFIX, dir=self.folder.parent))
         try:
-            self.task.run(scrap, advance)
-            scrap.rename(self.folder)
+            self.task.run(temporary, advance)
+            temporary.rename(self.folder)
         except BaseException:
-            shutil.rmtree(scrap, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
             raise
 
 
 @dataclass
-class Stages:
-    """The results below one output folder, and who makes those that are missing.
+class StageCache:
+    """The results in one output folder, and the executor that computes missing ones.
 
-    `made` counts the results that this run made, `found` those that it found, `seconds` the time that each stage took.
+    Attributes:
+        folder: The folder of all results.
+        executor: Runs tasks.
+        console: Shows progress.
+        num_computed: Stage → number of results that this run computed.
+        num_cached: Stage → number of results that this run found.
+        seconds: Stage → time that it took.
     """
 
     folder: Path
     executor: Executor
     console: Console | None = None
-    made: Counter[str] = field(default_factory=Counter)
-    found: Counter[str] = field(default_factory=Counter)
+    num_computed: Counter[str] = field(default_factory=Counter)
+    num_cached: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=dict)
     _used: set[Path] = field(default_factory=set)
 
     @classmethod
-    def under(cls, output: Path, executor: Executor, console: Console | None) -> Stages:
-        """Those of an output folder; what killed runs left half made is removed."""
+    def open(cls, output: Path, executor: Executor, console: Console | None) -> StageCache:
+        """Open the cache of an output folder, and remove the temporary folders of interrupted runs."""
         folder = output / STAGES_FOLDER
-        for scrap in folder.glob(f"*/{_SCRAP}*"):
-            shutil.rmtree(scrap, ignore_errors=True)
+        for temporary in folder.glob(f"*/{_TEMPORARY_PREFIX}*"):
+            shutil.rmtree(temporary, ignore_errors=True)
         return cls(folder, executor, console)
 
-    def results(self, stage: str, tasks: Mapping[str, Task], what: str) -> dict[str, Path]:
-        """The folder of each task's result, by key; the missing ones are made first. `what` is the progress
-        bar's word.
+    def run_tasks(self, stage: str, tasks: Mapping[str, Task], description: str) -> dict[str, Path]:
+        """Compute the results that are not cached.
+
+        Args:
+            stage: Name of the stage.
+            tasks: Key → task.
+            description: Text of the progress bar.
+
+        Returns:
+            Key → folder of the result.
         """
         folders = {key: self.folder / stage / key for key in tasks}
-        missing = [_Making(tasks[key], folder) for key, folder in folders.items() if not folder.is_dir()]
+        missing = [_TaskJob(tasks[key], folder) for key, folder in folders.items() if not folder.is_dir()]
         with (
             self.timed(stage),
-            ByteProgress(self.console, what, sum(job.size for job in missing)) as progress,
+            ByteProgress(self.console, description, sum(job.size for job in missing)) as progress,
         ):
             self.executor.run(missing, progress.advance)
-        self._count(stage, made=len(missing), folders=folders.values())
+        self._count(stage, computed=len(missing), folders=folders.values())
         return folders
 
-    def result(self, stage: str, key: str, make: Callable[[Path], None]) -> Path:
-        """The folder of one result that this process makes itself, such as the tokenizer."""
+    def run_here(self, stage: str, key: str, compute: Callable[[Path], None]) -> Path:
+        """Compute one result in this process, if it is not cached.
+
+        Args:
+            stage: Name of the stage.
+            key: Key of the result.
+            compute: Writes the result into the folder that it is given.
+
+        Returns:
+            The folder of the result.
+        """
         folder = self.folder / stage / key
         is_missing = not folder.is_dir()
         with self.timed(stage):
             if is_missing:
-                _Making(_Here(stage, make), folder)(lambda count: None)
-        self._count(stage, made=int(is_missing), folders=[folder])
+                _TaskJob(_FunctionTask(stage, compute), folder)(lambda count: None)
+        self._count(stage, computed=int(is_missing), folders=[folder])
         return folder
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Count the time of what is done within for this stage."""
+        """Add the time of the `with` block to that of a stage."""
         began = time.monotonic()
         yield
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - began
 
-    def _count(self, stage: str, made: int, folders: Collection[Path]) -> None:
-        self.made[stage] += made
-        self.found[stage] += len(folders) - made
+    def _count(self, stage: str, computed: int, folders: Collection[Path]) -> None:
+        self.num_computed[stage] += computed
+        self.num_cached[stage] += len(folders) - computed
         self._used.update(folders)
 
-    def forget_others(self) -> None:
+    def remove_unused(self) -> None:
         """Remove the results that this run did not use: those of older input and other options."""
         for result in self.folder.glob("*/*"):
             if result not in self._used:
@@ -177,10 +204,10 @@ class Stages:
 
 
 @dataclass(frozen=True)
-class _Here:
+class _FunctionTask:
     name: str
-    make: Callable[[Path], None]
+    compute: Callable[[Path], None]
     size: int = 0
 
     def run(self, folder: Path, advance: Advance) -> None:
-        self.make(folder)
+        self.compute(folder)

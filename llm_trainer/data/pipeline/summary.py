@@ -1,6 +1,4 @@
-"""What preparation came to: lines for a person, `summary.json` for programs, a picture of how long the
-documents are.
-"""
+"""The summary of a preparation: lines for the console, `summary.json` for programs, a histogram of lengths."""
 
 from __future__ import annotations
 
@@ -14,46 +12,53 @@ from pydantic import JsonValue
 
 from llm_trainer.data.metadata import Metadata
 
-SUMMARY_FILE, PICTURE_FILE = "summary.json", "document_lengths.svg"
+SUMMARY_FILE, HISTOGRAM_FILE = "summary.json", "document_lengths.svg"
 STAGES = ("read", "deduplicate", "split", "sample", "tokenizer", "encode", "texts", "assemble")
 
 
 @dataclass(frozen=True)
-class PreparedSummary:
-    """What `prepare` made, or found.
+class PreparationSummary:
+    """What `prepare_dataset` made or found.
 
-    `made` and `found` count the results of each stage that this run made, and those of earlier runs that it could use; `seconds` is
-    the time that each stage took. `packing` says in words what each way of packing would waste.
+    Attributes:
+        folder: The prepared folder.
+        metadata: The contents of its metadata.json.
+        from_cache: The folder was up to date, so nothing was done.
+        num_computed: Stage → number of results that this run computed.
+        num_cached: Stage → number of results of earlier runs that it used.
+        seconds: Stage → time that it took.
+        packing: Lines that compare the packing strategies.
     """
 
     folder: Path
     metadata: Metadata
     from_cache: bool
-    made: Mapping[str, int] = field(default_factory=dict)
-    found: Mapping[str, int] = field(default_factory=dict)
+    num_computed: Mapping[str, int] = field(default_factory=dict)
+    num_cached: Mapping[str, int] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     packing: Sequence[str] = ()
 
     def lines(self) -> list[str]:
-        """For the console: documents by verdict, tokenizer, splits, packing, stages."""
-        facts = self.metadata
-        number_rejected = facts.documents_in - facts.documents_kept
+        """Lines for the console: documents, tokenizer, splits, packing, stages."""
+        metadata = self.metadata
+        number_rejected = metadata.documents_in - metadata.documents_kept
         lines = [
             f"{self.folder} is up to date (same input, same options)"
             if self.from_cache
             else f"prepared {self.folder}",
-            f"documents: {facts.documents_in} in = {facts.documents_kept} kept + {number_rejected} rejected",
-            *_columns([(f"{count:,}", reason) for reason, count in facts.documents_rejected.items()]),
-            *(f"  rejected: {example}" for example in facts.rejected_examples),
-            f"tokenizer: {facts.tokenizer.kind}, {facts.tokenizer.vocab_size} ids",
-            f"split: {facts.split_method}",
+            f"documents: {metadata.documents_in} in = {metadata.documents_kept} kept + {number_rejected} rejected",
+            *_columns([(f"{count:,}", reason) for reason, count in metadata.documents_rejected.items()]),
+            *(f"  rejected: {example}" for example in metadata.rejected_examples),
+            f"tokenizer: {metadata.tokenizer.kind}, {metadata.tokenizer.vocab_size} ids",
+            f"split: {metadata.split_method}",
         ]
-        if facts.leaks is not None:
+        if metadata.leaks is not None:
+            nearly = "nearly " if metadata.leak_check == "near" else ""
             lines.append(
-                f"leak check: {facts.leaks:,} held-out documents {_LEAK_WORDS[facts.leak_check]} in another split"
+                f"leakage check: {metadata.leaks:,} held-out documents also occur {nearly}in another split"
             )
-        rows = [("split", "documents", "tokens", "MB", "bytes a token")]
-        for name, split in facts.splits.items():
+        rows = [("split", "documents", "tokens", "MB", "bytes per token")]
+        for name, split in metadata.splits.items():
             sizes = (
                 ("", "")
                 if split.bytes is None
@@ -61,15 +66,13 @@ class PreparedSummary:
             )
             rows.append((name, f"{split.documents:,}", f"{split.tokens:,}", *sizes))
         lines += _columns(rows)
-        if facts.tokenizer.eos_id is not None:
-            lines.append(f"documents with a supervised end: {facts.supervised_end_share:.0%}")
-        return [*lines, *self.packing, *facts.notes, *self._stage_lines()]
+        if metadata.tokenizer.eos_id is not None:
+            lines.append(f"documents that keep their end-of-text token: {metadata.supervised_end_share:.0%}")
+        return [*lines, *self.packing, *metadata.notes, *self._stage_lines()]
 
     def to_json(self) -> dict[str, JsonValue]:
-        """The same for programs. The times are the only thing in a prepared folder that differs between two
-        runs.
-        """
-        facts: dict[str, JsonValue] = self.metadata.model_dump(mode="json")
+        """The same for programs; the times are all that differs between two equal preparations."""
+        metadata: dict[str, JsonValue] = self.metadata.model_dump(mode="json")
         wanted = (
             "key",
             "documents_in",
@@ -86,15 +89,15 @@ class PreparedSummary:
         }
         stages: dict[str, JsonValue] = {
             stage: {
-                "made": self.made.get(stage, 0),
-                "found": self.found.get(stage, 0),
+                "made": self.num_computed.get(stage, 0),
+                "found": self.num_cached.get(stage, 0),
                 "seconds": round(self.seconds[stage], 3),
             }
             for stage in STAGES
             if stage in self.seconds
         }
         return {
-            **{name: facts[name] for name in wanted},
+            **{name: metadata[name] for name in wanted},
             "splits": splits,
             "packing": list(self.packing),
             "stages": stages,
@@ -107,25 +110,22 @@ class PreparedSummary:
         )
 
     def _stage_lines(self) -> list[str]:
-        rows = [("stage", "made", "found", "seconds")]
+        rows = [("stage", "computed", "cached", "seconds")]
         for stage in STAGES:
             if stage in self.seconds:
                 rows.append(
                     (
                         stage,
-                        str(self.made.get(stage, 0)),
-                        str(self.found.get(stage, 0)),
+                        str(self.num_computed.get(stage, 0)),
+                        str(self.num_cached.get(stage, 0)),
                         f"{self.seconds[stage]:.1f}",
                     )
                 )
         return _columns(rows) if len(rows) > 1 else []
 
 
-_LEAK_WORDS = {"exact": "are equal to one", "near": "are nearly equal to one"}
-
-
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows as lines, the cells of a column one below the other: words to the left, numbers to the right."""
+    """Rows of a table as aligned lines: text to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  "
@@ -137,40 +137,50 @@ def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def lengths_picture(lengths: Mapping[str, np.ndarray]) -> str:
-    """A histogram (SVG) of document lengths in tokens for each split, over doublings: bars are shares of the
-    split's documents.
+def document_length_histogram(lengths: Mapping[str, np.ndarray]) -> str:
+    """Draw the lengths of documents, with logarithmic bins and one bar per split.
+
+    Args:
+        lengths: Split → tokens of each document, int64 `(documents,)`.
+
+    Returns:
+        An SVG image; the height of a bar is the fraction of the split's documents.
     """
-    most = max((int(values.max()) for values in lengths.values() if len(values)), default=1)
-    bins = max(1, most.bit_length())
+    longest = max((int(values.max()) for values in lengths.values() if len(values)), default=1)
+    bins = max(1, longest.bit_length())
     bar, gap, height, left, top = 14, 10, 160, 44, 46
     group = bar * max(1, len(lengths)) + gap
     width = left + bins * group + 10
     colours = dict(zip(("train", "validation", "test"), ("#4269d0", "#efb118", "#ff725c"), strict=True))
-    shares = {
+    fractions = {
         split: np.bincount(np.log2(np.maximum(values, 1)).astype(int), minlength=bins) / max(1, len(values))
         for split, values in lengths.items()
     }
-    highest = max((float(share.max()) for share in shares.values()), default=1.0) or 1.0
-    drawn = [f'<text x="{left}" y="16" font-size="13">tokens a document</text>']
-    for row, (split, share) in enumerate(shares.items()):
+    highest = max((float(values.max()) for values in fractions.values()), default=1.0) or 1.0
+    drawn = [f'<text x="{left}" y="16" font-size="13">tokens per document</text>']
+    for row, (split, values) in enumerate(fractions.items()):
         drawn.append(f'<rect x="{left + 90 * row}" y="24" width="10" height="10" fill="{colours[split]}"/>')
         drawn.append(f'<text x="{left + 14 + 90 * row}" y="33">{split}</text>')
-        for place, value in enumerate(share.tolist()):
-            tall = height * value / highest
-            x, y = left + place * group + bar * row, top + height - tall
+        for index, value in enumerate(values.tolist()):
+            bar_height = height * value / highest
+            x, y = left + index * group + bar * row, top + height - bar_height
             drawn.append(
-                f'<rect x="{x}" y="{y:.1f}" width="{bar - 2}" height="{tall:.1f}" fill="{colours[split]}"><title>{value:.1%}</title></rect>'
+                f'<rect x="{x}" y="{y:.1f}" width="{bar - 2}" height="{bar_height:.1f}"'
+                f' fill="{colours[split]}"><title>{value:.1%}</title></rect>'
             )
-    for place in range(bins):
-        drawn.append(f'<text x="{left + place * group}" y="{top + height + 14}">{_short(2**place)}</text>')
-    for part in (0.0, 0.5, 1.0):
-        drawn.append(f'<text x="4" y="{top + height - part * height + 4:.0f}">{part * highest:.0%}</text>')
-    opening = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{top + height + 24}" font-family="sans-serif" font-size="11">'
+    for index in range(bins):
+        label = _abbreviated(2**index)
+        drawn.append(f'<text x="{left + index * group}" y="{top + height + 14}">{label}</text>')
+    for level in (0.0, 0.5, 1.0):
+        drawn.append(f'<text x="4" y="{top + height - level * height + 4:.0f}">{level * highest:.0%}</text>')
+    opening = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{top + height + 24}"'
+        ' font-family="sans-serif" font-size="11">'
+    )
     return "\n".join([opening, '<rect width="100%" height="100%" fill="white"/>', *drawn, "</svg>"]) + "\n"
 
 
-def _short(number: int) -> str:
+def _abbreviated(number: int) -> str:
     for size, letter in ((2**30, "G"), (2**20, "M"), (2**10, "k")):
         if number >= size:
             return f"{number // size}{letter}"

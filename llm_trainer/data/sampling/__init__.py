@@ -1,1 +1,1 @@
-"""From shards to batches: sample i is a function of the data, the seed and i."""
+"""From token shards to batches: sample i is a pure function of the data, the seed and i."""

@@ -1,16 +1,15 @@
-"""Noise on the training text, against learning a small corpus by heart: spans left out, case and whitespace
-changed. Off by default.
+"""Augments the training text: drops spans and changes case and whitespace. It is off by default.
 
-The noise is made on the ids of a row, when the row is read: sample i is noised by a generator that is seeded
-by (seed, i), so each pass over a text sees other noise, and a resume or another number of ranks sees the
-same. Validation is never noised.
+Augmentation keeps a model from memorising a small corpus. It is applied to the ids of a row when the row is read. Sample i is augmented by a generator that
+is seeded with (seed, i), so each epoch sees other changes, and a resumed run or another number of ranks sees
+the same ones. Validation data is never augmented.
 
-A changed token is written again by the tokenizer, alone, so ids stay ids of text: ` The` becomes ` THE`, `
-the`, `  The` or `\\nThe`, in however many ids that takes. No word is changed but in its letters' case, and
-words stay apart. Behind a span that was left out the next token is not supervised, since it does not follow
-from what the model sees. The token that opens a row's document, ends of text, and tokens that are not whole
-characters stay as they are. A row that grew is cut at its length, one that shrank is padded, and padding is
-not supervised.
+A changed token is encoded again by the tokenizer, alone, so the ids are always ids of text: ` The` becomes
+` THE`, ` the`, `  The` or `\\nThe`, in as many ids as that takes. Words change in nothing but the case of
+their letters, and stay separate. The token after a dropped span is not supervised, since it does not follow
+from what the model sees. The first token of each document in a row, end-of-text tokens, and tokens that are
+not complete characters stay as they are. A row that became longer is cut at its length; one that became
+shorter is padded, and padding is not supervised.
 
 Dropping spans is word dropout by spans (Bowman et al. 2016, arXiv:1511.06349, drops single words of the
 input).
@@ -26,26 +25,27 @@ import numpy as np
 import torch
 
 from llm_trainer.config.schema.data import DataConfig
-from llm_trainer.data.sampling.batch import IGNORED, Batch, Sampler
-from llm_trainer.data.sampling.permutation import combine
+from llm_trainer.data.hashing import derive_key
+from llm_trainer.data.sampling.batch import IGNORE_INDEX, Batch, Sampler
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
 from llm_trainer.errors import DataError, UsageError
 
-_STREAM = 2  # keeps these draws apart from those of the order
+_STREAM = 2  # makes these draws independent of those of the order
 
-_CASES: tuple[Callable[[str], str], ...] = (
-    str,
-    str.lower,
-    str.upper,
-    str.title,
-)  # the first leaves a token as it is
+# The first function of each tuple leaves a token as it is.
+_CASES: tuple[Callable[[str], str], ...] = (str, str.lower, str.upper, str.title)
 _SPACES: tuple[Callable[[str], str], ...] = (str, lambda text: " " + text, lambda text: "\n" + text[1:])
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How much noise: shares of the tokens left out in spans of `span_length` on average, and of the words
-    changed, 0 … 1.
+    """How much of the text is changed.
+
+    Attributes:
+        span_drop: Fraction of the tokens that are dropped, in spans.
+        span_length: Tokens per dropped span, on average.
+        case: Fraction of the words whose case is changed.
+        whitespace: Fraction of the words whose preceding whitespace is changed.
     """
 
     span_drop: float = 0.0
@@ -54,8 +54,8 @@ class Augmentation:
     whitespace: float = 0.0
 
     @classmethod
-    def of(cls, config: DataConfig) -> Augmentation:
-        """As the settings say."""
+    def from_config(cls, config: DataConfig) -> Augmentation:
+        """The augmentation that the settings describe."""
         return cls(
             config.augment_span_drop,
             config.augment_span_length,
@@ -67,23 +67,32 @@ class Augmentation:
         return any((self.span_drop, self.case, self.whitespace))
 
 
-def augmented(
+def with_augmentation(
     sampler: Sampler, augmentation: Augmentation, tokenizer: Tokenizer | None, seed: int
 ) -> Sampler:
-    """The sampler with noise on its rows, or itself where none is asked for. Raises UsageError where noise
-    needs a tokenizer.
+    """Wrap a sampler so that its rows are augmented.
+
+    Args:
+        sampler: The training order.
+        augmentation: What to change; without any change the sampler itself is returned.
+        tokenizer: Encodes changed tokens.
+        seed: Random seed of the changes.
+
+    Raises:
+        UsageError: The data has no tokenizer.
     """
     if not augmentation:
         return sampler
     if tokenizer is None:
         raise UsageError(
-            "augment_… changes text, and this data has no tokenizer; prepare it with one, or leave the noise out"
+            "augmentation needs a tokenizer, and this data has none; prepare the data with a tokenizer,"
+            " or set augment_span_drop, augment_case and augment_whitespace to 0"
         )
     return AugmentedSampler(sampler, augmentation, tokenizer, seed)
 
 
 class AugmentedSampler:
-    """A sampler whose rows are noised; sample i's noise is a function of (seed, i)."""
+    """A sampler whose rows are augmented; the changes of sample i are a function of (seed, i)."""
 
     def __init__(self, sampler: Sampler, augmentation: Augmentation, tokenizer: Tokenizer, seed: int) -> None:
         self._sampler, self._augmentation, self._tokenizer, self._seed = (
@@ -92,7 +101,7 @@ class AugmentedSampler:
             tokenizer,
             seed,
         )
-        self._written: dict[tuple[int, int, int], list[int]] = {}
+        self._rewritten: dict[tuple[int, int, int], list[int]] = {}
         self.samples_per_epoch, self.tokens_per_sample, self.order = (
             sampler.samples_per_epoch,
             sampler.tokens_per_sample,
@@ -100,15 +109,15 @@ class AugmentedSampler:
         )
 
     def batch(self, first_sample: int, count: int) -> Batch:
-        """Samples `first_sample … first_sample + count - 1`, noised."""
+        """Samples `first_sample … first_sample + count - 1`, augmented."""
         batch = self._sampler.batch(first_sample, count)
         inputs, labels = batch.input_ids.numpy().copy(), batch.labels.numpy().copy()
         documents = np.zeros_like(inputs) if batch.document_ids is None else batch.document_ids.numpy().copy()
         for row in range(count):
-            generator = np.random.default_rng(combine(self._seed, first_sample + row, _STREAM))
-            self._noise_row(inputs[row], labels[row], documents[row], generator)
+            generator = np.random.default_rng(derive_key(self._seed, first_sample + row, _STREAM))
+            self._augment_row(inputs[row], labels[row], documents[row], generator)
         kept = None if batch.document_ids is None else torch.from_numpy(documents)
-        supervised = int((labels != IGNORED).sum())
+        supervised = int((labels != IGNORE_INDEX).sum())
         return replace(
             batch,
             input_ids=torch.from_numpy(inputs),
@@ -117,34 +126,34 @@ class AugmentedSampler:
             num_supervised=supervised,
         )
 
-    def _noise_row(
+    def _augment_row(
         self, inputs: np.ndarray, labels: np.ndarray, documents: np.ndarray, generator: np.random.Generator
     ) -> None:
-        """Noise one row in place: each document's part by itself, then end to end again."""
-        supervised = np.flatnonzero(labels != IGNORED)
+        """Augment one row in place: each document alone, then concatenated again."""
+        supervised = np.flatnonzero(labels != IGNORE_INDEX)
         used = int(supervised[-1]) + 1 if len(supervised) else 0
         bounds = [0, *(np.flatnonzero(np.diff(documents[:used])) + 1).tolist(), used]
         parts = [
-            self._noise(inputs[begin:end], labels[begin:end], generator)
+            self._augment_document(inputs[begin:end], labels[begin:end], generator)
             for begin, end in itertools.pairwise(bounds)
             if end > begin
         ]
-        inputs[:], labels[:], documents[:] = 0, IGNORED, len(parts)
-        place = 0
+        inputs[:], labels[:], documents[:] = 0, IGNORE_INDEX, len(parts)
+        position = 0
         for number, (ids, is_label) in enumerate(parts):
-            size = min(len(ids) - 1, len(inputs) - place)
-            here = slice(place, place + size)
+            size = min(len(ids) - 1, len(inputs) - position)
+            here = slice(position, position + size)
             inputs[here] = ids[:size]
-            labels[here] = np.where(is_label[1 : size + 1], ids[1 : size + 1], IGNORED)
+            labels[here] = np.where(is_label[1 : size + 1], ids[1 : size + 1], IGNORE_INDEX)
             documents[here] = number
-            place += size
+            position += size
 
-    def _noise(
+    def _augment_document(
         self, inputs: np.ndarray, labels: np.ndarray, generator: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of one document's part after noise, and which of them are supervised as labels."""
-        ids = np.append(inputs, labels[-1]) if labels[-1] != IGNORED else inputs
-        is_label = np.append(False, labels != IGNORED)[: len(ids)]
+        """The ids of a document after augmentation, and which of them are supervised as labels."""
+        ids = np.append(inputs, labels[-1]) if labels[-1] != IGNORE_INDEX else inputs
+        is_label = np.append(False, labels != IGNORE_INDEX)[: len(ids)]
         is_fixed = np.arange(len(ids)) == 0
         if self._tokenizer.eos_id is not None:
             is_fixed |= ids == self._tokenizer.eos_id
@@ -153,63 +162,58 @@ class AugmentedSampler:
         cases = self._draws(len(ids), self._augmentation.case, len(_CASES), generator)
         spaces = self._draws(len(ids), self._augmentation.whitespace, len(_SPACES), generator)
         cases[is_fixed], spaces[is_fixed] = 0, 0
-        return self._written_again(ids[kept], cases[kept], spaces[kept], is_label[kept])
+        return self._rewrite(ids[kept], cases[kept], spaces[kept], is_label[kept])
 
-    def _written_again(
+    def _rewrite(
         self, ids: np.ndarray, cases: np.ndarray, spaces: np.ndarray, is_label: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Each token in the ids that it has after its change, and which of them are supervised: all of a
-        token's, or none.
-        """
+        """Replace each changed token by its new ids, all or none of which are supervised."""
         changed = np.flatnonzero(cases + spaces).tolist()
         written = {
-            place: self._write(int(ids[place]), int(cases[place]), int(spaces[place])) for place in changed
+            index: self._rewrite_token(int(ids[index]), int(cases[index]), int(spaces[index]))
+            for index in changed
         }
         counts = np.ones(len(ids), dtype=np.int64)
-        for place, found in written.items():
-            counts[place] = len(found)
+        for index, found in written.items():
+            counts[index] = len(found)
         out, ends = np.repeat(ids, counts), np.cumsum(counts)
-        for place, found in written.items():
-            out[ends[place] - len(found) : ends[place]] = found
+        for index, found in written.items():
+            out[ends[index] - len(found) : ends[index]] = found
         return out, np.repeat(is_label, counts)
 
     def _kept(self, count: int, generator: np.random.Generator) -> np.ndarray:
-        """Which tokens stay: runs of kept and of left-out ones, of geometric lengths, in the shares that are
-        asked for.
-        """
-        share, length = self._augmentation.span_drop, self._augmentation.span_length
-        if not share:
+        """Which tokens are kept: alternating runs of kept and dropped tokens with geometric lengths."""
+        fraction, length = self._augmentation.span_drop, self._augmentation.span_length
+        if not fraction:
             return np.ones(count, dtype=bool)
-        leaves = min(
-            1.0, share / (length * (1 - share))
-        )  # chance that a kept token is the last before a span
-        runs = np.stack([generator.geometric(leaves, count), generator.geometric(1 / length, count)], axis=1)
+        # The probability that a kept token is the last one before a dropped span.
+        ends = min(1.0, fraction / (length * (1 - fraction)))
+        runs = np.stack([generator.geometric(ends, count), generator.geometric(1 / length, count)], axis=1)
         states = np.tile([True, False], (count, 1))
-        if generator.random() < share:  # it begins within a span
+        if generator.random() < fraction:  # the text begins within a dropped span
             runs, states = runs[:, ::-1], ~states
         kept: np.ndarray = np.repeat(states.flatten(), np.minimum(runs.flatten(), count))[:count]
         return kept
 
     @staticmethod
-    def _draws(count: int, share: float, kinds: int, generator: np.random.Generator) -> np.ndarray:
-        """For each token 0 (as it is) or, in `share` of the cases, which change is made."""
-        if not share:
+    def _draws(count: int, fraction: float, kinds: int, generator: np.random.Generator) -> np.ndarray:
+        """The change of each token: 0 for none, else, for `fraction` of the tokens, a number below `kinds`."""
+        if not fraction:
             return np.zeros(count, dtype=np.int64)
-        return np.where(generator.random(count) < share, generator.integers(1, kinds, count), 0)
+        return np.where(generator.random(count) < fraction, generator.integers(1, kinds, count), 0)
 
-    def _write(self, token_id: int, case: int, space: int) -> list[int]:
-        """The ids of a token's text after a change; itself where the change makes no difference or cannot be
-        written.
-        """
+    def _rewrite_token(self, token_id: int, case: int, space: int) -> list[int]:
+        """The ids of a token's text after a change, from the cache if it has been computed before."""
         key = (token_id, case, space)
-        if key not in self._written:
-            self._written[key] = self._rewritten(*key)
-        return self._written[key]
+        if key not in self._rewritten:
+            self._rewritten[key] = self._encode_changed(*key)
+        return self._rewritten[key]
 
-    def _rewritten(self, token_id: int, case: int, space: int) -> list[int]:
+    def _encode_changed(self, token_id: int, case: int, space: int) -> list[int]:
+        """The ids after a change; the token itself if the change has no effect or cannot be encoded."""
         try:
             text = self._tokenizer.token_bytes(token_id).decode("utf-8")
-        except UnicodeDecodeError:  # part of a character
+        except UnicodeDecodeError:  # the token is part of a character
             return [token_id]
         is_word = any(character.isalpha() for character in text)
         changed = _CASES[case](text) if is_word else text
@@ -218,6 +222,6 @@ class AugmentedSampler:
             return [token_id]
         try:
             ids = self._tokenizer.encode(changed)
-        except DataError:  # a table of characters that lacks one
+        except DataError:  # the character tokenizer lacks a character
             return [token_id]
         return ids if self._tokenizer.decode(ids) == changed else [token_id]

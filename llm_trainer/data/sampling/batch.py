@@ -1,7 +1,8 @@
-"""What a sampler gives: batches of rows for the model, by the number of the sample.
+"""Batches, and the protocol of the samplers that make them.
 
-Samplers differ in how documents become rows (`windows.py`: end to end; `rows.py`: whole documents;
-`mixture.py`: from several corpora); training sees this one face of all of them.
+Samplers differ in how documents become rows: concatenated (`window_sampler.py`), kept complete
+(`packed_rows.py`), or drawn from several corpora (`mixture.py`). Training sees all of them through the one
+protocol `Sampler`.
 """
 
 from __future__ import annotations
@@ -16,40 +17,50 @@ from torch import Tensor
 
 from llm_trainer.data.token_shards import TokenDataset
 
-IGNORED = -100  # the label of an id that is not supervised: PyTorch's own ignore_index
+IGNORE_INDEX = (
+    -100
+)  # the label of a token without loss: the default `ignore_index` of PyTorch's cross-entropy
 
 
 @dataclass(frozen=True)
-class Sources:
-    """Which corpora a batch is from: `numbers` int64 count in `names`, one a row, (B,), or where rows mix
-    corpora one a place, (B, T).
+class BatchSources:
+    """Which corpora of a mixture a batch comes from.
+
+    Attributes:
+        names: All corpora of the mixture.
+        numbers: Indices into `names`, int64: one per row (B,), or one per position (B, T) where rows mix
+            corpora.
     """
 
     names: tuple[str, ...]
     numbers: Tensor
 
-    def of_rows(self) -> list[str]:
-        """The name of each row's corpus, where it is in one."""
+    def row_names(self) -> list[str]:
+        """The corpus of each row; only for batches whose rows come from one corpus each."""
         return [self.names[number] for number in self.numbers.tolist()]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows for the model: `input_ids` and `labels` (B, T) int64, labels -100 where nothing is to be
-    predicted.
+    """Rows for the model.
 
-    `document_ids` (B, T) int64 count the documents within each row from 0, or None where a row is one document.
-    `num_supervised` is the number of labels that are not -100. `sources` says which corpora of a mixture they are from.
+    Attributes:
+        input_ids: (B, T) int64.
+        labels: (B, T) int64, already shifted: `labels[b, t]` is the token after `input_ids[b, t]`, or
+            `IGNORE_INDEX` where there is no loss.
+        document_ids: (B, T) int64, the documents of each row numbered from 0; None where a row is one document.
+        num_supervised: Number of labels that are not `IGNORE_INDEX`.
+        sources: The corpora of a mixture that the rows come from; None without a mixture.
     """
 
     input_ids: Tensor
     labels: Tensor
     document_ids: Tensor | None
     num_supervised: int
-    sources: Sources | None = None
+    sources: BatchSources | None = None
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same on `device`; to an accelerator through pinned memory, without waiting for the copy."""
+        """Copy the batch to `device`; the copy to a GPU goes through pinned memory and is asynchronous."""
         target = torch.device(device)
         if target == self.input_ids.device:
             return self
@@ -60,9 +71,9 @@ class Batch:
         documents = None if self.document_ids is None else move(self.document_ids)
         return Batch(move(self.input_ids), move(self.labels), documents, self.num_supervised, self.sources)
 
-    def first(self, rows: int, places: int | None = None) -> Batch:
-        """The first rows, each up to `places`; `num_supervised` stays that of the whole."""
-        part = (slice(rows), slice(places))
+    def first(self, rows: int, positions: int | None = None) -> Batch:
+        """Keep the first `rows` rows, each up to `positions`; `num_supervised` stays that of the full batch."""
+        part = (slice(rows), slice(positions))
         documents = None if self.document_ids is None else self.document_ids[part]
         sources = self.sources
         if sources is not None:
@@ -79,7 +90,7 @@ class Batch:
         return len(self.input_ids)
 
     def rows(self, order: Tensor) -> Batch:
-        """The rows in another order, `order` (B,) int64; what they are from is forgotten."""
+        """Reorder the rows by `order` (B,) int64; `sources` is dropped."""
         documents = None if self.document_ids is None else self.document_ids[order]
         return replace(
             self,
@@ -90,9 +101,12 @@ class Batch:
         )
 
 
-def joined(batches: Sequence[Batch], *, with_documents: bool) -> Batch:
-    """The rows of several batches as one; `with_documents`, rows of batches without document ids are one
-    document each.
+def concat_batches(batches: Sequence[Batch], *, with_documents: bool) -> Batch:
+    """Concatenate batches along the rows.
+
+    Args:
+        batches: Batches of equal length T.
+        with_documents: Give the result document ids; rows of batches without them count as one document.
     """
     documents = None
     if with_documents:
@@ -107,19 +121,22 @@ def joined(batches: Sequence[Batch], *, with_documents: bool) -> Batch:
     )
 
 
-def sources_at(tokens: TokenDataset, places: np.ndarray) -> Sources | None:
-    """The corpora of the tokens at these places (B, T) of a stream; None for a stream of one."""
-    return Sources(tokens.corpora, torch.from_numpy(tokens.corpus_of(places))) if tokens.corpora else None
+def sources_at(tokens: TokenDataset, offsets: np.ndarray) -> BatchSources | None:
+    """The corpora of the tokens at these offsets (B, T) of a stream; None if the stream is one corpus."""
+    if not tokens.corpora:
+        return None
+    return BatchSources(tokens.corpora, torch.from_numpy(tokens.corpus_indices(offsets)))
 
 
-def unsupervised(batch: Batch) -> Batch:
-    """The same rows with nothing to predict."""
-    return replace(batch, labels=torch.full_like(batch.labels, IGNORED), num_supervised=0)
+def without_labels(batch: Batch) -> Batch:
+    """The same rows without any supervised label."""
+    return replace(batch, labels=torch.full_like(batch.labels, IGNORE_INDEX), num_supervised=0)
 
 
 class Sampler(Protocol):
-    """A training order: sample i is a function of the shards, the seed and i. Stateless, safe to call from
-    several threads.
+    """A training order: sample i is a function of the shards, the seed and i.
+
+    A sampler has no state and may be called from several threads.
     """
 
     @property
@@ -128,11 +145,11 @@ class Sampler(Protocol):
 
     @property
     def tokens_per_sample(self) -> float:
-        """Supervised tokens in a sample, on average."""
+        """Supervised tokens per sample, on average."""
 
     @property
     def order(self) -> str:
-        """What the order follows from beside shards, seed and context, in words: a resumed run compares it."""
+        """Describes what the order depends on besides shards, seed and context; a resumed run compares it."""
 
     def batch(self, first_sample: int, count: int) -> Batch:
         """Samples `first_sample … first_sample + count - 1` as one batch of `count` rows."""

@@ -1,21 +1,24 @@
-"""How documents share rows, and what each way wastes.
+"""How documents are packed into rows, and how much each strategy wastes.
 
-greedy     documents end to end, cut where a row is full: no padding but in the last row; most documents of a
-row's length are cut first_fit  each document whole into the first open row with room, longer ones cut at the
-row's length: a little padding, few cuts none       each document a row of its own (a long one several):
-nothing is shared, short documents are mostly padding
+* `greedy`: documents are concatenated and cut where a row is full. Only the last row is padded, but most
+  documents of about a row's length are cut.
+* `first_fit`: each document goes complete into the first open row that has room; longer ones are cut at the
+  row's length. There is a little padding and few cuts.
+* `none`: each document has a row of its own, a long one several. Short documents are mostly padding.
 
-first_fit is online, so that memory does not grow with the corpus: at most `OPEN_ROWS` rows are open at once,
-in the order in which they were opened; a document that fits none opens another, for which the fullest one is
-closed (the oldest of equals).
+`first_fit` works online, so that memory does not grow with the corpus: at most `MAX_OPEN_ROWS` rows are open
+at once, in the order in which they were opened. A document that fits none of them opens a new row, for which
+the fullest one is closed (the oldest among equals).
 
-`stride` is the overlap between neighbouring chunks of one text, in tokens. The repeated tokens are there to be seen: their labels count in
-the earlier chunk alone, so every token is still learned once a pass and no loss counts one twice.
+`stride` is the overlap between neighbouring chunks of one text, in tokens, as in Hugging Face's tokenizers.
+The repeated tokens are context only: their labels count in the earlier chunk, so that every token is still
+learned once per epoch and no loss counts one twice.
 
-A *piece* is what one row holds of one document. Its labels are `count` tokens of the stream from `first` on;
-its inputs are the tokens one place earlier. Where texts end in an end of text, that token also opens each
-document (the piece says `opens`), as in `windows.py`: so every token of a document is a label in exactly one
-piece. Without one, a document's first token predicts but is not predicted.
+A *segment* is the part of one document that one row holds. Its labels are the `count` tokens of the stream
+from `first` on; its inputs are the tokens one position earlier. Where documents end with an end-of-text
+token, that token also precedes each document as an input (the segment's flag `opens`), as in
+`window_sampler.py`: every token of a document is then a label in exactly one segment. Without such a token,
+the first token of a document is an input but never a label.
 """
 
 from __future__ import annotations
@@ -32,17 +35,21 @@ from llm_trainer.errors import UsageError
 
 Strategy = Literal["greedy", "first_fit", "none"]
 STRATEGIES: tuple[Strategy, ...] = ("greedy", "first_fit", "none")
-OPEN_ROWS = 256
-PIECE = np.dtype([("first", "<u8"), ("count", "<u4"), ("overlap", "<u4"), ("opens", "?")])
-_BLOCK = 2**14  # pieces made at once
-_USUAL_CONTEXT = 1024  # of a model whose context nobody says
-_MEASURED = 200_000  # documents that the waste is measured on
+MAX_OPEN_ROWS = 256
+SEGMENT = np.dtype([("first", "<u8"), ("count", "<u4"), ("overlap", "<u4"), ("opens", "?")])
+_BLOCK = 2**14  # segments computed at once
+_DEFAULT_CONTEXT = 1024  # row length for the statistics where max_length is not set
+_MEASURED_DOCUMENTS = 200_000
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How documents become rows. `stride`: overlap of neighbouring chunks in tokens; `mask_documents`: tokens
-    see only their own.
+    """How documents become rows.
+
+    Attributes:
+        strategy: See the module's docstring.
+        stride: Overlap of neighbouring chunks of one text, in tokens.
+        mask_documents: Tokens attend only to their own document.
     """
 
     strategy: Strategy = "greedy"
@@ -50,40 +57,46 @@ class Packing:
     mask_documents: bool = True
 
     @classmethod
-    def of(cls, config: DataConfig) -> Packing:
-        """As the settings say."""
+    def from_config(cls, config: DataConfig) -> Packing:
+        """The packing that the settings describe."""
         strategy: Strategy = config.packing_strategy if config.pack_sequences else "none"
         return cls(strategy, config.stride, config.mask_documents)
 
     def to_json(self) -> dict[str, JsonValue]:
-        """What metadata.json remembers, so that training packs as preparation was told."""
+        """What metadata.json stores, so that training packs as the data was prepared for."""
         return {"strategy": self.strategy, "stride": self.stride}
 
     @classmethod
     def from_json(cls, stored: JsonValue | None) -> Packing:
-        """Read what `to_json` wrote; nothing, or nothing known, is greedy."""
+        """Read what `to_json` wrote; a missing or unknown strategy becomes greedy."""
         known = stored if isinstance(stored, Mapping) else {}
         strategy, stride = known.get("strategy"), known.get("stride")
         if strategy not in STRATEGIES:
             return cls()
         return cls(strategy, stride if isinstance(stride, int) else 0)
 
-    def adopt_into(self, config: DataConfig) -> None:
-        """Let settings that were not said be as the data was prepared."""
-        if not config.is_said("pack_sequences"):
+    def apply_to_unset(self, config: DataConfig) -> None:
+        """Set the packing settings that the user did not set to those of this packing."""
+        if not config.is_set("pack_sequences"):
             config.pack_sequences = self.strategy != "none"
-        if not config.is_said("packing_strategy") and self.strategy != "none":
+        if not config.is_set("packing_strategy") and self.strategy != "none":
             config.packing_strategy = self.strategy
-        if not config.is_said("stride"):
+        if not config.is_set("stride"):
             config.stride = self.stride
 
-    def step(self, context: int) -> int:
-        """Tokens from one chunk's beginning to the next one's. Raises UsageError where the overlap leaves
-        none.
+    def chunk_step(self, context: int) -> int:
+        """Tokens from the beginning of one chunk to that of the next.
+
+        Args:
+            context: Tokens per row.
+
+        Raises:
+            UsageError: The stride is not smaller than a row.
         """
         if self.stride >= context:
             raise UsageError(
-                f"stride={self.stride} must be below the length of a row, {context} tokens; lower it, or lengthen the rows"
+                f"stride={self.stride} must be smaller than the length of a row, {context} tokens;"
+                " lower stride, or raise max_length"
             )
         return context - self.stride
 
@@ -92,15 +105,20 @@ class Packing:
 
 
 @dataclass(frozen=True)
-class PackingFacts:
-    """What a strategy makes of documents: `places` = rows × context = `supervised` + `repeated` (overlaps) +
-    `padding`.
+class PackingStats:
+    """What a strategy makes of documents; `positions` = `supervised` + `repeated` + `padding`.
 
-    `cut` documents lie in more than one row.
+    Attributes:
+        rows: Number of rows.
+        positions: Rows × context.
+        supervised: Positions with a label.
+        repeated: Positions that repeat tokens of the chunk before (overlaps).
+        documents: Number of documents.
+        cut: Documents that lie in more than one row.
     """
 
     rows: int
-    places: int
+    positions: int
     supervised: int
     repeated: int
     documents: int
@@ -108,41 +126,55 @@ class PackingFacts:
 
     @property
     def padding(self) -> int:
-        """Places that hold nothing."""
-        return self.places - self.supervised - self.repeated
+        """Positions that hold no token."""
+        return self.positions - self.supervised - self.repeated
 
     @property
     def waste(self) -> float:
-        """Share of the places from which nothing is learned: padding and overlaps."""
-        return 1 - self.supervised / self.places if self.places else 0.0
+        """Fraction of the positions that contribute no loss: padding and overlaps."""
+        return 1 - self.supervised / self.positions if self.positions else 0.0
 
 
 def packing_waste(
     document_lengths: Sequence[int] | np.ndarray, context: int, strategy: Strategy, stride: int = 0
 ) -> float:
-    """Share of the places in rows of `context` from which nothing is learned (padding, overlaps), 0 … 1.
+    """Fraction of the positions that contribute no loss (padding and overlaps), 0 … 1.
 
-    `document_lengths` are in tokens, ends of text included. Raises UsageError for a stride of a row's length or more.
+    Args:
+        document_lengths: In tokens, end-of-text tokens included.
+        context: Tokens per row.
+        strategy: How documents become rows.
+        stride: Overlap of neighbouring chunks, in tokens.
+
+    Raises:
+        UsageError: The stride is not smaller than a row.
     """
     return measure_packing(document_lengths, context, Packing(strategy, stride)).waste
 
 
 def measure_packing(
     document_lengths: Sequence[int] | np.ndarray, context: int, packing: Packing
-) -> PackingFacts:
-    """What `packing` makes of documents of these lengths, in their order, without reading them. Raises as
-    `packing_waste`.
+) -> PackingStats:
+    """What `packing` makes of documents of these lengths, in this order, without reading any text.
+
+    Args:
+        document_lengths: In tokens, end-of-text tokens included.
+        context: Tokens per row.
+        packing: How documents become rows.
+
+    Raises:
+        UsageError: The stride is not smaller than a row.
     """
     lengths = np.asarray(document_lengths, dtype=np.int64)
     ends = np.cumsum(lengths)
-    tokens, step = int(lengths.sum()), packing.step(context)
+    tokens, step = int(lengths.sum()), packing.chunk_step(context)
     if packing.strategy == "greedy":
-        labels = max(0, tokens - 1)  # of a stream its first token is seen only
-        rows = greedy_rows(tokens, context, packing.stride)
+        labels = max(0, tokens - 1)  # the first token of a stream is an input only
+        rows = count_greedy_rows(tokens, context, packing.stride)
         first_row, last_row = (
-            np.maximum(0, -(-(place - context) // step)) for place in (ends - lengths, ends - 1)
+            np.maximum(0, -(-(offset - context) // step)) for offset in (ends - lengths, ends - 1)
         )
-        return PackingFacts(
+        return PackingStats(
             rows,
             rows * context,
             labels,
@@ -151,88 +183,104 @@ def measure_packing(
             int((first_row != last_row).sum()),
         )
     rows = repeated = 0
-    placed = pack(
-        cut_documents([(ends - lengths, lengths)], context, packing.stride, has_end=True),
+    packed = pack_segments(
+        split_documents([(ends - lengths, lengths)], context, packing.stride, has_eos=True),
         context,
         packing.strategy,
     )
-    for row in placed:
+    for row in packed:
         rows += 1
-        repeated += sum(piece[2] for piece in row)
-    return PackingFacts(rows, rows * context, tokens, repeated, len(lengths), int((lengths > context).sum()))
+        repeated += sum(segment[2] for segment in row)
+    return PackingStats(rows, rows * context, tokens, repeated, len(lengths), int((lengths > context).sum()))
 
 
-def greedy_rows(tokens: int, context: int, stride: int = 0) -> int:
-    """Windows that a stream of so many tokens has under greedy, a shorter last one included."""
+def count_greedy_rows(tokens: int, context: int, stride: int = 0) -> int:
+    """Number of windows that greedy makes of a stream of `tokens` tokens, a shorter last one included."""
     return 0 if tokens < 2 else 1 + -(-max(0, tokens - 1 - context) // (context - stride))
 
 
-def packing_lines(
+def format_packing_stats(
     document_lengths: Sequence[int] | np.ndarray, context: int | None, chosen: Packing
 ) -> list[str]:
-    """The waste of each strategy in words, for a summary; measured on the first 200,000 documents where there
-    are more.
+    """Lines of a summary that compare the waste of all strategies.
 
-    Without a `context` (no max_length was said) it is that of rows of 1,024, if the overlap leaves such rows.
+    Args:
+        document_lengths: In tokens; only the first 200,000 are measured.
+        context: Tokens per row; None (max_length is not set) measures rows of 1,024, if the stride allows.
+        chosen: The packing that the user has chosen, whose stride is used.
     """
     lengths = np.asarray(document_lengths)
-    if context is None and chosen.stride >= _USUAL_CONTEXT:
+    if context is None and chosen.stride >= _DEFAULT_CONTEXT:
         return []
-    context = context or _USUAL_CONTEXT
-    measured = lengths[:_MEASURED]
-    of = f", of the first {_MEASURED:,} documents" if len(lengths) > len(measured) else ""
-    lines = [f"packing into rows of {context:,} tokens (chosen: {chosen}{of}):"]
+    context = context or _DEFAULT_CONTEXT
+    measured = lengths[:_MEASURED_DOCUMENTS]
+    part = f", first {_MEASURED_DOCUMENTS:,} documents" if len(lengths) > len(measured) else ""
+    lines = [f"packing into rows of {context:,} tokens (chosen: {chosen}{part}):"]
     for strategy in STRATEGIES:
-        facts = measure_packing(measured, context, Packing(strategy, chosen.stride))
-        line = f"  {strategy}: {facts.rows:,} rows, {facts.padding / max(1, facts.places):.1%} padding"
+        stats = measure_packing(measured, context, Packing(strategy, chosen.stride))
+        line = f"  {strategy}: {stats.rows:,} rows, {stats.padding / max(1, stats.positions):.1%} padding"
         if chosen.stride:
-            line += f", {facts.repeated / max(1, facts.places):.1%} overlap"
-        lines.append(line + f", {facts.cut / max(1, facts.documents):.1%} of the documents cut")
+            line += f", {stats.repeated / max(1, stats.positions):.1%} overlap"
+        lines.append(line + f", {stats.cut / max(1, stats.documents):.1%} of the documents cut")
     return lines
 
 
-def cut_documents(
-    documents: Iterable[tuple[np.ndarray, np.ndarray]], context: int, stride: int, *, has_end: bool
+def split_documents(
+    documents: Iterable[tuple[np.ndarray, np.ndarray]], context: int, stride: int, *, has_eos: bool
 ) -> Iterator[np.ndarray]:
-    """Pieces (PIECE) of at most `context` labels, in order, from blocks of (where documents begin, their
-    lengths).
+    """Split documents into segments of at most `context` labels.
 
-    A chunk repeats the last `stride` tokens of the one before it. `has_end`: documents end with an end of
-    text, which opens them as well.
+    Args:
+        documents: Blocks of (first token of each document in the stream, its length), int64 `(documents,)`.
+        context: Tokens per row.
+        stride: Tokens of the chunk before that a chunk repeats.
+        has_eos: Documents end with an end-of-text token, which also precedes them.
+
+    Yields:
+        Arrays of `SEGMENT`, in order.
     """
-    step = Packing(stride=stride).step(context)
+    step = Packing(stride=stride).chunk_step(context)
     for starts, lengths in documents:
-        places = lengths.astype(np.int64) - (not has_end)
-        labels = starts.astype(np.int64) + (not has_end)
-        counts = np.where(places > context, 1 + -(-(places - context) // step), places > 0)
+        num_labels = lengths.astype(np.int64) - (not has_eos)
+        labels = starts.astype(np.int64) + (not has_eos)
+        counts = np.where(num_labels > context, 1 + -(-(num_labels - context) // step), num_labels > 0)
         ends = np.cumsum(counts)
         for begin in range(0, int(ends[-1]) if len(ends) else 0, _BLOCK):
             numbers = np.arange(begin, min(begin + _BLOCK, int(ends[-1])))
             owner = np.searchsorted(ends, numbers, side="right")
             chunk = numbers - (ends[owner] - counts[owner])
-            pieces = np.empty(len(numbers), dtype=PIECE)
-            pieces["first"] = labels[owner] + chunk * step
-            pieces["count"] = np.minimum(context, places[owner] - chunk * step)
-            pieces["overlap"] = np.where(chunk > 0, stride, 0)
-            pieces["opens"] = (chunk == 0) & has_end
-            yield pieces
+            segments = np.empty(len(numbers), dtype=SEGMENT)
+            segments["first"] = labels[owner] + chunk * step
+            segments["count"] = np.minimum(context, num_labels[owner] - chunk * step)
+            segments["overlap"] = np.where(chunk > 0, stride, 0)
+            segments["opens"] = (chunk == 0) & has_eos
+            yield segments
 
 
-PieceFields = tuple[int, int, int, bool]  # a PIECE as Python numbers
+Segment = tuple[int, int, int, bool]  # the fields of a SEGMENT as Python numbers
 
 
-def pack(pieces: Iterable[np.ndarray], context: int, strategy: Strategy) -> Iterator[list[PieceFields]]:
-    """Rows, each a list of pieces that together have at most `context` labels; memory does not grow with
-    their number.
+def pack_segments(
+    segments: Iterable[np.ndarray], context: int, strategy: Strategy
+) -> Iterator[list[Segment]]:
+    """Pack segments into rows; memory does not grow with their number.
+
+    Args:
+        segments: Arrays of `SEGMENT`.
+        context: Tokens per row.
+        strategy: `first_fit` or `none`.
+
+    Yields:
+        Rows: lists of segments that together have at most `context` labels.
     """
     if strategy == "none":
-        for block in pieces:
-            yield from ([piece] for piece in block.tolist())
+        for block in segments:
+            yield from ([segment] for segment in block.tolist())
         return
     open_rows = _OpenRows(context)
-    for block in pieces:
-        for piece in block.tolist():
-            yield from open_rows.place(piece)
+    for block in segments:
+        for segment in block.tolist():
+            yield from open_rows.add(segment)
     yield from open_rows.close()
 
 
@@ -241,34 +289,34 @@ class _OpenRows:
 
     def __init__(self, context: int) -> None:
         self._context = context
-        self._room = np.zeros(OPEN_ROWS, dtype=np.int64)  # of the open rows, in the order of their opening
-        self._rows: list[list[PieceFields]] = []
+        self._room = np.zeros(MAX_OPEN_ROWS, dtype=np.int64)  # of the open rows, in the order of opening
+        self._rows: list[list[Segment]] = []
 
-    def place(self, piece: PieceFields) -> Iterator[list[PieceFields]]:
-        """Put a piece into the first row with room; rows that this closes."""
-        count = piece[1]
+    def add(self, segment: Segment) -> Iterator[list[Segment]]:
+        """Put a segment into the first row with room; yields the rows that this closes."""
+        count = segment[1]
         if count == self._context:
-            yield [piece]
+            yield [segment]
             return
         number = len(self._rows)
         fits = self._room[:number] >= count
         chosen = int(fits.argmax()) if number else 0
         if not number or not fits[chosen]:
-            if number == OPEN_ROWS:
+            if number == MAX_OPEN_ROWS:
                 yield self._remove(int(self._room.argmin()))
             chosen = len(self._rows)
             self._rows.append([])
             self._room[chosen] = self._context
-        self._rows[chosen].append(piece)
+        self._rows[chosen].append(segment)
         self._room[chosen] -= count
         if not self._room[chosen]:
             yield self._remove(chosen)
 
-    def close(self) -> list[list[PieceFields]]:
+    def close(self) -> list[list[Segment]]:
         """All rows that are still open."""
         rows, self._rows = self._rows, []
         return rows
 
-    def _remove(self, index: int) -> list[PieceFields]:
+    def _remove(self, index: int) -> list[Segment]:
         self._room[index : len(self._rows) - 1] = self._room[index + 1 : len(self._rows)].copy()
         return self._rows.pop(index)

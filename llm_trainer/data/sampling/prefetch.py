@@ -1,9 +1,9 @@
-"""Batches made ahead of the step that needs them, in threads, in an order that does not depend on the
-threads.
+"""Loads batches in threads before the step that needs them, in an order that does not depend on the threads.
 
-Threads, not processes: making a batch is numpy copying from memory maps, which holds the interpreter's lock
-for microseconds, and a thread costs neither start-up nor pickling. Each thread takes the next number, makes
-that batch and puts it under its number; the reader waits for the number it is at.
+It uses threads, not processes: loading a batch is numpy copying from memory maps, which holds the
+interpreter's lock for microseconds, and a thread costs neither start-up time nor pickling. Each thread takes
+the next number, loads that batch and stores it under its number; the reader waits for the number it needs
+next.
 """
 
 from __future__ import annotations
@@ -17,17 +17,23 @@ _JOIN_SECONDS = 2.0
 
 
 class Prefetcher(Generic[Item]):
-    """Iterates over `load(first)`, `load(first + 1)`, … without end; with `threads` 0 each is made when asked
-    for.
+    """Iterates over `load(first)`, `load(first + 1)`, … without end.
 
-    At most `ahead` items (twice the threads) are kept. What `load` raises is raised to the reader at that
-    item's turn. `close()` (or leaving the `with` block) stops the threads; it waits for a load in progress
-    for two seconds at most, never for the reader.
+    An exception in `load` is raised in the reader when it reaches that item. `close()`, or leaving the `with`
+    block, stops the threads; it waits at most two seconds for a load in progress, and never for the reader.
     """
 
     def __init__(
         self, load: Callable[[int], Item], first: int, threads: int, ahead: int | None = None
     ) -> None:
+        """Start the threads.
+
+        Args:
+            load: Loads the item with a number; called from several threads.
+            first: Number of the first item.
+            threads: Number of threads; 0 loads each item when it is read.
+            ahead: Most items that are loaded and not yet read; twice the threads by default.
+        """
         self._load = load
         self._next_read = self._next_load = first
         self._ahead = ahead or 2 * threads
@@ -63,7 +69,7 @@ class Prefetcher(Generic[Item]):
         return found
 
     def close(self) -> None:
-        """Stop. Safe to call twice, and from any thread."""
+        """Stop the threads. It may be called several times and from any thread."""
         with self._changed:
             self._is_closed = True
             self._ready.clear()
@@ -89,11 +95,11 @@ class Prefetcher(Generic[Item]):
                 number = self._next_load
                 self._next_load += 1
             try:
-                made: Item | BaseException = self._load(number)
-            except BaseException as error:  # handed to the reader, whatever it is
-                made = error
+                loaded: Item | BaseException = self._load(number)
+            except BaseException as error:  # raised in the reader, whatever it is
+                loaded = error
             with self._changed:
-                self._ready[number] = made
+                self._ready[number] = loaded
                 self._changed.notify_all()
-            if isinstance(made, BaseException):
+            if isinstance(loaded, BaseException):
                 return

@@ -1,8 +1,8 @@
-"""From shards to batches: sample i is a function of the shards, the seed and i.
+"""Chooses the sampler for the data and the settings, and iterates over validation data.
 
-Which sampler it is, follows from the data and the settings: windows over one stream (`windows.py`), rows of
-whole documents (`rows.py`), or several corpora mixed (`mixture.py`). Validation shows the same rows in their
-order, each once.
+Sample i is a function of the shards, the seed and i. A training order is windows over one stream
+(`window_sampler.py`), rows of complete documents (`packed_rows.py`), or several corpora mixed (`mixture.py`).
+Validation reads the same rows in order, each of them once.
 """
 
 from __future__ import annotations
@@ -13,24 +13,18 @@ import numpy as np
 from rich.console import Console
 
 from llm_trainer.config.schema.data import DataConfig
-from llm_trainer.data.sampling.augmentation import Augmentation, augmented
-from llm_trainer.data.sampling.batch import IGNORED, Batch, Sampler, unsupervised
-from llm_trainer.data.sampling.mixture import MixtureSampler, TokenMixture
-from llm_trainer.data.sampling.packed_rows import PackedRows, RowSampler
+from llm_trainer.data.sampling.augmentation import Augmentation, with_augmentation
+from llm_trainer.data.sampling.batch import Batch, Sampler, without_labels
+from llm_trainer.data.sampling.mixture import MixtureDataset, MixtureSampler
+from llm_trainer.data.sampling.packed_rows import PackedRows, PackedRowSampler
 from llm_trainer.data.sampling.packing import Packing
-from llm_trainer.data.sampling.prefetch import Prefetcher
-from llm_trainer.data.sampling.window_sampler import Windows, WindowSampler, require_window
+from llm_trainer.data.sampling.window_sampler import WindowRows, WindowSampler
 from llm_trainer.data.token_shards import TokenDataset
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
 from llm_trainer.errors import DataError
 
-__all__ = [
-    "IGNORED", "Batch", "Prefetcher", "Sampler", "WindowSampler", "open_sampler", "require_window", "training_sampler",
-    "validation_batches", "validation_row_count",
-]  # fmt: skip
 
-
-def open_sampler(
+def build_sampler(
     tokens: TokenDataset,
     context: int,
     seed: int,
@@ -39,16 +33,24 @@ def open_sampler(
     sequences_per_step: int = 1,
     console: Console | None = None,
 ) -> Sampler:
-    """The training order over a stream or a mixture; `sequences_per_step` is what stages given in steps are
-    counted by.
+    """Build the training order over a stream or a mixture.
 
-    What takes longer than two seconds is shown on `console`. Raises DataError where the data is shorter than
-    one row, UsageError for settings that do not fit it.
+    Args:
+        tokens: The training data.
+        context: Tokens per row.
+        seed: Random seed of the order.
+        packing: How documents become rows; greedy by default.
+        sequences_per_step: Rows per optimizer step; converts mixture stages given in steps to samples.
+        console: Shows progress of what takes longer than two seconds.
+
+    Raises:
+        DataError: The data is shorter than one row.
+        UsageError: The settings do not fit the data.
     """
     packing = packing or Packing()
-    if isinstance(tokens, TokenMixture):
+    if isinstance(tokens, MixtureDataset):
         members = {
-            name: open_sampler(member, context, seed, packing, console=console)
+            name: build_sampler(member, context, seed, packing, console=console)
             for name, member in tokens.members.items()
         }
         return MixtureSampler(
@@ -56,10 +58,10 @@ def open_sampler(
         )
     if packing.strategy == "greedy":
         return WindowSampler(tokens, context, seed, packing.mask_documents, packing.stride)
-    return RowSampler(tokens, context, seed, packing, console)
+    return PackedRowSampler(tokens, context, seed, packing, console)
 
 
-def training_sampler(
+def build_training_sampler(
     tokens: TokenDataset,
     context: int,
     seed: int,
@@ -69,13 +71,30 @@ def training_sampler(
     sequences_per_step: int = 1,
     console: Console | None = None,
 ) -> Sampler:
-    """The order of a training run: packed, mixed and noised as the settings say. `tokenizer` writes the
-    noise; raises as `open_sampler`.
+    """Build the order of a training run, packed, mixed and augmented as the settings describe.
+
+    Args:
+        tokens: The training data.
+        context: Tokens per row.
+        seed: Random seed of the order and the augmentation.
+        config: The data settings.
+        tokenizer: Encodes augmented text; needed only with augmentation.
+        sequences_per_step: Rows per optimizer step; converts mixture stages given in steps to samples.
+        console: Shows progress of what takes longer than two seconds.
+
+    Raises:
+        DataError: The data is shorter than one row.
+        UsageError: The settings do not fit the data.
     """
-    sampler = open_sampler(
-        tokens, context, seed, Packing.of(config), sequences_per_step=sequences_per_step, console=console
+    sampler = build_sampler(
+        tokens,
+        context,
+        seed,
+        Packing.from_config(config),
+        sequences_per_step=sequences_per_step,
+        console=console,
     )
-    return augmented(sampler, Augmentation.of(config), tokenizer, seed)
+    return with_augmentation(sampler, Augmentation.from_config(config), tokenizer, seed)
 
 
 def validation_batches(
@@ -88,19 +107,29 @@ def validation_batches(
     rank: int = 0,
     ranks: int = 1,
 ) -> Iterator[Batch]:
-    """All rows in order; with `limit`, that many batches spread evenly over them.
+    """Iterate over the rows of validation data in order.
 
-    Of several `ranks` each takes every so-many-th batch. All get equally many: those past the end are rows
-    without labels.
+    Every token is a label once, except for the first token of a stream under greedy packing, and the first
+    token of a document where no end-of-text token precedes it. The last batch is padded with rows without
+    labels if there were full batches before it, so that shapes stay the same and a compiled model is not
+    recompiled.
 
-    Every token is a label once, but for a stream's first under greedy and a document's first where no end of
-    text opens it. The last batch is filled with rows without labels where there were full ones before it, so
-    that shapes stay the same (a compiled model is not compiled again). Raises DataError where there is
-    nothing to predict.
+    Args:
+        tokens: The validation data.
+        context: Tokens per row.
+        batch_size: Rows per batch.
+        limit: Number of batches, spread evenly over the data; None for all of it.
+        packing: How documents become rows; greedy by default.
+        rank: This rank reads every `ranks`-th batch.
+        ranks: All ranks get equally many batches; those past the end have no labels.
+
+    Raises:
+        DataError: There is nothing to predict.
     """
     if tokens.num_tokens < 2:
         raise DataError(
-            f"the validation split of {tokens.source} has {tokens.num_tokens} tokens; raise val_ratio, or give more text"
+            f"the validation split of {tokens.source} has {tokens.num_tokens} tokens;"
+            " raise val_ratio, or give more text"
         )
     rows = _rows(tokens, context, packing)
     chosen = rows.count if limit is None else min(rows.count, limit * batch_size)
@@ -110,20 +139,20 @@ def validation_batches(
     ):
         part = numbers[first : first + batch_size]
         if len(part) == 0:
-            yield unsupervised(rows.rows(numbers[:batch_size], rows=batch_size))
+            yield without_labels(rows.rows(numbers[:batch_size], rows=batch_size))
         else:
             yield rows.rows(part, rows=batch_size if first else len(part))
 
 
 def validation_row_count(tokens: TokenDataset, context: int, packing: Packing | None = None) -> int:
-    """How many rows `validation_batches` shows."""
+    """Number of rows that `validation_batches` yields without a limit."""
     return _rows(tokens, context, packing).count
 
 
-def _rows(tokens: TokenDataset, context: int, packing: Packing | None) -> Windows | PackedRows:
+def _rows(tokens: TokenDataset, context: int, packing: Packing | None) -> WindowRows | PackedRows:
     packing = packing or Packing()
     return (
-        Windows(tokens, context, packing)
+        WindowRows(tokens, context, packing)
         if packing.strategy == "greedy"
         else PackedRows(tokens, context, packing)
     )

@@ -1,1 +1,1 @@
-"""Text to ids and back, and how the vocabularies are learned."""
+"""Tokenizers: loading, training, encoding and decoding."""

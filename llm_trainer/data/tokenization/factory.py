@@ -1,4 +1,4 @@
-"""Which tokenizer the settings ask for: one that exists, or one to be trained and on how much text."""
+"""Chooses the tokenizer that the settings describe: an existing one, or one to be trained."""
 
 from __future__ import annotations
 
@@ -10,25 +10,37 @@ from pydantic import JsonValue
 from llm_trainer.config.schema.data import DataConfig
 from llm_trainer.data.progress import ByteProgress
 from llm_trainer.data.tokenization.tiktoken_import import ENCODINGS
-from llm_trainer.data.tokenization.tokenizer import Kind, Tokenizer
+from llm_trainer.data.tokenization.tokenizer import Tokenizer, TokenizerKind
 from llm_trainer.errors import DataError, UsageError
 
 DEFAULT_ENCODING = "gpt2"
 
 
-def given_tokenizer(config: DataConfig) -> Tokenizer | None:
-    """The existing tokenizer that `tokenizer_path` or `tokenizer_type tiktoken` names, with `special_tokens`;
-    None where one is trained.
+def load_existing_tokenizer(config: DataConfig) -> Tokenizer | None:
+    """Load the tokenizer that `tokenizer_path` or `tokenizer_type tiktoken` names, with `special_tokens` added.
 
-    Raises UsageError where the two settings contradict each other, DataError where the tokenizer cannot be
-    had.
+    Args:
+        config: The data settings.
+
+    Returns:
+        The tokenizer; None if the settings ask for a new one to be trained.
+
+    Raises:
+        DataError: The tokenizer cannot be loaded.
+        UsageError: The two settings contradict each other.
     """
-    found = _named(config)
+    found = _load_named(config)
     return None if found is None else found.with_special_tokens(config.special_tokens)
 
 
 def train_tokenizer(config: DataConfig, texts: Iterable[str], progress: ByteProgress) -> Tokenizer:
-    """A tokenizer of the kind that the settings ask for, learned from `texts`, which are read once."""
+    """Train a tokenizer of the kind that the settings ask for.
+
+    Args:
+        config: The data settings.
+        texts: The training text, read once.
+        progress: Counts the characters that have been read.
+    """
 
     def counted() -> Iterator[str]:
         for text in texts:
@@ -38,17 +50,22 @@ def train_tokenizer(config: DataConfig, texts: Iterable[str], progress: ByteProg
     return Tokenizer.train(kind_to_train(config), counted(), config.vocab_size, config.special_tokens)
 
 
-def kind_to_train(config: DataConfig) -> Kind:
-    """bpe, wordpiece or char; auto is bpe."""
+def kind_to_train(config: DataConfig) -> TokenizerKind:
+    """The kind of a new tokenizer: bpe, wordpiece or char; auto is bpe."""
     if config.tokenizer_type == "char" or config.tokenizer_type == "wordpiece":
         return config.tokenizer_type
     return "bpe"
 
 
-def tokenizer_options(config: DataConfig, given: Tokenizer | None) -> dict[str, JsonValue]:
-    """What decides the tokenizer, for a key: a given one's hash, or the settings of the training."""
-    if given is not None:
-        return {"tokenizer": given.hash}
+def tokenizer_options(config: DataConfig, existing: Tokenizer | None) -> dict[str, JsonValue]:
+    """Everything that decides the tokenizer, for the key of a result.
+
+    Args:
+        config: The data settings.
+        existing: The existing tokenizer; None if one is trained.
+    """
+    if existing is not None:
+        return {"tokenizer": existing.hash}
     kind, special_tokens = kind_to_train(config), list[JsonValue](config.special_tokens)
     if kind == "char":
         return {"tokenizer_type": kind, "special_tokens": special_tokens}
@@ -60,31 +77,34 @@ def tokenizer_options(config: DataConfig, given: Tokenizer | None) -> dict[str, 
     }
 
 
-def _named(config: DataConfig) -> Tokenizer | None:
+def _load_named(config: DataConfig) -> Tokenizer | None:
     kind, path = config.tokenizer_type, config.tokenizer_path
     if kind == "tiktoken":
-        return _encoding(path or DEFAULT_ENCODING)
+        return _load_tiktoken(path or DEFAULT_ENCODING)
     if path is None:
         return None
     found = Tokenizer.load(path)
     if kind not in ("auto", found.kind):
         raise UsageError(
-            f"tokenizer_type is {kind}, but {path} is of the kind {found.kind}; leave one of the two out"
+            f"tokenizer_type is {kind}, but the tokenizer {path} is of type {found.kind};"
+            " remove one of the two settings"
         )
     return found
 
 
-def _encoding(name: str) -> Tokenizer:
-    """tiktoken's encoding by its name, or from a file of ranks."""
+def _load_tiktoken(name: str) -> Tokenizer:
+    """Load a tiktoken encoding by its name, or from a vocabulary file."""
     if name in ENCODINGS and not Path(name).exists():
         return Tokenizer.tiktoken(name)
     if not Path(name).is_file():
         known = ", ".join(ENCODINGS)
         raise DataError(
-            f"tokenizer_path={name}: there is no such file of ranks, and tiktoken's encodings are {known}; give one of these"
+            f"tokenizer_path={name} is neither a tiktoken vocabulary file nor a tiktoken encoding;"
+            f" give a file, or one of {known}"
         )
     if name.endswith(".json"):
         raise UsageError(
-            f"tokenizer_type is tiktoken, but {name} is no file of ranks; leave tokenizer_type out to use it"
+            f"tokenizer_type is tiktoken, but {name} is not a tiktoken vocabulary file;"
+            " remove tokenizer_type to use it"
         )
     return Tokenizer.load(name)

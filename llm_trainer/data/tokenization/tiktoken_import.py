@@ -1,12 +1,12 @@
-"""tiktoken's encodings as tokenizers of our form: by name through tiktoken's own loader, or from a local file
-of ranks.
+"""Converts tiktoken's encodings to tokenizers of the `tokenizers` library.
 
-A file of ranks (`cl100k_base.tiktoken`: lines of base64 and a number) says neither how words are cut nor
-which special tokens there are. Those of OpenAI's four vocabularies are in the table below, which a test holds
-to tiktoken's own, and a file is recognised by its number of ranks. Any other file (Llama 3's
-`tokenizer.model` has this form, too) is taken to cut words as Llama 3 and GPT-4 do.
+An encoding is loaded by name through tiktoken's own loader, or from a local vocabulary file. Such a file
+(`cl100k_base.tiktoken`: lines of base64 and a rank) contains neither the pattern that splits words nor the
+special tokens. Those of OpenAI's four vocabularies are in the table below, which a test compares with
+tiktoken's own, and a file is recognised by its number of ranks. Any other file (Llama 3's `tokenizer.model`
+has this format, too) is assumed to split words as Llama 3 and GPT-4 do.
 
-After a conversion both libraries encode a text of hard cases; ids that differ are an error, not a warning.
+After a conversion both libraries encode a text of hard cases; different ids are an error, not a warning.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from llm_trainer.data.tokenization.fast.pretokenizer import GPT2_PATTERN, LLAMA3_PATTERN, O200K_PATTERN
-from llm_trainer.data.tokenization.tokenizer_json import END_OF_TEXT, byte_characters, byte_level_words
+from llm_trainer.data.tokenization.tokenizer_json import (
+    END_OF_TEXT,
+    byte_level_pre_tokenizer,
+    bytes_to_unicode,
+)
 from llm_trainer.errors import DataError, UsageError
 
 _FIM = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
@@ -37,7 +41,13 @@ _HARD_CASES = (
 
 @dataclass(frozen=True)
 class Encoding:
-    """How an encoding cuts words, its special tokens with their ids, and how many ranks it has."""
+    """An encoding of tiktoken.
+
+    Attributes:
+        pattern: The regular expression that splits words.
+        special_tokens: Special token → id.
+        num_ranks: Number of ordinary tokens.
+    """
 
     pattern: str
     special_tokens: Mapping[str, int]
@@ -61,34 +71,42 @@ ENCODINGS: Mapping[str, Encoding] = {
 }
 
 
-def encoding_by_name(name: str) -> Backend:
-    """An encoding that tiktoken knows, downloaded by it or from its cache.
+def load_encoding(name: str) -> Backend:
+    """Load an encoding by its name; tiktoken downloads it or has it in its cache.
 
-    Raises UsageError for a name that is not in `ENCODINGS`, DataError where it cannot be fetched.
+    Raises:
+        DataError: The download failed.
+        UsageError: The name is not in `ENCODINGS`.
     """
     import requests
     import tiktoken
 
     if name not in ENCODINGS:
         raise UsageError(
-            f"{name!r} is not one of tiktoken's encodings: {', '.join(ENCODINGS)}; or give a local file of ranks"
+            f"{name!r} is not a tiktoken encoding; choose one of {', '.join(ENCODINGS)},"
+            " or give a local vocabulary file"
         )
     try:
         ranks: dict[bytes, int] = tiktoken.get_encoding(name)._mergeable_ranks
     except (OSError, requests.RequestException, ValueError) as error:
         file = f"{'r50k_base' if name == 'gpt2' else name.replace('_edit', '_base')}.tiktoken"
         raise DataError(
-            f"tiktoken could not download its encoding {name} ({type(error).__name__}). On a machine with a network fetch {_URL}/{file} "
-            f"and give it with --tokenizer_path {file} (data/*/prepare.py: --ranks {file})"
+            f"tiktoken could not download its encoding {name} ({type(error).__name__}). Download {_URL}/{file}"
+            f" on a machine with a network, and use it with --tokenizer_path {file}"
+            f" (data/*/prepare.py: --ranks {file})"
         ) from None
     return bpe_from_ranks(ranks, ENCODINGS[name].pattern, ENCODINGS[name].special_tokens)
 
 
-def encoding_from_file(file: Path, name: str | None = None) -> Backend:
-    """A local file of ranks, or GPT-2's `vocab.bpe`, as the encoding `name`, or as what its number of ranks
-    says it is.
+def load_encoding_file(file: Path, name: str | None = None) -> Backend:
+    """Load a local vocabulary file: tiktoken's ranks, or GPT-2's `vocab.bpe`.
 
-    Raises DataError for a file that is neither, or damaged.
+    Args:
+        file: The file.
+        name: The encoding; by default it is recognised by its number of ranks.
+
+    Raises:
+        DataError: The file is of another format, or damaged.
     """
     ranks = read_ranks(file)
     if name is None:
@@ -104,19 +122,26 @@ def encoding_from_file(file: Path, name: str | None = None) -> Backend:
 
 
 def bpe_from_ranks(ranks: Mapping[bytes, int], pattern: str, special_tokens: Mapping[str, int]) -> Backend:
-    """A byte-level BPE from tiktoken's form, bytes → rank: the rank is the id and the order of merging.
+    """Make a byte-level BPE tokenizer of tiktoken's ranks.
 
-    Raises DataError for ranks that are no such order, and where tiktoken would give other ids.
+    Args:
+        ranks: Bytes of each token → its id, which is also the order of merges.
+        pattern: The regular expression that splits words.
+        special_tokens: Special token → id.
+
+    Raises:
+        DataError: The ranks are not an order of merges, or tiktoken gives other ids than the result.
     """
-    stand_in = byte_characters()
-    names = {token: "".join(stand_in[byte] for byte in token) for token in ranks}
+    characters = bytes_to_unicode()
+    names = {token: "".join(characters[byte] for byte in token) for token in ranks}
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         if len(token) > 1:
             parts = merge_bytes(ranks, token, rank)
             if len(parts) != 2:
                 raise DataError(
-                    f"rank {rank} ({token!r}) cannot be merged from two smaller ranks; the vocabulary file is damaged"
+                    f"rank {rank} ({token!r}) cannot be merged from two smaller ranks;"
+                    " the vocabulary file is damaged, download it again"
                 )
             merges.append((names[parts[0]], names[parts[1]]))
     vocabulary = {names[token]: rank for token, rank in ranks.items()}
@@ -124,17 +149,17 @@ def bpe_from_ranks(ranks: Mapping[bytes, int], pattern: str, special_tokens: Map
     backend.pre_tokenizer = (
         pre_tokenizers.ByteLevel(add_prefix_space=False)
         if pattern == GPT2_PATTERN
-        else byte_level_words(pattern)
+        else byte_level_pre_tokenizer(pattern)
     )
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(
         [AddedToken(token, special=True, normalized=False) for token in special_tokens]
     )
-    _compare(backend, ranks, pattern)
+    _check_same_ids(backend, ranks, pattern)
     return backend
 
 
-def _compare(backend: Backend, ranks: Mapping[bytes, int], pattern: str) -> None:
+def _check_same_ids(backend: Backend, ranks: Mapping[bytes, int], pattern: str) -> None:
     import tiktoken
 
     theirs = tiktoken.Encoding("as-given", pat_str=pattern, mergeable_ranks=dict(ranks), special_tokens={})
@@ -143,27 +168,42 @@ def _compare(backend: Backend, ranks: Mapping[bytes, int], pattern: str) -> None
         _HARD_CASES, disallowed_special=()
     ):
         raise DataError(
-            "this vocabulary cannot be converted: the tokenizers library and tiktoken give a test text different ids"
+            "this vocabulary cannot be converted: the tokenizers library and tiktoken encode a test text"
+            " differently; use a tokenizer.json of the same tokenizer"
         )
 
 
 def merge_bytes(ranks: Mapping[bytes, int], token: bytes, limit: int) -> list[bytes]:
-    """What byte pair encoding makes of `token` with merges of rank below `limit` alone."""
+    """Apply byte pair encoding to the bytes of a token, with the merges whose rank is below `limit` alone.
+
+    Args:
+        ranks: Bytes of each token → its rank.
+        token: The bytes.
+        limit: The first rank that is not used.
+
+    Returns:
+        The parts that are left when no merge applies.
+    """
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 1:
-        rank, place = min((ranks.get(parts[i] + parts[i + 1], limit), i) for i in range(len(parts) - 1))
+        rank, index = min((ranks.get(parts[i] + parts[i + 1], limit), i) for i in range(len(parts) - 1))
         if rank >= limit:
             break
-        parts[place : place + 2] = [parts[place] + parts[place + 1]]
+        parts[index : index + 2] = [parts[index] + parts[index + 1]]
     return parts
 
 
 def read_ranks(file: Path) -> dict[bytes, int]:
-    """Read tiktoken's lines `base64 rank`, or the merges of GPT-2's `vocab.bpe`. Raises DataError for
-    anything else.
+    """Read a vocabulary file: tiktoken's lines `base64 rank`, or the merges of GPT-2's `vocab.bpe`.
+
+    Returns:
+        Bytes of each token → its rank.
+
+    Raises:
+        DataError: The file is missing, of another format, or damaged.
     """
     if not file.is_file():
-        raise DataError(f"no vocabulary file at {file}; give a .tiktoken file of ranks or GPT-2's vocab.bpe")
+        raise DataError(f"no vocabulary file at {file}; give a .tiktoken file or GPT-2's vocab.bpe")
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
         if lines and lines[0].startswith("#version"):
@@ -172,21 +212,21 @@ def read_ranks(file: Path) -> dict[bytes, int]:
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     except (ValueError, KeyError, binascii.Error) as error:
         raise DataError(
-            f"{file} is neither tiktoken ranks (lines of base64 and a number) nor a vocab.bpe: {error}"
+            f"{file} is neither a tiktoken vocabulary (lines of base64 and a rank) nor a vocab.bpe: {error};"
+            " give one of these"
         ) from None
     if len({*ranks.values()}) != len(ranks) or any(bytes([byte]) not in ranks for byte in range(256)):
         raise DataError(
-            f"{file} is damaged: ranks repeat or some of the 256 bytes are missing; fetch it again"
+            f"{file} is damaged: ranks repeat or some of the 256 bytes are missing; download it again"
         )
     return ranks
 
 
 def _ranks_of_merges(lines: Sequence[str]) -> dict[bytes, int]:
-    stand_in = byte_characters()
-    byte_of = {character: byte for byte, character in enumerate(stand_in)}
-    by_codepoint = sorted(
-        range(256), key=lambda byte: ord(stand_in[byte])
-    )  # GPT-2 numbers the bytes in this order
+    characters = bytes_to_unicode()
+    byte_of = {character: byte for byte, character in enumerate(characters)}
+    # GPT-2 numbers the bytes by the code points of their characters.
+    by_codepoint = sorted(range(256), key=lambda byte: ord(characters[byte]))
     ranks = {bytes([byte]): rank for rank, byte in enumerate(by_codepoint)}
     for line in lines:
         if line:

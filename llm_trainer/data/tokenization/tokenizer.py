@@ -1,14 +1,15 @@
-"""Text to ids and back: one class for every tokenizer, one file form for all of them.
+"""Encodes text to ids and decodes it: one class and one file format for every tokenizer.
 
-Each tokenizer, a table of characters included, is a model of the `tokenizers` library and is kept as one `tokenizer.json`, so that
-`transformers.AutoTokenizer` opens what we save and we open what the hub holds. Training, evaluation and serving use the same `encode`.
+Each tokenizer, a character tokenizer included, is a model of the `tokenizers` library and is saved as one
+`tokenizer.json`. `transformers.AutoTokenizer` opens what this class saves, and it opens what is on the hub.
+Training, evaluation and serving use the same `encode`.
 
-Names of special tokens in a text are text: a corpus or a prompt that says "<|endoftext|>" gets no end of text
-from it, and comes back as it was. Who wants them parsed says `allow_special=True`.
+The names of special tokens in a text are ordinary text: a corpus or a prompt that contains "<|endoftext|>" gets
+no end-of-text token from it, and is decoded to what it was. `allow_special=True` parses them.
 
-Two shortcuts make bulk encoding fast; tests hold each to the library's answer. Characters go through a numpy
-table, and where text is cut into words first, as byte-level BPE and WordPiece do, words that were seen before
-are looked up (`fast_encoding.py`).
+Two shortcuts make bulk encoding fast, and tests compare both with the library. Character tokenizers look ids
+up in a numpy table. Byte-level BPE and WordPiece, which split text into words first, look up words that have
+been encoded before (`fast/`); the environment variable LLM_TRAINER_FAST_TOKENIZER=0 switches this off.
 """
 
 from __future__ import annotations
@@ -23,35 +24,35 @@ from typing import Literal, TypeAlias
 import numpy as np
 import tokenizers
 
-from llm_trainer.data.tokenization import tiktoken_import as tiktoken_encodings
-from llm_trainer.data.tokenization import tokenizer_json as vocabularies
-from llm_trainer.data.tokenization import vocab_training as vocabulary_training
-from llm_trainer.data.tokenization.fast.bulk_encoder import FastEncoder, fast_encoder
+from llm_trainer.config.environment import use_fast_tokenizer
+from llm_trainer.data.tokenization import tiktoken_import, tokenizer_json, vocab_training
+from llm_trainer.data.tokenization.fast.bulk_encoder import BulkEncoder, build_bulk_encoder
 from llm_trainer.errors import DataError, UsageError
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
-Kind: TypeAlias = Literal["bpe", "wordpiece", "char"]
+TokenizerKind: TypeAlias = Literal["bpe", "wordpiece", "char"]
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 _ROLES = ("eos_token", "bos_token", "pad_token", "unk_token")
-_USUAL_ENDS = (
-    "<|endoftext|>",
-    "</s>",
-    "<|end_of_text|>",
-    "<eos>",
-    "[EOS]",
-)  # of a bare tokenizer.json, which names no roles
-_END_ROLES = {"eos_token": vocabularies.END_OF_TEXT, "bos_token": vocabularies.END_OF_TEXT}
+# Names of the end-of-text token to look for in a tokenizer.json without a tokenizer_config.json.
+_COMMON_EOS_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[EOS]")
+_EOS_ROLES = {"eos_token": tokenizer_json.END_OF_TEXT, "bos_token": tokenizer_json.END_OF_TEXT}
 _RANKS_SUFFIXES = (".tiktoken", ".bpe", ".model")
 _HUB_FILES = [TOKENIZER_FILE, CONFIG_FILE, "special_tokens_map.json", "config.json"]
 
 
 class Tokenizer:
-    """A `tokenizers.Tokenizer` with its special tokens' roles.
+    """A `tokenizers.Tokenizer` with the roles of its special tokens.
 
-    `eos_id`, `bos_id` and `pad_id` are None where the tokenizer has no such token; `vocab_size` is the largest id plus one.
+    Attributes:
+        vocab_size: The largest id plus one.
+        eos_id: Id of the end-of-text token, or None.
+        bos_id: Id of the beginning-of-text token, or None.
+        pad_id: Id of the padding token, or None.
+        is_byte_level: The vocabulary is made of bytes, so every text can be encoded.
+        is_character_level: Each id is one character.
     """
 
     def __init__(
@@ -60,6 +61,16 @@ class Tokenizer:
         roles: dict[str, str],
         saved_config: dict[str, Json] | None = None,
     ) -> None:
+        """Wrap a tokenizer of the library; `load`, `train` and `tiktoken` are the usual ways.
+
+        Args:
+            backend: The tokenizer.
+            roles: Role (eos_token, bos_token, …) → special token.
+            saved_config: The contents of its tokenizer_config.json, which `save` writes again.
+
+        Raises:
+            DataError: The vocabulary is empty.
+        """
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
@@ -83,31 +94,35 @@ class Tokenizer:
 
     @classmethod
     def load(cls, source: str | Path) -> Tokenizer:
-        """Open a folder, a `tokenizer.json`, a file of tiktoken ranks, or a tokenizer on the Hugging Face hub
-        by its name.
+        """Load a tokenizer.
 
-        Raises DataError where there is none, it is damaged, or the hub cannot be reached.
+        Args:
+            source: A folder, a `tokenizer.json`, a tiktoken vocabulary file, or a name on the Hugging Face hub.
+
+        Raises:
+            DataError: There is no such tokenizer, it is damaged, or the hub cannot be reached.
         """
         path = Path(source)
         if path.is_dir():
             return cls._from_files(path / TOKENIZER_FILE, path)
         if path.is_file():
             if path.suffix in _RANKS_SUFFIXES:
-                return cls(tiktoken_encodings.encoding_from_file(path), _END_ROLES)
+                return cls(tiktoken_import.load_encoding_file(path), _EOS_ROLES)
             return cls._from_files(path, path.parent)
         if path.suffix or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
             raise DataError(
-                f"no tokenizer at {source}: give a tokenizer.json, a folder that holds one, or a name on the Hugging Face hub"
+                f"no tokenizer at {source}: give a tokenizer.json, a folder that has one,"
+                " or a name on the Hugging Face hub"
             )
-        return cls.load(vocabularies.download_from_hub(str(source), _HUB_FILES))
+        return cls.load(tokenizer_json.download_from_hub(str(source), _HUB_FILES))
 
     @classmethod
     def _from_files(cls, file: Path, folder: Path) -> Tokenizer:
         if not file.is_file():
             raise DataError(
-                f"{folder} holds no {TOKENIZER_FILE}; prepare the data again, or give the folder that holds the tokenizer"
+                f"{folder} has no {TOKENIZER_FILE}; prepare the data again, or give the folder of the tokenizer"
             )
-        backend = vocabularies.read_tokenizer_json(file)
+        backend = tokenizer_json.read_tokenizer_json(file)
         config = _read_object(folder / CONFIG_FILE)
         return cls(
             backend,
@@ -117,36 +132,42 @@ class Tokenizer:
 
     @classmethod
     def train(
-        cls, kind: Kind, texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = ()
+        cls, kind: TokenizerKind, texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = ()
     ) -> Tokenizer:
-        """A tokenizer of at most `vocab_size` ids learned from `texts`, which are read once.
+        """Train a tokenizer.
 
-        "bpe": byte-level BPE (`<|endoftext|>`, special tokens, 256 bytes, merges), from which every text
-        comes back. "wordpiece": BERT's, with case; from it come back words, not white space, and `[UNK]` for
-        words with characters that were not among the frequent ones or of more than 100. "char": one id a
-        character, whatever `vocab_size`; the only special tokens are those given. Raises UsageError for a
-        vocabulary that is too small, DataError where there is no text.
+        * "bpe": byte-level BPE (`<|endoftext|>`, special tokens, 256 bytes, merges). Decoding restores every text.
+        * "wordpiece": BERT's, with case. Decoding restores words but not whitespace; words of more than 100
+          characters or with characters that are not among the frequent ones become `[UNK]`.
+        * "char": one id per character, whatever `vocab_size` is, and no special tokens except those given.
+
+        Args:
+            kind: One of these.
+            texts: The training text, read once.
+            vocab_size: Largest number of ids.
+            special_tokens: Names that get an id of their own, besides the end of text.
+
+        Raises:
+            DataError: There is no text.
+            UsageError: The vocabulary is too small.
         """
         if kind == "char":
             return cls.from_characters(texts).with_special_tokens(special_tokens)
-        train = (
-            vocabulary_training.train_byte_level_bpe
-            if kind == "bpe"
-            else vocabulary_training.train_word_piece
-        )
+        train = vocab_training.train_byte_level_bpe if kind == "bpe" else vocab_training.train_wordpiece
         backend = train(texts, vocab_size, special_tokens)
         return cls(
-            backend, {**_END_ROLES, "unk_token": vocabularies.UNKNOWN} if kind == "wordpiece" else _END_ROLES
+            backend,
+            {**_EOS_ROLES, "unk_token": tokenizer_json.UNKNOWN} if kind == "wordpiece" else _EOS_ROLES,
         )
 
     @classmethod
     def train_bpe(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-        """A byte-level BPE without special tokens but the end of text."""
+        """Train a byte-level BPE without special tokens except the end of text; raises as `train`."""
         return cls.train("bpe", texts, vocab_size)
 
     @classmethod
     def from_characters(cls, texts: Iterable[str]) -> Tokenizer:
-        """One id a character, in the order of code points (as nanoGPT numbers them); no special tokens."""
+        """Make a character tokenizer of all characters in `texts`, sorted by code point as in nanoGPT."""
         alphabet: set[str] = set()
         for text in texts:
             alphabet.update(text)
@@ -154,34 +175,41 @@ class Tokenizer:
 
     @classmethod
     def from_alphabet(cls, characters: Sequence[str]) -> Tokenizer:
-        """One id a character: `characters[i]` is id i."""
-        return cls(vocabularies.character_table(characters), {})
+        """Make a character tokenizer in which `characters[i]` is id i."""
+        return cls(tokenizer_json.character_tokenizer(characters), {})
 
     @classmethod
     def tiktoken(cls, name: str, ranks: Path | None = None) -> Tokenizer:
-        """One of tiktoken's encodings by name (gpt2, cl100k_base, o200k_base, …): downloaded by tiktoken, or
-        from a local file of ranks.
+        """Load one of tiktoken's encodings.
 
-        Raises UsageError for an unknown name, DataError without a network and for a file that is no
-        vocabulary.
+        Args:
+            name: gpt2, cl100k_base, o200k_base, …
+            ranks: A local vocabulary file; by default tiktoken downloads it.
+
+        Raises:
+            DataError: The download failed, or the file is not a vocabulary.
+            UsageError: The name is unknown.
         """
-        by_name, from_file = tiktoken_encodings.encoding_by_name, tiktoken_encodings.encoding_from_file
-        return cls(by_name(name) if ranks is None else from_file(ranks, name), _END_ROLES)
+        by_name, from_file = tiktoken_import.load_encoding, tiktoken_import.load_encoding_file
+        return cls(by_name(name) if ranks is None else from_file(ranks, name), _EOS_ROLES)
 
     def with_special_tokens(self, tokens: Sequence[str]) -> Tokenizer:
-        """The same tokenizer with these tokens too, numbered on from its vocabulary's end; those that it has
-        keep their ids.
-        """
+        """The same tokenizer with more special tokens, whose ids follow its vocabulary; known ones keep their ids."""
         return self._with(tokens, special=True)
 
-    def with_words(self, words: Sequence[str]) -> Tokenizer:
-        """The same tokenizer with an id for each of these words, by which they are encoded wherever they
-        stand in a text, also inside longer ones; a word that begins with a space is found with its space.
-        Raises UsageError for one that is not byte-level BPE.
+    def with_added_tokens(self, words: Sequence[str]) -> Tokenizer:
+        """The same tokenizer with an id for each of these words.
+
+        A word gets its id wherever it occurs in a text, also inside a longer word. A word that begins with a
+        space is found with its space.
+
+        Raises:
+            UsageError: The tokenizer is not byte-level BPE.
         """
         if not self.is_byte_level:
             raise UsageError(
-                f"words can be added to a byte-level BPE tokenizer, not to one of the kind {self.kind}"
+                f"words can be added only to a byte-level BPE tokenizer, and this one is of type {self.kind};"
+                " train one with tokenizer_type bpe"
             )
         return self._with(words, special=False)
 
@@ -193,14 +221,18 @@ class Tokenizer:
         backend.add_tokens(
             [tokenizers.AddedToken(token, special=special, normalized=False) for token in missing]
         )
-        roles = self._roles or {role: vocabularies.END_OF_TEXT for role in _END_ROLES}
+        roles = self._roles or {role: tokenizer_json.END_OF_TEXT for role in _EOS_ROLES}
         return Tokenizer(backend, roles, self._saved_config)
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-        """Ids of `text`, with nothing added. `allow_special` parses names of special tokens.
+        """Encode a text, without adding any special tokens.
 
-        Raises DataError for characters that a character tokenizer lacks, naming them, and for lone
-        surrogates.
+        Args:
+            text: The text.
+            allow_special: Names of special tokens in the text become these tokens.
+
+        Raises:
+            DataError: A character tokenizer lacks a character, or the text has a lone surrogate.
         """
         if allow_special:
             _check_text(text)
@@ -210,21 +242,21 @@ class Tokenizer:
         return plain
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text; the same as `encode` of each."""
+        """Encode several texts; the ids equal those of `encode`, which also documents the errors."""
         return [ids.tolist() for ids in self.encode_to_arrays(texts)]
 
     def encode_to_array(self, text: str) -> np.ndarray:
-        """Ids of `text` as int64 `(tokens,)`."""
+        """Encode a text to int64 `(tokens,)`; raises as `encode`."""
         return self.encode_to_arrays([text])[0]
 
     def encode_to_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text as int64 `(tokens,)`: the form that bulk work uses. Raises as `encode` does."""
+        """Encode several texts to int64 `(tokens,)` each, the fastest way for much text; raises as `encode`."""
         if self.is_character_level:
             return [self._encode_characters(text) for text in texts]
         for text in texts:
             _check_text(text)
         arrays: list[np.ndarray | None] = (
-            [None] * len(texts) if self._fast is None else self._fast.encode(texts)
+            [None] * len(texts) if self._bulk_encoder is None else self._bulk_encoder.encode(texts)
         )
         left = [index for index, ids in enumerate(arrays) if ids is None]
         for index, encoding in zip(
@@ -236,8 +268,14 @@ class Tokenizer:
         return [ids for ids in arrays if ids is not None]
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of `ids`; bytes that are not utf-8 become U+FFFD. Raises DataError for an id outside the
-        vocabulary.
+        """Decode ids; bytes that are not UTF-8 become U+FFFD.
+
+        Args:
+            ids: The ids.
+            skip_special_tokens: Leave out special tokens.
+
+        Raises:
+            DataError: An id is outside the vocabulary.
         """
         wanted = [int(i) for i in ids]
         for i in wanted:
@@ -247,25 +285,26 @@ class Tokenizer:
         return text
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that this id adds to the text: exact for byte-level and character tokenizers; none for
-        special tokens.
+        """The bytes that an id adds to a text.
 
-        Raises DataError for an id outside the vocabulary.
+        They are exact for byte-level and character tokenizers, and empty for special tokens.
+
+        Raises:
+            DataError: The id is outside the vocabulary.
         """
         if not 0 <= token_id < self.vocab_size:
             raise DataError(f"id {token_id} is outside the tokenizer's vocabulary of {self.vocab_size}")
         return self._bytes_by_id[token_id]
 
     def token_to_id(self, token: str) -> int | None:
-        """The id of a token by its name in the vocabulary, such as "<|endoftext|>"; None where there is no
-        such token.
-        """
+        """The id of a token by its name in the vocabulary, such as "<|endoftext|>"; None if there is none."""
         return self._tokens.get(token)
 
     @cached_property
     def hash(self) -> str:
-        """sha256 (hex) over what decides ids and text: the parts of tokenizer.json in one canonical form, and
-        which token ends a text.
+        """sha256 in hex over everything that decides ids and text.
+
+        It covers the parts of tokenizer.json in a canonical format, and the id that ends a text.
         """
         parts: dict[str, Json] = {
             name: self._parts.get(name)
@@ -277,8 +316,9 @@ class Tokenizer:
         return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
     def save(self, folder: str | Path) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json`, so that `AutoTokenizer.from_pretrained(folder)`
-        gives equal ids.
+        """Write `tokenizer.json` and `tokenizer_config.json` into a folder.
+
+        `transformers.AutoTokenizer.from_pretrained(folder)` then gives the same ids.
         """
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
@@ -295,7 +335,7 @@ class Tokenizer:
         )
 
     def to_json(self) -> str:
-        """The whole tokenizer as the text of a tokenizer.json."""
+        """The text of its tokenizer.json."""
         text: str = self._backend.to_str()
         return text
 
@@ -309,15 +349,17 @@ class Tokenizer:
         if len(ids) and ids.min() < 0:
             missing = sorted(set(text) - self._plain_tokens)
             raise DataError(
-                f"the character tokenizer has no id for {', '.join(map(_describe, missing[:10]))}{' …' if len(missing) > 10 else ''}; "
-                "leave them out, or prepare the data with text that holds them (or with --tokenizer_type bpe, which takes any text)"
+                f"the character tokenizer has no id for {', '.join(map(_describe, missing[:10]))}"
+                f"{' …' if len(missing) > 10 else ''}; remove them from the text, or prepare the data with text that"
+                " contains them (or with --tokenizer_type bpe, which can encode any text)"
             )
         return ids
 
     @cached_property
     def _id_by_character(self) -> np.ndarray:
-        """int64 `(largest code point + 2,)`; -1 where there is no id, and always in the last place, where
-        larger points land.
+        """Id of each code point, int64 `(largest code point + 2,)`.
+
+        It is -1 for characters without an id, and in the last entry, which all larger code points use.
         """
         table = np.full(max(map(ord, self._plain_tokens)) + 2, -1, dtype=np.int64)
         for character in self._plain_tokens:
@@ -326,9 +368,7 @@ class Tokenizer:
 
     @property
     def kind(self) -> str:
-        """What it is in a word: bpe, char, wordpiece, or the model's type in the tokenizers library, in small
-        letters.
-        """
+        """The type: bpe, char, wordpiece, or the model's type in the tokenizers library, in lower case."""
         return "char" if self.is_character_level else self._model_type.lower()
 
     @property
@@ -348,8 +388,8 @@ class Tokenizer:
         return parts
 
     @cached_property
-    def _fast(self) -> FastEncoder | None:
-        return fast_encoder(self._backend)
+    def _bulk_encoder(self) -> BulkEncoder | None:
+        return build_bulk_encoder(self._backend) if use_fast_tokenizer() else None
 
     @cached_property
     def _parsing_backend(self) -> tokenizers.Tokenizer:
@@ -364,7 +404,9 @@ class Tokenizer:
         }
         plain = {token.content for token in self._backend.get_added_tokens_decoder().values()}
         table = [b""] * self.vocab_size
-        to_bytes = vocabularies.bytes_of_token(self.is_byte_level, json.dumps(self._parts["decoder"]))
+        to_bytes = tokenizer_json.token_bytes_converter(
+            self.is_byte_level, json.dumps(self._parts["decoder"])
+        )
         for token, token_id in self._tokens.items():
             if token not in special:
                 table[token_id] = token.encode("utf-8") if token in plain else to_bytes(token)
@@ -372,13 +414,14 @@ class Tokenizer:
 
 
 def _check_text(text: str) -> str:
-    """The text itself; raises DataError where it cannot be written as utf-8."""
+    """The text itself; raises DataError if it cannot be written as UTF-8."""
     if not text.isascii():
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise DataError(
-                f"the text is not valid Unicode at character {error.start} ({text[error.start]!a}, a lone surrogate); give utf-8 text"
+                f"the text is not valid Unicode at character {error.start}"
+                f" ({text[error.start]!a}, a lone surrogate); give UTF-8 text"
             ) from None
     return text
 
@@ -388,7 +431,7 @@ def _describe(character: str) -> str:
 
 
 def _without_nulls(value: Json) -> Json:
-    """The same without null members, so that a library that adds optional fields does not change the hash."""
+    """The same without null members, so that optional fields of new library versions do not change the hash."""
     if isinstance(value, dict):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
@@ -409,13 +452,13 @@ def _read_object(file: Path) -> dict[str, Json]:
 def _roles_from(config: dict[str, Json], backend: tokenizers.Tokenizer) -> dict[str, str]:
     roles: dict[str, str] = {}
     for role in _ROLES:
-        said = config.get(role)
-        token = said.get("content") if isinstance(said, dict) else said
+        entry = config.get(role)
+        token = entry.get("content") if isinstance(entry, dict) else entry
         if isinstance(token, str):
             roles[role] = token
     if "eos_token" not in roles:
         special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
-        found = [token for token in _USUAL_ENDS if token in special]
+        found = [token for token in _COMMON_EOS_TOKENS if token in special]
         if found:
             roles["eos_token"] = found[0]
     return roles

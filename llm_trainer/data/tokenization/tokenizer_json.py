@@ -1,6 +1,4 @@
-"""What tokenizers are made of: bytes as characters, tables of characters, and files in the tokenizers
-library's form.
-"""
+"""Building blocks of tokenizers: GPT-2's bytes as characters, character tokenizers, and tokenizer.json files."""
 
 from __future__ import annotations
 
@@ -17,26 +15,30 @@ END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "[UNK]"
 
 
-def byte_characters() -> list[str]:
-    """GPT-2's printable stand-in for each byte: `byte_characters()[b]`. Printable Latin-1 stands for itself,
-    the rest from U+0100 on.
+def bytes_to_unicode() -> list[str]:
+    """GPT-2's printable character for each byte, as a list that is indexed by the byte.
+
+    Printable Latin-1 characters represent themselves, the other bytes are characters from U+0100 on.
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
-def character_table(characters: Sequence[str]) -> Backend:
-    """A tokenizer whose id i is `characters[i]`. Raises DataError for an empty table, repeated or longer
-    entries.
+def character_tokenizer(characters: Sequence[str]) -> Backend:
+    """Make a tokenizer whose id i is `characters[i]`.
+
+    Raises:
+        DataError: There are no characters, or entries that are repeated or longer than one character.
     """
     if not characters:
         raise DataError(
-            "there is no text to make a character tokenizer from; check that the input holds text"
+            "there is no text to make a character tokenizer from; check that the input contains text"
         )
     if len(set(characters)) != len(characters) or any(len(character) != 1 for character in characters):
         raise DataError(
-            "a character tokenizer needs different single characters; this table has repeated or longer entries"
+            "a character tokenizer needs distinct single characters;"
+            " this vocabulary has repeated or longer entries"
         )
     backend = Backend(
         models.WordLevel({character: index for index, character in enumerate(characters)}, unk_token="")
@@ -46,10 +48,15 @@ def character_table(characters: Sequence[str]) -> Backend:
     return backend
 
 
-def bytes_of_token(is_byte_level: bool, decoder: str) -> Callable[[str], bytes]:
-    """How a vocabulary entry becomes bytes; `decoder` is the tokenizer.json's decoder as JSON text."""
+def token_bytes_converter(is_byte_level: bool, decoder: str) -> Callable[[str], bytes]:
+    """Make the function that converts a vocabulary entry to bytes.
+
+    Args:
+        is_byte_level: The vocabulary is written in GPT-2's characters for bytes.
+        decoder: The decoder of the tokenizer.json, as JSON text.
+    """
     if is_byte_level:
-        byte_of = {character: byte for byte, character in enumerate(byte_characters())}
+        byte_of = {character: byte for byte, character in enumerate(bytes_to_unicode())}
         return lambda token: (
             bytes(byte_of[character] for character in token)
             if set(token) <= byte_of.keys()
@@ -72,24 +79,38 @@ def bytes_of_token(is_byte_level: bool, decoder: str) -> Callable[[str], bytes]:
 
 
 def read_tokenizer_json(file: Path) -> Backend:
-    """Open one tokenizer.json; raises DataError naming the file where it is damaged."""
+    """Open a tokenizer.json.
+
+    Raises:
+        DataError: The file is damaged.
+    """
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read as a tokenizer: {error}") from None
+        raise DataError(f"{file} cannot be read as a tokenizer: {error}; give a tokenizer.json") from None
     try:
         return Backend.from_str(text)
     except Exception as error:  # the library raises bare Exception
         if type(error) is not Exception:
             raise
         raise DataError(
-            f"{file} is not a tokenizer.json that the tokenizers library understands: {error}"
+            f"{file} is not a tokenizer.json that the tokenizers library can read: {error};"
+            " give the file that was saved with the tokenizer"
         ) from None
 
 
 def download_from_hub(name: str, files: Sequence[str]) -> Path:
-    """The folder with `files` of a hub repository, downloaded or from the hub's cache. Raises DataError where
-    that fails.
+    """Download files of a Hugging Face hub repository, or find them in the hub's cache.
+
+    Args:
+        name: The repository.
+        files: Names of the files, some of which may not exist.
+
+    Returns:
+        The folder of the files.
+
+    Raises:
+        DataError: The download failed.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]  # HTTPError is its client's, whose name changed
@@ -98,12 +119,12 @@ def download_from_hub(name: str, files: Sequence[str]) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(files)))
     except (OSError, HFValidationError, HTTPError) as error:
         raise DataError(
-            f"the tokenizer {name!r} is neither a local file or folder nor could it be fetched from the Hugging Face hub "
-            f"({type(error).__name__}); give a folder with its tokenizer.json instead"
+            f"the tokenizer {name!r} is not a local file or folder, and it could not be downloaded from the"
+            f" Hugging Face hub ({type(error).__name__}); give a folder with its tokenizer.json instead"
         ) from None
 
 
-def byte_level_words(pattern: str) -> pre_tokenizers.PreTokenizer:
-    """Words cut by `pattern`, each then written in stand-ins of its bytes."""
-    cut = pre_tokenizers.Split(Regex(pattern), "isolated")
-    return pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+def byte_level_pre_tokenizer(pattern: str) -> pre_tokenizers.PreTokenizer:
+    """Split text into words by a pattern, and write each word in GPT-2's characters for its bytes."""
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])

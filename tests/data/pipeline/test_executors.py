@@ -8,39 +8,49 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import fork_server
 import psutil
 import pytest
+from fork_server import ForkedProcess
 
 from llm_trainer.config import DataConfig
 from llm_trainer.data.pipeline import executors
-from llm_trainer.data.pipeline.executors import Processes
-from llm_trainer.data.pipeline.pipeline import prepare
+from llm_trainer.data.pipeline.executors import ProcessExecutor
+from llm_trainer.data.pipeline.pipeline import prepare_dataset
 from llm_trainer.data.sources.file_source import FileSource
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
 from llm_trainer.errors import DataError
 
+# As in the real commands, a worker process that imports this finds nothing heavy at its top.
 PROGRAM = """
-import sys
+import os, sys, threading
 from pathlib import Path
-from llm_trainer.config import DataConfig
-from llm_trainer.data.pipeline import executors
-from llm_trainer.data.sources.file_source import FileSource
-from llm_trainer.data.pipeline.pipeline import prepare
+from llm_trainer.data.sources import file_source
+
+def wait_forever(_):
+    Path(os.environ["WORKER_READS"]).touch()
+    threading.Event().wait()
+
+if "WORKER_READS" in os.environ:
+    file_source._READERS["lines"] = wait_forever
 
 if __name__ == "__main__":
+    from llm_trainer.config import DataConfig
+    from llm_trainer.data.pipeline import executors
+    from llm_trainer.data.pipeline.pipeline import prepare_dataset
+
     texts, output, workers = sys.argv[1:]
-    executors._WORTH_PROCESSES = 0
-    source = FileSource(Path(texts), one_document_a_line=True, unit_bytes=20_000)
+    executors._MIN_BYTES_FOR_PROCESSES = 0
+    source = file_source.FileSource(Path(texts), one_document_per_line=True, partition_bytes=20_000)
     settings = DataConfig(vocab_size=400, val_ratio=0.2, deduplicate="exact", clean=True, num_workers=int(workers))
     print("begins", flush=True)
-    prepare(settings, output, source=source)
+    prepare_dataset(settings, output, source=source)
 """
 
 
@@ -67,9 +77,9 @@ def expected(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 def prepared(texts: Path, output: Path, **options: object) -> None:
-    source = FileSource(texts, one_document_a_line=True, unit_bytes=20_000)
+    source = FileSource(texts, one_document_per_line=True, partition_bytes=20_000)
     settings = {"vocab_size": 400, "val_ratio": 0.2, "deduplicate": "exact", "clean": True, **options}
-    prepare(DataConfig(**settings), output, source=source)
+    prepare_dataset(DataConfig(**settings), output, source=source)
 
 
 def result_of(folder: Path) -> dict[str, bytes]:
@@ -86,19 +96,19 @@ def result_of(folder: Path) -> dict[str, bytes]:
     }
 
 
-def start(texts: Path, output: Path, workers: int) -> subprocess.Popen[bytes]:
-    """Prepare in another process; returns when it begins."""
+def start(texts: Path, output: Path, workers: int, **environment: str) -> ForkedProcess:
+    """Prepares in another process; returns when it begins."""
     program = output.parent / "program.py"
     program.write_text(PROGRAM, encoding="utf-8")
-    process = subprocess.Popen(
-        [sys.executable, str(program), str(texts), str(output), str(workers)], stdout=subprocess.PIPE
+    process = fork_server.start(
+        [program, texts, output, workers], env=os.environ | environment, stdout=subprocess.PIPE
     )
     assert process.stdout is not None
-    process.stdout.readline()
+    assert process.stdout.readline() == "begins\n"
     return process
 
 
-def wait_until(holds: Callable[[], bool], seconds: float = 30.0) -> None:
+def wait_until(holds: Callable[[], bool], seconds: float = 300.0) -> None:
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, "waited in vain"
@@ -108,7 +118,7 @@ def wait_until(holds: Callable[[], bool], seconds: float = 30.0) -> None:
 def test_processes_change_no_byte(
     texts: Path, tmp_path: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(executors, "_WORTH_PROCESSES", 0)
+    monkeypatch.setattr(executors, "_MIN_BYTES_FOR_PROCESSES", 0)
     prepared(texts, tmp_path, num_workers=2)
     assert result_of(tmp_path) == expected
 
@@ -134,7 +144,7 @@ def test_ray_changes_no_byte(texts: Path, tmp_path: Path, expected: dict[str, by
 def test_an_error_names_the_unit(
     texts: Path, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(executors, "_WORTH_PROCESSES", 0)
+    monkeypatch.setattr(executors, "_MIN_BYTES_FOR_PROCESSES", 0)
     Tokenizer.from_characters(["abc "]).save(tmp_path / "tokenizer")
     with pytest.raises(DataError, match=r"\d\d\.txt.*: the character tokenizer has no id for"):
         prepared(texts, tmp_path / "out", num_workers=workers, tokenizer_path=str(tmp_path / "tokenizer"))
@@ -153,9 +163,11 @@ class Fatal:
 
 
 def test_a_worker_that_is_killed_is_told_of_with_its_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(executors, "_WORTH_PROCESSES", 0)
-    workers = Processes(2)
-    with pytest.raises(DataError, match=r"a worker process died.*(one|two).*run again to go on"):
+    monkeypatch.setattr(executors, "_MIN_BYTES_FOR_PROCESSES", 0)
+    workers = ProcessExecutor(2)
+    with pytest.raises(
+        DataError, match=r"a worker process died.*(one|two).*run the same command again to resume"
+    ):
         workers.run([Fatal("one"), Fatal("two")], lambda count: None)
     workers.close()
 
@@ -180,16 +192,15 @@ def test_workers_end_with_a_killed_command_and_the_next_one_goes_on(
 
 
 def test_ctrl_c_ends_all_of_it(texts: Path, tmp_path: Path) -> None:
-    process = start(texts, tmp_path / "out", workers=2)
-    wait_until(
-        lambda: len(psutil.Process(process.pid).children()) > 2
-    )  # both, and the one that counts resources: long before the end
+    """While a worker reads and goes on reading: it would never end of its own accord."""
+    process = start(texts, tmp_path / "out", workers=2, WORKER_READS=str(tmp_path / "reads"))
+    wait_until((tmp_path / "reads").exists)
     children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 2
     process.send_signal(signal.SIGINT)
-    assert process.wait(30) != 0
-    wait_until(
-        lambda: not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
-    )
+    assert process.wait() != 0
+    _, alive = psutil.wait_procs(children, timeout=300)
+    assert not alive
 
 
 @pytest.mark.slow

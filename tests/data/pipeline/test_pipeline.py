@@ -7,10 +7,10 @@ import itertools
 import json
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+import fork_server
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -21,11 +21,11 @@ from llm_trainer.data.metadata import Metadata
 from llm_trainer.data.pipeline import atomic_output as staging
 from llm_trainer.data.pipeline import pipeline
 from llm_trainer.data.pipeline import tokenize as encoding
-from llm_trainer.data.pipeline.pipeline import prepare
-from llm_trainer.data.pipeline.splits import Shares, parts_of, plan_contiguous
-from llm_trainer.data.prepared_dataset import open_prepared, require_vocabulary
+from llm_trainer.data.pipeline.pipeline import prepare_dataset
+from llm_trainer.data.pipeline.splits import SplitRatios, assign_chunks, plan_contiguous
+from llm_trainer.data.prepared_dataset import check_vocabulary, open_prepared_dataset
 from llm_trainer.data.sources import base as documents
-from llm_trainer.data.sources.base import Piece
+from llm_trainer.data.sources.base import TextChunk
 from llm_trainer.data.token_shards import ShardWriter, TokenDataset
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
 from llm_trainer.errors import DataError, UsageError
@@ -62,7 +62,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_the_prepared_folder_holds_the_text_document_by_document(
     tiny_data: Path, tiny_texts: list[str]
 ) -> None:
-    data = open_prepared(tiny_data)
+    data = open_prepared_dataset(tiny_data)
     assert data.tokenizer is not None
     assert data.validation is not None
     starts = [*data.train.document_starts_in(0, len(data.train)).tolist(), len(data.train)]
@@ -75,8 +75,8 @@ def test_the_prepared_folder_holds_the_text_document_by_document(
 
 
 def test_characters_are_split_and_numbered_as_nanogpt_does(tmp_path: Path, shakespeare_path: Path) -> None:
-    prepare(DataConfig(input=str(shakespeare_path), tokenizer_type="char", val_ratio=0.1), tmp_path)
-    data = open_prepared(tmp_path)
+    prepare_dataset(DataConfig(input=str(shakespeare_path), tokenizer_type="char", val_ratio=0.1), tmp_path)
+    data = open_prepared_dataset(tmp_path)
     text = shakespeare_path.read_text(encoding="utf-8")
     numbers = {character: i for i, character in enumerate(sorted(set(text)))}
     ids = [numbers[character] for character in text]
@@ -91,14 +91,14 @@ def test_many_documents_are_split_by_their_own_hash(tmp_path: Path) -> None:
         (tmp_path / place / "a.txt").write_text("\n".join(lines), encoding="utf-8")
         config = DataConfig(
             input=str(tmp_path / place / "a.txt"),
-            one_document_a_line=True,
+            one_document_per_line=True,
             tokenizer_type="char",
             val_ratio=0.2,
             test_ratio=0.1,
         )
-        summary = prepare(config, tmp_path / place / "out")
+        summary = prepare_dataset(config, tmp_path / place / "out")
         assert "hash" in summary.metadata.split_method
-        data = open_prepared(tmp_path / place / "out")
+        data = open_prepared_dataset(tmp_path / place / "out")
         found: dict[str, set[str]] = {}
         for name, tokens in (("train", data.train), ("validation", data.validation), ("test", data.test)):
             assert tokens is not None
@@ -128,8 +128,8 @@ def test_a_cut_corpus_loses_nothing_and_keeps_its_order(
 ) -> None:
     sizes = np.array([len(text.encode()) for text in texts], dtype=np.uint64)
     size = int(sizes.sum())
-    plan = plan_contiguous(sizes, np.ones(len(texts), bool), 0, Shares(*shares).boundaries(size))
-    parts = list(parts_of(plan, enumerate(Piece(text) for text in texts)))
+    plan = plan_contiguous(sizes, np.ones(len(texts), bool), 0, SplitRatios(*shares).boundaries(size))
+    parts = list(assign_chunks(plan, enumerate(TextChunk(text) for text in texts)))
     assert "".join(part.text for part in parts) == "".join(texts)
     places = [part.split for part in parts]
     assert places == sorted(places)
@@ -141,23 +141,25 @@ def test_a_cut_corpus_loses_nothing_and_keeps_its_order(
 
 
 def test_shares_must_add_up() -> None:
-    assert Shares.of(DataConfig(train_ratio=0.8, val_ratio=0.1)) == Shares(0.8, 0.1, 0.1)
-    assert Shares.of(DataConfig(val_ratio=0.2)) == Shares(0.8, 0.2, 0.0)
+    assert SplitRatios.from_config(DataConfig(train_ratio=0.8, val_ratio=0.1)) == SplitRatios(0.8, 0.1, 0.1)
+    assert SplitRatios.from_config(DataConfig(val_ratio=0.2)) == SplitRatios(0.8, 0.2, 0.0)
     for wrong in (
         {"train_ratio": 0.95, "val_ratio": 0.1},
         {"train_ratio": 0.5, "val_ratio": 0.1, "test_ratio": 0.1},
         {"val_ratio": 1.0},
     ):
         with pytest.raises(UsageError, match="add up"):
-            Shares.of(DataConfig(**wrong))
+            SplitRatios.from_config(DataConfig(**wrong))
 
 
 def test_the_tokenizer_learns_from_the_training_split_alone(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(
         "plain words here and there. " * 300 + "zqzqzqzq " * 100, encoding="utf-8"
     )
-    prepare(DataConfig(input=str(tmp_path / "a.txt"), vocab_size=400, val_ratio=0.2), tmp_path / "out")
-    tokenizer = open_prepared(tmp_path / "out").tokenizer
+    prepare_dataset(
+        DataConfig(input=str(tmp_path / "a.txt"), vocab_size=400, val_ratio=0.2), tmp_path / "out"
+    )
+    tokenizer = open_prepared_dataset(tmp_path / "out").tokenizer
     assert tokenizer is not None
     assert len(tokenizer.encode("there")) < 3
     assert len(tokenizer.encode("zqzq")) == 4
@@ -175,21 +177,23 @@ def test_a_bounded_sample_bounds_what_the_tokenizer_sees(
             config, [seen.append(len(t.encode())) or t for t in given], progress
         ),
     )
-    prepare(DataConfig(input=str(texts), vocab_size=300, tokenizer_sample_megabytes=0.02), tmp_path / "out")
+    prepare_dataset(
+        DataConfig(input=str(texts), vocab_size=300, tokenizer_sample_megabytes=0.02), tmp_path / "out"
+    )
     assert 5_000 < sum(seen) <= 20_000
     assert len(seen) > 5  # drawn from all over, not the first so many
 
 
 def test_the_same_again_is_a_hit_and_any_change_a_miss(texts: Path, tmp_path: Path) -> None:
     options = {"input": str(texts), "vocab_size": 300, "val_ratio": 0.1}
-    first = prepare(DataConfig(**options), tmp_path / "out")
+    first = prepare_dataset(DataConfig(**options), tmp_path / "out")
     before = contents(tmp_path / "out")
-    again = prepare(DataConfig(**options, num_workers=3), tmp_path / "out")
+    again = prepare_dataset(DataConfig(**options, num_workers=3), tmp_path / "out")
     assert (first.from_cache, again.from_cache) == (False, True)
     assert "up to date" in again.lines()[0]
     moved = shutil.copytree(texts, tmp_path / "elsewhere")
     shutil.move(tmp_path / "out", tmp_path / "moved")
-    assert prepare(DataConfig(**{**options, "input": str(moved)}), tmp_path / "moved").from_cache
+    assert prepare_dataset(DataConfig(**{**options, "input": str(moved)}), tmp_path / "moved").from_cache
     assert contents(tmp_path / "moved") == before
     for change in (
         {"vocab_size": 301},
@@ -201,9 +205,9 @@ def test_the_same_again_is_a_hit_and_any_change_a_miss(texts: Path, tmp_path: Pa
     ):
         shutil.rmtree(tmp_path / "copy", ignore_errors=True)
         shutil.copytree(tmp_path / "moved", tmp_path / "copy")
-        assert not prepare(DataConfig(**{**options, **change}), tmp_path / "copy").from_cache, change
+        assert not prepare_dataset(DataConfig(**{**options, **change}), tmp_path / "copy").from_cache, change
     (texts / "00.txt").write_text("something else", encoding="utf-8")
-    assert not prepare(DataConfig(**options), tmp_path / "moved").from_cache
+    assert not prepare_dataset(DataConfig(**options), tmp_path / "moved").from_cache
 
 
 def test_workers_and_repetition_change_no_byte(
@@ -211,7 +215,7 @@ def test_workers_and_repetition_change_no_byte(
 ) -> None:
     monkeypatch.setattr(encoding, "_BATCH_CHARACTERS", 2000)
     for folder, workers in (("one", 1), ("again", 1), ("three", 3)):
-        prepare(DataConfig(input=str(texts), vocab_size=300, num_workers=workers), tmp_path / folder)
+        prepare_dataset(DataConfig(input=str(texts), vocab_size=300, num_workers=workers), tmp_path / folder)
     assert contents(tmp_path / "one") == contents(tmp_path / "again") == contents(tmp_path / "three")
 
 
@@ -220,13 +224,13 @@ def test_a_long_document_in_pieces_gives_the_ids_of_the_whole(
 ) -> None:
     (tmp_path / "a.txt").write_text(tiny_text, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "PIECE_BYTES", 3000)
-        prepare(
+        patch.setattr(documents, "CHUNK_BYTES", 3000)
+        prepare_dataset(
             DataConfig(input=str(tmp_path / "a.txt"), val_ratio=0.0),
             tmp_path / "out",
             tokenizer=tiny_tokenizer,
         )
-    data = open_prepared(tmp_path / "out")
+    data = open_prepared_dataset(tmp_path / "out")
     assert whole(data.train) == [*tiny_tokenizer.encode(tiny_text), tiny_tokenizer.eos_id]
     assert data.train.num_documents == 1
     assert data.validation is None
@@ -236,9 +240,9 @@ def test_documents_in_are_documents_kept_and_rejected(tmp_path: Path) -> None:
     good = [f"a good document of some length, number {n}\n" for n in range(30)]
     (tmp_path / "a.txt").write_bytes("".join(good).encode() + b"\n\xff\xfe\nshort\nNUL \0\n")
     config = DataConfig(
-        input=str(tmp_path / "a.txt"), one_document_a_line=True, vocab_size=300, min_length=10
+        input=str(tmp_path / "a.txt"), one_document_per_line=True, vocab_size=300, min_length=10
     )
-    facts = prepare(config, tmp_path / "out").metadata
+    facts = prepare_dataset(config, tmp_path / "out").metadata
     assert (facts.documents_in, facts.documents_kept) == (34, 30)
     assert facts.documents_rejected == {
         "contains NUL": 1,
@@ -259,7 +263,7 @@ def test_the_share_of_documents_with_a_supervised_end_is_told(
     facts = Metadata.read(tiny_data)
     assert facts.supervised_end_share == pytest.approx(40 / (40 + facts.documents_cut))
     assert (
-        prepare(
+        prepare_dataset(
             DataConfig(input=str(texts), tokenizer_type="char"), tmp_path / "char"
         ).metadata.supervised_end_share
         == 0.0
@@ -275,7 +279,7 @@ def test_a_corpus_with_nothing_usable_is_an_error_and_leaves_nothing(
 ) -> None:
     (tmp_path / "a.txt").write_bytes(content)
     with pytest.raises(DataError, match=message):
-        prepare(DataConfig(input=str(tmp_path / "a.txt"), vocab_size=300), tmp_path / "out")
+        prepare_dataset(DataConfig(input=str(tmp_path / "a.txt"), vocab_size=300), tmp_path / "out")
     assert contents(tmp_path / "out") == {}
 
 
@@ -292,11 +296,11 @@ def test_what_cannot_be_prepared_says_why(tmp_path: Path, tiny_texts: list[str])
         (DataError, {"input": text, "vocab_size": 300, "min_length": 10**6, "val_ratio": 0}, "min_length"),
         (DataError, {"input": text, "tokenizer_path": str(tmp_path / "nothing.json")}, "tokenizer"),
         (UsageError, {}, "builtin"),
-        (UsageError, {"input": text, "dataset_name": "x/y"}, "give one"),
+        (UsageError, {"input": text, "dataset_name": "x/y"}, "give only one"),
         (UsageError, {"input": text, "vocab_size": 100}, "257"),
     ):
         with pytest.raises(error, match=message):
-            prepare(DataConfig(**options), tmp_path / "out")
+            prepare_dataset(DataConfig(**options), tmp_path / "out")
         assert contents(tmp_path / "out") == {}
 
 
@@ -304,7 +308,7 @@ def test_characters_outside_a_given_table_are_named(tmp_path: Path) -> None:
     Tokenizer.from_characters(["abc "]).save(tmp_path / "tokenizer")
     (tmp_path / "a.txt").write_text("abc x", encoding="utf-8")
     with pytest.raises(DataError, match="'x'"):
-        prepare(
+        prepare_dataset(
             DataConfig(input=str(tmp_path / "a.txt"), tokenizer_path=str(tmp_path / "tokenizer")),
             tmp_path / "out",
         )
@@ -313,7 +317,7 @@ def test_characters_outside_a_given_table_are_named(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_the_old_result_whole(
     texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepare(DataConfig(input=str(texts), vocab_size=300), tmp_path / "out")
+    prepare_dataset(DataConfig(input=str(texts), vocab_size=300), tmp_path / "out")
     before = contents(tmp_path / "out")
 
     def full(*_: object) -> None:
@@ -321,39 +325,37 @@ def test_a_full_disk_leaves_the_old_result_whole(
 
     monkeypatch.setattr(ShardWriter, "_finish", full)
     with pytest.raises(DataError, match="no space left"):
-        prepare(DataConfig(input=str(texts), vocab_size=310), tmp_path / "out")
+        prepare_dataset(DataConfig(input=str(texts), vocab_size=310), tmp_path / "out")
     assert contents(tmp_path / "out") == before
 
 
 def test_a_failure_while_moving_into_place_does_not_pass_for_a_result(
     texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepare(DataConfig(input=str(texts), vocab_size=300), tmp_path / "out")
+    prepare_dataset(DataConfig(input=str(texts), vocab_size=300), tmp_path / "out")
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Metadata, "write", killed)
     with pytest.raises(KeyboardInterrupt):
-        prepare(DataConfig(input=str(texts), vocab_size=310), tmp_path / "out")
+        prepare_dataset(DataConfig(input=str(texts), vocab_size=310), tmp_path / "out")
     monkeypatch.undo()
     with pytest.raises(DataError, match="no prepared data"):
-        open_prepared(tmp_path / "out")
-    assert not prepare(DataConfig(input=str(texts), vocab_size=310), tmp_path / "out").from_cache
+        open_prepared_dataset(tmp_path / "out")
+    assert not prepare_dataset(DataConfig(input=str(texts), vocab_size=310), tmp_path / "out").from_cache
 
 
 @pytest.mark.slow
 def test_killed_at_any_moment_it_leaves_a_whole_result_or_none(texts: Path, tmp_path: Path) -> None:
     program = (
-        "import sys; from llm_trainer.config import DataConfig; from llm_trainer.data.pipeline.pipeline import prepare\n"
+        "import sys; from llm_trainer.config import DataConfig; from llm_trainer.data.pipeline.pipeline import prepare_dataset\n"
         "print('ready', flush=True)\n"
-        "for size in range(300, 400): prepare(DataConfig(input=sys.argv[1], vocab_size=size), sys.argv[2])"
+        "for size in range(300, 400): prepare_dataset(DataConfig(input=sys.argv[1], vocab_size=size), sys.argv[2])"
     )
     for delay in (0.02, 0.05, 0.1, 0.15, 0.2, 0.3):
         out = tmp_path / f"out-{delay}"
-        process = subprocess.Popen(
-            [sys.executable, "-c", program, str(texts), str(out)], stdout=subprocess.PIPE
-        )
+        process = fork_server.start(["-c", program, texts, out], stdout=subprocess.PIPE)
         assert process.stdout is not None
         process.stdout.readline()
         time.sleep(delay)
@@ -361,17 +363,17 @@ def test_killed_at_any_moment_it_leaves_a_whole_result_or_none(texts: Path, tmp_
         process.wait()
         process.stdout.close()
         if (out / "metadata.json").exists():
-            open_prepared(out)
-        prepare(DataConfig(input=str(texts), vocab_size=299), out)
+            open_prepared_dataset(out)
+        prepare_dataset(DataConfig(input=str(texts), vocab_size=299), out)
         assert not list(out.glob(".preparing-*"))
-        assert open_prepared(out).vocab_size == 299
+        assert open_prepared_dataset(out).vocab_size == 299
 
 
 def test_files_of_others_are_not_overwritten(texts: Path, tmp_path: Path) -> None:
     (tmp_path / "out" / "dataset").mkdir(parents=True)
     (tmp_path / "out" / "dataset" / "mine.csv").write_text("precious", encoding="utf-8")
     with pytest.raises(DataError, match=r"mine\.csv"):
-        prepare(DataConfig(input=str(texts), vocab_size=300), tmp_path / "out")
+        prepare_dataset(DataConfig(input=str(texts), vocab_size=300), tmp_path / "out")
     assert (tmp_path / "out" / "dataset" / "mine.csv").read_text(encoding="utf-8") == "precious"
 
 
@@ -381,7 +383,9 @@ def test_two_at_once_take_turns(texts: Path, tmp_path: Path) -> None:
     with ThreadPoolExecutor(2) as pool:
         found = list(
             pool.map(
-                lambda _: prepare(DataConfig(input=str(texts), vocab_size=300), tmp_path / "out").from_cache,
+                lambda _: (
+                    prepare_dataset(DataConfig(input=str(texts), vocab_size=300), tmp_path / "out").from_cache
+                ),
                 range(2),
             )
         )
@@ -390,7 +394,7 @@ def test_two_at_once_take_turns(texts: Path, tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, texts: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
-    with pytest.raises(DataError, match="cannot write"), staging.exclusive(tmp_path / "file"):
+    with pytest.raises(DataError, match="cannot write"), staging.folder_lock(tmp_path / "file"):
         pass
 
 
@@ -404,31 +408,31 @@ def test_opening_refuses_what_does_not_belong_together(
     folder = damaged(tiny_data, tmp_path)
     Tokenizer.train_bpe(tiny_texts, 310).save(folder)
     with pytest.raises(DataError, match="tokenizer"):
-        open_prepared(folder)
+        open_prepared_dataset(folder)
     shutil.copy(tiny_data / "tokenizer.json", folder)
     shutil.copy(folder / "dataset" / "validation-00000.tokens", folder / "dataset" / "train-00000.tokens")
     with pytest.raises(DataError, match=r"train-00000\.tokens"):
-        open_prepared(folder)
+        open_prepared_dataset(folder)
     (folder / "dataset" / "train-00000.tokens").unlink()
     with pytest.raises(DataError, match=r"train-00000\.tokens.*missing"):
-        open_prepared(folder)
+        open_prepared_dataset(folder)
     (folder / "metadata.json").write_text("{", encoding="utf-8")
     with pytest.raises(DataError, match=r"metadata\.json is damaged"):
-        open_prepared(folder)
+        open_prepared_dataset(folder)
     facts = json.loads((tiny_data / "metadata.json").read_text(encoding="utf-8"))
     (folder / "metadata.json").write_text(json.dumps({**facts, "documents_kept": 1}), encoding="utf-8")
     with pytest.raises(DataError, match="damaged"):
-        open_prepared(folder)
+        open_prepared_dataset(folder)
 
 
 def test_a_missing_or_empty_data_folder_says_how_to_prepare(tmp_path: Path) -> None:
     for folder in (tmp_path / "none", tmp_path):
         with pytest.raises(DataError, match="llm-trainer prepare"):
-            open_prepared(folder)
+            open_prepared_dataset(folder)
 
 
 def test_a_vocabulary_larger_than_the_embedding_is_refused() -> None:
     tokens = TokenDataset.from_ids(np.arange(50), vocab_size=60)
-    require_vocabulary(tokens, 50)
+    check_vocabulary(tokens, 50)
     with pytest.raises(DataError, match=r"id 49.*vocab_size is 49"):
-        require_vocabulary(tokens, 49)
+        check_vocabulary(tokens, 49)

@@ -12,8 +12,8 @@ PROGRAM = """
 import hashlib, resource, sys
 from dataclasses import dataclass
 from llm_trainer.config import DataConfig
-from llm_trainer.data.sources.base import Piece
-from llm_trainer.data.pipeline.pipeline import prepare
+from llm_trainer.data.sources.base import TextChunk
+from llm_trainer.data.pipeline.pipeline import prepare_dataset
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
@@ -23,33 +23,40 @@ class Repeated:
 
     @property
     def name(self):
-        return f"unit {self.number}"
+        return f"partition {self.number}"
 
     def content_hash(self):
         return hashlib.sha256(str(self.number).encode()).hexdigest()
 
-    def pieces(self):
+    def read_chunks(self):
         for line in range(2048):
-            yield Piece(f"{self.number} {line} " + "so many words and no more " * 80)
+            yield TextChunk(f"{self.number} {line} " + "so many words and no more " * 80)
 
 class Source:
     name = "repeated"
 
-    def __init__(self, units):
-        self._units = [Repeated(number) for number in range(units)]
+    def __init__(self, partitions):
+        self._partitions = [Repeated(number) for number in range(partitions)]
 
-    def units(self):
-        return self._units
+    def partitions(self):
+        return self._partitions
 
-prepare(DataConfig(deduplicate="exact"), sys.argv[1], source=Source(int(sys.argv[3])), tokenizer=Tokenizer.load(sys.argv[2]))
+prepare_dataset(DataConfig(deduplicate="exact"), sys.argv[1], source=Source(int(sys.argv[3])), tokenizer=Tokenizer.load(sys.argv[2]))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
 @pytest.mark.slow
 def test_ten_times_the_text_takes_no_more_memory(tmp_path: Path, tiny_data: Path) -> None:
-    def peak(units: int) -> int:
-        command = [sys.executable, "-c", PROGRAM, str(tmp_path / str(units)), str(tiny_data), str(units)]
+    def peak(partitions: int) -> int:
+        command = [
+            sys.executable,
+            "-c",
+            PROGRAM,
+            str(tmp_path / str(partitions)),
+            str(tiny_data),
+            str(partitions),
+        ]
         return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
     assert peak(30) < 1.1 * peak(3)

@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 
 from llm_trainer.config import DataConfig
+from llm_trainer.data.hashing import hash_fractions
 from llm_trainer.data.pipeline import stage_cache as stages
-from llm_trainer.data.pipeline.document_index import TABLE_FILE
-from llm_trainer.data.pipeline.pipeline import prepare
-from llm_trainer.data.pipeline.splits import places
-from llm_trainer.data.pipeline.summary import PreparedSummary
-from llm_trainer.data.prepared_dataset import open_prepared
-from llm_trainer.data.sources.base import Piece, Reading, Unit
+from llm_trainer.data.pipeline.document_index import INDEX_FILE
+from llm_trainer.data.pipeline.pipeline import prepare_dataset
+from llm_trainer.data.pipeline.summary import PreparationSummary
+from llm_trainer.data.prepared_dataset import open_prepared_dataset
+from llm_trainer.data.sources.base import Partition, SourceItem, TextChunk
 from llm_trainer.data.sources.file_source import FileSource
 from llm_trainer.data.token_shards import TokenDataset
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
@@ -52,17 +52,17 @@ def texts(tmp_path: Path) -> Path:
 
 def source_of(texts: Path) -> FileSource:
     """Each file a unit."""
-    return FileSource(texts, one_document_a_line=True, unit_bytes=2000 * LINES_A_FILE // 10)
+    return FileSource(texts, one_document_per_line=True, partition_bytes=2000 * LINES_A_FILE // 10)
 
 
-def prepared(texts: Path, output: Path, **options: object) -> PreparedSummary:
-    return prepare(
+def prepared(texts: Path, output: Path, **options: object) -> PreparationSummary:
+    return prepare_dataset(
         DataConfig(**{"vocab_size": 300, "val_ratio": 0.2, **options}), output, source=source_of(texts)
     )  # type: ignore[arg-type]
 
 
 def texts_of(folder: Path, split: str) -> set[str]:
-    data = open_prepared(folder)
+    data = open_prepared_dataset(folder)
     tokens: TokenDataset | None = getattr(data, split)
     assert tokens is not None
     assert data.tokenizer is not None
@@ -76,7 +76,7 @@ def test_a_change_redoes_what_depends_on_it_and_nothing_else(
     def made(**options: object) -> dict[str, int]:
         summary = prepared(texts, tmp_path / "out", **options)
         assert not summary.from_cache
-        return {stage: count for stage, count in summary.made.items() if count}
+        return {stage: count for stage, count in summary.num_computed.items() if count}
 
     def tokenizer_in(folder: Path) -> str:
         tiny_tokenizer.save(folder)
@@ -146,7 +146,7 @@ def test_near_duplicates_are_dropped_and_never_straddle_splits(texts: Path, tmp_
     assert {
         sentence(number) for number in range(LINES_A_FILE)
     } <= kept  # the first of each group is the one that is kept
-    assert any("leak check: 0" in line for line in summary.lines())
+    assert any("leakage check: 0" in line for line in summary.lines())
 
 
 def test_leaks_between_splits_that_the_source_gives_are_counted(tmp_path: Path) -> None:
@@ -160,19 +160,19 @@ def test_leaks_between_splits_that_the_source_gives_are_counted(tmp_path: Path) 
         def content_hash(self) -> str:
             return f"{self.split} {self.texts}"
 
-        def pieces(self) -> Iterator[Reading]:
-            return (Piece(text, True, self.split) for text in self.texts)
+        def read_chunks(self) -> Iterator[SourceItem]:
+            return (TextChunk(text, True, self.split) for text in self.texts)
 
     @dataclass(frozen=True)
     class GivenSource:
         parts: tuple[Given, ...]
         name: str = "given"
 
-        def units(self) -> list[Unit]:
+        def partitions(self) -> list[Partition]:
             return [*self.parts]
 
-        def pieces(self) -> Iterator[Reading]:
-            return (piece for part in self.parts for piece in part.pieces())
+        def read_chunks(self) -> Iterator[SourceItem]:
+            return (piece for part in self.parts for piece in part.read_chunks())
 
         def content_hash(self) -> str:
             return str(self.parts)
@@ -182,13 +182,13 @@ def test_leaks_between_splits_that_the_source_gives_are_counted(tmp_path: Path) 
 
     train = tuple(sentence(number) for number in range(30))
     source = GivenSource((Given("a", "train", train), Given("b", "validation", (*train[:3], sentence(99)))))
-    summary = prepare(DataConfig(vocab_size=300), tmp_path / "out", source=source)
+    summary = prepare_dataset(DataConfig(vocab_size=300), tmp_path / "out", source=source)
     assert summary.metadata.leaks == 3
     assert summary.metadata.split_method == "as the source says"
     assert set(summary.metadata.splits) == {"train", "validation"}
     assert texts_of(tmp_path / "out", "validation") == {*train[:3], sentence(99)}
     assert (
-        prepare(
+        prepare_dataset(
             DataConfig(vocab_size=300, deduplicate="exact"), tmp_path / "out", source=source
         ).metadata.leaks
         == 0
@@ -197,12 +197,12 @@ def test_leaks_between_splits_that_the_source_gives_are_counted(tmp_path: Path) 
 
 def test_shares_come_out_and_seeds_differ() -> None:
     hashes = np.random.default_rng(0).integers(0, 2**63, (100_000, 2)).astype(np.uint64)
-    drawn = places(hashes, "one")
+    drawn = hash_fractions(hashes, "one")
     assert np.histogram(drawn, 10, (0, 1))[0] == pytest.approx(10_000, rel=0.05)
-    assert abs(np.corrcoef(drawn, places(hashes, "two"))[0, 1]) < 0.02
+    assert abs(np.corrcoef(drawn, hash_fractions(hashes, "two"))[0, 1]) < 0.02
     few = np.zeros((1000, 2), dtype=np.uint64)
     few[:, 1] = np.arange(1000)  # hashes that are alike are drawn apart all the same
-    assert places(few, "one").std() > 0.25
+    assert hash_fractions(few, "one").std() > 0.25
 
 
 def test_all_that_is_rejected_is_kept_when_asked(texts: Path, tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_all_that_is_rejected_is_kept_when_asked(texts: Path, tmp_path: Path) ->
 
 
 def test_stages_can_be_removed(texts: Path, tmp_path: Path) -> None:
-    prepared(texts, tmp_path / "out", keep_stages=False)
+    prepared(texts, tmp_path / "out", cache_stages=False)
     assert not (tmp_path / "out" / ".stages").exists()
     assert prepared(texts, tmp_path / "out").from_cache
 
@@ -236,7 +236,7 @@ def test_results_that_no_run_needs_any_more_are_removed(texts: Path, tmp_path: P
 
 def test_a_damaged_result_is_named(texts: Path, tmp_path: Path) -> None:
     prepared(texts, tmp_path / "out")
-    table = sorted((tmp_path / "out" / ".stages" / "read").glob(f"*/{TABLE_FILE}"))[0]
+    table = sorted((tmp_path / "out" / ".stages" / "read").glob(f"*/{INDEX_FILE}"))[0]
     table.write_bytes(table.read_bytes()[:50])
     with pytest.raises(DataError, match=rf"{table.parent.name}.*damaged.*remove that folder"):
         prepared(texts, tmp_path / "out", min_length=3)

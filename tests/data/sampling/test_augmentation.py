@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from llm_trainer.config import DataConfig
-from llm_trainer.data.sampling.augmentation import Augmentation, AugmentedSampler, augmented
+from llm_trainer.data.sampling.augmentation import Augmentation, AugmentedSampler, with_augmentation
+from llm_trainer.data.sampling.batch import IGNORE_INDEX, Batch
 from llm_trainer.data.sampling.packing import STRATEGIES, Packing, Strategy
-from llm_trainer.data.sampling.samplers import IGNORED, Batch, open_sampler
+from llm_trainer.data.sampling.samplers import build_sampler
 from llm_trainer.data.token_shards import TokenDataset
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
 from llm_trainer.errors import UsageError
@@ -25,7 +26,7 @@ def stream(
 
     folder = tmp_path_factory.mktemp("noise")
     facts = {"vocab_size": tiny_tokenizer.vocab_size, "tokenizer_hash": tiny_tokenizer.hash}
-    with ShardWriter(folder, "train", end_id=tiny_tokenizer.eos_id, **facts) as writer:
+    with ShardWriter(folder, "train", eos_id=tiny_tokenizer.eos_id, **facts) as writer:
         for text in tiny_texts:
             writer.add(tiny_tokenizer.encode(text[:300]))
             writer.end_document()
@@ -34,12 +35,12 @@ def stream(
 
 def text_of(batch: Batch, row: int, tokenizer: Tokenizer) -> str:
     """What the row's labels say."""
-    return tokenizer.decode([label for label in batch.labels[row].tolist() if label != IGNORED])
+    return tokenizer.decode([label for label in batch.labels[row].tolist() if label != IGNORE_INDEX])
 
 
 def test_nothing_asked_is_nothing_done(stream: TokenDataset, tiny_tokenizer: Tokenizer) -> None:
-    sampler = open_sampler(stream, CONTEXT, 0)
-    assert augmented(sampler, Augmentation.of(DataConfig()), tiny_tokenizer, 0) is sampler
+    sampler = build_sampler(stream, CONTEXT, 0)
+    assert with_augmentation(sampler, Augmentation.from_config(DataConfig()), tiny_tokenizer, 0) is sampler
     idle = AugmentedSampler(sampler, Augmentation(), tiny_tokenizer, 0)
     for name in ("input_ids", "labels", "document_ids"):
         assert torch.equal(getattr(idle.batch(3, 20), name), getattr(sampler.batch(3, 20), name))
@@ -53,7 +54,7 @@ def test_the_noise_is_a_function_of_the_seed_and_the_sample(
 
     def noised(seed: int) -> AugmentedSampler:
         return AugmentedSampler(
-            open_sampler(stream, CONTEXT, 0, Packing(strategy)), noise, tiny_tokenizer, seed
+            build_sampler(stream, CONTEXT, 0, Packing(strategy)), noise, tiny_tokenizer, seed
         )
 
     whole, fresh = noised(1).batch(0, 30), noised(1)
@@ -71,7 +72,7 @@ def test_the_noise_is_a_function_of_the_seed_and_the_sample(
 def test_case_and_whitespace_change_no_word(
     stream: TokenDataset, tiny_tokenizer: Tokenizer, strategy: Strategy
 ) -> None:
-    plain = open_sampler(stream, CONTEXT, 0, Packing(strategy))
+    plain = build_sampler(stream, CONTEXT, 0, Packing(strategy))
     noisy = AugmentedSampler(plain, Augmentation(case=0.5, whitespace=0.5), tiny_tokenizer, 0)
     before, after = plain.batch(0, 40), noisy.batch(0, 40)
     changed = 0
@@ -86,12 +87,12 @@ def test_case_and_whitespace_change_no_word(
 def test_inputs_and_labels_stay_one_text(stream: TokenDataset, tiny_tokenizer: Tokenizer) -> None:
     noise = Augmentation(span_drop=0.2, span_length=3, case=0.3, whitespace=0.3)
     batch = AugmentedSampler(
-        open_sampler(stream, CONTEXT, 0, Packing("first_fit")), noise, tiny_tokenizer, 0
+        build_sampler(stream, CONTEXT, 0, Packing("first_fit")), noise, tiny_tokenizer, 0
     ).batch(0, 40)
     assert batch.document_ids is not None
-    same = (batch.document_ids[:, 1:] == batch.document_ids[:, :-1]) & (batch.labels[:, :-1] != IGNORED)
+    same = (batch.document_ids[:, 1:] == batch.document_ids[:, :-1]) & (batch.labels[:, :-1] != IGNORE_INDEX)
     assert torch.equal(batch.labels[:, :-1][same], batch.input_ids[:, 1:][same])
-    assert batch.num_supervised == int((batch.labels != IGNORED).sum())
+    assert batch.num_supervised == int((batch.labels != IGNORE_INDEX).sum())
     opened = batch.input_ids[:, 0] == tiny_tokenizer.eos_id
     assert opened.sum() > 10  # what opens a document is never dropped
 
@@ -99,11 +100,11 @@ def test_inputs_and_labels_stay_one_text(stream: TokenDataset, tiny_tokenizer: T
 def test_spans_are_left_out_in_the_share_that_was_asked_and_not_predicted_across() -> None:
     ids = TokenDataset.from_ids(np.arange(1, 20_000) % 250, vocab_size=256)
     tokenizer = Tokenizer.from_alphabet([chr(0x4E00 + n) for n in range(256)])
-    plain = open_sampler(ids, 100, 0)
+    plain = build_sampler(ids, 100, 0)
     noisy = AugmentedSampler(plain, Augmentation(span_drop=0.3, span_length=5), tokenizer, 0).batch(0, 150)
-    kept = sum(int((row != IGNORED).nonzero().max()) + 1 for row in noisy.labels)
+    kept = sum(int((row != IGNORE_INDEX).nonzero().max()) + 1 for row in noisy.labels)
     assert kept / (150 * 100) == pytest.approx(0.7, abs=0.02)
-    supervised = noisy.labels != IGNORED
+    supervised = noisy.labels != IGNORE_INDEX
     assert bool(
         ((noisy.labels - noisy.input_ids) % 250 == 1)[supervised].all()
     )  # what is learned always follows from what is seen
@@ -117,7 +118,7 @@ def test_characters_that_the_table_lacks_are_left_alone() -> None:
     tokenizer = Tokenizer.from_characters(["abc "])
     ids = TokenDataset.from_ids(tokenizer.encode("abc " * 100), vocab_size=tokenizer.vocab_size)
     noisy = AugmentedSampler(
-        open_sampler(ids, 16, 0), Augmentation(case=1.0, whitespace=1.0), tokenizer, 0
+        build_sampler(ids, 16, 0), Augmentation(case=1.0, whitespace=1.0), tokenizer, 0
     ).batch(0, 10)
     texts = [text_of(noisy, row, tokenizer) for row in range(10)]
     assert all(set(text) <= set("abc ") for text in texts)
@@ -126,4 +127,4 @@ def test_characters_that_the_table_lacks_are_left_alone() -> None:
 
 def test_noise_without_a_tokenizer_is_refused(stream: TokenDataset) -> None:
     with pytest.raises(UsageError, match="no tokenizer"):
-        augmented(open_sampler(stream, CONTEXT, 0), Augmentation(case=0.1), None, 0)
+        with_augmentation(build_sampler(stream, CONTEXT, 0), Augmentation(case=0.1), None, 0)

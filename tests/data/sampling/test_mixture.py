@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_trainer.config.schema.mixture import MixtureStage
-from llm_trainer.data.sampling.mixture import PERIOD, MixtureSampler, TokenMixture
+from llm_trainer.data.sampling.batch import IGNORE_INDEX, Sampler
+from llm_trainer.data.sampling.mixture import PERIOD, MixtureDataset, MixtureSampler
 from llm_trainer.data.sampling.packing import Packing
-from llm_trainer.data.sampling.samplers import IGNORED, Sampler, open_sampler
+from llm_trainer.data.sampling.samplers import build_sampler
 from llm_trainer.data.token_shards import ShardWriter, TokenDataset
 from llm_trainer.errors import DataError, UsageError
 
@@ -35,8 +36,8 @@ def corpora(number: int = 3) -> dict[str, TokenDataset]:
 def mixed(
     *stages: MixtureStage, seed: int = 0, sequences_per_step: int = 1, number: int = 3
 ) -> MixtureSampler:
-    sampler = open_sampler(
-        TokenMixture(corpora(number), stages), 8, seed, sequences_per_step=sequences_per_step
+    sampler = build_sampler(
+        MixtureDataset(corpora(number), stages), 8, seed, sequences_per_step=sequences_per_step
     )
     assert isinstance(sampler, MixtureSampler)
     return sampler
@@ -119,7 +120,7 @@ def test_any_number_of_ranks_and_any_start_read_the_same_samples() -> None:
             assert torch.equal(part.input_ids, whole.input_ids[first : first + share])
             assert whole.sources is not None
             assert part.sources is not None
-            assert part.sources.of_rows() == whole.sources.of_rows()[first : first + share]
+            assert part.sources.row_names() == whole.sources.row_names()[first : first + share]
 
 
 def test_a_sample_far_away_costs_no_more_than_a_near_one_and_agrees_with_counting() -> None:
@@ -137,14 +138,14 @@ def test_rows_are_those_of_the_corpora_and_say_where_they_are_from() -> None:
     batch = sampler.batch(10, 50)
     assert batch.sources is not None
     members = corpora()
-    alone: dict[str, Sampler] = {name: open_sampler(tokens, 8, 4) for name, tokens in members.items()}
+    alone: dict[str, Sampler] = {name: build_sampler(tokens, 8, 4) for name, tokens in members.items()}
     sources, places = sampler.locate(np.arange(10, 60))
     for row, (source, place) in enumerate(zip(sources.tolist(), places.tolist(), strict=True)):
         name = f"c{source}"
-        assert batch.sources.of_rows()[row] == name
+        assert batch.sources.row_names()[row] == name
         assert torch.equal(batch.input_ids[row], alone[name].batch(place, 1).input_ids[0])
         assert set((batch.input_ids[row] // 1000).tolist()) == {source}
-    assert batch.num_supervised == int((batch.labels != IGNORED).sum())
+    assert batch.num_supervised == int((batch.labels != IGNORE_INDEX).sum())
 
 
 def test_seeds_and_periods_give_other_orders() -> None:
@@ -160,44 +161,44 @@ def test_weights_are_shares_of_the_tokens_also_where_rows_are_padded(tmp_path: P
     parts = {}
     for name, length in (("short", 3), ("long", 200)):
         with ShardWriter(
-            tmp_path / name, "train", vocab_size=VOCABULARY, tokenizer_hash="0" * 64, end_id=0
+            tmp_path / name, "train", vocab_size=VOCABULARY, tokenizer_hash="0" * 64, eos_id=0
         ) as writer:
             for _ in range(6000 // length):
                 writer.add([1 if name == "short" else 2] * (length - 1))
                 writer.end_document()
         parts[name] = TokenDataset.open(tmp_path / name, "train")
     stage = MixtureStage(weights={"short": 1, "long": 1})
-    sampler = open_sampler(TokenMixture(parts, [stage]), 40, 0, Packing("none"))
+    sampler = build_sampler(MixtureDataset(parts, [stage]), 40, 0, Packing("none"))
     batch = sampler.batch(0, 2 * sampler.samples_per_epoch)
     assert batch.sources is not None
     tokens = {name: 0 for name in parts}
     for name, count in zip(
-        batch.sources.of_rows(), (batch.labels != IGNORED).sum(dim=1).tolist(), strict=True
+        batch.sources.row_names(), (batch.labels != IGNORE_INDEX).sum(dim=1).tolist(), strict=True
     ):
         tokens[name] += count
     assert tokens["short"] / sum(tokens.values()) == pytest.approx(0.5, abs=0.01)
-    assert batch.sources.of_rows().count("short") > 10 * batch.sources.of_rows().count("long")
+    assert batch.sources.row_names().count("short") > 10 * batch.sources.row_names().count("long")
 
 
 def test_corpora_with_and_without_documents_to_mask_go_into_one_batch(tmp_path: Path) -> None:
     with ShardWriter(
-        tmp_path, "train", vocab_size=VOCABULARY, tokenizer_hash="0" * 64, end_id=None
+        tmp_path, "train", vocab_size=VOCABULARY, tokenizer_hash="0" * 64, eos_id=None
     ) as writer:
         for _ in range(50):
             writer.add(range(1, 6))
             writer.end_document()
-    tokens = TokenMixture(
+    tokens = MixtureDataset(
         {"many": TokenDataset.open(tmp_path, "train"), "one": stream(1000)},
         [MixtureStage(weights={"many": 1, "one": 1})],
     )
-    batch = open_sampler(tokens, 8, 0).batch(0, 20)
+    batch = build_sampler(tokens, 8, 0).batch(0, 20)
     assert batch.document_ids is not None
     assert batch.sources is not None
-    sampler = open_sampler(tokens, 8, 0)
+    sampler = build_sampler(tokens, 8, 0)
     assert all(
         sampler.batch(number, 1).document_ids is not None for number in range(8)
     )  # one form for every batch
-    for row, name in enumerate(batch.sources.of_rows()):
+    for row, name in enumerate(batch.sources.row_names()):
         assert (int(batch.document_ids[row].max()) > 0) == (name == "many")
 
 
@@ -216,7 +217,7 @@ def test_corpora_with_and_without_documents_to_mask_go_into_one_batch(tmp_path: 
 )
 def test_stages_that_do_not_fit_are_refused(stages: list[MixtureStage], complaint: str) -> None:
     with pytest.raises(UsageError, match=complaint):
-        TokenMixture(corpora(), stages)
+        MixtureDataset(corpora(), stages)
 
 
 def test_stages_that_do_not_follow_each_other_are_refused_with_their_places() -> None:
@@ -241,18 +242,18 @@ def test_weights_that_weigh_nothing_are_refused(said: dict[str, float], complain
 def test_corpora_of_different_tokenizers_are_refused() -> None:
     other = TokenDataset.from_ids(range(100), vocab_size=VOCABULARY, tokenizer_hash="1" * 64)
     with pytest.raises(DataError, match="different tokenizers"):
-        TokenMixture({"a": stream(0), "b": other}, [MixtureStage(weights={"a": 1, "b": 1})])
+        MixtureDataset({"a": stream(0), "b": other}, [MixtureStage(weights={"a": 1, "b": 1})])
 
 
 def test_as_a_stream_a_mixture_is_its_corpora_end_to_end() -> None:
     members = corpora()
-    tokens = TokenMixture(members, [weights(1, 1, 1)])
+    tokens = MixtureDataset(members, [weights(1, 1, 1)])
     assert len(tokens) == sum(map(len, members.values()))
     assert tokens.read(0, len(tokens)).tolist() == [
         i for member in members.values() for i in member.read(0, len(member)).tolist()
     ]
     assert tokens.largest_id == max(member.largest_id for member in members.values())
-    swapped = TokenMixture(dict(reversed(members.items())), [weights(1, 1, 1)])
+    swapped = MixtureDataset(dict(reversed(members.items())), [weights(1, 1, 1)])
     assert tokens.fingerprint != swapped.fingerprint
 
 

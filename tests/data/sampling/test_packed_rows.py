@@ -15,18 +15,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llm_trainer.config import DataConfig, ModelConfig
-from llm_trainer.data.pipeline.pipeline import prepare
-from llm_trainer.data.prepared_dataset import open_prepared
-from llm_trainer.data.sampling import packed_rows as rows_module
-from llm_trainer.data.sampling.packed_rows import INDEX_FOLDER, PackedRows, RowSampler
+from llm_trainer.data.pipeline.pipeline import prepare_dataset
+from llm_trainer.data.prepared_dataset import open_prepared_dataset
+from llm_trainer.data.sampling import packed_rows
+from llm_trainer.data.sampling.batch import IGNORE_INDEX, Batch
+from llm_trainer.data.sampling.packed_rows import INDEX_FOLDER, PackedRows, PackedRowSampler
 from llm_trainer.data.sampling.packing import STRATEGIES, Packing, Strategy, measure_packing
-from llm_trainer.data.sampling.samplers import (
-    IGNORED,
-    Batch,
-    open_sampler,
-    validation_batches,
-    validation_row_count,
-)
+from llm_trainer.data.sampling.samplers import build_sampler, validation_batches, validation_row_count
 from llm_trainer.data.token_shards import ShardWriter, TokenDataset
 from llm_trainer.errors import DataError, UsageError
 from llm_trainer.model.transformer import Transformer
@@ -42,7 +37,7 @@ def documents(
     """Documents of distinct ids from 1 on; 0 ends them."""
     next_id = 1
     with ShardWriter(
-        folder, "train", vocab_size=VOCABULARY, tokenizer_hash="0" * 64, end_id=end, shard_tokens=shard_tokens
+        folder, "train", vocab_size=VOCABULARY, tokenizer_hash="0" * 64, eos_id=end, shard_tokens=shard_tokens
     ) as writer:
         for length in lengths:
             writer.add(range(next_id, next_id + length))
@@ -53,7 +48,7 @@ def documents(
 
 def supervised(batch: Batch) -> list[tuple[int, int]]:
     """(input, label) wherever there is a label."""
-    chosen = batch.labels != IGNORED
+    chosen = batch.labels != IGNORE_INDEX
     return list(zip(batch.input_ids[chosen].tolist(), batch.labels[chosen].tolist(), strict=True))
 
 
@@ -68,8 +63,8 @@ def test_a_row_opens_each_document_with_the_end_and_supervises_no_padding(tmp_pa
     ]
     assert batch.labels.tolist() == [
         [6, 7, 8, 9, 10, 11, 12, 13],
-        [1, 2, 0, 3, 4, 5, 0, IGNORED],
-        [14, 15, 16, 17, 0, IGNORED, IGNORED, IGNORED],
+        [1, 2, 0, 3, 4, 5, 0, IGNORE_INDEX],
+        [14, 15, 16, 17, 0, IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX],
     ]
     assert batch.document_ids is not None
     assert batch.document_ids.tolist() == [[0] * 8, [0, 0, 0, 1, 1, 1, 1, 2], [0] * 5 + [1] * 3]
@@ -84,10 +79,10 @@ def test_without_packing_each_document_has_rows_of_its_own_and_overlaps_are_lear
     assert batch.document_ids is None  # causal attention sees no padding behind it
     assert batch.input_ids.tolist() == [[1, 0, 0, 0], [3, 4, 5, 6], [6, 7, 8, 9], [9, 10, 0, 0]]
     assert batch.labels.tolist() == [
-        [2, *[IGNORED] * 3],
+        [2, *[IGNORE_INDEX] * 3],
         [4, 5, 6, 7],
-        [IGNORED, 8, 9, 10],
-        [IGNORED, 11, IGNORED, IGNORED],
+        [IGNORE_INDEX, 8, 9, 10],
+        [IGNORE_INDEX, 11, IGNORE_INDEX, IGNORE_INDEX],
     ]
 
 
@@ -95,7 +90,7 @@ def test_without_packing_each_document_has_rows_of_its_own_and_overlaps_are_lear
 @given(
     lengths=st.lists(st.integers(1, 30), min_size=2, max_size=20),
     context=st.integers(2, 12),
-    has_end=st.booleans(),
+    has_eos=st.booleans(),
     strategy=st.sampled_from(STRATEGIES),
     data=st.data(),
 )
@@ -103,7 +98,7 @@ def test_validation_shows_every_token_once_under_each_strategy(
     tmp_path_factory: pytest.TempPathFactory,
     lengths: list[int],
     context: int,
-    has_end: bool,
+    has_eos: bool,
     strategy: Strategy,
     data: st.DataObject,
 ) -> None:
@@ -111,16 +106,16 @@ def test_validation_shows_every_token_once_under_each_strategy(
     tokens = documents(
         tmp_path_factory.mktemp("d"),
         lengths,
-        end=0 if has_end else None,
+        end=0 if has_eos else None,
         shard_tokens=data.draw(st.sampled_from([1, 10**6])),
     )
     batches = list(validation_batches(tokens, context, data.draw(st.integers(1, 5)), packing=packing))
     pairs = [pair for batch in batches for pair in supervised(batch)]
     ids = tokens.read(0, len(tokens)).tolist()
-    starts = set(np.cumsum([0, *(length + has_end for length in lengths)]).tolist())
-    unseen = ({0} if has_end else starts) if strategy == "greedy" else (set() if has_end else starts)
+    starts = set(np.cumsum([0, *(length + has_eos for length in lengths)]).tolist())
+    unseen = ({0} if has_eos else starts) if strategy == "greedy" else (set() if has_eos else starts)
     before = {
-        place: ids[place - 1] if place and (not has_end or place not in starts) else 0
+        place: ids[place - 1] if place and (not has_eos or place not in starts) else 0
         for place in range(len(ids))
     }
     wanted = [(before[place], ids[place]) for place in range(len(ids)) if place not in unseen]
@@ -138,7 +133,7 @@ def test_samples_are_the_same_however_they_are_asked_for(
 ) -> None:
     tokens = documents(tmp_path, [7, 30, 2, 50, 11, 5, 64] * 6, end=0)
     packing = Packing(strategy, stride)
-    sampler, fresh = open_sampler(tokens, 16, 5, packing), open_sampler(tokens, 16, 5, packing)
+    sampler, fresh = build_sampler(tokens, 16, 5, packing), build_sampler(tokens, 16, 5, packing)
     count = 2 * sampler.samples_per_epoch + 3
     whole = sampler.batch(0, count)
     for first, size in (
@@ -149,7 +144,7 @@ def test_samples_are_the_same_however_they_are_asked_for(
         part = fresh.batch(first, size)
         assert torch.equal(part.input_ids, whole.input_ids[first : first + size])
         assert torch.equal(part.labels, whole.labels[first : first + size])
-    other = open_sampler(tokens, 16, 6, packing).batch(0, 8)
+    other = build_sampler(tokens, 16, 6, packing).batch(0, 8)
     assert not torch.equal(other.input_ids, whole.input_ids[:8])
 
 
@@ -158,7 +153,7 @@ def test_an_epoch_shows_every_row_once_and_the_next_one_in_another_order(
     tmp_path: Path, strategy: Strategy
 ) -> None:
     tokens = documents(tmp_path, [7, 30, 2, 50, 11, 5, 64] * 4, end=0)
-    sampler = RowSampler(tokens, 16, 3, Packing(strategy))
+    sampler = PackedRowSampler(tokens, 16, 3, Packing(strategy))
     size = sampler.samples_per_epoch
     epochs = [sampler.batch(epoch * size, size) for epoch in range(2)]
     assert sorted(supervised(epochs[0])) == sorted(supervised(epochs[1]))
@@ -169,7 +164,7 @@ def test_an_epoch_shows_every_row_once_and_the_next_one_in_another_order(
 
 def test_a_pass_with_a_stride_learns_each_token_once(tmp_path: Path) -> None:
     tokens = documents(tmp_path, [5] * 60, end=0)
-    sampler = open_sampler(tokens, 16, 1, Packing("greedy", stride=6))
+    sampler = build_sampler(tokens, 16, 1, Packing("greedy", stride=6))
     labels = [label for _, label in supervised(sampler.batch(0, sampler.samples_per_epoch)) if label]
     assert len(labels) == len(set(labels)) > 0.9 * 300
 
@@ -181,17 +176,17 @@ def test_a_large_table_is_mapped_and_found_again_and_gives_the_same_rows(
     folder = tmp_path / "dataset"
     tokens = documents(folder, lengths, end=0)
     packing = Packing("first_fit", 3)
-    small = RowSampler(tokens, 16, 1, packing).batch(0, 50)
-    monkeypatch.setattr(rows_module, "IN_MEMORY_PIECES", 10)
-    monkeypatch.setattr(rows_module, "_BUFFERED", 7)
-    large = RowSampler(TokenDataset.open(folder, "train"), 16, 1, packing).batch(0, 50)
+    small = PackedRowSampler(tokens, 16, 1, packing).batch(0, 50)
+    monkeypatch.setattr(packed_rows, "MAX_IN_MEMORY_SEGMENTS", 10)
+    monkeypatch.setattr(packed_rows, "_BUFFERED_SEGMENTS", 7)
+    large = PackedRowSampler(TokenDataset.open(folder, "train"), 16, 1, packing).batch(0, 50)
     assert torch.equal(small.labels, large.labels)
     (made,) = (folder / INDEX_FOLDER).iterdir()
     written = (made / "pieces").stat().st_mtime_ns
-    RowSampler(TokenDataset.open(folder, "train"), 16, 2, packing)
+    PackedRowSampler(TokenDataset.open(folder, "train"), 16, 2, packing)
     assert [(made / "pieces").stat().st_mtime_ns] == [written]
     (made / "ends").write_bytes(b"")  # torn: made anew
-    again = RowSampler(TokenDataset.open(folder, "train"), 16, 1, packing).batch(0, 50)
+    again = PackedRowSampler(TokenDataset.open(folder, "train"), 16, 1, packing).batch(0, 50)
     assert torch.equal(small.input_ids, again.input_ids)
     assert (made / "ends").stat().st_size > 0
     assert list((folder / INDEX_FOLDER).iterdir()) == [made]
@@ -200,14 +195,14 @@ def test_a_large_table_is_mapped_and_found_again_and_gives_the_same_rows(
 def test_making_a_large_table_takes_no_more_memory_for_more_documents(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rows_module, "IN_MEMORY_PIECES", 10)
-    monkeypatch.setattr(rows_module, "_BUFFERED", 2**12)
+    monkeypatch.setattr(packed_rows, "MAX_IN_MEMORY_SEGMENTS", 10)
+    monkeypatch.setattr(packed_rows, "_BUFFERED_SEGMENTS", 2**12)
     peaks = []
     for count in (40_000, 120_000):
         lengths = np.random.default_rng(0).integers(2, 60, count)
         ids = np.broadcast_to(np.uint16(5), (int(lengths.sum()),))
         starts = (np.cumsum(lengths) - lengths).astype(np.uint64)
-        facts = {"vocab_size": 10, "tokenizer_hash": "0" * 64, "end_id": 0, "largest_id": 5}
+        facts = {"vocab_size": 10, "tokenizer_hash": "0" * 64, "eos_id": 0, "largest_id": 5}
         tokens = TokenDataset([ids], [starts], source=str(tmp_path), fingerprint=str(count), **facts)
         tracemalloc.start()
         PackedRows(tokens, 64, Packing("first_fit"))
@@ -221,7 +216,7 @@ def test_a_table_beside_shards_that_cannot_be_written_is_kept_elsewhere(
 ) -> None:
     tokens = documents(tmp_path, [9] * 40, end=0)
     (tmp_path / INDEX_FOLDER).write_text("in the way", encoding="utf-8")
-    monkeypatch.setattr(rows_module, "IN_MEMORY_PIECES", 10)
+    monkeypatch.setattr(packed_rows, "MAX_IN_MEMORY_SEGMENTS", 10)
     rows = PackedRows(tokens, 10, Packing("first_fit"))
     assert len(supervised(rows.rows(np.arange(rows.count)))) == len(tokens)
 
@@ -229,9 +224,9 @@ def test_a_table_beside_shards_that_cannot_be_written_is_kept_elsewhere(
 def test_nothing_to_predict_and_a_stride_too_long_are_refused(tmp_path: Path) -> None:
     tokens = documents(tmp_path, [1, 1, 1], end=None)
     with pytest.raises(DataError, match="nothing to predict"):
-        open_sampler(tokens, 4, 0, Packing("none"))
-    with pytest.raises(UsageError, match="stride=4 must be below"):
-        open_sampler(tokens, 4, 0, Packing("first_fit", 4))
+        build_sampler(tokens, 4, 0, Packing("none"))
+    with pytest.raises(UsageError, match="stride=4 must be smaller"):
+        build_sampler(tokens, 4, 0, Packing("first_fit", 4))
 
 
 def test_the_waste_that_is_told_is_that_of_the_rows(tmp_path: Path) -> None:
@@ -252,7 +247,7 @@ def network(positions: str = "learned", **settings: object) -> Transformer:
         num_layers=2,
         num_heads=4,
         max_position_embeddings=32,
-        positions=positions,
+        position_embedding=positions,
         dropout=0.0,
         **settings,
     )
@@ -290,9 +285,9 @@ def test_packed_logits_are_those_of_each_document_alone(
     assert compared > 7
 
 
-@pytest.mark.parametrize("has_end", [True, False])
-def test_the_loss_over_packed_rows_is_the_loss_over_rows_of_their_own(tmp_path: Path, has_end: bool) -> None:
-    tokens = documents(tmp_path, [5, 31, 9, 3, 14, 28, 7], end=0 if has_end else None)
+@pytest.mark.parametrize("has_eos", [True, False])
+def test_the_loss_over_packed_rows_is_the_loss_over_rows_of_their_own(tmp_path: Path, has_eos: bool) -> None:
+    tokens = documents(tmp_path, [5, 31, 9, 3, 14, 28, 7], end=0 if has_eos else None)
     model = network()
     packed = validate(model, tokens, 32, 2, packing=Packing("first_fit"))
     padded = validate(model, tokens, 32, 3, packing=Packing("none"))
@@ -338,6 +333,6 @@ def test_a_prepared_folder_remembers_how_it_is_packed(tmp_path: Path, tiny_text:
     config = DataConfig(
         input=str(text), tokenizer_type="char", packing_strategy="first_fit", stride=4, max_length=32
     )
-    summary = prepare(config, tmp_path / "out")
-    assert open_prepared(tmp_path / "out").packing == Packing("first_fit", 4)
+    summary = prepare_dataset(config, tmp_path / "out")
+    assert open_prepared_dataset(tmp_path / "out").packing == Packing("first_fit", 4)
     assert any("first_fit" in line and "padding" in line for line in summary.lines())

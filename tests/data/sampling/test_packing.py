@@ -12,17 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_trainer.config import DataConfig, RunConfig, UsageError
-from llm_trainer.config.parse.not_implemented import owed_settings
-from llm_trainer.data.sampling import packing as packing_module
+from llm_trainer.config.parse.validation import not_implemented_settings
+from llm_trainer.data.sampling import packing
 from llm_trainer.data.sampling.packing import (
-    OPEN_ROWS,
+    MAX_OPEN_ROWS,
     STRATEGIES,
     Packing,
-    cut_documents,
+    format_packing_stats,
     measure_packing,
-    pack,
-    packing_lines,
+    pack_segments,
     packing_waste,
+    split_documents,
 )
 
 LENGTHS = st.lists(st.integers(1, 60), max_size=80)
@@ -39,14 +39,16 @@ def blocks(lengths: list[int], size: int = 7) -> list[tuple[np.ndarray, np.ndarr
     lengths=LENGTHS,
     context=st.integers(1, 20),
     data=st.data(),
-    has_end=st.booleans(),
+    has_eos=st.booleans(),
     strategy=st.sampled_from(["first_fit", "none"]),
 )
 def test_every_token_is_a_label_in_exactly_one_piece(
-    lengths: list[int], context: int, data: st.DataObject, has_end: bool, strategy: packing_module.Strategy
+    lengths: list[int], context: int, data: st.DataObject, has_eos: bool, strategy: packing.Strategy
 ) -> None:
     stride = data.draw(st.integers(0, context - 1))
-    rows = list(pack(cut_documents(blocks(lengths), context, stride, has_end=has_end), context, strategy))
+    rows = list(
+        pack_segments(split_documents(blocks(lengths), context, stride, has_eos=has_eos), context, strategy)
+    )
     assert all(0 < sum(piece[1] for piece in row) <= context for row in rows)
     labels = [
         token
@@ -56,7 +58,7 @@ def test_every_token_is_a_label_in_exactly_one_piece(
     ]
     starts = np.cumsum([0, *lengths])
     wanted = [
-        token for begin, end in itertools.pairwise(starts) for token in range(begin + (not has_end), end)
+        token for begin, end in itertools.pairwise(starts) for token in range(begin + (not has_eos), end)
     ]
     assert sorted(labels) == wanted
 
@@ -67,7 +69,10 @@ def test_neighbouring_chunks_of_a_document_share_exactly_the_stride(
 ) -> None:
     stride = data.draw(st.integers(0, context - 1))
     pieces = np.concatenate(
-        [*cut_documents(blocks(lengths), context, stride, has_end=True), np.empty(0, packing_module.PIECE)]
+        [
+            *split_documents(blocks(lengths), context, stride, has_eos=True),
+            np.empty(0, packing.SEGMENT),
+        ]
     )
     for before, after in itertools.pairwise(pieces):
         if after["opens"]:
@@ -80,15 +85,17 @@ def test_neighbouring_chunks_of_a_document_share_exactly_the_stride(
 
 def test_a_giant_document_comes_in_the_same_pieces_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = [3, 1000, 1, 17, 400]
-    whole = np.concatenate(list(cut_documents(blocks(lengths), 8, 3, has_end=False)))
-    monkeypatch.setattr(packing_module, "_BLOCK", 7)
-    parts = list(cut_documents(blocks(lengths, 2), 8, 3, has_end=False))
+    whole = np.concatenate(list(split_documents(blocks(lengths), 8, 3, has_eos=False)))
+    monkeypatch.setattr(packing, "_BLOCK", 7)
+    parts = list(split_documents(blocks(lengths, 2), 8, 3, has_eos=False))
     assert max(map(len, parts)) == 7
     assert np.concatenate(parts).tolist() == whole.tolist()
 
 
 def test_first_fit_takes_the_first_row_with_room_and_cuts_only_what_is_longer_than_a_row() -> None:
-    rows = list(pack(cut_documents(blocks([6, 5, 3, 4, 25, 10]), 10, 0, has_end=True), 10, "first_fit"))
+    rows = list(
+        pack_segments(split_documents(blocks([6, 5, 3, 4, 25, 10]), 10, 0, has_eos=True), 10, "first_fit")
+    )
     sizes = [[piece[1] for piece in row] for row in rows]
     assert sizes == [
         [10],
@@ -102,26 +109,26 @@ def test_first_fit_takes_the_first_row_with_room_and_cuts_only_what_is_longer_th
 
 
 def test_the_number_of_open_rows_is_bounded_and_the_fullest_is_closed_first() -> None:
-    lengths = [60] * (OPEN_ROWS - 1) + [
+    lengths = [60] * (MAX_OPEN_ROWS - 1) + [
         70,
         60,
     ]  # nothing fits beside another: the last one closes the row of 70
-    rows = pack(cut_documents(blocks(lengths), 100, 0, has_end=True), 100, "first_fit")
+    rows = pack_segments(split_documents(blocks(lengths), 100, 0, has_eos=True), 100, "first_fit")
     assert [piece[1] for piece in next(rows)] == [70]
-    assert len(list(rows)) == OPEN_ROWS
+    assert len(list(rows)) == MAX_OPEN_ROWS
 
 
 @settings(max_examples=100)
 @given(lengths=LENGTHS, context=st.integers(1, 20), strategy=st.sampled_from(STRATEGIES), data=st.data())
-def test_places_are_labels_overlaps_and_padding(
-    lengths: list[int], context: int, strategy: packing_module.Strategy, data: st.DataObject
+def test_positions_are_labels_overlaps_or_padding(
+    lengths: list[int], context: int, strategy: packing.Strategy, data: st.DataObject
 ) -> None:
     stride = data.draw(st.integers(0, context - 1))
-    facts = measure_packing(lengths, context, Packing(strategy, stride))
-    assert facts.places == facts.rows * context
-    assert facts.padding >= 0
-    assert 0 <= facts.waste <= 1
-    assert facts.supervised == (max(0, sum(lengths) - 1) if strategy == "greedy" else sum(lengths))
+    stats = measure_packing(lengths, context, Packing(strategy, stride))
+    assert stats.positions == stats.rows * context
+    assert stats.padding >= 0
+    assert 0 <= stats.waste <= 1
+    assert stats.supervised == (max(0, sum(lengths) - 1) if strategy == "greedy" else sum(lengths))
 
 
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=60), context=st.integers(1, 20))
@@ -142,30 +149,32 @@ def test_cut_documents_are_counted_for_each_strategy() -> None:
 def test_the_waste_is_told_for_every_strategy_and_says_when_it_is_a_sample(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    lines = packing_lines([30, 70, 20], 100, Packing("first_fit"))
+    lines = format_packing_stats([30, 70, 20], 100, Packing("first_fit"))
     assert [line.split(":")[0].strip() for line in lines[1:]] == list(STRATEGIES)
     assert "chosen: first_fit" in lines[0]
     assert "60.0% padding" in lines[3]  # three rows of 100 for 120 tokens
-    monkeypatch.setattr(packing_module, "_MEASURED", 2)
-    assert "of the first 2 documents" in packing_lines([30, 70, 20], 100, Packing())[0]
+    monkeypatch.setattr(packing, "_MEASURED_DOCUMENTS", 2)
+    assert "first 2 documents" in format_packing_stats([30, 70, 20], 100, Packing())[0]
 
 
 def test_without_a_row_length_the_waste_is_told_for_the_usual_one() -> None:
-    assert packing_lines([30, 70], None, Packing())[0].startswith("packing into rows of 1,024 tokens")
-    assert packing_lines([30, 70], None, Packing(stride=2000)) == []
+    assert format_packing_stats([30, 70], None, Packing())[0].startswith("packing into rows of 1,024 tokens")
+    assert format_packing_stats([30, 70], None, Packing(stride=2000)) == []
 
 
 def test_a_stride_as_long_as_a_row_is_refused() -> None:
-    with pytest.raises(UsageError, match="stride=8 must be below the length of a row, 8 tokens"):
+    with pytest.raises(UsageError, match="stride=8 must be smaller than the length of a row, 8 tokens"):
         packing_waste([3, 4], 8, "none", stride=8)
 
 
 def test_the_settings_of_the_manual_mean_what_they_say() -> None:
-    assert Packing.of(DataConfig(pack_sequences=True, packing_strategy="greedy", max_length=1024)) == Packing(
-        "greedy"
+    assert Packing.from_config(
+        DataConfig(pack_sequences=True, packing_strategy="greedy", max_length=1024)
+    ) == Packing("greedy")
+    assert Packing.from_config(DataConfig(packing_strategy="first_fit", stride=64)) == Packing(
+        "first_fit", 64
     )
-    assert Packing.of(DataConfig(packing_strategy="first_fit", stride=64)) == Packing("first_fit", 64)
-    assert Packing.of(DataConfig(pack_sequences=False)).strategy == "none"
+    assert Packing.from_config(DataConfig(pack_sequences=False)).strategy == "none"
     whole = DataConfig(
         dataset_name="wikitext",
         dataset_config="wikitext-103-raw-v1",
@@ -179,17 +188,17 @@ def test_the_settings_of_the_manual_mean_what_they_say() -> None:
     )
     other = DataConfig(pack_sequences=False, stride=16, max_length=64)
     for config in (whole, other, DataConfig(packing_strategy="first_fit")):
-        assert owed_settings(RunConfig(data=config)) == []
+        assert not_implemented_settings(RunConfig(data=config)) == []
 
 
 def test_what_was_not_said_is_as_the_data_was_prepared() -> None:
     prepared = Packing.from_json(Packing("first_fit", 16).to_json())
     silent, said = DataConfig(), DataConfig(packing_strategy="greedy", stride=0)
-    prepared.adopt_into(silent)
-    prepared.adopt_into(said)
-    assert Packing.of(silent) == Packing("first_fit", 16)
-    assert Packing.of(said) == Packing("greedy", 0)
+    prepared.apply_to_unset(silent)
+    prepared.apply_to_unset(said)
+    assert Packing.from_config(silent) == Packing("first_fit", 16)
+    assert Packing.from_config(said) == Packing("greedy", 0)
     alone = DataConfig()
-    Packing.from_json(Packing("none").to_json()).adopt_into(alone)
-    assert Packing.of(alone).strategy == "none"
+    Packing.from_json(Packing("none").to_json()).apply_to_unset(alone)
+    assert Packing.from_config(alone).strategy == "none"
     assert Packing.from_json(None) == Packing()

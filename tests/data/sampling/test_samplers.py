@@ -10,10 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_trainer.data.prepared_dataset import open_prepared
+from llm_trainer.data.hashing import derive_key
+from llm_trainer.data.prepared_dataset import open_prepared_dataset
+from llm_trainer.data.sampling.batch import IGNORE_INDEX, Batch
 from llm_trainer.data.sampling.packing import Packing
-from llm_trainer.data.sampling.permutation import KeyedPermutation, combine
-from llm_trainer.data.sampling.samplers import IGNORED, Batch, WindowSampler, validation_batches
+from llm_trainer.data.sampling.permutation import KeyedPermutation
+from llm_trainer.data.sampling.samplers import validation_batches
+from llm_trainer.data.sampling.window_sampler import WindowSampler
 from llm_trainer.data.token_shards import ShardWriter, TokenDataset
 from llm_trainer.errors import DataError
 
@@ -29,7 +32,7 @@ def documents(
     """Documents of distinct ids from 1 on."""
     next_id = 1
     with ShardWriter(
-        folder, "train", vocab_size=10_000, tokenizer_hash="0" * 64, end_id=end, shard_tokens=shard_tokens
+        folder, "train", vocab_size=10_000, tokenizer_hash="0" * 64, eos_id=end, shard_tokens=shard_tokens
     ) as writer:
         for length in lengths:
             writer.add(range(next_id, next_id + length))
@@ -63,7 +66,7 @@ def test_every_place_is_about_as_likely_under_many_keys() -> None:
     size, keys = 10, 4000
     counts = np.zeros((size, size))
     for key in range(keys):
-        counts[np.arange(size), KeyedPermutation(size, combine(key, 0))(np.arange(size))] += 1
+        counts[np.arange(size), KeyedPermutation(size, derive_key(key, 0))(np.arange(size))] += 1
     expected = keys / size
     chi_square = ((counts - expected) ** 2 / expected).sum(
         axis=1
@@ -158,30 +161,30 @@ def test_without_an_end_of_text_nothing_is_predicted_across_documents(tmp_path: 
     (batch,) = validation_batches(tokens, 9, 1)
     assert batch.document_ids is not None
     assert batch.document_ids.tolist() == [[0, 0, 1, 1, 1, 2, 3, 3, 3]]
-    assert batch.labels.tolist() == [[2, IGNORED, 4, 5, IGNORED, IGNORED, 8, 9, 10]]
+    assert batch.labels.tolist() == [[2, IGNORE_INDEX, 4, 5, IGNORE_INDEX, IGNORE_INDEX, 8, 9, 10]]
     assert batch.num_supervised == 6
     (unmasked,) = validation_batches(tokens, 9, 1, packing=Packing(mask_documents=False))
-    assert (unmasked.labels != IGNORED).all()
+    assert (unmasked.labels != IGNORE_INDEX).all()
 
 
 @settings(max_examples=40)
 @given(
     lengths=st.lists(st.integers(1, 30), min_size=2, max_size=20),
     context=st.integers(1, 12),
-    has_end=st.booleans(),
+    has_eos=st.booleans(),
     seed=st.integers(0, 99),
 )
 def test_rows_and_labels_always_fit_the_documents(
-    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], context: int, has_end: bool, seed: int
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], context: int, has_eos: bool, seed: int
 ) -> None:
-    tokens = documents(tmp_path_factory.mktemp("d"), lengths, end=0 if has_end else None)
+    tokens = documents(tmp_path_factory.mktemp("d"), lengths, end=0 if has_eos else None)
     if len(tokens) <= context:
         return
     sampler = WindowSampler(tokens, context, seed)
     starts = sampler.window_starts(np.arange(7)).tolist()
     batch = sampler.batch(0, 7)
     owner = np.repeat(
-        np.arange(len(lengths)), [length + has_end for length in lengths]
+        np.arange(len(lengths)), [length + has_eos for length in lengths]
     )  # of each id as a label
     ids = tokens.read(0, len(tokens))
     assert batch.document_ids is not None
@@ -192,20 +195,20 @@ def test_rows_and_labels_always_fit_the_documents(
         says = batch.document_ids[row].numpy()
         assert (says == np.searchsorted(np.unique(reads), reads)).all()
         crosses = reads != owner[start + 1 : start + context + 1]
-        expected = np.where(crosses, IGNORED, ids[start + 1 : start + context + 1])
-        expected = expected if not has_end else ids[start + 1 : start + context + 1]
+        expected = np.where(crosses, IGNORE_INDEX, ids[start + 1 : start + context + 1])
+        expected = expected if not has_eos else ids[start + 1 : start + context + 1]
         assert batch.labels[row].tolist() == expected.tolist()
-    assert batch.num_supervised == int((batch.labels != IGNORED).sum())
+    assert batch.num_supervised == int((batch.labels != IGNORE_INDEX).sum())
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8, 1000])
 def test_validation_shows_every_token_once_whatever_the_batch_size(tiny_data: Path, batch_size: int) -> None:
-    tokens = open_prepared(tiny_data).validation
+    tokens = open_prepared_dataset(tiny_data).validation
     assert tokens is not None
     batches = list(validation_batches(tokens, 16, batch_size))
     labels = torch.cat([batch.labels.flatten() for batch in batches])
     assert (
-        labels[labels != IGNORED].tolist() == tokens.read(1, len(tokens) - 1).tolist()
+        labels[labels != IGNORE_INDEX].tolist() == tokens.read(1, len(tokens) - 1).tolist()
     )  # a last part shorter than a window too
     assert sum(batch.num_supervised for batch in batches) == len(tokens) - 1
     assert (
@@ -222,7 +225,7 @@ def test_limited_validation_is_spread_over_the_set() -> None:
 
 def test_validation_shorter_than_a_window_is_still_measured() -> None:
     (batch,) = validation_batches(stream(5), 8, 4)
-    assert batch.labels.tolist() == [[1, 2, 3, 4, *[IGNORED] * 4]]
+    assert batch.labels.tolist() == [[1, 2, 3, 4, *[IGNORE_INDEX] * 4]]
     assert batch.num_supervised == 4
     with pytest.raises(DataError, match="val_ratio"):
         next(validation_batches(stream(1), 8, 4))
@@ -240,7 +243,7 @@ def test_a_batch_moves_as_a_whole(tmp_path: Path) -> None:
 def test_several_threads_read_one_sampler(tiny_data: Path) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
-    sampler = WindowSampler(open_prepared(tiny_data).train, 32, 7)
+    sampler = WindowSampler(open_prepared_dataset(tiny_data).train, 32, 7)
     jobs = [n * 5 for n in range(60)]
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(lambda first: sampler.batch(first, 5).input_ids, jobs))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_trainer.data.tokenization.fast.ascii_pretokenizer import RULES, SEPARATOR, word_starts
-from llm_trainer.data.tokenization.fast.pretokenizer import Words
+from llm_trainer.data.tokenization.fast.pretokenizer import RegexPreTokenizer
 
 SOME_OF_EACH_CLASS = "aAst'' \n\r\t\x0b\x1c12.,_lLreVE"
 TEXTS = st.lists(st.text(alphabet=st.sampled_from(SOME_OF_EACH_CLASS), max_size=16), min_size=1, max_size=40)
@@ -34,5 +34,5 @@ def cut(pattern: str, texts: list[str]) -> list[list[str]]:
 @settings(max_examples=400)
 @given(texts=st.one_of(TEXTS, ANY_ASCII))
 def test_words_begin_where_the_regular_expression_cuts(pattern: str, texts: list[str]) -> None:
-    words = Words(pattern)
-    assert cut(pattern, texts) == [[word for some in words.cut(text) for word in some] for text in texts]
+    words = RegexPreTokenizer(pattern)
+    assert cut(pattern, texts) == [[word for some in words.split(text) for word in some] for text in texts]

@@ -13,11 +13,10 @@ from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from llm_trainer.data.sources.builtin_corpus import language_reference
-from llm_trainer.data.tokenization.fast import bulk_encoder as fast_encoding
-from llm_trainer.data.tokenization.fast import word_cache as word_table
+from llm_trainer.data.tokenization.fast import bulk_encoder, word_cache
 from llm_trainer.data.tokenization.fast.pretokenizer import LLAMA3_PATTERN, O200K_PATTERN, QWEN2_PATTERN
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
-from llm_trainer.data.tokenization.tokenizer_json import byte_level_words
+from llm_trainer.data.tokenization.tokenizer_json import byte_level_pre_tokenizer
 
 TEXTS = [text for _, text in language_reference()][:30]
 
@@ -34,8 +33,8 @@ def changed(tokenizer: Tokenizer, change: Callable[[Backend], object]) -> Tokeni
     return Tokenizer(backend, {})
 
 
-def with_words(pattern: str) -> Callable[[Backend], None]:
-    return lambda backend: setattr(backend, "pre_tokenizer", byte_level_words(pattern))
+def with_added_tokens(pattern: str) -> Callable[[Backend], None]:
+    return lambda backend: setattr(backend, "pre_tokenizer", byte_level_pre_tokenizer(pattern))
 
 
 def slow(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -43,8 +42,8 @@ def slow(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def fast(tokenizer: Tokenizer, text: str) -> list[int] | None:
-    assert tokenizer._fast is not None
-    (ids,) = tokenizer._fast.encode([text])
+    assert tokenizer._bulk_encoder is not None
+    (ids,) = tokenizer._bulk_encoder.encode([text])
     return None if ids is None else ids.tolist()
 
 
@@ -56,13 +55,15 @@ def kind(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> Tokenizer:
     patterns = {"llama3": LLAMA3_PATTERN, "o200k": O200K_PATTERN}
     if request.param == "qwen2":
         return changed(
-            changed(tokenizer, with_words(QWEN2_PATTERN)),
+            changed(tokenizer, with_added_tokens(QWEN2_PATTERN)),
             lambda backend: setattr(backend, "normalizer", normalizers.NFC()),
         )
     return (
         tokenizer
         if request.param == "ours"
-        else changed(tokenizer, gpt2 if request.param == "gpt2" else with_words(patterns[request.param]))
+        else changed(
+            tokenizer, gpt2 if request.param == "gpt2" else with_added_tokens(patterns[request.param])
+        )
     )
 
 
@@ -77,8 +78,8 @@ def kind(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> Tokenizer:
 )
 def test_fast_ids_are_the_librarys_ids(kind: Tokenizer, text: str) -> None:
     assert fast(kind, text) in (None, slow(kind, text))
-    assert kind._fast is not None
-    assert kind._fast.agrees
+    assert kind._bulk_encoder is not None
+    assert kind._bulk_encoder.matches_library
 
 
 def test_the_whole_language_reference_agrees(kind: Tokenizer) -> None:
@@ -98,16 +99,16 @@ def test_the_whole_language_reference_agrees(kind: Tokenizer) -> None:
     )
 )
 def test_texts_together_have_the_ids_that_they_have_alone(kind: Tokenizer, texts: list[str]) -> None:
-    assert kind._fast is not None
-    found = kind._fast.encode(texts)
+    assert kind._bulk_encoder is not None
+    found = kind._bulk_encoder.encode(texts)
     assert [None if ids is None else ids.tolist() for ids in found] == [fast(kind, text) for text in texts]
 
 
 def test_words_that_find_their_places_taken_are_right_too(
     kind: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(word_table, "_SLOT_BITS", 2)
-    monkeypatch.setattr(word_table, "_DROPPED", np.uint64(62))
+    monkeypatch.setattr(word_cache, "_SLOT_BITS", 2)
+    monkeypatch.setattr(word_cache, "_DROPPED", np.uint64(62))
     crowded = Tokenizer(Backend.from_str(kind.to_json()), {})
     for _ in range(2):  # learned, then found
         for text in TEXTS[:3]:
@@ -131,14 +132,14 @@ def test_text_that_the_tokenizer_would_compose_goes_the_slow_way(tokenizer: Toke
 def test_a_full_memory_of_words_forgets_and_stays_right(
     kind: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fast_encoding, "CACHE_WORDS", 10)
-    monkeypatch.setattr(word_table, "CACHE_WORDS", 10)
+    monkeypatch.setattr(bulk_encoder, "MAX_CACHED_WORDS", 10)
+    monkeypatch.setattr(word_cache, "MAX_CACHED_WORDS", 10)
     again = Tokenizer(Backend.from_str(kind.to_json()), {})
     for text in TEXTS[:3]:
         assert fast(again, text) == slow(again, text)
-    assert again._fast is not None
-    assert len(again._fast._known) <= 10
-    assert len(again._fast._table) <= 10
+    assert again._bulk_encoder is not None
+    assert len(again._bulk_encoder._known_words) <= 10
+    assert len(again._bulk_encoder._word_cache) <= 10
 
 
 def unknown_words(backend: Backend) -> None:
@@ -165,7 +166,7 @@ def test_what_is_not_known_here_has_no_fast_way(
     tokenizer: Tokenizer, change: Callable[[Backend], None]
 ) -> None:
     other = changed(tokenizer, change)
-    assert other._fast is None
+    assert other._bulk_encoder is None
     text = "Still    right, 12345 of it"
     assert other.encode(text) == slow(other, text)
 
@@ -173,14 +174,14 @@ def test_what_is_not_known_here_has_no_fast_way(
 def test_random_merges_have_no_fast_way(tokenizer: Tokenizer) -> None:
     parts = json.loads(tokenizer.to_json())
     parts["model"]["dropout"] = 0.5
-    assert Tokenizer(Backend.from_str(json.dumps(parts)), {})._fast is None
+    assert Tokenizer(Backend.from_str(json.dumps(parts)), {})._bulk_encoder is None
 
 
 def test_where_one_id_differs_the_library_takes_over(tokenizer: Tokenizer) -> None:
     """A fault planted in the words shows in the first text, and no wrong id leaves."""
     faulty = Tokenizer(Backend.from_str(tokenizer.to_json()), {})
-    assert faulty._fast is not None
-    faulty._fast._table._known[b" the"] = (0, 1)
+    assert faulty._bulk_encoder is not None
+    faulty._bulk_encoder._word_cache._known[b" the"] = (0, 1)
     assert faulty.encode("over the moon") == slow(tokenizer, "over the moon")
-    assert not faulty._fast.agrees
+    assert not faulty._bulk_encoder.matches_library
     assert faulty.encode("under the sun") == slow(tokenizer, "under the sun")

@@ -12,16 +12,16 @@ from tokenizers import Regex, pre_tokenizers
 
 from llm_trainer.data.tokenization.fast import pretokenizer as words_module
 from llm_trainer.data.tokenization.fast.pretokenizer import (
-    BERT_WORDS,
+    BERT_PATTERN,
+    DEFAULT_PATTERN,
     GPT2_PATTERN,
     LLAMA3_PATTERN,
     O200K_PATTERN,
-    PATTERN,
     QWEN2_PATTERN,
-    Words,
+    RegexPreTokenizer,
 )
 
-PATTERNS = [GPT2_PATTERN, PATTERN, LLAMA3_PATTERN, QWEN2_PATTERN, O200K_PATTERN, BERT_WORDS]
+PATTERNS = [GPT2_PATTERN, DEFAULT_PATTERN, LLAMA3_PATTERN, QWEN2_PATTERN, O200K_PATTERN, BERT_PATTERN]
 NAMES = ["gpt2", "ours", "llama3", "qwen2", "o200k", "bert"]
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=NAMES)
 AWKWARD = [
@@ -40,14 +40,14 @@ AWKWARD = [
 def library(pattern: str, text: str) -> list[str]:
     cutter = (
         pre_tokenizers.BertPreTokenizer()
-        if pattern == BERT_WORDS
+        if pattern == BERT_PATTERN
         else pre_tokenizers.Split(Regex(pattern), "isolated")
     )
     return [word for word, _ in cutter.pre_tokenize_str(text)]
 
 
 def ours(pattern: str, text: str) -> list[str]:
-    return [word for found in Words(pattern).cut(text) for word in found]
+    return [word for found in RegexPreTokenizer(pattern).split(text) for word in found]
 
 
 @every_pattern
@@ -76,7 +76,7 @@ def test_a_long_text_is_cut_in_blocks_at_boundaries_of_words(
 ) -> None:
     text = tiny_text[:8000] + " " * 3000 + "a" * 3000 + "\n" * 3000 + tiny_text[:2000]
     monkeypatch.setattr(words_module, "_BLOCK", 64)
-    blocks = list(Words(pattern).cut(text))
+    blocks = list(RegexPreTokenizer(pattern).split(text))
     assert len(blocks) > 20
     assert [word for found in blocks for word in found] == library(pattern, text)
 
@@ -85,14 +85,14 @@ def test_a_long_text_is_cut_in_blocks_at_boundaries_of_words(
 def test_ordinary_text_of_many_scripts_needs_no_help_of_the_library(
     pattern: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cutter = Words(pattern)
+    cutter = RegexPreTokenizer(pattern)
     monkeypatch.setattr(cutter, "_library", None)
     for text in (
         "def f(x):\n\treturn x\n",
         "naïve “text” — Größe, 日本語, Привет, 12345 🙂",
         "עברית العربية ไทย",
     ):
-        assert [word for found in cutter.cut(text) for word in found] == library(pattern, text)
+        assert [word for found in cutter.split(text) for word in found] == library(pattern, text)
 
 
 @pytest.mark.slow

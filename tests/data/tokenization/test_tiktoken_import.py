@@ -14,13 +14,13 @@ import tiktoken_ext.openai_public as published
 from transformers import AutoTokenizer
 
 from llm_trainer.config import DataConfig
-from llm_trainer.data.tokenization import tiktoken_import as tiktoken_encodings
-from llm_trainer.data.tokenization.factory import given_tokenizer
+from llm_trainer.data.tokenization import tiktoken_import
+from llm_trainer.data.tokenization.factory import load_existing_tokenizer
 from llm_trainer.data.tokenization.tiktoken_import import ENCODINGS, read_ranks
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
 from llm_trainer.errors import DataError, UsageError
 
-TEXT = tiktoken_encodings._HARD_CASES
+TEXT = tiktoken_import._HARD_CASES
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_the_table_of_encodings_is_tiktokens_own(
         assert theirs["explicit_n_vocab"] == ours.num_ranks + 1
     peer = tiktoken.Encoding(name, pat_str=theirs["pat_str"], mergeable_ranks=ranks, special_tokens={})
     assert peer.encode_ordinary(TEXT) == Tokenizer(
-        tiktoken_encodings.bpe_from_ranks(ranks, ours.pattern, {}), {}
+        tiktoken_import.bpe_from_ranks(ranks, ours.pattern, {}), {}
     ).encode(TEXT)
 
 
@@ -77,7 +77,7 @@ def test_an_encoding_by_name_comes_from_tiktokens_registry_with_its_ids(
         name, pat_str=ENCODINGS[name].pattern, mergeable_ranks=ranks, special_tokens=special
     )
     monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {name: peer})
-    ours = given_tokenizer(DataConfig(tokenizer_type="tiktoken", tokenizer_path=name))
+    ours = load_existing_tokenizer(DataConfig(tokenizer_type="tiktoken", tokenizer_path=name))
     assert ours is not None
     assert (ours.eos_id, ours.vocab_size) == (special["<|endoftext|>"], max(special.values()) + 1)
     assert ours.encode(tiny_text + TEXT) == peer.encode_ordinary(tiny_text + TEXT)
@@ -92,14 +92,14 @@ def test_an_encoding_by_name_comes_from_tiktokens_registry_with_its_ids(
 @pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize("name", ["gpt2", "cl100k_base", "o200k_base"])
 def test_without_a_network_the_error_says_where_to_fetch_and_how_to_give_it(name: str) -> None:
-    with pytest.raises(DataError, match=r"https://.*\.tiktoken and give it with --tokenizer_path"):
-        given_tokenizer(DataConfig(tokenizer_type="tiktoken", tokenizer_path=name))
+    with pytest.raises(DataError, match=r"https://.*\.tiktoken .* use it with --tokenizer_path"):
+        load_existing_tokenizer(DataConfig(tokenizer_type="tiktoken", tokenizer_path=name))
 
 
 @pytest.mark.usefixtures("offline")
 def test_tiktoken_with_no_name_is_gpt2s(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="r50k_base"):
-        given_tokenizer(DataConfig(tokenizer_type="tiktoken"))
+        load_existing_tokenizer(DataConfig(tokenizer_type="tiktoken"))
 
 
 def test_a_local_file_of_ranks_gives_tiktokens_ids(
@@ -107,13 +107,13 @@ def test_a_local_file_of_ranks_gives_tiktokens_ids(
 ) -> None:
     file = written(tmp_path / "own.tiktoken", ranks)
     peer = tiktoken.Encoding(
-        "own", pat_str=tiktoken_encodings.LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={}
+        "own", pat_str=tiktoken_import.LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={}
     )
     for config in (
         DataConfig(tokenizer_type="tiktoken", tokenizer_path=str(file)),
         DataConfig(tokenizer_path=str(file)),
     ):
-        tokenizer = given_tokenizer(config)
+        tokenizer = load_existing_tokenizer(config)
         assert tokenizer is not None
         assert tokenizer.encode(tiny_text + TEXT) == peer.encode_ordinary(tiny_text + TEXT)
         assert tokenizer.eos_id == tokenizer.vocab_size - 1 == len(ranks)
@@ -123,8 +123,8 @@ def test_a_file_with_the_number_of_ranks_of_a_known_encoding_is_that(
     tmp_path: Path, ranks: dict[bytes, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     special = {"<|endoftext|>": 2000, "<|endofprompt|>": 2010}
-    known = tiktoken_encodings.Encoding(tiktoken_encodings.O200K_PATTERN, special, len(ranks))
-    monkeypatch.setattr(tiktoken_encodings, "ENCODINGS", {"gpt2": ENCODINGS["gpt2"], "small": known})
+    known = tiktoken_import.Encoding(tiktoken_import.O200K_PATTERN, special, len(ranks))
+    monkeypatch.setattr(tiktoken_import, "ENCODINGS", {"gpt2": ENCODINGS["gpt2"], "small": known})
     tokenizer = Tokenizer.load(written(tmp_path / "any.tiktoken", ranks))
     assert (tokenizer.eos_id, tokenizer.token_to_id("<|endofprompt|>"), tokenizer.vocab_size) == (
         2000,
@@ -132,7 +132,7 @@ def test_a_file_with_the_number_of_ranks_of_a_known_encoding_is_that(
         2011,
     )
     assert (
-        tiktoken_encodings.O200K_PATTERN
+        tiktoken_import.O200K_PATTERN
         in json.loads(tokenizer.to_json())["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
     )
 
@@ -163,29 +163,29 @@ def test_a_damaged_file_of_ranks_is_named(tmp_path: Path, content: str) -> None:
 
 def test_ranks_that_are_no_order_of_merging_are_refused(ranks: dict[bytes, int]) -> None:
     with pytest.raises(DataError, match="cannot be merged"):
-        tiktoken_encodings.bpe_from_ranks({**ranks, b"qzxqzx": 5000}, tiktoken_encodings.LLAMA3_PATTERN, {})
+        tiktoken_import.bpe_from_ranks({**ranks, b"qzxqzx": 5000}, tiktoken_import.LLAMA3_PATTERN, {})
 
 
 def test_ids_that_differ_from_tiktokens_are_refused(
     ranks: dict[bytes, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        tiktoken_encodings,
-        "byte_level_words",
-        lambda _: tiktoken_encodings.pre_tokenizers.ByteLevel(add_prefix_space=True),
+        tiktoken_import,
+        "byte_level_pre_tokenizer",
+        lambda _: tiktoken_import.pre_tokenizers.ByteLevel(add_prefix_space=True),
     )
-    with pytest.raises(DataError, match="different ids"):
-        tiktoken_encodings.bpe_from_ranks(ranks, tiktoken_encodings.LLAMA3_PATTERN, {})
+    with pytest.raises(DataError, match="encode a test text differently"):
+        tiktoken_import.bpe_from_ranks(ranks, tiktoken_import.LLAMA3_PATTERN, {})
 
 
 def test_what_is_neither_a_name_nor_ranks_is_refused_with_the_names(
     tmp_path: Path, tiny_tokenizer: Tokenizer
 ) -> None:
     with pytest.raises(DataError, match="cl100k_base"):
-        given_tokenizer(DataConfig(tokenizer_type="tiktoken", tokenizer_path="cl200k_base"))
+        load_existing_tokenizer(DataConfig(tokenizer_type="tiktoken", tokenizer_path="cl200k_base"))
     tiny_tokenizer.save(tmp_path)
-    with pytest.raises(UsageError, match="no file of ranks"):
-        given_tokenizer(
+    with pytest.raises(UsageError, match="not a tiktoken vocabulary file"):
+        load_existing_tokenizer(
             DataConfig(tokenizer_type="tiktoken", tokenizer_path=str(tmp_path / "tokenizer.json"))
         )
     with pytest.raises(UsageError, match="gpt3"):
@@ -197,6 +197,6 @@ def test_a_given_tokenizer_must_be_of_the_kind_that_is_said(
     tmp_path: Path, tiny_tokenizer: Tokenizer, kind: str
 ) -> None:
     tiny_tokenizer.save(tmp_path)
-    with pytest.raises(UsageError, match="of the kind bpe"):
-        given_tokenizer(DataConfig(tokenizer_type=kind, tokenizer_path=str(tmp_path)))
-    assert given_tokenizer(DataConfig(tokenizer_type="bpe", tokenizer_path=str(tmp_path))) is not None
+    with pytest.raises(UsageError, match="of type bpe"):
+        load_existing_tokenizer(DataConfig(tokenizer_type=kind, tokenizer_path=str(tmp_path)))
+    assert load_existing_tokenizer(DataConfig(tokenizer_type="bpe", tokenizer_path=str(tmp_path))) is not None

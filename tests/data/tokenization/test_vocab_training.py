@@ -15,19 +15,19 @@ from tokenizers import AddedToken, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
-from llm_trainer.data.tokenization import vocab_training as vocabulary_training
-from llm_trainer.data.tokenization.fast import bpe_trainer as merging
-from llm_trainer.data.tokenization.fast.pretokenizer import BERT_WORDS, PATTERN, Words
+from llm_trainer.data.tokenization import vocab_training
+from llm_trainer.data.tokenization.fast import bpe_trainer
+from llm_trainer.data.tokenization.fast.pretokenizer import BERT_PATTERN, DEFAULT_PATTERN, RegexPreTokenizer
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
-from llm_trainer.data.tokenization.tokenizer_json import END_OF_TEXT, byte_level_words
-from llm_trainer.data.tokenization.vocab_training import count_words, training_estimate
+from llm_trainer.data.tokenization.tokenizer_json import END_OF_TEXT, byte_level_pre_tokenizer
+from llm_trainer.data.tokenization.vocab_training import count_words, estimate_training
 from llm_trainer.errors import DataError, UsageError
 
 
 def plainly_trained(texts: list[str], vocab_size: int) -> Backend:
     """As the library's own documentation does it."""
     backend = Backend(models.BPE())
-    backend.pre_tokenizer = byte_level_words(PATTERN)
+    backend.pre_tokenizer = byte_level_pre_tokenizer(DEFAULT_PATTERN)
     special = [AddedToken(END_OF_TEXT, special=True, normalized=False)]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     backend.train_from_iterator(
@@ -67,7 +67,7 @@ def test_merges_of_any_text_are_those_of_plain_training(
 ) -> None:
     """Few letters, so that runs, overlaps, ties and tokens that two pairs make are frequent."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(merging, "_LOWER_BY", lower_by)
+        patch.setattr(bpe_trainer, "_FLOOR_DIVISOR", lower_by)
         ours = json.loads(Tokenizer.train("bpe", texts, vocab_size).to_json())["model"]
     plain = json.loads(plainly_trained(texts, vocab_size).to_str())["model"]
     assert ours["vocab"] == plain["vocab"]
@@ -92,17 +92,17 @@ def test_a_word_that_occurs_often_outweighs_one_that_is_long() -> None:
     assert Tokenizer.train("bpe", ["xy " * 1000 + "ab" * 100], 258).encode("xy") == [257]
 
 
-@pytest.mark.parametrize("pattern", [PATTERN, BERT_WORDS])
+@pytest.mark.parametrize("pattern", [DEFAULT_PATTERN, BERT_PATTERN])
 def test_words_are_counted_as_the_library_cuts_them(tiny_texts: list[str], pattern: str) -> None:
-    cutter = pre_tokenizers.BertPreTokenizer() if pattern == BERT_WORDS else None
+    cutter = pre_tokenizers.BertPreTokenizer() if pattern == BERT_PATTERN else None
     counts: Counter[str] = Counter()
     for text in tiny_texts:
         counts.update(
             [word for word, _ in cutter.pre_tokenize_str(text)]
             if cutter
-            else [w for found in Words(pattern).cut(text) for w in found]
+            else [w for found in RegexPreTokenizer(pattern).split(text) for w in found]
         )
-    assert count_words(tiny_texts, Words(pattern)) == counts
+    assert count_words(tiny_texts, RegexPreTokenizer(pattern)) == counts
 
 
 @pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
@@ -181,9 +181,9 @@ def test_a_rare_alphabet_leaves_room_for_pieces() -> None:
 def test_the_number_of_different_words_is_bounded_and_frequent_ones_stay(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(vocabulary_training, "MOST_WORDS", 100)
+    monkeypatch.setattr(vocab_training, "MAX_DISTINCT_WORDS", 100)
     texts = [f"the word{chr(97 + i % 26)}{chr(97 + i // 26 % 26)} of" for i in range(600)]
-    counts = count_words(texts, Words(PATTERN))
+    counts = count_words(texts, RegexPreTokenizer(DEFAULT_PATTERN))
     assert len(counts) <= 100
     assert (counts["the"], counts[" of"]) == (600, 600)
 
@@ -193,7 +193,7 @@ def test_a_long_run_is_cut_for_training_only() -> None:
     tokenizer = Tokenizer.train("bpe", [run * 3, "some words"], 400)
     assert (
         max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size))
-        <= vocabulary_training.LONGEST_WORD
+        <= vocab_training.MAX_WORD_LENGTH
     )
     assert tokenizer.decode(tokenizer.encode(run)) == run
 
@@ -210,7 +210,7 @@ def test_training_refuses_what_cannot_work() -> None:
 
 
 def test_the_estimate_grows_with_the_text_and_says_both_figures() -> None:
-    small, large = training_estimate(1e6), training_estimate(1e8)
+    small, large = estimate_training(1e6), estimate_training(1e8)
     assert small.seconds < large.seconds
     assert small.memory_bytes < large.memory_bytes
     assert str(large) == f"about {large.seconds:.0f} s and {large.memory_bytes / 1e6:.0f} MB of memory"

@@ -1,9 +1,13 @@
-"""Where words begin in ASCII text, for many characters at once.
+"""Finds where words begin in ASCII text, for many characters at once.
 
-The patterns that cut GPT-2's, GPT-4's, Llama 3's and Qwen 2's words look at the class of a character (letter,
-digit, mark, blank, line break) and at its neighbours, hardly further. So the beginnings of all words of a
-buffer are a few comparisons of whole arrays, at five times the speed of a regular expression. `Words` is what
-they must agree with, and a test compares them on any text.
+* What: `word_starts` marks the first byte of each word in a buffer of texts. The patterns that split words in
+  GPT-2, GPT-4, Llama 3 and Qwen 2 depend on the class of a character (letter, digit, symbol, whitespace,
+  newline) and on its neighbours, and hardly on anything further away. So all words of a buffer are found with
+  a few comparisons of complete arrays.
+* Why: splitting takes 5.1 ns per byte, against 30.6 with Python's `re` (one core, Python source and prose).
+* Must equal: `RegexPreTokenizer`, and with it the pre-tokenizers of the `tokenizers` library;
+  `tests/data/tokenization/test_ascii_pretokenizer.py` compares them on random text.
+* Switch off: LLM_TRAINER_FAST_TOKENIZER=0.
 """
 
 from __future__ import annotations
@@ -13,47 +17,56 @@ from dataclasses import dataclass
 import numpy as np
 
 from llm_trainer.data.tokenization.fast.pretokenizer import (
+    DEFAULT_PATTERN,
     GPT2_PATTERN,
     LLAMA3_PATTERN,
-    PATTERN,
     QWEN2_PATTERN,
 )
 
-SEPARATOR = 0xFF  # stands around each text of a buffer; no byte of utf-8
-_LETTER, _DIGIT, _MARK, _BLANK, _BREAK, _END = 1, 2, 4, 8, 16, 32
-_WHITE = _BLANK | _BREAK
-_APOSTROPHE, _SPACE, _LOWER = ord("'"), ord(" "), 0x20
-_ENDINGS = tuple((ord(first), ord(second)) for first, second in ("re", "ve", "ll"))
-_SHORT_ENDINGS = np.frombuffer(b"sdmt", np.uint8)
+SEPARATOR = 0xFF  # before and after each text of a buffer; it never occurs in UTF-8
+_LETTER, _DIGIT, _SYMBOL, _WHITESPACE, _NEWLINE, _END = 1, 2, 4, 8, 16, 32
+_VISIBLE = _LETTER | _DIGIT | _SYMBOL
+_ANY_WHITESPACE = _WHITESPACE | _NEWLINE
+_APOSTROPHE, _SPACE, _LOWER_CASE_BIT = ord("'"), ord(" "), 0x20
+_LONG_CONTRACTIONS = tuple((ord(first), ord(second)) for first, second in ("re", "ve", "ll"))
+_SHORT_CONTRACTIONS = np.frombuffer(b"sdmt", np.uint8)
 
 
 @dataclass(frozen=True)
-class Rules:
-    """What a pattern does. `digits`: digits a word has at most (0: any number); `marks_join`: a single mark
-    or blank joins the letters behind it, and line breaks are words of their own; otherwise a space joins
-    whatever is behind it.
+class SplitRules:
+    """What a pattern does with ASCII text.
+
+    Attributes:
+        max_digits: Digits per word; 0 for any number.
+        symbol_joins_letters: If set, a single symbol or whitespace character belongs to the letters after it,
+            and newlines are words of their own; otherwise a space belongs to whatever follows it.
     """
 
-    digits: int
-    marks_join: bool
+    max_digits: int
+    symbol_joins_letters: bool
 
 
 RULES = {
-    PATTERN: Rules(3, True),
-    LLAMA3_PATTERN: Rules(3, True),
-    QWEN2_PATTERN: Rules(1, True),
-    GPT2_PATTERN: Rules(0, False),
+    DEFAULT_PATTERN: SplitRules(3, True),
+    LLAMA3_PATTERN: SplitRules(3, True),
+    QWEN2_PATTERN: SplitRules(1, True),
+    GPT2_PATTERN: SplitRules(0, False),
 }
 
 
 def _classes() -> bytes:
-    classes = (
-        bytearray([_LETTER]) * 256
-    )  # beyond ASCII the class is not known, and nothing that is said there holds
+    # The class of bytes beyond ASCII is unknown; the result there is not used.
+    classes = bytearray([_LETTER]) * 256
     for point in range(0x80):
-        letter = chr(point)
-        white = _BREAK if letter in "\r\n" else _BLANK if letter in " \t\v\f" else _MARK
-        classes[point] = _LETTER if letter.isalpha() else _DIGIT if letter.isdigit() else white
+        character = chr(point)
+        if character.isalpha():
+            classes[point] = _LETTER
+        elif character.isdigit():
+            classes[point] = _DIGIT
+        elif character in "\r\n":
+            classes[point] = _NEWLINE
+        else:
+            classes[point] = _WHITESPACE if character in " \t\v\f" else _SYMBOL
     classes[SEPARATOR] = _END
     return bytes(classes)
 
@@ -61,9 +74,15 @@ def _classes() -> bytes:
 _CLASSES = _classes()
 
 
-def word_starts(raw: bytes, rules: Rules) -> np.ndarray:
-    """Which bytes of `raw` begin a word: bool `(bytes,)`. `raw` is ASCII texts with SEPARATOR between, before
-    and after.
+def word_starts(raw: bytes, rules: SplitRules) -> np.ndarray:
+    """Mark the bytes at which words begin.
+
+    Args:
+        raw: ASCII texts with `SEPARATOR` before, between and after them.
+        rules: The pattern's rules.
+
+    Returns:
+        bool `(bytes,)`.
     """
     buffer, kinds = np.frombuffer(raw, np.uint8), np.frombuffer(raw.translate(_CLASSES), np.uint8)
     before, after = np.zeros_like(kinds), np.zeros_like(kinds)
@@ -72,77 +91,77 @@ def word_starts(raw: bytes, rules: Rules) -> np.ndarray:
     starts: np.ndarray = is_run_start | (kinds == _END)
     after_space = np.zeros(len(buffer), bool)
     after_space[1:] = buffer[:-1] == _SPACE
-    is_lone_mark = (kinds == _MARK) & is_run_start & (after == _LETTER) & ~after_space
-    if rules.marks_join:
-        joins = (kinds == _LETTER) & (before == _BLANK)
-        joins[1:] |= is_lone_mark[:-1]
-        joins |= (kinds == _MARK) & after_space
-        joins |= (kinds == _BREAK) & (before == _MARK)
+    is_lone_symbol = (kinds == _SYMBOL) & is_run_start & (after == _LETTER) & ~after_space
+    if rules.symbol_joins_letters:
+        joins = (kinds == _LETTER) & (before == _WHITESPACE)
+        joins[1:] |= is_lone_symbol[:-1]
+        joins |= (kinds == _SYMBOL) & after_space
+        joins |= (kinds == _NEWLINE) & (before == _SYMBOL)
     else:
-        joins = after_space & ((kinds & (_LETTER | _DIGIT | _MARK)) != 0)
+        joins = after_space & ((kinds & _VISIBLE) != 0)
     starts &= ~(joins & is_run_start)
-    is_inner = (
-        is_run_start & ((kinds & _WHITE) != 0) & ((before & _WHITE) != 0)
-    )  # from blanks to breaks or back
+    # Changes between whitespace and newlines.
+    is_inner = is_run_start & ((kinds & _ANY_WHITESPACE) != 0) & ((before & _ANY_WHITESPACE) != 0)
     starts &= ~is_inner
-    last_white = kinds == _BLANK if rules.marks_join else (kinds & _WHITE) != 0
-    starts |= last_white & ((after & (_LETTER | _DIGIT | _MARK)) != 0)
-    if rules.marks_join:
-        is_blank_end = (
-            (kinds == _BLANK) & (after != _BLANK) & ((before & _WHITE) != 0)
-        )  # but for single ones between words, which are many
-        breaks = np.flatnonzero((kinds == _BREAK) & is_run_start)
-        _start_after_breaks(
-            starts, kinds, breaks, np.flatnonzero(is_inner & (kinds == _BLANK)), np.flatnonzero(is_blank_end)
+    last_whitespace = kinds == _WHITESPACE if rules.symbol_joins_letters else (kinds & _ANY_WHITESPACE) != 0
+    starts |= last_whitespace & ((after & _VISIBLE) != 0)
+    if rules.symbol_joins_letters:
+        # All but the single spaces between words, which are many.
+        is_whitespace_end = (
+            (kinds == _WHITESPACE) & (after != _WHITESPACE) & ((before & _ANY_WHITESPACE) != 0)
         )
+        newlines = np.flatnonzero((kinds == _NEWLINE) & is_run_start)
+        whitespace = np.flatnonzero(is_inner & (kinds == _WHITESPACE))
+        _start_after_newlines(starts, kinds, newlines, whitespace, np.flatnonzero(is_whitespace_end))
     _start_after_contractions(
-        starts, buffer, kinds, np.flatnonzero(is_lone_mark & (buffer == _APOSTROPHE)), rules
+        starts, buffer, kinds, np.flatnonzero(is_lone_symbol & (buffer == _APOSTROPHE)), rules
     )
-    if rules.digits:
-        _start_digits(starts, is_run_start, np.flatnonzero(kinds == _DIGIT), rules.digits)
+    if rules.max_digits:
+        _start_digits(starts, is_run_start, np.flatnonzero(kinds == _DIGIT), rules.max_digits)
     return starts
 
 
-def _start_after_breaks(
-    starts: np.ndarray, kinds: np.ndarray, breaks: np.ndarray, blanks: np.ndarray, ends: np.ndarray
+def _start_after_newlines(
+    starts: np.ndarray, kinds: np.ndarray, newlines: np.ndarray, whitespace: np.ndarray, ends: np.ndarray
 ) -> None:
-    """Blanks behind line breaks: a word begins where no further break follows, or where the breaks belonged
-    to a mark.
+    """Whitespace after newlines begins a word if no newline follows it, or if the newlines belong to a symbol.
 
-    `breaks` and `blanks` are where runs of either begin, the latter behind a break; `ends` are the last blanks of runs.
+    `newlines` and `whitespace` are where runs of either begin, the latter after a newline; `ends` are the last
+    characters of runs of whitespace.
     """
-    if len(blanks) == 0:
+    if len(whitespace) == 0:
         return
-    behind = kinds[ends[np.searchsorted(ends, blanks)] + 1]
-    in_front = kinds[breaks[np.searchsorted(breaks, blanks) - 1] - 1]
-    starts[blanks] |= (behind != _BREAK) | (in_front == _MARK)
+    following = kinds[ends[np.searchsorted(ends, whitespace)] + 1]
+    preceding = kinds[newlines[np.searchsorted(newlines, whitespace) - 1] - 1]
+    starts[whitespace] |= (following != _NEWLINE) | (preceding == _SYMBOL)
 
 
 def _start_after_contractions(
-    starts: np.ndarray, buffer: np.ndarray, kinds: np.ndarray, apostrophes: np.ndarray, rules: Rules
+    starts: np.ndarray, buffer: np.ndarray, kinds: np.ndarray, apostrophes: np.ndarray, rules: SplitRules
 ) -> None:
-    """`'s` and its like are words: what letters follow them begin another. The apostrophes begin words and
-    have a letter behind them.
+    """Contractions such as `'s` are words: letters after them begin another one.
+
+    The apostrophes begin words and are followed by a letter.
     """
     if len(apostrophes) == 0:
         return
     first, second = buffer[apostrophes + 1], buffer[apostrophes + 2]
-    if rules.marks_join:  # capitals too
-        first, second = first | _LOWER, second | _LOWER
-    is_short = np.isin(first, _SHORT_ENDINGS)
+    if rules.symbol_joins_letters:  # these patterns also match capitals
+        first, second = first | _LOWER_CASE_BIT, second | _LOWER_CASE_BIT
+    is_short = np.isin(first, _SHORT_CONTRACTIONS)
     is_long = np.zeros(len(apostrophes), bool)
-    for one, other in _ENDINGS:
+    for one, other in _LONG_CONTRACTIONS:
         is_long |= (first == one) & (second == other)
-    if not rules.marks_join:
+    if not rules.symbol_joins_letters:
         starts[(apostrophes + 1)[is_short | is_long]] = False
     ends = np.concatenate([(apostrophes + 2)[is_short], (apostrophes + 3)[is_long]])
     starts[ends[kinds[ends] == _LETTER]] = True
 
 
-def _start_digits(starts: np.ndarray, is_run_start: np.ndarray, places: np.ndarray, most: int) -> None:
-    """Every so many digits begin a word."""
-    if len(places) == 0:
+def _start_digits(starts: np.ndarray, is_run_start: np.ndarray, digits: np.ndarray, max_digits: int) -> None:
+    """A word begins after every `max_digits` digits of a run; `digits` are the offsets of all digits."""
+    if len(digits) == 0:
         return
-    numbers = np.arange(len(places))
-    first = np.maximum.accumulate(np.where(is_run_start[places], numbers, 0))
-    starts[places[(numbers - first) % most == 0]] = True
+    numbers = np.arange(len(digits))
+    first = np.maximum.accumulate(np.where(is_run_start[digits], numbers, 0))
+    starts[digits[(numbers - first) % max_digits == 0]] = True
