@@ -1,6 +1,7 @@
 """From a folder of text to a served language model.
 
-The public names are imported when they are first used (PEP 562), so that `import llm_trainer` does not import torch:
+The public names are imported when they are first used (PEP 562), so that `import llm_trainer` does not import
+torch:
 
     from llm_trainer import DataConfig, ModelConfig, Trainer, TrainingConfig
     from llm_trainer import load_dataset, load_model, prepare_dataset

@@ -1,8 +1,9 @@
-"""The run folder: names of its contents, verification of checkpoints, and lookup of the folder that a user names.
+"""The run folder: names of its contents, verification of checkpoints, and lookup of the folder that a user
+names.
 
-A checkpoint is trusted only if its `manifest.json`, which is written last, lists every file with its size and SHA-256
-and all of them agree. This detects an interrupted save, a faulty disk and an edited file without opening a tensor.
-Nothing here needs torch, so the command line can answer in milliseconds.
+A checkpoint is trusted only if its `manifest.json`, which is written last, lists every file with its size and
+SHA-256 and all of them agree. This detects an interrupted save, a faulty disk and an edited file without
+opening a tensor. Nothing here needs torch, so the command line can answer in milliseconds.
 """
 
 from __future__ import annotations
@@ -117,7 +118,8 @@ def verify(folder: Path, *, contents: bool = True, shard: tuple[int, int] = (0, 
     Args:
         folder: The checkpoint folder.
         contents: Also compare the hashes of the contents. False: sizes only, and no file is read.
-        shard: (index, number) of the fraction of the contents that is read here, so that ranks can divide the work.
+        shard: (index, number) of the fraction of the contents that is read here, so that ranks can divide the
+            work.
 
     Returns:
         The problems, one line each. Empty: the checkpoint is complete.
@@ -141,8 +143,8 @@ def list_checkpoints(run_folder: Path) -> list[FoundCheckpoint]:
     """List the folders of `run_folder` that may be resumed.
 
     Returns:
-        The checkpoints, not verified, by decreasing step. At the same step, checkpoints precede the best and the
-        final model.
+        The checkpoints, not verified, by decreasing step. At the same step, checkpoints precede the best and
+        the final model.
     """
     if not run_folder.is_dir():
         return []
@@ -321,7 +323,8 @@ def _newest_complete(run_folder: Path, report: Report, check: Verify) -> Path:
         report(f"skipping {one.path}: {_briefly(problems)}")
     if found:
         raise CheckpointError(
-            f"{run_folder}: all of its {len(found)} checkpoints are damaged; the lines above list the problems"
+            f"{run_folder}: all of its {len(found)} checkpoints are damaged; the lines above list the "
+            "problems"
         )
     names = f"{CHECKPOINT_PREFIX}<step>, {BEST_MODEL} or {FINAL_MODEL}"
     raise CheckpointError(f"{run_folder} holds no checkpoint (no {names}); give the run folder")
@@ -336,8 +339,8 @@ def _is_model_folder(path: Path) -> bool:
 
 
 def _named_folder(path: Path) -> Path:
-    """The folder that a path other than a run folder means: itself, the folder of a file, or the checkpoint that another
-    tool's file name means.
+    """The folder that a path other than a run folder means: itself, the folder of a file, or the checkpoint
+    that another tool's file name means.
     """
     if path.is_dir():
         return path

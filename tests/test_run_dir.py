@@ -149,7 +149,7 @@ def test_a_damaged_best_model_is_skipped_and_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spelling", "folder"),
+    ("file_name", "folder"),
     [
         ("checkpoint_step_50.pt", "checkpoint-50"),
         ("checkpoint-50.pt", "checkpoint-50"),
@@ -164,19 +164,19 @@ def test_a_damaged_best_model_is_skipped_and_reported(tmp_path: Path) -> None:
     ],
 )
 def test_file_names_of_the_manuals_mean_checkpoint_folders(
-    tmp_path: Path, spelling: str, folder: str
+    tmp_path: Path, file_name: str, folder: str
 ) -> None:
     for name, step in (("checkpoint-50", 50), ("emergency-60", 60), ("best_model", 50), ("final_model", 70)):
         make_checkpoint(tmp_path / name, step)
-    assert resolve_model_folder(tmp_path / spelling) == tmp_path / folder
-    assert resolve_resume_folder(str(tmp_path / spelling)) == tmp_path / folder
+    assert resolve_model_folder(tmp_path / file_name) == tmp_path / folder
+    assert resolve_resume_folder(str(tmp_path / file_name)) == tmp_path / folder
 
 
 def test_an_unknown_checkpoint_is_an_error_that_lists_those_there(tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "checkpoint-50", 50)
-    for spelling in ("checkpoint-51.pt", "nothing", "checkpoint-51/model.safetensors"):
+    for name in ("checkpoint-51.pt", "nothing", "checkpoint-51/model.safetensors"):
         with pytest.raises(CheckpointError, match="is not a checkpoint"):
-            resolve_resume_folder(tmp_path / spelling)
+            resolve_resume_folder(tmp_path / name)
     with pytest.raises(CheckpointError, match="holds checkpoint-50"):
         resolve_model_folder(tmp_path / "checkpoint_step_51.pt")
 

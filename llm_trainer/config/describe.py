@@ -1,8 +1,8 @@
 """Descriptions of the settings, generated from the schema: `--help`, `--explain` and the reference page.
 
-`--help` shows the settings that people change most often (`common` in the schema), and `--help-all` shows all of
-them, under the same headings. The reference page is written by
-`python -m llm_trainer.config.describe > docs/reference/settings.md`.
+`--help` shows the settings that people change most often (`common` in the schema), and `--help-all` shows all
+of them, under the same headings. The reference page is written by `python -m llm_trainer.config.describe >
+docs/reference/settings.md`.
 """
 
 from __future__ import annotations
@@ -166,8 +166,10 @@ def reference() -> str:
         "# All settings",
         "",
         "Generated from the schema by `python -m llm_trainer.config.describe > docs/reference/settings.md`.",
-        "[Configuration](configuration.md) describes how to set them. A dotted name is an alias in another section. Settings",
-        "marked with † are accepted, but the feature is not implemented: setting them to another value is an error.",
+        "[Configuration](configuration.md) describes how to set them. A dotted name is an alias in another "
+        "section. Settings",
+        "marked with † are accepted, but the feature is not implemented: setting them to another value is an "
+        "error.",
     ]
     for name, kind in section_types().items():
         lines += [

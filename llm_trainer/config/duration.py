@@ -74,7 +74,8 @@ def _plain(duration: Duration) -> int | str:
 def _above_zero(duration: Duration) -> Duration:
     if duration.value <= 0:
         raise ValueError(
-            "must be above 0; for never, use none where the setting allows it, or a length beyond the end of the run"
+            "must be above 0; for never, use none where the setting allows it, or a length beyond the end of "
+            "the run"
         )
     return duration
 

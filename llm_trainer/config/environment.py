@@ -1,7 +1,7 @@
 """Environment variables, `.env`, and what a launcher (torchrun) sets for its processes.
 
-Only this module and `cli` read environment variables. `.env` holds accounts and keys, so that they are never part of
-a settings file, which is saved with each checkpoint.
+Only this module and `cli` read environment variables. `.env` holds accounts and keys, so that they are never
+part of a settings file, which is saved with each checkpoint.
 """
 
 from __future__ import annotations
@@ -55,12 +55,14 @@ def launch_environment(variables: Mapping[str, str] | None = None) -> LaunchEnvi
         text = environment.get(name, "1" if name == "LOCAL_WORLD_SIZE" else "0")
         if not text.strip().isdigit():
             raise UsageError(
-                f"invalid value for the environment variable {name}: {text!r} is not a whole number; torchrun sets it"
+                f"invalid value for the environment variable {name}: {text!r} is not a whole number; "
+                "torchrun sets it"
             )
         numbers[name] = int(text)
     if not numbers["RANK"] < numbers["WORLD_SIZE"]:
         raise UsageError(
-            f"the environment variable RANK={numbers['RANK']} is not below WORLD_SIZE={numbers['WORLD_SIZE']}; torchrun "
+            f"the environment variable RANK={numbers['RANK']} is not below "
+            f"WORLD_SIZE={numbers['WORLD_SIZE']}; torchrun "
             "sets both"
         )
     return LaunchEnvironment(
@@ -96,14 +98,15 @@ def read_dotenv(path: Path) -> dict[str, str]:
     }
     if found.get("WANDB_MODE", "online") not in _WANDB_MODES:
         raise UsageError(
-            f"invalid value for WANDB_MODE in {path}: {found['WANDB_MODE']!r}; choose {', '.join(_WANDB_MODES)}"
+            f"invalid value for WANDB_MODE in {path}: {found['WANDB_MODE']!r}; choose "
+            f"{', '.join(_WANDB_MODES)}"
         )
     return found
 
 
 def apply_dotenv(folder: Path | None = None) -> None:
-    """Set the variables of `.env` in this process's environment, where the libraries of the hub and of W&B read them.
-    Variables that are already set stay as they are.
+    """Set the variables of `.env` in this process's environment, where the libraries of the hub and of W&B
+    read them. Variables that are already set stay as they are.
 
     Args:
         folder: The folder with `.env`; None: the current one.
@@ -134,7 +137,9 @@ def local_copy_dir(address: str) -> Path:
 
 
 def api_keys() -> tuple[str, ...]:
-    """The keys that the server accepts, from LLM_TRAINER_API_KEYS (separated by commas). Empty: no key is needed."""
+    """The keys that the server accepts, from LLM_TRAINER_API_KEYS (separated by commas). Empty: no key is
+    needed.
+    """
     return tuple(key.strip() for key in os.environ.get("LLM_TRAINER_API_KEYS", "").split(",") if key.strip())
 
 

@@ -1,5 +1,5 @@
-"""Parameter counts of a model shape, by module and without torch: for presets, reports and memory estimates, before
-anything is allocated.
+"""Parameter counts of a model shape, by module and without torch: for presets, reports and memory estimates,
+before anything is allocated.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ def _first_set(*choices: bool | None) -> bool:
 
 
 def params_per_module(config: ModelConfig) -> dict[str, int]:
-    """Parameters of each module, in the model's order and under its names (`wte`, `wpe`, `ln_1.0`, `attn.0`, …,
-    `ln_f`, `lm_head`).
+    """Parameters of each module, in the model's order and under its names (`wte`, `wpe`, `ln_1.0`, `attn.0`,
+    …, `ln_f`, `lm_head`).
 
     A tied head counts 0. `llm_trainer.model.module_names.parameter_counts` counts a real model.
     """
@@ -48,7 +48,7 @@ def params_per_module(config: ModelConfig) -> dict[str, int]:
 
 
 def _adaptable(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of each matrix that can have LoRA adapters. A tied head uses that of the embedding."""
+    """Inputs and outputs of each matrix that can have a LoRA adapter; a tied head uses the embedding's."""
     hidden = config.hidden_size
     found = {"wte": (hidden, config.vocab_size)}
     for layer in range(config.num_hidden_layers):

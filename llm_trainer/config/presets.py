@@ -16,7 +16,9 @@ from llm_trainer.errors import UsageError
 
 @dataclass(frozen=True)
 class Preset:
-    """A named model shape. `nominal_size` is the parameter count as the manual writes it, empty where it has none."""
+    """A named model shape. `nominal_size` is the parameter count as the manual writes it, empty where it has
+    none.
+    """
 
     name: str
     settings: Mapping[str, object]

@@ -1,4 +1,6 @@
-"""Reading the settings that were saved with a checkpoint, also those that an earlier version wrote under other names."""
+"""Reading the settings that were saved with a checkpoint, also those that an earlier version wrote under
+other names.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,8 @@ from llm_trainer.config.schema.run_config import RunConfig
 from llm_trainer.errors import CheckpointError
 from llm_trainer.run_dir import RUN_FILE, read_json
 
-# Section → the name under which an earlier version saved a setting → its name now. Names that are still aliases do not
-# need an entry.
+# Section → the name under which an earlier version saved a setting → its name now. Names that are still
+# aliases do not need an entry.
 RENAMED_SETTINGS: Mapping[str, Mapping[str, str]] = {
     "model": {
         "positions": "position_embedding",

@@ -112,8 +112,9 @@ def test_the_manuals_have_blocks_of_each_kind() -> None:
     }
 
 
-TRAINING_BLOCK = """{"training": {"batch_size": 16, "eval_batch_size": 32, "num_epochs": 3, "learning_rate": 5e-5, "fp16": true,
-"use_domain_specific_data": true, "domain_data_dir": "data/domain_specific", "mixed_precision": true, "mixed_precision_dtype": "float16",
+TRAINING_BLOCK = """{"training": {"batch_size": 16, "eval_batch_size": 32, "num_epochs": 3,
+"learning_rate": 5e-5, "fp16": true, "use_domain_specific_data": true,
+"domain_data_dir": "data/domain_specific", "mixed_precision": true, "mixed_precision_dtype": "float16",
 "use_knowledge_distillation": true}}"""
 
 

@@ -12,8 +12,9 @@ from llm_trainer.config.environment import ENVIRONMENT_NAMES, apply_dotenv, laun
 from llm_trainer.config.presets import PRESETS, get_preset
 
 TRUE_MILLIONS = {
-    "enhanced-nano": 124.4, "enhanced-small": 354.8, "enhanced-medium": 758.7, "enhanced-large": 1313.6, "enhanced-xl": 2648.9,
-    "framework-tiny": 21.5, "framework-small": 134.1, "framework-medium": 348.7, "framework-large": 721.2, "framework-xl": 1574.0,
+    "enhanced-nano": 124.4, "enhanced-small": 354.8, "enhanced-medium": 758.7, "enhanced-large": 1313.6,
+    "enhanced-xl": 2648.9, "framework-tiny": 21.5, "framework-small": 134.1, "framework-medium": 348.7,
+    "framework-large": 721.2, "framework-xl": 1574.0,
 }  # fmt: skip
 
 
@@ -61,5 +62,5 @@ def test_dotenv_sets_only_variables_that_the_shell_does_not(
     assert os.environ["WANDB_MODE"] == "disabled"
     assert os.environ["PATH"] != "/nowhere"
     (tmp_path / ".env").write_text("WANDB_MODE=of\n", encoding="utf-8")
-    with pytest.raises(UsageError, match="invalid value for WANDB_MODE .*'of'"):
+    with pytest.raises(UsageError, match=r"invalid value for WANDB_MODE .*'of'"):
         apply_dotenv(tmp_path)

@@ -1,9 +1,10 @@
 """Reading settings from a command line.
 
-pydantic-settings' CLI source was tried for this (2.16). Its `cli_shortcuts` gives flat flags, but of two aliases
-with two values it silently takes the last, it does not equate `-` and `_`, its unknown flags carry no suggestion,
-and it cannot report where a value came from. Each of these needs a pass over argv. With that done, what is left of
-its work is turning text into values, which pydantic itself does. It also costs 0.13 s of import.
+pydantic-settings' CLI source was tried for this (2.16). Its `cli_shortcuts` gives flat flags, but of two
+aliases with two values it silently takes the last, it does not equate `-` and `_`, its unknown flags carry no
+suggestion, and it cannot report where a value came from. Each of these needs a pass over argv. With that
+done, what is left of its work is turning text into values, which pydantic itself does. It also costs 0.13 s
+of import.
 """
 
 from __future__ import annotations
@@ -149,8 +150,8 @@ def _next_value(flag: str, kind: type[Section], alias: str, arguments: list[str]
 
 
 def _switch_words(kind: type[Section], alias: str) -> frozenset[str] | None:
-    """The values of a flag that may also be given without one (`--eval_only`, `--compile`, `--mixed_precision`),
-    else None.
+    """The values of a flag that may also be given without one (`--eval_only`, `--compile`,
+    `--mixed_precision`), else None.
     """
     name = kind.names().get(alias.partition(".")[0], alias)
     if "." in alias:

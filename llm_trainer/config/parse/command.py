@@ -1,4 +1,6 @@
-"""What a command reads, and what it gets: `CommandSpec` declares a command, `LoadedRun` is its parsed command line."""
+"""What a command reads, and what it gets: `CommandSpec` declares a command, `LoadedRun` is its parsed command
+line.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +23,15 @@ class CommandSpec:
     Attributes:
         name: How the command is called (`llm-trainer train`, `train.py`).
         summary: What it does, in a sentence.
-        sections: What it reads: sections (`training`) or single settings (`data.data_dir`), in the order in which
-            a flat flag is looked up.
+        sections: What it reads: sections (`training`) or single settings (`data.data_dir`), in the order in
+            which a flat flag is looked up.
         options: The command's own options, which are looked up first.
         defaults: Dotted canonical name → default of this command, which overrides the schema's.
         positional_config: Whether positional arguments may be settings files.
         positional: Names of the settings that positional arguments fill, in order (`("run",)` for
             `llm-trainer report RUN`).
-        uses_planned_ranks: Settings are checked for the number of ranks that they ask for, not for the number of
-            processes that run.
+        uses_planned_ranks: Settings are checked for the number of ranks that they ask for, not for the number
+            of processes that run.
         may_resume: The command may resume a run, whose saved settings are merged with the given ones.
     """
 
@@ -121,7 +123,7 @@ class LoadedRun:
         }
 
     def merged_over(self, saved: RunConfig) -> RunConfig:
-        """The saved configuration of a run that is resumed, with every setting that was given here replaced."""
+        """The saved configuration of a run that is resumed, with the settings that were given here."""
         sections = {name: dict(getattr(saved, name)) for name in section_types()}
         for dotted, value in self.set_values().items():
             section, _, name = dotted.partition(".")

@@ -1,10 +1,11 @@
-"""Reading settings from files: JSON, YAML, and nanoGPT's Python files. Each file becomes a list of raw values.
+"""Reading settings from files: JSON, YAML, and nanoGPT's Python files. Each file becomes a list of raw
+values.
 
-JSON and YAML may hold sections, flat keys, or both. Names that begin with an underscore are comments. A name that
-occurs twice in one mapping is an error, where the parsers would keep the last value.
+JSON and YAML may hold sections, flat keys, or both. Names that begin with an underscore are comments. A name
+that occurs twice in one mapping is an error, where the parsers would keep the last value.
 
-A Python file is run by `runpy`, as nanoGPT runs its own by `exec`: it is the user's program. Names that begin with
-an underscore, modules, functions and classes are ignored; everything else must be a setting.
+A Python file is run by `runpy`, as nanoGPT runs its own by `exec`: it is the user's program. Names that begin
+with an underscore, modules, functions and classes are ignored; everything else must be a setting.
 """
 
 from __future__ import annotations
@@ -105,7 +106,8 @@ def _check_kind(content: Mapping[str, object] | Mapping[object, object], source:
         )
     if "loaders" in content:
         raise UsageError(
-            f"{source} is a domain bridge file: pass it to python scripts/prepare_domain_datasets.py --config {source}"
+            f"{source} is a domain bridge file: pass it to python scripts/prepare_domain_datasets.py "
+            f"--config {source}"
         )
 
 
@@ -126,7 +128,8 @@ def _from_python(path: Path) -> list[RawValue]:
     for item in values:
         if not isinstance(item.value, (bool, int, float, str, list, tuple, dict, type(None))):
             raise UsageError(
-                f"{path}: {item.name} is a {type(item.value).__name__}; begin its name with an underscore if it is not a setting"
+                f"{path}: {item.name} is a {type(item.value).__name__}; begin its name with an underscore if "
+                "it is not a setting"
             )
     if any(
         item.name in ("gradient_accumulation_steps", "grad_accum", "accumulation_steps") for item in values
@@ -152,8 +155,8 @@ _MERGE = "tag:yaml.org,2002:merge"  # <<: *base
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people expect it: 5e-4 is a number (PyYAML follows YAML 1.1, where it is text), and a duplicate key
-    is an error.
+    """YAML as people expect it: 5e-4 is a number (PyYAML follows YAML 1.1, where it is text), and a duplicate
+    key is an error.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
@@ -186,7 +189,8 @@ class _Loader(yaml.SafeLoader):
         ) as error:  # PyYAML lets through what its scalars' own readers raise
             if not isinstance(node, yaml.ScalarNode):
                 raise
-            problem = f"{node.value!r} is no {node.tag.rpartition(':')[2]}, as which YAML reads it; put a text in quotes"
+            kind = node.tag.rpartition(":")[2]
+            problem = f"{node.value!r} is not a valid {kind}, which YAML reads it as; put text in quotes"
             raise ConstructorError(None, None, problem, node.start_mark) from error
 
 

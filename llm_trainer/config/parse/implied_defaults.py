@@ -1,5 +1,5 @@
-"""Settings whose default follows from other settings. The reason becomes the origin of the value, which `--explain`
-shows.
+"""Settings whose default follows from other settings. The reason becomes the origin of the value, which
+`--explain` shows.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def apply_implied_defaults(values: dict[FieldKey, ResolvedValue], defaults: set[
 
 
 def _family(values: dict[FieldKey, ResolvedValue], defaults: set[FieldKey]) -> None:
-    """Setting a family selects its shape: the command's defaults for position embedding, norm and so on, which
-    are of another family, are dropped.
+    """Setting a family selects its shape: the command's defaults for position embedding, norm and so on,
+    which are of another family, are dropped.
     """
     if ("model", "model_type") in values and ("model", "model_type") not in defaults:
         shaped = {("model", name) for family in FAMILY_DEFAULTS.values() for name in family}
@@ -75,7 +75,7 @@ def _length(values: dict[FieldKey, ResolvedValue], defaults: set[FieldKey]) -> N
 
 
 def _batches(values: dict[FieldKey, ResolvedValue], defaults: set[FieldKey]) -> None:
-    """Drop the command's default batch size or accumulation where the user set the batch by other settings."""
+    """Drop the command's default batch size or accumulation where other settings determine the batch."""
     batch, micro, steps = (
         ("training", name) for name in ("batch_size", "micro_batch_size", "gradient_accumulation_steps")
     )
@@ -87,8 +87,8 @@ def _batches(values: dict[FieldKey, ResolvedValue], defaults: set[FieldKey]) -> 
 
 
 def _warmup(values: dict[FieldKey, ResolvedValue], defaults: set[FieldKey]) -> list[str]:
-    """Replace a command's default warm-up that is longer than the run by a tenth of the run. One that the user set
-    is checked in `validation`.
+    """Replace a command's default warm-up that is longer than the run by a tenth of the run. One that the
+    user set is checked in `validation`.
     """
     key, end = ("training", "warmup_steps"), values.get(("training", "max_steps"))
     if key in defaults and end is not None and isinstance(end.value, (int, float)):
@@ -97,7 +97,8 @@ def _warmup(values: dict[FieldKey, ResolvedValue], defaults: set[FieldKey]) -> l
             del values[key]
             defaults.discard(key)
             return [
-                f"the default warm-up of {warmup} steps is longer than the run of {end.value} steps; it becomes a tenth of "
+                f"the default warm-up of {warmup} steps is longer than the run of {end.value} steps; it "
+                "becomes a tenth of "
                 "the run"
             ]
     return []

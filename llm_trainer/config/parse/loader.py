@@ -39,9 +39,9 @@ _SETTINGS_FILES = (".py", ".json", ".yaml", ".yml")
 def load_run(spec: CommandSpec, argv: Sequence[str]) -> LoadedRun:
     """Parse the command line of one command.
 
-    `--help` and `--help-all` print the help and exit with code 0. Notes about the settings are printed to stderr, on
-    the first rank only. When a run is resumed, its saved settings are not known here: call `LoadedRun.resolve`
-    after merging with them.
+    `--help` and `--help-all` print the help and exit with code 0. Notes about the settings are printed to
+    stderr, on the first rank only. When a run is resumed, its saved settings are not known here: call
+    `LoadedRun.resolve` after merging with them.
 
     Args:
         spec: The command.
@@ -96,7 +96,7 @@ def _load(spec: CommandSpec, argv: Sequence[str]) -> LoadedRun:
 
 
 def _assign_positional(spec: CommandSpec, parsed: ParsedArgs) -> None:
-    """Assign positional arguments: to a settings file, or to the next of the command's positional settings."""
+    """Assign positional arguments: to settings files, or to the command's positional settings."""
     remaining = list(spec.positional)
     for argument in parsed.positional:
         is_file = Path(argument).suffix in _SETTINGS_FILES
@@ -114,7 +114,9 @@ def _assign_positional(spec: CommandSpec, parsed: ParsedArgs) -> None:
 def _merge_sources(
     spec: CommandSpec, parsed: ParsedArgs, notes: list[str]
 ) -> tuple[dict[FieldKey, ResolvedValue], set[FieldKey]]:
-    """All values, later sources over earlier ones, and the keys of those that are still the command's defaults."""
+    """All values, later sources over earlier ones, and the keys of those that are still the command's
+    defaults.
+    """
     names = spec.names()
     unread = (name for name in section_types() if name not in spec.sections)
     all_names = SettingNames((*spec.sections, *unread), spec.options)
@@ -154,7 +156,9 @@ def _merge_sources(
 
 
 def _gate(item: RawValue) -> str | None:
-    """The section that enables a setting which is given in that section but belongs to another one, else None."""
+    """The section that enables a setting which is given in that section but belongs to another one, else
+    None.
+    """
     dotted = f"{item.section}.{item.name}" if item.section else item.name
     section = dotted.partition(".")[0]
     home = dotted_aliases().get(dotted)
@@ -188,8 +192,8 @@ def _check_flags_apply(
 
 
 def _with_wandb(values: list[RawValue]) -> list[RawValue]:
-    """In JSON and YAML, `wandb_project` enables Weights & Biases unless the file sets where metrics are logged.
-    nanoGPT's Python files have `wandb_log` for that.
+    """In JSON and YAML, `wandb_project` enables Weights & Biases unless the file sets where metrics are
+    logged. nanoGPT's Python files have `wandb_log` for that.
     """
     names = {item.name for item in values}
     project = next((item for item in values if item.name == "wandb_project" and item.value), None)

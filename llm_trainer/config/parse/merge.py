@@ -1,8 +1,9 @@
 """From raw values, given anywhere and under any name, to one value per setting and where it came from.
 
-A source is one file, one command line or one preset. Each source is normalized on its own: every name is resolved
-to its field, shorthands are translated, and two values for one setting are an error that names both. Then the
-sources are merged, and there a later one simply wins: a flag that differs from a file is not a contradiction.
+A source is one file, one command line or one preset. Each source is normalized on its own: every name is
+resolved to its field, shorthands are translated, and two values for one setting are an error that names both.
+Then the sources are merged, and there a later one simply wins: a flag that differs from a file is not a
+contradiction.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ class SettingNames:
     """Which settings a command reads, and what the names on its command line mean.
 
     Attributes:
-        sections: Sections (`training`) or single settings (`data.data_dir`), in the order in which a flat name is
-            looked up.
+        sections: Sections (`training`) or single settings (`data.data_dir`), in the order in which a flat
+            name is looked up.
         options: The command's own options, which are looked up first.
     """
 
@@ -163,7 +164,9 @@ def normalize(items: Iterable[RawValue], names: SettingNames) -> dict[FieldKey, 
 
 
 def _add(given: dict[str, RawValue], name: str, item: RawValue) -> None:
-    """Add a value under its name. The same value may be given again (by a dotted alias, or by a repeated flag)."""
+    """Add a value under its name. The same value may be given again (by a dotted alias, or by a repeated
+    flag).
+    """
     before = given.get(name)
     if before is not None and before.value != item.value:
         raise UsageError(_contradiction(before, item))

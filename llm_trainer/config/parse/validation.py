@@ -1,4 +1,5 @@
-"""Checks that need several settings: contradictions between them, and settings of features that are not implemented.
+"""Checks that need several settings: contradictions between them, and settings of features that are not
+implemented.
 
 All of them run before anything heavy is loaded.
 
@@ -149,7 +150,8 @@ def _check_launcher(config: RunConfig, labels: _Labels, world_size: int) -> None
         )
     if training.distributed_backend == "nccl" and training.device == "cpu":
         raise UsageError(
-            f"{labels['training.distributed_backend']} is nccl, which needs GPUs, but {labels['training.device']} is cpu; use gloo or auto"
+            f"{labels['training.distributed_backend']} is nccl, which needs GPUs, but "
+            f"{labels['training.device']} is cpu; use gloo or auto"
         )
 
 
@@ -158,14 +160,16 @@ def _check_ranks(settings: ResolvedSettings, labels: _Labels) -> None:
     for name in ("fsdp", "tensor_parallel", "context_parallel"):
         if training.offload_optimizer and getattr(training, name) > 1:
             raise UsageError(
-                f"{labels['training.offload_optimizer']} cannot be combined with {labels[f'training.{name}']} "
+                f"{labels['training.offload_optimizer']} cannot be combined with "
+                f"{labels[f'training.{name}']} "
                 f"{getattr(training, name)}, which shards the optimizer state; remove one of them"
             )
     check_plan(settings.plan, settings.batches, training, config.model)
     if settings.micro_batch_bounds is not None:
         if training.pipeline_parallel > 1:
             raise UsageError(
-                "micro_batch_size auto and use_adaptive_batch_size are not supported with pipeline_parallel, whose "
+                "micro_batch_size auto and use_adaptive_batch_size are not supported with pipeline_parallel, "
+                "whose "
                 "stages cannot be measured alone; give micro_batch_size a number"
             )
         divisions(settings.batches, settings.micro_batch_bounds)
@@ -200,11 +204,13 @@ def _check_learning_rate(config: RunConfig, labels: _Labels) -> None:
     if training.min_learning_rate is not None and training.min_learning_rate > training.learning_rate:
         raise UsageError(
             f"{labels['training.min_learning_rate']} is {training.min_learning_rate}, above the peak: "
-            f"{labels['training.learning_rate']} is {training.learning_rate}; lower the first or raise the second"
+            f"{labels['training.learning_rate']} is {training.learning_rate}; lower the first or raise the "
+            "second"
         )
     if training.init_from == "scratch" and training.resume_from is None and training.lr_on_resume is not None:
         raise UsageError(
-            f"{labels['training.lr_on_resume']} is {training.lr_on_resume}, which has an effect only when resuming; "
+            f"{labels['training.lr_on_resume']} is {training.lr_on_resume}, which has an effect only when "
+            "resuming; "
             "add --resume, or remove it"
         )
 
@@ -251,17 +257,20 @@ def _check_data(config: RunConfig, labels: _Labels) -> None:
     total = (data.train_ratio or 0.0) + data.val_ratio + data.test_ratio
     if total > 1 + 1e-9:
         raise UsageError(
-            f"{labels['data.train_ratio']}, {labels['data.val_ratio']} and {labels['data.test_ratio']} add up to "
+            f"{labels['data.train_ratio']}, {labels['data.val_ratio']} and {labels['data.test_ratio']} add "
+            "up to "
             f"{total:g}; they are fractions of 1"
         )
     if data.max_length is not None and data.stride >= data.max_length:
         raise UsageError(
-            f"{labels['data.stride']} is {data.stride}, but chunks of {labels['data.max_length']} {data.max_length} must "
+            f"{labels['data.stride']} is {data.stride}, but chunks of {labels['data.max_length']} "
+            f"{data.max_length} must "
             "overlap by fewer tokens; lower the stride"
         )
     if not data.pack_sequences and data.packing_strategy != "greedy":
         raise UsageError(
-            f"{labels['data.packing_strategy']} is {data.packing_strategy}, but {labels['data.pack_sequences']} is off; "
+            f"{labels['data.packing_strategy']} is {data.packing_strategy}, but "
+            f"{labels['data.pack_sequences']} is off; "
             "remove one of them"
         )
     if data.max_length is not None and data.min_length > data.max_length:
@@ -280,5 +289,6 @@ def _check_reasoning(config: RunConfig, labels: _Labels) -> None:
     for low, high in pairs:
         if getattr(reasoning, low) > getattr(reasoning, high):
             raise UsageError(
-                f"{labels[f'adaptive_reasoning.{low}']} is above {labels[f'adaptive_reasoning.{high}']}; swap them"
+                f"{labels[f'adaptive_reasoning.{low}']} is above {labels[f'adaptive_reasoning.{high}']}; "
+                "swap them"
             )

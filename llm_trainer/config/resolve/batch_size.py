@@ -1,13 +1,14 @@
-"""Resolves the two meanings of `batch_size`: all later code has only a micro-batch size and a number of accumulation
-steps per rank.
+"""Resolves the two meanings of `batch_size`: all later code has only a micro-batch size and a number of
+accumulation steps per rank.
 
-If `micro_batch_size` is set, `batch_size` is that of the whole step, over all ranks: accumulation = batch_size /
-(micro_batch_size × ranks). Otherwise `batch_size` is the micro-batch size of one rank, and
-`gradient_accumulation_steps` multiplies it. nanoGPT's configuration files count the accumulation over all ranks
-together (`global_grad_accumulation`); it is then divided by the number of ranks.
+If `micro_batch_size` is set, `batch_size` is that of the whole step, over all ranks: accumulation =
+batch_size / (micro_batch_size × ranks). Otherwise `batch_size` is the micro-batch size of one rank, and
+`gradient_accumulation_steps` multiplies it. nanoGPT's configuration files count the accumulation over all
+ranks together (`global_grad_accumulation`); it is then divided by the number of ranks.
 
-With `micro_batch_size: auto` or `use_adaptive_batch_size`, only the size of the step is resolved here. The micro-batch
-size is found when the run starts: `micro_batch_bounds` gives its bounds, and `divisions` the possible sizes.
+With `micro_batch_size: auto` or `use_adaptive_batch_size`, only the size of the step is resolved here. The
+micro-batch size is found when the run starts: `micro_batch_bounds` gives its bounds, and `divisions` the
+possible sizes.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ def divisions(plan: BatchPlan, bounds: MicroBatchBounds) -> list[BatchPlan]:
     ]
     if not found:
         raise UsageError(
-            f"no micro-batch size from min_batch_size {bounds.minimum} to max_batch_size {maximum} divides the "
+            f"no micro-batch size from min_batch_size {bounds.minimum} to max_batch_size {maximum} divides "
+            "the "
             f"{sequences} sequences of a rank's step; change the bounds or batch_size"
         )
     return found
@@ -121,7 +123,8 @@ def _sequences_per_rank(training: TrainingConfig, ranks: int, accumulation: int 
         return DEFAULT_BATCH_SIZE * (accumulation or 1)
     if accumulation is not None:
         raise UsageError(
-            f"micro_batch_size auto derives the accumulation from batch_size {total}, but gradient_accumulation_steps is "
+            f"micro_batch_size auto derives the accumulation from batch_size {total}, but "
+            "gradient_accumulation_steps is "
             f"{accumulation}; remove it"
         )
     if total % ranks:
@@ -137,7 +140,8 @@ def _accumulation_per_rank(training: TrainingConfig, ranks: int) -> int | None:
         return steps
     if steps % ranks:
         raise UsageError(
-            f"gradient_accumulation_steps {steps} counts all ranks together (as in nanoGPT) and is not divisible by "
+            f"gradient_accumulation_steps {steps} counts all ranks together (as in nanoGPT) and is not "
+            "divisible by "
             f"{ranks} ranks; change it, or set global_grad_accumulation=False"
         )
     return steps // ranks

@@ -1,9 +1,10 @@
-"""DeepSpeed's configuration file: which keys are supported, and whether its batch sizes fit the number of ranks.
+"""DeepSpeed's configuration file: which keys are supported, and whether its batch sizes fit the number of
+ranks.
 
-A backend file that contradicts the flags makes a run go wrong unnoticed. So the configuration that DeepSpeed gets is
-always generated from the settings of the run, and a user's file is one more source of these settings. It may set what
-no other source sets, and must agree with what other sources set. Apart from that, only buffer sizes are accepted, which
-do not change results.
+A backend file that contradicts the flags makes a run go wrong unnoticed. So the configuration that DeepSpeed
+gets is always generated from the settings of the run, and a user's file is one more source of these settings.
+It may set what no other source sets, and must agree with what other sources set. Apart from that, only buffer
+sizes are accepted, which do not change results.
 """
 
 from __future__ import annotations
@@ -188,7 +189,8 @@ def merge_deepspeed(config: RunConfig, deepspeed: DeepSpeedConfig) -> RunConfig:
     merged = {**given, **{name: value for name, (_, value) in file.items()}}
     if "batch_size" in merged and "micro_batch_size" not in merged:
         raise UsageError(
-            f"{path}: train_batch_size needs train_micro_batch_size_per_gpu too, or micro_batch_size in the settings"
+            f"{path}: train_batch_size needs train_micro_batch_size_per_gpu too, or micro_batch_size in the "
+            "settings"
         )
     return config.model_copy(update={"training": TrainingConfig(**merged)})
 

@@ -1,5 +1,5 @@
-"""Sizes of the parallel dimensions, resolved from the settings and the launcher's number of ranks before the model is
-built.
+"""Sizes of the parallel dimensions, resolved from the settings and the launcher's number of ranks before the
+model is built.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ _STAGES_PER_RANK = {"gpipe": 1, "1f1b": 1, "interleaved": 2}
 class ParallelPlan:
     """Sizes of the data, FSDP, tensor, pipeline and context dimensions.
 
-    The ranks of the data and FSDP dimensions read different samples; those of the other three read the same ones. FSDP and
-    context ranks shard the state of a replica. The tensor dimension is the innermost in the numbering of ranks, because it
-    communicates most; then come context, FSDP and data, and the pipeline is the outermost.
+    The ranks of the data and FSDP dimensions read different samples; those of the other three read the same
+    ones. FSDP and context ranks shard the state of a replica. The tensor dimension is the innermost in the
+    numbering of ranks, because it communicates most; then come context, FSDP and data, and the pipeline is
+    the outermost.
     """
 
     data_parallel: int = 1
@@ -42,8 +43,8 @@ class ParallelPlan:
 
     @property
     def shards(self) -> int:
-        """Number of ranks over which the state of a replica is sharded (within a stage and a tensor rank). Context
-        ranks hold no copies of it, since sequences are sharded where memory is short.
+        """Number of ranks over which the state of a replica is sharded (within a stage and a tensor rank).
+        Context ranks hold no copies of it, since sequences are sharded where memory is short.
         """
         return self.fsdp * self.context_parallel
 
@@ -52,8 +53,8 @@ class ParallelPlan:
         return self.token_rank(rank) // self.context_parallel
 
     def token_rank(self, rank: int) -> int:
-        """Index of the tokens that a rank processes. Tensor ranks and pipeline stages process the same tokens; context
-        ranks process different parts of the same sequences.
+        """Index of the tokens that a rank processes. Tensor ranks and pipeline stages process the same
+        tokens; context ranks process different parts of the same sequences.
         """
         return rank // self.tensor_parallel % (self.data_ranks * self.context_parallel)
 
@@ -66,8 +67,8 @@ class ParallelPlan:
         return rank // (self.tensor_parallel * self.context_parallel * self.data_ranks)
 
     def owns_loss(self, rank: int) -> bool:
-        """Whether a rank contributes its tokens to sums over all tokens, such as the loss: the first of its tensor group,
-        in the last stage.
+        """Whether a rank contributes its tokens to sums over all tokens, such as the loss: the first of its
+        tensor group, in the last stage.
         """
         return rank % self.tensor_parallel == 0 and self.stage(rank) == self.pipeline_parallel - 1
 
@@ -107,7 +108,8 @@ def resolve_plan(training: TrainingConfig, ranks: int) -> ParallelPlan:
         if ranks % taken:
             many = f" = {taken}" if product.count("×") else ""
             raise UsageError(
-                f"{product}{many} does not fit: {_started(ranks)}, which is not a multiple of {taken}; use a divisor of "
+                f"{product}{many} does not fit: {_started(ranks)}, which is not a multiple of {taken}; use a "
+                "divisor of "
                 f"{ranks}, or start a multiple of {taken}"
             )
         replicas = ranks // taken
@@ -120,22 +122,25 @@ def resolve_plan(training: TrainingConfig, ranks: int) -> ParallelPlan:
 
 
 def check_shape(plan: ParallelPlan, model: ModelConfig) -> None:
-    """Raises UsageError for a model shape that the plan cannot shard, with the number that is not divisible."""
+    """Raises UsageError for a model shape that the plan cannot shard; the message names the number."""
     tensor, stages, contexts = plan.tensor_parallel, plan.pipeline_parallel, plan.context_parallel
     _check_tensor_parallel(tensor, model)
     if stages > model.num_hidden_layers:
         raise UsageError(
-            f"pipeline_parallel {stages} is more stages than the model has layers ({model.num_hidden_layers}); use fewer "
+            f"pipeline_parallel {stages} is more stages than the model has layers "
+            f"({model.num_hidden_layers}); use fewer "
             "stages"
         )
     if stages > 1 and contexts > 1:
         raise UsageError(
-            f"context_parallel {contexts} is not supported with pipeline_parallel {stages}, whose stages do not pass on "
+            f"context_parallel {contexts} is not supported with pipeline_parallel {stages}, whose stages do "
+            "not pass on "
             "sharded sequences; keep one of them, with fsdp or tensor_parallel"
         )
     if contexts > 1 and model.max_position_embeddings % (2 * contexts):
         raise UsageError(
-            f"context_parallel {contexts} gives each rank two chunks of every sequence, but max_position_embeddings "
+            f"context_parallel {contexts} gives each rank two chunks of every sequence, but "
+            "max_position_embeddings "
             f"{model.max_position_embeddings} is not a multiple of {2 * contexts}; change one of them"
         )
 
@@ -166,7 +171,8 @@ def check_depth(ranks: int, schedule: str, layers: int) -> None:
     stages = stages_of(schedule, ranks)
     if ranks > 1 and layers < stages:
         raise UsageError(
-            f"pipeline_schedule {schedule} makes {stages} stages on {ranks} ranks, but the model has {layers} layers; "
+            f"pipeline_schedule {schedule} makes {stages} stages on {ranks} ranks, but the model has "
+            f"{layers} layers; "
             "use another schedule or fewer ranks"
         )
 
@@ -176,8 +182,10 @@ def check_rounds(ranks: int, schedule: str, micro_batches: int) -> None:
     rounds = max(1, micro_batches // ranks)
     if ranks > 1 and schedule == "interleaved" and micro_batches % rounds:
         raise UsageError(
-            f"pipeline_schedule interleaved runs the micro-batches of a step in {rounds} equal rounds on {ranks} ranks, "
-            f"but {micro_batches} micro-batches are not divisible by {rounds}; use {micro_batches // ranks * ranks} or "
+            f"pipeline_schedule interleaved runs the micro-batches of a step in {rounds} equal rounds on "
+            f"{ranks} ranks, "
+            f"but {micro_batches} micro-batches are not divisible by {rounds}; use "
+            f"{micro_batches // ranks * ranks} or "
             f"{-(-micro_batches // ranks) * ranks} of them (batch_size, gradient_accumulation_steps), or "
             "pipeline_schedule 1f1b"
         )
@@ -190,7 +198,8 @@ def _check_tensor_parallel(tensor: int, model: ModelConfig) -> None:
         for name, width in {**widths, "intermediate_size": block.mlp_width}.items():
             if width % tensor:
                 raise UsageError(
-                    f"{name} {width} is not divisible by tensor_parallel {tensor}; use a size that divides the heads, "
+                    f"{name} {width} is not divisible by tensor_parallel {tensor}; use a size that divides "
+                    "the heads, "
                     "the key-value heads and the MLP"
                 )
     adapted = [
@@ -209,13 +218,14 @@ def _check_tensor_parallel(tensor: int, model: ModelConfig) -> None:
 def check_precision(plan: ParallelPlan, precision: str) -> None:
     """Raises UsageError for a precision in which the ranks of this plan cannot train.
 
-    The gradient scaler of fp16 decides by the gradients of one rank. Pipeline stages have different gradients, and tensor
-    ranks have both sharded and unsharded ones, so that their decisions could differ.
+    The gradient scaler of fp16 decides by the gradients of one rank. Pipeline stages have different
+    gradients, and tensor ranks have both sharded and unsharded ones, so that their decisions could differ.
     """
     for name in ("tensor_parallel", "pipeline_parallel"):
         if precision == "fp16" and getattr(plan, name) > 1:
             raise UsageError(
-                f"precision fp16 is not supported with {name} {getattr(plan, name)}, whose ranks must scale gradients "
+                f"precision fp16 is not supported with {name} {getattr(plan, name)}, whose ranks must scale "
+                "gradients "
                 "alike; use bf16 (or fp32), or fsdp with fp16"
             )
 
@@ -242,7 +252,8 @@ def check_plan(plan: ParallelPlan, batches: BatchPlan, training: TrainingConfig,
     if training.quantize_base != "off" and (plan.ranks > 1 or training.use_deepspeed):
         what = f"{plan.ranks} ranks" if plan.ranks > 1 else "use_deepspeed"
         raise UsageError(
-            f"quantize_base {training.quantize_base} is not supported with {what}; train on one rank, or remove it"
+            f"quantize_base {training.quantize_base} is not supported with {what}; train on one rank, or "
+            "remove it"
         )
 
 

@@ -1,8 +1,8 @@
-"""Resolves the many names of precision (`fp16`, `bf16`, `use_amp`, `mixed_precision`, `mixed_precision_dtype`,
-`amp_dtype`, `dtype`) to the one setting `precision`.
+"""Resolves the many names of precision (`fp16`, `bf16`, `use_amp`, `mixed_precision`,
+`mixed_precision_dtype`, `amp_dtype`, `dtype`) to the one setting `precision`.
 
-A name of a data type decides. `mixed_precision` and `use_amp` name no data type: alone they mean bf16, which needs no
-loss scaling and is supported by every CPU and every recent GPU. `fp16: false` alone means fp32.
+A name of a data type decides. `mixed_precision` and `use_amp` name no data type: alone they mean bf16, which
+needs no loss scaling and is supported by every CPU and every recent GPU. `fp16: false` alone means fp32.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from llm_trainer.config.schema.base import as_boolean
 from llm_trainer.errors import UsageError
 
 PRECISIONS = {
-    "auto": "auto", "fp32": "fp32", "float32": "fp32", "32": "fp32", "no": "fp32", "fp16": "fp16", "float16": "fp16", "16": "fp16",
-    "half": "fp16", "bf16": "bf16", "bfloat16": "bf16",
+    "auto": "auto", "fp32": "fp32", "float32": "fp32", "32": "fp32", "no": "fp32",
+    "fp16": "fp16", "float16": "fp16", "16": "fp16", "half": "fp16", "bf16": "bf16", "bfloat16": "bf16",
 }  # fmt: skip
 PRECISION_NAMES = ("precision", "dtype", "amp_dtype", "mixed_precision_dtype")
 PRECISION_SWITCHES = ("mixed_precision", "use_amp", "fp16", "bf16")

@@ -1,12 +1,12 @@
 """How a setting is declared: one canonical field with its other names, its unit and its help text.
 
-`setting()` wraps pydantic's `Field`. `Section` is the base of every group of settings. It accepts any alias as
-a keyword argument, as a key of a file or in an assignment. It rejects unknown names with a suggestion, and it
-rejects two different values for one setting.
+`setting()` wraps pydantic's `Field`. `Section` is the base of every group of settings. It accepts any alias
+as a keyword argument, as a key of a file or in an assignment. It rejects unknown names with a suggestion, and
+it rejects two different values for one setting.
 
-An assignment validates the one field alone, and not the whole section as pydantic's `validate_assignment` would:
-a script may set `hidden_size` on one line and `num_attention_heads` on the next, though only the two together
-make a valid shape.
+An assignment validates the one field alone, and not the whole section as pydantic's `validate_assignment`
+would: a script may set `hidden_size` on one line and `num_attention_heads` on the next, though only the two
+together make a valid shape.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def setting(
 
 
 class Section(BaseModel):
-    """A group of settings. Keyword arguments, file keys and assignments accept any alias and are validated."""
+    """A group of settings. Keyword arguments, file keys and assignments accept aliases and are validated."""
 
     model_config = ConfigDict(
         extra="forbid", protected_namespaces=(), use_enum_values=True, allow_inf_nan=False
@@ -155,14 +155,17 @@ class Section(BaseModel):
             name = cls.names()[given]
             if name in normalized and normalized[name] != value:
                 raise UsageError(
-                    f"{given_as[name]}={normalized[name]!r} and {given}={value!r} set the same option ({name}) to "
+                    f"{given_as[name]}={normalized[name]!r} and {given}={value!r} set the same option "
+                    f"({name}) to "
                     "different values; give one of them"
                 )
             normalized[name], given_as[name] = value, given
         return {name: _coerce(cls, name, value) for name, value in normalized.items()}
 
     def is_set(self, name: str) -> bool:
-        """Whether the user set this field. Defaults of the class, the model family or the command do not count."""
+        """Whether the user set this field. Defaults of the class, the model family or the command do not
+        count.
+        """
         return name in self.model_fields_set
 
     @model_validator(mode="before")

@@ -64,14 +64,16 @@ class DataConfig(Section):
     )
     unicode_form: Literal["nfc", "nfkc", "none"] = setting(
         "nfc",
-        "Unicode normalization form of cleaned text. nfkc also turns ligatures and superscripts into plain letters.",
+        "Unicode normalization form of cleaned text. nfkc also turns ligatures and superscripts into plain "
+        "letters.",
     )
     drop_boilerplate: bool = setting(
         True, "Remove lines such as cookie notices, menus and page numbers when cleaning."
     )
     filters: list[Filter] = setting(
         list,
-        "Filters; a document that one of them rejects is left out. The last four are datatrove's (extra 'quality').",
+        "Filters; a document that one of them rejects is left out. The last four are datatrove's (extra "
+        "'quality').",
         aliases=("quality_filters",),
     )
     min_characters: int = setting(
@@ -118,7 +120,8 @@ class DataConfig(Section):
 
     tokenizer_type: Literal["auto", "bpe", "char", "wordpiece", "tiktoken"] = setting(
         "auto",
-        "Kind of tokenizer to train. auto: that of tokenizer_path, or else bpe. tiktoken is not trained: it is the "
+        "Kind of tokenizer to train. auto: that of tokenizer_path, or else bpe. tiktoken is not trained: it "
+        "is the "
         "encoding that tokenizer_path names, or else gpt2.",
         heading="Tokenizer",
         common="preparation",
@@ -155,7 +158,8 @@ class DataConfig(Section):
     min_length: int = setting(0, "Drop (and count) documents shorter than this.", unit="tokens", ge=0)
     stride: int = setting(
         0,
-        "Overlap of consecutive chunks of a document. The repeated tokens are context only: their loss is counted "
+        "Overlap of consecutive chunks of a document. The repeated tokens are context only: their loss is "
+        "counted "
         "once.",
         unit="tokens",
         ge=0,
@@ -167,18 +171,21 @@ class DataConfig(Section):
     )
     packing_strategy: Literal["greedy", "first_fit"] = setting(
         "greedy",
-        "greedy: documents end to end, cut where a row is full. first_fit: uncut documents, each in the first row with "
+        "greedy: documents end to end, cut where a row is full. first_fit: uncut documents, each in the "
+        "first row with "
         "room.",
     )
     mask_documents: bool = setting(True, "Restrict attention to the token's own document.")
     mixture_weights: dict[str, float] | None = setting(
         None,
-        "Sampling weight of each corpus of a mixture, relative to the others. Unset: those of its mixture.json.",
+        "Sampling weight of each corpus of a mixture, relative to the others. Unset: those of its "
+        "mixture.json.",
         heading="Mixture and augmentation",
     )
     mixture_stages: list[MixtureStage] | None = setting(
         None,
-        'Mixture weights that change during the run: [{"until": "1000 steps", "weights": {...}}, {"weights": {...}}].',
+        'Mixture weights that change during the run: [{"until": "1000 steps", "weights": {...}}, {"weights": '
+        "{...}}].",
     )
     augment_span_drop: float = setting(
         0.0,
@@ -227,6 +234,7 @@ class DataConfig(Section):
     )
     cache_stages: bool = setting(
         True,
-        "Keep the results of the stages (.stages). A later run repeats only the stages that a change affects, at about "
+        "Keep the results of the stages (.stages). A later run repeats only the stages that a change "
+        "affects, at about "
         "twice the disk space.",
     )

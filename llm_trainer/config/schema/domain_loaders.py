@@ -1,7 +1,7 @@
 """Definitions of domain loaders: data without code, in `domain_loaders.yaml` and in files of the user.
 
-A definition names a dataset on the hub, its domain, and how a record becomes a text. This module reads and validates
-definitions; `llm_trainer.data.domains.loaders` reads the datasets.
+A definition names a dataset on the hub, its domain, and how a record becomes a text. This module reads and
+validates definitions; `llm_trainer.data.domains.loaders` reads the datasets.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ Scalar = str | bool | int | float | None
 
 @dataclass(frozen=True)
 class TemplateField:
-    """A field in a template: `{name}`; `{name?}`: it may be missing; `{name|format}`: how a value that is not a text is
-    formatted.
+    """A field in a template: `{name}`; `{name?}`: it may be missing; `{name|format}`: how a value that is not
+    a text is formatted.
     """
 
     name: str
@@ -63,11 +63,13 @@ def parse_template(part: str) -> list[str | TemplateField]:
             found.append(match[0][0])
         elif match["name"] is None:
             raise UsageError(
-                f"the template {part!r} has an unmatched brace at {match.start()}; write {{field}}, and {{{{ for a brace"
+                f"the template {part!r} has an unmatched brace at {match.start()}; write {{field}}, and "
+                f"{{{{ for a brace"
             )
         elif match["format"] is not None and match["format"] not in FIELD_FORMATS:
             raise UsageError(
-                f"the template {part!r} has the unknown format |{match['format']}; use {', '.join(FIELD_FORMATS)}"
+                f"the template {part!r} has the unknown format |{match['format']}; use "
+                f"{', '.join(FIELD_FORMATS)}"
             )
         else:
             found.append(TemplateField(match["name"], match["optional"] is not None, match["format"]))
@@ -134,7 +136,9 @@ class DomainLoader(Section):
 
     @classmethod
     def translate(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """`text` (and `text_with_cot`) mean a single template; `hub: name` and `hub: {…}` mean a single dataset."""
+        """`text` (and `text_with_cot`) mean a single template; `hub: name` and `hub: {…}` mean a single
+        dataset.
+        """
         translated = dict(values)
         if "text" in translated or "text_with_cot" in translated:
             if {"templates", "forms"} & translated.keys():
@@ -201,11 +205,13 @@ def check_loader(name: str, loader: DomainLoader) -> None:
     """Raises UsageError for a definition that cannot work, with the name of the loader."""
     if not loader.templates:
         raise UsageError(
-            f'the loader {name} has no text; define how a record becomes one: text: ["{{question}}", "{{answer}}"]'
+            f'the loader {name} has no text; define how a record becomes one: text: ["{{question}}", '
+            f'"{{answer}}"]'
         )
     if not loader.hub and loader.path is None:
         raise UsageError(
-            f"the loader {name} names no data; give hub (a name on the Hugging Face hub) or path (a file or folder)"
+            f"the loader {name} names no data; give hub (a name on the Hugging Face hub) or path (a file or "
+            "folder)"
         )
     for domain in loader.domains():
         if not _DOMAIN.fullmatch(domain):

@@ -1,7 +1,7 @@
 """The domain bridge file: which datasets belong to which domain, their weights, and how they are split.
 
-This file is not a section of a run, because some names have another meaning: `vocab_size` is the number of terms that
-are collected per domain, and `min_length` of a loader is in characters.
+This file is not a section of a run, because some names have another meaning: `vocab_size` is the number of
+terms that are collected per domain, and `min_length` of a loader is in characters.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ class DomainBridge(Section):
     test_ratio: float = setting(0.1, "Fraction of examples for testing.", ge=0, le=1)
     deduplicate: Literal["exact", "near"] = setting(
         "exact",
-        "Keep only one of equal texts; near: also only one of nearly equal texts (such as questions on the same passage).",
+        "Keep only one of equal texts; near: also only one of nearly equal texts (such as questions on the "
+        "same passage).",
     )
     max_examples_per_domain: int | None = setting(
         None, "Largest number of examples of each domain, sampled uniformly.", unit="examples", gt=0
@@ -78,7 +79,8 @@ class DomainBridge(Section):
     add_terms: bool = setting(False, "Add these terms to the tokenizer's vocabulary. Needs extract_vocab.")
     tokenizer_path: str | None = setting(
         None,
-        "Existing tokenizer for all domains, such as that of a model to train further. Unset: one is trained on them.",
+        "Existing tokenizer for all domains, such as that of a model to train further. Unset: one is trained "
+        "on them.",
     )
     tokenizer_vocab_size: int = setting(
         32000, "Largest vocabulary size of a tokenizer that is trained.", unit="tokens", gt=256
@@ -97,7 +99,8 @@ class DomainBridge(Section):
             raise UsageError("train_ratio=0 leaves no training data; raise it")
         if self.add_terms and not self.extract_vocab:
             raise UsageError(
-                "add_terms is on, but extract_vocab is off, so that no terms are collected; enable extract_vocab"
+                "add_terms is on, but extract_vocab is off, so that no terms are collected; enable "
+                "extract_vocab"
             )
         definitions = self.all_loaders()
         for loader, options in self.loaders.items():
@@ -111,13 +114,14 @@ class DomainBridge(Section):
                     raise UsageError(unknown_name(domain, name, known, "domain"))
                 if not value > 0:
                     raise UsageError(
-                        f"invalid value for {name}.{domain}: {value:g} must be above 0; remove the domain instead"
+                        f"invalid value for {name}.{domain}: {value:g} must be above 0; remove the domain "
+                        "instead"
                     )
         return self
 
     def all_loaders(self) -> Mapping[str, DomainLoader]:
-        """Every loader by name: the built-in ones, those of `loader_files`, and those of this file. A later one replaces an
-        earlier one of the same name.
+        """Every loader by name: the built-in ones, those of `loader_files`, and those of this file. A later
+        one replaces an earlier one of the same name.
         """
         definitions = dict(shipped_loaders())
         for name in self.loader_files:
@@ -145,7 +149,7 @@ def _check_options(loader: str, options: Mapping[str, Any], definitions: Mapping
         if type(value) is not kind or (kind is int and isinstance(value, int) and value < 0):
             raise UsageError(
                 f"invalid value for {loader}.{option}: {value!r} must be "
-                f"{'a whole number, 0 or more' if kind is int else f'of type {kind.__name__}'}"
+                f"{'an integer, 0 or more' if kind is int else f'of type {kind.__name__}'}"
             )
     difficulty = options.get("difficulty")
     levels = definitions[loader].difficulty_levels
@@ -186,7 +190,9 @@ def parse_domain_bridge(values: Mapping[str, Any], source: str) -> DomainBridge:
 
 
 def read_bridge_file(path: Path) -> dict[str, object]:
-    """Read the content of a domain bridge file without validating it; raises UsageError where it is not a mapping."""
+    """Read the content of a domain bridge file without validating it; raises UsageError where it is not a
+    mapping.
+    """
     content = read_mapping_or_list(path)
     if not isinstance(content, dict):
         raise UsageError(f"{path} is not a domain bridge file: it must be a mapping")

@@ -6,8 +6,8 @@ from typing import ClassVar, Literal
 
 from llm_trainer.config.schema.base import MAX_SEED, Section, setting
 
-# Logits divided by a much smaller temperature overflow in single precision. At this temperature all the probability
-# is on one token already.
+# Logits divided by a much smaller temperature overflow in single precision. At this temperature all the
+# probability is on one token already.
 GREEDY_BELOW = 1e-6
 
 
@@ -96,7 +96,8 @@ class InferenceConfig(Section):
     compile: Literal["auto", "on", "off"] = setting("auto", "Compile the decoding step with torch.compile.")
     adapter: str | None = setting(
         None,
-        "LoRA adapter to use: a name in the model, or a PEFT folder. Unset: the model's active ones. base: none.",
+        "LoRA adapter to use: a name in the model, or a PEFT folder. Unset: the model's active ones. base: "
+        "none.",
         common=True,
     )
     domain: str | None = setting(None, "Name of the domain whose adapter is used. Unset: none.")

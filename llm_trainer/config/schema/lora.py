@@ -1,8 +1,8 @@
 """LoRA adapters of a model as settings: which matrices have one, and with which rank and alpha.
 
 A target is a module (`attn.2`: its four projections, `mlp.0`, `wte`, `lm_head`) or one projection of it
-(`attn.2.q_proj`), which overrides the module. The adapters belong to the model's configuration and are saved in
-config.json, so that the same adapters are built when the model is loaded.
+(`attn.2.q_proj`), which overrides the module. The adapters belong to the model's configuration and are saved
+in config.json, so that the same adapters are built when the model is loaded.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ class LoraConfig(Section):
         return 2.0 * self.rank_of(target) if alpha is None else alpha
 
     def with_tied_head(self) -> LoraConfig:
-        """The same adapter for a model with tied embeddings: head and embedding have one adapter, under `wte`."""
+        """The same adapter for a model with tied embeddings: head and embedding have one adapter, under
+        `wte`.
+        """
         if "lm_head" not in self.ranks and "lm_head" not in self.alphas:
             return self
         ranks = {"wte": self.ranks.get("lm_head", 0), **self.ranks}

@@ -55,13 +55,16 @@ def check_stages(stages: Sequence[MixtureStage], names: Collection[str], where: 
         of_stage = f" of stage {number}" if len(stages) > 1 else ""
         if unknown:
             raise UsageError(
-                f"{where}: the weights{of_stage} name {', '.join(unknown)}, but the mixture has {', '.join(sorted(names))}"
+                f"{where}: the weights{of_stage} name {', '.join(unknown)}, but the mixture has "
+                f"{', '.join(sorted(names))}"
             )
         if missing:
             raise UsageError(
-                f"{where}: the weights{of_stage} do not name {', '.join(missing)}; give a corpus 0 to leave it out"
+                f"{where}: the weights{of_stage} do not name {', '.join(missing)}; give a corpus 0 to leave "
+                "it out"
             )
         if (stage.until is None) != (number == len(stages)):
             raise UsageError(
-                f"{where}: every stage except the last needs `until`, and the last one must not have it (stage {number})"
+                f"{where}: every stage except the last needs `until`, and the last one must not have it "
+                f"(stage {number})"
             )

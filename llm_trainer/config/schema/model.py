@@ -1,4 +1,6 @@
-"""The shape of the network. GPT-2's shape is the default; `model_type: llama` changes the defaults to Llama's."""
+"""The shape of the network. GPT-2's shape is the default; `model_type: llama` changes the defaults to
+Llama's.
+"""
 
 from __future__ import annotations
 
@@ -239,8 +241,8 @@ class ModelConfig(Section):
         aliases=("selective_checkpointing",),
         dotted_aliases=("training.activation_checkpoint_policy",),
     )
-    # The four ranks and the settings after them describe the LoRA adapter called `default`; `lora` is the table of
-    # all adapters.
+    # The four ranks and the settings after them describe the LoRA adapter called `default`; `lora` is the
+    # table of all adapters.
     attn_lora_rank: int = setting(
         0,
         "LoRA rank of all attention modules. 0: no LoRA there.",
@@ -298,7 +300,8 @@ class ModelConfig(Section):
     )
     kv_heads_per_layer: list[int] = setting(
         list,
-        "Number of key and value heads of each block where blocks differ; query heads are scaled alike. Empty: "
+        "Number of key and value heads of each block where blocks differ; query heads are scaled alike. "
+        "Empty: "
         "num_key_value_heads everywhere.",
         unit="heads",
     )
@@ -363,7 +366,8 @@ class ModelConfig(Section):
         """
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise UsageError(
-                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}; "
+                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads "
+                f"{self.num_attention_heads}; "
                 "change num_attention_heads or set head_dim"
             )
         for name in ("mlp_hidden_sizes", "kv_heads_per_layer"):

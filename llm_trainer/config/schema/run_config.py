@@ -73,7 +73,8 @@ class RunConfig(Section):
             )
             if present != section_class(home).normalize({name: value})[name]:
                 raise UsageError(
-                    f"{path}={value!r} and {home}.{name}={present!r} set the same option to different values; give one "
+                    f"{path}={value!r} and {home}.{name}={present!r} set the same option to different "
+                    "values; give one "
                     "of them"
                 )
             if isinstance(target, dict) and name not in section_class(home).normalize(target):

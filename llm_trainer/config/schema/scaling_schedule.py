@@ -1,8 +1,8 @@
 """Scaling schedules: lists of operations that change the model or the run during training.
 
 An entry names an operation and its value. It fires when a validation loss is below `trigger_loss`, after
-`max_wait_iters` steps, or on whichever comes first. This module validates entries: the kind of value of each operation,
-and the names of modules. `llm_trainer/orchestration` applies the operations.
+`max_wait_iters` steps, or on whichever comes first. This module validates entries: the kind of value of each
+operation, and the names of modules. `llm_trainer/orchestration` applies the operations.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ def _positive(value: Any, layers: int) -> str | None:
 
 
 def _count(value: Any, layers: int) -> str | None:
-    return None if _number(value) and value > 0 and value == int(value) else "a whole number above 0"
+    return None if _number(value) and value > 0 and value == int(value) else "an integer above 0"
 
 
 def _count_or_zero(value: Any, layers: int) -> str | None:
-    return None if _number(value) and value >= 0 and value == int(value) else "a whole number, 0 or more"
+    return None if _number(value) and value >= 0 and value == int(value) else "an integer, 0 or more"
 
 
 def _not_negative(value: Any, layers: int) -> str | None:
@@ -73,7 +73,9 @@ def _switch(value: Any, layers: int) -> str | None:
 
 
 def _exists(module: Any, layers: int, pattern: re.Pattern[str] = _MODULE) -> bool:
-    """Whether there is such a module. Of a range (`attn.0-3`) the last must exist, of a glob (`mlp.*`) at least one."""
+    """Whether there is such a module. Of a range (`attn.0-3`) the last must exist, of a glob (`mlp.*`) at
+    least one.
+    """
     if not isinstance(module, str):
         return False
     if set(module) & set("*?["):
@@ -110,7 +112,8 @@ def _module_and_rank(value: Any, layers: int) -> str | None:
     return (
         None
         if fits
-        else f"[module, rank] with a module attn.N, mlp.N (N below {layers}), wte or lm_head, and a rank of 0 or more"
+        else f"[module, rank] with a module attn.N, mlp.N (N below {layers}), wte or lm_head, and a rank "
+        "of 0 or more"
     )
 
 
@@ -169,7 +172,8 @@ def _batch_fit(value: Any, layers: int) -> str | None:
         return (
             None
             if fits
-            else "{target_vram_percent, max_batch_size}: a percentage up to 100 and a number of sequences, or one of them"
+            else "{target_vram_percent, max_batch_size}: a percentage up to 100 and a number of sequences, "
+            "or one of them"
         )
     fits = value is None or (_number(value) and 0 < value <= 1)
     return None if fits else "null, a factor above 0 and up to 1, or {target_vram_percent, max_batch_size}"
@@ -192,12 +196,16 @@ OPERATIONS: Mapping[str, Callable[[Any, int], str | None]] = {
     "change_eval_interval": _positive, "set_eval_interval": _count,
     "reset_lr_schedule": _nothing, "adjust_batch_size": _batch_fit,
     "freeze_layer": _modules, "unfreeze_layer": _modules,
-    "set_layer_lora_rank": _module_and_rank, "set_attn_lora_rank": _count_or_zero, "set_embedding_lora_rank": _count_or_zero,
-    "merge_lora_weights": _nothing, "stack_layers": _layer_list, "widen_mlp": _count, "widen_model": _width_and_heads,
-    "resize_vocabulary": _vocabulary, "set_embedding_freeze_mode": _switch, "set_embedding_finetune_mode": _switch,
-    "prune_heads": _module_and_fraction, "prune_mlp": _module_and_fraction, "enable_exit": _layer, "disable_exit": _layer,
+    "set_layer_lora_rank": _module_and_rank, "set_attn_lora_rank": _count_or_zero,
+    "set_embedding_lora_rank": _count_or_zero, "merge_lora_weights": _nothing,
+    "stack_layers": _layer_list, "widen_mlp": _count, "widen_model": _width_and_heads,
+    "resize_vocabulary": _vocabulary,
+    "set_embedding_freeze_mode": _switch, "set_embedding_finetune_mode": _switch,
+    "prune_heads": _module_and_fraction, "prune_mlp": _module_and_fraction,
+    "enable_exit": _layer, "disable_exit": _layer,
 }  # fmt: skip
-"""Operation → its check: (value, layers of the model at that point) → what the value should be, or None if it is valid.
+"""Operation → its check: (value, layers of the model at that point) → what the value should be, or None if it
+is valid.
 """
 
 

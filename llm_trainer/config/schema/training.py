@@ -1,4 +1,4 @@
-"""How a model is trained: batch size, length, learning rate, optimizer, precision, checkpoints and logging."""
+"""How a model is trained: batch size, length, learning rate, optimizer, precision, checkpoints, logging."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ class TrainingConfig(Section):
 
     help_heading: ClassVar[str] = "Training"
 
-    # `llm_trainer.config.resolve.batch_size` turns these into a micro-batch size and a number of accumulation steps.
+    # `llm_trainer.config.resolve.batch_size` turns these into a micro-batch size and a number of accumulation
+    # steps.
     batch_size: int | None = setting(
         None,
-        "Micro-batch size per rank, in sequences. If micro_batch_size is set too: batch size of the whole step, "
+        "Micro-batch size per rank, in sequences. If micro_batch_size is set too: batch size of the whole "
+        "step, "
         "over all ranks.",
         unit="sequences",
         common=True,
@@ -31,7 +33,8 @@ class TrainingConfig(Section):
     )
     micro_batch_size: Annotated[int, Field(gt=0)] | Literal["auto"] | None = setting(
         None,
-        "Micro-batch size per rank, in sequences; batch_size is then that of the whole step. auto: the largest "
+        "Micro-batch size per rank, in sequences; batch_size is then that of the whole step. auto: the "
+        "largest "
         "that fits in memory, with the same step.",
         unit="sequences",
     )
@@ -123,8 +126,10 @@ class TrainingConfig(Section):
     )
     lr_on_resume: Literal["extend", "rewarm", "keep"] | None = setting(
         None,
-        "What happens to the learning rate when a resumed run ends at another step: extend stretches the decay to "
-        "the new end, rewarm warms up again from here and decays to the new end, keep leaves the decay as it was.",
+        "What happens to the learning rate when a resumed run ends at another step: extend stretches the "
+        "decay to "
+        "the new end, rewarm warms up again from here and decays to the new end, keep leaves the decay as it "
+        "was.",
         aliases=("horizon",),
     )
     lr_multipliers: dict[str, Annotated[float, Field(ge=0)]] = setting(
@@ -182,7 +187,8 @@ class TrainingConfig(Section):
     # See `llm_trainer.training.loss_spikes`.
     max_rollbacks: int = setting(
         0,
-        "Number of times that a loss spike may roll the run back to an earlier checkpoint; the data since then is "
+        "Number of times that a loss spike may roll the run back to an earlier checkpoint; the data since "
+        "then is "
         "skipped. 0: no rollbacks.",
         ge=0,
     )
@@ -191,7 +197,8 @@ class TrainingConfig(Section):
     )
     spike_window: int = setting(
         128,
-        "Number of steps over which mean and deviation are taken; detection starts when half of them have run.",
+        "Number of steps over which mean and deviation are taken; detection starts when half of them have "
+        "run.",
         unit="steps",
         ge=4,
     )
@@ -225,7 +232,8 @@ class TrainingConfig(Section):
     )
     autotune: bool = setting(
         False,
-        "Measure on this machine what `precision: auto` and `compile: auto` should be, instead of deriving it "
+        "Measure on this machine what `precision: auto` and `compile: auto` should be, instead of deriving "
+        "it "
         "from the hardware and the model's shape. Two runs of one command may then choose differently.",
     )
     loss: Literal["auto", "dense", "chunked"] = setting(
@@ -311,7 +319,8 @@ class TrainingConfig(Section):
     )
     ephemeral_save_interval: IntervalField | None = setting(
         None,
-        "Interval between additional, short-lived checkpoints (recent-<step>), each of which replaces an earlier one. "
+        "Interval between additional, short-lived checkpoints (recent-<step>), each of which replaces an "
+        "earlier one. "
         "Unset: no such checkpoints.",
         unit="steps, epochs or tokens",
     )
@@ -320,7 +329,8 @@ class TrainingConfig(Section):
     )
     asynchronous_saves: Literal["auto", "on", "off"] = setting(
         "auto",
-        "Write checkpoints in the background, from copies in host memory. auto: for states of 64 MB or more, where "
+        "Write checkpoints in the background, from copies in host memory. auto: for states of 64 MB or more, "
+        "where "
         "training leaves a core and the memory free.",
         aliases=("async_save", "async_checkpointing"),
     )
@@ -350,7 +360,8 @@ class TrainingConfig(Section):
     )
     remote_dir: str | None = setting(
         None,
-        "Address (s3://bucket/run, …) to which checkpoints are uploaded and from which they are resumed. output_dir "
+        "Address (s3://bucket/run, …) to which checkpoints are uploaded and from which they are resumed. "
+        "output_dir "
         "may be such an address too.",
     )
     init_from: str = setting(
@@ -361,7 +372,8 @@ class TrainingConfig(Section):
     )
     transfer_from: str | None = setting(
         None,
-        "Pretrained model whose matching weights are loaded into a model of another shape; a report lists them.",
+        "Pretrained model whose matching weights are loaded into a model of another shape; a report lists "
+        "them.",
         aliases=("partial_init_from",),
         heading="Transfer",
     )
@@ -371,7 +383,8 @@ class TrainingConfig(Section):
     )
     quantize_base: Literal["off", "nf4"] = setting(
         "off",
-        "nf4: keep the frozen matrices of blocks under adapters in four bits (QLoRA, arXiv:2305.14314). Needs the "
+        "nf4: keep the frozen matrices of blocks under adapters in four bits (QLoRA, arXiv:2305.14314). "
+        "Needs the "
         "extra 'quantize' and runs on one rank.",
     )
     transfer_modules: list[str] = setting(
@@ -453,7 +466,8 @@ class TrainingConfig(Section):
     use_deepspeed: bool = setting(False, "Train with DeepSpeed (extra 'deepspeed').")
     zero_stage: Literal[1, 2, 3] = setting(
         2,
-        "With DeepSpeed: what is sharded over the ranks. 1: optimizer state, 2: also gradients, 3: also weights.",
+        "With DeepSpeed: what is sharded over the ranks. 1: optimizer state, 2: also gradients, 3: also "
+        "weights.",
     )
     deepspeed_config: str | None = setting(
         None,

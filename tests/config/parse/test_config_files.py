@@ -1,4 +1,6 @@
-"""Settings files: what JSON, YAML and Python files may contain, and the messages for those that are not valid."""
+"""Settings files: what JSON, YAML and Python files may contain, and the messages for those that are not
+valid.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ NANOGPT = """
 import time
 from math import sqrt
 # a comment
-out_dir = 'out-x'; eval_interval = 5; eval_iters = 40; log_interval = 1; eval_only = False; always_save_checkpoint = True
+out_dir = 'out-x'; eval_interval = 5; eval_iters = 40; log_interval = 1
+eval_only = False; always_save_checkpoint = True
 init_from = 'scratch'; wandb_log = False; wandb_project = 'owt'; wandb_run_name = 'gpt2-' + str(int(sqrt(4)))
 dataset = 'openwebtext'; gradient_accumulation_steps = 5 * 8; batch_size = 12; block_size = 64
 n_layer = 2; n_head = 2; n_embd = 8; dropout = 0.1; bias = False
@@ -76,8 +79,8 @@ def test_every_name_of_nanogpts_train_script_is_a_setting(tmp_path: Path) -> Non
             "line 1: .* cannot be a name; put text with braces or brackets in quotes",
         ),
         ("a.yaml", "? [a]\n: 1", "line 1: .* cannot be a name"),
-        ("a.yaml", "x:\n  run_name: 2024-02-30", "'2024-02-30' is no timestamp.* in quotes.*line 2"),
-        ("a.yaml", "seed: !!int five", "'five' is no int"),
+        ("a.yaml", "x:\n  run_name: 2024-02-30", "'2024-02-30' is not a valid timestamp.* in quotes.*line 2"),
+        ("a.yaml", "seed: !!int five", "'five' is not a valid int"),
         ("a.yaml", "a: &a {x: 1}\nb: {<<: *a, y: 1, y: 2}", "line 2: y is set twice"),
         ("a.json", '{"seed": ' + "9" * 5000 + "}", "not JSON: .*digits"),
         ("a.toml", "", "read from .json, .yaml, .yml and .py"),
@@ -191,7 +194,7 @@ def test_shipped_schedules_are_valid(name: str, layers: int) -> None:
         ("{name: change_lrr, value: 1, trigger_loss: 1}", "did you mean change_lr"),
         ("{name: change_lr, value: 0, trigger_loss: 1}", "change_lr takes a number above 0, not 0"),
         ("{name: change_lr, value: 0.5}", "would never fire"),
-        ("{name: set_batch_size, value: 2.5, trigger_loss: 1}", "whole number"),
+        ("{name: set_batch_size, value: 2.5, trigger_loss: 1}", "an integer above 0"),
         ("{name: freeze_layer, value: attn.4, trigger_loss: 1}", "N below 4"),
         ("{name: freeze_layer, value: head, trigger_loss: 1}", "wte, wpe, ln_f, lm_head"),
         ("{name: set_layer_lora_rank, value: [ln_1.0, 8], trigger_loss: 1}", "attn.N, mlp.N"),
@@ -211,7 +214,10 @@ def test_an_invalid_schedule_is_an_error_that_names_the_entry(
 
 
 def test_a_schedule_is_checked_for_the_number_of_layers_at_each_entry(tmp_path: Path) -> None:
-    grown = "- {name: stack_layers, value: [0, 0, 1, 1], max_wait_iters: 1}\n- {name: freeze_layer, value: attn.3, max_wait_iters: 1}\n"
+    grown = (
+        "- {name: stack_layers, value: [0, 0, 1, 1], max_wait_iters: 1}\n"
+        "- {name: freeze_layer, value: attn.3, max_wait_iters: 1}\n"
+    )
     assert len(read_schedule(write(tmp_path, "s.yaml", grown), layers=2)) == 2
     with pytest.raises(UsageError, match="N below 2"):
         read_schedule(write(tmp_path, "t.yaml", grown.split("\n")[1] + "\n"), layers=2)

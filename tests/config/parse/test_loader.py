@@ -315,9 +315,9 @@ def test_weights_and_biases_is_enabled_by_a_project_in_a_file(tmp_path: Path) ->
 
 
 def test_setting_a_family_selects_its_whole_shape() -> None:
-    door = CommandSpec("nano", "Train.", SECTIONS, defaults={"model.bias": True, "model.activation": "gelu"})
-    assert load_run(door, []).config.model.activation == "gelu"
-    llama = load_run(door, ["--model_type=llama"]).config.model
+    spec = CommandSpec("nano", "Train.", SECTIONS, defaults={"model.bias": True, "model.activation": "gelu"})
+    assert load_run(spec, []).config.model.activation == "gelu"
+    llama = load_run(spec, ["--model_type=llama"]).config.model
     assert (llama.activation, llama.bias) == ("swiglu", False)
 
 
@@ -459,8 +459,8 @@ def test_help_of_a_small_command_shows_all_its_options(capsys: pytest.CaptureFix
 )
 def test_usage_errors_end_with_the_help_command(name: str, hint: str) -> None:
     with pytest.raises(UsageError) as caught:
-        load_run(CommandSpec(name, "Train.", SECTIONS), ["--dropout=2.0"])
-    assert str(caught.value) == f"invalid value for --dropout: 2.0 is not in [0, 1)\n{hint}"
+        load_run(CommandSpec(name, "Train.", SECTIONS), ["--dropout=2"])
+    assert str(caught.value) == f"invalid value for --dropout: 2 is not in [0, 1)\n{hint}"
 
 
 def test_every_alias_works_as_a_flat_name() -> None:
@@ -472,7 +472,10 @@ def test_every_alias_works_as_a_flat_name() -> None:
 
 def test_settings_import_nothing_heavy() -> None:
     heavy = "{'torch', 'numpy', 'tokenizers', 'datasets', 'transformers', 'pydantic_settings', 'rich'}"
-    code = f"import sys, llm_trainer.config.parse.loader; sys.exit(str(sorted({heavy} & set(sys.modules)) or ''))"
+    code = (
+        "import sys, llm_trainer.config.parse.loader; "
+        f"sys.exit(str(sorted({heavy} & set(sys.modules)) or ''))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.stderr.strip() == ""
 

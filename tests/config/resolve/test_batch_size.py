@@ -67,7 +67,7 @@ def test_micro_batch_size_auto_keeps_the_size_of_the_step() -> None:
     ) == BatchPlan(16, 1)
     with pytest.raises(
         UsageError,
-        match="auto settles the accumulation from batch_size 64, but gradient_accumulation_steps is 2",
+        match="auto derives the accumulation from batch_size 64, but gradient_accumulation_steps is 2",
     ):
         resolve_batches(
             TrainingConfig(micro_batch_size="auto", batch_size=64, gradient_accumulation_steps=2), 1

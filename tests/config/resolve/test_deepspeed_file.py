@@ -1,4 +1,6 @@
-"""A DeepSpeed file is one more source of settings: it sets what no other source sets, and may not contradict the others."""
+"""A DeepSpeed file is one more source of settings: it sets what no other source sets, and may not contradict
+the others.
+"""
 
 from __future__ import annotations
 
