@@ -18,7 +18,7 @@ def missing_extra(feature: str, extra: str) -> str:
     """Return the message for a feature whose optional packages are not installed.
 
     Args:
-        feature: What the user asked for; the message begins with it, for instance "reading a.parquet".
+        feature: What needs the extra; the message begins with it, for instance "reading a.parquet".
         extra: The extra of this package that brings what is missing.
     """
     return f"{feature} needs the extra {extra!r}; install it with: pip install 'llm-trainer[{extra}]'"
@@ -30,7 +30,7 @@ def require_extra(module: str, extra: str, feature: str) -> str:
     Args:
         module: The top-level module to look for.
         extra: The extra of this package that brings it.
-        feature: What the user asked for, for the message.
+        feature: What needs the module, for the message.
 
     Returns:
         The version of the distribution that provides the module.

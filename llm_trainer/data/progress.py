@@ -29,7 +29,7 @@ class ByteProgress:
     Args:
         console: Where progress is shown; None shows nothing.
         description: The name of the task.
-        total: Bytes of the whole task; None if it is unknown.
+        total: Bytes of the entire task; None if it is unknown.
     """
 
     def __init__(self, console: Console | None, description: str, total: int | None) -> None:

@@ -1,9 +1,9 @@
-"""A data set of the catalogue onto the disk: fetched or taken from a local folder, unpacked, read, and saved
-in one format.
+"""Fetches a data set of the catalog: downloads it or takes a local copy, unpacks it, and saves it.
 
-`<output>/<name>/` appears whole or not at all. Beside its files a hidden `.source.json` says where they are from and what became of the
-documents, so that a second call finds the set there. Fetched originals lie in `<output>/.downloads/<name>/` until the set is saved: what
-broke off goes on from there.
+`<output>/<name>/` appears only when it is complete. A hidden `.source.json` in it records where its files
+come from and how many documents were kept and rejected, so that a second call finds the set already there.
+The downloaded originals stay in `<output>/.downloads/<name>/` until the set is saved, so that an interrupted
+download can be resumed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,13 @@ _DOWNLOADS = ".downloads"
 
 @dataclass(frozen=True)
 class FetchedDataset:
-    """A set that is on the disk. `saved` is None where it was there already."""
+    """A data set that is on the disk.
+
+    Attributes:
+        folder: Its folder.
+        source: Where it comes from: an address, a commit on the hub, or a local path.
+        saved: How many documents were saved; None if the set was already there.
+    """
 
     folder: Path
     source: str
@@ -41,68 +47,77 @@ class FetchedDataset:
 
 def fetch_dataset(
     name: str,
-    row: DatasetEntry,
+    entry: DatasetEntry,
     output: Path,
     save_format: SaveFormat,
     *,
-    given: Path | None = None,
+    local_copy: Path | None = None,
     console: Console | None = None,
 ) -> FetchedDataset:
-    """Make `<output>/<name>/`. `given` is a file or folder with the originals, in place of the network.
+    """Create `<output>/<name>/`, unless it is already there in this format.
 
-    Raises NoConnectionError without a network, and DataError for what cannot be had or used; both say how to
-    supply the set by hand.
+    Args:
+        name: The data set's name in the catalog.
+        entry: Its entry in the catalog.
+        output: The folder of all data sets.
+        save_format: The format of the files that are written.
+        local_copy: A file or folder with the original files, which are then not downloaded.
+        console: Where progress is shown.
+
+    Raises:
+        NoConnectionError: The server cannot be reached.
+        DataError: The set cannot be downloaded or read. Both messages describe how to supply the set by hand.
     """
     target = output / name
-    if given is None and (source := _found(target, save_format)) is not None:
+    if local_copy is None and (source := _existing_source(target, save_format)) is not None:
         return FetchedDataset(target, source, None)
     downloads = output / _DOWNLOADS / name
     try:
         originals, source = (
-            (given, f"local: {given.resolve().name}")
-            if given is not None
-            else _fetched(row, downloads, console)
+            (local_copy, f"local: {local_copy.resolve().name}")
+            if local_copy is not None
+            else _download_originals(entry, downloads, console)
         )
-    except DataError as error:  # of the same kind, so that the caller knows whether others can be had
+    except DataError as error:  # re-raised as the same type, which shows whether other sets can be downloaded
         raise type(error)(
-            f"the data set {name!r} could not be fetched: {error}. {manual_download_hint(name, row)}"
+            f"the data set {name!r} could not be downloaded: {error}. {manual_download_hint(name, entry)}"
         ) from None
     output.mkdir(parents=True, exist_ok=True)
-    workplace = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=output))
+    staging = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=output))
     try:
         saved = _save(
             name,
-            row,
-            _unpacked(originals, row, workplace / "unpacked"),
-            workplace / "saved",
+            entry,
+            _unpack(originals, entry, staging / "unpacked"),
+            staging / "saved",
             save_format,
             console,
         )
-        _describe(workplace / "saved", name, row, source, save_format, saved)
+        _write_source_file(staging / "saved", name, entry, source, save_format, saved)
         if target.exists():
-            target.replace(workplace / "before")
-        (workplace / "saved").replace(target)
+            target.replace(staging / "before")
+        (staging / "saved").replace(target)
     finally:
-        shutil.rmtree(workplace, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
     shutil.rmtree(downloads, ignore_errors=True)
     return FetchedDataset(target, source, saved)
 
 
-def _found(target: Path, save_format: SaveFormat) -> str | None:
-    """Where a set that is there, whole and in this format, is from."""
+def _existing_source(target: Path, save_format: SaveFormat) -> str | None:
+    """The source of an existing set that is complete and in this format; else None."""
     try:
         facts = json.loads((target / SOURCE_FILE).read_text(encoding="utf-8"))
-        is_whole = all((target / file).stat().st_size == size for file, size in facts["files"].items())
-        return str(facts["source"]) if is_whole and facts["format"] == save_format else None
+        is_complete = all((target / file).stat().st_size == size for file, size in facts["files"].items())
+        return str(facts["source"]) if is_complete and facts["format"] == save_format else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
-def _fetched(row: DatasetEntry, folder: Path, console: Console | None) -> tuple[Path, str]:
-    """(folder with the originals, what stands for their version)."""
-    files, source = list_remote_files(row)
+def _download_originals(entry: DatasetEntry, folder: Path, console: Console | None) -> tuple[Path, str]:
+    """(folder with the original files, what identifies their version)."""
+    files, source = list_remote_files(entry)
     token = None
-    if row.hub is not None:
+    if entry.hub is not None:
         from huggingface_hub import get_token
 
         token = get_token()
@@ -110,24 +125,23 @@ def _fetched(row: DatasetEntry, folder: Path, console: Console | None) -> tuple[
     if console is not None:
         size = f", {needed / 1e6:.1f} MB" if needed else ""
         console.print(
-            f"fetching {len(files)} {'file' if len(files) == 1 else 'files'}{size} from {source}",
+            f"downloading {len(files)} {'file' if len(files) == 1 else 'files'}{size} from {source}",
             highlight=False,
             markup=False,
         )
     folder.mkdir(parents=True, exist_ok=True)
-    if needed > shutil.disk_usage(folder).free:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
         raise DataError(
-            f"its files have {needed / 1e9:.1f} GB, {shutil.disk_usage(folder).free / 1e9:.1f} GB are free"
+            f"its files have {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free in {folder}"
         )
     for file in files:
         download(file, folder, console, token)
     return folder, source
 
 
-def _unpacked(originals: Path, row: DatasetEntry, folder: Path) -> Path:
-    """The folder (or file) to read: archives among the originals are opened, and of them only the files that
-    are text are kept.
-    """
+def _unpack(originals: Path, entry: DatasetEntry, folder: Path) -> Path:
+    """The folder (or file) to read: archives are unpacked, and only their text files are kept."""
     if not originals.exists():
         raise DataError(f"the input {originals} does not exist; give the folder with the data set's files")
     files = (
@@ -135,31 +149,31 @@ def _unpacked(originals: Path, row: DatasetEntry, folder: Path) -> Path:
         if originals.is_file()
         else sorted(path for path in originals.rglob("*") if path.is_file())
     )
-    archives = [file for file in files if row.members and is_archive(file)]
+    archives = [file for file in files if entry.members and is_archive(file)]
     if not archives:
         return originals
     for number, archive in enumerate(archives):
         unpacked = extract(archive, folder / str(number))
         for file in [path for path in unpacked.rglob("*") if path.is_file()]:
             name = file.relative_to(unpacked).as_posix()
-            if not any(fnmatch.fnmatchcase(name, pattern) for pattern in row.members):
+            if not any(fnmatch.fnmatchcase(name, pattern) for pattern in entry.members):
                 file.unlink()
     return folder
 
 
 def _save(
     name: str,
-    row: DatasetEntry,
+    entry: DatasetEntry,
     folder: Path,
     target: Path,
     save_format: SaveFormat,
     console: Console | None,
 ) -> SaveSummary:
-    source = FileSource(folder, row.text_column)
+    source = FileSource(folder, entry.text_column)
     target.mkdir()
     with ByteProgress(console, f"writing {name}", source.size()) as progress:
         if save_format == "txt" and all(file.suffix in TEXT_SUFFIXES for file in source.files()):
-            saved = _copy(source, target, progress)  # they are what is asked for, line breaks and all
+            saved = _copy(source, target, progress)  # they already are .txt files, with their line breaks
         else:
             saved = save_documents(source.read_chunks(), target, save_format, progress)
     if not saved.kept:
@@ -167,20 +181,17 @@ def _save(
             ", ".join(f"{count} {reason}" for reason, count in saved.rejected.items())
             or "no documents at all"
         )
-        raise DataError(
-            f"nothing usable in the files of {name}: {counts}{' — ' + '; '.join(saved.examples) if saved.examples else ''}"
-        )
+        examples = f" — {'; '.join(saved.examples)}" if saved.examples else ""
+        raise DataError(f"nothing usable in the files of {name}: {counts}{examples}")
     return saved
 
 
 def _copy(source: FileSource, target: Path, progress: ByteProgress) -> SaveSummary:
-    """Text files as they are, one document each; those that cannot be used are left out."""
+    """Copy text files unchanged, one document each, except for those that are rejected."""
     saved = SaveSummary()
     root = source.path.parent if source.path.is_file() else source.path
     for file in source.files():
-        rejected = next(
-            (reading for reading in FileSource(file).read_chunks() if isinstance(reading, Rejected)), None
-        )
+        rejected = next((item for item in FileSource(file).read_chunks() if isinstance(item, Rejected)), None)
         progress.advance(file.stat().st_size)
         if rejected is not None:
             saved.reject(rejected)
@@ -193,14 +204,14 @@ def _copy(source: FileSource, target: Path, progress: ByteProgress) -> SaveSumma
     return saved
 
 
-def _describe(
-    folder: Path, name: str, row: DatasetEntry, source: str, save_format: SaveFormat, saved: SaveSummary
+def _write_source_file(
+    folder: Path, name: str, entry: DatasetEntry, source: str, save_format: SaveFormat, saved: SaveSummary
 ) -> None:
     facts = {
         "name": name,
         "source": source,
-        "page": row.page,
-        "licence": row.licence,
+        "page": entry.page,
+        "licence": entry.licence,
         "format": save_format,
         "documents": saved.kept,
         "rejected": dict(sorted(saved.rejected.items())),

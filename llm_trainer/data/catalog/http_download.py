@@ -1,9 +1,9 @@
-"""Files from the network: resumed where an earlier attempt ended, tried again, checked, and in place only
-when whole.
+"""Downloads that are resumed, retried and verified; a file appears only when it is complete.
 
-A part is kept beside its place as `<name>.part`, with what tells the server's version apart (an ETag) in
-`<name>.part.version`. The next attempt, in this run or a later one, asks for the rest by an HTTP range; a
-server that has another version by now, or knows no ranges, sends the whole.
+What has arrived of a file is kept next to its final path as `<name>.part`, with the identifier of the
+server's version (an ETag) in `<name>.part.version`. The next attempt, in this process or a later one,
+requests the rest with an HTTP range. A server that has another version by now, or does not support ranges,
+sends the complete file.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from llm_trainer.data.progress import ByteProgress
 from llm_trainer.errors import DataError
 
 TIMEOUT_SECONDS = 30.0
-_BLOCK = 2**18
-_ATTEMPTS = 5  # in a row without a byte
-_ATTEMPTS_TO_BEGIN = 2  # before there was any
+_BLOCK_BYTES = 2**18
+_MAX_ATTEMPTS = 5  # in a row that bring no byte
+_MAX_FIRST_ATTEMPTS = 2  # in a row, before any byte has arrived
 _FIRST_PAUSE_SECONDS = 1.0
-_AGAIN = (408, 425, 429, 500, 502, 503, 504)  # statuses that may pass
-_NO_CONNECTION = (
+_RETRY_STATUSES = (408, 425, 429, 500, 502, 503, 504)
+_CONNECTION_ERRORS = (
     urllib.error.URLError,
     TimeoutError,
     ConnectionError,
@@ -45,12 +45,19 @@ _NO_CONNECTION = (
 
 
 class NoConnectionError(DataError):
-    """The server could not be reached: others will not be either."""
+    """The server could not be reached, so other downloads will probably fail too."""
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file to fetch: from where, what it is called here (relative), and what is known of it."""
+    """A file to download.
+
+    Attributes:
+        url: The file's address.
+        name: The path to save it as, relative to a folder.
+        size: The expected bytes, if known.
+        sha256: The expected hash in hexadecimal, if known.
+    """
 
     url: str
     name: str
@@ -61,31 +68,41 @@ class RemoteFile:
 def download(
     remote: RemoteFile, folder: Path, console: Console | None = None, token: str | None = None
 ) -> Path:
-    """Download a file into `folder`, unless it is there already. `token` goes to the server of the url alone.
+    """Download a file, unless it is already there.
 
-    Raises NoConnectionError where the server cannot be reached, DataError where it refuses, where the disk
-    has no room, and for contents that are not those expected.
+    Args:
+        remote: The file.
+        folder: The folder to save it in.
+        console: Where progress is shown.
+        token: A bearer token, which is sent to the host of the url only.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        NoConnectionError: The server cannot be reached.
+        DataError: The server answers with an error, the disk is full, or the contents are not those expected.
     """
-    place = safe_path(folder, remote.name)
-    if place.is_file() and remote.size in (None, place.stat().st_size):
-        return place
-    place.parent.mkdir(parents=True, exist_ok=True)
-    part = _Part(place)
-    _check_room(remote, part, place)
+    target = safe_path(folder, remote.name)
+    if target.is_file() and remote.size in (None, target.stat().st_size):
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = _PartialFile(target)
+    _check_free_space(remote, part, target)
     was_resumed = part.size > 0
-    with ByteProgress(console, f"fetching {place.name}", remote.size) as progress:
+    with ByteProgress(console, f"downloading {target.name}", remote.size) as progress:
         progress.advance(part.size)
-        _fetch_all(remote, part, token, progress)
-    differs = _difference(remote, part)
-    if differs is None:
+        _download_all(remote, part, token, progress)
+    mismatch = _mismatch(remote, part)
+    if mismatch is None:
         return part.finish()
-    part.drop()
-    if was_resumed:  # what was there before may have been of another version
+    part.discard()
+    if was_resumed:  # the part that was there may have been of another version
         return download(remote, folder, console, token)
-    raise DataError(f"what {remote.url} holds is not what was expected ({differs}); it was not kept")
+    raise DataError(f"the contents of {remote.url} are not those expected ({mismatch}); nothing was kept")
 
 
-def _difference(remote: RemoteFile, part: _Part) -> str | None:
+def _mismatch(remote: RemoteFile, part: _PartialFile) -> str | None:
     """How what has arrived differs from what was expected, or None."""
     if remote.size not in (None, part.size):
         return f"it has {part.size} bytes, not {remote.size}"
@@ -96,49 +113,49 @@ def _difference(remote: RemoteFile, part: _Part) -> str | None:
     )
 
 
-class _Part:
+class _PartialFile:
     """What has arrived of a file so far."""
 
-    def __init__(self, place: Path) -> None:
-        self._place = place
-        self.path = place.with_name(f"{place.name}.part")
-        self._version = place.with_name(f"{place.name}.part.version")
+    def __init__(self, target: Path) -> None:
+        self._target = target
+        self.path = target.with_name(f"{target.name}.part")
+        self._version = target.with_name(f"{target.name}.part.version")
 
     @property
     def size(self) -> int:
-        """Bytes that are here."""
+        """Bytes that have arrived."""
         return self.path.stat().st_size if self.path.is_file() else 0
 
     @property
     def version(self) -> str | None:
-        """The server's name for the version that this is a part of."""
+        """The server's identifier of the version that this is a part of."""
         return self._version.read_text(encoding="utf-8") if self._version.is_file() else None
 
-    def begin(self, version: str | None) -> None:
-        """Start anew."""
-        self.drop()
+    def restart(self, version: str | None) -> None:
+        """Discard what has arrived and begin with an empty part of this version."""
+        self.discard()
         self.path.touch()
         if version is not None:
             self._version.write_text(version, encoding="utf-8")
 
-    def drop(self) -> None:
-        """Forget what is here."""
+    def discard(self) -> None:
+        """Delete what has arrived."""
         self.path.unlink(missing_ok=True)
         self._version.unlink(missing_ok=True)
 
     def sha256(self) -> str:
-        """Of what is here."""
+        """Hash what has arrived."""
         with self.path.open("rb") as opened:
             return hashlib.file_digest(opened, "sha256").hexdigest()
 
     def finish(self) -> Path:
-        """Put it in its place."""
+        """Rename the part to the final path and return it."""
         self._version.unlink(missing_ok=True)
-        return self.path.replace(self._place)
+        return self.path.replace(self._target)
 
 
-def _fetch_all(remote: RemoteFile, part: _Part, token: str | None, progress: ByteProgress) -> None:
-    """Attempts until the whole file is here."""
+def _download_all(remote: RemoteFile, part: _PartialFile, token: str | None, progress: ByteProgress) -> None:
+    """Attempt the download until the file is complete."""
     failures, first = 0, part.size
     while True:
         before, is_hopeless = part.size, False
@@ -147,50 +164,49 @@ def _fetch_all(remote: RemoteFile, part: _Part, token: str | None, progress: Byt
                 return
             reason = "the connection ended early"
         except urllib.error.HTTPError as error:
-            if error.code not in _AGAIN:
+            if error.code not in _RETRY_STATUSES:
                 raise DataError(
-                    f"{remote.url} answers {error.code} {error.reason}{_hint(error.code)}"
+                    f"{remote.url} answered with {error.code} {error.reason}{_hint(error.code)}"
                 ) from None
             reason = f"{error.code} {error.reason}"
-        except _NO_CONNECTION as error:
+        except _CONNECTION_ERRORS as error:
             cause = getattr(error, "reason", error)
             reason, is_hopeless = str(cause) or type(cause).__name__, isinstance(cause, socket.gaierror)
         failures = 1 if part.size > before else failures + 1
-        if is_hopeless or failures >= (_ATTEMPTS if part.size > first else _ATTEMPTS_TO_BEGIN):
-            raise NoConnectionError(f"{remote.url} could not be fetched ({reason})")
+        if is_hopeless or failures >= (_MAX_ATTEMPTS if part.size > first else _MAX_FIRST_ATTEMPTS):
+            raise NoConnectionError(f"{remote.url} could not be downloaded ({reason})")
         time.sleep(_FIRST_PAUSE_SECONDS * 2 ** (failures - 1))
 
 
-def _attempt(remote: RemoteFile, part: _Part, token: str | None, progress: ByteProgress) -> bool:
-    """One request for what is missing; whether the file is whole afterwards."""
+def _attempt(remote: RemoteFile, part: _PartialFile, token: str | None, progress: ByteProgress) -> bool:
+    """Send one request for what is missing; return whether the file is complete afterwards."""
     if part.size and (
         part.size > (remote.size or part.size) or (part.version is None and remote.sha256 is None)
     ):
-        part.drop()  # nothing would tell whether the rest fits to it
+        part.discard()  # nothing would show whether the rest is of the same version
     if part.size and part.size == remote.size:
         return True
     try:
         with urllib.request.urlopen(_request(remote, part, token), timeout=TIMEOUT_SECONDS) as answer:
-            begins = _begins(answer)
-            if begins != part.size or answer.status != 206:
-                part.begin(answer.headers.get("ETag"))
+            if _first_byte(answer) != part.size or answer.status != 206:
+                part.restart(answer.headers.get("ETag"))
                 if answer.status == 206:
-                    return False  # another range than was asked for
+                    return False  # not the range that was requested
             length = answer.headers.get("Content-Length")
             expected = part.size + int(length) if length is not None else remote.size
-            with _room(part.path), part.path.open("ab") as opened:
-                while block := answer.read(_BLOCK):
+            with _disk_full_errors(part.path), part.path.open("ab") as opened:
+                while block := answer.read(_BLOCK_BYTES):
                     opened.write(block)
                     progress.advance(len(block))
     except urllib.error.HTTPError as error:
         if error.code != 416:
             raise
-        part.drop()  # the server's file is shorter than what is here
+        part.discard()  # the server's file is shorter than what has arrived
         return False
     return expected is None or part.size == expected
 
 
-def _request(remote: RemoteFile, part: _Part, token: str | None) -> urllib.request.Request:
+def _request(remote: RemoteFile, part: _PartialFile, token: str | None) -> urllib.request.Request:
     request = urllib.request.Request(
         remote.url, headers={"Accept-Encoding": "identity", "User-Agent": "llm-trainer"}
     )
@@ -203,32 +219,36 @@ def _request(remote: RemoteFile, part: _Part, token: str | None) -> urllib.reque
     return request
 
 
-def _begins(answer: http.client.HTTPResponse) -> int:
-    """The first byte of what the server sends."""
+def _first_byte(answer: http.client.HTTPResponse) -> int:
+    """The position in the file of the first byte that the server sends."""
     found = re.match(r"bytes (\d+)-", answer.headers.get("Content-Range") or "")
     return int(found[1]) if found else 0
 
 
 @contextlib.contextmanager
-def _room(place: Path) -> Iterator[None]:
-    """A full disk said in our words."""
+def _disk_full_errors(path: Path) -> Iterator[None]:
+    """Turn the error of a full disk into one that explains what to do."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise DataError(
-            f"no space left for {place}; what was fetched is kept, and the next attempt goes on from there"
+            f"no space left on the disk for {path}; free some and run the command again, which resumes the "
+            "download"
         ) from None
 
 
-def _check_room(remote: RemoteFile, part: _Part, place: Path) -> None:
-    free = shutil.disk_usage(place.parent).free
+def _check_free_space(remote: RemoteFile, part: _PartialFile, target: Path) -> None:
+    free = shutil.disk_usage(target.parent).free
     if remote.size is not None and remote.size - part.size > free:
         raise DataError(
-            f"{remote.url} needs {remote.size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in {place.parent}; free some first"
+            f"{remote.url} needs {remote.size / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free in "
+            f"{target.parent}; free some first"
         )
 
 
 def _hint(status: int) -> str:
-    return "; log in with HF_TOKEN, having accepted its terms on its page" if status in (401, 403) else ""
+    return (
+        "; accept the data set's terms on its page and log in with HF_TOKEN" if status in (401, 403) else ""
+    )

@@ -1,9 +1,8 @@
-"""nanoGPT's classic data sets, as `data/<name>/prepare.py` makes them: Tiny Shakespeare by character or with
-GPT-2's BPE, and OpenWebText.
+"""nanoGPT's data sets, as `data/<name>/prepare.py` prepares them.
 
-Each is downloaded, or taken from `--input`. GPT-2's vocabulary is downloaded through tiktoken, or taken from
-`--ranks`. The shares are nanoGPT's: the last tenth of Shakespeare is held out, and 0.05 % of OpenWebText's
-documents.
+They are Tiny Shakespeare by character or with GPT-2's BPE, and OpenWebText. Each is downloaded, or read from
+`--input`. GPT-2's vocabulary is downloaded through tiktoken, or read from `--ranks`. The validation fractions
+are nanoGPT's: the last tenth of Shakespeare, and 0.05 % of OpenWebText's documents.
 """
 
 from __future__ import annotations
@@ -29,7 +28,15 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 
 @dataclass(frozen=True)
 class NanogptDataset:
-    """One of the data sets: how it is split, and whether its ids are GPT-2's or characters."""
+    """One of the data sets.
+
+    Attributes:
+        summary: What it is, for help texts.
+        val_ratio: The fraction that is held out for validation.
+        seed: The seed of the split.
+        uses_gpt2: Whether its tokens are GPT-2's instead of characters.
+        is_on_hub: Whether it is downloaded from the Hugging Face hub.
+    """
 
     summary: str
     val_ratio: float
@@ -52,16 +59,26 @@ NANOGPT_DATASETS = {
 
 
 def run_prepare_script(name: str, folder: Path, argv: Sequence[str]) -> int:
-    """`python data/<name>/prepare.py`: prepare into `folder`, where the script lies. Raises DataError where
-    something cannot be had.
+    """Run `python data/<name>/prepare.py`.
+
+    Args:
+        name: A key of `NANOGPT_DATASETS`.
+        folder: The script's folder, which is the default output folder.
+        argv: The script's arguments.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        DataError: The text or the vocabulary cannot be downloaded or read.
     """
-    classic = NANOGPT_DATASETS[name]
-    arguments = _parser(name, classic, folder).parse_args([_with_underscores(word) for word in argv])
+    dataset = NANOGPT_DATASETS[name]
+    arguments = _parser(name, dataset, folder).parse_args([_with_underscores(word) for word in argv])
     console = Console()
-    tokenizer = Tokenizer.tiktoken("gpt2", arguments.ranks) if classic.uses_gpt2 else None
+    tokenizer = Tokenizer.tiktoken("gpt2", arguments.ranks) if dataset.uses_gpt2 else None
     source: Source | None = None
     text: Path | None = arguments.input
-    if text is None and classic.is_on_hub:
+    if text is None and dataset.is_on_hub:
         source = HubSource(
             "Skylion007/openwebtext", "plain_text", "train", None, "text", revision="refs/convert/parquet"
         )
@@ -69,9 +86,9 @@ def run_prepare_script(name: str, folder: Path, argv: Sequence[str]) -> int:
         text = download_shakespeare(arguments.output_dir, console)
     config = DataConfig(
         input=None if text is None else str(text),
-        tokenizer_type="auto" if classic.uses_gpt2 else "char",
-        val_ratio=classic.val_ratio,
-        seed=classic.seed,
+        tokenizer_type="auto" if dataset.uses_gpt2 else "char",
+        val_ratio=dataset.val_ratio,
+        seed=dataset.seed,
         num_workers=arguments.num_workers,
     )
     summary = prepare_dataset(
@@ -83,39 +100,50 @@ def run_prepare_script(name: str, folder: Path, argv: Sequence[str]) -> int:
 
 
 def download_shakespeare(folder: Path, console: Console | None = None) -> Path:
-    """`input.txt` in the folder, downloaded unless it is there. Raises DataError without a network, and for
-    other contents.
+    """Download Tiny Shakespeare as `input.txt`, unless it is already there.
+
+    Args:
+        folder: Where to save it.
+        console: Where progress is shown.
+
+    Raises:
+        DataError: It cannot be downloaded, or the file has other contents.
     """
     try:
         return download(RemoteFile(SHAKESPEARE_URL, "input.txt", sha256=SHAKESPEARE_SHA256), folder, console)
     except DataError as error:
-        place = folder / "input.txt"
         raise DataError(
-            f"{error}. Fetch it elsewhere and save it as {place}, or give a text of your own with --input FILE"
+            f"{error}. Download it elsewhere and save it as {folder / 'input.txt'}, or give a text of "
+            "your own with --input FILE"
         ) from None
 
 
-def _parser(name: str, classic: NanogptDataset, folder: Path) -> argparse.ArgumentParser:
+def _parser(name: str, dataset: NanogptDataset, folder: Path) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=f"data/{name}/prepare.py", description=f"Prepare {classic.summary}.", allow_abbrev=False
+        prog=f"data/{name}/prepare.py", description=f"Prepare {dataset.summary}.", allow_abbrev=False
     )
     parser.add_argument(
-        "--input", type=Path, help="a text file, or a folder of them, instead of the download"
+        "--input", type=Path, help="Text file, or folder of text files, to use instead of the download."
     )
-    if classic.uses_gpt2:
+    if dataset.uses_gpt2:
         parser.add_argument(
             "--ranks",
             type=Path,
-            help="GPT-2's vocabulary as a file: tiktoken ranks (r50k_base.tiktoken) or vocab.bpe",
+            help="File with GPT-2's vocabulary: tiktoken's ranks (r50k_base.tiktoken) or vocab.bpe.",
         )
-    parser.add_argument("--output_dir", type=Path, default=folder, help="where to (default: %(default)s)")
     parser.add_argument(
-        "--num_workers", type=int, default=1, help="workers that tokenise at once (default: %(default)s)"
+        "--output_dir", type=Path, default=folder, help="Output folder (default: %(default)s)."
+    )
+    parser.add_argument(
+        "--num_workers",
+        type=int,
+        default=1,
+        help="Number of worker processes for tokenization (default: %(default)s).",
     )
     return parser
 
 
 def _with_underscores(word: str) -> str:
-    """`--output-dir=x` is `--output_dir=x`, as everywhere."""
+    """`--output-dir=x` means `--output_dir=x`, as in every command."""
     name, equals, value = word.partition("=")
     return name[:2] + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word

@@ -1,9 +1,9 @@
-"""Data sets that `scripts/download_datasets.py` knows: public corpora of plain text, where their files lie
-and what may be done with them.
+"""The data sets that `scripts/download_datasets.py` knows: public corpora of plain text.
 
-A row names files on the Hugging Face hub by pattern (their sizes and sha256 come from the hub when they are
-asked for) or by url. What is large says so; `is_small` rows are fetched where none is named. Rows for single
-domains are elsewhere: `prepare_domain_datasets.py`.
+An entry gives the address and the licence of a data set's files. It names files on the Hugging Face hub by
+pattern (their sizes and sha256 are then queried from the hub), or by url. Entries with `is_small` are
+downloaded when the user names none. Data sets for single domains are listed in
+`config/schema/domain_loaders.yaml`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,25 @@ from llm_trainer.errors import DataError, UsageError
 
 @dataclass(frozen=True)
 class DatasetEntry:
-    """One data set. `verified` says where its name, files and column were looked up (November 2026)."""
+    """One data set.
+
+    Attributes:
+        about: What it is, in a line.
+        gigabytes: The approximate size of the download.
+        licence: The licence of the texts.
+        page: The address of the page about it.
+        verified: Where its name, files and column were looked up (November 2026).
+        text_column: The column that has the text.
+        hub: Its name on the Hugging Face hub, if it is there.
+        revision: The branch, tag or commit on the hub.
+        patterns: Which of its files on the hub to download.
+        urls: Its files, if it is not on the hub.
+        members: Patterns for the files of an archive that are text.
+        is_small: Whether it is downloaded when the user names none.
+    """
 
     about: str
-    gigabytes: float  # to fetch, about
+    gigabytes: float
     licence: str
     page: str
     verified: str
@@ -32,7 +47,7 @@ class DatasetEntry:
     revision: str = "main"
     patterns: tuple[str, ...] = ()
     urls: tuple[RemoteFile, ...] = ()
-    members: tuple[str, ...] = ()  # of an archive: which of its files are text
+    members: tuple[str, ...] = ()
     is_small: bool = False
 
 
@@ -93,10 +108,11 @@ DATASETS: dict[str, DatasetEntry] = {
     "wikipedia_simple": _on_hub(
         "wikimedia/wikipedia",
         "20231101.simple/*.parquet",
-        "the Simple English Wikipedia of November 2023, an article a document",
+        "the Simple English Wikipedia of November 2023, one article per document",
         0.16,
         "CC BY-SA 3.0",
-        "files of wikimedia/wikipedia on huggingface.co: 20231101.simple/train-00000-of-00001.parquet, 156,885,218 bytes",
+        "files of wikimedia/wikipedia on huggingface.co: 20231101.simple/train-00000-of-00001.parquet, "
+        "156,885,218 bytes",
         is_small=True,
     ),
     "cosmopedia_100k": _on_hub(
@@ -114,11 +130,12 @@ DATASETS: dict[str, DatasetEntry] = {
         "2 million short stories in the words of a small child (Eldan and Li 2023)",
         1.0,
         "CDLA-Sharing-1.0",
-        "files of roneneldan/TinyStories on huggingface.co, revision f54c09f: data/train-00000-of-00004-….parquet, column text",
+        "files of roneneldan/TinyStories on huggingface.co, revision f54c09f: "
+        "data/train-00000-of-00004-….parquet, column text",
         is_small=True,
     ),
     "imdb_reviews": DatasetEntry(
-        "75,000 reviews of films, a file each (Maas et al. 2011)",
+        "75,000 reviews of films, one file each (Maas et al. 2011)",
         0.08,
         "for research; no licence is stated",
         "https://ai.stanford.edu/~amaas/data/sentiment/",
@@ -138,7 +155,7 @@ DATASETS: dict[str, DatasetEntry] = {
     "wikipedia_en": _on_hub(
         "wikimedia/wikipedia",
         "20231101.en/*.parquet",
-        "the English Wikipedia of November 2023, an article a document",
+        "the English Wikipedia of November 2023, one article per document",
         12.0,
         "CC BY-SA 3.0",
         "configurations of wikimedia/wikipedia on huggingface.co: 20231101.en",
@@ -149,7 +166,8 @@ DATASETS: dict[str, DatasetEntry] = {
         "news-like pages of the web, cleaned (the realnewslike part of C4)",
         15.0,
         "ODC-By",
-        "files of allenai/c4 on huggingface.co: realnewslike/c4-train.00000-of-00512.json.gz; size from oumi.ai's page on C4",
+        "files of allenai/c4 on huggingface.co: realnewslike/c4-train.00000-of-00512.json.gz; "
+        "size from oumi.ai's page on C4",
     ),
     "openwebtext": _on_hub(
         "Skylion007/openwebtext",
@@ -157,7 +175,7 @@ DATASETS: dict[str, DatasetEntry] = {
         "8 million web pages that Reddit linked to, an open counterpart of GPT-2's corpus",
         24.0,
         "CC0",
-        "the hub's parquet form of Skylion007/openwebtext: plain_text/train/0000.parquet",
+        "the hub's parquet conversion of Skylion007/openwebtext: plain_text/train/0000.parquet",
         revision="refs/convert/parquet",
     ),
     "open_web_math": _on_hub(
@@ -174,7 +192,8 @@ DATASETS: dict[str, DatasetEntry] = {
         "10 billion tokens of educational web pages (a sample of FineWeb-Edu)",
         28.0,
         "ODC-By",
-        "files of HuggingFaceFW/fineweb-edu on huggingface.co: sample/10BT, 000_00000.parquet to 013_00000.parquet",
+        "files of HuggingFaceFW/fineweb-edu on huggingface.co: sample/10BT, "
+        "000_00000.parquet to 013_00000.parquet",
     ),
     "fineweb_10bt": _on_hub(
         "HuggingFaceFW/fineweb",
@@ -188,7 +207,14 @@ DATASETS: dict[str, DatasetEntry] = {
 
 
 def select_datasets(names: Sequence[str]) -> dict[str, DatasetEntry]:
-    """The rows of these names; of none, the small ones; of `all`, all. Raises UsageError for an unknown name."""
+    """Return the entries of these names.
+
+    Args:
+        names: Names of data sets; `["all"]` selects every one, and an empty list the small ones.
+
+    Raises:
+        UsageError: A name is unknown.
+    """
     if list(names) == ["all"]:
         return DATASETS
     unknown = [name for name in names if name not in DATASETS]
@@ -197,69 +223,81 @@ def select_datasets(names: Sequence[str]) -> dict[str, DatasetEntry]:
 
         close = difflib.get_close_matches(unknown[0], DATASETS, n=2, cutoff=0.4)
         hint = f"did you mean {' or '.join(close)}? " if close else ""
-        raise UsageError(f"the catalogue has no data set {unknown[0]!r}; {hint}--list shows what it has")
+        raise UsageError(f"the catalog has no data set {unknown[0]!r}; {hint}--list prints all of them")
     return (
         {name: DATASETS[name] for name in names}
         if names
-        else {name: row for name, row in DATASETS.items() if row.is_small}
+        else {name: entry for name, entry in DATASETS.items() if entry.is_small}
     )
 
 
-def list_remote_files(row: DatasetEntry) -> tuple[list[RemoteFile], str]:
-    """(files to fetch, what stands for their version). Raises NoConnectionError without a network, DataError
-    where the hub has none.
+def list_remote_files(entry: DatasetEntry) -> tuple[list[RemoteFile], str]:
+    """List the files of a data set.
+
+    Args:
+        entry: The data set.
+
+    Returns:
+        The files, and what identifies their version: a commit on the hub, or the first url.
+
+    Raises:
+        NoConnectionError: The hub cannot be reached.
+        DataError: The hub answers with an error, or no longer has such files.
     """
-    if row.hub is None:
-        return list(row.urls), row.urls[0].url
+    if entry.hub is None:
+        return list(entry.urls), entry.urls[0].url
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]  # HTTPError is its client's, whose name changed
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is its HTTP client's
+        HfHubHTTPError,
+        HTTPError,
+        OfflineModeIsEnabled,
+    )
     from huggingface_hub.hf_api import RepoFile
 
     hub = HfApi()
     try:
-        commit = hub.dataset_info(row.hub, revision=row.revision).sha
-        listed = [
-            entry
-            for entry in hub.list_repo_tree(row.hub, recursive=True, revision=commit, repo_type="dataset")
-        ]
+        commit = hub.dataset_info(entry.hub, revision=entry.revision).sha
+        listed = list(hub.list_repo_tree(entry.hub, recursive=True, revision=commit, repo_type="dataset"))
     except HfHubHTTPError as error:
-        raise DataError(f"the hub answers for {row.hub}: {str(error).strip().splitlines()[0]}") from None
+        raise DataError(f"the hub answered for {entry.hub}: {str(error).strip().splitlines()[0]}") from None
     except (HTTPError, OfflineModeIsEnabled, OSError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise NoConnectionError(f"the hub could not be reached ({first})") from None
     found = [
         RemoteFile(
-            f"{hub.endpoint}/datasets/{row.hub}/resolve/{commit}/{urllib.parse.quote(entry.path)}",
-            entry.path,
-            entry.size,
-            entry.lfs.sha256 if entry.lfs is not None else None,
+            f"{hub.endpoint}/datasets/{entry.hub}/resolve/{commit}/{urllib.parse.quote(file.path)}",
+            file.path,
+            file.size,
+            file.lfs.sha256 if file.lfs is not None else None,
         )
-        for entry in listed
-        if isinstance(entry, RepoFile)
-        and any(fnmatch.fnmatchcase(entry.path, pattern) for pattern in row.patterns)
+        for file in listed
+        if isinstance(file, RepoFile)
+        and any(fnmatch.fnmatchcase(file.path, pattern) for pattern in entry.patterns)
     ]
     if not found:
-        raise DataError(f"{row.hub} has no files {' or '.join(row.patterns)} any more")
-    return sorted(found, key=lambda file: file.name), f"{row.hub}@{commit}"
+        raise DataError(f"{entry.hub} has no files {' or '.join(entry.patterns)} any more; see {entry.page}")
+    return sorted(found, key=lambda file: file.name), f"{entry.hub}@{commit}"
 
 
-def manual_download_hint(name: str, row: DatasetEntry) -> str:
-    """How to get a data set here from a machine that has a network."""
-    if row.hub is None:
-        fetching = f"fetch {' and '.join(file.url for file in row.urls)} into a folder"
+def manual_download_hint(name: str, entry: DatasetEntry) -> str:
+    """Return how to bring a data set here from a machine with a network, for error messages."""
+    if entry.hub is None:
+        step = f"download {' and '.join(file.url for file in entry.urls)} into a folder"
     else:
-        said = [
+        command = [
             "hf",
             "download",
-            row.hub,
+            entry.hub,
             "--repo-type",
             "dataset",
             "--include",
-            *row.patterns,
+            *entry.patterns,
             "--local-dir",
             name,
         ]
-        fetching = (
-            f"`{shlex.join([*said, *([] if row.revision == 'main' else ['--revision', row.revision])])}`"
-        )
-    return f"On a machine with a network: {fetching}; bring the folder here, and add --datasets {name} --input FOLDER"
+        revision = [] if entry.revision == "main" else ["--revision", entry.revision]
+        step = f"`{shlex.join([*command, *revision])}`"
+    return (
+        f"On a machine with a network: {step}; then copy the folder to this machine, and add "
+        f"--datasets {name} --input FOLDER"
+    )

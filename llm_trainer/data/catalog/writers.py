@@ -1,8 +1,9 @@
-"""Documents into files: parquet (a column `text`), jsonl (an object with a `text` a line) or txt (a document
-a line).
+"""Writes documents to files: parquet, jsonl or txt.
 
-A line of txt cannot hold a line break, so breaks within a document become spaces there, and that is counted;
-the other two keep everything. Files hold about `SHARD_BYTES` of text each.
+A parquet file has a column `text`, a jsonl file one `{"text": …}` per line, and a txt file one document per
+line. A line of a txt file cannot contain a line break, so line breaks within a document become spaces there,
+and such documents are counted; the other formats keep everything. Files have about `SHARD_BYTES` of text
+each.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
 
+from llm_trainer.data.optional_deps import missing_extra
 from llm_trainer.data.progress import ByteProgress
-from llm_trainer.data.sources import file_io as storage
+from llm_trainer.data.sources import file_io
 from llm_trainer.data.sources.base import Rejected, SourceItem
 from llm_trainer.errors import DataError
 
@@ -27,56 +29,70 @@ _EXAMPLES = 5
 
 @dataclass
 class SaveSummary:
-    """What became of the documents: in = kept + rejected."""
+    """How many documents were written and rejected; documents read = kept + rejected.
+
+    Attributes:
+        kept: Documents written.
+        size: Bytes of their text in utf-8.
+        broken_lines: Documents whose line breaks became spaces.
+        rejected: Rejected documents by reason.
+        examples: The position and reason of the first rejected documents.
+        files: The names of the files.
+    """
 
     kept: int = 0
-    size: int = 0  # of their text, in bytes of utf-8
-    broken_lines: int = 0  # documents whose line breaks became spaces
+    size: int = 0
+    broken_lines: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
 
     def reject(self, rejected: Rejected) -> None:
-        """Count a document that is left out."""
+        """Count a rejected document."""
         self.rejected[rejected.reason] += 1
         if len(self.examples) < _EXAMPLES:
             self.examples.append(f"{rejected.where}: {rejected.reason}")
 
 
 class DocumentWriter(Protocol):
-    """A file that takes documents."""
+    """A file that documents are written to."""
 
     def write(self, text: str) -> None:
-        """Add one."""
+        """Append a document."""
 
     def close(self) -> None:
-        """Finish the file."""
+        """Complete the file."""
 
 
 def save_documents(
-    readings: Iterable[SourceItem], folder: Path, save_format: SaveFormat, progress: ByteProgress
+    items: Iterable[SourceItem], folder: Path, save_format: SaveFormat, progress: ByteProgress
 ) -> SaveSummary:
-    """Write every document into files `train-00000.<format>` and so on in the folder, which is there and
-    empty.
+    """Write every document to files `train-00000.<format>`, `train-00001.<format>` and so on.
+
+    Args:
+        items: Documents and rejected ones, from a source.
+        folder: An existing, empty folder.
+        save_format: The format of the files.
+        progress: Advanced by the bytes of each document.
     """
     saved = SaveSummary()
     writer: DocumentWriter | None = None
-    held = 0
+    shard_bytes = 0
     try:
-        for text in join_chunks(readings):
+        for text in join_chunks(items):
             if isinstance(text, Rejected):
                 saved.reject(text)
                 continue
-            if writer is None or held >= SHARD_BYTES:
+            if writer is None or shard_bytes >= SHARD_BYTES:
                 if writer is not None:
                     writer.close()
                 saved.files.append(f"train-{len(saved.files):05d}.{save_format}")
-                writer, held = open_writer(folder / saved.files[-1], save_format), 0
+                writer, shard_bytes = open_writer(folder / saved.files[-1], save_format), 0
             if save_format == "txt" and len(lines := text.splitlines()) > 1:
                 text, saved.broken_lines = " ".join(lines), saved.broken_lines + 1
             writer.write(text)
             size = len(text) if text.isascii() else len(text.encode("utf-8"))
-            held, saved.size, saved.kept = held + size, saved.size + size, saved.kept + 1
+            shard_bytes, saved.size, saved.kept = shard_bytes + size, saved.size + size, saved.kept + 1
             progress.advance(size)
     finally:
         if writer is not None:
@@ -84,34 +100,39 @@ def save_documents(
     return saved
 
 
-def join_chunks(readings: Iterable[SourceItem]) -> Iterator[str | Rejected]:
-    """Documents in one piece each; one that is longer than a record may be is rejected, since it could not be
-    read again.
+def join_chunks(items: Iterable[SourceItem]) -> Iterator[str | Rejected]:
+    """Join the chunks of each document.
+
+    A document that is longer than a record may be is rejected, because it could not be read again.
     """
-    pieces: list[str] = []
+    chunks: list[str] = []
     size = 0
-    for reading in readings:
-        if isinstance(reading, Rejected):
-            yield reading
+    for item in items:
+        if isinstance(item, Rejected):
+            yield item
             continue
-        size += len(reading.text.encode("utf-8"))
-        pieces = [*pieces, reading.text] if size <= storage.MAX_RECORD_BYTES else []
-        if reading.is_last:
-            longest = storage.MAX_RECORD_BYTES >> 20
+        size += len(item.text.encode("utf-8"))
+        chunks = [*chunks, item.text] if size <= file_io.MAX_RECORD_BYTES else []
+        if item.is_last:
+            longest = file_io.MAX_RECORD_BYTES >> 20
             yield (
-                "".join(pieces)
-                if pieces
+                "".join(chunks)
+                if chunks
                 else Rejected(f"document longer than {longest} MB", f"a document of {size / 1e6:.0f} MB")
             )
-            pieces, size = [], 0
+            chunks, size = [], 0
 
 
 def open_writer(file: Path, save_format: SaveFormat) -> DocumentWriter:
-    """A writer for one file. Raises DataError where parquet is wanted and pyarrow is not installed."""
-    return _Parquet(file) if save_format == "parquet" else _Lines(file, as_json=save_format == "jsonl")
+    """Create a file and return its writer. Raises DataError if parquet needs a package that is missing."""
+    return (
+        _ParquetWriter(file)
+        if save_format == "parquet"
+        else _LineWriter(file, as_json=save_format == "jsonl")
+    )
 
 
-class _Lines:
+class _LineWriter:
     def __init__(self, file: Path, as_json: bool) -> None:
         self._opened = file.open("w", encoding="utf-8", newline="\n")
         self._as_json = as_json
@@ -123,8 +144,8 @@ class _Lines:
         self._opened.close()
 
 
-class _Parquet:
-    """Row groups of some megabytes, so that a reader needs little memory and workers can share the file."""
+class _ParquetWriter:
+    """Writes row groups of some megabytes, so that readers need little memory and can work in parallel."""
 
     def __init__(self, file: Path) -> None:
         try:
@@ -132,18 +153,18 @@ class _Parquet:
             import pyarrow.parquet as pq
         except ImportError:
             raise DataError(
-                "parquet needs the extra 'formats': pip install 'llm-trainer[formats]', or give --save-format jsonl"
+                missing_extra("writing parquet", "formats") + ", or give --save-format jsonl"
             ) from None
         self._schema = pa.schema([("text", pa.large_string())])
         self._to_table = pa.Table.from_pydict
         self._writer = pq.ParquetWriter(file, self._schema, compression="zstd", write_page_checksum=True)
         self._texts: list[str] = []
-        self._held = 0
+        self._buffered = 0
 
     def write(self, text: str) -> None:
         self._texts.append(text)
-        self._held += len(text)
-        if self._held >= _ROW_GROUP_BYTES:
+        self._buffered += len(text)
+        if self._buffered >= _ROW_GROUP_BYTES:
             self._flush()
 
     def close(self) -> None:
@@ -153,4 +174,4 @@ class _Parquet:
 
     def _flush(self) -> None:
         self._writer.write_table(self._to_table({"text": self._texts}, schema=self._schema))
-        self._texts, self._held = [], 0
+        self._texts, self._buffered = [], 0

@@ -1,11 +1,11 @@
-"""Cleans the documents of a partition: each is normalised, then kept or rejected with a reason.
+"""Cleans the documents of a partition: each is normalized, then kept or rejected with a reason.
 
 Cleaning is a pure function of the texts and the settings, without state between documents. So whatever needs
 a text a second time, such as tokenization, cleans it again, in any process, instead of keeping a copy.
 Documents go out one for one and in the order in which they came in: as text chunks, or as `Rejected` with the
 reason and the text.
 
-A document of more than `CHUNK_BYTES` is never in memory as a whole: it is kept or rejected by its first
+A document of more than `CHUNK_BYTES` is never entirely in memory: it is kept or rejected by its first
 chunk. Normalization gives the same result in chunks as on the complete text; a filter that changes texts
 (`c4`) leaves such a document unchanged.
 """

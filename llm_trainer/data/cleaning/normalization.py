@@ -8,7 +8,7 @@ tables), tabs, the joiners of Indic scripts and emoji, left-to-right and right-t
 idempotent.
 
 Most text needs few changes, and Python is slow character by character, so each step first checks with one
-fast search whether it has anything to do. A document in chunks is normalised line by line: the result is that
+fast search whether it has anything to do. A document in chunks is normalized line by line: the result is that
 of the complete text, and the memory that of a chunk.
 """
 
@@ -39,7 +39,7 @@ _TRAILING_WHITESPACE = re.compile("[ \t]+(?=\n)")
 _MANY_EMPTY_LINES = re.compile("\n{4,}")
 # Positions at which a line can be divided: nothing composes across them, and no whitespace is at an end.
 _SAFE_POSITION = re.compile(r"[^\W\d_](?= )|[!-~](?=[!-~])|[\u3400-\u9fff](?=[\u3400-\u9fff])")
-_MAX_LINE_CHARACTERS = 2**20  # a longer line is normalised in parts
+_MAX_LINE_CHARACTERS = 2**20  # a longer line is normalized in parts
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class TextNormalizer:
             blocks: The document's text, divided anywhere.
 
         Yields:
-            Blocks that, concatenated, are the normalised document.
+            Blocks that, concatenated, are the normalized document.
         """
         pending_line_ends = -1  # not yielded yet, as they may be the document's last; -1 before any text
         for lines, is_part in _complete_lines(blocks):

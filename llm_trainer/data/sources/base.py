@@ -97,7 +97,7 @@ class Source(Protocol):
         """The name used in messages and metadata.json."""
 
     def partitions(self) -> Sequence[Partition]:
-        """Return its partitions in a fixed order; together they hold every document."""
+        """Return its partitions in a fixed order; together they have every document."""
 
     def read_chunks(self) -> Iterator[SourceItem]:
         """Yield every document of every partition, in order and the same on each call."""

@@ -1,6 +1,6 @@
 """Documents and records from JSON: one record per line, or one value that is a record or a list of records.
 
-A long list is never in memory as a whole. A scan that knows only strings and brackets finds where each
+A long list is never entirely in memory. A scan that knows only strings and brackets finds where each
 element ends, and each element is parsed alone. So one element that is broken, too long or not utf-8 is
 rejected, and the others are read.
 """

@@ -3,7 +3,7 @@
 Texts are taken as bytes and decoded one by one, so that a row that is not utf-8 is rejected and the rows
 around it are kept. In a damaged parquet file the rest of the row group is rejected and the next one is read;
 an arrow file is rejected from the damage on. One data page of parquet and one record batch of arrow are in
-memory as a whole, as those formats require.
+memory at a time, as those formats require.
 """
 
 from __future__ import annotations

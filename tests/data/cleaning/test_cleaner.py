@@ -65,7 +65,7 @@ def text_of(items: list[SourceItem]) -> list[str]:
         ),
     ],
 )
-def test_text_is_normalised(before: str, after: str) -> None:
+def test_text_is_normalized(before: str, after: str) -> None:
     assert TextNormalizer().normalize(before) == after
 
 
@@ -134,14 +134,14 @@ def test_normalization_is_idempotent(text: str) -> None:
 
 @settings(max_examples=300)
 @given(line_texts, st.lists(st.integers(0, 400), max_size=6))
-def test_a_text_in_blocks_is_normalised_like_the_complete_text(text: str, cuts: list[int]) -> None:
+def test_a_text_in_blocks_is_normalized_like_the_complete_text(text: str, cuts: list[int]) -> None:
     positions = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     chunks = [text[begin:end] for begin, end in itertools.pairwise(positions)]
     assert "".join(TextNormalizer().normalize_blocks(chunks)) == TextNormalizer().normalize(text)
 
 
 @pytest.mark.parametrize("words", ["caf\u0065\u0301 ", "abc\u00ad", "\u65e5\u672c", "x. \t"])
-def test_very_long_lines_in_blocks_are_normalised_like_the_complete_text(
+def test_very_long_lines_in_blocks_are_normalized_like_the_complete_text(
     words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llm_trainer.data.cleaning.normalization._MAX_LINE_CHARACTERS", 100)

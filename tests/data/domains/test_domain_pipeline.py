@@ -387,7 +387,7 @@ def test_built_in_domains_need_nothing_and_cover_every_domain(tmp_path: Path) ->
         ({"loaders": {"load_maths": {}}}, "did you mean load_math"),
         ({"loaders": {"load_math": {"max_sample": 3}}}, "did you mean max_samples"),
         ({"loaders": {"load_math": {"max_samples": 0}}}, "load_math.*max_samples.*0"),
-        ({"loaders": {"load_math": {"max_samples": "3"}}}, "must be a whole number"),
+        ({"loaders": {"load_math": {"max_samples": "3"}}}, "max_samples.*must be an integer"),
         ({"loaders": {"load_quant": {"difficulty": "hard"}}}, "load_quant has no setting named 'difficulty'"),
         ({"loaders": {"load_olympiad_bench": {"difficulty": "easy"}}}, "its dataset has medium, hard"),
         ({"loaders": {"load_math": {"filter_hard": True, "difficulty": "easy"}}}, "contradict each other"),

@@ -144,7 +144,7 @@ def test_the_chunks_of_a_long_text_add_up_to_the_text(
 def test_a_long_file_is_accepted_or_rejected_like_a_short_one(
     tmp_path_factory: pytest.TempPathFactory, raw: bytes, block: int
 ) -> None:
-    file = tmp_path_factory.mktemp("judged") / "a.txt"
+    file = tmp_path_factory.mktemp("long") / "a.txt"
     file.write_bytes(raw)
     short = read(file)
     with pytest.MonkeyPatch.context() as patch:

@@ -50,11 +50,11 @@ def write_all_kinds(folder: Path) -> None:
 @pytest.mark.parametrize("partition_bytes", [1, 100, 512, 5000, 2**20])
 def test_partitions_of_any_size_add_up_to_the_source(tmp_path: Path, partition_bytes: int) -> None:
     write_all_kinds(tmp_path)
-    whole = FileSource(tmp_path, one_document_per_line=True, partition_bytes=2**30)
+    undivided = FileSource(tmp_path, one_document_per_line=True, partition_bytes=2**30)
     parts = FileSource(tmp_path, one_document_per_line=True, partition_bytes=partition_bytes)
-    assert len(whole.partitions()) == 1
-    assert summaries(read_pickled(parts.partitions())) == summaries(list(whole.read_chunks()))
-    assert len(whole.partitions()[0].content_hash()) == 64
+    assert len(undivided.partitions()) == 1
+    assert summaries(read_pickled(parts.partitions())) == summaries(list(undivided.read_chunks()))
+    assert len(undivided.partitions()[0].content_hash()) == 64
     assert len({partition.name for partition in parts.partitions()}) == len(parts.partitions())
 
 
@@ -88,9 +88,9 @@ def test_a_line_belongs_to_exactly_one_range(
 ) -> None:
     file = tmp_path_factory.mktemp("ranges") / "a.txt"
     file.write_bytes(raw)
-    whole = FileSource(file, one_document_per_line=True, partition_bytes=2**20)
+    undivided = FileSource(file, one_document_per_line=True, partition_bytes=2**20)
     parts = FileSource(file, one_document_per_line=True, partition_bytes=size)
-    assert summaries(list(parts.read_chunks())) == summaries(list(whole.read_chunks()))
+    assert summaries(list(parts.read_chunks())) == summaries(list(undivided.read_chunks()))
 
 
 def test_a_line_over_many_ranges_is_scanned_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
