@@ -63,6 +63,12 @@ class ForkedProcess:
             self._server.close()
         return self.returncode
 
+    def poll(self) -> int | None:
+        """Returns the exit status, or None while the process runs."""
+        if self.returncode is None and select.select([self._server], [], [], 0)[0]:
+            self.wait()
+        return self.returncode
+
     def send_signal(self, number: int) -> None:
         """Sends a signal to the process, if it has not ended."""
         with contextlib.suppress(ProcessLookupError):
@@ -77,18 +83,21 @@ class ForkedProcess:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
 
-    def communicate(self) -> str:
-        """Reads what is left of the output until the process has ended."""
+    def communicate(self, text: str = "") -> str:
+        """Writes to the process's input, and reads what is left of its output until it has ended."""
+        if self.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self.stdin.write(text)
+                self.stdin.close()
         said = self.stdout.read() if self.stdout is not None else ""
         self.wait()
-        for stream in (self.stdin, self.stdout):
-            if stream is not None:
-                stream.close()
+        if self.stdout is not None:
+            self.stdout.close()
         return said
 
 
 def start(
-    arguments: Sequence[str | Path],
+    arguments: Sequence[str | int | Path],
     *,
     cwd: str | Path | None = None,
     env: Mapping[str, str] | None = None,
@@ -142,7 +151,7 @@ def start(
 
 
 def run(
-    arguments: Sequence[str | Path],
+    arguments: Sequence[str | int | Path],
     *,
     cwd: str | Path | None = None,
     env: Mapping[str, str] | None = None,

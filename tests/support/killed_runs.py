@@ -9,6 +9,7 @@ was never interrupted.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -20,10 +21,10 @@ import torch
 from save_under_strace import OneAfterAnother, calls_of, trial
 from tiny_run import tiny_run, tiny_trainer
 
-from llm_trainer.diagnostics.verify_resume import StopAt, compare_checkpoints
-from llm_trainer.training.callbacks import Callback
+from llm_trainer.diagnostics.verify_resume import StopAtStep, compare_checkpoints
+from llm_trainer.training.callbacks.callback import Callback
 from llm_trainer.training.checkpoint import store as checkpoints
-from llm_trainer.training.trainer import Trainer
+from llm_trainer.training.run import TrainingRun
 
 SETTINGS = {
     "max_steps": 8,
@@ -37,7 +38,7 @@ SETTINGS = {
 class WaitsForTracer(Callback):
     """Stops the process before the saves of a step, until somebody lets it go on."""
 
-    def on_step_end(self, trainer: Trainer, step: int) -> None:
+    def on_step_end(self, run: TrainingRun, step: int) -> None:
         if step == 6:
             os.kill(os.getpid(), signal.SIGSTOP)
 
@@ -54,7 +55,7 @@ def trials(folder: Path, how: str) -> Iterator[dict[str, object]]:
     folder.mkdir(parents=True)
     template, run_folder, straight = folder / "template", folder / "run", folder / "straight"
     tiny_run(straight, **SETTINGS)
-    tiny_run(template, callbacks=[StopAt(3)], **SETTINGS)
+    tiny_run(template, callbacks=[StopAtStep(3)], **SETTINGS)
 
     def run_on() -> None:
         train(run_folder, how, WaitsForTracer())
@@ -89,5 +90,6 @@ def trials(folder: Path, how: str) -> Iterator[dict[str, object]]:
 if __name__ == "__main__":
     checkpoints.ThreadPoolExecutor = OneAfterAnother  # type: ignore[assignment, misc]
     torch.set_num_threads(1)  # a fork keeps no other threads
+    gc.freeze()  # nor need it look for garbage among what imports have made
     for line in trials(Path(sys.argv[1]), sys.argv[2]):
         print(json.dumps(line), flush=True)

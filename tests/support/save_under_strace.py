@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import ctypes
+import gc
 import json
 import os
 import re
@@ -31,7 +32,7 @@ from snapshots import snapshot
 from llm_trainer.config import CheckpointError
 from llm_trainer.run_dir import list_checkpoints, resolve_model_folder, resolve_resume_folder, verify
 from llm_trainer.training.checkpoint import store as checkpoints
-from llm_trainer.training.checkpoint.store import Asynchronous, CheckpointStore, Snapshot
+from llm_trainer.training.checkpoint.store import Asynchronous, CheckpointData, CheckpointStore
 
 CALLS = (
     "openat",
@@ -66,7 +67,7 @@ class OneAfterAnother:
         return done
 
 
-def save_twice(run_folder: Path, taken: Snapshot, how: Asynchronous) -> None:
+def save_twice(run_folder: Path, taken: CheckpointData, how: Asynchronous) -> None:
     """What is under test: replace the best model, write a checkpoint, rotate an older one away."""
     store = CheckpointStore(run_folder, save_total_limit=1, asynchronous=how)
     store.save_best(taken)
@@ -150,7 +151,7 @@ def trials(run_folder: Path, fault: str, how: Asynchronous) -> Iterator[dict[str
             }
 
 
-def what_is_left(run_folder: Path, taken: Snapshot) -> dict[str, object]:
+def what_is_left(run_folder: Path, taken: CheckpointData) -> dict[str, object]:
     """What a person would find, and whether the next save puts the folder in order."""
     resumed, model = (
         resolve_resume_folder(run_folder, lambda _: None),
@@ -175,5 +176,6 @@ def hash_of_tensors(folder: Path) -> str:
 if __name__ == "__main__":
     checkpoints.ThreadPoolExecutor = OneAfterAnother  # type: ignore[assignment, misc]
     torch.set_num_threads(1)  # a fork keeps no other threads
+    gc.freeze()  # nor need it look for garbage among what imports have made
     for line in trials(Path(sys.argv[1]), sys.argv[2], cast("Asynchronous", sys.argv[3])):
         print(json.dumps(line), flush=True)

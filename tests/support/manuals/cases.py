@@ -5,8 +5,6 @@ Scaling changes sizes and paths only: values of flags are replaced by small ones
 bring are named. A command that is not in `CASES` fails the tests, so a manual cannot gain one unnoticed.
 """
 
-# ruff: noqa: E501 - commands as the manuals print them
-
 from __future__ import annotations
 
 import re
