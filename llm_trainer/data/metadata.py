@@ -28,7 +28,7 @@ class SplitInfo(BaseModel):
 
 
 class TokenizerInfo(BaseModel):
-    """The tokenizer: `kind` is its type, or the path or name it was loaded from; `hash` is `Tokenizer.hash`."""
+    """The tokenizer: `kind` is its type, or where it was loaded from; `hash` is `Tokenizer.hash`."""
 
     kind: str
     vocab_size: int

@@ -109,7 +109,8 @@ def open_mixture(folder: Path, open_member: Callable[[Path], PreparedDataset]) -
     for name, path in file.members.items():
         if (folder / path / MIXTURE_FILE).is_file():
             raise DataError(
-                f"{folder / MIXTURE_FILE}: {name} ({folder / path}) is a mixture itself; name its members instead"
+                f"{folder / MIXTURE_FILE}: {name} ({folder / path}) is a mixture itself;"
+                " name its members instead"
             )
         members[name] = open_member(folder / path)
     stages = stages or [MixtureStage(weights={name: float(len(one.train)) for name, one in members.items()})]

@@ -1,8 +1,8 @@
-"""Reads nanoGPT's data folders: `train.bin` and `val.bin` of plain uint16 ids, and `meta.pkl` with the characters.
+"""Reads nanoGPT's data folders: `train.bin` and `val.bin` of uint16 ids, `meta.pkl` with the characters.
 
 `meta.pkl` is a pickle, and loading a pickle can execute arbitrary code. The unpickler here builds only plain
-containers, numbers and strings; a file that refers to any class or function is refused. This project writes no
-pickles. Without `meta.pkl` the ids are GPT-2's, as nanoGPT assumes.
+containers, numbers and strings; a file that refers to any class or function is refused. This project writes
+no pickles. Without `meta.pkl` the ids are GPT-2's, as nanoGPT assumes.
 """
 
 from __future__ import annotations
@@ -100,11 +100,13 @@ def read_meta(file: Path) -> dict[object, object]:
     except _BROKEN_PICKLE as error:
         reason = str(error) or type(error).__name__
         raise DataError(
-            f"{file} is not a meta.pkl that can be trusted: {reason}; remove it or run nanoGPT's prepare.py again"
+            f"{file} is not a meta.pkl that can be trusted: {reason};"
+            " remove it or run nanoGPT's prepare.py again"
         ) from None
     if not isinstance(found, dict):
         raise DataError(
-            f"{file} holds a {type(found).__name__}, not the dictionary that nanoGPT writes; run its prepare.py again"
+            f"{file} holds a {type(found).__name__}, not the dictionary that nanoGPT writes;"
+            " run its prepare.py again"
         )
     return found
 
@@ -131,7 +133,8 @@ def _character_tokenizer(file: Path) -> Tokenizer:
     texts = [character for character in characters if isinstance(character, str) and len(character) == 1]
     if len(texts) != len(table):
         raise DataError(
-            f"{file}: 'itos' does not map 0 … {len(table) - 1} to single characters; run nanoGPT's prepare.py again"
+            f"{file}: 'itos' does not map 0 … {len(table) - 1} to single characters;"
+            " run nanoGPT's prepare.py again"
         )
     return Tokenizer.from_alphabet(texts)
 

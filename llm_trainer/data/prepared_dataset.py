@@ -117,7 +117,7 @@ def _open_shards(folder: Path) -> PreparedDataset:
         tokens = TokenDataset.open(folder / "dataset", split)
         if tokens.tokenizer_hash != tokenizer.hash:
             raise DataError(
-                f"the shards of {split!r} in {folder} were made with a different tokenizer than the one there;"
+                f"the shards of {split!r} in {folder} were made with another tokenizer than the one there;"
                 " prepare the data again"
             )
         if tokens.fingerprint != info.fingerprint:

@@ -212,7 +212,7 @@ class ShardWriter:
             self._begin()
 
     def add_documents(self, documents: Sequence[np.ndarray], num_bytes: int = 0) -> None:
-        """Append complete documents: the same as `add` and `end_document` for each, and much faster for short ones.
+        """Append complete documents, which is much faster than `add` and `end_document` for short ones.
 
         Args:
             documents: Ids of each document, `(tokens,)`.

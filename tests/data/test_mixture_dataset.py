@@ -1,4 +1,4 @@
-"""A folder with mixture.json is prepared data like any other."""
+"""A folder with mixture.json opens like any other prepared folder."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def members(
     return found
 
 
-def test_a_written_mixture_opens_with_its_members_and_their_held_out_parts(
+def test_a_written_mixture_opens_with_its_members_and_their_held_out_splits(
     tmp_path: Path, members: dict[str, Path]
 ) -> None:
     write_mixture(tmp_path / "mix", members, weights={"first": 1, "second": 3})
@@ -65,14 +65,16 @@ def test_a_mixture_moves_with_its_members(tmp_path: Path, members: dict[str, Pat
     assert open_prepared_dataset(tmp_path / "b").train.fingerprint == before
 
 
-def test_without_weights_members_weigh_what_they_hold(tmp_path: Path, members: dict[str, Path]) -> None:
+def test_without_weights_members_are_weighted_by_their_tokens(
+    tmp_path: Path, members: dict[str, Path]
+) -> None:
     write_mixture(tmp_path, members)
     train = open_prepared_dataset(tmp_path).train
     assert isinstance(train, MixtureDataset)
     assert train.stages[0].weights == {name: float(len(member)) for name, member in train.members.items()}
 
 
-def test_stages_are_written_and_read_as_they_are(tmp_path: Path, members: dict[str, Path]) -> None:
+def test_stages_are_written_and_read_unchanged(tmp_path: Path, members: dict[str, Path]) -> None:
     stages = [
         MixtureStage(weights={"first": 1, "second": 0}, until="10M tokens"),
         MixtureStage(weights={"first": 1, "second": 2}),
@@ -103,7 +105,7 @@ def test_a_mixture_file_that_cannot_be_used_is_refused_by_name(
         open_prepared_dataset(tmp_path)
 
 
-def test_weights_for_members_that_are_not_there_name_the_file(
+def test_the_error_for_weights_of_unknown_members_names_the_file(
     tmp_path: Path, members: dict[str, Path]
 ) -> None:
     write_mixture(tmp_path, members, weights={"first": 1, "third": 1})
@@ -118,7 +120,7 @@ def test_a_mixture_of_mixtures_is_refused(tmp_path: Path, members: dict[str, Pat
         open_prepared_dataset(tmp_path / "outer")
 
 
-def test_the_settings_say_other_shares(tmp_path: Path, members: dict[str, Path]) -> None:
+def test_the_settings_override_the_weights(tmp_path: Path, members: dict[str, Path]) -> None:
     write_mixture(tmp_path, members)
     prepared = open_prepared_dataset(tmp_path)
     train = with_mixture_weights(prepared, DataConfig(mixture_weights={"first": 2, "second": 5})).train

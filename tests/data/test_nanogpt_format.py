@@ -1,4 +1,4 @@
-"""nanoGPT's folders are read, its pickles without running them; its prepare scripts run uninstalled."""
+"""nanoGPT's folders are read without executing pickles; its prepare scripts run without installation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from llm_trainer.errors import DataError
 
 
 def nanogpt_folder(folder: Path, text: str) -> Path:
-    """What nanoGPT's shakespeare_char/prepare.py writes."""
+    """Write what nanoGPT's shakespeare_char/prepare.py writes."""
     characters = sorted(set(text))
     stoi = {character: i for i, character in enumerate(characters)}
     ids = np.array([stoi[character] for character in text], dtype=np.uint16)
@@ -47,7 +47,7 @@ def test_a_character_folder_opens_with_its_own_ids(tmp_path: Path, tiny_text: st
     assert WindowSampler(data.train, 16, 0).batch(0, 2).document_ids is None
 
 
-def test_without_meta_the_ids_are_gpt2s_and_that_is_said(
+def test_without_meta_the_ids_are_gpt2s_and_a_note_explains_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def offline(name: str, ranks: Path | None = None) -> Tokenizer:
@@ -74,7 +74,7 @@ class Evil:
 
 
 @pytest.mark.parametrize("protocol", range(6))
-def test_a_pickle_with_code_in_it_is_refused_and_not_run(
+def test_a_pickle_with_code_in_it_is_refused_and_not_executed(
     tmp_path: Path, tiny_text: str, protocol: int
 ) -> None:
     nanogpt_folder(tmp_path, tiny_text)
@@ -158,7 +158,7 @@ def test_the_scripts_run_from_any_folder_without_an_installation(
     assert "prepared" in done.stdout
 
 
-def test_a_script_told_nonsense_leaves_with_one_message(tmp_path: Path) -> None:
+def test_a_script_with_invalid_arguments_exits_with_one_message(tmp_path: Path) -> None:
     command = [
         str(ROOT / "data" / "shakespeare_char" / "prepare.py"),
         "--input",
@@ -172,7 +172,7 @@ def test_a_script_told_nonsense_leaves_with_one_message(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_without_a_network_a_download_says_how_to_supply_it(
+def test_without_a_network_the_error_explains_how_to_supply_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def offline(*_: object, **__: object) -> None:

@@ -1,4 +1,4 @@
-"""Token shards: what is written is read, and damage is refused by name."""
+"""Token shards are read as they were written, and damaged ones are refused by name."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_any_slice_of_several_shards_reads_as_one_stream(
     end=st.sampled_from([0, None]),
     cut=st.integers(0, 12),
 )
-def test_documents_in_bulk_are_those_one_by_one(
+def test_documents_added_in_bulk_equal_those_added_one_by_one(
     tmp_path_factory: pytest.TempPathFactory,
     documents: list[list[int]],
     shard_tokens: int,
@@ -108,7 +108,7 @@ def test_the_vocabulary_decides_the_size_of_an_id(tmp_path: Path, vocab: int, it
     assert (tmp_path / "train-00000.tokens").stat().st_size == HEADER_BYTES + -(-3 * item_bytes // 8) * 8 + 8
 
 
-def test_ids_outside_the_vocabulary_are_refused_and_leave_nothing(tmp_path: Path) -> None:
+def test_ids_outside_the_vocabulary_are_refused_and_leave_no_file(tmp_path: Path) -> None:
     for wrong in (-1, 300):
         with pytest.raises(DataError, match="vocabulary of 300"):
             write(tmp_path, [[1, wrong]])
@@ -167,7 +167,7 @@ def test_missing_shards_and_splits_are_named(tmp_path: Path) -> None:
         TokenDataset.open(tmp_path, "test")
 
 
-def test_shards_of_different_tokenizers_do_not_mix(tmp_path: Path) -> None:
+def test_shards_of_different_tokenizers_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "a", [[1]])
     with ShardWriter(tmp_path / "b", "train", vocab_size=300, tokenizer_hash=HASH[::-1], eos_id=0) as writer:
         writer.add([1])
@@ -176,7 +176,7 @@ def test_shards_of_different_tokenizers_do_not_mix(tmp_path: Path) -> None:
         TokenDataset.open(tmp_path / "a", "train")
 
 
-def test_nothing_unfinished_has_a_final_name(tmp_path: Path) -> None:
+def test_an_unfinished_shard_does_not_have_its_final_name(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path, "train", vocab_size=300, tokenizer_hash=HASH, eos_id=0)
     writer.add([1, 2, 3])
     assert not list(tmp_path.glob("*.tokens"))
@@ -184,7 +184,7 @@ def test_nothing_unfinished_has_a_final_name(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_the_fingerprint_depends_on_the_ids_and_not_on_the_place(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_the_ids_and_not_on_the_folder(tmp_path: Path) -> None:
     first, same, other = (
         write(tmp_path / "a", [[1, 2]]),
         write(tmp_path / "b", [[1, 2]]),

@@ -1,4 +1,4 @@
-"""Publishes a result completely or not at all: it is staged in a hidden folder and moved, metadata.json last."""
+"""Publishes a result completely or not at all: it is staged in a hidden folder and then moved."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def staging_folder(folder: Path) -> Iterator[Path]:
-    """A new folder inside `folder` that is removed at the end; those of interrupted runs are removed first."""
+    """A new folder inside `folder`, removed at the end; those of interrupted runs are removed first."""
     for old in folder.glob(f"{_PREFIX}*"):
         shutil.rmtree(old, ignore_errors=True)
     staging = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=folder))
@@ -75,7 +75,7 @@ def explain_full_disk(folder: Path) -> Iterator[None]:
 
 
 def publish(staging: Path, folder: Path, metadata: Metadata) -> None:
-    """Move a result into `folder`, which does not count as prepared until metadata.json is written at the end.
+    """Move a result into `folder`; metadata.json is written last, and until then it is not prepared.
 
     Args:
         staging: The result, next to the files that it replaces.

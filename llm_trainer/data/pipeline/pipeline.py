@@ -2,14 +2,14 @@
 
 A source is a sequence of partitions (`sources/base.py`). No copy of the text is kept: each stage that needs
 the text of a partition reads and cleans it again, and stores only a small result. Every result is cached
-under a key, a hash of what it was made from (`stage_cache.py`). So an interrupted run resumes, a change of the
-input or of an option recomputes what depends on it and nothing else, and the output is the same bytes
+under a key, a hash of what it was made from (`stage_cache.py`). So an interrupted run resumes, a change of
+the input or of an option recomputes what depends on it and nothing else, and the output is the same bytes
 whichever executor did the work and in whichever order (`executors.py`). Memory grows by a few bytes per
 document, and otherwise not with the corpus.
 
-The prepared folder is published completely or not at all (`atomic_output.py`), metadata.json last. Its own key
-is a hash of the contents and the options alone, so preparing the same again finds the result, also in another
-folder or after the files have been touched.
+The prepared folder is published completely or not at all (`atomic_output.py`), metadata.json last. Its own
+key is a hash of the contents and the options alone, so preparing the same again finds the result, also in
+another folder or after the files have been touched.
 """
 
 from __future__ import annotations
@@ -256,7 +256,7 @@ class _Stages:
             return plan, count_leaks(indexes, states, plan.codes, self.hasher, self.console)
 
     def tokenizer(self, indexes: Sequence[DocumentIndex], plan: SplitPlan) -> Path:
-        """Stage 4: the folder of the existing tokenizer, or of one trained on a sample of the training split."""
+        """Stage 4: the folder of the existing tokenizer, or of one trained on a sample of the text."""
         config, existing = self.config, self.existing
         options = tokenizer_options(config, existing)
         if existing is not None:
@@ -277,8 +277,8 @@ class _Stages:
         def compute(folder: Path) -> None:
             if self.console is not None:
                 self.console.print(
-                    f"training a tokenizer of {config.vocab_size} ids on {size / 1e6:.1f} MB of training text,"
-                    f" {estimate_training(size)}",
+                    f"training a tokenizer of {config.vocab_size} ids on {size / 1e6:.1f} MB of"
+                    f" training text, {estimate_training(size)}",
                     highlight=False,
                 )
             with ByteProgress(self.console, "training the tokenizer", int(size)) as progress:
@@ -482,7 +482,7 @@ def _options(
 
 
 def _content_hashes(partitions: Sequence[Partition], workers: int, console: Console | None) -> list[str]:
-    """The content hash of each partition; threads are enough, since hashing releases the interpreter's lock."""
+    """The content hash of each partition, in threads, since hashing releases the interpreter's lock."""
     with (
         ThreadPoolExecutor(workers) as pool,
         ByteProgress(console, "checking for changes", sum(one.size for one in partitions)) as progress,

@@ -48,7 +48,7 @@ class PlannedPartition:
 
     @property
     def inputs(self) -> list[JsonValue]:
-        """Everything about the partition that decides a result made from its text; part of the result's key."""
+        """Everything that decides a result made from the partition's text; part of that result's key."""
         cuts: dict[str, JsonValue] = {
             str(row): [list(cut) for cut in cuts] for row, cuts in self.plan.cuts.items()
         }

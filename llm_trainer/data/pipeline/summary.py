@@ -1,4 +1,4 @@
-"""The summary of a preparation: lines for the console, `summary.json` for programs, a histogram of lengths."""
+"""Summarizes a preparation: lines for the console, `summary.json` for programs, a histogram of lengths."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ class PreparationSummary:
             f"{self.folder} is up to date (same input, same options)"
             if self.from_cache
             else f"prepared {self.folder}",
-            f"documents: {metadata.documents_in} in = {metadata.documents_kept} kept + {number_rejected} rejected",
+            f"documents: {metadata.documents_in} in = {metadata.documents_kept} kept"
+            f" + {number_rejected} rejected",
             *_columns([(f"{count:,}", reason) for reason, count in metadata.documents_rejected.items()]),
             *(f"  rejected: {example}" for example in metadata.rejected_examples),
             f"tokenizer: {metadata.tokenizer.kind}, {metadata.tokenizer.vocab_size} ids",

@@ -1,8 +1,8 @@
 """Augments the training text: drops spans and changes case and whitespace. It is off by default.
 
-Augmentation keeps a model from memorising a small corpus. It is applied to the ids of a row when the row is read. Sample i is augmented by a generator that
-is seeded with (seed, i), so each epoch sees other changes, and a resumed run or another number of ranks sees
-the same ones. Validation data is never augmented.
+Augmentation keeps a model from memorising a small corpus. It is applied to the ids of a row when the row is
+read. Sample i is augmented by a generator that is seeded with (seed, i), so each epoch sees other changes,
+and a resumed run or another number of ranks sees the same ones. Validation data is never augmented.
 
 A changed token is encoded again by the tokenizer, alone, so the ids are always ids of text: ` The` becomes
 ` THE`, ` the`, `  The` or `\\nThe`, in as many ids as that takes. Words change in nothing but the case of
@@ -197,7 +197,7 @@ class AugmentedSampler:
 
     @staticmethod
     def _draws(count: int, fraction: float, kinds: int, generator: np.random.Generator) -> np.ndarray:
-        """The change of each token: 0 for none, else, for `fraction` of the tokens, a number below `kinds`."""
+        """The change of each token: 0 for none or, for `fraction` of the tokens, a number below `kinds`."""
         if not fraction:
             return np.zeros(count, dtype=np.int64)
         return np.where(generator.random(count) < fraction, generator.integers(1, kinds, count), 0)

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from llm_trainer.data.token_shards import TokenDataset
 
-IGNORE_INDEX = (
-    -100
-)  # the label of a token without loss: the default `ignore_index` of PyTorch's cross-entropy
+# The label of a token without loss: the default `ignore_index` of PyTorch's cross-entropy.
+IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,8 @@ class Batch:
         input_ids: (B, T) int64.
         labels: (B, T) int64, already shifted: `labels[b, t]` is the token after `input_ids[b, t]`, or
             `IGNORE_INDEX` where there is no loss.
-        document_ids: (B, T) int64, the documents of each row numbered from 0; None where a row is one document.
+        document_ids: (B, T) int64, the documents of each row numbered from 0; None where a row is one
+            document.
         num_supervised: Number of labels that are not `IGNORE_INDEX`.
         sources: The corpora of a mixture that the rows come from; None without a mixture.
     """
@@ -72,7 +72,7 @@ class Batch:
         return Batch(move(self.input_ids), move(self.labels), documents, self.num_supervised, self.sources)
 
     def first(self, rows: int, positions: int | None = None) -> Batch:
-        """Keep the first `rows` rows, each up to `positions`; `num_supervised` stays that of the full batch."""
+        """Keep the first `rows` rows, each up to `positions`; `num_supervised` does not change."""
         part = (slice(rows), slice(positions))
         documents = None if self.document_ids is None else self.document_ids[part]
         sources = self.sources

@@ -114,7 +114,7 @@ class MixtureSampler:
         self._bases = [np.zeros(len(self.names), dtype=np.int64)]
         for stage, length in enumerate(np.diff(self._starts).tolist()):
             self._bases.append(self._bases[-1] + self._samples_read(stage, length))
-        # All batches have the same structure whatever corpora they hold, so that torch.compile does not recompile.
+        # All batches have the same structure whatever corpora they hold: torch.compile does not recompile.
         self._with_documents = any(
             self._members[index].batch(0, 1).document_ids is not None for index in used
         )

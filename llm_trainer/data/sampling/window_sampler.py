@@ -96,7 +96,7 @@ class WindowSampler:
         order = self._orders.get(epoch)
         if order is None:
             order = KeyedPermutation(self.samples_per_epoch, derive_key(self.seed, epoch))
-            # Only the last one is cached; if two threads compute it at once, that costs time and nothing else.
+            # Only the last one is cached. If two threads compute it at once, that only costs time.
             self._orders = {epoch: order}
         return order
 
@@ -147,7 +147,7 @@ class WindowRows:
 
     @property
     def supervised_fraction(self) -> float:
-        """Fraction of the ids that are labels: all but the first ids of documents without an end before them."""
+        """Fraction of the ids that are labels: all but first ids of documents without an end before them."""
         lost = self._tokens.num_documents if self._masked and not self._opens else 0
         return 1 - lost / self._tokens.num_tokens
 

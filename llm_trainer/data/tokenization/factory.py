@@ -17,7 +17,7 @@ DEFAULT_ENCODING = "gpt2"
 
 
 def load_existing_tokenizer(config: DataConfig) -> Tokenizer | None:
-    """Load the tokenizer that `tokenizer_path` or `tokenizer_type tiktoken` names, with `special_tokens` added.
+    """Load the tokenizer that the settings name, and add `special_tokens` to it.
 
     Args:
         config: The data settings.

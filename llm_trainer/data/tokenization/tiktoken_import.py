@@ -32,9 +32,9 @@ _FIM = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
 _END_OF_PROMPT = "<|endofprompt|>"
 _URL = "https://openaipublic.blob.core.windows.net/encodings"
 _HARD_CASES = (
-    "Don't we'LL they'Ve I'M it'S 'tis\r\n\r\n  indented\n\tand\ttabs  \n \n\n12345678 3.14159 x=-1; café naïve ÉCOLE"
-    " Größe Straße — “quoted”… 日本語テキスト 한국어 Привет мир שלום مرحبا हिन्दी ไทย 🙂👍🏽 e\u0301 \u00a0\u3000"
-    " https://a.b/c?d=e&f=g#h /path/to//file camelCase HTTPServer"
+    "Don't we'LL they'Ve I'M it'S 'tis\r\n\r\n  indented\n\tand\ttabs  \n \n\n12345678 3.14159 x=-1;"
+    " café naïve ÉCOLE Größe Straße — “quoted”… 日本語テキスト 한국어 Привет мир שלום مرحبا"
+    " हिन्दी ไทย 🙂👍🏽 e\u0301 \u00a0\u3000 https://a.b/c?d=e&f=g#h /path/to//file camelCase HTTPServer"
     " ALLCAPS'S <|endoftext|> ((([[[{{{!!!???...---___###\n\n\n   \n    four spaces    "
 )
 
@@ -91,8 +91,8 @@ def load_encoding(name: str) -> Backend:
     except (OSError, requests.RequestException, ValueError) as error:
         file = f"{'r50k_base' if name == 'gpt2' else name.replace('_edit', '_base')}.tiktoken"
         raise DataError(
-            f"tiktoken could not download its encoding {name} ({type(error).__name__}). Download {_URL}/{file}"
-            f" on a machine with a network, and use it with --tokenizer_path {file}"
+            f"tiktoken could not download its encoding {name} ({type(error).__name__}). Download"
+            f" {_URL}/{file} on a machine with a network, and use it with --tokenizer_path {file}"
             f" (data/*/prepare.py: --ranks {file})"
         ) from None
     return bpe_from_ranks(ranks, ENCODINGS[name].pattern, ENCODINGS[name].special_tokens)

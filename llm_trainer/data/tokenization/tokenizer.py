@@ -4,8 +4,8 @@ Each tokenizer, a character tokenizer included, is a model of the `tokenizers` l
 `tokenizer.json`. `transformers.AutoTokenizer` opens what this class saves, and it opens what is on the hub.
 Training, evaluation and serving use the same `encode`.
 
-The names of special tokens in a text are ordinary text: a corpus or a prompt that contains "<|endoftext|>" gets
-no end-of-text token from it, and is decoded to what it was. `allow_special=True` parses them.
+The names of special tokens in a text are ordinary text: a corpus or a prompt that contains "<|endoftext|>"
+gets no end-of-text token from it, and is decoded to what it was. `allow_special=True` parses them.
 
 Two shortcuts make bulk encoding fast, and tests compare both with the library. Character tokenizers look ids
 up in a numpy table. Byte-level BPE and WordPiece, which split text into words first, look up words that have
@@ -97,7 +97,8 @@ class Tokenizer:
         """Load a tokenizer.
 
         Args:
-            source: A folder, a `tokenizer.json`, a tiktoken vocabulary file, or a name on the Hugging Face hub.
+            source: A folder, a `tokenizer.json`, a tiktoken vocabulary file, or a name on the Hugging Face
+                hub.
 
         Raises:
             DataError: There is no such tokenizer, it is damaged, or the hub cannot be reached.
@@ -120,7 +121,8 @@ class Tokenizer:
     def _from_files(cls, file: Path, folder: Path) -> Tokenizer:
         if not file.is_file():
             raise DataError(
-                f"{folder} has no {TOKENIZER_FILE}; prepare the data again, or give the folder of the tokenizer"
+                f"{folder} has no {TOKENIZER_FILE}; prepare the data again,"
+                " or give the folder of the tokenizer"
             )
         backend = tokenizer_json.read_tokenizer_json(file)
         config = _read_object(folder / CONFIG_FILE)
@@ -136,7 +138,8 @@ class Tokenizer:
     ) -> Tokenizer:
         """Train a tokenizer.
 
-        * "bpe": byte-level BPE (`<|endoftext|>`, special tokens, 256 bytes, merges). Decoding restores every text.
+        * "bpe": byte-level BPE (`<|endoftext|>`, special tokens, 256 bytes, merges). Decoding restores every
+          text.
         * "wordpiece": BERT's, with case. Decoding restores words but not whitespace; words of more than 100
           characters or with characters that are not among the frequent ones become `[UNK]`.
         * "char": one id per character, whatever `vocab_size` is, and no special tokens except those given.
@@ -194,7 +197,7 @@ class Tokenizer:
         return cls(by_name(name) if ranks is None else from_file(ranks, name), _EOS_ROLES)
 
     def with_special_tokens(self, tokens: Sequence[str]) -> Tokenizer:
-        """The same tokenizer with more special tokens, whose ids follow its vocabulary; known ones keep their ids."""
+        """The same tokenizer with more special tokens; their ids follow the vocabulary, known ones stay."""
         return self._with(tokens, special=True)
 
     def with_added_tokens(self, words: Sequence[str]) -> Tokenizer:
@@ -250,7 +253,7 @@ class Tokenizer:
         return self.encode_to_arrays([text])[0]
 
     def encode_to_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Encode several texts to int64 `(tokens,)` each, the fastest way for much text; raises as `encode`."""
+        """Encode several texts to int64 `(tokens,)` each, the fastest way for bulk; raises as `encode`."""
         if self.is_character_level:
             return [self._encode_characters(text) for text in texts]
         for text in texts:
@@ -350,8 +353,8 @@ class Tokenizer:
             missing = sorted(set(text) - self._plain_tokens)
             raise DataError(
                 f"the character tokenizer has no id for {', '.join(map(_describe, missing[:10]))}"
-                f"{' …' if len(missing) > 10 else ''}; remove them from the text, or prepare the data with text that"
-                " contains them (or with --tokenizer_type bpe, which can encode any text)"
+                f"{' …' if len(missing) > 10 else ''}; remove them from the text, or prepare the data with"
+                " text that contains them (or with --tokenizer_type bpe, which can encode any text)"
             )
         return ids
 
@@ -431,7 +434,7 @@ def _describe(character: str) -> str:
 
 
 def _without_nulls(value: Json) -> Json:
-    """The same without null members, so that optional fields of new library versions do not change the hash."""
+    """The same without null members: optional fields of new library versions do not change the hash."""
     if isinstance(value, dict):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value

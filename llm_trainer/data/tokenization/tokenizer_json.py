@@ -1,4 +1,4 @@
-"""Building blocks of tokenizers: GPT-2's bytes as characters, character tokenizers, and tokenizer.json files."""
+"""Building blocks of tokenizers: bytes as characters, character tokenizers, tokenizer.json files."""
 
 from __future__ import annotations
 

@@ -1,14 +1,15 @@
 """Trains the vocabularies of byte-level BPE and WordPiece tokenizers.
 
 Byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909; bytes as in GPT-2) can encode any text. Its words are
-split by the pattern of Llama 3 and GPT-4, which other engines know by name, not by a new one, so that exported
-tokenizers work alike everywhere. WordPiece (Schuster & Nakajima 2012) is BERT's, with case; decoding does not
-restore whitespace and unknown characters.
+split by the pattern of Llama 3 and GPT-4, which other engines know by name, not by a new one, so that
+exported tokenizers work alike everywhere. WordPiece (Schuster & Nakajima 2012) is BERT's, with case; decoding
+does not restore whitespace and unknown characters.
 
-The `tokenizers` library could train both. Here `fast/pretokenizer.py` splits the words, they are counted while
-they are read, and `fast/bpe_trainer.py` merges their symbols. The vocabulary and merges are the same (tests
-compare them), in 0.8 of the time and 0.7 of the memory on 100 MB of text (`benchmarks/bpe_training.py`).
-LLM_TRAINER_FAST_TOKENIZER=0 trains with the library instead. Two limits bound the memory whatever the text is:
+The `tokenizers` library could train both. Here `fast/pretokenizer.py` splits the words, they are counted
+while they are read, and `fast/bpe_trainer.py` merges their symbols. The vocabulary and merges are the same
+(tests compare them), in 0.8 of the time and 0.7 of the memory on 100 MB of text
+(`benchmarks/bpe_training.py`). LLM_TRAINER_FAST_TOKENIZER=0 trains with the library instead. Two limits bound
+the memory whatever the text is:
 
 * Words are cut at `MAX_WORD_LENGTH`, in both ways of training: a run without a boundary (a line of base64, a
   genome) would otherwise be one word of any length.
@@ -49,7 +50,10 @@ MAX_DISTINCT_WORDS = 2**21
 _MAX_ALPHABET = 1000  # characters of WordPiece, as in BERT's trainers
 _CONTINUATION = "##"
 _CLOSING_PUNCTUATION = ".,!?;:)"
-_NO_TEXT = "there is no text to train a tokenizer on; check that the input contains text and that train_ratio is not 0"
+_NO_TEXT = (
+    "there is no text to train a tokenizer on; check that the input contains text"
+    " and that train_ratio is not 0"
+)
 Word = TypeVar("Word", str, bytes)
 
 
@@ -303,7 +307,7 @@ def _letters(word: str) -> Iterator[str]:
 
 
 def _alphabet(counts: Counter[str], max_letters: int) -> tuple[list[str], list[str]]:
-    """The most frequent characters, and those of them that occur inside words, with the prefix `##`; sorted."""
+    """The most frequent characters, and those of them inside words with the prefix `##`, sorted."""
     letters: Counter[str] = Counter()
     inside: set[str] = set()
     for word, count in counts.items():

@@ -1,6 +1,4 @@
-"""Who does the work leaves no trace in it, and accidents cost no more than the work at hand: processes, Ray,
-SIGKILL.
-"""
+"""Every executor gives the same bytes, and errors, killed workers and Ctrl-C lose no finished work."""
 
 from __future__ import annotations
 
@@ -48,7 +46,9 @@ if __name__ == "__main__":
     texts, output, workers = sys.argv[1:]
     executors._MIN_BYTES_FOR_PROCESSES = 0
     source = file_source.FileSource(Path(texts), one_document_per_line=True, partition_bytes=20_000)
-    settings = DataConfig(vocab_size=400, val_ratio=0.2, deduplicate="exact", clean=True, num_workers=int(workers))
+    settings = DataConfig(
+        vocab_size=400, val_ratio=0.2, deduplicate="exact", clean=True, num_workers=int(workers)
+    )
     print("begins", flush=True)
     prepare_dataset(settings, output, source=source)
 """
@@ -56,7 +56,7 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory, tiny_texts: list[str]) -> Path:
-    """Twelve files of lines, a unit each."""
+    """Twelve files of lines, one partition each."""
     folder = tmp_path_factory.mktemp("executors") / "texts"
     folder.mkdir()
     lines = [line for text in tiny_texts for line in text.splitlines() if line.strip()]
@@ -70,7 +70,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory, tiny_texts: list[str]) -> Pa
 
 @pytest.fixture(scope="module")
 def expected(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What one process that nobody disturbs makes of them."""
+    """The result of one process that is not interrupted."""
     folder = tmp_path_factory.mktemp("expected")
     prepared(texts, folder)
     return result_of(folder)
@@ -83,7 +83,7 @@ def prepared(texts: Path, output: Path, **options: object) -> None:
 
 
 def result_of(folder: Path) -> dict[str, bytes]:
-    """What was prepared: all files but those of the stages, and the times."""
+    """The prepared files, without the cached stages and the times."""
     files = (
         path
         for path in folder.rglob("*")
@@ -97,7 +97,7 @@ def result_of(folder: Path) -> dict[str, bytes]:
 
 
 def start(texts: Path, output: Path, workers: int, **environment: str) -> ForkedProcess:
-    """Prepares in another process; returns when it begins."""
+    """Prepare in another process; returns when it has begun."""
     program = output.parent / "program.py"
     program.write_text(PROGRAM, encoding="utf-8")
     process = fork_server.start(
@@ -115,7 +115,7 @@ def wait_until(holds: Callable[[], bool], seconds: float = 300.0) -> None:
         time.sleep(0.01)
 
 
-def test_processes_change_no_byte(
+def test_processes_give_the_same_bytes(
     texts: Path, tmp_path: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(executors, "_MIN_BYTES_FOR_PROCESSES", 0)
@@ -124,7 +124,7 @@ def test_processes_change_no_byte(
 
 
 @pytest.mark.slow
-def test_ray_changes_no_byte(texts: Path, tmp_path: Path, expected: dict[str, bytes]) -> None:
+def test_ray_gives_the_same_bytes(texts: Path, tmp_path: Path, expected: dict[str, bytes]) -> None:
     ray = pytest.importorskip("ray")
     prepared(texts, tmp_path, executor="ray", num_workers=2)
     assert result_of(tmp_path) == expected
@@ -141,7 +141,7 @@ def test_ray_changes_no_byte(texts: Path, tmp_path: Path, expected: dict[str, by
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_an_error_names_the_unit(
+def test_an_error_names_the_partition(
     texts: Path, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(executors, "_MIN_BYTES_FOR_PROCESSES", 0)
@@ -153,7 +153,7 @@ def test_an_error_names_the_unit(
 
 @dataclass(frozen=True)
 class Fatal:
-    """A job whose process is killed, as one is that takes too much memory."""
+    """A job whose process is killed, as when it uses too much memory."""
 
     name: str
     size: int = 1
@@ -162,7 +162,7 @@ class Fatal:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_worker_that_is_killed_is_told_of_with_its_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_a_killed_worker_names_its_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executors, "_MIN_BYTES_FOR_PROCESSES", 0)
     workers = ProcessExecutor(2)
     with pytest.raises(
@@ -172,7 +172,7 @@ def test_a_worker_that_is_killed_is_told_of_with_its_jobs(monkeypatch: pytest.Mo
     workers.close()
 
 
-def test_workers_end_with_a_killed_command_and_the_next_one_goes_on(
+def test_workers_end_with_a_killed_command_and_the_next_run_resumes(
     texts: Path, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:
     process = start(texts, tmp_path / "out", workers=2)
@@ -191,8 +191,8 @@ def test_workers_end_with_a_killed_command_and_the_next_one_goes_on(
     assert not list((tmp_path / "out").glob(".stages/*/.making-*"))
 
 
-def test_ctrl_c_ends_all_of_it(texts: Path, tmp_path: Path) -> None:
-    """While a worker reads and goes on reading: it would never end of its own accord."""
+def test_ctrl_c_ends_all_processes(texts: Path, tmp_path: Path) -> None:
+    """The worker would never end without it."""
     process = start(texts, tmp_path / "out", workers=2, WORKER_READS=str(tmp_path / "reads"))
     wait_until((tmp_path / "reads").exists)
     children = psutil.Process(process.pid).children(recursive=True)
@@ -205,7 +205,7 @@ def test_ctrl_c_ends_all_of_it(texts: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
-def test_killed_at_20_random_moments_it_comes_to_the_same_bytes(
+def test_killed_at_20_random_moments_it_gives_the_same_bytes(
     texts: Path, tmp_path: Path, expected: dict[str, bytes], workers: int
 ) -> None:
     began = time.monotonic()

@@ -1,4 +1,4 @@
-"""From text to a prepared folder, and back: split, tokenizer, shards, cache, and what bad input gets."""
+"""Preparing text: splits, tokenizer, shards, cache, and errors for bad input."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def whole(tokens: TokenDataset | None) -> list[int]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """What was prepared, without what stages left for another run and the times in summary.json."""
+    """The prepared files, without the cached stages and the times in summary.json."""
     files = (
         path
         for path in folder.rglob("*")
@@ -59,7 +59,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_the_prepared_folder_holds_the_text_document_by_document(
+def test_the_prepared_folder_contains_the_text_document_by_document(
     tiny_data: Path, tiny_texts: list[str]
 ) -> None:
     data = open_prepared_dataset(tiny_data)
@@ -74,7 +74,7 @@ def test_the_prepared_folder_holds_the_text_document_by_document(
     assert data.train.num_bytes + data.validation.num_bytes == len("".join(tiny_texts).encode())  # type: ignore[operator]
 
 
-def test_characters_are_split_and_numbered_as_nanogpt_does(tmp_path: Path, shakespeare_path: Path) -> None:
+def test_characters_are_split_and_numbered_as_in_nanogpt(tmp_path: Path, shakespeare_path: Path) -> None:
     prepare_dataset(DataConfig(input=str(shakespeare_path), tokenizer_type="char", val_ratio=0.1), tmp_path)
     data = open_prepared_dataset(tmp_path)
     text = shakespeare_path.read_text(encoding="utf-8")
@@ -140,7 +140,7 @@ def test_a_cut_corpus_loses_nothing_and_keeps_its_order(
     assert int(size * shares[0]) <= train <= int(size * shares[0]) + 3
 
 
-def test_shares_must_add_up() -> None:
+def test_split_ratios_must_add_up() -> None:
     assert SplitRatios.from_config(DataConfig(train_ratio=0.8, val_ratio=0.1)) == SplitRatios(0.8, 0.1, 0.1)
     assert SplitRatios.from_config(DataConfig(val_ratio=0.2)) == SplitRatios(0.8, 0.2, 0.0)
     for wrong in (
@@ -152,7 +152,7 @@ def test_shares_must_add_up() -> None:
             SplitRatios.from_config(DataConfig(**wrong))
 
 
-def test_the_tokenizer_learns_from_the_training_split_alone(tmp_path: Path) -> None:
+def test_the_tokenizer_is_trained_on_the_training_split_alone(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(
         "plain words here and there. " * 300 + "zqzqzqzq " * 100, encoding="utf-8"
     )
@@ -165,7 +165,7 @@ def test_the_tokenizer_learns_from_the_training_split_alone(tmp_path: Path) -> N
     assert len(tokenizer.encode("zqzq")) == 4
 
 
-def test_a_bounded_sample_bounds_what_the_tokenizer_sees(
+def test_the_tokenizer_is_trained_on_a_sample_of_the_given_size(
     texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
@@ -184,7 +184,7 @@ def test_a_bounded_sample_bounds_what_the_tokenizer_sees(
     assert len(seen) > 5  # drawn from all over, not the first so many
 
 
-def test_the_same_again_is_a_hit_and_any_change_a_miss(texts: Path, tmp_path: Path) -> None:
+def test_the_same_input_and_options_are_found_and_any_change_is_not(texts: Path, tmp_path: Path) -> None:
     options = {"input": str(texts), "vocab_size": 300, "val_ratio": 0.1}
     first = prepare_dataset(DataConfig(**options), tmp_path / "out")
     before = contents(tmp_path / "out")
@@ -210,7 +210,7 @@ def test_the_same_again_is_a_hit_and_any_change_a_miss(texts: Path, tmp_path: Pa
     assert not prepare_dataset(DataConfig(**options), tmp_path / "moved").from_cache
 
 
-def test_workers_and_repetition_change_no_byte(
+def test_workers_and_repetition_give_the_same_bytes(
     texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(encoding, "_BATCH_CHARACTERS", 2000)
@@ -219,7 +219,7 @@ def test_workers_and_repetition_change_no_byte(
     assert contents(tmp_path / "one") == contents(tmp_path / "again") == contents(tmp_path / "three")
 
 
-def test_a_long_document_in_pieces_gives_the_ids_of_the_whole(
+def test_a_long_document_in_chunks_has_the_ids_of_the_complete_text(
     tmp_path: Path, tiny_text: str, tiny_tokenizer: Tokenizer
 ) -> None:
     (tmp_path / "a.txt").write_text(tiny_text, encoding="utf-8")
@@ -257,7 +257,7 @@ def test_documents_in_are_documents_kept_and_rejected(tmp_path: Path) -> None:
     )
 
 
-def test_the_share_of_documents_with_a_supervised_end_is_told(
+def test_the_fraction_of_documents_that_keep_their_end_of_text_is_reported(
     texts: Path, tmp_path: Path, tiny_data: Path
 ) -> None:
     facts = Metadata.read(tiny_data)
@@ -274,7 +274,7 @@ def test_the_share_of_documents_with_a_supervised_end_is_told(
     ("content", "message"),
     [(b"", "empty"), (b"  \n", "empty"), (b"\xff\xfe\x00", "not utf-8.*byte 0"), (b"a\0", "NUL")],
 )
-def test_a_corpus_with_nothing_usable_is_an_error_and_leaves_nothing(
+def test_a_corpus_without_usable_text_is_an_error_and_leaves_no_files(
     tmp_path: Path, content: bytes, message: str
 ) -> None:
     (tmp_path / "a.txt").write_bytes(content)
@@ -283,7 +283,7 @@ def test_a_corpus_with_nothing_usable_is_an_error_and_leaves_nothing(
     assert contents(tmp_path / "out") == {}
 
 
-def test_what_cannot_be_prepared_says_why(tmp_path: Path, tiny_texts: list[str]) -> None:
+def test_the_error_for_what_cannot_be_prepared_has_the_reason(tmp_path: Path, tiny_texts: list[str]) -> None:
     (tmp_path / "a.txt").write_text(tiny_texts[0], encoding="utf-8")
     text = str(tmp_path / "a.txt")
     for error, options, message in (
@@ -304,7 +304,7 @@ def test_what_cannot_be_prepared_says_why(tmp_path: Path, tiny_texts: list[str])
         assert contents(tmp_path / "out") == {}
 
 
-def test_characters_outside_a_given_table_are_named(tmp_path: Path) -> None:
+def test_characters_that_an_existing_tokenizer_lacks_are_named(tmp_path: Path) -> None:
     Tokenizer.from_characters(["abc "]).save(tmp_path / "tokenizer")
     (tmp_path / "a.txt").write_text("abc x", encoding="utf-8")
     with pytest.raises(DataError, match="'x'"):
@@ -314,7 +314,7 @@ def test_characters_outside_a_given_table_are_named(tmp_path: Path) -> None:
         )
 
 
-def test_a_full_disk_leaves_the_old_result_whole(
+def test_a_full_disk_leaves_the_old_result_complete(
     texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare_dataset(DataConfig(input=str(texts), vocab_size=300), tmp_path / "out")
@@ -329,7 +329,7 @@ def test_a_full_disk_leaves_the_old_result_whole(
     assert contents(tmp_path / "out") == before
 
 
-def test_a_failure_while_moving_into_place_does_not_pass_for_a_result(
+def test_a_failure_while_publishing_leaves_no_prepared_folder(
     texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare_dataset(DataConfig(input=str(texts), vocab_size=300), tmp_path / "out")
@@ -347,11 +347,12 @@ def test_a_failure_while_moving_into_place_does_not_pass_for_a_result(
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_it_leaves_a_whole_result_or_none(texts: Path, tmp_path: Path) -> None:
+def test_killed_at_any_moment_it_leaves_a_complete_result_or_none(texts: Path, tmp_path: Path) -> None:
     program = (
-        "import sys; from llm_trainer.config import DataConfig; from llm_trainer.data.pipeline.pipeline import prepare_dataset\n"
+        "import sys; from llm_trainer import DataConfig, prepare_dataset\n"
         "print('ready', flush=True)\n"
-        "for size in range(300, 400): prepare_dataset(DataConfig(input=sys.argv[1], vocab_size=size), sys.argv[2])"
+        "for size in range(300, 400):\n"
+        "    prepare_dataset(DataConfig(input=sys.argv[1], vocab_size=size), sys.argv[2])"
     )
     for delay in (0.02, 0.05, 0.1, 0.15, 0.2, 0.3):
         out = tmp_path / f"out-{delay}"
@@ -369,7 +370,7 @@ def test_killed_at_any_moment_it_leaves_a_whole_result_or_none(texts: Path, tmp_
         assert open_prepared_dataset(out).vocab_size == 299
 
 
-def test_files_of_others_are_not_overwritten(texts: Path, tmp_path: Path) -> None:
+def test_files_of_other_programs_are_not_overwritten(texts: Path, tmp_path: Path) -> None:
     (tmp_path / "out" / "dataset").mkdir(parents=True)
     (tmp_path / "out" / "dataset" / "mine.csv").write_text("precious", encoding="utf-8")
     with pytest.raises(DataError, match=r"mine\.csv"):
@@ -377,7 +378,7 @@ def test_files_of_others_are_not_overwritten(texts: Path, tmp_path: Path) -> Non
     assert (tmp_path / "out" / "dataset" / "mine.csv").read_text(encoding="utf-8") == "precious"
 
 
-def test_two_at_once_take_turns(texts: Path, tmp_path: Path) -> None:
+def test_two_preparations_at_once_run_one_after_the_other(texts: Path, tmp_path: Path) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(2) as pool:
@@ -392,7 +393,7 @@ def test_two_at_once_take_turns(texts: Path, tmp_path: Path) -> None:
     assert sorted(found) == [False, True]
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, texts: Path) -> None:
+def test_a_folder_that_is_not_writable_is_named(tmp_path: Path, texts: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(DataError, match="cannot write"), staging.folder_lock(tmp_path / "file"):
         pass
@@ -402,7 +403,7 @@ def damaged(tiny_data: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_data, tmp_path / "damaged"))
 
 
-def test_opening_refuses_what_does_not_belong_together(
+def test_files_that_do_not_belong_together_are_refused(
     tiny_data: Path, tmp_path: Path, tiny_texts: list[str]
 ) -> None:
     folder = damaged(tiny_data, tmp_path)
@@ -425,7 +426,7 @@ def test_opening_refuses_what_does_not_belong_together(
         open_prepared_dataset(folder)
 
 
-def test_a_missing_or_empty_data_folder_says_how_to_prepare(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_or_empty_data_folder_explains_how_to_prepare(tmp_path: Path) -> None:
     for folder in (tmp_path / "none", tmp_path):
         with pytest.raises(DataError, match="llm-trainer prepare"):
             open_prepared_dataset(folder)

@@ -41,7 +41,8 @@ class Source:
     def partitions(self):
         return self._partitions
 
-prepare_dataset(DataConfig(deduplicate="exact"), sys.argv[1], source=Source(int(sys.argv[3])), tokenizer=Tokenizer.load(sys.argv[2]))
+source, tokenizer = Source(int(sys.argv[3])), Tokenizer.load(sys.argv[2])
+prepare_dataset(DataConfig(deduplicate="exact"), sys.argv[1], source=source, tokenizer=tokenizer)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 

@@ -1,6 +1,4 @@
-"""The stages of preparation: what is made again and what is found, where documents go, and what is said of
-them.
-"""
+"""What is recomputed and what is cached, the splits and states of documents, and the summary."""
 
 from __future__ import annotations
 
@@ -30,18 +28,21 @@ from llm_trainer.data.tokenization.tokenizer import Tokenizer
 from llm_trainer.errors import DataError
 
 LINES_A_FILE = 60
-WORDS = "the cat sat on a mat and saw many small birds fly over old houses while rain fell from grey clouds far away"
+WORDS = (
+    "the cat sat on a mat and saw many small birds fly over old houses"
+    " while rain fell from grey clouds far away"
+)
 
 
 def sentence(number: int) -> str:
-    """A line of text unlike any other."""
+    """A line of text that differs from all others."""
     chosen = random.Random(number).choices(WORDS.split(), k=30)
     return f"{number} " + " ".join(chosen)
 
 
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
-    """Four files of sixty documents, a unit each."""
+    """Four files of sixty documents, one partition each."""
     folder = tmp_path / "texts"
     folder.mkdir()
     for file in range(4):
@@ -51,7 +52,7 @@ def texts(tmp_path: Path) -> Path:
 
 
 def source_of(texts: Path) -> FileSource:
-    """Each file a unit."""
+    """Each file is a partition."""
     return FileSource(texts, one_document_per_line=True, partition_bytes=2000 * LINES_A_FILE // 10)
 
 
@@ -70,7 +71,7 @@ def texts_of(folder: Path, split: str) -> set[str]:
     return {data.tokenizer.decode(tokens.read(a, b - a).tolist()) for a, b in itertools.pairwise(starts)}
 
 
-def test_a_change_redoes_what_depends_on_it_and_nothing_else(
+def test_a_change_recomputes_what_depends_on_it_and_nothing_else(
     texts: Path, tmp_path: Path, tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def made(**options: object) -> dict[str, int]:
@@ -115,7 +116,7 @@ def test_a_change_redoes_what_depends_on_it_and_nothing_else(
     assert made(seed=7, tokenizer_path=str(tokenizer)) == {}
 
 
-def test_added_documents_move_none_of_those_that_were_there(texts: Path, tmp_path: Path) -> None:
+def test_added_documents_do_not_change_the_splits_of_others(texts: Path, tmp_path: Path) -> None:
     options = {"test_ratio": 0.2, "deduplicate": "near"}
     prepared(texts, tmp_path / "before", **options)
     more = "\n".join(sentence(number) for number in range(5000, 5300))
@@ -128,7 +129,7 @@ def test_added_documents_move_none_of_those_that_were_there(texts: Path, tmp_pat
         assert texts_of(tmp_path / "before", split) < texts_of(tmp_path / "after", split)
 
 
-def test_near_duplicates_are_dropped_and_never_straddle_splits(texts: Path, tmp_path: Path) -> None:
+def test_near_duplicates_are_dropped_and_never_in_two_splits(texts: Path, tmp_path: Path) -> None:
     copies = [sentence(number) + " today" for number in range(LINES_A_FILE)]
     (texts / "9.txt").write_text("\n".join(copies), encoding="utf-8")
     straddling = prepared(texts, tmp_path / "kept").metadata
@@ -149,7 +150,7 @@ def test_near_duplicates_are_dropped_and_never_straddle_splits(texts: Path, tmp_
     assert any("leakage check: 0" in line for line in summary.lines())
 
 
-def test_leaks_between_splits_that_the_source_gives_are_counted(tmp_path: Path) -> None:
+def test_leaks_between_splits_of_the_source_are_counted(tmp_path: Path) -> None:
     @dataclass(frozen=True)
     class Given:
         name: str
@@ -195,7 +196,7 @@ def test_leaks_between_splits_that_the_source_gives_are_counted(tmp_path: Path) 
     )
 
 
-def test_shares_come_out_and_seeds_differ() -> None:
+def test_split_sizes_match_the_ratios_and_seeds_differ() -> None:
     hashes = np.random.default_rng(0).integers(0, 2**63, (100_000, 2)).astype(np.uint64)
     drawn = hash_fractions(hashes, "one")
     assert np.histogram(drawn, 10, (0, 1))[0] == pytest.approx(10_000, rel=0.05)
@@ -205,7 +206,7 @@ def test_shares_come_out_and_seeds_differ() -> None:
     assert hash_fractions(few, "one").std() > 0.25
 
 
-def test_all_that_is_rejected_is_kept_when_asked(texts: Path, tmp_path: Path) -> None:
+def test_rejected_documents_are_written_if_requested(texts: Path, tmp_path: Path) -> None:
     (texts / "5.txt").write_bytes(b"\n\xff\n" + sentence(3).encode() + b"\nshort\n")
     summary = prepared(texts, tmp_path / "out", keep_rejected=True, deduplicate="exact", min_length=10)
     with gzip.open(tmp_path / "out" / "rejected.jsonl.gz", "rt", encoding="utf-8") as file:
@@ -219,13 +220,13 @@ def test_all_that_is_rejected_is_kept_when_asked(texts: Path, tmp_path: Path) ->
     assert not (tmp_path / "out" / "rejected.jsonl.gz").exists()
 
 
-def test_stages_can_be_removed(texts: Path, tmp_path: Path) -> None:
+def test_the_stage_cache_can_be_removed(texts: Path, tmp_path: Path) -> None:
     prepared(texts, tmp_path / "out", cache_stages=False)
     assert not (tmp_path / "out" / ".stages").exists()
     assert prepared(texts, tmp_path / "out").from_cache
 
 
-def test_results_that_no_run_needs_any_more_are_removed(texts: Path, tmp_path: Path) -> None:
+def test_results_that_are_no_longer_used_are_removed(texts: Path, tmp_path: Path) -> None:
     prepared(texts, tmp_path / "out")
     before = {path.name for path in (tmp_path / "out" / ".stages" / "encode").iterdir()}
     prepared(texts, tmp_path / "out", min_length=3)
@@ -242,7 +243,7 @@ def test_a_damaged_result_is_named(texts: Path, tmp_path: Path) -> None:
         prepared(texts, tmp_path / "out", min_length=3)
 
 
-def test_the_summary_is_there_for_people_and_programs(texts: Path, tmp_path: Path) -> None:
+def test_the_summary_is_printed_and_written_as_json(texts: Path, tmp_path: Path) -> None:
     summary = prepared(texts, tmp_path / "out", max_length=16)
     told = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
     assert told["documents_kept"] == 4 * LINES_A_FILE

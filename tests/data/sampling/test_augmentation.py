@@ -1,4 +1,4 @@
-"""Noise on the training text: seeded by sample, words stay words, nothing is learned that does not follow."""
+"""Augmentation is seeded per sample, keeps words intact, and supervises only what can be predicted."""
 
 from __future__ import annotations
 
@@ -34,11 +34,13 @@ def stream(
 
 
 def text_of(batch: Batch, row: int, tokenizer: Tokenizer) -> str:
-    """What the row's labels say."""
+    """The text of the row's labels."""
     return tokenizer.decode([label for label in batch.labels[row].tolist() if label != IGNORE_INDEX])
 
 
-def test_nothing_asked_is_nothing_done(stream: TokenDataset, tiny_tokenizer: Tokenizer) -> None:
+def test_without_augmentation_the_sampler_is_unchanged(
+    stream: TokenDataset, tiny_tokenizer: Tokenizer
+) -> None:
     sampler = build_sampler(stream, CONTEXT, 0)
     assert with_augmentation(sampler, Augmentation.from_config(DataConfig()), tiny_tokenizer, 0) is sampler
     idle = AugmentedSampler(sampler, Augmentation(), tiny_tokenizer, 0)
@@ -47,7 +49,7 @@ def test_nothing_asked_is_nothing_done(stream: TokenDataset, tiny_tokenizer: Tok
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_the_noise_is_a_function_of_the_seed_and_the_sample(
+def test_augmentation_is_a_function_of_the_seed_and_the_sample(
     stream: TokenDataset, tiny_tokenizer: Tokenizer, strategy: Strategy
 ) -> None:
     noise = Augmentation(span_drop=0.1, case=0.2, whitespace=0.2)
@@ -84,7 +86,7 @@ def test_case_and_whitespace_change_no_word(
     assert changed > 30
 
 
-def test_inputs_and_labels_stay_one_text(stream: TokenDataset, tiny_tokenizer: Tokenizer) -> None:
+def test_inputs_and_labels_stay_consistent(stream: TokenDataset, tiny_tokenizer: Tokenizer) -> None:
     noise = Augmentation(span_drop=0.2, span_length=3, case=0.3, whitespace=0.3)
     batch = AugmentedSampler(
         build_sampler(stream, CONTEXT, 0, Packing("first_fit")), noise, tiny_tokenizer, 0
@@ -97,7 +99,7 @@ def test_inputs_and_labels_stay_one_text(stream: TokenDataset, tiny_tokenizer: T
     assert opened.sum() > 10  # what opens a document is never dropped
 
 
-def test_spans_are_left_out_in_the_share_that_was_asked_and_not_predicted_across() -> None:
+def test_the_requested_fraction_is_dropped_in_spans_and_not_predicted_across() -> None:
     ids = TokenDataset.from_ids(np.arange(1, 20_000) % 250, vocab_size=256)
     tokenizer = Tokenizer.from_alphabet([chr(0x4E00 + n) for n in range(256)])
     plain = build_sampler(ids, 100, 0)
@@ -114,7 +116,7 @@ def test_spans_are_left_out_in_the_share_that_was_asked_and_not_predicted_across
     )  # spans that touch are one
 
 
-def test_characters_that_the_table_lacks_are_left_alone() -> None:
+def test_changes_that_a_character_tokenizer_cannot_encode_are_skipped() -> None:
     tokenizer = Tokenizer.from_characters(["abc "])
     ids = TokenDataset.from_ids(tokenizer.encode("abc " * 100), vocab_size=tokenizer.vocab_size)
     noisy = AugmentedSampler(
@@ -125,6 +127,6 @@ def test_characters_that_the_table_lacks_are_left_alone() -> None:
     assert any("  " in text for text in texts)
 
 
-def test_noise_without_a_tokenizer_is_refused(stream: TokenDataset) -> None:
+def test_augmentation_without_a_tokenizer_is_refused(stream: TokenDataset) -> None:
     with pytest.raises(UsageError, match="no tokenizer"):
         with_augmentation(build_sampler(stream, CONTEXT, 0), Augmentation(case=0.1), None, 0)

@@ -1,6 +1,4 @@
-"""The mixed order: a function of (seed, sample), exact in its shares over every long window, the same at any
-number of ranks.
-"""
+"""The mixed order is a function of (seed, sample) with exact proportions over every long window."""
 
 from __future__ import annotations
 
@@ -25,7 +23,7 @@ VOCABULARY = 3000
 
 
 def stream(first: int, count: int = 400) -> TokenDataset:
-    """Ids from `first` on: an id says which corpus it is of."""
+    """Ids from `first` on, so that an id identifies its corpus."""
     return TokenDataset.from_ids(range(first, first + count), vocab_size=VOCABULARY)
 
 
@@ -54,7 +52,7 @@ def weights(*values: float, until: str | None = None) -> MixtureStage:
     first=st.integers(0, 3 * PERIOD),
     size=st.integers(1, 3000),
 )
-def test_shares_are_exact_over_any_window(values: list[float], seed: int, first: int, size: int) -> None:
+def test_proportions_are_exact_over_any_window(values: list[float], seed: int, first: int, size: int) -> None:
     sampler = mixed(weights(*values), seed=seed, number=len(values))
     sources, _ = sampler.locate(np.arange(first, first + size))
     counted = np.bincount(sources, minlength=len(values))
@@ -65,7 +63,7 @@ def test_shares_are_exact_over_any_window(values: list[float], seed: int, first:
     assert np.abs(counted - wanted * size).max() <= 2 * len(values) + 2 + size * len(values) / PERIOD
 
 
-def test_a_whole_period_has_exactly_the_counts_and_draws_would_not() -> None:
+def test_a_period_has_exactly_the_counts_which_random_draws_would_not() -> None:
     sampler = mixed(weights(0.5, 0.3, 0.2))
     for period in range(3):
         sources, _ = sampler.locate(np.arange(period * PERIOD, (period + 1) * PERIOD))
@@ -93,7 +91,7 @@ def test_each_corpus_is_read_in_its_own_order_without_a_gap_through_all_stages(
         assert read.tolist() == list(range(len(read)))
 
 
-def test_stages_end_where_they_say_and_a_weight_of_nothing_is_nothing() -> None:
+def test_stages_end_where_they_should_and_a_weight_of_0_excludes_a_corpus() -> None:
     sampler = mixed(
         weights(1, 0, 0, until="50 steps"),
         weights(0, 1, 0, until="4000 tokens"),
@@ -123,7 +121,7 @@ def test_any_number_of_ranks_and_any_start_read_the_same_samples() -> None:
             assert part.sources.row_names() == whole.sources.row_names()[first : first + share]
 
 
-def test_a_sample_far_away_costs_no_more_than_a_near_one_and_agrees_with_counting() -> None:
+def test_a_distant_sample_takes_no_longer_than_a_near_one_and_agrees_with_counting() -> None:
     sampler = mixed(weights(1, 2, 3))
     far = 5 * PERIOD + 77
     sources, _places = sampler.locate(np.arange(far))
@@ -133,7 +131,7 @@ def test_a_sample_far_away_costs_no_more_than_a_near_one_and_agrees_with_countin
     assert sampler.locate(np.array([10**14]))[1][0] > 10**12
 
 
-def test_rows_are_those_of_the_corpora_and_say_where_they_are_from() -> None:
+def test_rows_are_those_of_the_corpora_and_name_their_corpus() -> None:
     sampler = mixed(weights(1, 1, 1), seed=4)
     batch = sampler.batch(10, 50)
     assert batch.sources is not None
@@ -157,7 +155,7 @@ def test_seeds_and_periods_give_other_orders() -> None:
     assert len({pattern(seed, period) for seed, period in itertools.product((1, 2), (0, 1))}) == 4
 
 
-def test_weights_are_shares_of_the_tokens_also_where_rows_are_padded(tmp_path: Path) -> None:
+def test_weights_are_fractions_of_the_tokens_also_for_padded_rows(tmp_path: Path) -> None:
     parts = {}
     for name, length in (("short", 3), ("long", 200)):
         with ShardWriter(
@@ -180,7 +178,7 @@ def test_weights_are_shares_of_the_tokens_also_where_rows_are_padded(tmp_path: P
     assert batch.sources.row_names().count("short") > 10 * batch.sources.row_names().count("long")
 
 
-def test_corpora_with_and_without_documents_to_mask_go_into_one_batch(tmp_path: Path) -> None:
+def test_corpora_with_and_without_document_ids_form_one_batch(tmp_path: Path) -> None:
     with ShardWriter(
         tmp_path, "train", vocab_size=VOCABULARY, tokenizer_hash="0" * 64, eos_id=None
     ) as writer:
@@ -220,7 +218,7 @@ def test_stages_that_do_not_fit_are_refused(stages: list[MixtureStage], complain
         MixtureDataset(corpora(), stages)
 
 
-def test_stages_that_do_not_follow_each_other_are_refused_with_their_places() -> None:
+def test_stages_that_do_not_follow_each_other_are_refused_with_their_samples() -> None:
     with pytest.raises(UsageError, match=r"50 = sample 200, 80 tokens = sample 10"):
         mixed(
             weights(1, 1, 1, until="50 steps"),
@@ -234,7 +232,7 @@ def test_stages_that_do_not_follow_each_other_are_refused_with_their_places() ->
     ("said", "complaint"),
     [({"a": -1}, "0 or more"), ({"a": 0}, "all weights"), ({"a": float("inf")}, "finite|0 or more")],
 )
-def test_weights_that_weigh_nothing_are_refused(said: dict[str, float], complaint: str) -> None:
+def test_weights_that_are_all_0_or_invalid_are_refused(said: dict[str, float], complaint: str) -> None:
     with pytest.raises(UsageError, match=complaint):
         MixtureStage(weights=said)
 
@@ -245,7 +243,7 @@ def test_corpora_of_different_tokenizers_are_refused() -> None:
         MixtureDataset({"a": stream(0), "b": other}, [MixtureStage(weights={"a": 1, "b": 1})])
 
 
-def test_as_a_stream_a_mixture_is_its_corpora_end_to_end() -> None:
+def test_as_a_stream_a_mixture_is_its_corpora_concatenated() -> None:
     members = corpora()
     tokens = MixtureDataset(members, [weights(1, 1, 1)])
     assert len(tokens) == sum(map(len, members.values()))
@@ -258,7 +256,7 @@ def test_as_a_stream_a_mixture_is_its_corpora_end_to_end() -> None:
 
 
 def test_the_mixed_order_of_a_seed_is_pinned() -> None:
-    """A change here breaks every resume: it must be meant."""
+    """A change here breaks every resumed run, so it must be intended."""
     sampler = mixed(weights(1, 1.7, 3.1), seed=1337)
     assert "".join(map(str, sampler.locate(np.arange(24))[0].tolist())) == PINNED
 

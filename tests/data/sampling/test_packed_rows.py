@@ -1,6 +1,4 @@
-"""Rows of whole documents as samples: the same whoever asks, whatever holds the table; a packed document is
-what it is alone.
-"""
+"""Packed rows are the same for any slicing and storage, and a packed document gives what it gives alone."""
 
 from __future__ import annotations
 
@@ -47,12 +45,12 @@ def documents(
 
 
 def supervised(batch: Batch) -> list[tuple[int, int]]:
-    """(input, label) wherever there is a label."""
+    """(input, label) of all supervised positions."""
     chosen = batch.labels != IGNORE_INDEX
     return list(zip(batch.input_ids[chosen].tolist(), batch.labels[chosen].tolist(), strict=True))
 
 
-def test_a_row_opens_each_document_with_the_end_and_supervises_no_padding(tmp_path: Path) -> None:
+def test_the_end_of_text_precedes_each_document_and_padding_is_not_supervised(tmp_path: Path) -> None:
     tokens = documents(tmp_path, [2, 3, 12], end=0)  # 1 2 0 | 3 4 5 0 | 6 … 17 0
     rows = PackedRows(tokens, 8, Packing("first_fit"))
     batch = rows.rows(np.arange(rows.count))
@@ -94,7 +92,7 @@ def test_without_packing_each_document_has_rows_of_its_own_and_overlaps_are_lear
     strategy=st.sampled_from(STRATEGIES),
     data=st.data(),
 )
-def test_validation_shows_every_token_once_under_each_strategy(
+def test_validation_reads_every_token_once_with_each_strategy(
     tmp_path_factory: pytest.TempPathFactory,
     lengths: list[int],
     context: int,
@@ -128,9 +126,7 @@ def test_validation_shows_every_token_once_under_each_strategy(
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("stride", [0, 3])
-def test_samples_are_the_same_however_they_are_asked_for(
-    tmp_path: Path, strategy: Strategy, stride: int
-) -> None:
+def test_samples_are_the_same_for_any_slicing(tmp_path: Path, strategy: Strategy, stride: int) -> None:
     tokens = documents(tmp_path, [7, 30, 2, 50, 11, 5, 64] * 6, end=0)
     packing = Packing(strategy, stride)
     sampler, fresh = build_sampler(tokens, 16, 5, packing), build_sampler(tokens, 16, 5, packing)
@@ -149,7 +145,7 @@ def test_samples_are_the_same_however_they_are_asked_for(
 
 
 @pytest.mark.parametrize("strategy", ["first_fit", "none"])
-def test_an_epoch_shows_every_row_once_and_the_next_one_in_another_order(
+def test_an_epoch_reads_every_row_once_and_the_next_one_in_another_order(
     tmp_path: Path, strategy: Strategy
 ) -> None:
     tokens = documents(tmp_path, [7, 30, 2, 50, 11, 5, 64] * 4, end=0)
@@ -162,14 +158,14 @@ def test_an_epoch_shows_every_row_once_and_the_next_one_in_another_order(
     assert not torch.equal(epochs[0].input_ids, epochs[1].input_ids)
 
 
-def test_a_pass_with_a_stride_learns_each_token_once(tmp_path: Path) -> None:
+def test_an_epoch_with_a_stride_supervises_each_token_once(tmp_path: Path) -> None:
     tokens = documents(tmp_path, [5] * 60, end=0)
     sampler = build_sampler(tokens, 16, 1, Packing("greedy", stride=6))
     labels = [label for _, label in supervised(sampler.batch(0, sampler.samples_per_epoch)) if label]
     assert len(labels) == len(set(labels)) > 0.9 * 300
 
 
-def test_a_large_table_is_mapped_and_found_again_and_gives_the_same_rows(
+def test_a_large_table_is_memory_mapped_and_reused_and_gives_the_same_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lengths = np.random.default_rng(0).integers(1, 40, 100).tolist()
@@ -192,7 +188,7 @@ def test_a_large_table_is_mapped_and_found_again_and_gives_the_same_rows(
     assert list((folder / INDEX_FOLDER).iterdir()) == [made]
 
 
-def test_making_a_large_table_takes_no_more_memory_for_more_documents(
+def test_computing_a_large_table_takes_no_more_memory_for_more_documents(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packed_rows, "MAX_IN_MEMORY_SEGMENTS", 10)
@@ -211,7 +207,7 @@ def test_making_a_large_table_takes_no_more_memory_for_more_documents(
     assert peaks[1] < 1.1 * peaks[0]
 
 
-def test_a_table_beside_shards_that_cannot_be_written_is_kept_elsewhere(
+def test_if_the_folder_is_not_writable_the_table_is_temporary(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens = documents(tmp_path, [9] * 40, end=0)
@@ -229,7 +225,7 @@ def test_nothing_to_predict_and_a_stride_too_long_are_refused(tmp_path: Path) ->
         build_sampler(tokens, 4, 0, Packing("first_fit", 4))
 
 
-def test_the_waste_that_is_told_is_that_of_the_rows(tmp_path: Path) -> None:
+def test_the_reported_waste_is_that_of_the_rows(tmp_path: Path) -> None:
     lengths = np.random.default_rng(1).integers(1, 60, 50).tolist()
     tokens = documents(tmp_path, [length - 1 for length in lengths if length > 1], end=0)
     stored = np.concatenate([found for _, found in tokens.documents()])
@@ -315,7 +311,7 @@ def test_gradients_over_packed_rows_are_those_over_padded_ones(tmp_path: Path) -
 
 @pytest.mark.parametrize("positions", ["learned", "rope"])
 def test_training_in_bf16_masks_across_documents_too(tmp_path: Path, positions: str) -> None:
-    """On a CPU short rows are then attended by plain products, another path than the fused kernel's."""
+    """On a CPU, attention over short rows in bf16 uses matrix products instead of the fused kernel."""
     tokens = documents(tmp_path, [5, 31, 9, 3, 14, 28, 7], end=0)
     model = network(positions).train()
     totals = []
@@ -327,7 +323,7 @@ def test_training_in_bf16_masks_across_documents_too(tmp_path: Path, positions: 
     assert abs(totals[2] - totals[1]) > 2 * abs(totals[0] - totals[1])
 
 
-def test_a_prepared_folder_remembers_how_it_is_packed(tmp_path: Path, tiny_text: str) -> None:
+def test_a_prepared_folder_stores_its_packing(tmp_path: Path, tiny_text: str) -> None:
     text = tmp_path / "text.txt"
     text.write_text(tiny_text, encoding="utf-8")
     config = DataConfig(

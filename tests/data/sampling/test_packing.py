@@ -1,6 +1,4 @@
-"""How documents become rows: nothing lost, nothing twice, no row too long, and the waste that is told is the
-waste that is there.
-"""
+"""Packing loses and repeats no token, makes no row too long, and reports its waste correctly."""
 
 from __future__ import annotations
 
@@ -29,7 +27,7 @@ LENGTHS = st.lists(st.integers(1, 60), max_size=80)
 
 
 def blocks(lengths: list[int], size: int = 7) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Where documents of these lengths begin and how long they are, in blocks."""
+    """Offsets and lengths of documents, in blocks."""
     starts = np.cumsum([0, *lengths])[:-1]
     return [(starts[i : i + size], np.array(lengths[i : i + size])) for i in range(0, len(lengths), size)]
 
@@ -42,7 +40,7 @@ def blocks(lengths: list[int], size: int = 7) -> list[tuple[np.ndarray, np.ndarr
     has_eos=st.booleans(),
     strategy=st.sampled_from(["first_fit", "none"]),
 )
-def test_every_token_is_a_label_in_exactly_one_piece(
+def test_every_token_is_a_label_in_exactly_one_segment(
     lengths: list[int], context: int, data: st.DataObject, has_eos: bool, strategy: packing.Strategy
 ) -> None:
     stride = data.draw(st.integers(0, context - 1))
@@ -64,7 +62,7 @@ def test_every_token_is_a_label_in_exactly_one_piece(
 
 
 @given(lengths=LENGTHS, context=st.integers(2, 20), data=st.data())
-def test_neighbouring_chunks_of_a_document_share_exactly_the_stride(
+def test_neighbouring_chunks_of_a_document_overlap_by_exactly_the_stride(
     lengths: list[int], context: int, data: st.DataObject
 ) -> None:
     stride = data.draw(st.integers(0, context - 1))
@@ -83,7 +81,7 @@ def test_neighbouring_chunks_of_a_document_share_exactly_the_stride(
         assert after["count"] > stride  # each chunk has something of its own
 
 
-def test_a_giant_document_comes_in_the_same_pieces_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_very_long_document_has_the_same_segments_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = [3, 1000, 1, 17, 400]
     whole = np.concatenate(list(split_documents(blocks(lengths), 8, 3, has_eos=False)))
     monkeypatch.setattr(packing, "_BLOCK", 7)
@@ -92,7 +90,7 @@ def test_a_giant_document_comes_in_the_same_pieces_block_by_block(monkeypatch: p
     assert np.concatenate(parts).tolist() == whole.tolist()
 
 
-def test_first_fit_takes_the_first_row_with_room_and_cuts_only_what_is_longer_than_a_row() -> None:
+def test_first_fit_uses_the_first_row_with_room_and_cuts_only_documents_longer_than_a_row() -> None:
     rows = list(
         pack_segments(split_documents(blocks([6, 5, 3, 4, 25, 10]), 10, 0, has_eos=True), 10, "first_fit")
     )
@@ -132,7 +130,7 @@ def test_positions_are_labels_overlaps_or_padding(
 
 
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=60), context=st.integers(1, 20))
-def test_sharing_rows_never_wastes_more_than_padding_does(lengths: list[int], context: int) -> None:
+def test_packing_never_wastes_more_than_padding(lengths: list[int], context: int) -> None:
     greedy, first_fit, none = (
         measure_packing(lengths, context, Packing(strategy)).rows for strategy in STRATEGIES
     )
@@ -146,7 +144,7 @@ def test_cut_documents_are_counted_for_each_strategy() -> None:
     assert measure_packing([4, 24, 4, 4], 10, Packing("none")).cut == 1
 
 
-def test_the_waste_is_told_for_every_strategy_and_says_when_it_is_a_sample(
+def test_the_waste_of_every_strategy_is_printed_and_marked_if_it_is_of_a_sample(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     lines = format_packing_stats([30, 70, 20], 100, Packing("first_fit"))
@@ -157,7 +155,7 @@ def test_the_waste_is_told_for_every_strategy_and_says_when_it_is_a_sample(
     assert "first 2 documents" in format_packing_stats([30, 70, 20], 100, Packing())[0]
 
 
-def test_without_a_row_length_the_waste_is_told_for_the_usual_one() -> None:
+def test_without_a_row_length_the_waste_is_printed_for_the_default_one() -> None:
     assert format_packing_stats([30, 70], None, Packing())[0].startswith("packing into rows of 1,024 tokens")
     assert format_packing_stats([30, 70], None, Packing(stride=2000)) == []
 
@@ -167,7 +165,7 @@ def test_a_stride_as_long_as_a_row_is_refused() -> None:
         packing_waste([3, 4], 8, "none", stride=8)
 
 
-def test_the_settings_of_the_manual_mean_what_they_say() -> None:
+def test_the_settings_of_the_manuals_select_the_strategies() -> None:
     assert Packing.from_config(
         DataConfig(pack_sequences=True, packing_strategy="greedy", max_length=1024)
     ) == Packing("greedy")
@@ -191,7 +189,7 @@ def test_the_settings_of_the_manual_mean_what_they_say() -> None:
         assert not_implemented_settings(RunConfig(data=config)) == []
 
 
-def test_what_was_not_said_is_as_the_data_was_prepared() -> None:
+def test_unset_settings_are_those_that_the_data_was_prepared_with() -> None:
     prepared = Packing.from_json(Packing("first_fit", 16).to_json())
     silent, said = DataConfig(), DataConfig(packing_strategy="greedy", stride=0)
     prepared.apply_to_unset(silent)

@@ -1,4 +1,4 @@
-"""Batches made ahead: in order, with their errors, and never in the way of leaving."""
+"""Prefetched batches come in order, with their errors, and do not delay the end of a program."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llm_trainer.data.sampling.prefetch import Prefetcher
 
 
 @pytest.mark.parametrize("threads", [0, 1, 4])
-def test_items_come_in_order_whoever_makes_them(threads: int) -> None:
+def test_items_come_in_order_for_any_number_of_threads(threads: int) -> None:
     def load(number: int) -> int:
         time.sleep(random.random() * 0.002)
         return number * number
@@ -23,7 +23,7 @@ def test_items_come_in_order_whoever_makes_them(threads: int) -> None:
 
 
 @pytest.mark.parametrize("threads", [0, 1, 3])
-def test_an_error_is_raised_at_its_items_turn(threads: int) -> None:
+def test_an_error_is_raised_when_its_item_is_read(threads: int) -> None:
     def load(number: int) -> int:
         if number == 3:
             raise ValueError("item 3")
@@ -35,7 +35,7 @@ def test_an_error_is_raised_at_its_items_turn(threads: int) -> None:
             next(items)
 
 
-def test_no_more_is_made_than_was_asked_for_ahead() -> None:
+def test_at_most_the_requested_number_of_items_is_loaded_ahead() -> None:
     made: list[int] = []
     with Prefetcher(lambda number: made.append(number) or number, 0, 2, ahead=3) as items:
         next(items)
@@ -56,7 +56,7 @@ def test_closing_ends_the_threads_and_the_iteration() -> None:
     assert list(items) == []
 
 
-def test_closing_frees_a_reader_that_waits_and_does_not_wait_for_a_stuck_load(
+def test_closing_releases_a_waiting_reader_and_does_not_wait_for_a_blocked_load(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("llm_trainer.data.sampling.prefetch._JOIN_SECONDS", 0.1)

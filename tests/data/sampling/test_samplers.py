@@ -1,4 +1,4 @@
-"""The order of training: a function of the data, the seed and the sample's number, whoever asks."""
+"""The training order is a function of the data, the seed and the sample number."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from llm_trainer.errors import DataError
 
 
 def stream(size: int) -> TokenDataset:
-    """Ids 0, 1, 2, …: an id says where it stands."""
+    """Ids 0, 1, 2, …: each id is its own offset."""
     return TokenDataset.from_ids(range(size), vocab_size=size)
 
 
@@ -47,7 +47,7 @@ def test_the_permutation_is_a_bijection(size: int, key: int) -> None:
     assert sorted(KeyedPermutation(size, key)(np.arange(size)).tolist()) == list(range(size))
 
 
-def test_the_permutation_holds_for_sizes_that_nobody_could_store() -> None:
+def test_the_permutation_works_for_sizes_too_large_to_store() -> None:
     order = KeyedPermutation(10**15 + 37, 5)
     places = order(np.arange(10**14, 10**14 + 1000))
     assert len(set(places.tolist())) == 1000
@@ -56,13 +56,13 @@ def test_the_permutation_holds_for_sizes_that_nobody_could_store() -> None:
 
 
 @given(size=st.integers(2, 500), key=st.integers(0, 2**32), data=st.data())
-def test_the_permutation_gives_the_same_alone_and_together(size: int, key: int, data: st.DataObject) -> None:
+def test_indices_are_permuted_alike_alone_and_in_arrays(size: int, key: int, data: st.DataObject) -> None:
     order = KeyedPermutation(size, key)
     asked = data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=20))
     assert order(np.array(asked)).tolist() == [int(order(np.array([i]))[0]) for i in asked]
 
 
-def test_every_place_is_about_as_likely_under_many_keys() -> None:
+def test_every_position_is_about_equally_likely_over_many_keys() -> None:
     size, keys = 10, 4000
     counts = np.zeros((size, size))
     for key in range(keys):
@@ -81,7 +81,7 @@ def test_neighbours_do_not_stay_neighbours() -> None:
 
 
 @pytest.mark.parametrize("context", [4, 7, 64])
-def test_an_epoch_shows_every_window_once_and_no_id_twice_as_a_label(context: int) -> None:
+def test_an_epoch_reads_every_window_once_and_no_label_twice(context: int) -> None:
     sampler = WindowSampler(stream(1000), context, seed=1)
     for epoch in range(3):
         batch = sampler.batch(epoch * sampler.samples_per_epoch, sampler.samples_per_epoch)
@@ -119,7 +119,7 @@ def test_seeds_and_epochs_give_other_orders() -> None:
 
 
 def test_the_samples_of_a_seed_are_pinned() -> None:
-    """A change here breaks every resume: it must be meant."""
+    """A change here breaks every resumed run, so it must be intended."""
     assert WindowSampler(stream(1000), 8, 1337).window_starts(np.arange(6)).tolist() == [
         664,
         208,
@@ -130,13 +130,13 @@ def test_the_samples_of_a_seed_are_pinned() -> None:
     ]
 
 
-def test_a_short_stream_is_used_whole_and_one_too_short_is_refused() -> None:
+def test_a_short_stream_is_used_completely_and_one_that_is_too_short_is_refused() -> None:
     assert WindowSampler(stream(9), 8, 0).batch(0, 2).labels.tolist() == [list(range(1, 9))] * 2
     with pytest.raises(DataError, match=r"8 training tokens.*window of 8.*at most 7"):
         WindowSampler(stream(8), 8, 0)
 
 
-def test_without_documents_to_tell_apart_there_are_no_document_ids(tmp_path: Path) -> None:
+def test_a_single_document_has_no_document_ids(tmp_path: Path) -> None:
     assert WindowSampler(stream(100), 8, 0).batch(0, 2).document_ids is None
     several = documents(tmp_path, [10, 10, 10], end=0)
     assert WindowSampler(several, 8, 0, mask_documents=False).batch(0, 2).document_ids is None
@@ -144,7 +144,7 @@ def test_without_documents_to_tell_apart_there_are_no_document_ids(tmp_path: Pat
 
 
 @pytest.mark.parametrize("shard_tokens", [1, 2**27])
-def test_the_end_of_text_is_learned_and_opens_the_next_document(tmp_path: Path, shard_tokens: int) -> None:
+def test_the_end_of_text_is_a_label_and_precedes_the_next_document(tmp_path: Path, shard_tokens: int) -> None:
     tokens = documents(
         tmp_path, [2, 3, 1, 4], end=0, shard_tokens=shard_tokens
     )  # 1 2 0 | 3 4 5 0 | 6 0 | 7 8 9 10 0
@@ -202,7 +202,7 @@ def test_rows_and_labels_always_fit_the_documents(
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8, 1000])
-def test_validation_shows_every_token_once_whatever_the_batch_size(tiny_data: Path, batch_size: int) -> None:
+def test_validation_reads_every_token_once_for_any_batch_size(tiny_data: Path, batch_size: int) -> None:
     tokens = open_prepared_dataset(tiny_data).validation
     assert tokens is not None
     batches = list(validation_batches(tokens, 16, batch_size))
@@ -216,7 +216,7 @@ def test_validation_shows_every_token_once_whatever_the_batch_size(tiny_data: Pa
     )  # no shape that a compiled model has not seen
 
 
-def test_limited_validation_is_spread_over_the_set() -> None:
+def test_limited_validation_is_spread_over_the_split() -> None:
     batches = list(validation_batches(stream(1001), 10, 4, limit=3))
     starts = torch.cat([batch.input_ids[:, 0] for batch in batches]).tolist()
     assert starts == [i * 100 // 12 * 10 for i in range(12)]
@@ -231,7 +231,7 @@ def test_validation_shorter_than_a_window_is_still_measured() -> None:
         next(validation_batches(stream(1), 8, 4))
 
 
-def test_a_batch_moves_as_a_whole(tmp_path: Path) -> None:
+def test_all_tensors_of_a_batch_move(tmp_path: Path) -> None:
     batch = WindowSampler(documents(tmp_path, [9, 9], end=0), 4, 0).batch(0, 3)
     assert batch.to("cpu") is batch
     moved: Batch = batch.to("meta")

@@ -1,5 +1,6 @@
-"""The order of training holds for 10¹³ tokens: shown on an index without data, arrays whose every id is the
-same byte of memory.
+"""The training order works for 10¹³ tokens.
+
+The arrays have no data: every id of a shard is the same byte of memory.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ SHARDS, SHARD_TOKENS, CONTEXT = 1000, 10**10 + 7, 4096
 
 @pytest.fixture(scope="module")
 def tokens() -> TokenDataset:
-    """Shard i holds the id i throughout; its one document begins with it."""
+    """Shard i consists of the id i and is one document."""
     ids = [np.broadcast_to(np.uint16(number), (SHARD_TOKENS,)) for number in range(SHARDS)]
     starts = [np.zeros(1, dtype=np.uint64)] * SHARDS
     return TokenDataset(
@@ -23,14 +24,14 @@ def tokens() -> TokenDataset:
     )
 
 
-def test_a_stream_of_ten_trillion_tokens_is_counted_and_read_at_its_far_end(tokens: TokenDataset) -> None:
+def test_a_stream_of_ten_trillion_tokens_is_counted_and_read_at_its_end(tokens: TokenDataset) -> None:
     assert tokens.num_tokens == SHARDS * SHARD_TOKENS > 10**13
     border = 999 * SHARD_TOKENS
     assert tokens.read(border - 2, 4).tolist() == [998, 998, 999, 999]
     assert tokens.read(tokens.num_tokens - 3, 3).tolist() == [999] * 3
 
 
-def test_samples_are_apart_and_inside_and_their_ids_are_those_of_their_place(tokens: TokenDataset) -> None:
+def test_samples_are_distinct_and_inside_and_their_ids_match_their_offsets(tokens: TokenDataset) -> None:
     sampler = WindowSampler(tokens, CONTEXT, seed=1)
     assert sampler.samples_per_epoch > 2 * 10**9  # more than 31 bits number
     numbers = np.concatenate([np.arange(5000), sampler.samples_per_epoch - 1 - np.arange(5000)])
@@ -47,7 +48,7 @@ def test_samples_are_apart_and_inside_and_their_ids_are_those_of_their_place(tok
     assert batch.input_ids[:, 0].tolist() == expected.tolist()
 
 
-def test_later_epochs_are_found_as_directly_as_the_first(tokens: TokenDataset) -> None:
+def test_later_epochs_take_no_longer_than_the_first(tokens: TokenDataset) -> None:
     sampler = WindowSampler(tokens, CONTEXT, seed=1)
     first = 3 * sampler.samples_per_epoch + 12345
     alone = sampler.batch(first + 1, 1)

@@ -1,4 +1,4 @@
-"""The beginnings of words that whole arrays are compared for are those that the regular expressions find."""
+"""The word starts that numpy finds in ASCII text are those of the regular expressions."""
 
 from __future__ import annotations
 
@@ -33,6 +33,6 @@ def cut(pattern: str, texts: list[str]) -> list[list[str]]:
 @pytest.mark.parametrize("pattern", RULES, ids=["ours", "llama3", "qwen2", "gpt2"])
 @settings(max_examples=400)
 @given(texts=st.one_of(TEXTS, ANY_ASCII))
-def test_words_begin_where_the_regular_expression_cuts(pattern: str, texts: list[str]) -> None:
+def test_words_begin_where_the_regular_expression_splits(pattern: str, texts: list[str]) -> None:
     words = RegexPreTokenizer(pattern)
     assert cut(pattern, texts) == [[word for some in words.split(text) for word in some] for text in texts]

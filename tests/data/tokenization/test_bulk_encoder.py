@@ -1,4 +1,4 @@
-"""Encoding by words that were seen before gives the library's ids, or steps aside."""
+"""The bulk encoder gives the library's ids, or leaves the text to the library."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def tokenizer() -> Tokenizer:
 
 
 def changed(tokenizer: Tokenizer, change: Callable[[Backend], object]) -> Tokenizer:
-    """The same merges with something else around them."""
+    """The same merges in a changed tokenizer."""
     backend = Backend.from_str(tokenizer.to_json())
     change(backend)
     return Tokenizer(backend, {})
@@ -82,7 +82,7 @@ def test_fast_ids_are_the_librarys_ids(kind: Tokenizer, text: str) -> None:
     assert kind._bulk_encoder.matches_library
 
 
-def test_the_whole_language_reference_agrees(kind: Tokenizer) -> None:
+def test_the_ids_of_the_python_language_reference_are_the_librarys(kind: Tokenizer) -> None:
     for _, text in language_reference():
         assert fast(kind, text) == slow(kind, text)
 
@@ -98,13 +98,13 @@ def test_the_whole_language_reference_agrees(kind: Tokenizer) -> None:
         )
     )
 )
-def test_texts_together_have_the_ids_that_they_have_alone(kind: Tokenizer, texts: list[str]) -> None:
+def test_texts_in_a_batch_have_the_ids_that_they_have_alone(kind: Tokenizer, texts: list[str]) -> None:
     assert kind._bulk_encoder is not None
     found = kind._bulk_encoder.encode(texts)
     assert [None if ids is None else ids.tolist() for ids in found] == [fast(kind, text) for text in texts]
 
 
-def test_words_that_find_their_places_taken_are_right_too(
+def test_words_whose_slots_are_taken_are_encoded_correctly(
     kind: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(word_cache, "_SLOT_BITS", 2)
@@ -119,17 +119,17 @@ def test_words_that_find_their_places_taken_are_right_too(
     "text",
     [" " * 50_000, "a" * 50_000, "\n" * 50_000, "ab " + chr(0x1FAFF) + chr(0x10FFFF), "<|endoftext|>", ""],
 )
-def test_extreme_texts_agree(kind: Tokenizer, text: str) -> None:
+def test_extreme_texts_have_the_librarys_ids(kind: Tokenizer, text: str) -> None:
     assert fast(kind, text) == slow(kind, text)
 
 
-def test_text_that_the_tokenizer_would_compose_goes_the_slow_way(tokenizer: Tokenizer) -> None:
+def test_text_that_is_not_nfc_is_left_to_the_library(tokenizer: Tokenizer) -> None:
     composing = changed(tokenizer, lambda backend: setattr(backend, "normalizer", normalizers.NFC()))
     assert fast(composing, "cafe\u0301") is None
     assert composing.encode("cafe\u0301") == composing.encode("café") == fast(composing, "café")
 
 
-def test_a_full_memory_of_words_forgets_and_stays_right(
+def test_a_full_cache_is_cleared_and_the_ids_stay_correct(
     kind: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bulk_encoder, "MAX_CACHED_WORDS", 10)
@@ -162,7 +162,7 @@ def space_before(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("change", [unknown_words, plain_added_token, other_normalizer, space_before])
-def test_what_is_not_known_here_has_no_fast_way(
+def test_unknown_tokenizers_have_no_bulk_encoder(
     tokenizer: Tokenizer, change: Callable[[Backend], None]
 ) -> None:
     other = changed(tokenizer, change)
@@ -171,14 +171,14 @@ def test_what_is_not_known_here_has_no_fast_way(
     assert other.encode(text) == slow(other, text)
 
 
-def test_random_merges_have_no_fast_way(tokenizer: Tokenizer) -> None:
+def test_bpe_dropout_has_no_bulk_encoder(tokenizer: Tokenizer) -> None:
     parts = json.loads(tokenizer.to_json())
     parts["model"]["dropout"] = 0.5
     assert Tokenizer(Backend.from_str(json.dumps(parts)), {})._bulk_encoder is None
 
 
-def test_where_one_id_differs_the_library_takes_over(tokenizer: Tokenizer) -> None:
-    """A fault planted in the words shows in the first text, and no wrong id leaves."""
+def test_if_one_id_differs_the_library_encodes_everything(tokenizer: Tokenizer) -> None:
+    """A wrong entry in the cache is noticed in the first text, and no wrong id is returned."""
     faulty = Tokenizer(Backend.from_str(tokenizer.to_json()), {})
     assert faulty._bulk_encoder is not None
     faulty._bulk_encoder._word_cache._known[b" the"] = (0, 1)

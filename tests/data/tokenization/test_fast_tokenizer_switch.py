@@ -1,4 +1,4 @@
-"""LLM_TRAINER_FAST_TOKENIZER=0 encodes and trains with the `tokenizers` library alone, with the same result."""
+"""LLM_TRAINER_FAST_TOKENIZER=0 encodes and trains with the `tokenizers` library, with the same result."""
 
 from __future__ import annotations
 

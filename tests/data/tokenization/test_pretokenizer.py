@@ -1,4 +1,4 @@
-"""Text is cut into words as the tokenizers library cuts it, whatever the pattern and the text."""
+"""Text is split into words as by the tokenizers library, for every pattern and any text."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def ours(pattern: str, text: str) -> list[str]:
 
 
 @every_pattern
-def test_awkward_texts_are_cut_as_the_library_cuts_them(pattern: str) -> None:
+def test_difficult_texts_are_split_as_by_the_library(pattern: str) -> None:
     for text in AWKWARD:
         assert ours(pattern, text) == library(pattern, text)
 
@@ -66,12 +66,12 @@ def test_awkward_texts_are_cut_as_the_library_cuts_them(pattern: str) -> None:
         max_size=60,
     )
 )
-def test_any_text_is_cut_as_the_library_cuts_it(pattern: str, text: str) -> None:
+def test_any_text_is_split_as_by_the_library(pattern: str, text: str) -> None:
     assert ours(pattern, text) == library(pattern, text)
 
 
 @every_pattern
-def test_a_long_text_is_cut_in_blocks_at_boundaries_of_words(
+def test_a_long_text_is_split_in_blocks_at_word_boundaries(
     pattern: str, monkeypatch: pytest.MonkeyPatch, tiny_text: str
 ) -> None:
     text = tiny_text[:8000] + " " * 3000 + "a" * 3000 + "\n" * 3000 + tiny_text[:2000]
@@ -82,7 +82,7 @@ def test_a_long_text_is_cut_in_blocks_at_boundaries_of_words(
 
 
 @every_pattern
-def test_ordinary_text_of_many_scripts_needs_no_help_of_the_library(
+def test_ordinary_text_in_many_scripts_is_split_without_the_library(
     pattern: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cutter = RegexPreTokenizer(pattern)
@@ -97,8 +97,8 @@ def test_ordinary_text_of_many_scripts_needs_no_help_of_the_library(
 
 @pytest.mark.slow
 @every_pattern
-def test_every_character_that_counts_as_certain_has_one_class_in_both(pattern: str) -> None:
-    """Between letters of either case and between digits, a character's class shows in how the words are cut."""
+def test_every_certain_character_has_the_same_class_in_both_engines(pattern: str) -> None:
+    """Between letters of either case and between digits, the words show the class of a character."""
     _, uncertain = words_module._for_unicode(words_module._FOR_RE[pattern])
     points = [
         p

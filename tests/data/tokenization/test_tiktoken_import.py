@@ -1,4 +1,4 @@
-"""tiktoken's encodings: by name through its own loader, from files of ranks, and with its ids."""
+"""tiktoken's encodings, by name and from vocabulary files, give tiktoken's ids."""
 
 from __future__ import annotations
 
@@ -91,18 +91,18 @@ def test_an_encoding_by_name_comes_from_tiktokens_registry_with_its_ids(
 
 @pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize("name", ["gpt2", "cl100k_base", "o200k_base"])
-def test_without_a_network_the_error_says_where_to_fetch_and_how_to_give_it(name: str) -> None:
+def test_without_a_network_the_error_explains_how_to_download_the_file(name: str) -> None:
     with pytest.raises(DataError, match=r"https://.*\.tiktoken .* use it with --tokenizer_path"):
         load_existing_tokenizer(DataConfig(tokenizer_type="tiktoken", tokenizer_path=name))
 
 
 @pytest.mark.usefixtures("offline")
-def test_tiktoken_with_no_name_is_gpt2s(tmp_path: Path) -> None:
+def test_tiktoken_without_a_name_is_gpt2(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="r50k_base"):
         load_existing_tokenizer(DataConfig(tokenizer_type="tiktoken"))
 
 
-def test_a_local_file_of_ranks_gives_tiktokens_ids(
+def test_a_local_vocabulary_file_gives_tiktokens_ids(
     tmp_path: Path, ranks: dict[bytes, int], tiny_text: str
 ) -> None:
     file = written(tmp_path / "own.tiktoken", ranks)
@@ -119,7 +119,7 @@ def test_a_local_file_of_ranks_gives_tiktokens_ids(
         assert tokenizer.eos_id == tokenizer.vocab_size - 1 == len(ranks)
 
 
-def test_a_file_with_the_number_of_ranks_of_a_known_encoding_is_that(
+def test_a_file_with_the_number_of_ranks_of_a_known_encoding_is_that_encoding(
     tmp_path: Path, ranks: dict[bytes, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     special = {"<|endoftext|>": 2000, "<|endofprompt|>": 2010}
@@ -154,14 +154,14 @@ def test_gpt2s_vocab_bpe_gives_its_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["nonsense here now\n", "IQ== 0\nIQ== 1\n", "IQ== 0\n"])
-def test_a_damaged_file_of_ranks_is_named(tmp_path: Path, content: str) -> None:
+def test_a_damaged_vocabulary_file_is_named(tmp_path: Path, content: str) -> None:
     file = tmp_path / "bad.tiktoken"
     file.write_text(content, encoding="utf-8")
     with pytest.raises(DataError, match=r"bad\.tiktoken"):
         Tokenizer.load(file)
 
 
-def test_ranks_that_are_no_order_of_merging_are_refused(ranks: dict[bytes, int]) -> None:
+def test_ranks_that_are_not_an_order_of_merges_are_refused(ranks: dict[bytes, int]) -> None:
     with pytest.raises(DataError, match="cannot be merged"):
         tiktoken_import.bpe_from_ranks({**ranks, b"qzxqzx": 5000}, tiktoken_import.LLAMA3_PATTERN, {})
 
@@ -178,7 +178,7 @@ def test_ids_that_differ_from_tiktokens_are_refused(
         tiktoken_import.bpe_from_ranks(ranks, tiktoken_import.LLAMA3_PATTERN, {})
 
 
-def test_what_is_neither_a_name_nor_ranks_is_refused_with_the_names(
+def test_the_error_for_an_unknown_encoding_lists_the_known_ones(
     tmp_path: Path, tiny_tokenizer: Tokenizer
 ) -> None:
     with pytest.raises(DataError, match="cl100k_base"):
@@ -193,7 +193,7 @@ def test_what_is_neither_a_name_nor_ranks_is_refused_with_the_names(
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "char"])
-def test_a_given_tokenizer_must_be_of_the_kind_that_is_said(
+def test_an_existing_tokenizer_must_be_of_the_type_that_is_set(
     tmp_path: Path, tiny_tokenizer: Tokenizer, kind: str
 ) -> None:
     tiny_tokenizer.save(tmp_path)

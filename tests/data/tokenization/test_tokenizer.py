@@ -1,4 +1,4 @@
-"""Text to ids and back, for every kind of tokenizer."""
+"""Encoding and decoding, for every type of tokenizer."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ AWKWARD = [
 
 
 @pytest.mark.parametrize("text", AWKWARD)
-def test_bpe_gives_every_text_back(tiny_tokenizer: Tokenizer, text: str) -> None:
+def test_bpe_decodes_to_the_same_text(tiny_tokenizer: Tokenizer, text: str) -> None:
     assert tiny_tokenizer.decode(tiny_tokenizer.encode(text)) == text
 
 
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))
-def test_bpe_gives_any_text_back_and_its_bytes_are_the_tokens_bytes(
+def test_bpe_decodes_any_text_and_its_bytes_are_those_of_its_tokens(
     tiny_tokenizer: Tokenizer, text: str
 ) -> None:
     ids = tiny_tokenizer.encode(text)
@@ -41,7 +41,7 @@ def test_bpe_gives_any_text_back_and_its_bytes_are_the_tokens_bytes(
     assert b"".join(map(tiny_tokenizer.token_bytes, ids)) == text.encode("utf-8")
 
 
-def test_names_of_special_tokens_in_a_text_are_text_unless_allowed(tiny_tokenizer: Tokenizer) -> None:
+def test_names_of_special_tokens_are_ordinary_text_unless_allowed(tiny_tokenizer: Tokenizer) -> None:
     plain, parsed = (
         tiny_tokenizer.encode("a<|endoftext|>b"),
         tiny_tokenizer.encode("a<|endoftext|>b", allow_special=True),
@@ -56,7 +56,7 @@ def test_a_batch_is_encoded_as_each_text_alone(tiny_tokenizer: Tokenizer) -> Non
     assert tiny_tokenizer.encode_batch(AWKWARD) == [tiny_tokenizer.encode(text) for text in AWKWARD]
 
 
-def test_a_lone_surrogate_is_an_error_that_says_where(tiny_tokenizer: Tokenizer) -> None:
+def test_the_error_for_a_lone_surrogate_has_its_position(tiny_tokenizer: Tokenizer) -> None:
     with pytest.raises(DataError, match="character 2"):
         tiny_tokenizer.encode("ab\ud800")
 
@@ -92,7 +92,7 @@ def test_transformers_opens_a_saved_tokenizer_with_equal_ids(
 
 
 @pytest.mark.parametrize("kind", ["bpe", "char"])
-def test_a_saved_tokenizer_comes_back_the_same(
+def test_a_saved_tokenizer_is_loaded_unchanged(
     tmp_path: Path, tiny_tokenizer: Tokenizer, tiny_text: str, kind: str
 ) -> None:
     ours = tiny_tokenizer if kind == "bpe" else Tokenizer.from_characters([tiny_text])
@@ -106,7 +106,7 @@ def test_a_saved_tokenizer_comes_back_the_same(
         assert again.is_character_level == (kind == "char")
 
 
-def test_the_hash_tells_tokenizers_apart(tiny_texts: list[str], tiny_tokenizer: Tokenizer) -> None:
+def test_different_tokenizers_have_different_hashes(tiny_texts: list[str], tiny_tokenizer: Tokenizer) -> None:
     others = [
         Tokenizer.train_bpe(tiny_texts, 301),
         Tokenizer.train_bpe(tiny_texts[:20], 300),
@@ -129,7 +129,7 @@ def test_the_configuration_of_a_loaded_tokenizer_is_kept(tmp_path: Path, tiny_to
     )
 
 
-def test_characters_are_numbered_by_code_point_and_gives_text_back() -> None:
+def test_characters_are_numbered_by_code_point_and_decode_to_the_text() -> None:
     tokenizer = Tokenizer.from_characters(["hello\n", "wörld🙂"])
     assert [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)] == sorted(set("hello\nwörld🙂"))
     assert tokenizer.decode(tokenizer.encode("wörld\nhello🙂")) == "wörld\nhello🙂"
@@ -138,12 +138,12 @@ def test_characters_are_numbered_by_code_point_and_gives_text_back() -> None:
 
 
 @given(text=st.text(alphabet="ab \n\té🙂'", max_size=60))
-def test_the_table_of_characters_agrees_with_the_tokenizers_library(text: str) -> None:
+def test_character_ids_are_those_of_the_tokenizers_library(text: str) -> None:
     tokenizer = Tokenizer.from_alphabet(sorted("ab \n\té🙂'"))
     assert tokenizer.encode(text) == tokenizer._backend.encode(text).ids
 
 
-def test_characters_that_the_table_lacks_are_named() -> None:
+def test_characters_without_an_id_are_named() -> None:
     tokenizer = Tokenizer.from_characters(["abc"])
     for text, named in (("axb", "'x'"), ("a\tb", r"'\\t'"), ("🙂", r"U\+1F642")):
         with pytest.raises(DataError, match=named):
@@ -163,7 +163,7 @@ def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
             Tokenizer.load(source)
 
 
-def test_a_hub_name_goes_through_the_hub_and_without_a_network_says_so(
+def test_a_hub_name_is_downloaded_and_fails_with_an_error_without_a_network(
     tmp_path: Path, tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import huggingface_hub

@@ -1,6 +1,4 @@
-"""Learning a vocabulary from counted words gives what the tokenizers library learns from the texts, in
-bounded memory.
-"""
+"""Training on counted words gives the vocabulary of the tokenizers library, in bounded memory."""
 
 from __future__ import annotations
 
@@ -24,8 +22,8 @@ from llm_trainer.data.tokenization.vocab_training import count_words, estimate_t
 from llm_trainer.errors import DataError, UsageError
 
 
-def plainly_trained(texts: list[str], vocab_size: int) -> Backend:
-    """As the library's own documentation does it."""
+def train_with_library(texts: list[str], vocab_size: int) -> Backend:
+    """Train as in the library's documentation."""
     backend = Backend(models.BPE())
     backend.pre_tokenizer = byte_level_pre_tokenizer(DEFAULT_PATTERN)
     special = [AddedToken(END_OF_TEXT, special=True, normalized=False)]
@@ -39,7 +37,7 @@ def plainly_trained(texts: list[str], vocab_size: int) -> Backend:
     return backend
 
 
-def test_bpe_has_the_ids_and_merges_of_plain_training(tiny_texts: list[str]) -> None:
+def test_bpe_has_the_ids_and_merges_of_the_library(tiny_texts: list[str]) -> None:
     texts = [
         *tiny_texts,
         "naïve “text” — Größe, 日本語, Привет 🙂\n" * 20,
@@ -48,9 +46,9 @@ def test_bpe_has_the_ids_and_merges_of_plain_training(tiny_texts: list[str]) -> 
     for vocab_size in (300, 1500):
         assert (
             Tokenizer.train("bpe", texts, vocab_size)._backend.get_vocab()
-            == plainly_trained(texts, vocab_size).get_vocab()
+            == train_with_library(texts, vocab_size).get_vocab()
         )
-    ours, plain = Tokenizer.train("bpe", texts, 1500), plainly_trained(texts, 1500)
+    ours, plain = Tokenizer.train("bpe", texts, 1500), train_with_library(texts, 1500)
     assert all(ours.encode(text) == plain.encode(text).ids for text in texts)
 
 
@@ -62,22 +60,20 @@ def test_bpe_has_the_ids_and_merges_of_plain_training(tiny_texts: list[str]) -> 
     vocab_size=st.sampled_from([260, 280, 400]),
     lower_by=st.sampled_from([2, 8]),
 )
-def test_merges_of_any_text_are_those_of_plain_training(
+def test_merges_of_any_text_are_those_of_the_library(
     texts: list[str], vocab_size: int, lower_by: int
 ) -> None:
     """Few letters, so that runs, overlaps, ties and tokens that two pairs make are frequent."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bpe_trainer, "_FLOOR_DIVISOR", lower_by)
         ours = json.loads(Tokenizer.train("bpe", texts, vocab_size).to_json())["model"]
-    plain = json.loads(plainly_trained(texts, vocab_size).to_str())["model"]
+    plain = json.loads(train_with_library(texts, vocab_size).to_str())["model"]
     assert ours["vocab"] == plain["vocab"]
     assert ours["merges"] == plain["merges"]
 
 
-def test_word_pieces_are_as_frequent_as_plain_trainings(tiny_texts: list[str]) -> None:
-    """The library numbers letters by chance, so equal counts may be broken the other way: nearly all pieces
-    are the same.
-    """
+def test_nearly_all_wordpieces_are_those_of_the_library(tiny_texts: list[str]) -> None:
+    """The library numbers letters randomly, so ties between equal counts may be decided differently."""
     backend = Backend(models.WordPiece(unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     trainer = trainers.WordPieceTrainer(
@@ -93,7 +89,7 @@ def test_a_word_that_occurs_often_outweighs_one_that_is_long() -> None:
 
 
 @pytest.mark.parametrize("pattern", [DEFAULT_PATTERN, BERT_PATTERN])
-def test_words_are_counted_as_the_library_cuts_them(tiny_texts: list[str], pattern: str) -> None:
+def test_words_are_counted_as_the_library_splits_them(tiny_texts: list[str], pattern: str) -> None:
     cutter = pre_tokenizers.BertPreTokenizer() if pattern == BERT_PATTERN else None
     counts: Counter[str] = Counter()
     for text in tiny_texts:
@@ -106,12 +102,12 @@ def test_words_are_counted_as_the_library_cuts_them(tiny_texts: list[str], patte
 
 
 @pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
-def test_training_twice_gives_the_same(tiny_texts: list[str], kind: str) -> None:
+def test_training_is_deterministic(tiny_texts: list[str], kind: str) -> None:
     assert Tokenizer.train(kind, tiny_texts, 400).hash == Tokenizer.train(kind, tiny_texts[::-1], 400).hash
 
 
 @pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
-def test_a_vocabulary_has_the_size_that_was_asked_for_and_begins_with_special_tokens(
+def test_a_vocabulary_has_the_requested_size_and_begins_with_special_tokens(
     tiny_texts: list[str], kind: str
 ) -> None:
     tokenizer = Tokenizer.train(kind, tiny_texts, 400, ["<|user|>", "<|assistant|>"])
@@ -123,7 +119,7 @@ def test_a_vocabulary_has_the_size_that_was_asked_for_and_begins_with_special_to
     assert first in tokenizer.encode("a <|user|> b", allow_special=True)
 
 
-def test_characters_with_special_tokens_number_those_last() -> None:
+def test_a_character_tokenizer_numbers_special_tokens_last() -> None:
     tokenizer = Tokenizer.train("char", ["abc"], 0, ["<|endoftext|>", "<|user|>"])
     assert tokenizer.is_character_level
     assert (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.token_to_id("<|user|>")) == (5, 3, 4)
@@ -133,7 +129,7 @@ def test_characters_with_special_tokens_number_those_last() -> None:
         tokenizer.encode("<|user|>")
 
 
-def test_special_tokens_are_added_to_a_tokenizer_that_exists(
+def test_special_tokens_are_added_to_an_existing_tokenizer(
     tmp_path: Path, tiny_tokenizer: Tokenizer, tiny_text: str
 ) -> None:
     more = tiny_tokenizer.with_special_tokens(["<|user|>", END_OF_TEXT])
@@ -145,7 +141,9 @@ def test_special_tokens_are_added_to_a_tokenizer_that_exists(
     assert tiny_tokenizer.with_special_tokens([END_OF_TEXT]) is tiny_tokenizer
 
 
-def test_word_pieces_open_in_transformers_with_equal_ids(tmp_path: Path, tiny_texts: list[str]) -> None:
+def test_transformers_opens_a_wordpiece_tokenizer_with_equal_ids(
+    tmp_path: Path, tiny_texts: list[str]
+) -> None:
     ours = Tokenizer.train("wordpiece", tiny_texts, 500)
     ours.save(tmp_path)
     theirs, again = AutoTokenizer.from_pretrained(tmp_path), Tokenizer.load(tmp_path)
@@ -156,10 +154,8 @@ def test_word_pieces_open_in_transformers_with_equal_ids(tmp_path: Path, tiny_te
     assert (theirs.eos_token_id, theirs.unk_token_id) == (ours.eos_id, 1)
 
 
-def test_what_comes_back_from_word_pieces_is_the_words(tiny_texts: list[str]) -> None:
-    """The limits that the documentation states: white space, characters that were not learned, words of more
-    than 100 characters.
-    """
+def test_wordpieces_decode_to_the_words_but_not_the_whitespace(tiny_texts: list[str]) -> None:
+    """The documented limits: whitespace, unknown characters, words of more than 100 characters."""
     tokenizer = Tokenizer.train("wordpiece", tiny_texts, 500)
     text = "The value of a name, and\n\n   then another."
     assert tokenizer.decode(tokenizer.encode(text)) == "The value of a name, and then another."
@@ -178,7 +174,7 @@ def test_a_rare_alphabet_leaves_room_for_pieces() -> None:
     assert tokenizer.encode("the") == [tokenizer.token_to_id("the")]
 
 
-def test_the_number_of_different_words_is_bounded_and_frequent_ones_stay(
+def test_the_number_of_counted_words_is_bounded_and_frequent_words_stay(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(vocab_training, "MAX_DISTINCT_WORDS", 100)
@@ -188,7 +184,7 @@ def test_the_number_of_different_words_is_bounded_and_frequent_ones_stay(
     assert (counts["the"], counts[" of"]) == (600, 600)
 
 
-def test_a_long_run_is_cut_for_training_only() -> None:
+def test_a_long_word_is_cut_for_training_only() -> None:
     run = "A" * 10_000
     tokenizer = Tokenizer.train("bpe", [run * 3, "some words"], 400)
     assert (
@@ -198,7 +194,7 @@ def test_a_long_run_is_cut_for_training_only() -> None:
     assert tokenizer.decode(tokenizer.encode(run)) == run
 
 
-def test_training_refuses_what_cannot_work() -> None:
+def test_a_vocabulary_that_is_too_small_and_missing_text_are_refused() -> None:
     for kind, vocab_size, least in (("bpe", 256, "257"), ("wordpiece", 99, "100")):
         with pytest.raises(UsageError, match=least):
             Tokenizer.train(kind, ["text"], vocab_size)
@@ -209,7 +205,7 @@ def test_training_refuses_what_cannot_work() -> None:
         Tokenizer.train("char", [""], 300)
 
 
-def test_the_estimate_grows_with_the_text_and_says_both_figures() -> None:
+def test_the_estimate_grows_with_the_text_and_prints_time_and_memory() -> None:
     small, large = estimate_training(1e6), estimate_training(1e8)
     assert small.seconds < large.seconds
     assert small.memory_bytes < large.memory_bytes

@@ -124,10 +124,10 @@ def word_starts(raw: bytes, rules: SplitRules) -> np.ndarray:
 def _start_after_newlines(
     starts: np.ndarray, kinds: np.ndarray, newlines: np.ndarray, whitespace: np.ndarray, ends: np.ndarray
 ) -> None:
-    """Whitespace after newlines begins a word if no newline follows it, or if the newlines belong to a symbol.
+    """Whitespace after newlines begins a word if no newline follows, or if the newlines belong to a symbol.
 
-    `newlines` and `whitespace` are where runs of either begin, the latter after a newline; `ends` are the last
-    characters of runs of whitespace.
+    `newlines` and `whitespace` are where runs of either begin, the latter after a newline; `ends` are the
+    last characters of runs of whitespace.
     """
     if len(whitespace) == 0:
         return

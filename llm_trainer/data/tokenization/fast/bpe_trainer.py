@@ -1,13 +1,14 @@
 """Learns the merges of byte pair encoding from counted words, with numpy.
 
-* What: training repeatedly merges the most frequent pair of neighbouring symbols (among equally frequent pairs,
-  the one with the smaller ids). The `tokenizers` library keeps for each pair the set of all words that contain
-  it, about a kilobyte per word, although most pairs are far too rare ever to be merged. Here the symbols of all
-  words are in a few flat arrays, 16 bytes per symbol, and positions are kept only for pairs that occur at least
-  `_floor` times. When no such pair is left, the floor is lowered and all pairs are counted again. A pair that is
-  not tracked is rarer than the floor, so the most frequent tracked pair is the most frequent of all.
-* Why: 32,000 ids from 100 MB of text take 7.9 s and 101 MB of memory, against 10.0 s and 145 MB with the library
-  (`benchmarks/bpe_training.py`).
+* What: training repeatedly merges the most frequent pair of neighbouring symbols (among equally frequent
+  pairs, the one with the smaller ids). The `tokenizers` library keeps for each pair the set of all words that
+  contain it, about a kilobyte per word, although most pairs are far too rare ever to be merged. Here the
+  symbols of all words are in a few flat arrays, 16 bytes per symbol, and positions are kept only for pairs
+  that occur at least `_floor` times. When no such pair is left, the floor is lowered and all pairs are
+  counted again. A pair that is not tracked is rarer than the floor, so the most frequent tracked pair is the
+  most frequent of all.
+* Why: 32,000 ids from 100 MB of text take 7.9 s and 101 MB of memory, against 10.0 s and 145 MB with the
+  library (`benchmarks/bpe_training.py`).
 * Must equal: the merges of the library in the same order; `tests/data/tokenization/test_vocab_training.py`
   compares them on random text with few letters, where ties and overlaps are frequent.
 * Switch off: LLM_TRAINER_FAST_TOKENIZER=0.
@@ -132,7 +133,7 @@ class _BPETrainer:
         self._track(_union(self._preceding[changed], changed[self._following[changed] >= 0]))
 
     def _current_positions(self, pair: int) -> np.ndarray:
-        """Positions of the pair's first symbol, without those that other merges have taken, and without overlaps."""
+        """Positions of the pair's first symbol that other merges have not taken, without overlaps."""
         first, second = divmod(pair, self._base)
         positions: np.ndarray = self._positions[pair]
         positions = positions[self._symbol[positions] == first]
@@ -169,8 +170,8 @@ class _BPETrainer:
     def _grouped(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Group positions by their pairs.
 
-        Returns the pairs, how often each occurs, where its positions begin in the last array, and the positions
-        ordered by pair.
+        Returns the pairs, how often each occurs, where its positions begin in the last array, and the
+        positions ordered by pair.
         """
         keys = self._keys(positions)
         order = np.argsort(keys)

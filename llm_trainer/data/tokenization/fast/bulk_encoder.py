@@ -5,14 +5,15 @@
   tokenizer's own, so nothing depends on how merges are done. Where the pattern is simple enough
   (`ascii_pretokenizer.py`), numpy splits and looks up many texts at once. The surroundings of characters
   beyond ASCII, and texts that have many of them, are split by `pretokenizer.py`, which is exact for all of
-  Unicode. Memory is bounded: beyond `MAX_CACHED_WORDS` words the cache is cleared, and frequent words are soon
-  back.
+  Unicode. Memory is bounded: beyond `MAX_CACHED_WORDS` words the cache is cleared, and frequent words are
+  soon back.
 * Why: 59 to 75 MB/s on one core, where splitting with `re` and looking up in a dictionary reaches 21 (Python
   source and prose). Preparing 1 GB with two workers is 9 times as fast as with `encode_batch_fast` of the
   `tokenizers` library under `datasets.map` (`benchmarks/data_preparation.py`).
-* Must equal: the ids of the `tokenizers` library; `tests/data/tokenization/test_bulk_encoder.py` compares them
-  on random text. In addition, the first texts that a process encodes, up to `VERIFIED_CHARACTERS` characters,
-  are encoded by the library as well; if one id differs, the library encodes everything from then on.
+* Must equal: the ids of the `tokenizers` library; `tests/data/tokenization/test_bulk_encoder.py` compares
+  them on random text. In addition, the first texts that a process encodes, up to `VERIFIED_CHARACTERS`
+  characters, are encoded by the library as well; if one id differs, the library encodes everything from then
+  on.
 * Switch off: LLM_TRAINER_FAST_TOKENIZER=0.
 """
 
@@ -61,7 +62,8 @@ class BulkEncoder:
             backend: The tokenizer, which verifies the first texts.
             pattern: The pattern that splits its words.
             ids_of_word: Encodes one word.
-            requires_nfc: The tokenizer normalizes text to NFC, so texts in another form are left to the library.
+            requires_nfc: The tokenizer normalizes text to NFC, so texts in another form are left to the
+                library.
         """
         self._backend, self._pre_tokenizer, self._requires_nfc = (
             backend,
@@ -186,7 +188,8 @@ def build_bulk_encoder(backend: tokenizers.Tokenizer) -> BulkEncoder | None:
         backend: The tokenizer.
 
     Returns:
-        None if its normalizer or pre-tokenizer is not known here, or if it looks for added tokens in the text.
+        None if its normalizer or pre-tokenizer is not known here, or if it looks for added tokens in the
+        text.
     """
     parts: Mapping[str, Any] = json.loads(backend.to_str())
     normalizer = parts.get("normalizer") or {}

@@ -53,7 +53,10 @@ _FOR_RE = {
     O200K_PATTERN: O200K_PATTERN,
     BERT_PATTERN: r"[^\s\p{P}\p{A}]+|[\p{P}\p{A}]",
 }
-_SPACES = "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"
+_SPACES = (
+    "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006"
+    "\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"
+)
 _ASCII_SYMBOLS = "$+<=>^`|~"  # which BERT counts as punctuation; \p{A} in the patterns here
 _BASIC_PLANE, _PICTOGRAPHS, _ALL = range(0x80, 0x10000), range(0x1F000, 0x1FB00), 0x110000
 # Long s and the Kelvin sign fold into ASCII; the Mongolian separator used to be a space.
