@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # run from a clone without installation
 
-from llm_trainer.cli.main import script
+from llm_trainer.cli.scripts import script
 
 if __name__ == "__main__":
     sys.exit(script("data_prep_tool.py"))

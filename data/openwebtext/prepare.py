@@ -11,7 +11,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parents[1]))  # run from a clone without installation
 
-from llm_trainer.cli.errors import guarded  # noqa: E402
+from llm_trainer.cli.errors import run_with_error_handling  # noqa: E402
 
 
 def main() -> int:
@@ -21,4 +21,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    sys.exit(run_with_error_handling(main))

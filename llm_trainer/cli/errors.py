@@ -1,8 +1,9 @@
-"""The one place where errors become messages: what a user can mend is said in a line or two, with an exit
-status, never as a traceback.
+"""The one place where errors become messages: an error that a user can fix ends in a line or two and an exit
+code.
 
-`LLM_TRAINER_DEBUG=1` shows the traceback as well. An error that no user can mend is a defect of ours: its traceback is
-left to appear, since it is what a report needs.
+`LLM_TRAINER_DEBUG=1` prints the traceback as well. An error that no user can fix is a defect of this package:
+its
+traceback appears, since a bug report needs it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 
-# What the core cannot do without: import name → name to install.
+# The packages that the core needs: import name → name to install.
 CORE_PACKAGES = {
     "torch": "torch",
     "numpy": "numpy",
@@ -39,57 +40,76 @@ CORE_PACKAGES = {
 EXTRAS = {"datasets": "hub", "pyarrow": "formats", "wandb": "wandb", "torchao": "quantize"}
 
 
-def guarded(run: Callable[[], int | None]) -> int:
-    """Call `run` and return an exit status; errors that a user can mend are printed on stderr."""
+def run_with_error_handling(run: Callable[[], int | None]) -> int:
+    """Run a command, and print errors that a user can fix on stderr.
+
+    Args:
+        run: The command; None means exit code 0.
+
+    Returns:
+        The exit code.
+    """
     try:
         return run() or 0
     except KeyboardInterrupt:
-        return _say("interrupted", INTERRUPTED)
-    except BrokenPipeError:  # the reader of our output left, as `| head` does
+        return _print_error("interrupted", INTERRUPTED)
+    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "llm_trainer":
             raise
-        return _say(missing_packages(error.name), 1)
+        return _print_error(missing_packages(error.name), 1)
     except (OSError, MemoryError) as error:
-        return _say(system_message(error), 1)
-    except our_errors() as error:
-        return _say(str(error), error.exit_code)
+        return _print_error(system_message(error), 1)
+    except package_errors() as error:
+        return _print_error(str(error), error.exit_code)
     except RuntimeError as error:
         if "OutOfMemory" not in type(error).__name__ and "can't allocate memory" not in str(error):
             raise
         first = str(error).splitlines()[0]
-        return _say(
-            f"out of memory: {first}\nUse a smaller micro_batch_size, a shorter context, gradient_checkpointing or a smaller model.",
+        return _print_error(
+            f"out of memory: {first}\nUse a smaller micro_batch_size, a shorter context, "
+            "gradient_checkpointing "
+            "or a smaller model.",
             1,
         )
 
 
-def our_errors() -> tuple[type[LLMTrainerError], ...]:
-    """The error classes of ours that can have been raised: none before their module, which needs pydantic, is
-    imported.
-    """
+def package_errors() -> tuple[type[LLMTrainerError], ...]:
+    """The error classes of this package; none before their module, which can be late, is imported."""
     module = sys.modules.get("llm_trainer.errors")
     return (module.LLMTrainerError,) if module is not None else ()
 
 
 def system_message(error: OSError | MemoryError) -> str:
-    """What the operating system refused, in words with a way out."""
+    """What the operating system refused, and what to do about it."""
     if isinstance(error, MemoryError):
-        return "out of memory: use a smaller micro_batch_size, a shorter context or a smaller model"
+        return "out of memory; use a smaller micro_batch_size, a shorter context or a smaller model"
     about = f" ({error.filename})" if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"no space left on the disk{about}; free some, or choose another output_dir. What was saved before is whole."
+        return (
+            f"no space left on the disk{about}; free some, or choose another output_dir. Earlier checkpoints "
+            "are "
+            "intact."
+        )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"not allowed to use {error.filename or 'a file'}: {error.strerror}; change its permissions or choose another folder"
+        return (
+            f"permission denied for {error.filename or 'a file'}: {error.strerror}; change its permissions "
+            "or "
+            "choose another folder"
+        )
     if error.errno == errno.ENOENT:
-        return f"there is no {error.filename}"
+        return f"{error.filename} does not exist"
     return f"{error.strerror or error}{about}"
 
 
 def missing_packages(name: str | None) -> str:
-    """One line: which packages are missing and the command that installs them."""
+    """Which packages are missing, and the command that installs them.
+
+    Args:
+        name: The module that could not be imported.
+    """
     missing = [
         install for module, install in CORE_PACKAGES.items() if importlib.util.find_spec(module) is None
     ]
@@ -102,9 +122,9 @@ def missing_packages(name: str | None) -> str:
     return f"missing: {top}. Install with: pip install {top}"
 
 
-def _say(message: str, status: int) -> int:
+def _print_error(message: str, code: int) -> int:
     sys.stdout.flush()
-    print(f"error: {message}" if status != INTERRUPTED else message, file=sys.stderr)
+    print(f"error: {message}" if code != INTERRUPTED else message, file=sys.stderr)
     if os.environ.get("LLM_TRAINER_DEBUG", "") not in ("", "0"):
         traceback.print_exc()
-    return status
+    return code

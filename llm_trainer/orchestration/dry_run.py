@@ -68,7 +68,8 @@ def dry_run(
         The run at the start and after each entry.
 
     Raises:
-        UsageError: For an entry that cannot be carried out. It names the entry, and the earlier entry that has
+        UsageError: For an entry that cannot be carried out. It names the entry, and the earlier entry that
+            has
             made it impossible, if one has.
     """
     state = ModelState(config, ModelState.from_model(empty_model(config, "meta")).weights, frozen=frozen)
@@ -94,13 +95,15 @@ def dry_run(
 def _after(state: ModelState, operation: Operation, seed: int, data_vocab_size: int) -> ModelState:
     if operation.name in _EXIT_OPERATIONS:
         raise UsageError(
-            "early exits are not implemented in this version (they come with adaptive reasoning); remove the entry"
+            "early exits are not implemented in this version (they come with adaptive reasoning); remove the "
+            "entry"
         )
     if operation.name not in MODEL_OPERATIONS:
         return state
     after = apply_operation(state, operation, seed)
     if after.config.vocab_size < data_vocab_size:
         raise UsageError(
-            f"a vocabulary of {after.config.vocab_size} is too small for the data, which use {data_vocab_size} ids"
+            f"a vocabulary of {after.config.vocab_size} is too small for the data, which use "
+            f"{data_vocab_size} ids"
         )
     return after

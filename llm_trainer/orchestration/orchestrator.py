@@ -1,9 +1,9 @@
 """Carries out a scaling schedule between the steps of a run.
 
-Only the first pending entry can fire: its `trigger_loss` is compared at each validation, whose result all ranks
-share, and its `max_wait_iters` at each step. After it has fired the next entry is considered at once. What has
-fired, and since when the next entry waits, is in the checkpoint; what the operations made of model and run is
-there too, so a resumed run repeats nothing.
+Only the first pending entry can fire: its `trigger_loss` is compared at each validation, whose result all
+ranks share, and its `max_wait_iters` at each step. After it has fired the next entry is considered at once.
+What has fired, and since when the next entry waits, is in the checkpoint; what the operations made of model
+and run is there too, so a resumed run repeats nothing.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class Orchestrator(Callback):
             loss = self._fire(run, operation, why, loss)
 
     def _fire(self, run: TrainingRun, operation: Operation, why: str, loss: float | None) -> float | None:
-        """Carry out an entry, evaluate again if it asks for that, log it; returns the loss that the next entry is
-        judged by.
+        """Carry out an entry, evaluate again if it asks for that, log it; returns the loss that the next
+        entry is judged by.
         """
         start, number, before = time.perf_counter(), len(self.fired) + 1, _num_parameters(run)
         if run.device.type == "cuda":
@@ -111,8 +111,10 @@ class Orchestrator(Callback):
         for number, (then, operation) in enumerate(zip(names, self.schedule, strict=False), 1):
             if then != json.dumps(_identity(operation), sort_keys=True):
                 raise UsageError(
-                    f"entry {number} of the schedule is {operation.name} {operation.value!r}, but this run has "
-                    f"carried out {then} there; leave the entries that were carried out as they were, and change "
+                    f"entry {number} of the schedule is {operation.name} {operation.value!r}, but this run "
+                    "has "
+                    f"carried out {then} there; leave the entries that were carried out as they were, and "
+                    "change "
                     "only later ones"
                 )
         if len(names) > len(self.schedule):
@@ -177,7 +179,8 @@ def _check_needs_no_loss(schedule: Sequence[Operation]) -> None:
             needs = "reevaluate" if operation.reevaluate else f"trigger_loss {operation.trigger_loss:g}"
             instead = "" if operation.reevaluate else " and set max_wait_iters"
             raise UsageError(
-                f"entry {number} of the schedule, {operation.name} {operation.value!r}, has {needs}, but there is "
+                f"entry {number} of the schedule, {operation.name} {operation.value!r}, has {needs}, but "
+                "there is "
                 f"no validation split; prepare the data with val_ratio above 0, or remove it{instead}"
             )
 

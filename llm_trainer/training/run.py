@@ -1,12 +1,12 @@
 """The state of a training that others may see, and the methods that change it.
 
-Callbacks, scaling schedules, spike rollback and diagnostics take a `TrainingRun`, never the `Trainer`, and call
-its methods instead of assigning its fields. All methods are for between two steps, and all ranks call them
-alike.
+Callbacks, scaling schedules, spike rollback and diagnostics take a `TrainingRun`, never the `Trainer`, and
+call its methods instead of assigning its fields. All methods are for between two steps, and all ranks call
+them alike.
 
-What a user has set stays as it is (`resolved.config`, run.json). What operations change while the run trains is
-in `state.overrides`, on top of it, and so in every checkpoint. The shape that a model has grown to is in the
-checkpoint's own config.json, and a resumed run takes it from there.
+What a user has set stays as it is (`resolved.config`, run.json). What operations change while the run trains
+is in `state.overrides`, on top of it, and so in every checkpoint. The shape that a model has grown to is in
+the checkpoint's own config.json, and a resumed run takes it from there.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from llm_trainer.training.checkpoint.atomic_fs import copy_checkpoint
 from llm_trainer.training.checkpoint.checkpoint_policy import CheckpointPolicy, best_model_of, build_store
 from llm_trainer.training.checkpoint.resume import data_identity, read_resumption
 from llm_trainer.training.checkpoint.store import (
+    CheckpointData,
     CheckpointStore,
     Progress,
-    Snapshot,
     restore,
-    restore_generators,
+    restore_rng_state,
     write_run_file,
 )
 from llm_trainer.training.engines.autotune import TuneResult, WorkLeft
@@ -266,7 +266,7 @@ class TrainingRun:
         is_resumed = self.resolved.checkpoint is not None
         self.metrics_tracker = self._open_metrics(self.state.step if is_resumed else None)
         if self.resolved.checkpoint is not None:
-            restore_generators(self.resolved.checkpoint, self.process_group)
+            restore_rng_state(self.resolved.checkpoint, self.process_group)
         self._started = time.monotonic()
 
     def _tune(self, cache_dir: Path | None) -> TuneResult:
@@ -290,7 +290,7 @@ class TrainingRun:
 
     def close(self) -> None:
         """Stop threads and close files, at the run's end or after an error."""
-        if problem := self.store.leave(self.process_group):
+        if problem := self.store.close(self.process_group):
             self.log(problem)
         if self._micro_batches is not None:
             self._micro_batches.close()
@@ -334,7 +334,7 @@ class TrainingRun:
         self._restore(checkpoint, lr_on_resume)
         self.state = replace(self.state, seconds=now.seconds, precision=now.precision, compile=now.compile)
         self.engine.precision.load_state_dict(self._scaler)
-        restore_generators(checkpoint, self.process_group)
+        restore_rng_state(checkpoint, self.process_group)
         self.outcomes = Outcomes(self.training, self.log)
         self.metrics_tracker.close()
         self._begin_in_run_dir(self.state.step)
@@ -347,8 +347,8 @@ class TrainingRun:
         self._open_batches()
 
     def _restore(self, checkpoint: Path, lr_on_resume: str | None) -> list[str]:
-        """Take shape, weights, optimizers, state, batches and callbacks from a checkpoint; returns the lines to
-        print. What the settings say is compared, whatever operations have changed since.
+        """Take shape, weights, optimizers, state, batches and callbacks from a checkpoint; returns the lines
+        to print. What the settings say is compared, whatever operations have changed since.
         """
         training = self.training.model_copy(update={"lr_on_resume": lr_on_resume})
         resumption = read_resumption(
@@ -480,14 +480,15 @@ class TrainingRun:
         return self._find_batches(limits, fraction or self.training.memory_target_fraction)
 
     def retry_with_smaller_batches(self, error: OutOfMemory) -> None:
-        """After a step that ran out of memory and changed nothing: save an emergency checkpoint and divide the
-        step into smaller micro-batches.
+        """After a step that ran out of memory and changed nothing: save an emergency checkpoint and divide
+        the step into smaller micro-batches.
 
         Args:
             error: What the step raised.
 
         Raises:
-            OutOfMemory: If the micro-batch is a single sequence already, or if the ranks could not agree. Then
+            OutOfMemory: If the micro-batch is a single sequence already, or if the ranks could not agree.
+                Then
                 a run that is resumed, as torchrun's restarts do, takes the smaller one.
         """
         smaller = smaller_micro_batch(self.batches, error)
@@ -502,7 +503,8 @@ class TrainingRun:
         if self.state.step:
             self.save(emergency=True)
         self.log(
-            f"step {self.state.step + 1}: {error}; retrying with micro_batch_size {smaller.micro_batch_size} × "
+            f"step {self.state.step + 1}: {error}; retrying with micro_batch_size {smaller.micro_batch_size} "
+            "× "
             f"{smaller.gradient_accumulation_steps} micro-batches, which is the same step"
         )
         self._divide(smaller.micro_batch_size)
@@ -536,8 +538,8 @@ class TrainingRun:
         self.engine.expect_other_memory()
 
     def _settle_batch_size(self) -> None:
-        """Before the first step: find the micro-batch that fits where the settings ask for it, unless a resumed
-        run or the note of an attempt that ran out of memory knows it.
+        """Before the first step: find the micro-batch that fits where the settings ask for it, unless a
+        resumed run or the note of an attempt that ran out of memory knows it.
         """
         if self.training.eval_only:
             return
@@ -546,7 +548,8 @@ class TrainingRun:
         if noted is not None:
             self._divide(noted)
             self.log(
-                f"Using micro_batch_size {noted}: the last run ran out of memory at {was}. Set micro_batch_size to "
+                f"Using micro_batch_size {noted}: the last run ran out of memory at {was}. Set "
+                "micro_batch_size to "
                 "override."
             )
         elif bounds is not None and self.state.overrides.micro_batch_size is None:
@@ -578,7 +581,9 @@ class TrainingRun:
         return finder.find(self.batches, bounds, fraction, self.state.samples)
 
     def _divide(self, micro_batch_size: int) -> None:
-        """Divide the step into micro-batches of this size, in the state too, so that a resumed run does the same."""
+        """Divide the step into micro-batches of this size, in the state too, so that a resumed run does the
+        same.
+        """
         self.state.overrides = replace(
             self.state.overrides,
             micro_batch_size=micro_batch_size,
@@ -666,7 +671,7 @@ class TrainingRun:
         if self.state.between_steps_pending:
             self.state.between_steps_pending = False
             last = self.state.last_validation_loss
-            self.call_between_steps(None if last is None else ValidationResult.of_loss(last))
+            self.call_between_steps(None if last is None else ValidationResult.from_loss(last))
 
     def mixture_metrics(self) -> dict[str, float]:
         """Fractions of each corpus since the last call."""
@@ -696,7 +701,7 @@ class TrainingRun:
 
     # Checkpoints.
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> CheckpointData:
         """The run as it is now, to be saved."""
         self.outcomes.flush(self.state)
         self.state.seconds = self.seconds
@@ -710,7 +715,7 @@ class TrainingRun:
             "data": data_identity(self.train_dataset, self.sampler),
         }
         model, optimizers = self.engine.saved_objects()
-        return Snapshot(model, optimizers, state, self.config, self.tokenizer, self.process_group)
+        return CheckpointData(model, optimizers, state, self.config, self.tokenizer, self.process_group)
 
     def save(self, *, emergency: bool = False, ephemeral: bool = False) -> None:
         """Save a checkpoint now.
@@ -753,7 +758,7 @@ class TrainingRun:
             if path.name not in (BEST_MODEL, FINAL_MODEL):
                 for callback in self.callbacks:
                     callback.on_checkpoint(self, path)
-        for line in self.store.remote.news() if self.store.remote is not None else []:
+        for line in self.store.remote.take_messages() if self.store.remote is not None else []:
             self.log(line)
 
     def finish_saves(self) -> None:
@@ -805,7 +810,7 @@ class TrainingRun:
             self.log(f"skipping {best}: {'; '.join(problems[:3])}")
             return ""
         if self.store.remote is not None:
-            self.store.remote.upload_later(BEST_MODEL)
+            self.store.remote.queue_upload(BEST_MODEL)
         return str(target)
 
 

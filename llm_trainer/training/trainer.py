@@ -16,6 +16,7 @@ from pathlib import Path
 from rich.console import Console
 
 from llm_trainer.config import DataConfig, ModelConfig, RunConfig, TrainingConfig, UsageError
+from llm_trainer.data.prepared_dataset import check_vocabulary
 from llm_trainer.data.token_shards import TokenDataset
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
 from llm_trainer.distributed.process_group import ProcessGroup
@@ -71,8 +72,9 @@ class Trainer:
     The short form needs three things: `Trainer(model_config, training_config, train_dataset).train()`.
 
     Args:
-        model: The model, or the shape of a new one, whose weights are seeded by `training.seed` and whose
-            vocabulary must hold the dataset's.
+        model: The model, or the shape of a new one. The weights of a new one are seeded by `training.seed`,
+            and
+            its vocabulary is the dataset's unless it is set.
         config: What to do: a TrainingConfig, all sections (RunConfig), or a run that is resolved already.
         train_dataset: The training split.
         eval_dataset: The validation split; without one the run does not validate.
@@ -247,7 +249,7 @@ class Trainer:
         tokens = int(run.process_group.all_reduce_sum([supervised])[0])
         factor, sequences = run.lr_factor, run.sequences_per_step
         try:
-            result: StepResult = run.engine.step(batches, tokens, rate_factor=factor, index=state.step)
+            result: StepResult = run.engine.step(batches, tokens, lr_factor=factor, index=state.step)
         except OutOfMemory as error:
             run.retry_with_smaller_batches(error)
             return False
@@ -302,7 +304,7 @@ class Trainer:
         assert last is not None
         metrics = {
             "loss": loss,
-            "learning_rate": run.training.learning_rate * last.rate_factor,
+            "learning_rate": run.training.learning_rate * last.lr_factor,
             "gradient_norm": float(last.gradient_norm),
             "tokens": float(run.state.tokens),
             **run.meter.read(),
@@ -353,6 +355,9 @@ def _resolve(
     elif data_config is not None:
         raise UsageError("data_config is given twice: a RunConfig has a section data already; leave one out")
     if isinstance(model, ModelConfig):
+        if not model.is_set("vocab_size"):
+            model = model.model_copy(update={"vocab_size": train_dataset.vocab_size})
+        check_vocabulary(train_dataset, model.vocab_size)
         model = build_model(model, config.training.seed)
     quiet = console or Console(stderr=True, quiet=not process_group.is_main)
     settings, checkpoint = resolve_config(

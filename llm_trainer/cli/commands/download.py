@@ -1,4 +1,4 @@
-"""`llm-trainer download` and `scripts/download_datasets.py`: data sets of the catalogue onto the disk."""
+"""`llm-trainer download` and `scripts/download_datasets.py`: download datasets of the catalog."""
 
 from __future__ import annotations
 
@@ -18,34 +18,37 @@ if TYPE_CHECKING:
 
 
 class DownloadOptions(Section):
-    """Which data sets, and how they are kept."""
+    """Which datasets, and in which format."""
 
-    datasets: list[str] = setting(list, "names from the list, or all; none: the small ones, 1.5 GB together")
-    show_list: bool = setting(False, "print what there is, and leave", aliases=("list",))
+    datasets: list[str] = setting(
+        list, "Names of datasets, or all (default: the small ones, 1.5 GB in total)."
+    )
+    show_list: bool = setting(False, "Print the list of datasets and exit.", aliases=("list",))
     save_format: Literal["parquet", "jsonl", "txt"] = setting(
         "parquet",
-        "of the files that are written; txt: a document a line, its own line breaks as spaces",
+        "Format of the files. txt has one document per line, with its line breaks as spaces.",
         aliases=("format",),
     )
     output_dir: str = setting(
-        "data/raw", "each data set gets a folder of its name in it", aliases=("output",)
+        "data/raw", "Folder in which each dataset gets a folder of its name.", aliases=("output",)
     )
     input: str | None = setting(
         None,
-        "a folder with the original files, in place of the network; for several data sets, one that has a folder of each one's name",
+        "Folder with the original files, to use instead of the network. For several datasets it "
+        "has a folder for each.",
     )
 
 
 DOWNLOAD = CommandSpec(
     "scripts/download_datasets.py",
-    "Fetch data sets of the catalogue, to parquet, jsonl or txt. What breaks off goes on from there the next time.",
+    "Download datasets of the catalog as parquet, jsonl or txt. An interrupted download is resumed.",
     (),
     options=DownloadOptions,
 )
 
 
 def run(argv: list[str]) -> int:
-    """Fetch what was named; data sets that cannot be had are told at the end, with exit status 1."""
+    """Download the datasets; those that failed are listed at the end, with exit code 1."""
     loaded = parse_command(DOWNLOAD, argv)
     if loaded is None:
         return 0
@@ -57,7 +60,7 @@ def run(argv: list[str]) -> int:
     if options.show_list:
         print(
             "\n".join(
-                described(name, row)
+                format_dataset(name, row)
                 for name, row in (rows if options.datasets else select_datasets(["all"])).items()
             )
         )
@@ -66,10 +69,11 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def described(name: str, row: DatasetEntry) -> str:
-    """A data set in two lines."""
+def format_dataset(name: str, row: DatasetEntry) -> str:
+    """A dataset in two lines, as `--list` prints it."""
     size = f"{row.gigabytes:.0f} GB" if row.gigabytes >= 1 else f"{row.gigabytes * 1000:.0f} MB"
-    return f"{name} ({size}, {row.licence}){', fetched where none is named' if row.is_small else ''}\n  {row.about}; {row.page}"
+    default = ", downloaded by default" if row.is_small else ""
+    return f"{name} ({size}, {row.licence}){default}\n  {row.about}; {row.page}"
 
 
 def _fetch(rows: dict[str, DatasetEntry], options: DownloadOptions, console: Console) -> None:
@@ -81,13 +85,13 @@ def _fetch(rows: dict[str, DatasetEntry], options: DownloadOptions, console: Con
     for name, row in rows.items():
         try:
             given = _given(name, options, len(rows))
-            _tell(
+            _print_result(
                 name,
                 fetch_dataset(name, row, output, options.save_format, local_copy=given, console=console),
                 console,
             )
         except NoConnectionError as error:
-            raise DataError("\n".join([*failed, str(error)])) from None  # nor will the others be reached
+            raise DataError("\n".join([*failed, str(error)])) from None  # the others cannot be reached either
         except DataError as error:
             failed.append(str(error))
     if failed:
@@ -99,7 +103,7 @@ def _fetch(rows: dict[str, DatasetEntry], options: DownloadOptions, console: Con
 
 
 def _given(name: str, options: DownloadOptions, number: int) -> Path | None:
-    """Where the originals of one data set lie, if a folder was given."""
+    """The folder with the original files of a dataset, if one was given."""
     if options.input is None:
         return None
     place = Path(options.input)
@@ -107,21 +111,25 @@ def _given(name: str, options: DownloadOptions, number: int) -> Path | None:
         return place / name
     if number > 1:
         raise DataError(
-            f"{place} has no folder {name}; with several data sets each has one there, with one the folder itself is read"
+            f"{place} has no folder {name}; with several datasets each needs a folder of its name there, "
+            "with one dataset "
+            f"the files are read from {place} itself"
         )
     return place
 
 
-def _tell(name: str, collected: FetchedDataset, console: Console) -> None:
+def _print_result(name: str, collected: FetchedDataset, console: Console) -> None:
     saved = collected.saved
     if saved is None:
         console.print(
-            f"{name}: {collected.folder} is there already (from {collected.source}); remove it to fetch it again",
+            f"{name}: {collected.folder} exists already (from {collected.source}); remove it to download it "
+            "again",
             markup=False,
         )
         return
     rejected = ", ".join(f"{count} {reason}" for reason, count in sorted(saved.rejected.items()))
-    documents = f"{saved.kept + saved.rejected.total()} documents in = {saved.kept} kept + {saved.rejected.total()} rejected"
+    lost = saved.rejected.total()
+    documents = f"{saved.kept + lost} documents in = {saved.kept} kept + {lost} rejected"
     console.print(
         f"{name}: {documents}{f' ({rejected})' if rejected else ''}, {saved.size / 1e6:.2f} MB of text",
         markup=False,
@@ -129,7 +137,7 @@ def _tell(name: str, collected: FetchedDataset, console: Console) -> None:
     for example in saved.examples:
         console.print(f"  rejected: {example}", markup=False)
     if saved.broken_lines:
-        lost = f"{saved.broken_lines} documents had line breaks, which a line of txt cannot hold: they are spaces now"
+        lost = f"{saved.broken_lines} documents had line breaks, which became spaces"
         console.print(f"  {lost}; parquet and jsonl keep them", markup=False)
     files = f"{len(saved.files)} files" if len(saved.files) > 1 else saved.files[0]
     console.print(f"  wrote {collected.folder}: {files}, from {collected.source}", markup=False)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from llm_trainer.cli.scripts import EVALUATE, EVALUATE_ENHANCED, EVALUATE_L1, EvaluateOptions
 from llm_trainer.cli.setup.parse_command import new_console, parse_command
+from llm_trainer.cli.specs import EVALUATE, EVALUATE_ENHANCED, EVALUATE_L1, EvaluateOptions
 from llm_trainer.config import UsageError
 from llm_trainer.config.parse.command import CommandSpec
 
@@ -27,7 +27,15 @@ def l1(argv: list[str]) -> int:
 
 
 def evaluate(spec: CommandSpec, argv: Sequence[str]) -> int:
-    """Score one door's model on its data and print the result; returns the exit status."""
+    """Evaluate a model on a text and print the result.
+
+    Args:
+        spec: The command or script.
+        argv: Its arguments.
+
+    Returns:
+        The exit code.
+    """
     loaded = parse_command(spec, argv)
     if loaded is None:
         return 0
@@ -35,12 +43,13 @@ def evaluate(spec: CommandSpec, argv: Sequence[str]) -> int:
     inference, own = loaded.config.inference, loaded.options
     if inference.model is None:
         raise UsageError(
-            "no model is named: give --model with a run folder, a checkpoint or the name of a model on the hub"
+            "no model is named; give --model with a run folder, a checkpoint or the name of a model on the "
+            "hub"
         )
     if own.data is None:
-        raise UsageError("nothing to evaluate on: give --data with a text file or a prepared folder")
+        raise UsageError("no data is named; give --data with a text file or a prepared folder")
     if not Path(own.data).exists():
-        raise UsageError(f"there is no {own.data}; give --data with a text file or a prepared folder")
+        raise UsageError(f"{own.data} does not exist; give --data with a text file or a prepared folder")
     from rich.progress import Progress
 
     from llm_trainer.cli.setup.run_summary import format_validation

@@ -1,9 +1,8 @@
-"""`llm-trainer adapter MODEL`: a model's low-rank adapters as a folder of PEFT's, or folded into its matrices
-as a plain model.
+"""`llm-trainer export-adapter MODEL`: writes a LoRA adapter as a PEFT folder, or merges it into the model.
 
-An adapter is worth something over its own base alone. So the base that the folder names is compared with the
-weights under the adapter, tensor by tensor, unless it was said outright; where they have been trained too,
-the base is to be written beside it.
+An adapter is only useful with its own base. So the base that the PEFT folder names is compared with the
+weights under the adapter, tensor by tensor, unless `--base` names it. Where the base was trained too, it has
+to be written with `--base_output`.
 """
 
 from __future__ import annotations
@@ -11,8 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_trainer.cli.scripts import ADAPTER, AdapterOptions
 from llm_trainer.cli.setup.parse_command import parse_command
+from llm_trainer.cli.specs import EXPORT_ADAPTER, AdapterOptions
 from llm_trainer.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
@@ -20,23 +19,24 @@ if TYPE_CHECKING:
 
 
 def run(argv: list[str]) -> int:
-    """Write what was asked for and say where it is."""
-    loaded = parse_command(ADAPTER, argv)
+    """Write the adapter or the merged model, and print where; returns the exit code."""
+    loaded = parse_command(EXPORT_ADAPTER, argv)
     if loaded is None:
         return 0
     assert isinstance(loaded.options, AdapterOptions)
     own, inference = loaded.options, loaded.config.inference
     if inference.model is None:
         raise UsageError(
-            "no model is named: give --model with a run folder, a checkpoint or the name of a model on the hub"
+            "no model is named; give --model with a run folder, a checkpoint or the name of a model on the "
+            "hub"
         )
     for folder in (own.merged_output, own.base_output, own.output if own.merged_output is None else None):
-        _refuse_filled(folder)
+        _check_empty(folder)
     from llm_trainer.inference.load_model import load_transformer, resolve_model
 
     source = resolve_model(inference.model)
     model = load_transformer(source)
-    name = chosen_adapter(model, inference.adapter)
+    name = select_adapter(model, inference.adapter)
     if own.merged_output is not None:
         _write_merged(model, name, source, Path(own.merged_output))
     else:
@@ -44,33 +44,40 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def chosen_adapter(model: Transformer, said: str | None) -> str:
-    """The set that is meant: by its name, read from a folder of PEFT's, or the only one that counts. Raises
-    UsageError where it is none.
+def select_adapter(model: Transformer, requested: str | None) -> str:
+    """The adapter to export: by its name, from a PEFT folder, or the only active one.
+
+    Args:
+        model: The model. An adapter from a PEFT folder is loaded into it.
+        requested: What `--adapter` says.
+
+    Returns:
+        The adapter's name in the model.
+
+    Raises:
+        UsageError: If there is no such adapter, or several to choose from.
     """
     from llm_trainer.model.adapters.lora import active_adapters
     from llm_trainer.model.interop.peft_format import is_adapter_folder, load_adapter
 
     known = list(model.config.lora)
-    meant = active_adapters(model) or known
-    if said is None and len(meant) == 1:
-        return meant[0]
-    if said is not None and said not in known and is_adapter_folder(said):
-        load_adapter(model, said, "folder")
+    candidates = active_adapters(model) or known
+    if requested is None and len(candidates) == 1:
+        return candidates[0]
+    if requested is not None and requested not in known and is_adapter_folder(requested):
+        load_adapter(model, requested, "folder")
         return "folder"
-    if said in known:
-        return said
-    there = (
-        f"those that it has: {', '.join(known)}"
+    if requested in known:
+        return requested
+    if requested is None and known:
+        raise UsageError(f"the model has several adapters ({', '.join(known)}); choose one with --adapter")
+    available = (
+        f"it has {', '.join(known)}"
         if known
-        else "it has none; train with --attn_lora_rank, or name a folder of PEFT's"
+        else "it has none; train with --attn_lora_rank, or name a PEFT folder"
     )
-    wanted = (
-        "several adapters, of which --adapter names one"
-        if said is None and known
-        else f"no adapter{f' {said!r}' if said else ''}"
-    )
-    raise UsageError(f"the model has {wanted}; {there}")
+    name = "adapter" if requested is None else f"adapter {requested!r}"
+    raise UsageError(f"the model has no {name}; {available}")
 
 
 def _write_merged(model: Transformer, name: str, source: Path, folder: Path) -> None:
@@ -78,7 +85,7 @@ def _write_merged(model: Transformer, name: str, source: Path, folder: Path) -> 
 
     merge_lora(model, [name], restart=False)
     _write_plain(model, source, folder)
-    print(f"{folder}: the model with {name!r} in its matrices")
+    print(f"wrote {folder}: the model with adapter {name!r} merged")
 
 
 def _write_adapter(model: Transformer, name: str, source: Path, own: AdapterOptions) -> None:
@@ -88,12 +95,12 @@ def _write_adapter(model: Transformer, name: str, source: Path, own: AdapterOpti
     save_adapter(model, own.output, name, base=base)
     if own.base_output is not None:
         _write_plain(model, source, Path(own.base_output))
-        print(f"{own.base_output}: the model without adapters")
-    print(f"{own.output}: adapter {name!r} over {base}")
+        print(f"wrote {own.base_output}: the model without adapters")
+    print(f"wrote {own.output}: adapter {name!r} for {base}")
 
 
 def _write_plain(model: Transformer, source: Path, folder: Path) -> None:
-    """The model without (further) adapters, with its tokenizer where there is one."""
+    """Write the model without adapters, with its tokenizer if it has one."""
     from llm_trainer.data.tokenization.tokenizer import TOKENIZER_FILE, Tokenizer
     from llm_trainer.model.adapters.lora import remove_adapters
     from llm_trainer.model.hf.checkpoint import save_pretrained
@@ -107,27 +114,26 @@ def _write_plain(model: Transformer, source: Path, folder: Path) -> None:
 
 
 def _base_of(model: Transformer, source: Path) -> str:
-    """What the run of a checkpoint began from, where that is what lies under its adapters still. Raises
-    UsageError where it is not.
+    """The model that a checkpoint's run started from, if the weights under the adapter are still the same.
+
+    Raises UsageError if they are not.
     """
     from llm_trainer.config.saved_run import read_run_config
 
-    way_out = "write the base too with --base_output FOLDER, or name what peft shall open with --base"
+    instead = "write the base too with --base_output FOLDER, or name it with --base"
     try:
-        began = read_run_config(source).training.init_from
+        source_model = read_run_config(source).training.init_from
     except CheckpointError as error:
-        raise UsageError(f"what lies under the adapter is not known ({error}); {way_out}") from error
-    if began in ("scratch", "resume"):
-        raise UsageError(f"the run names no pretrained weights that lie under its adapter; {way_out}")
-    if (other := _differs(model, began)) is not None:
-        raise UsageError(
-            f"{other} under the adapter is not that of {began}, which the run began from; {way_out}"
-        )
-    return began
+        raise UsageError(f"the base of the adapter is not known ({error}); {instead}") from error
+    if source_model in ("scratch", "resume"):
+        raise UsageError(f"the run did not start from pretrained weights; {instead}")
+    if (other := _differs(model, source_model)) is not None:
+        raise UsageError(f"{other} differs from {source_model}, which the run started from; {instead}")
+    return source_model
 
 
 def _differs(model: Transformer, base: str) -> str | None:
-    """The first tensor that is another than the base's; None where all are the same."""
+    """The first tensor that differs from the base's; None if all are equal."""
     import torch
 
     from llm_trainer.inference.load_model import load_transformer, resolve_model
@@ -145,8 +151,8 @@ def _differs(model: Transformer, base: str) -> str | None:
     )
 
 
-def _refuse_filled(folder: str | None) -> None:
-    """Raises UsageError for a folder with files in it, unless they are an adapter of before."""
+def _check_empty(folder: str | None) -> None:
+    """Raises UsageError for a folder with files in it, unless they are an earlier adapter."""
     from llm_trainer.model.interop.peft_format import is_adapter_folder
 
     if (
@@ -155,4 +161,4 @@ def _refuse_filled(folder: str | None) -> None:
         and any(Path(folder).iterdir())
         and not is_adapter_folder(folder)
     ):
-        raise UsageError(f"{folder} holds files already; give a new folder")
+        raise UsageError(f"{folder} is not empty; give a new folder")

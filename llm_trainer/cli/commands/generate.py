@@ -1,4 +1,4 @@
-"""`llm-trainer generate`, `generate.py`, `scripts/generate.py` and nanoGPT's `sample.py`: text from a model."""
+"""`llm-trainer generate`, `generate.py`, `scripts/generate.py` and `sample.py`: text from a model."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_trainer.cli.scripts import GENERATE, GENERATE_ENHANCED, GENERATE_L1, SAMPLE, SampleOptions
 from llm_trainer.cli.setup.parse_command import parse_command
+from llm_trainer.cli.specs import GENERATE, GENERATE_ENHANCED, GENERATE_L1, SAMPLE, SampleOptions
 from llm_trainer.config import GenerationConfig, UsageError
 from llm_trainer.config.parse.command import CommandSpec, LoadedRun
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from llm_trainer.inference.engine import LanguageModel
 
 FROM_FILE = "FILE:"
-RULE = "-" * 15  # between samples, as nanoGPT prints it
+RULE = "-" * 15  # between samples, as in nanoGPT
 
 
 def run(argv: list[str]) -> int:
@@ -40,13 +40,21 @@ def sample(argv: list[str]) -> int:
 
 
 def generate(spec: CommandSpec, argv: Sequence[str]) -> int:
-    """Draw what one door's settings say and print prompt and text; returns the exit status."""
+    """Continue a prompt and print it.
+
+    Args:
+        spec: The command or script.
+        argv: Its arguments.
+
+    Returns:
+        The exit code.
+    """
     loaded = parse_command(spec, argv)
     if loaded is None:
         return 0
     config = loaded.config
     source = model_source(loaded)
-    prompt = prompt_text(config.inference.prompt)
+    prompt = read_prompt(config.inference.prompt)
     from llm_trainer.inference.load_model import load_model
 
     inference = config.inference
@@ -58,38 +66,55 @@ def generate(spec: CommandSpec, argv: Sequence[str]) -> int:
 
 
 def model_source(loaded: LoadedRun) -> str:
-    """Which model is meant; raises UsageError where none is named."""
+    """The model that the settings name.
+
+    Raises:
+        UsageError: If there is none.
+    """
     own = loaded.options
     if isinstance(own, SampleOptions) and loaded.config.inference.model is None:
         return own.out_dir if own.init_from == "resume" else own.init_from
     if loaded.config.inference.model is None:
         raise UsageError(
-            "no model is named: give --model with a run folder, a checkpoint or the name of a model on the hub"
+            "no model is named; give --model with a run folder, a checkpoint or the name of a model on the "
+            "hub"
         )
     return loaded.config.inference.model
 
 
-def prompt_text(said: str | None) -> str:
-    """The prompt itself; `FILE:path` reads it from a file. Raises UsageError for a missing prompt or file."""
-    if said is None:
-        raise UsageError("no prompt: give --prompt TEXT, or --prompt FILE:path")
-    if not said.startswith(FROM_FILE):
-        return said
-    path = Path(said.removeprefix(FROM_FILE))
+def read_prompt(prompt: str | None) -> str:
+    """The prompt's text.
+
+    Args:
+        prompt: The text, or `FILE:path` to read it from a file.
+
+    Raises:
+        UsageError: If there is no prompt, or the file is missing or not UTF-8.
+    """
+    if prompt is None:
+        raise UsageError("no prompt; give --prompt TEXT, or --prompt FILE:path")
+    if not prompt.startswith(FROM_FILE):
+        return prompt
+    path = Path(prompt.removeprefix(FROM_FILE))
     if not path.is_file():
-        raise UsageError(f"there is no prompt file {path}")
+        raise UsageError(f"the prompt file {path} does not exist")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not utf-8 (byte {error.start}); save it as utf-8") from None
+        raise UsageError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
 
 
 def print_samples(model: LanguageModel, prompt: str, settings: GenerationConfig) -> None:
-    """Print each sample after its prompt: a single one as it is drawn, several from one batch, a rule after
-    each as nanoGPT has it.
+    """Print each sample after its prompt: a single one while it is generated, several as a batch with a line
+    after each, as nanoGPT does.
+
+    Args:
+        model: The model.
+        prompt: The prompt.
+        settings: How to sample.
     """
     if settings.num_samples == 1 and settings.stream:
-        pieces = model.stream(prompt, settings)  # what is wrong with the prompt is said before it is echoed
+        pieces = model.stream(prompt, settings)  # raises for a bad prompt before it is printed
         sys.stdout.write(prompt)
         for piece in pieces:
             sys.stdout.write(piece)

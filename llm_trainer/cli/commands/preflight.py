@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llm_trainer.cli.scripts import DEBUG_MEMORY, PREFLIGHT, MemoryOptions, PreflightOptions
 from llm_trainer.cli.setup.parse_command import new_console, parse_command
+from llm_trainer.cli.specs import DEBUG_MEMORY, PREFLIGHT, MemoryOptions, PreflightOptions
 from llm_trainer.config import TrainingConfig, UsageError
-from llm_trainer.config.resolve.batch_size import BatchPlan, divisions, micro_batch_bounds, resolve_batches
+from llm_trainer.config.resolve.batch_size import BatchPlan, divisions
 from llm_trainer.config.resolve.parallelism import ParallelPlan
 
 if TYPE_CHECKING:
@@ -40,16 +40,10 @@ def run(argv: list[str]) -> int:
     shape, training, own = loaded.config.model, loaded.config.training, loaded.options
     if is_pretrained(training.init_from):
         shape = pretrained_model_config(training.init_from, shape, training.adapter_from)
-    replicas = training.data_parallel or 1
-    batches, bounds = resolve_batches(training, replicas * training.fsdp), micro_batch_bounds(loaded.config)
+    assert loaded.settings is not None, "preflight resumes no run"
+    plan, batches = loaded.settings.plan, loaded.settings.batches
+    bounds = loaded.settings.micro_batch_bounds
     limit = int(own.memory_gb * GIGABYTE) if own.memory_gb is not None else _free_memory()
-    plan = ParallelPlan(
-        replicas,
-        training.fsdp,
-        training.tensor_parallel,
-        training.pipeline_parallel,
-        training.context_parallel,
-    )
     available = limit * (1 - MEMORY_RESERVE_FRACTION)
     for candidate in [batches] if bounds is None else divisions(batches, bounds):
         batches = candidate  # the first that fits, or the last

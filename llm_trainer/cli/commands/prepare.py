@@ -1,12 +1,12 @@
-"""`llm-trainer prepare`, `data_prep_tool.py` and `scripts/prepare_data.py`: text → a prepared folder."""
+"""`llm-trainer prepare`, `data_prep_tool.py`, `scripts/prepare_data.py`: turn text into prepared data."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llm_trainer.cli.scripts import PREPARE, PREPARE_FRAMEWORK, PREPARE_SPLITS
 from llm_trainer.cli.setup.build_dataset import prepared_dir
 from llm_trainer.cli.setup.parse_command import new_console, parse_command
+from llm_trainer.cli.specs import PREPARE, PREPARE_FRAMEWORK, PREPARE_SPLITS
 from llm_trainer.config.parse.command import CommandSpec
 
 
@@ -26,8 +26,15 @@ def splits(argv: list[str]) -> int:
 
 
 def prepare(spec: CommandSpec, argv: Sequence[str], *, with_texts: bool = False) -> int:
-    """Prepare what one door's settings name (with the splits as texts too), and print what came of it and
-    what to type next.
+    """Prepare data, and print a summary and the next command.
+
+    Args:
+        spec: The command or script.
+        argv: Its arguments.
+        with_texts: Also write the splits as text files.
+
+    Returns:
+        The exit code.
     """
     loaded = parse_command(spec, argv)
     if loaded is None:
@@ -37,7 +44,7 @@ def prepare(spec: CommandSpec, argv: Sequence[str], *, with_texts: bool = False)
 
     data = loaded.config.data
     if data.dataset_name is not None and not data.is_set("input"):
-        data.input = None  # a door's default folder gives way to a data set that was said
+        data = data.model_copy(update={"input": None})  # a dataset that is named overrides the default folder
     folder = prepared_dir(data)
     console = new_console()
     summary = prepare_dataset(data, folder, console=console, with_texts=with_texts)

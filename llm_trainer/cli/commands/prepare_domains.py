@@ -1,6 +1,4 @@
-"""`llm-trainer domains` and `scripts/prepare_domain_datasets.py`: data sets by domain, or the list of those
-that are known.
-"""
+"""`llm-trainer prepare-domains` and `scripts/prepare_domain_datasets.py`: prepare datasets by domain."""
 
 from __future__ import annotations
 
@@ -29,24 +27,25 @@ BUILTIN = Path("data/domain_builtin")
 
 
 class DomainOptions(DomainBridge):
-    """What a domain bridge file says, and two ways to do without one."""
+    """The settings of a domain bridge file, and two options that need no file."""
 
-    list_loaders: bool = setting(False, "print the loaders that there are, and leave")
+    list_loaders: bool = setting(False, "Print the available loaders and exit.")
     builtin: bool = setting(
-        False, "the built-in domains in place of data sets: no network, no files", aliases=("built_in",)
+        False, "Use the built-in domains instead of datasets; they need no network.", aliases=("built_in",)
     )
 
 
 DOMAINS = CommandSpec(
     "scripts/prepare_domain_datasets.py",
-    f"Data sets by domain → splits, terms, one tokenizer, and a mixture to train on. {BRIDGE_FILE} is a file to start from.",
+    f"Turn datasets by domain into splits, vocabulary lists, one tokenizer and a mixture to train on. "
+    f"{BRIDGE_FILE} is an example.",
     (),
     options=DomainOptions,
 )
 
 
 def run(argv: list[str]) -> int:
-    """Prepare what the bridge file and the flags over it say; returns the exit status."""
+    """Prepare the domains of the bridge file and the flags; returns the exit code."""
     with suggest_help(DOMAINS):
         line = parse_args(argv, DOMAINS.names())
     if line.help or line.help_all:
@@ -58,7 +57,7 @@ def run(argv: list[str]) -> int:
     own = {name: bool(flags.pop(name, False)) for name in ("list_loaders", "builtin")}
     bridge = _bridge(line, flags)
     if own["list_loaders"]:
-        print("\n\n".join(described(name, row) for name, row in bridge.all_loaders().items()))
+        print("\n\n".join(format_loader(name, row) for name, row in bridge.all_loaders().items()))
         return 0
     if line.explain:
         print("\n".join(f"{name} = {getattr(bridge, name)!r}" for name in DomainBridge.model_fields))
@@ -69,7 +68,8 @@ def run(argv: list[str]) -> int:
 def _bridge(line: ParsedArgs, flags: dict[str, object]) -> DomainBridge:
     if line.positional:
         raise UsageError(
-            f"{DOMAINS.name} does not know what to do with {line.positional[0]!r}; a bridge file is given as --config FILE"
+            f"unexpected argument {line.positional[0]!r} of {DOMAINS.name}; a bridge file is given as "
+            "--config FILE"
         )
     values: dict[str, object] = {}
     for name in line.files:
@@ -83,7 +83,9 @@ def _bridge(line: ParsedArgs, flags: dict[str, object]) -> DomainBridge:
 def _prepare(bridge: DomainBridge, builtin: bool) -> int:
     if not bridge.loaders and not builtin:
         raise UsageError(
-            f"no loaders are named: give --config FILE ({BRIDGE_FILE} is one), or --builtin for domains without a network"
+            f"no loaders are named; give --config FILE ({BRIDGE_FILE} is an example), or --builtin for "
+            "domains that "
+            "need no network"
         )
     from llm_trainer.cli.setup.parse_command import new_console
     from llm_trainer.data.domains.pipeline import prepare_builtin_domains, prepare_domains
@@ -100,7 +102,7 @@ def _prepare(bridge: DomainBridge, builtin: bool) -> int:
     return 0
 
 
-def described(name: str, row: DomainLoader) -> str:
+def format_loader(name: str, row: DomainLoader) -> str:
     """A loader as `--list_loaders` prints it."""
     where = [
         f"{part.name}{f' ({len(part.configurations)} configurations)' if part.configurations else ''}"
@@ -122,19 +124,30 @@ def described(name: str, row: DomainLoader) -> str:
     return "\n".join(lines)
 
 
-def domains_to_train_on(said: str | None, data: DataConfig, console: Console) -> Path:
-    """The prepared domains, or the built-in ones, made now if they are not there either: that is said."""
+def domains_to_train_on(requested: str | None, data: DataConfig, console: Console) -> Path:
+    """The prepared domains, or else the built-in ones, which are prepared if need be.
+
+    Args:
+        requested: The folder that the settings name.
+        data: How to prepare the built-in domains.
+        console: Where to print.
+
+    Returns:
+        The folder of the mixture.
+    """
     from llm_trainer.data.domains.pipeline import prepare_builtin_domains
     from llm_trainer.data.mixture_dataset import MIXTURE_FILE
 
-    wanted = Path(said or DOMAINS_DIR)
+    wanted = Path(requested or DOMAINS_DIR)
     if (wanted / MIXTURE_FILE).is_file():
         return wanted
     console.print(
-        f"no domains are prepared in {wanted}: the built-in ones are used, in {BUILTIN} (see docs/domain_data_bridge.md)"
+        f"no domains are prepared in {wanted}; using the built-in ones in {BUILTIN} (see "
+        "docs/domain_data_bridge.md)"
     )
     console.print(
-        f"for the data sets: python scripts/prepare_domain_datasets.py --config {BRIDGE_FILE} --output_dir {wanted}",
+        f"to prepare datasets: python scripts/prepare_domain_datasets.py --config {BRIDGE_FILE} --output_dir "
+        f"{wanted}",
         markup=False,
     )
     if not (BUILTIN / MIXTURE_FILE).is_file():

@@ -1,4 +1,4 @@
-"""`llm-trainer presets`: the named shapes, their true parameter counts and what the manuals say of them."""
+"""`llm-trainer presets`: the named shapes with their parameter counts, and what the manuals call them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from llm_trainer.errors import UsageError
 
 
 def run(argv: list[str]) -> int:
-    """Print the table; it takes no settings."""
+    """Print the table; returns the exit code. The command takes no settings."""
     if argv and argv[0] not in ("-h", "--help"):
         raise UsageError(
             f"llm-trainer presets takes no settings, not {argv[0]!r}; use one with --preset NAME"
@@ -55,6 +55,6 @@ def run(argv: list[str]) -> int:
         ]
         sys.stdout.write("  ".join(cells).rstrip() + "\n")
     sys.stdout.write(
-        "\nUse one with --preset NAME; any part of it can be set beside it: --preset framework-tiny --num_layers 4\n"
+        "\nUse one with --preset NAME; any setting overrides it: --preset framework-tiny --num_layers 4\n"
     )
     return 0

@@ -1,5 +1,5 @@
-"""`scripts/process_data.py`: prepared splits → shards to train on, or a trained model's outputs on them with
-a validation report.
+"""`scripts/process_data.py`: turn splits into shards, or write a trained model's outputs on them with a
+report.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_trainer.cli.scripts import PROCESS, ProcessOptions
 from llm_trainer.cli.setup.parse_command import new_console, parse_command
+from llm_trainer.cli.specs import PROCESS, ProcessOptions
 from llm_trainer.config import DataConfig, UsageError
 from llm_trainer.config.parse.command import LoadedRun
 
@@ -26,7 +26,7 @@ OUTPUTS_FILE, REPORT_FILE = "outputs.jsonl", "validation_report.json"
 
 
 def run(argv: list[str]) -> int:
-    """Do what `--mode` says; returns the exit status."""
+    """Run the mode that `--mode` names; returns the exit code."""
     loaded = parse_command(PROCESS, argv)
     if loaded is None:
         return 0
@@ -34,7 +34,9 @@ def run(argv: list[str]) -> int:
     own, data = loaded.options, loaded.config.data
     if own.mode == "student":
         raise UsageError(
-            "--mode student, the teacher's log-probabilities beside the shards, is not built yet; --mode train writes the shards"
+            "--mode student (shards with the teacher's log-probabilities) is not implemented yet; use --mode "
+            "train for "
+            "the shards alone"
         )
     output = Path(data.output_dir or DEFAULT_OUTPUT[own.mode])
     console = new_console()
@@ -45,25 +47,35 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def refuse_idle_flags(loaded: LoadedRun, folder: Path) -> None:
-    """Raises UsageError for flags about preparation where `folder` is prepared already."""
-    said = {
+def check_preparation_flags(loaded: LoadedRun, folder: Path) -> None:
+    """Check that no flag is about preparation, for a folder that is prepared already.
+
+    Raises:
+        UsageError: If one is; it would have no effect.
+    """
+    flags = {
         name
         for name, origin in loaded.origins.items()
         if name.startswith("data.") and origin.startswith("--")
     }
-    idle = sorted(said - {"data.input", "data.output_dir"})
-    if idle:
+    unused = sorted(flags - {"data.input", "data.output_dir"})
+    if unused:
         raise UsageError(
-            f"--{idle[0]} has no effect: {folder} is prepared already; leave it out, or prepare the text again"
+            f"--{unused[0]} has no effect: {folder} is prepared already; leave it out, or prepare the text "
+            "again"
         )
 
 
 def shard(loaded: LoadedRun, output: Path, console: Console) -> None:
-    """Shards of the splits in `data.input`, in `output`: those that are there already, else made from train,
-    val and test texts.
+    """Write the shards of the splits in `data.input`: existing ones, else made from train, val and test
+    texts.
+
+    Args:
+        loaded: The settings.
+        output: The folder to write to.
+        console: Where to print.
     """
-    from llm_trainer.cli.commands.export_splits import publish_shards
+    from llm_trainer.cli.setup.export_splits import publish_shards
     from llm_trainer.data.mixture_dataset import MIXTURE_FILE
     from llm_trainer.data.pipeline.pipeline import prepare_dataset
     from llm_trainer.data.prepared_dataset import open_prepared_dataset
@@ -72,31 +84,35 @@ def shard(loaded: LoadedRun, output: Path, console: Console) -> None:
     data = loaded.config.data
     folder = input_folder(data)
     if is_prepared(folder):
-        refuse_idle_flags(loaded, folder)
-        open_prepared_dataset(folder)  # says so if anything is missing or damaged
+        check_preparation_flags(loaded, folder)
+        open_prepared_dataset(folder)  # raises if anything is missing or damaged
         publish_shards(folder, output)
-        console.print(f"{output}: the shards of {folder}", markup=False)
+        console.print(f"wrote {output}: the shards of {folder}", markup=False)
     else:
         source = PresplitSource(folder)
-        (output / MIXTURE_FILE).unlink(missing_ok=True)  # of an older result
-        settings = data.model_copy()
-        settings.train_ratio, settings.val_ratio, settings.test_ratio = (
-            None,
-            source.fraction("validation"),
-            source.fraction("test"),
-        )
+        (output / MIXTURE_FILE).unlink(missing_ok=True)  # an earlier result
+        ratios = {"val_ratio": source.fraction("validation"), "test_ratio": source.fraction("test")}
+        settings = data.model_copy(update={"train_ratio": None, **ratios})
         for line in prepare_dataset(settings, output, console=console, source=source).lines():
             console.print(line, markup=False)
     console.print(f"next: llm-trainer train --data_dir {output}", markup=False)
 
 
 def infer(data: DataConfig, own: ProcessOptions, output: Path, console: Console) -> None:
-    """Let the model go on from the beginnings of held-out documents and score it on them; both are written to
-    `output`.
+    """Continue the beginnings of held-out documents with a model, evaluate it on them, and write both.
+
+    Args:
+        data: The setting `input`.
+        own: The model and how much to generate.
+        output: The folder to write to.
+        console: Where to print.
+
+    Raises:
+        UsageError: If no model is named.
     """
     if own.student_model_path is None:
         raise UsageError(
-            "--mode inference needs a model: give --student_model_path with a run folder or a checkpoint"
+            "--mode inference needs a model; give --student_model_path with a run folder or a checkpoint"
         )
     from llm_trainer.cli.setup.run_summary import format_validation
     from llm_trainer.evaluation.perplexity import evaluate_text
@@ -127,18 +143,23 @@ def infer(data: DataConfig, own: ProcessOptions, output: Path, console: Console)
     }
     _write(output / REPORT_FILE, json.dumps(report, ensure_ascii=False, indent=1) + "\n")
     console.print(
-        f"validation  {format_validation(result.metrics)} over {result.tokens:,} tokens of {len(texts):,} documents",
+        f"validation  {format_validation(result.metrics)} over {result.tokens:,} tokens of {len(texts):,} "
+        "documents",
         markup=False,
     )
     console.print(f"wrote       {output / OUTPUTS_FILE}, {output / REPORT_FILE}", markup=False)
 
 
 def input_folder(data: DataConfig) -> Path:
-    """The folder with the splits; raises UsageError where it is missing."""
+    """The folder with the splits.
+
+    Raises:
+        UsageError: If it does not exist.
+    """
     folder = Path(data.input or "")
     if not folder.is_dir():
         raise UsageError(
-            f"the folder {folder} does not exist; make it with scripts/prepare_data.py --output {folder}"
+            f"the folder {folder} does not exist; create it with scripts/prepare_data.py --output {folder}"
         )
     return folder
 
@@ -152,10 +173,12 @@ def is_prepared(folder: Path) -> bool:
 
 
 def held_out_texts(folder: Path) -> Iterator[str]:
-    """The documents of the test split, else of validation, from shards or from texts; raises UsageError where
-    there are none.
+    """The documents of the test split, else of the validation split, from shards or from texts.
+
+    Raises:
+        UsageError: If there are none.
     """
-    from llm_trainer.cli.commands.export_splits import documents
+    from llm_trainer.cli.setup.export_splits import documents
     from llm_trainer.data.prepared_dataset import open_prepared_dataset
     from llm_trainer.data.sources.presplit_source import PresplitSource
 
@@ -167,7 +190,8 @@ def held_out_texts(folder: Path) -> Iterator[str]:
         )
         if tokens is None or prepared.tokenizer is None:
             raise UsageError(
-                f"{folder} has no test and no validation split; prepare it with val_ratio or test_ratio above 0"
+                f"{folder} has no test and no validation split; prepare it with val_ratio or test_ratio "
+                "above 0"
             )
         yield from documents(tokens, prepared.tokenizer)
         return

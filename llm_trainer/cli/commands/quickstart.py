@@ -1,8 +1,8 @@
-"""`llm-trainer quickstart`: the whole length of the house in minutes, with nothing to decide.
+"""`llm-trainer quickstart`: everything from text to samples in minutes, with nothing to decide.
 
-Gather text (the built-in corpus, or the user's), learn a tokenizer from it, write shards, train a small
-Llama-shaped model, let it talk, write the report. The number of steps is what fits the time: a few steps are
-timed first, so a slow machine ends as soon as a fast one, with less trained.
+It gathers text (the built-in corpus, or the user's), trains a tokenizer, writes shards, trains a small
+Llama-shaped model, samples from it and writes the report. The number of steps is what fits into the time: a
+few steps are timed first, so a slow machine finishes as soon as a fast one, with less training.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_trainer.cli.runtime_env import keep_freed_memory
-from llm_trainer.cli.scripts import QUICKSTART, QuickstartOptions
 from llm_trainer.cli.setup.parse_command import new_console, parse_command
+from llm_trainer.cli.specs import QUICKSTART, QuickstartOptions
 from llm_trainer.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from llm_trainer.config.duration import Duration
 from llm_trainer.run_dir import BEST_MODEL
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from llm_trainer.reporting.run_metadata import Sample
 
 CONTEXT = 256
-BATCH = 8  # many small steps learn more in two minutes than few large ones
-MAX_PASSES = 8.0  # over a small text; more would only learn it by heart
+BATCH = 8  # many small steps learn more in two minutes than a few large ones
+MAX_PASSES = 8.0  # over a small text; more would only memorise it
 MIN_STEPS, MAX_STEPS = 60, 6000
 OPTIMIZER_FACTOR = 1.3  # time of a step, relative to its forward and backward pass
 TOKENIZER_MEGABYTES = 4.0
@@ -37,28 +37,33 @@ SAMPLE_TOKENS = 100
 
 
 def run(argv: list[str]) -> int:
-    """The whole way; returns the exit status."""
+    """Prepare, train, sample, report; returns the exit code."""
     loaded = parse_command(QUICKSTART, argv)
     if loaded is None:
         return 0
     assert isinstance(loaded.options, QuickstartOptions)
-    own, console, began = loaded.options, new_console(), time.monotonic()
+    own, console, started = loaded.options, new_console(), time.monotonic()
     console.print("[bold]1  text → tokens[/bold]")
     data = gather(own, console)
     console.print(f"\n[bold]2  training[/bold] (about {own.minutes:g} minutes)")
     model, config = plan(own, data)
-    run_folder = Path(own.output_dir)
+    run_dir = Path(own.output_dir)
     status = train_and_report(model, config, data, own, console, " ".join(["llm-trainer quickstart", *argv]))
     if status == 0:
         console.print(
-            f"\n{time.monotonic() - began:.0f} s in all. Open {run_folder / 'report.html'} in a browser."
+            f"\n{time.monotonic() - started:.0f} s in total. Open {run_dir / 'report.html'} in a browser."
         )
-        console.print(f"Talk to it:  llm-trainer generate {run_folder} --prompt 'def '", markup=False)
+        console.print(f"Continue a prompt:  llm-trainer generate {run_dir} --prompt 'def '", markup=False)
     return status
 
 
 def gather(own: QuickstartOptions, console: Console) -> RunData:
-    """Prepare the user's text, or the built-in corpus, into the run folder's `data`."""
+    """Prepare the user's text, or the built-in corpus, in the run folder's `data`.
+
+    Args:
+        own: The options.
+        console: Where to print.
+    """
     from llm_trainer.cli.setup.build_dataset import RunData
     from llm_trainer.data.pipeline.pipeline import prepare_dataset
     from llm_trainer.data.prepared_dataset import open_prepared_dataset
@@ -76,7 +81,12 @@ def gather(own: QuickstartOptions, console: Console) -> RunData:
 
 
 def plan(own: QuickstartOptions, data: RunData) -> tuple[Transformer, RunConfig]:
-    """The model, and the settings with as many steps as fit the time."""
+    """The model, and the settings with as many steps as fit into the time.
+
+    Args:
+        own: The options.
+        data: The prepared data.
+    """
     from llm_trainer.model.build import build_model
 
     tokens = len(data.prepared.train)
@@ -103,7 +113,7 @@ def plan(own: QuickstartOptions, data: RunData) -> tuple[Transformer, RunConfig]
         eval_iters=40,
         save_interval=None,
         num_workers=1,
-        compile="off",  # compiling takes longer than it could gain here
+        compile="off",  # compiling takes longer than it could save
     )
     model = build_model(shape, own.seed)
     steps = own.steps or steps_that_fit(model, data, training, 60 * own.minutes)
@@ -155,7 +165,19 @@ def train_and_report(
     console: Console,
     command: str,
 ) -> int:
-    """Train, print figures and samples, write the report."""
+    """Train, print figures and samples, write the report.
+
+    Args:
+        model: The model.
+        config: The settings.
+        data: The data.
+        own: The options.
+        console: Where to print.
+        command: The command as it was typed, for the report.
+
+    Returns:
+        The exit code.
+    """
     from llm_trainer.cli.setup.run_summary import format_validation, print_start, record_metadata
     from llm_trainer.reporting.run_report import write_report
     from llm_trainer.training.trainer import Trainer
@@ -176,7 +198,7 @@ def train_and_report(
         return result.exit_code
     if result.validation is not None:
         console.print(f"held-out text: {format_validation(result.validation.metrics)}", markup=False)
-    console.print("\n[bold]3  what it writes[/bold]")
+    console.print("\n[bold]3  samples[/bold]")
     samples = draw_samples(data, own, console)
     record_metadata(trainer.run, data, result, command, samples)
     write_report(trainer.run.run_dir)
@@ -184,7 +206,13 @@ def train_and_report(
 
 
 def draw_samples(data: RunData, own: QuickstartOptions, console: Console) -> list[Sample]:
-    """Let the trained model go on from a few prompts, printing as it does."""
+    """Continue a few prompts with the trained model, and print them.
+
+    Args:
+        data: The data, for prompts.
+        own: The options.
+        console: Where to print.
+    """
     from rich.text import Text
 
     from llm_trainer.inference.load_model import load_model
@@ -202,7 +230,12 @@ def draw_samples(data: RunData, own: QuickstartOptions, console: Console) -> lis
 
 
 def prompts_for(own: QuickstartOptions, data: RunData) -> list[str]:
-    """Beginnings to go on from: fitting ones for the built-in corpus, else the first tokens of held-out text."""
+    """Prompts: fitting ones for the built-in corpus, else the first tokens of held-out text.
+
+    Args:
+        own: The options.
+        data: The data.
+    """
     prepared = data.prepared
     held_out = prepared.validation
     if own.text is None:

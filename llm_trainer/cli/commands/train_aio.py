@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from llm_trainer.cli.commands.prepare_domains import domains_to_train_on
 from llm_trainer.cli.commands.train import train_on_ranks
-from llm_trainer.cli.scripts import TRAIN_ALL_IN_ONE
 from llm_trainer.cli.setup.parse_command import parse_command
+from llm_trainer.cli.specs import TRAIN_ALL_IN_ONE
 from llm_trainer.config import DataConfig, RunConfig
 from llm_trainer.run_dir import FINAL_MODEL
 
@@ -61,7 +61,7 @@ def make_ready(data: DataConfig, console: Console) -> None:
         data: How to prepare them.
         console: Where to print.
     """
-    from llm_trainer.cli.commands.export_splits import publish_shards
+    from llm_trainer.cli.setup.export_splits import publish_shards
     from llm_trainer.data.pipeline.pipeline import prepare_dataset
 
     if (READY / "metadata.json").is_file():

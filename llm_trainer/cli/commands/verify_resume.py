@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_trainer.cli.scripts import VERIFY_RESUME, VerifyOptions
 from llm_trainer.cli.setup.parse_command import new_console, parse_command
+from llm_trainer.cli.specs import VERIFY_RESUME, VerifyOptions
 from llm_trainer.config.saved_run import read_run_config
 from llm_trainer.run_dir import resolve_resume_folder
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_trainer.cli.scripts import OF_BOTH, OF_TRAINING
+from llm_trainer.cli.specs import OF_BOTH, OF_TRAINING
 from llm_trainer.config import DataConfig, TrainingConfig, UsageError
 
 if TYPE_CHECKING:
@@ -67,14 +67,15 @@ def check_data_flags(loaded: LoadedRun) -> None:
     unused = sorted(flags - {*OF_BOTH, *OF_TRAINING}) if is_prepared else []
     if unused:
         raise UsageError(
-            f"--data.{unused[0]} has no effect: it is about preparing data, and the data is prepared already; "
+            f"--data.{unused[0]} has no effect: it is about preparing data, and the data is prepared "
+            "already; "
             "leave it out, or give --input"
         )
 
 
 def find_data(data: DataConfig, console: Console, fallbacks: Sequence[str] = ()) -> RunData:
-    """Open the data that the settings name: data_dir, else what is to be prepared, else nanoGPT's dataset, else
-    the first of `fallbacks` that exists.
+    """Open the data that the settings name: data_dir, else what is to be prepared, else nanoGPT's dataset,
+    else the first of `fallbacks` that exists.
 
     How the data was packed and mixed is kept, except for what the settings say.
 
@@ -136,15 +137,18 @@ def with_domain_data(data: DataConfig, training: TrainingConfig) -> DataConfig:
     folder = Path(training.domain_data_dir or DOMAINS_DIR)
     if not (folder / "mixture.json").is_file():
         raise UsageError(
-            f"no domains are prepared in {folder}; prepare them with: python scripts/prepare_domain_datasets.py "
-            f"--config configs/domain_bridge_config.json --output_dir {folder} (--builtin in place of --config "
+            f"no domains are prepared in {folder}; prepare them with: python "
+            "scripts/prepare_domain_datasets.py "
+            f"--config configs/domain_bridge_config.json --output_dir {folder} (--builtin in place of "
+            "--config "
             "for those that need no network)"
         )
     return data.model_copy(update={"data_dir": str(folder)})
 
 
 def with_model_tokenizer(data: DataConfig, model: str) -> DataConfig:
-    """Settings by which text for a pretrained model is prepared with the model's tokenizer, unless another is set.
+    """Settings by which text for a pretrained model is prepared with the model's tokenizer, unless another is
+    set.
 
     Args:
         data: The settings. They are not changed.

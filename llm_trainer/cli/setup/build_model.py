@@ -1,7 +1,7 @@
 """Which model a run trains: a new one in the shape that is set, or pretrained weights.
 
-Vocabulary and context come from the data where they are not set: an embedding smaller than the tokenizer is an
-error here, before the first step, instead of an index error in the middle of the run.
+Vocabulary and context come from the data where they are not set: an embedding smaller than the tokenizer is
+an error here, before the first step, instead of an index error in the middle of the run.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def resolve_model_config(
         updates["vocab_size"] = needed
     elif rows < needed:
         raise UsageError(
-            f"model.vocab_size ({origins.get('model.vocab_size', 'default')}) is {rows}, but the tokenizer has "
+            f"model.vocab_size ({origins.get('model.vocab_size', 'default')}) is {rows}, but the tokenizer "
+            "has "
             f"{needed} ids; set vocab_size to {needed} or leave it out, or prepare the data with a smaller "
             "vocabulary"
         )
@@ -136,13 +137,15 @@ def check_adapter_has_base(training: TrainingConfig) -> None:
     """
     if training.adapter_from is not None and training.init_from == "scratch":
         raise UsageError(
-            f"adapter_from={training.adapter_from} needs the weights that it was trained over; name them with "
+            f"adapter_from={training.adapter_from} needs the weights that it was trained over; name them "
+            "with "
             "--init_from"
         )
 
 
 def check_domain_adapters(model: ModelConfig, training: TrainingConfig, corpora: Sequence[str]) -> None:
-    """Check that adapters of several domains are trained on data with domain labels: no row would use one else.
+    """Check that adapters of several domains are trained on data with domain labels: no row would use one
+    else.
 
     Args:
         model: The shape.
@@ -186,7 +189,8 @@ def check_same_tokenizer(source: str, tokenizer: Tokenizer | None) -> None:
         here, there = tokenizer.token_bytes(token), learned.token_bytes(token)
         if here != there:
             raise DataError(
-                f"the data was prepared with another tokenizer than that of {source}: id {token} is {here!r} in "
+                f"the data was prepared with another tokenizer than that of {source}: id {token} is {here!r} "
+                "in "
                 f"the data and {there!r} there; prepare it with --tokenizer_path {source}"
             )
 
@@ -212,7 +216,8 @@ def _with_changes(source: str, shape: ModelConfig, settings: ModelConfig) -> Mod
             setattr(changed, name, wanted)
         elif wanted != present:
             raise UsageError(
-                f"{name} is set to {wanted!r}, but {source} has {present!r}; leave it out, or train from scratch"
+                f"{name} is set to {wanted!r}, but {source} has {present!r}; leave it out, or train from "
+                "scratch"
             )
     return changed
 
@@ -220,7 +225,9 @@ def _with_changes(source: str, shape: ModelConfig, settings: ModelConfig) -> Mod
 def _with_adapters(
     model: Transformer, settings: ModelConfig, corpora: Sequence[str], adapter: str | None
 ) -> Transformer:
-    """The model with all adapters that it shall have: those that were settings, and those in a folder of PEFT's."""
+    """The model with all adapters that it shall have: those that were settings, and those in a folder of
+    PEFT's.
+    """
     model = _with_bottleneck_adapters(model, settings, corpora)
     if adapter is not None:
         from llm_trainer.model.interop.peft_format import load_adapter

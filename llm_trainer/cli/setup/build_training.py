@@ -72,7 +72,8 @@ def build_training(
         console: Where to print.
         process_group: The ranks that train together.
         fallbacks: Prepared folders to use where no data is named; the first that exists is taken.
-        prepare: Called with the complete settings, unless a run is resumed, before the data are opened; it may
+        prepare: Called with the complete settings, unless a run is resumed, before the data are opened; it
+            may
             prepare data and returns the settings that name them.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What every command does first: parse its settings, explain them if asked, check that they are implemented."""
+"""What every command does first: parse its settings, explain them if asked, check that they can be had."""
 
 from __future__ import annotations
 

@@ -41,7 +41,8 @@ def print_start(run: TrainingRun, folder: Path, console: Console) -> None:
         **_mixture_and_packing(run),
         "length": f"{length.steps:,} steps ({length.set_by}) of {length.tokens_per_step:,} tokens: "
         f"{passes:.3g} passes over the data",
-        "step": f"{batches.micro_batch_size} sequences × {batches.gradient_accumulation_steps} micro-batches × "
+        "step": f"{batches.micro_batch_size} sequences × {batches.gradient_accumulation_steps} micro-batches "
+        "× "
         f"{on_ranks}{run.context} tokens",
         "device": f"{run.device}, precision {training.precision}, compile {training.compile}",
     }
@@ -71,7 +72,8 @@ def print_end(run: TrainingRun, result: TrainingResult, console: Console) -> Non
     run_dir = run.run_dir
     folder = next((run_dir / name for name in (BEST_MODEL, FINAL_MODEL) if (run_dir / name).is_dir()), None)
     rows = {
-        f"{result.ended_by}": f"step {result.step:,} after {timedelta(seconds=round(result.seconds))}, {result.tokens:,} tokens"
+        f"{result.ended_by}": f"step {result.step:,} after {timedelta(seconds=round(result.seconds))}, "
+        f"{result.tokens:,} tokens"
     }
     if result.validation is not None:
         rows["validation"] = format_validation(result.validation.metrics)
@@ -122,7 +124,8 @@ def record_metadata(
             "training time": str(timedelta(seconds=round(result.seconds))),
         },
         model={
-            "shape": f"{config.model_type}, {config.num_hidden_layers} layers × {config.hidden_size}, {config.num_attention_heads} heads",
+            "shape": f"{config.model_type}, {config.num_hidden_layers} layers × {config.hidden_size}, "
+            f"{config.num_attention_heads} heads",
             **{
                 f"parameters in {part}": f"{count:,}"
                 for part, count in _by_kind(parameter_counts(run.model)).items()

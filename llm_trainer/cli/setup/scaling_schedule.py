@@ -1,4 +1,4 @@
-"""A run's scaling schedule: read, checked against the model that it will change, and printed before training."""
+"""A run's scaling schedule: read, checked against the model that it will change, printed before training."""
 
 from __future__ import annotations
 

@@ -37,8 +37,8 @@ class Callback:
         """Called after a checkpoint was written and verified. It no longer changes."""
 
     def between_steps(self, run: TrainingRun, step: int, validation: ValidationResult | None) -> None:
-        """Called when everything of step `step` but its checkpoint is done, unless it is the last step: the place
-        to change what comes next. A new run calls it with step 0 before its first step.
+        """Called when everything of step `step` but its checkpoint is done, unless it is the last step: the
+        place to change what comes next. A new run calls it with step 0 before its first step.
 
         Args:
             run: The run, whose methods change it.

@@ -1,10 +1,10 @@
 """Undoes a loss spike: returns to a checkpoint from before it and skips the data that led there.
 
-The remedy is PaLM's (Chowdhery et al. 2022, arXiv:2204.02311, section 5.1): restart from a checkpoint about 100
-steps before the spike, and skip the batches that were seen before and during it. The same batches did no harm
-from other weights, so they are not bad in themselves, but another path avoids the spike. Here all samples
-between the checkpoint and the step that showed the spike are skipped. Skipping single updates (OLMo-core,
-metaseq) is the alternative not taken: it cannot undo the updates that led to the spike.
+The remedy is PaLM's (Chowdhery et al. 2022, arXiv:2204.02311, section 5.1): restart from a checkpoint about
+100 steps before the spike, and skip the batches that were seen before and during it. The same batches did no
+harm from other weights, so they are not bad in themselves, but another path avoids the spike. Here all
+samples between the checkpoint and the step that showed the spike are skipped. Skipping single updates
+(OLMo-core, metaseq) is the alternative not taken: it cannot undo the updates that led to the spike.
 
 The rule that detects a spike is in `loss_spikes.py`. Everything is a function of losses and of what is in the
 checkpoint, so a resumed run rolls back as the uninterrupted one.
@@ -41,7 +41,8 @@ def roll_back(run: TrainingRun) -> None:
     )
     if spikes.rollbacks >= training.max_rollbacks:
         raise TrainingDivergedError(
-            f"{spike}; all {training.max_rollbacks} rollbacks (max_rollbacks) are used up. Lower learning_rate, "
+            f"{spike}; all {training.max_rollbacks} rollbacks (max_rollbacks) are used up. Lower "
+            "learning_rate, "
             "raise warmup_steps or set spike_lr_factor below 1, and resume from a checkpoint before the spike"
         )
     checkpoint = find_together(run.process_group, lambda check: _checkpoint_before(run, check))
@@ -54,7 +55,8 @@ def roll_back(run: TrainingRun) -> None:
     count = run.state.spikes.rollbacks
     factor = lr_factor_after_rollbacks(run.state.spikes, training)
     run.log(
-        f"{spike}; rolled back to step {run.current_step} ({checkpoint}), skipping samples up to {samples - 1}, "
+        f"{spike}; rolled back to step {run.current_step} ({checkpoint}), skipping samples up to "
+        f"{samples - 1}, "
         f"learning rate × {factor:g}; rollback {count} of {training.max_rollbacks}"
     )
     run.metrics_tracker.update(
@@ -64,8 +66,8 @@ def roll_back(run: TrainingRun) -> None:
 
 
 def _checkpoint_before(run: TrainingRun, check: Verify) -> Path | None:
-    """The newest complete checkpoint at least `spike_rollback_steps` before the spike, else the oldest that is
-    before it at all.
+    """The newest complete checkpoint at least `spike_rollback_steps` before the spike, else the oldest that
+    is before it at all.
     """
     first = run.state.spikes.first_outlier
     assert first is not None, "a spike has a first step"

@@ -1,4 +1,4 @@
-"""The splits of a prepared folder elsewhere: as texts again, and as shards in a folder of their own."""
+"""The splits of a prepared folder as texts, and their shards in another folder."""
 
 from __future__ import annotations
 
@@ -14,18 +14,27 @@ from llm_trainer.data.tokenization.tokenizer import Tokenizer
 
 
 def documents(tokens: TokenDataset, tokenizer: Tokenizer) -> Iterator[str]:
-    """The text of each document of a split, in order."""
+    """The text of each document of a split, in order.
+
+    Args:
+        tokens: The split.
+        tokenizer: Its tokenizer.
+    """
     starts = [*tokens.document_starts_in(0, len(tokens)).tolist(), len(tokens)]
     for start, end in itertools.pairwise(starts):
         yield tokenizer.decode(tokens.read(start, end - start).tolist())
 
 
 def publish_shards(source: Path, target: Path) -> None:
-    """Give `target` the shards, tokenizer and metadata of the prepared folder `source`: hard links where the
-    disk allows, else copies.
+    """Link or copy shards, tokenizer and metadata of a prepared folder to another: hard links where the disk
+    allows.
 
-    metadata.json comes last, so that an interrupted copy does not pass for prepared data. Of a mixture, each
-    member goes into a folder of its own.
+    metadata.json comes last, so that an interrupted copy is not taken for prepared data. Each member of a
+    mixture goes into a folder of its own.
+
+    Args:
+        source: The prepared folder.
+        target: The folder to fill.
     """
     if (source / MIXTURE_FILE).is_file():
         _publish_mixture(source, target)
@@ -50,9 +59,9 @@ def publish_shards(source: Path, target: Path) -> None:
 
 
 def _publish_mixture(source: Path, target: Path) -> None:
-    said = MixtureFile.model_validate_json((source / MIXTURE_FILE).read_bytes())
+    mixture = MixtureFile.model_validate_json((source / MIXTURE_FILE).read_bytes())
     (target / MIXTURE_FILE).unlink(missing_ok=True)
-    for name, path in said.members.items():
+    for name, path in mixture.members.items():
         publish_shards(source / path, target / name)
-    members = {name: target / name for name in said.members}
-    write_mixture(target, members, weights=said.weights, stages=said.stages or ())
+    members = {name: target / name for name in mixture.members}
+    write_mixture(target, members, weights=mixture.weights, stages=mixture.stages or ())
