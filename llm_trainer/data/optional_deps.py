@@ -46,5 +46,5 @@ def require_extra(module: str, extra: str, feature: str) -> str:
 
 @functools.cache
 def _distributions() -> Mapping[str, list[str]]:
-    """Return the distributions that provide each top-level module; reading them takes a quarter of a second."""
+    """Return the distributions that provide each top-level module; reading them takes 0.25 s."""
     return importlib.metadata.packages_distributions()

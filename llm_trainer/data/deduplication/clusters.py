@@ -58,7 +58,7 @@ class KeyTable:
 
     @classmethod
     def from_hashes(cls, blocks: Callable[[], Iterator[Keys]], documents: int) -> KeyTable:
-        """Build a table of one key per document, a hash of 16 bytes, from uint64 blocks of shape (rows, 2)."""
+        """Build a table of one 16-byte hash per document, from uint64 blocks of shape (rows, 2)."""
         return cls(blocks, documents, columns=1, width=2)
 
     @classmethod
@@ -76,8 +76,8 @@ class KeyTable:
         for file, size in zip(files, sizes, strict=True):
             if size % (8 * bands):
                 raise DataError(
-                    f"{file} is truncated: its {size} bytes are not a multiple of {8 * bands}; delete it and run "
-                    "the command again, which rebuilds it"
+                    f"{file} is truncated: its {size} bytes are not a multiple of {8 * bands}; delete it and "
+                    "run the command again, which rebuilds it"
                 )
 
         def blocks() -> Iterator[Keys]:
@@ -150,8 +150,8 @@ def find_clusters(
     """
     if table.documents >= 2**32:
         raise DataError(
-            f"{table.documents} documents are too many to deduplicate at once; prepare them in parts of fewer "
-            "than 2^32 documents"
+            f"{table.documents} documents are too many to deduplicate at once; prepare them in parts of "
+            "fewer than 2^32 documents"
         )
     parents = np.arange(table.documents, dtype=np.uint32)
     for numbers, is_same in _runs(table, None, description, console, sort_bytes):

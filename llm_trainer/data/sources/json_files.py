@@ -60,7 +60,7 @@ def read_json_column(file_range: FileRange, column: str) -> Iterator[SourceItem]
 
 
 def read_json_lines_records(file_range: FileRange) -> Iterator[Record | Rejected]:
-    """Yield the record of each line that begins in the range, with all its fields; blank lines are skipped."""
+    """Yield the record of each line that begins in the range, with all its fields."""
     return _records(_json_lines(file_range), file_range.name)
 
 

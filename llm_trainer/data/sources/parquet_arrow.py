@@ -161,7 +161,7 @@ def split_parquet(file_range: FileRange, size: int, max_bytes: int) -> list[tupl
 
 
 def split_arrow(file_range: FileRange, size: int, max_bytes: int) -> list[tuple[int, int, int]]:
-    """Divide an arrow file into ranges of record batches; arguments and result are those of `split_parquet`."""
+    """Divide an arrow file into ranges of record batches, as `split_parquet` does into row groups."""
     try:
         sizes = [_stored_size(batch) for _, batch in _arrow_batches(file_range)]
     except _damage_errors(file_range):

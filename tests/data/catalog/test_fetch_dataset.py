@@ -226,7 +226,8 @@ def test_without_a_network_the_error_names_the_set_and_how_to_supply_it(
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with pytest.raises(
         NoConnectionError,
-        match=r"'corpus' could not be downloaded.*hf download someone/corpus.*--datasets corpus --input",
+        match=r"'corpus' could not be downloaded.*hf download someone/corpus.*--datasets corpus "
+        r"--input FOLDER",
     ):
         fetch_dataset("corpus", on_hub(), tmp_path, "parquet")
     entry = on_hub(hub=None, urls=(RemoteFile("http://127.0.0.1:9/x.txt", "x.txt"),))

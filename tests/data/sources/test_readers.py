@@ -23,8 +23,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llm_trainer.data.sources import file_io
-from llm_trainer.data.sources.base import Rejected, TextChunk
+from llm_trainer.data.sources.base import Record, Rejected, TextChunk
 from llm_trainer.data.sources.file_source import FileSource
+from llm_trainer.data.sources.record_reader import read_local_records
+from llm_trainer.errors import DataError
 
 COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,
@@ -405,3 +407,34 @@ def test_a_gigabyte_in_one_record_is_rejected_in_little_memory(
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == expected
+
+
+def test_records_are_read_from_every_format_with_their_damage_rejected(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b'x,y\n1,"two, ""three"""\nfew\n' + b"1," + b"z" * 200_000 + b"\n")
+    (tmp_path / "b.json").write_text('[{"x": 1}, "text", {"x": 2}]', encoding="utf-8")
+    values = pa.array([b"one", b"\xff\xfe", b"three"]).view(pa.string())
+    pq.write_table(pa.table({"x": values}), tmp_path / "c.parquet")
+    found = list(read_local_records(tmp_path))
+    fields = [item.fields for item in found if isinstance(item, Record)]
+    assert fields[0] == {"x": "1", "y": 'two, "three"'}
+    assert fields[1] == {"x": "1", "y": "z" * 200_000}, "longer than a field of the standard library's csv"
+    assert fields[2:] == [{"x": 1}, {"x": 2}, {"x": "one"}, {"x": "three"}]
+    assert [(item.reason, item.where) for item in found if isinstance(item, Rejected)] == [
+        ("not CSV", "a.csv, line 3: 1 fields, the header has 2"),
+        ("not a record", "b.json, record 1"),
+        ("unreadable rows", "c.parquet, row 1"),
+    ]
+
+
+def test_a_missing_pyarrow_is_reported_alike_for_columns_and_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pq.write_table(pa.table({"text": ["one"]}), tmp_path / "a.parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    messages = set()
+    for items in (FileSource(tmp_path).read_chunks(), read_local_records(tmp_path)):
+        with pytest.raises(DataError) as raised:
+            list(items)
+        messages.add(str(raised.value))
+    assert len(messages) == 1
+    assert "reading a.parquet needs the extra 'formats'" in messages.pop()

@@ -309,9 +309,8 @@ def _order_clues(rng: Random, order: Sequence[str]) -> list[tuple[str, Callable[
         words = rng.choice((f"{a} stands somewhere in front of {b}.", f"{b} stands somewhere behind {a}."))
         clues.append((words, lambda line, a=a, b=b: line.index(a) < line.index(b)))  # type: ignore[misc]
     for a, b in itertools.pairwise(order):
-        clues.append(
-            (f"{b} stands directly behind {a}.", lambda line, a=a, b=b: line.index(b) == line.index(a) + 1)
-        )  # type: ignore[misc]
+        words = f"{b} stands directly behind {a}."
+        clues.append((words, lambda line, a=a, b=b: line.index(b) == line.index(a) + 1))  # type: ignore[misc]
     clues.append((f"{order[-1]} is the last in the line.", lambda line, last=order[-1]: line[-1] == last))  # type: ignore[misc]
     not_first = rng.choice(order[1:])
     clues.append((f"{not_first} is not at the front.", lambda line, name=not_first: line[0] != name))  # type: ignore[misc]
