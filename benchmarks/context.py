@@ -162,7 +162,7 @@ def measure(length: int, steps: int, file: Path) -> None:
                 if index == WARM_UP:
                     process_group.barrier()
                     begun = time.perf_counter()
-                engine.step([batch], length, rate_factor=1.0, index=index)
+                engine.step([batch], length, lr_factor=1.0, index=index)
             process_group.barrier()
             return time.perf_counter() - begun
 

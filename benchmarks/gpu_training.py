@@ -165,7 +165,7 @@ def _ours(config: object, sequences: int, *, is_fp8: bool) -> Callable[[], objec
     batch = Batch(
         ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None, sequences * config.max_position_embeddings
     )
-    return lambda: engine.step([batch], int(batch.num_supervised), rate_factor=1.0, index=0)
+    return lambda: engine.step([batch], int(batch.num_supervised), lr_factor=1.0, index=0)
 
 
 def _nanogpt(config: object, sequences: int, clone: Path) -> Callable[[], object]:

@@ -110,7 +110,7 @@ def measure(rank: int, tokens: int) -> dict[str, float]:
     batch = Batch(ids, ids, None, ids.numel())
     start = 0.0
     for index in range(STEPS):
-        engine.step([batch], ids.numel(), rate_factor=1.0, index=index)
+        engine.step([batch], ids.numel(), lr_factor=1.0, index=index)
         start = start or time.perf_counter()
     speed = (STEPS - 1) * ids.numel() / (time.perf_counter() - start)
     return {"memory": (_status("VmHWM") - before) / MEGABYTE, "speed": speed}

@@ -133,10 +133,10 @@ def estimate(name: str) -> float:
 def estimate_stages(name: str) -> list[float]:
     """Estimate the megabytes of a step on each rank of a pipeline, above what it holds between steps."""
     from llm_trainer.config import ModelConfig, TrainingConfig
-    from llm_trainer.training.memory.pipeline_memory import place_memories
+    from llm_trainer.training.memory.pipeline_memory import pipeline_rank_memories
 
     shape, training, sequences, micro_batches = PIPELINES[name]
-    places = place_memories(
+    places = pipeline_rank_memories(
         ModelConfig.model_validate(shape),
         TrainingConfig.model_validate(training),
         ranks=2,

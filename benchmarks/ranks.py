@@ -140,7 +140,7 @@ def measure(precision: str, accumulation: int, steps: int, file: Path) -> None:
             if index == WARM_UP:
                 process_group.barrier()
                 begun = time.perf_counter()
-            engine.step(batches, tokens, rate_factor=1.0, index=index)
+            engine.step(batches, tokens, lr_factor=1.0, index=index)
         process_group.barrier()
         if process_group.is_main:
             file.write_text(json.dumps(steps * tokens / (time.perf_counter() - begun)), encoding="utf-8")

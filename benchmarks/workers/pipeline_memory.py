@@ -36,7 +36,7 @@ def main(said: str) -> None:
         batches = [Batch(ids, ids, None, ids.numel())] * micro_batches
 
         def step() -> None:
-            engine.step(batches, ids.numel() * micro_batches, rate_factor=1.0, index=0)
+            engine.step(batches, ids.numel() * micro_batches, lr_factor=1.0, index=0)
 
         step()
         process_group.barrier()

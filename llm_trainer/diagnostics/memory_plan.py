@@ -200,7 +200,7 @@ def _divide(
         optimizer=0 if offload else step.optimizer // plan.shards,
         gradients=int(gradients * kept_fraction),
         activations=others,
-        loss_buffers=step.kept,
+        loss_buffers=step.loss_buffers,
         gathered=gathered,
         kv_cache_per_sequence=cache,
         checkpoint=checkpoint,

@@ -1,8 +1,7 @@
-"""The operations that change the model: each a function from one form to another (`model/surgery`), optimizer
-state included.
+"""The operations that change the model: each is a function from one ModelState to another.
 
-The same functions run on a form without contents (tensors on the meta device) when a schedule is checked
-before training.
+Optimizer state is changed along with the weights (`model/surgery`). The same functions run on a state without
+contents (tensors on the meta device) when a schedule is checked before training.
 """
 
 from __future__ import annotations
@@ -31,146 +30,171 @@ from llm_trainer.model.surgery.vocabulary import read_remapping, resize_vocabula
 from llm_trainer.model.surgery.width import widen_mlp, widen_model
 from llm_trainer.model.transformer import Transformer
 
-Change = Callable[[ModelState, Operation, torch.Generator], ModelState]
+StateChange = Callable[[ModelState, Operation, torch.Generator], ModelState]
 
 
-def apply_operation(form: ModelState, operation: Operation, seed: int) -> ModelState:
-    """The form after an operation; random choices follow from `seed`. Raises UsageError where it cannot be,
-    or could not be trained.
+def apply_operation(state: ModelState, operation: Operation, seed: int) -> ModelState:
+    """Apply an operation that changes the model.
+
+    Args:
+        state: The model and its optimizer state. It is not changed.
+        operation: The operation.
+        seed: Determines random choices.
+
+    Returns:
+        The model and its optimizer state after the operation.
+
+    Raises:
+        UsageError: If the operation does not fit the model, or leaves nothing to train.
     """
-    after = MODEL_OPERATIONS[operation.name](form, operation, torch.Generator().manual_seed(seed))
-    if after.frozen >= after.weights.keys():
+    generator = torch.Generator().manual_seed(seed)
+    changed = MODEL_OPERATIONS[operation.name](state, operation, generator)
+    if changed.frozen >= changed.weights.keys():
         raise UsageError(
-            "nothing would be left to train: every part is frozen; let some go before (unfreeze_layer)"
+            "nothing would be left to train: every part is frozen; unfreeze some first (unfreeze_layer)"
         )
-    return after
+    return changed
 
 
-def _stack(form: ModelState, operation: Operation, generator: torch.Generator) -> ModelState:
-    return stack_layers(form, operation.value, identity=operation.mode == "identity")
+def _stack(state: ModelState, operation: Operation, generator: torch.Generator) -> ModelState:
+    return stack_layers(state, operation.value, identity=operation.mode == "identity")
 
 
-def _widen_mlp(form: ModelState, operation: Operation, generator: torch.Generator) -> ModelState:
-    return widen_mlp(form, int(operation.value), generator=generator)
+def _widen_mlp(state: ModelState, operation: Operation, generator: torch.Generator) -> ModelState:
+    return widen_mlp(state, int(operation.value), generator=generator)
 
 
-def _widen_model(form: ModelState, operation: Operation, generator: torch.Generator) -> ModelState:
-    said = operation.value
-    numbers = list(said.values()) if isinstance(said, Mapping) else said if isinstance(said, list) else [said]
-    return widen_model(form, *map(int, numbers), approximate=operation.approximate, generator=generator)
+def _widen_model(state: ModelState, operation: Operation, generator: torch.Generator) -> ModelState:
+    value = operation.value
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    numbers = value if isinstance(value, list) else [value]
+    return widen_model(state, *map(int, numbers), approximate=operation.approximate, generator=generator)
 
 
-def _resize_vocabulary(form: ModelState, operation: Operation, generator: torch.Generator) -> ModelState:
-    said = operation.value if isinstance(operation.value, Mapping) else {"size": operation.value}
-    remapping = read_remapping(said["remap_file"]) if said.get("remap_file") else None
-    return resize_vocabulary(form, int(said["size"]), remapping)
+def _resize_vocabulary(state: ModelState, operation: Operation, generator: torch.Generator) -> ModelState:
+    value = operation.value if isinstance(operation.value, Mapping) else {"size": operation.value}
+    remapping = read_remapping(value["remap_file"]) if value.get("remap_file") else None
+    return resize_vocabulary(state, int(value["size"]), remapping)
 
 
-def _prune(prune: Callable[[ModelState, str, float], ModelState]) -> Change:
-    return lambda form, operation, generator: prune(form, operation.value[0], float(operation.value[1]))
+def _prune(prune: Callable[[ModelState, str, float], ModelState]) -> StateChange:
+    return lambda state, operation, generator: prune(state, operation.value[0], float(operation.value[1]))
 
 
-def _freeze(form: ModelState, parts: str | list[str], is_trainable: bool) -> ModelState:
+def _freeze(state: ModelState, parts: str | list[str], is_trainable: bool) -> ModelState:
     with torch.device("meta"):
-        model = Transformer(form.config)
+        model = Transformer(state.config)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name not in form.frozen)
+        parameter.requires_grad_(name not in state.frozen)
     set_trainable(model, parts, is_trainable)
     freeze_inactive_adapters(model)
     frozen = frozenset(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
-    return replace(form, frozen=frozen)
+    return replace(state, frozen=frozen)
 
 
-def _with_lora(form: ModelState, change: Callable[[Transformer], object]) -> ModelState:
-    """The form after a change of its adapters, which is made on a model of copies.
+def _with_lora(state: ModelState, change: Callable[[Transformer], object]) -> ModelState:
+    """The state after a change of its adapters, which is made on a model with copies of the weights.
 
-    The first adapters of a model freeze what is under them where `lora_train_base` is false, as they do where
-    a run begins with them.
+    The first adapters of a model freeze the base weights if `lora_train_base` is false, as they do where a
+    run starts with adapters.
     """
-    config = form.config.model_copy(deep=True)
-    weights = {name: weight.clone() for name, weight in form.weights.items()}
-    model = replace(form, config=config, weights=weights).to_model()
+    config = state.config.model_copy(deep=True)
+    weights = {name: weight.clone() for name, weight in state.weights.items()}
+    model = replace(state, config=config, weights=weights).to_model()
     change(model)
-    if config.lora_train_base is False and model.config.has_adapters and not form.config.has_adapters:
+    if config.lora_train_base is False and model.config.has_adapters and not state.config.has_adapters:
         train_adapters_only(model)
-    made = ModelState.from_model(model)
-    state = {
-        name: _fitted(kept, made.weights[name])
-        for name, kept in form.optimizer_state.items()
-        if name in made.weights
+    changed = ModelState.from_model(model)
+    optimizer_state = {
+        name: _resized(values, changed.weights[name])
+        for name, values in state.optimizer_state.items()
+        if name in changed.weights
     }
-    return replace(made, optimizer_state={name: kept for name, kept in state.items() if kept})
+    return replace(
+        changed, optimizer_state={name: values for name, values in optimizer_state.items() if values}
+    )
 
 
-def _fitted(state: TensorState, weight: Tensor) -> dict[str, Tensor]:
-    """State of an adapter's factor whose rank has grown: what was learned of the old directions, for new ones
-    none and the mean square.
+def _resized(state: TensorState, weight: Tensor) -> dict[str, Tensor]:
+    """Optimizer state for an adapter's factor whose rank has changed.
 
-    Nothing for one whose rank has shrunk: its directions are others.
+    With a higher rank, the old directions keep their state; new ones get zero, and for second moments the
+    mean. With a lower rank the state is dropped, because its directions are different ones.
     """
-    fitted = {}
+    resized = {}
     for key, value in state.items():
         if not value.ndim or value.shape == weight.shape:
-            fitted[key] = value
+            resized[key] = value
         elif any(old > new for old, new in zip(value.shape, weight.shape, strict=True)):
             return {}
         else:
-            whole = torch.zeros(weight.shape, dtype=value.dtype, device=value.device)
-            whole += value.mean() if key.endswith("_sq") else 0
-            whole[tuple(slice(size) for size in value.shape)] = value
-            fitted[key] = whole
-    return fitted
+            larger = torch.zeros(weight.shape, dtype=value.dtype, device=value.device)
+            larger += value.mean() if key.endswith("_sq") else 0
+            larger[tuple(slice(size) for size in value.shape)] = value
+            resized[key] = larger
+    return resized
 
 
-def _lora_on(parts: Callable[[ModelState], list[str]]) -> Change:
-    return lambda form, operation, generator: _with_rank(form, parts(form), int(operation.value), generator)
+def _set_rank_of(parts: Callable[[ModelState], list[str]]) -> StateChange:
+    return lambda state, operation, generator: _with_rank(
+        state, parts(state), int(operation.value), generator
+    )
 
 
-def _lora_on_one(form: ModelState, operation: Operation, generator: torch.Generator) -> ModelState:
+def _set_rank_of_one(state: ModelState, operation: Operation, generator: torch.Generator) -> ModelState:
     part, rank = operation.value
-    return _with_rank(form, part, int(rank), generator)
+    return _with_rank(state, part, int(rank), generator)
 
 
-def _with_rank(form: ModelState, parts: str | list[str], rank: int, generator: torch.Generator) -> ModelState:
-    """Other ranks of the set `default`. Raises UsageError where it is there and does not count: nothing would
-    be learned of it.
+def _with_rank(
+    state: ModelState, parts: str | list[str], rank: int, generator: torch.Generator
+) -> ModelState:
+    """The state with other ranks of the adapter `default`.
+
+    Raises UsageError if that adapter exists but is inactive, because it would not be trained.
     """
-    if DEFAULT_ADAPTER in form.config.lora and DEFAULT_ADAPTER not in form.config.active_adapter_names:
-        counting = ", ".join(form.config.active_adapter_names) or "none"
+    active = state.config.active_adapter_names
+    if DEFAULT_ADAPTER in state.config.lora and DEFAULT_ADAPTER not in active:
         raise UsageError(
-            f"the adapter {DEFAULT_ADAPTER!r}, whose ranks operations set, does not count; those that do: {counting} (active_adapters)"
+            f"operations set the ranks of the adapter {DEFAULT_ADAPTER!r}, which is not active; active are: "
+            f"{', '.join(active) or 'none'} (active_adapters)"
         )
-    return _with_lora(form, lambda model: set_lora_rank(model, parts, rank, seed=generator.initial_seed()))
+    return _with_lora(state, lambda model: set_lora_rank(model, parts, rank, seed=generator.initial_seed()))
 
 
-def _merge(form: ModelState, operation: Operation, generator: torch.Generator) -> ModelState:
-    """Adapters that are merged begin again elsewhere, so that averages of their gradients say nothing any
-    more.
-    """
+def _merge(state: ModelState, operation: Operation, generator: torch.Generator) -> ModelState:
+    """Merged adapters restart from other random directions, so their optimizer state is dropped."""
     merged: list[str] = []
-    made = _with_lora(form, lambda model: merged.extend(merge_lora(model, seed=generator.initial_seed())))
-    kept = {name: one for name, one in made.optimizer_state.items() if adapter_name_of(name) not in merged}
-    return replace(made, optimizer_state=kept)
+    changed = _with_lora(state, lambda model: merged.extend(merge_lora(model, seed=generator.initial_seed())))
+    remaining = {
+        name: values
+        for name, values in changed.optimizer_state.items()
+        if adapter_name_of(name) not in merged
+    }
+    return replace(changed, optimizer_state=remaining)
 
 
-MODEL_OPERATIONS: Mapping[str, Change] = {
+MODEL_OPERATIONS: Mapping[str, StateChange] = {
     "stack_layers": _stack,
     "widen_mlp": _widen_mlp,
     "widen_model": _widen_model,
     "resize_vocabulary": _resize_vocabulary,
     "prune_heads": _prune(prune_heads),
     "prune_mlp": _prune(prune_mlp),
-    "freeze_layer": lambda form, operation, generator: _freeze(form, operation.value, False),
-    "unfreeze_layer": lambda form, operation, generator: _freeze(form, operation.value, True),
-    "set_embedding_freeze_mode": lambda form, operation, generator: _freeze(form, "wte", not operation.value),
-    "set_embedding_finetune_mode": lambda form, operation, generator: _freeze(
-        form, "wte", bool(operation.value)
+    "freeze_layer": lambda state, operation, generator: _freeze(state, operation.value, False),
+    "unfreeze_layer": lambda state, operation, generator: _freeze(state, operation.value, True),
+    "set_embedding_freeze_mode": lambda state, operation, generator: _freeze(
+        state, "wte", not operation.value
     ),
-    "set_layer_lora_rank": _lora_on_one,
-    "set_attn_lora_rank": _lora_on(
-        lambda form: [f"attn.{layer}" for layer in range(form.config.num_hidden_layers)]
+    "set_embedding_finetune_mode": lambda state, operation, generator: _freeze(
+        state, "wte", bool(operation.value)
     ),
-    "set_embedding_lora_rank": _lora_on(lambda form: ["wte"]),
+    "set_layer_lora_rank": _set_rank_of_one,
+    "set_attn_lora_rank": _set_rank_of(
+        lambda state: [f"attn.{layer}" for layer in range(state.config.num_hidden_layers)]
+    ),
+    "set_embedding_lora_rank": _set_rank_of(lambda state: ["wte"]),
     "merge_lora_weights": _merge,
 }
-"""Operation → form after it."""
+"""The function of each operation that changes the model."""

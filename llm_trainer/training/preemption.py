@@ -1,10 +1,8 @@
-"""Leaving when told to: a cluster's SIGTERM or SIGUSR1, or Ctrl-C, becomes a flag that the loop reads at a
-step's edge.
+"""Stop signals: a cluster's SIGTERM or SIGUSR1, or Ctrl-C, sets a flag that the loop reads after each step.
 
-Nothing is done in the handler but setting the flag, so a signal in the middle of a step, a save or a
-validation lets that finish: the checkpoint that follows is one that an uninterrupted run would also have
-passed through. A second signal means "now" and exits at once, which is safe at any moment because saves are
-atomic.
+The handler does nothing else, so a signal during a step, a save or a validation lets that finish. The
+checkpoint that follows is one that an uninterrupted run would also have passed through. A second signal exits
+at once, which is safe at any moment because saves are atomic.
 """
 
 from __future__ import annotations
@@ -14,7 +12,8 @@ import signal
 import threading
 from types import FrameType, TracebackType
 
-# sysexits' EX_TEMPFAIL: nothing is wrong, start me again. Cluster managers can requeue on it.
+# EX_TEMPFAIL of sysexits: nothing is wrong, and the job should be started again. Cluster managers can requeue
+# on it.
 EXIT_PREEMPTED = 75
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 
@@ -22,11 +21,13 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopSignals:
-    """While entered, the first SIGTERM, SIGUSR1 or SIGINT sets `received`; the second leaves at once with 128
-    + its number.
+    """A context in which the first SIGTERM, SIGUSR1 or SIGINT sets `received`. The second one exits at once
+    with code 128 + its number.
 
-    Handlers can only be set in a process's main thread; elsewhere entering does nothing, and signals keep
-    their meaning.
+    Handlers can only be set in a process's main thread. In another thread the context does nothing.
+
+    Attributes:
+        received: The signal; None so far.
     """
 
     def __init__(self) -> None:
@@ -35,12 +36,12 @@ class StopSignals:
 
     @property
     def stop_requested(self) -> bool:
-        """Whether a signal has come."""
+        """Whether a signal was received."""
         return self.received is not None
 
     @property
     def exit_code(self) -> int:
-        """The process's exit status after a graceful stop: 0 without a signal, 130 after Ctrl-C, else
+        """The process's exit code after a graceful stop: 0 without a signal, 130 after Ctrl-C, else
         EXIT_PREEMPTED.
         """
         if self.received is None:

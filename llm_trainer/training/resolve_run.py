@@ -7,7 +7,7 @@ Order of a start:
 3. `resolve_run` (here): device, order of samples, length, learning-rate schedule.
 
 The command line does 1 and 2 before the data and the model are opened. `Trainer` does all three for a caller
-who passes plain configurations. After that nobody changes the settings: what operations change while the run
+who passes plain configurations. After that the settings do not change: what operations change while the run
 trains is in `TrainingState.overrides`, on top of them.
 """
 

@@ -667,7 +667,7 @@ class TrainingRun:
             callback.between_steps(self, self.state.step, validation)
 
     def finish_pending_callbacks(self) -> None:
-        """Call the between-step callbacks if the checkpoint that the run resumed from was saved before them."""
+        """Call the between-step callbacks if the checkpoint that the run is at was saved before them."""
         if self.state.between_steps_pending:
             self.state.between_steps_pending = False
             last = self.state.last_validation_loss
@@ -749,7 +749,7 @@ class TrainingRun:
         return self.store.progress
 
     def report_saves(self) -> None:
-        """Wait for saves in the background, and tell the callbacks about each checkpoint.
+        """Wait for saves in the background, and call the callbacks for each checkpoint.
 
         Raises:
             CheckpointError: For a save that failed.
@@ -771,7 +771,11 @@ class TrainingRun:
         self.process_group.run_on_main(self.store.finish_uploads)
 
     def _begin_in_run_dir(self, resumed_step: int | None) -> None:
-        """The main rank moves aside what this run does not continue (None: it is new), and writes run.json."""
+        """On the main rank, move aside what this run does not continue, and write run.json.
+
+        Args:
+            resumed_step: The step that the run resumes from; None for a new run.
+        """
 
         def begin() -> Path | None:
             moved = self.store.begin(resumed_step)

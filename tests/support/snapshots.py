@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from tiny_run import tiny_config, tiny_model
 
-from llm_trainer.training.checkpoint.store import Snapshot
+from llm_trainer.training.checkpoint.store import CheckpointData
 from llm_trainer.training.optim.optimizers import build_optimizers
 
 
 def snapshot(
     run_folder: Path, seed: int = 7, state: dict[str, Any] | None = None, optimizer: str = "adamw"
-) -> Snapshot:
+) -> CheckpointData:
     """A model that has made two steps."""
     config = tiny_config(run_folder, optimizer=optimizer)
     model = tiny_model(config.model, seed)
@@ -24,4 +24,4 @@ def snapshot(
         for one in optimizers:
             one.step()
             one.zero_grad()
-    return Snapshot(model, optimizers, state or {"step": 2}, config, None)
+    return CheckpointData(model, optimizers, state or {"step": 2}, config, None)

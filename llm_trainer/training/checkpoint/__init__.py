@@ -1,0 +1,1 @@
+"""Saving, restoring and resuming, locally and in remote storage."""

@@ -1,8 +1,7 @@
-"""Work that goes on while the run trains, one piece after another, and whose failure is told to whoever asks
-next.
+"""A thread that writes or uploads checkpoints one after another while the run trains.
 
-A daemon thread, and not an executor: on several ranks the work may wait for a rank that has died, and nothing
-must keep the process from leaving then.
+It is a daemon thread, not an executor: with several ranks a task may wait for a rank that has died, and the
+process has to be able to exit then. The next `collect` raises the error of a task that failed.
 """
 
 from __future__ import annotations
@@ -17,66 +16,74 @@ from llm_trainer.config import CheckpointError, LLMTrainerError
 Task = Callable[[], Path]
 
 
-class Background:
-    """A thread and its tasks. Its methods are called from one other thread."""
+class AsyncWriter:
+    """Runs tasks in one thread, in the order of submission. Only one other thread may call its methods."""
 
     def __init__(self) -> None:
         self._tasks: queue.SimpleQueue[Task] = queue.SimpleQueue()
-        self._given, self._ended = 0, 0
+        self._submitted, self._finished = 0, 0
         self._change = threading.Condition()
-        self._done: list[Path] = []
+        self._results: list[Path] = []
         self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
 
     @property
     def is_busy(self) -> bool:
-        """Whether a task has not ended."""
+        """Whether a task is waiting or running."""
         with self._change:
-            return self._ended < self._given
+            return self._finished < self._submitted
 
     @property
     def has_results(self) -> bool:
-        """Whether there is something to collect."""
+        """Whether there are results to collect."""
         with self._change:
-            return bool(self._done)
+            return bool(self._results)
 
     @property
     def has_failed(self) -> bool:
-        """Whether a failure waits to be told."""
+        """Whether a task has failed since the last `collect`."""
         with self._change:
             return self._failure is not None
 
-    def do(self, task: Task) -> None:
-        """Begin a task, or put it behind those that are going on. After a failure the tasks behind it are
-        left out.
+    def submit(self, task: Task) -> None:
+        """Run a task after those that were submitted before.
+
+        Args:
+            task: Writes something and returns its path. It is skipped if an earlier task has failed and the
+                failure was not collected yet.
         """
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="save-checkpoints", daemon=True)
             self._thread.start()
         with self._change:
-            self._given += 1
+            self._submitted += 1
         self._tasks.put(task)
 
     def wait(self) -> None:
-        """Until nothing is going on."""
+        """Wait until all tasks have ended."""
         with self._change:
-            self._change.wait_for(lambda: self._ended == self._given)
+            self._change.wait_for(lambda: self._finished == self._submitted)
 
     def collect(self) -> list[Path]:
-        """What was written since the last time; waits. Raises the failure of a task, once, as a
-        CheckpointError.
+        """Wait until all tasks have ended.
+
+        Returns:
+            What they have returned since the last call.
+
+        Raises:
+            CheckpointError: If a task has failed since the last call.
         """
         self.wait()
         with self._change:
-            done, failure = self._done, self._failure
-            self._done, self._failure = [], None
+            results, failure = self._results, self._failure
+            self._results, self._failure = [], None
         if isinstance(failure, LLMTrainerError):
             raise failure
         if failure is not None:
             raise CheckpointError(
                 f"a checkpoint could not be saved in the background: {failure!r}"
             ) from failure
-        return done
+        return results
 
     def _run(self) -> None:
         while True:
@@ -86,10 +93,10 @@ class Background:
             if self._failure is None:
                 try:
                     result = task()
-                except BaseException as error:  # whatever it is, a thread would lose it
+                except BaseException as error:  # a thread would lose it, whatever it is
                     failure = error
             with self._change:
-                self._ended += 1
-                self._done += [result] if result is not None else []
+                self._finished += 1
+                self._results += [result] if result is not None else []
                 self._failure = self._failure or failure
                 self._change.notify_all()

@@ -1,5 +1,6 @@
-"""What a save asks of the file system: data on the disk, a name taken in one rename, nothing left of what
-failed, and errors in words.
+"""File-system operations that a save is built from: sync, atomic replacement, clean-up, readable errors.
+
+Each of them leaves either the old folder or the new one under a name, whenever the process is killed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from llm_trainer.run_dir import REPLACED_PREFIX, TEMPORARY_PREFIX, verify
 
 
 def sync_file(path: Path) -> None:
-    """Put a file, or the names in a folder, on the disk."""
+    """Flush a file, or the entries of a folder, to the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -26,48 +27,64 @@ def sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
-def take_place(temporary: Path, place: Path) -> None:
-    """Rename a finished folder to its name; an earlier holder steps aside first, and goes once the name is on
-    the disk.
+def replace_atomically(temporary: Path, target: Path) -> None:
+    """Rename a finished folder to its final name.
+
+    A folder that already has the name is renamed first, and deleted once the new name is on the disk.
+
+    Args:
+        temporary: The finished folder.
+        target: Its final path, in the same parent folder.
+
+    Raises:
+        OSError: If the folder cannot be renamed. The earlier folder then has its name again.
     """
-    replaced = place.with_name(f"{REPLACED_PREFIX}{place.name}")
-    if place.exists():
-        place.rename(replaced)
+    replaced = target.with_name(f"{REPLACED_PREFIX}{target.name}")
+    if target.exists():
+        target.rename(replaced)
     try:
-        temporary.rename(place)
+        temporary.rename(target)
     except OSError:
         if replaced.exists():
-            replaced.rename(place)
+            replaced.rename(target)
         raise
     try:
-        sync_file(place.parent)
+        sync_file(target.parent)
     finally:
         discard(replaced)
 
 
-def copy_checkpoint(source: Path, place: Path) -> list[str]:
-    """Copy a checkpoint folder to a name that is free, where the copy is whole; returns what is wrong with it
-    otherwise, a line each.
+def copy_checkpoint(source: Path, target: Path) -> list[str]:
+    """Copy a checkpoint folder, and verify the copy before it gets its name.
 
-    Raises CheckpointError for what the disk refuses.
+    Args:
+        source: The checkpoint to copy.
+        target: The path of the copy, which must not exist yet.
+
+    Returns:
+        What is wrong with the copy, one line each. It is deleted then.
+
+    Raises:
+        CheckpointError: If the disk is full or refuses the files.
     """
-    temporary = place.with_name(f"{TEMPORARY_PREFIX}{place.name}")
+    temporary = target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
     needed = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
-    with removed_on_failure(temporary), told_as_checkpoint_error(place, needed):
-        require_space(place, needed)
+    with remove_on_failure(temporary), translate_disk_errors(target, needed):
+        require_space(target, needed)
         shutil.copytree(source, temporary)
         for path in temporary.rglob("*"):
             sync_file(path)
         if problems := verify(temporary):
             remove(temporary)
         else:
-            take_place(temporary, place)
+            replace_atomically(temporary, target)
     return problems
 
 
 def discard(folder: Path) -> None:
-    """Delete a checkpoint so that a kill midway leaves nothing that bears a checkpoint's name; what stays,
-    the next save removes.
+    """Delete a checkpoint. A kill midway leaves nothing under a checkpoint's name.
+
+    The folder gets a temporary name first. What could not be deleted is deleted by the next save.
     """
     with contextlib.suppress(OSError):
         if folder.exists():
@@ -77,49 +94,67 @@ def discard(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or folder as far as it can be."""
+    """Delete a file or a folder as far as possible."""
     if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)  # what cannot be removed now is a leftover for the next save
+        shutil.rmtree(path, ignore_errors=True)  # the next save deletes what is left
     else:
         path.unlink(missing_ok=True)
 
 
-def require_space(place: Path, needed: int) -> None:
-    """Raises OSError as a full disk would, where fewer than `needed` bytes are free."""
-    if shutil.disk_usage(place.parent).free < needed:
+def require_space(target: Path, needed: int) -> None:
+    """Check that there is space on the disk before a save begins.
+
+    Args:
+        target: The folder that is to be written.
+        needed: Bytes that it needs.
+
+    Raises:
+        OSError: With ENOSPC, as a full disk would raise, if fewer bytes are free.
+    """
+    if shutil.disk_usage(target.parent).free < needed:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @contextlib.contextmanager
-def removed_on_failure(temporary: Path) -> Iterator[None]:
-    """Within, whatever ends early takes the folder along."""
+def remove_on_failure(temporary: Path) -> Iterator[None]:
+    """Delete a temporary folder if the block raises.
+
+    Args:
+        temporary: The folder. It need not exist.
+    """
     try:
         yield
-    except BaseException:  # an interrupt too: no litter
+    except BaseException:  # an interrupt leaves nothing behind either
         if temporary.exists():
             remove(temporary)
         raise
 
 
 @contextlib.contextmanager
-def told_as_checkpoint_error(place: Path, needed: int) -> Iterator[None]:
-    """Turn what the disk refuses into a message; safetensors wraps the system's errors in its own. `needed`:
-    bytes of the whole save.
+def translate_disk_errors(target: Path, needed: int) -> Iterator[None]:
+    """Turn what the disk refuses in the block into a CheckpointError that says what to do.
+
+    Args:
+        target: The folder that is saved.
+        needed: Bytes of the complete save, over all ranks.
+
+    Raises:
+        CheckpointError: For the system's errors, also where safetensors wraps them in its own.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:
-        full = (
+        is_full = (
             isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         ) or f"code: {errno.ENOSPC}" in str(error)
-        reason = _lack_of_space(place, needed) if full else str(error)
+        reason = _lack_of_space(target, needed) if is_full else str(error)
         raise CheckpointError(
-            f"{place} could not be saved: {reason}. Earlier checkpoints are untouched"
+            f"{target} could not be saved: {reason}. Earlier checkpoints are untouched"
         ) from error
 
 
-def _lack_of_space(place: Path, needed: int) -> str:
-    free = shutil.disk_usage(place.parent).free
+def _lack_of_space(target: Path, needed: int) -> str:
+    free = shutil.disk_usage(target.parent).free
     missing = f", {_megabytes(needed - free)} are missing" if needed > free else ""
     return (
         f"the disk is full: it needs about {_megabytes(needed)}, {_megabytes(free)} are free{missing}; "

@@ -74,7 +74,8 @@ class CheckpointPolicy:
 
 
 def best_model_of(checkpoint: Path, *, contents: bool = True) -> Path | None:
-    """The complete best model in a checkpoint's run folder, if it is the best of the steps up to the checkpoint.
+    """The complete best model in a checkpoint's run folder, if it is the best of the steps up to the
+    checkpoint.
 
     Args:
         checkpoint: A checkpoint folder.

@@ -2,9 +2,9 @@
 
 The main rank decides: it lists the candidates and asks about one folder after another. The ranks of each
 machine divide the files of that folder among themselves by size and verify them. So every machine is known to
-read what was written, on a shared file system as on copies of its own. The alternative not taken, verifying on
-every rank alone, reads a checkpoint as often as there are ranks, all at once, before the first step; and ranks
-that found different things would resume from different checkpoints.
+read what was written, on a shared file system as on copies of its own. The alternative not taken, verifying
+on every rank alone, reads a checkpoint as often as there are ranks, all at once, before the first step; and
+ranks that found different things would resume from different checkpoints.
 """
 
 from __future__ import annotations

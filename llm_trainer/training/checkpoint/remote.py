@@ -1,14 +1,13 @@
-"""A run folder's copy in object storage, or wherever fsspec has a way to: checkpoints go there in the
-background and come back on a resume.
+"""A copy of the run folder in object storage, or wherever fsspec can write. Uploads happen in the background.
 
-Object storage knows no rename, so a checkpoint there is what its manifest says: all other files are uploaded
-first and the manifest last, and what is replaced or deleted loses its manifest first. A folder without one is
-nothing to any reader. What a run does not go on from is set aside by renaming its manifest alone, since to
-move the rest would be to copy it.
+Object storage has no rename, so the manifest decides whether a checkpoint exists there. All other files are
+uploaded first and the manifest last; what is replaced or deleted loses its manifest first. Readers ignore a
+folder without one. What a run does not continue is set aside by renaming the manifest alone, since moving the
+rest would mean copying it.
 
-Everything is written to the local run folder first, with all that checkpoints.py promises. An upload that
-fails is told at the next edge of a step and tried again with the next checkpoint; a run whose copy is not
-whole at its end ends with an error.
+Everything is written to the local run folder first, with the guarantees of store.py. A failed upload is
+reported after the step and repeated with the next checkpoint. A run whose copy is incomplete at its end ends
+with an error.
 """
 
 from __future__ import annotations
@@ -33,26 +32,26 @@ from llm_trainer.run_dir import (
     step_from_name,
     verify,
 )
-from llm_trainer.training.checkpoint.async_writer import Background
+from llm_trainer.training.checkpoint.async_writer import AsyncWriter
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 SET_ASIDE = "manifest-set-aside.json"
-_OF_THE_RUN = (RUN_FILE, METRICS_FILE)
+_RUN_RECORDS = (RUN_FILE, METRICS_FILE)
 _EXTRAS = {"s3": "s3", "s3a": "s3"}
 
 Log = Callable[[str], None]
 
 
 def is_address(name: str | None) -> bool:
-    """Whether this is an address (`s3://bucket/run`) and not a folder's name."""
+    """Whether this is an address (`s3://bucket/run`) and not the name of a folder."""
     return name is not None and "://" in name
 
 
 def with_local_folders(training: TrainingConfig) -> TrainingConfig:
-    """Settings in which `output_dir` is a local folder. An address there becomes `remote_dir`, and a folder in
-    the user's cache takes its place.
+    """Settings in which `output_dir` is a local folder. An address there becomes `remote_dir`, and a folder
+    in the user's cache takes its place.
 
     Args:
         training: The settings. They are not changed.
@@ -63,7 +62,8 @@ def with_local_folders(training: TrainingConfig) -> TrainingConfig:
     if is_address(training.output_dir):
         if training.remote_dir not in (None, training.output_dir):
             raise UsageError(
-                f"output_dir {training.output_dir} and remote_dir {training.remote_dir} are two addresses; keep one"
+                f"output_dir {training.output_dir} and remote_dir {training.remote_dir} are two different "
+                "addresses; keep one of them"
             )
         local = str(local_copy_dir(training.output_dir))
         return training.model_copy(update={"remote_dir": training.output_dir, "output_dir": local})
@@ -89,7 +89,7 @@ def fetch_checkpoint(training: TrainingConfig, log: Log) -> TrainingConfig:
         run, name = _run_and_name(spec)
         found = RemoteRun(run, local_copy_dir(run)).fetch(name, log)
         if found is None:
-            raise CheckpointError(f"{spec} holds no complete checkpoint")
+            raise CheckpointError(f"there is no complete checkpoint at {spec}; check the address")
         return training.model_copy(update={"resume_from": str(found)})
     if training.remote_dir is not None and (
         spec == "auto" or (spec is None and training.init_from == "resume")
@@ -99,8 +99,16 @@ def fetch_checkpoint(training: TrainingConfig, log: Log) -> TrainingConfig:
 
 
 class RemoteRun:
-    """The copy at `address` of the local `run_folder`. Limits as in the store: how many lasting and recent
-    checkpoints are kept there.
+    """The remote copy of a run folder.
+
+    Args:
+        address: Where the copy is: `s3://bucket/run`.
+        run_folder: The local run folder.
+        save_total_limit: How many of the newest lasting checkpoints are kept there (None: all).
+        ephemeral_limit: How many ephemeral checkpoints are kept there.
+
+    Raises:
+        UsageError: If the address cannot be reached.
     """
 
     def __init__(
@@ -108,152 +116,183 @@ class RemoteRun:
     ) -> None:
         self.address, self.run_folder = address.rstrip("/"), run_folder
         self.save_total_limit, self.ephemeral_limit = save_total_limit, ephemeral_limit
-        self._files, self._root = _opened(self.address)
-        self._background = Background()
-        self._set_aside = ""
-        self._left: list[str] = []  # names that are not there yet, in the order of their saves
+        self._files, self._root = _open(self.address)
+        self._writer = AsyncWriter()
+        self._message = ""
+        self._pending: list[str] = []  # names that are not uploaded yet, in the order of their saves
 
-    # On the way there.
+    # Upload.
 
     def begin(self, resumed_step: int | None) -> None:
-        """Set aside what a run does not go on from: everything for a new one (None), else what is past its
-        step.
+        """Set aside what this run does not continue: everything for a new run, else what is past its step.
+
+        Args:
+            resumed_step: The step that the run resumes from; None for a new run.
+
+        Raises:
+            CheckpointError: If the storage refuses.
         """
         stale = [name for name, step in self._names() if resumed_step is None or step > resumed_step]
         for name in stale:
-            with self._reached():
+            with self._translate_errors():
                 self._files.mv(f"{self._root}/{name}/{MANIFEST_FILE}", f"{self._root}/{name}/{SET_ASIDE}")
         if stale:
-            self._set_aside = f"{self.address}: this run does not go on from {', '.join(stale)}; their manifests are named {SET_ASIDE} now"
+            self._message = (
+                f"{self.address}: set aside {', '.join(stale)} of another run, by renaming their manifests "
+                f"to {SET_ASIDE}"
+            )
 
-    def upload_later(self, name: str) -> None:
-        """Upload a checkpoint that has just been saved, behind those that are on their way."""
-        self._left = [*(left for left in self._left if left != name), name]
-        self._background.do(self._upload_left)
+    def queue_upload(self, name: str) -> None:
+        """Upload a checkpoint in the background, after those that are queued already.
 
-    def news(self) -> list[str]:
-        """Lines for the person: what was set aside, and what went wrong since the last time."""
-        lines, self._set_aside = [self._set_aside] if self._set_aside else [], ""
-        if self._background.has_failed:
+        Args:
+            name: The name of its folder in the run folder.
+        """
+        self._pending = [*(pending for pending in self._pending if pending != name), name]
+        self._writer.submit(self._upload_pending)
+
+    def take_messages(self) -> list[str]:
+        """Lines for the user since the last call: what was set aside, and what failed."""
+        lines, self._message = [self._message] if self._message else [], ""
+        if self._writer.has_failed:
             try:
-                self._background.collect()
+                self._writer.collect()
             except CheckpointError as error:
-                lines.append(f"{error}; it is tried again with the next checkpoint")
+                lines.append(f"{error}; the upload is tried again with the next checkpoint")
         return lines
 
     def finish(self) -> None:
-        """Until all is there. Raises CheckpointError, naming the checkpoints that are not."""
-        with contextlib.suppress(CheckpointError):  # what is left is tried once more, and told then
-            self._background.collect()
-        self._background.do(self._upload_left)
-        self._background.collect()
+        """Wait until the copy is complete.
 
-    def _upload_left(self) -> Path:
-        while self._left:
-            name = self._left.pop(0)
+        Raises:
+            CheckpointError: If it cannot be completed; the message names the reason.
+        """
+        with contextlib.suppress(CheckpointError):  # what is pending is tried again, and reported then
+            self._writer.collect()
+        self._writer.submit(self._upload_pending)
+        self._writer.collect()
+
+    def _upload_pending(self) -> Path:
+        while self._pending:
+            name = self._pending.pop(0)
             try:
-                if (self.run_folder / name).is_dir():  # else rotated away meanwhile
-                    with self._reached():
+                if (self.run_folder / name).is_dir():  # else it was rotated away meanwhile
+                    with self._translate_errors():
                         self._upload(name)
             except CheckpointError:
-                self._left.insert(0, name)
+                self._pending.insert(0, name)
                 raise
-        with self._reached():
+        with self._translate_errors():
             self._rotate()
-            for file in _OF_THE_RUN:
+            for file in _RUN_RECORDS:
                 if (self.run_folder / file).exists():
                     self._files.put_file(str(self.run_folder / file), f"{self._root}/{file}")
         return self.run_folder
 
     def _upload(self, name: str) -> None:
-        local, there = self.run_folder / name, f"{self._root}/{name}"
-        self._forget(name)
+        local, remote = self.run_folder / name, f"{self._root}/{name}"
+        self._delete(name)
         try:
             for path in sorted(
                 path for path in local.rglob("*") if path.is_file() and path.name != MANIFEST_FILE
             ):
-                place = f"{there}/{path.relative_to(local).as_posix()}"
-                self._files.makedirs(place.rpartition("/")[0], exist_ok=True)
-                self._files.put_file(str(path), place)
-            self._files.put_file(str(local / MANIFEST_FILE), f"{there}/{MANIFEST_FILE}")
+                target = f"{remote}/{path.relative_to(local).as_posix()}"
+                self._files.makedirs(target.rpartition("/")[0], exist_ok=True)
+                self._files.put_file(str(path), target)
+            self._files.put_file(str(local / MANIFEST_FILE), f"{remote}/{MANIFEST_FILE}")
         except FileNotFoundError:
             if local.is_dir():
                 raise
-            self._forget(name)  # rotated away under our hands
+            self._delete(name)  # it was rotated away during the upload
 
-    def _forget(self, name: str) -> None:
-        """Delete a checkpoint there, its manifest first."""
-        there = f"{self._root}/{name}"
-        if self._files.exists(f"{there}/{MANIFEST_FILE}"):
-            self._files.rm_file(f"{there}/{MANIFEST_FILE}")
-        if self._files.exists(there):
-            self._files.rm(there, recursive=True)
+    def _delete(self, name: str) -> None:
+        """Delete a remote checkpoint, its manifest first."""
+        remote = f"{self._root}/{name}"
+        if self._files.exists(f"{remote}/{MANIFEST_FILE}"):
+            self._files.rm_file(f"{remote}/{MANIFEST_FILE}")
+        if self._files.exists(remote):
+            self._files.rm(remote, recursive=True)
 
     def _rotate(self) -> None:
         numbered = [name for name, _ in self._names() if name not in (BEST_MODEL, FINAL_MODEL)]
-        recent = [name for name in numbered if name.startswith(EPHEMERAL_PREFIX)]
-        lasting = [name for name in numbered if name not in recent]
+        ephemeral = [name for name in numbered if name.startswith(EPHEMERAL_PREFIX)]
+        lasting = [name for name in numbered if name not in ephemeral]
         limit = len(lasting) if self.save_total_limit is None else max(1, self.save_total_limit)
-        for name in [*recent[max(1, self.ephemeral_limit) :], *lasting[limit:]]:
-            self._forget(name)
+        for name in [*ephemeral[max(1, self.ephemeral_limit) :], *lasting[limit:]]:
+            self._delete(name)
 
-    # On the way back.
+    # Download.
 
     def fetch_newer(self, log: Log) -> Path | None:
-        """Bring the newest whole checkpoint here where it is further than what is here; None where nothing
-        is.
+        """Download the newest complete checkpoint if it is of a later step than the local ones.
+
+        Args:
+            log: Called with each line for the user.
+
+        Returns:
+            Its local folder; None if there is none.
+
+        Raises:
+            CheckpointError: If the storage refuses.
         """
-        here = next(
-            (one.step for one in list_checkpoints(self.run_folder) if not verify(one.path, contents=False)),
-            -1,
-        )
-        return next(
-            (
-                found
-                for name, step in self._names()
-                if step > here and (found := self._fetched(name, log)) is not None
-            ),
-            None,
-        )
+        local = list_checkpoints(self.run_folder)
+        local_step = next((one.step for one in local if not verify(one.path, contents=False)), -1)
+        for name, step in self._names():
+            if step > local_step and (found := self._fetch_complete(name, log)) is not None:
+                return found
+        return None
 
     def fetch(self, name: str | None, log: Log) -> Path | None:
-        """Bring one checkpoint here (None: the newest that is whole); None where there is none."""
-        names = [there for there, _ in self._names() if name in (None, there)]
-        return next((found for there in names if (found := self._fetched(there, log)) is not None), None)
+        """Download one checkpoint.
 
-    def _fetched(self, name: str, log: Log) -> Path | None:
-        """The local folder of a checkpoint, downloaded unless it is here, or None where it is not whole."""
-        place, temporary = self.run_folder / name, self.run_folder / f"{TEMPORARY_PREFIX}fetched-{name}"
-        if place.is_dir() and not verify(place):
-            return place
+        Args:
+            name: Its name; None for the newest complete one.
+            log: Called with each line for the user.
+
+        Returns:
+            Its local folder; None if there is none.
+
+        Raises:
+            CheckpointError: If the storage refuses.
+        """
+        for remote_name, _ in self._names():
+            if name in (None, remote_name) and (found := self._fetch_complete(remote_name, log)) is not None:
+                return found
+        return None
+
+    def _fetch_complete(self, name: str, log: Log) -> Path | None:
+        """The local folder of a checkpoint, downloaded unless it exists; None if it is damaged."""
+        target, temporary = self.run_folder / name, self.run_folder / f"{TEMPORARY_PREFIX}fetched-{name}"
+        if target.is_dir() and not verify(target):
+            return target
         log(f"fetching {self.address}/{name}")
         shutil.rmtree(temporary, ignore_errors=True)
         self.run_folder.mkdir(parents=True, exist_ok=True)
         try:
-            with self._reached():
+            with self._translate_errors():
                 self._download(name, temporary)
             if problems := verify(temporary):
                 log(f"skipping {self.address}/{name}: {'; '.join(problems[:3])}")
                 return None
-            shutil.rmtree(place, ignore_errors=True)
-            temporary.rename(place)
+            shutil.rmtree(target, ignore_errors=True)
+            temporary.rename(target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        return place
+        return target
 
     def _download(self, name: str, folder: Path) -> None:
-        there = f"{self._root}/{name}"
-        for path in self._files.find(there):
-            local = folder / str(path).removeprefix(f"{there}/")
+        remote = f"{self._root}/{name}"
+        for path in self._files.find(remote):
+            local = folder / str(path).removeprefix(f"{remote}/")
             local.parent.mkdir(parents=True, exist_ok=True)
             self._files.get_file(path, str(local))
-        for file in _OF_THE_RUN:
+        for file in _RUN_RECORDS:
             if not (self.run_folder / file).exists() and self._files.exists(f"{self._root}/{file}"):
                 self._files.get_file(f"{self._root}/{file}", str(self.run_folder / file))
 
     def _names(self) -> list[tuple[str, int]]:
-        """Checkpoints there with their steps, newest first; those without a manifest are none."""
-        with self._reached():
+        """Remote checkpoints that have a manifest, with their steps, newest first."""
+        with self._translate_errors():
             if not self._files.exists(self._root):
                 return []
             found = []
@@ -275,9 +314,9 @@ class RemoteRun:
         return step if isinstance(step, int) else None
 
     @contextlib.contextmanager
-    def _reached(self) -> Iterator[None]:
-        """What the storage and the ways to it refuse, in words; their clients' errors are no kind of their
-        own.
+    def _translate_errors(self) -> Iterator[None]:
+        """Turn what the storage or the network refuses into a CheckpointError. The clients' errors have no
+        common class.
         """
         try:
             yield
@@ -289,7 +328,7 @@ class RemoteRun:
             ) from error
 
 
-def _opened(address: str) -> tuple[AbstractFileSystem, str]:
+def _open(address: str) -> tuple[AbstractFileSystem, str]:
     import fsspec
 
     scheme = address.partition("://")[0]
@@ -297,23 +336,23 @@ def _opened(address: str) -> tuple[AbstractFileSystem, str]:
         files, root = fsspec.core.url_to_fs(address)
     except ImportError as error:
         extra = _EXTRAS.get(scheme)
-        way = f"it needs the extra '{extra}': pip install 'llm-trainer[{extra}]'" if extra else str(error)
-        raise UsageError(f"{address} cannot be reached: {way}") from error
+        reason = f"it needs the extra '{extra}': pip install 'llm-trainer[{extra}]'" if extra else str(error)
+        raise UsageError(f"{address} cannot be reached: {reason}") from error
     except ValueError as error:
-        raise UsageError(f"{address} is no address that fsspec knows: {error}") from error
-    return _plain(files), str(root).rstrip("/")
+        raise UsageError(f"{address} is not an address that fsspec supports: {error}") from error
+    return _without_cache(files), str(root).rstrip("/")
 
 
-def _plain(files: Any) -> AbstractFileSystem:
-    """The file system, without its memory of listings: other processes write there too."""
+def _without_cache(files: Any) -> AbstractFileSystem:
+    """The file system without its cache of listings, because other processes write there too."""
     files.use_listings_cache = False
     files.invalidate_cache()
-    plain: AbstractFileSystem = files
-    return plain
+    file_system: AbstractFileSystem = files
+    return file_system
 
 
 def _run_and_name(address: str) -> tuple[str, str | None]:
-    """The run's address and the checkpoint's name, where the last part of the address is one."""
+    """The run's address, and the checkpoint's name if the last part of the address is one."""
     run, _, name = address.rstrip("/").rpartition("/")
     return (
         (run, name)

@@ -45,7 +45,7 @@ _NOT_SHAPE = {
 _FIXED_IN_TRAINING = {
     "optimizer": "the saved optimizer state belongs to another optimizer",
     "seed": "the order of the data depends on it",
-    "init_from": None,  # set anew at every start
+    "init_from": None,  # set at every start
     "resume_from": None,
     "lr_on_resume": None,
 }
@@ -240,7 +240,12 @@ def compare_settings(old: RunConfig, new: RunConfig, checkpoint: Path) -> list[C
 
 
 def data_identity(train_dataset: TokenDataset, sampler: Sampler) -> dict[str, JSON]:
-    """What a checkpoint stores about its data: tokens, tokenizer and order of samples, wherever the files are."""
+    """What a checkpoint stores about its data: tokens, tokenizer and order of samples, but no paths.
+
+    Args:
+        train_dataset: The training split.
+        sampler: The order of its samples.
+    """
     return {
         "fingerprint": train_dataset.fingerprint,
         "tokenizer": train_dataset.tokenizer_hash,
@@ -357,8 +362,8 @@ def _last_step(
     sequences_in_length: int,
     sequences_now: int,
 ) -> int:
-    """The last step. A length in epochs or tokens ends when as many samples have been consumed; what a rollback
-    skipped does not count, as it did not when the run rolled back.
+    """The last step. A length in epochs or tokens ends when as many samples have been consumed; what a
+    rollback skipped is not included, as it was not when the run rolled back.
     """
     if length.steps == training.max_steps:
         return length.steps
@@ -399,8 +404,8 @@ def _moved(
 
 def _needs_lr_on_resume(state: TrainingState, total: int) -> str:
     return (
-        f"the end of the run moves from step {state.total_steps} to {total}, and its learning rate was decaying "
-        "towards the old end; set --lr_on_resume to extend (stretch the decay to the new end), rewarm (warm up "
-        "again from here and decay to the new end) or keep (the old decay, then its lowest rate), or give the "
-        "decay a length of its own with --lr_decay_iters"
+        f"the end of the run moves from step {state.total_steps} to {total}, and its learning rate was "
+        "decaying towards the old end; set --lr_on_resume to extend (stretch the decay to the new end), "
+        "rewarm (warm up again from here and decay to the new end) or keep (the old decay, then its lowest "
+        "rate), or give the decay a length of its own with --lr_decay_iters"
     )

@@ -1,13 +1,13 @@
-"""What one rank writes of a run at a step's edge: taken there, written then or later, in a thread while the
-run goes on.
+"""What one rank writes of a checkpoint: a snapshot taken between two steps, written now or asynchronously.
 
-Where nothing is cut over ranks the main one writes all. Where ranks hold shards each writes its part: of the
-weights whole tensors, gathered one at a time (as much traffic as a forward pass), so that the folder is the
-same model folder that one process writes; of the optimizer the pieces that it holds, which costs no traffic
-at all. In a pipeline each stage writes its own and sends nothing to others. A save that is written later is
-made from copies in the host's memory, as large as this rank's part: weights and optimizer state, which is 12
-bytes a parameter under AdamW. A base in four bits is copied as the floats that are written, a matrix at a
-time.
+Without sharding the main rank writes everything. With sharding each rank writes a part. Of the weights these
+are full tensors, gathered one at a time (as much traffic as a forward pass), so that the folder is the same
+model folder that one process writes. Of the optimizer state they are the shards that the rank holds, which
+costs no traffic. In a pipeline each stage writes its own parameters and sends nothing.
+
+An asynchronous save is written from copies in host memory. They are as large as this rank's part: weights and
+optimizer state, 12 bytes per parameter under AdamW. A base model in four bits is copied as the floats that
+are written, one matrix at a time.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ from llm_trainer.training.checkpoint.optimizer_state import (
     TENSORS_FILE,
     optimizer_state,
     shard_file,
-    write_pieces,
+    write_shards,
     write_tensors,
 )
-from llm_trainer.training.checkpoint.rng_state import random_state
+from llm_trainer.training.checkpoint.rng_state import get_rng_state
 
 OPTIMIZER_SCALARS = "optimizer_scalars"
 _RECORDED_PACKAGES = ("llm-trainer", "torch", "safetensors", "tokenizers", "numpy")
@@ -63,26 +63,33 @@ class SavedTokenizer(Protocol):
 
     @property
     def bos_id(self) -> int | None:
-        """Begin of text."""
+        """Id of the beginning-of-text token."""
 
     @property
     def eos_id(self) -> int | None:
-        """End of text."""
+        """Id of the end-of-text token."""
 
     @property
     def pad_id(self) -> int | None:
-        """Filling."""
+        """Id of the padding token."""
 
     def save(self, folder: Path) -> None:
-        """Write `tokenizer.json` and what belongs to it."""
+        """Write `tokenizer.json` and its companions."""
 
 
 @dataclass(frozen=True)
-class Snapshot:
-    """A run at a step's edge. `state` is JSON and holds at least `step`; non-finite numbers in it survive.
+class CheckpointData:
+    """What a checkpoint is made of, as it is between two steps. Nothing is copied.
 
-    On several `ranks` all save together: each writes what it holds of what is cut over them, the main one the
-    rest.
+    With several ranks all save together: each writes its shards, the main rank the rest.
+
+    Attributes:
+        model: The model, full or sharded.
+        optimizers: Its optimizers.
+        state: Contents of state.json, with at least `step`. Non-finite numbers in it are preserved.
+        config: The settings, for run.json.
+        tokenizer: The tokenizer that is saved with the model.
+        process_group: The ranks.
     """
 
     model: nn.Module
@@ -94,150 +101,193 @@ class Snapshot:
 
     @property
     def step(self) -> int:
-        """The updates done."""
+        """Optimizer updates so far."""
         step = self.state.get("step")
         assert isinstance(step, int), "a snapshot's state holds its step"
         return step
 
     @property
     def nbytes(self) -> int:
-        """Of weights and optimizer state on this rank."""
+        """Bytes of weights and optimizer state on this rank."""
         tensors = [
             *self.model.parameters(),
             *self.model.buffers(),
             *optimizer_state(self.model, self.optimizers)[0].values(),
         ]
-        return sum(_held_part(tensor).nbytes for tensor in tensors)
+        return sum(_local_part(tensor).nbytes for tensor in tensors)
 
 
-class HostCopies:
-    """The memory that copies are made into, kept from save to save: pages new to the process cost twenty
-    times the copying.
+class HostBuffers:
+    """Host memory that copies are made into. It is kept from save to save, because memory that is new to a
+    process costs twenty times as much as the copying.
     """
 
     def __init__(self) -> None:
-        self._kept: dict[str, Tensor] = {}
+        self._buffers: dict[str, Tensor] = {}
 
-    def of(self, name: str, tensor: Tensor) -> Tensor:
-        """A copy of the tensor, in place of the earlier one of this name; done when `finish` returns."""
-        kept = self._kept.get(name)
-        if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
-            kept = self._kept[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        return kept.copy_(tensor, non_blocking=True)
+    def copy(self, name: str, tensor: Tensor) -> Tensor:
+        """Copy a tensor into the buffer of this name.
+
+        Args:
+            name: Name of the buffer. A copy from an earlier save is overwritten.
+            tensor: The tensor.
+
+        Returns:
+            The copy, complete after `synchronize`.
+        """
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._buffers[name] = buffer
+        return buffer.copy_(tensor, non_blocking=True)
 
     @property
-    def are_made(self) -> bool:
-        """Whether the memory has been taken already."""
-        return bool(self._kept)
+    def is_allocated(self) -> bool:
+        """Whether the memory has been allocated."""
+        return bool(self._buffers)
 
-    def finish(self) -> None:
-        """Until the copies are made."""
-        if any(tensor.is_pinned() for tensor in self._kept.values()):
+    def synchronize(self) -> None:
+        """Wait until all copies are complete."""
+        if any(buffer.is_pinned() for buffer in self._buffers.values()):
             torch.cuda.current_stream().synchronize()
 
 
 @dataclass(frozen=True)
-class Capture:
-    """The part of a snapshot that this rank writes; `texts` are the main rank's, by file name."""
+class Snapshot:
+    """The part of a checkpoint that this rank writes.
+
+    Attributes:
+        layout: Which weight is in which file, for all ranks.
+        files: The weight files that this rank writes.
+        weights: The weights in them.
+        optimizer: This rank's shards of the optimizer state.
+        is_sharded: Whether ranks hold different parameters or shards.
+        text_files: On the main rank, the contents of all text files by name.
+        tokenizer: On the main rank, the tokenizer.
+        process_group: The ranks.
+        version: Identifies the state of the tensors that were taken.
+    """
 
     layout: WeightLayout
     files: Sequence[str]
     weights: Mapping[str, Tensor]
     optimizer: Mapping[str, LocalShard]
-    is_cut: bool
-    texts: Mapping[str, str]
+    is_sharded: bool
+    text_files: Mapping[str, str]
     tokenizer: SavedTokenizer | None
     process_group: ProcessGroup
     version: tuple[tuple[int, int], ...]
 
-    def is_of(self, snapshot: Snapshot) -> bool:
-        """Whether weights and optimizer state of the snapshot are still those that were taken."""
-        return self.version == _version(snapshot)
+    def matches(self, data: CheckpointData) -> bool:
+        """Whether model and optimizers still hold the values that were taken.
+
+        Args:
+            data: What is to be saved now.
+        """
+        return self.version == _version(data)
 
     @property
     def nbytes(self) -> int:
-        """How much this rank writes."""
+        """Bytes that this rank writes."""
         return sum(
             tensor.nbytes
-            for tensor in [*self.weights.values(), *(piece.values for piece in self.optimizer.values())]
+            for tensor in [*self.weights.values(), *(shard.values for shard in self.optimizer.values())]
         )
 
     def write(self, folder: Path) -> list[Path]:
-        """Write this rank's files into `folder`, which has the optimizer's folder already; which they are."""
+        """Write this rank's tensor files.
+
+        Args:
+            folder: The checkpoint folder, which contains the folder of the optimizer already.
+
+        Returns:
+            The files.
+        """
         written = []
         for name in self.files:
             write_weights(folder / name, self.layout.files[name], self.weights)
             written.append(folder / name)
         if self.optimizer:
-            place = folder / OPTIMIZER_FOLDER
-            if self.is_cut:
-                place /= shard_file(self.process_group.rank, self.process_group.world_size)
-                write_pieces(place, self.optimizer)
+            path = folder / OPTIMIZER_FOLDER
+            if self.is_sharded:
+                path /= shard_file(self.process_group.rank, self.process_group.world_size)
+                write_shards(path, self.optimizer)
             else:
-                place /= TENSORS_FILE
-                write_tensors(place, {name: piece.values for name, piece in self.optimizer.items()})
-            written.append(place)
+                path /= TENSORS_FILE
+                write_tensors(path, {name: shard.values for name, shard in self.optimizer.items()})
+            written.append(path)
         return written
 
 
-def capture(snapshot: Snapshot, step: int, copies: HostCopies | None = None) -> Capture:
-    """Take what this rank writes: into `copies`, or as it lies there, to be written before the next step. A
-    collective call.
+def take_snapshot(data: CheckpointData, step: int, buffers: HostBuffers | None = None) -> Snapshot:
+    """Take what this rank writes. A collective call.
+
+    Args:
+        data: What is to be saved.
+        step: The step under which it is saved.
+        buffers: Where copies are made, for a later write. Without buffers the snapshot may refer to the live
+            tensors, and has to be written before the next step.
+
+    Returns:
+        The snapshot.
     """
-    process_group, holders = snapshot.process_group, _holders(snapshot)
-    is_cut = is_sharded(snapshot.model) or bool(holders)
+    process_group, holders = data.process_group, _first_holders(data)
+    has_shards = is_sharded(data.model) or bool(holders)
     layout = weight_layout(
-        snapshot.model,
-        num_writers=process_group.world_size if is_cut else 1,
+        data.model,
+        num_writers=process_group.world_size if has_shards else 1,
         writers=_stage_ranks(holders, process_group) if holders else None,
     )
     files = [name for name, writer in layout.writer_of.items() if writer == process_group.rank]
     wanted = {name for file in files for entry in layout.files[file] for name in entry.names}
     weights: dict[str, Tensor] = {}
-    for name, tensor in named_weights(snapshot.model).items():
+    for name, tensor in named_weights(data.model).items():
         if is_on_other_stage(tensor):
             continue
         value = full_tensor(tensor)
-        if name in wanted:
-            weights[name] = copies.of(name, dequantize(value)) if copies else value.cpu() if is_cut else value
-    tensors, _ = optimizer_state(snapshot.model, snapshot.optimizers)
+        if name not in wanted:
+            continue
+        if buffers:
+            weights[name] = buffers.copy(name, dequantize(value))
+        else:
+            weights[name] = value.cpu() if has_shards else value
+    tensors, _ = optimizer_state(data.model, data.optimizers)
     optimizer: dict[str, LocalShard] = {}
     for name, tensor in tensors.items():
-        piece = local_shard(tensor)
-        if _writes(name, tensor, process_group, holders) and piece.values.numel():
-            optimizer[name] = piece._replace(values=copies.of(name, piece.values)) if copies else piece
-    if copies:
-        copies.finish()
-    texts = _texts(snapshot, step, layout)
-    return Capture(
+        shard = local_shard(tensor)
+        if _is_writer(name, tensor, process_group, holders) and shard.values.numel():
+            optimizer[name] = shard._replace(values=buffers.copy(name, shard.values)) if buffers else shard
+    if buffers:
+        buffers.synchronize()
+    return Snapshot(
         layout,
         files,
         weights,
         optimizer,
-        is_cut,
-        texts,
-        snapshot.tokenizer if process_group.is_main else None,
+        has_shards,
+        _text_files(data, step, layout),
+        data.tokenizer if process_group.is_main else None,
         process_group,
-        _version(snapshot),
+        _version(data),
     )
 
 
-def _holders(snapshot: Snapshot) -> dict[str, int]:
+def _first_holders(data: CheckpointData) -> dict[str, int]:
     """In a pipeline, the first rank that holds each parameter; empty elsewhere. A collective call."""
-    if snapshot.process_group.plan.pipeline_parallel == 1:
+    if data.process_group.plan.pipeline_parallel == 1:
         return {}
-    own = [
-        name for name, parameter in named_weights(snapshot.model).items() if not is_on_other_stage(parameter)
-    ]
+    own = [name for name, parameter in named_weights(data.model).items() if not is_on_other_stage(parameter)]
     holders: dict[str, int] = {}
-    for rank, names in enumerate(map(json.loads, snapshot.process_group.all_gather_text(json.dumps(own)))):
+    for rank, names in enumerate(map(json.loads, data.process_group.all_gather_text(json.dumps(own)))):
         for name in names:
             holders.setdefault(name, rank)
     return holders
 
 
 def _stage_ranks(holders: Mapping[str, int], process_group: ProcessGroup) -> dict[str, list[int]]:
-    """The ranks of the stage that each parameter is on, the first of its stages where it is on two."""
+    """The ranks of the stage that each parameter is on. For a parameter on two stages it is the first of
+    them.
+    """
     stage_of = process_group.plan.stage
     return {
         name: [rank for rank in range(process_group.world_size) if stage_of(rank) == stage_of(holder)]
@@ -245,93 +295,102 @@ def _stage_ranks(holders: Mapping[str, int], process_group: ProcessGroup) -> dic
     }
 
 
-def _writes(name: str, tensor: Tensor, process_group: ProcessGroup, holders: Mapping[str, int]) -> bool:
+def _is_writer(name: str, tensor: Tensor, process_group: ProcessGroup, holders: Mapping[str, int]) -> bool:
     """Whether this rank writes what it holds of a tensor of the optimizer."""
     if not holders:
         return is_shard_writer(tensor, process_group.rank)
     holder = holders[name.removeprefix("state.").rpartition(".")[0]]
-    is_cut = hasattr(tensor, "full_tensor")
+    has_shards = hasattr(tensor, "full_tensor")
     return process_group.plan.stage(process_group.rank) == process_group.plan.stage(holder) and (
-        is_shard_writer(tensor, process_group.rank) if is_cut else process_group.rank == holder
+        is_shard_writer(tensor, process_group.rank) if has_shards else process_group.rank == holder
     )
 
 
-def described_anew(taken: Capture, snapshot: Snapshot, step: int) -> Capture:
-    """The same tensors with what a snapshot says now. A collective call."""
-    return replace(taken, texts=_texts(snapshot, step, taken.layout))
+def with_new_metadata(snapshot: Snapshot, data: CheckpointData, step: int) -> Snapshot:
+    """The tensors of a snapshot with the present state, settings and generators. A collective call.
 
-
-def has_spare_core(snapshot: Snapshot) -> bool:
-    """Whether a thread that writes takes no time from those that train: on an accelerator, or where these
-    leave a core free.
-
-    Where they do not, a save in the background loses a run as much time as one that it waits for (4.6 s
-    against 4.0 to 5.4 for 98 M parameters on two cores), and the copies would be for nothing; with one of the
-    two to spare it loses 2.9 s against 5.2.
+    Args:
+        snapshot: A snapshot whose tensors have not changed since.
+        data: What is to be saved now.
+        step: The step under which it is saved.
     """
-    on_processor = next(snapshot.model.parameters()).device.type == "cpu"
-    return (
-        not on_processor
-        or (os.cpu_count() or 1) > torch.get_num_threads() * snapshot.process_group.world_size
-    )
+    return replace(snapshot, text_files=_text_files(data, step, snapshot.layout))
 
 
-def host_memory_left() -> int:
-    """Bytes that processes of this machine can still take."""
+def has_spare_core(data: CheckpointData) -> bool:
+    """Whether a writing thread takes no time from training: on an accelerator, or where training leaves a
+    core free.
+
+    Without a spare core an asynchronous save costs a run as much time as a synchronous one (4.6 s against
+    4.0 to 5.4 for 98 M parameters on two cores), and the copies would gain nothing. With one of two cores
+    free it costs 2.9 s against 5.2.
+
+    Args:
+        data: What is to be saved.
+    """
+    if next(data.model.parameters()).device.type != "cpu":
+        return True
+    return (os.cpu_count() or 1) > torch.get_num_threads() * data.process_group.world_size
+
+
+def available_host_memory() -> int:
+    """Bytes of host memory that can still be allocated on this machine."""
     import psutil
 
     return int(psutil.virtual_memory().available)
 
 
-def _version(snapshot: Snapshot) -> tuple[tuple[int, int], ...]:
-    """Changes whenever weights or optimizer state do: the step, which tensors they are, and how often each
-    was written to.
+def _version(data: CheckpointData) -> tuple[tuple[int, int], ...]:
+    """Changes whenever weights or optimizer state change: the step, the identity of the tensors, and torch's
+    count of writes to each.
 
-    The step says most: fused optimizers write to weights without their being counted (torch 2.13).
+    The step matters most, because fused optimizers write to weights without counting it (torch 2.13).
     """
     state = (
         value
-        for one in snapshot.optimizers
+        for one in data.optimizers
         for held in one.state.values()
         for value in held.values()
         if isinstance(value, Tensor)
     )
-    tensors = [*snapshot.model.parameters(), *state]
+    tensors = [*data.model.parameters(), *state]
     return (
-        (snapshot.step, len(tensors)),
-        *((id(tensor), _held_part(tensor.detach())._version) for tensor in tensors),
+        (data.step, len(tensors)),
+        *((id(tensor), _local_part(tensor.detach())._version) for tensor in tensors),
     )
 
 
-def _texts(snapshot: Snapshot, step: int, layout: WeightLayout) -> dict[str, str]:
-    """On the main rank every file but the tensors and the tokenizer, written out now: the state they tell of
-    is changing.
-    """
-    generators = snapshot.process_group.all_gather_text(json.dumps(random_state()))
-    if not snapshot.process_group.is_main:
+def _text_files(data: CheckpointData, step: int, layout: WeightLayout) -> dict[str, str]:
+    """On the main rank all text files, as text: the state that they describe changes after this step."""
+    generators = data.process_group.all_gather_text(json.dumps(get_rng_state()))
+    if not data.process_group.is_main:
         return {}
-    scalars = optimizer_state(snapshot.model, snapshot.optimizers)[1]
-    tokenizer = snapshot.tokenizer
+    scalars = optimizer_state(data.model, data.optimizers)[1]
+    tokenizer = data.tokenizer
     ids = (
         {}
         if tokenizer is None
         else {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
     )
-    return metadata_files(snapshot.model, layout, **ids) | {
-        STATE_FILE: json_text({**snapshot.state, "step": step, OPTIMIZER_SCALARS: scalars}),
-        RUN_FILE: run_text(snapshot.config),
+    return metadata_files(data.model, layout, **ids) | {
+        STATE_FILE: json_text({**data.state, "step": step, OPTIMIZER_SCALARS: scalars}),
+        RUN_FILE: run_json(data.config),
         RANDOM_FILE: json_text({"ranks": [json.loads(one) for one in generators]}),
     }
 
 
-def run_text(config: RunConfig) -> str:
-    """`run.json`: every setting as it was resolved, and the versions that the run was made with."""
+def run_json(config: RunConfig) -> str:
+    """The text of `run.json`: every setting as it was resolved, and the versions of Python and packages.
+
+    Args:
+        config: The settings.
+    """
     return json_text({**config.model_dump(mode="json"), "versions": versions()})
 
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Python and the packages whose version can change a number."""
+    """Versions of Python and of the packages that can change a number."""
     return {
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in _RECORDED_PACKAGES},
@@ -339,20 +398,20 @@ def versions() -> dict[str, str]:
 
 
 def json_text(value: Mapping[str, JSON]) -> str:
-    """A JSON object whose floats come back to the bit."""
-    return json.dumps(_spelled(value), indent=1, allow_nan=False) + "\n"
+    """A JSON object whose floats are restored bit-exactly."""
+    return json.dumps(_encode_floats(value), indent=1, allow_nan=False) + "\n"
 
 
-def _held_part(tensor: Tensor) -> Tensor:
+def _local_part(tensor: Tensor) -> Tensor:
     return local_shard(tensor).values if hasattr(tensor, "full_tensor") else tensor
 
 
-def _spelled(value: JSON) -> JSON:
-    """JSON has no infinities and no NaN: they become {"float": "inf"}. Other floats survive JSON to the bit."""
+def _encode_floats(value: JSON) -> JSON:
+    """Replace infinities and NaN, which JSON lacks, by {"float": "inf"}. Other floats are exact in JSON."""
     if isinstance(value, float) and not math.isfinite(value):
         return {"float": str(value)}
     if isinstance(value, Mapping):
-        return {str(name): _spelled(item) for name, item in value.items()}
+        return {str(name): _encode_floats(item) for name, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_spelled(item) for item in value]
+        return [_encode_floats(item) for item in value]
     return value

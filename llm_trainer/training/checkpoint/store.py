@@ -1,20 +1,19 @@
-"""Saving and restoring everything that is state, so that a kill at any moment leaves a checkpoint that can be
-trusted.
+"""Saves and restores everything that is state. A kill at any moment leaves checkpoints that can be trusted.
 
-A save writes into `.tmp-<name>` beside its place, syncs every file to the disk, writes the manifest of sizes
-and hashes last, and takes its name in one rename. Before that there is nothing that could be mistaken for a
-checkpoint; after it the checkpoint is whole. Where the name is taken (`best_model`, or a step saved again)
-the earlier holder steps aside to `.old-<name>` first, which readers accept for the instant in which it is the
-only one. Older checkpoints are removed only after the new one lies verified in its place.
+A save writes into `.tmp-<name>` next to the final folder, syncs every file to the disk, writes the manifest
+of sizes and hashes last, and renames the folder. Before the rename nothing could be mistaken for a
+checkpoint; after it the checkpoint is complete. Where the name exists already (`best_model`, or a step that
+is saved again), the earlier folder is renamed to `.old-<name>` first, and readers accept it for the moment in
+which it is the only one. Older checkpoints are removed only after the new one was verified under its name.
 
-Each rank writes what it holds (capture.py); the main one makes the folder, and seals it when all have said
-what they wrote. All of this may go on in a thread while the run trains (background.py): from copies, on a
-line of its own between the ranks, one save after another. What fails there is raised by the next `wait` or
-save, on all ranks alike.
+Each rank writes what it holds (snapshot.py). The main rank makes the folder, and completes it when all ranks
+have reported their files. All of this may happen in a thread while the run trains (async_writer.py): from
+copies in host memory, in a process group of its own, one save after another. The next `wait` or save raises
+what failed there, on all ranks alike.
 
-A checkpoint is a folder: weights and `config.json` as Hugging Face has them, the tokenizer, `optimizer/`,
-`state.json`, `run.json`, `random.json`, `manifest.json`. Nothing is pickled. The alternative not taken, `torch.save`, needs unpickling,
-which runs what a stranger put in the file.
+A checkpoint is a folder: weights and `config.json` in Hugging Face's format, the tokenizer, `optimizer/`,
+`state.json`, `run.json`, `random.json`, `manifest.json`. Nothing is pickled. The alternative not taken,
+`torch.save`, needs unpickling, which executes whatever a stranger put into the file.
 """
 
 from __future__ import annotations
@@ -59,30 +58,30 @@ from llm_trainer.run_dir import (
     verify,
     write_manifest,
 )
-from llm_trainer.training.checkpoint.async_writer import Background
+from llm_trainer.training.checkpoint.async_writer import AsyncWriter
 from llm_trainer.training.checkpoint.atomic_fs import (
     discard,
     remove,
-    removed_on_failure,
+    remove_on_failure,
+    replace_atomically,
     require_space,
     sync_file,
-    take_place,
-    told_as_checkpoint_error,
+    translate_disk_errors,
 )
 from llm_trainer.training.checkpoint.optimizer_state import load_optimizer_state
-from llm_trainer.training.checkpoint.rng_state import restore_random_state
+from llm_trainer.training.checkpoint.rng_state import set_rng_state
 from llm_trainer.training.checkpoint.snapshot import (
     OPTIMIZER_SCALARS,
-    Capture,
-    HostCopies,
+    CheckpointData,
+    HostBuffers,
     SavedTokenizer,
     Snapshot,
-    capture,
-    described_anew,
+    available_host_memory,
     has_spare_core,
-    host_memory_left,
-    run_text,
+    run_json,
+    take_snapshot,
     versions,
+    with_new_metadata,
 )
 from llm_trainer.training.state import with_current_names
 
@@ -90,17 +89,17 @@ if TYPE_CHECKING:
     from llm_trainer.training.checkpoint.remote import RemoteRun
 
 __all__ = [
-    "CheckpointStore", "Progress", "SavedTokenizer", "Snapshot",
-    "read_state", "restore", "restore_generators", "versions", "write_run_file",
+    "CheckpointData", "CheckpointStore", "Progress", "SavedTokenizer",
+    "read_state", "restore", "restore_rng_state", "versions", "write_run_file",
 ]  # fmt: skip
 
-# Beside the tensors: JSON files, the tokenizer, what the file system itself takes.
-SPACE_BESIDE_TENSORS = 8 << 20
-# Below, a save takes about as long as beginning one in the background: tens of milliseconds.
-BACKGROUND_FROM_BYTES = 64 << 20
+# Space for all but the tensors: JSON files, the tokenizer, the file system's own data.
+OTHER_FILES_BYTES = 8 << 20
+# A smaller save takes about as long as starting one in the background: tens of milliseconds.
+ASYNC_MIN_BYTES = 64 << 20
 SYNC_THREADS = 8
 Asynchronous = Literal["auto", "on", "off"]
-_OF_ONE_RUN = (
+_RUN_RECORDS = (
     RUN_FILE,
     METRICS_FILE,
     OPERATIONS_FILE,
@@ -112,7 +111,7 @@ _OF_ONE_RUN = (
 
 
 class Progress(IntEnum):
-    """Of what is written in the background. Of several ranks the largest counts."""
+    """State of asynchronous saves on a rank. Over several ranks the largest value counts."""
 
     NOTHING, WRITTEN, BUSY, FAILED = range(4)
 
@@ -120,11 +119,15 @@ class Progress(IntEnum):
 class CheckpointStore:
     """The checkpoints of one run folder.
 
-    `save_total_limit` is how many of the newest are kept (None: all), `ephemeral_limit` how many of those that are saved as recent ones;
-    best_model and final_model are never removed. `asynchronous`: whether `save`, `save_recent` and `save_best` return once there are
-    copies in the host's memory, and write in the background; auto: where that saves time (a
-    large state, a processor that has time for it) and the copies fit.
-    `remote`: where every checkpoint is uploaded once it is whole.
+    Args:
+        run_folder: The run folder.
+        save_total_limit: How many of the newest lasting checkpoints are kept (None: all). best_model and
+            final_model are never removed.
+        ephemeral_limit: How many ephemeral checkpoints are kept.
+        asynchronous: Whether `save`, `save_ephemeral` and `save_best` return once there are copies in host
+            memory, and write in the background. `auto` does so where it saves time (a large state, and a
+            processor core to spare) and the copies fit.
+        remote: Where every complete checkpoint is uploaded.
     """
 
     def __init__(
@@ -139,18 +142,22 @@ class CheckpointStore:
         self.run_folder, self.remote = run_folder, remote
         self.save_total_limit, self.ephemeral_limit = save_total_limit, ephemeral_limit
         self.asynchronous = asynchronous
-        self._background, self._copies = Background(), HostCopies()
+        self._writer, self._buffers = AsyncWriter(), HostBuffers()
         self._written: list[Path] = []
-        self._line: ProcessGroup | None = None  # the ranks on the background's own line
-        self._captured: Capture | None = None  # what is being written in the background
+        self._writer_group: ProcessGroup | None = None  # the writer's own group of the same ranks
+        self._snapshot: Snapshot | None = None  # what the writer is writing
 
     def begin(self, resumed_step: int | None) -> Path | None:
-        """Make room for a run: what an earlier one left here, and the coming one would take for its own,
-        moves to `earlier-<n>/`.
+        """Prepare the run folder: move what this run does not continue to `earlier-<n>/`.
 
-        For a new run (None) that is every checkpoint, the metrics and the logs; for one that resumes, the
-        checkpoints past its step. Nothing is deleted. Returns the folder that they were moved to, or None
-        when there was nothing to move.
+        That is what the run would take for its own: for a new run every checkpoint, the metrics and the
+        logs; for a resumed one the checkpoints past its step. Nothing is deleted.
+
+        Args:
+            resumed_step: The step that the run resumes from; None for a new run.
+
+        Returns:
+            The folder that files were moved to; None if there were none to move.
         """
         self.run_folder.mkdir(parents=True, exist_ok=True)
         self._remove_leftovers()
@@ -162,7 +169,7 @@ class CheckpointStore:
             if resumed_step is None or one.step > resumed_step
         ]
         if resumed_step is None:
-            stale += [self.run_folder / name for name in _OF_ONE_RUN if (self.run_folder / name).exists()]
+            stale += [self.run_folder / name for name in _RUN_RECORDS if (self.run_folder / name).exists()]
         if not stale:
             return None
         numbers = [
@@ -175,159 +182,189 @@ class CheckpointStore:
             path.rename(earlier / path.name.removeprefix(REPLACED_PREFIX))
         return earlier
 
-    def save(self, snapshot: Snapshot, step: int) -> Path:
-        """Write `checkpoint-<step>` and remove those past the limit. Raises CheckpointError, leaving the
-        earlier ones as they were.
+    def save(self, data: CheckpointData, step: int) -> Path:
+        """Write `checkpoint-<step>`, and remove those past the limit.
+
+        Args:
+            data: What is saved.
+            step: Optimizer updates so far.
+
+        Returns:
+            The checkpoint's path. It may exist only later (see `wait`).
+
+        Raises:
+            CheckpointError: If this save, or an earlier one in the background, failed. Earlier checkpoints
+                are
+                untouched.
         """
-        return self._save(checkpoint_name(step), snapshot, step)
+        return self._save(checkpoint_name(step), data, step)
 
-    def save_ephemeral(self, snapshot: Snapshot, step: int) -> Path:
-        """Write `recent-<step>`, which a later one of its kind replaces."""
-        return self._save(ephemeral_name(step), snapshot, step)
+    def save_ephemeral(self, data: CheckpointData, step: int) -> Path:
+        """Write `recent-<step>`, which later ones of its kind replace. Otherwise as `save`."""
+        return self._save(ephemeral_name(step), data, step)
 
-    def save_best(self, snapshot: Snapshot) -> Path:
-        """Write or replace `best_model`; when it is best, the caller decides."""
-        return self._save(BEST_MODEL, snapshot, snapshot.step)
+    def save_best(self, data: CheckpointData) -> Path:
+        """Write or replace `best_model`. The caller decides when a model is the best. Otherwise as `save`."""
+        return self._save(BEST_MODEL, data, data.step)
 
-    def save_emergency(self, snapshot: Snapshot, step: int) -> Path:
-        """Write `emergency-<step>`: a checkpoint between two regular ones, for a run that must leave now. It
-        is there on return.
+    def save_emergency(self, data: CheckpointData, step: int) -> Path:
+        """Write `emergency-<step>`: a checkpoint between two regular ones, for a run that has to stop now.
 
-        What failed in the background before is raised after it is written.
+        Args:
+            data: What is saved.
+            step: Optimizer updates so far.
+
+        Returns:
+            The checkpoint's path. It exists on return.
+
+        Raises:
+            CheckpointError: If the save failed; also, once it is written, if an earlier one in the background
+                failed.
         """
-        self._background.wait()
-        place = self._write_now(emergency_name(step), snapshot, step)
-        self._settle()
-        return place
+        self._writer.wait()
+        path = self._write_now(emergency_name(step), data, step)
+        self._collect()
+        return path
 
-    def save_final(self, snapshot: Snapshot) -> Path:
-        """Write or replace `final_model`. It is there on return."""
-        self._settle()
-        return self._write_now(FINAL_MODEL, snapshot, snapshot.step)
-
-    def newest(self) -> Path | None:
-        """The newest checkpoint that verifies, or None."""
-        return next((one.path for one in list_checkpoints(self.run_folder) if not verify(one.path)), None)
+    def save_final(self, data: CheckpointData) -> Path:
+        """Write or replace `final_model`. It exists on return. Otherwise as `save`."""
+        self._collect()
+        return self._write_now(FINAL_MODEL, data, data.step)
 
     @property
     def progress(self) -> Progress:
-        """How it stands on this rank with what was to be written since the last `wait`."""
-        if self._background.has_failed:
+        """State of what this rank was to write since the last `wait`."""
+        if self._writer.has_failed:
             return Progress.FAILED
-        if self._background.is_busy:
+        if self._writer.is_busy:
             return Progress.BUSY
-        return Progress.WRITTEN if self._written or self._background.has_results else Progress.NOTHING
+        return Progress.WRITTEN if self._written or self._writer.has_results else Progress.NOTHING
 
     def wait(self) -> list[Path]:
-        """Until nothing goes on in the background; what was written since the last time. Raises
-        CheckpointError for what failed there.
+        """Wait for saves in the background.
+
+        Returns:
+            The checkpoints written since the last call.
+
+        Raises:
+            CheckpointError: If one of them failed.
         """
-        self._settle()
+        self._collect()
         written, self._written = self._written, []
         return written
 
     def finish_uploads(self) -> None:
-        """Until the copy at `remote` is whole. Raises CheckpointError where it cannot be made so."""
+        """Wait until the remote copy is complete.
+
+        Raises:
+            CheckpointError: If it cannot be completed.
+        """
         if self.remote is not None:
             self.remote.finish()
 
-    def _settle(self) -> None:
-        self._captured = None
-        self._written += self._background.collect()
+    def _collect(self) -> None:
+        self._snapshot = None
+        self._written += self._writer.collect()
 
-    def leave(self, process_group: ProcessGroup) -> str | None:
-        """At the end of a run that may have failed: let a save of one process end, and say what went wrong
-        with it, if anything did.
+    def close(self, process_group: ProcessGroup) -> str | None:
+        """End the run's saves, also after an error.
 
-        On several ranks it is not waited for, since another may be gone.
+        A single process waits for a save in the background. Several ranks do not, since another rank may be
+        gone.
+
+        Args:
+            process_group: The ranks.
+
+        Returns:
+            What went wrong with a save in the background; None if nothing did.
         """
         if process_group.world_size > 1 and self.progress == Progress.BUSY:
             return None
         try:
-            self._settle()
+            self._collect()
         except CheckpointError as error:
             return str(error)
         return None
 
-    def _save(self, name: str, snapshot: Snapshot, step: int) -> Path:
-        """Now, or in the background behind what is being written from the same copies; other copies must have
-        been written first.
+    def _save(self, name: str, data: CheckpointData, step: int) -> Path:
+        """Save now, or in the background. A save of the same values uses the copies that exist; other copies
+        must have been written first.
         """
-        if not self._is_worth_copies(snapshot):
-            self._settle()
-            return self._write_now(name, snapshot, step)
-        if self._captured is not None and self._captured.is_of(snapshot):
-            taken = described_anew(self._captured, snapshot, step)
+        if not self._saves_in_background(data):
+            self._collect()
+            return self._write_now(name, data, step)
+        if self._snapshot is not None and self._snapshot.matches(data):
+            snapshot = with_new_metadata(self._snapshot, data, step)
         else:
-            self._settle()
-            taken = self._captured = capture(snapshot, step, self._copies)
-        line = self._line = self._line or snapshot.process_group.new_group()
-        self._background.do(lambda: self._write(name, taken, line))
+            self._collect()
+            snapshot = self._snapshot = take_snapshot(data, step, self._buffers)
+        group = self._writer_group = self._writer_group or data.process_group.new_group()
+        self._writer.submit(lambda: self._write(name, snapshot, group))
         return self.run_folder / name
 
-    def _write_now(self, name: str, snapshot: Snapshot, step: int) -> Path:
-        place = self._write(name, capture(snapshot, step), snapshot.process_group)
-        self._written.append(place)
-        return place
+    def _write_now(self, name: str, data: CheckpointData, step: int) -> Path:
+        path = self._write(name, take_snapshot(data, step), data.process_group)
+        self._written.append(path)
+        return path
 
-    def _is_worth_copies(self, snapshot: Snapshot) -> bool:
+    def _saves_in_background(self, data: CheckpointData) -> bool:
         if self.asynchronous != "auto":
             return self.asynchronous == "on"
-        size = snapshot.nbytes
-        no_room = not has_spare_core(snapshot) or (
-            not self._copies.are_made and size > host_memory_left() // 2
+        size = data.nbytes
+        lacks_memory = not self._buffers.is_allocated and size > available_host_memory() // 2
+        largest, is_unfit = data.process_group.all_reduce_max(
+            [size, lacks_memory or not has_spare_core(data)]
         )
-        largest, lacking = snapshot.process_group.all_reduce_max([size, no_room])
-        return largest >= BACKGROUND_FROM_BYTES and not lacking
+        return largest >= ASYNC_MIN_BYTES and not is_unfit
 
-    def _write(self, name: str, taken: Capture, process_group: ProcessGroup) -> Path:
-        """Write a checkpoint, this rank its part of it; a collective call on the line of `ranks`."""
-        place, temporary = self.run_folder / name, self.run_folder / f"{TEMPORARY_PREFIX}{name}"
-        needed = int(process_group.all_reduce_sum([taken.nbytes])[0]) + SPACE_BESIDE_TENSORS
-        with removed_on_failure(temporary) if process_group.is_main else contextlib.nullcontext():
+    def _write(self, name: str, snapshot: Snapshot, process_group: ProcessGroup) -> Path:
+        """Write a checkpoint, each rank its part. A collective call in this process group."""
+        target, temporary = self.run_folder / name, self.run_folder / f"{TEMPORARY_PREFIX}{name}"
+        needed = int(process_group.all_reduce_sum([snapshot.nbytes])[0]) + OTHER_FILES_BYTES
+        with remove_on_failure(temporary) if process_group.is_main else contextlib.nullcontext():
 
             def begin() -> list[Path]:
-                with told_as_checkpoint_error(place, needed):
-                    return self._begin_folder(taken, place, temporary, needed)
+                with translate_disk_errors(target, needed):
+                    return self._begin_folder(snapshot, target, temporary, needed)
 
             def write_part() -> str:
-                with told_as_checkpoint_error(place, needed):
-                    return json.dumps(_sealed(temporary, [*(described or []), *taken.write(temporary)]))
+                with translate_disk_errors(target, needed):
+                    files = [*(text_files or []), *snapshot.write(temporary)]
+                    return json.dumps(_sync_and_hash(temporary, files))
 
             def complete() -> None:
-                with told_as_checkpoint_error(place, needed):
+                with translate_disk_errors(target, needed):
                     _complete(temporary, [json.loads(entries) for entries in parts])
-                    take_place(temporary, place)
+                    replace_atomically(temporary, target)
 
-            described = process_group.run_on_main(begin)
+            text_files = process_group.run_on_main(begin)
             parts = process_group.run_on_all(write_part)
             process_group.run_on_main(complete)
         if process_group.is_main:
-            with contextlib.suppress(
-                OSError
-            ):  # the save has succeeded; what cannot be removed now waits for the next one
-                self._rotate(place)
+            # The save has succeeded. The next one removes what cannot be removed now.
+            with contextlib.suppress(OSError):
+                self._rotate(target)
             if self.remote is not None:
-                self.remote.upload_later(name)
-        return place
+                self.remote.queue_upload(name)
+        return target
 
-    def _begin_folder(self, taken: Capture, place: Path, temporary: Path, needed: int) -> list[Path]:
-        """Make the folder, and in it all that is no tensor; which files these are."""
+    def _begin_folder(self, snapshot: Snapshot, target: Path, temporary: Path, needed: int) -> list[Path]:
+        """Make the folder and write the files that are not tensors; returns them."""
         self.run_folder.mkdir(parents=True, exist_ok=True)
         self._remove_leftovers()
-        require_space(place, needed)
+        require_space(target, needed)
         temporary.mkdir()
         (temporary / OPTIMIZER_FOLDER).mkdir()
-        for name, text in taken.texts.items():
+        for name, text in snapshot.text_files.items():
             (temporary / name).write_text(text, encoding="utf-8")
-        if taken.tokenizer is not None:
-            taken.tokenizer.save(temporary)
+        if snapshot.tokenizer is not None:
+            snapshot.tokenizer.save(temporary)
         return [path for path in temporary.rglob("*") if path.is_file()]
 
     def _rotate(self, newest: Path) -> None:
-        """Remove checkpoints past the limits, oldest first, once the newest is known to be whole.
+        """Remove checkpoints past the limits, oldest first, once the newest is known to be complete.
 
-        Its hashes were just computed from the files on the disk, so that sizes are what is left to compare.
+        Its hashes were just computed from the files on the disk, so only the sizes are compared.
         """
         if verify(newest, contents=False):
             return
@@ -336,22 +373,22 @@ class CheckpointStore:
             for one in list_checkpoints(self.run_folder)
             if one.path.name not in (BEST_MODEL, FINAL_MODEL)
         ]
-        recent = [path for path in numbered if path.name.startswith(EPHEMERAL_PREFIX)]
-        lasting = [path for path in numbered if path not in recent]
+        ephemeral = [path for path in numbered if path.name.startswith(EPHEMERAL_PREFIX)]
+        lasting = [path for path in numbered if path not in ephemeral]
         limit = len(lasting) if self.save_total_limit is None else max(1, self.save_total_limit)
-        for path in [*recent[max(1, self.ephemeral_limit) :], *lasting[limit:]]:
+        for path in [*ephemeral[max(1, self.ephemeral_limit) :], *lasting[limit:]]:
             discard(path)
 
     def _remove_leftovers(self) -> None:
-        """Remove what crashed saves left, and give a name back to its earlier holder where the successor did
-        not come.
+        """Remove what interrupted saves left, and restore the name of an earlier folder whose replacement is
+        missing.
         """
         for path in self.run_folder.glob(f"{REPLACED_PREFIX}*"):
-            place = path.with_name(path.name.removeprefix(REPLACED_PREFIX))
-            if place.exists():
+            successor = path.with_name(path.name.removeprefix(REPLACED_PREFIX))
+            if successor.exists():
                 discard(path)
             else:
-                path.rename(place)
+                path.rename(successor)
         for path in self.run_folder.glob(f"{TEMPORARY_PREFIX}*"):
             remove(path)
 
@@ -359,10 +396,19 @@ class CheckpointStore:
 def restore(
     path: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], *, verified: bool = False
 ) -> dict[str, JSON]:
-    """Give `model` and `optimizers` the state of a checkpoint, to the bit, and return its `state`.
+    """Load a checkpoint into a model and its optimizers, bit-exactly. The optimizers' settings stay.
 
-    The optimizers' settings stay as they are now. `verified`: the caller has just verified the folder. Raises
-    CheckpointError for one that is damaged or does not fit.
+    Args:
+        path: The checkpoint folder.
+        model: The model, full or sharded.
+        optimizers: Its optimizers.
+        verified: The caller has just verified the folder.
+
+    Returns:
+        The contents of state.json, under the names of this version.
+
+    Raises:
+        CheckpointError: If the checkpoint is damaged or does not fit.
     """
     if not verified and (problems := verify(path)):
         raise CheckpointError(f"{path} cannot be restored: {'; '.join(problems[:3])}")
@@ -375,61 +421,75 @@ def restore(
     return state
 
 
-def restore_generators(path: Path, process_group: ProcessGroup) -> None:
-    """Give this rank's random number generators the state that the checkpoint has for it, where it was saved
-    on as many ranks.
+def restore_rng_state(path: Path, process_group: ProcessGroup) -> None:
+    """Restore this rank's random number generators, if the checkpoint was saved on the same number of ranks.
+
+    Args:
+        path: The checkpoint folder.
+        process_group: The ranks.
     """
     if not (path / RANDOM_FILE).exists():
         return
     states = read_json(path / RANDOM_FILE).get("ranks")
     if isinstance(states, Sequence) and len(states) == process_group.world_size:
-        restore_random_state(cast("Mapping[str, JSON]", states[process_group.rank]))
+        set_rng_state(cast("Mapping[str, JSON]", states[process_group.rank]))
 
 
 def read_state(path: Path) -> dict[str, JSON]:
-    """A checkpoint's `state.json`."""
+    """The contents of a checkpoint's `state.json`, under the names of this version.
+
+    Args:
+        path: The checkpoint folder.
+
+    Raises:
+        CheckpointError: If the file is missing or damaged.
+    """
     state = read_json(path / STATE_FILE)
-    return with_current_names({name: _finite_or_not(value) for name, value in state.items()})
+    return with_current_names({name: _decode_floats(value) for name, value in state.items()})
 
 
 def write_run_file(folder: Path, config: RunConfig) -> None:
-    """Write `run.json`: every setting as it was resolved, and the versions that the run was made with."""
-    (folder / RUN_FILE).write_text(run_text(config), encoding="utf-8")
+    """Write `run.json`: every setting as it was resolved, and the versions that the run was made with.
+
+    Args:
+        folder: The run folder.
+        config: The settings.
+    """
+    (folder / RUN_FILE).write_text(run_json(config), encoding="utf-8")
 
 
-def _finite_or_not(value: JSON) -> JSON:
+def _decode_floats(value: JSON) -> JSON:
     if isinstance(value, Mapping):
         if value.keys() == {"float"} and isinstance(value["float"], str):
             return float(value["float"])
-        return {name: _finite_or_not(item) for name, item in value.items()}
+        return {name: _decode_floats(item) for name, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_finite_or_not(item) for item in value]
+        return [_decode_floats(item) for item in value]
     return value
 
 
-def _sealed(folder: Path, paths: Sequence[Path]) -> dict[str, FileEntry]:
-    """Put files under `folder` on the disk; their entries for the manifest.
+def _sync_and_hash(folder: Path, paths: Sequence[Path]) -> dict[str, FileEntry]:
+    """Flush files under `folder` to the disk; returns their entries for the manifest.
 
-    The disk is told of all files at once, and the hashes are computed meanwhile: of ten small files 6 ms
-    instead of 25.
+    All files are flushed at once while the hashes are computed: 6 ms instead of 25 for ten small files.
     """
     with ThreadPoolExecutor(SYNC_THREADS) as pool:
         syncing = [pool.submit(sync_file, path) for path in paths]
         entries = file_entries(folder, paths)
-        for one in syncing:
-            one.result()
+        for future in syncing:
+            future.result()
     return entries
 
 
 def _complete(folder: Path, parts: Iterable[Mapping[str, FileEntry]]) -> None:
-    """Write the manifest of what all ranks wrote, and put the folders' names on the disk."""
+    """Write the manifest of what all ranks wrote, and flush the folders' entries to the disk."""
     files: dict[str, FileEntry] = {}
     for rank, entries in enumerate(parts):
         for name, entry in entries.items():
             if not (folder / name).is_file() or (folder / name).stat().st_size != entry["size"]:
                 raise CheckpointError(
-                    f"{folder.parent}: what rank {rank} wrote ({name}) is not to be seen by rank 0; output_dir must lie on a file system "
-                    "that all machines share. Earlier checkpoints are untouched"
+                    f"{folder.parent}: rank 0 cannot see {name}, which rank {rank} wrote; output_dir must "
+                    "be on a file system that all machines share. Earlier checkpoints are untouched"
                 )
             files[name] = entry
     sync_file(folder / OPTIMIZER_FOLDER)

@@ -1,0 +1,1 @@
+"""How a step runs: replicas and shards, pipeline stages, DeepSpeed; precision and compilation."""

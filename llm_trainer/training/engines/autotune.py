@@ -1,13 +1,12 @@
 """Precision and compilation of a run: as set, as a checkpoint stores them, or chosen (`auto`).
-
-`auto` is a function of the hardware, the model's shape and the settings alone. The same command therefore
-gives the same weights, however busy the machine is, and a resumed run computes as the run before it. The rules
-come from measurements (benchmarks/training_throughput.py):
+ `auto` is a function of the hardware, the model's shape and the settings alone. The same command therefore
+gives the same weights, however busy the machine is, and a resumed run computes as the run before it. The
+rules come from measurements (benchmarks/training_throughput.py):
 
 - On a GPU: bf16 where it has bf16 tensor cores, else fp16.
 - On a CPU: bf16 where the processor has instructions for bf16 products and the model is at least
-  `BF16_MIN_WIDTH` wide (1.2 times as fast as fp32 at width 128, 2.9 times at 384, on a Xeon with AMX). Narrower
-  models were not measured and stay in fp32.
+  `BF16_MIN_WIDTH` wide (1.2 times as fast as fp32 at width 128, 2.9 times at 384, on a Xeon with AMX).
+  Narrower models were not measured and stay in fp32.
 - Compilation where it is expected to save more time over the steps that remain than it costs.
 
 With `autotune: true` the choice is measured instead: forward and backward passes of the run's next batches,
@@ -197,7 +196,8 @@ def _auto_compile(
     if left * _EXPECTED_GAIN.get(device.type, 0.0) / 2 <= _COLD_SECONDS:
         return (
             "off",
-            f"compiling takes about {_COLD_SECONDS:.0f} s, which a run of about {left:.0f} s does not win back",
+            f"compiling takes about {_COLD_SECONDS:.0f} s, which a run of about {left:.0f} s does not win "
+            "back",
         )
     return best_mode(
         model, work.tokens
@@ -319,7 +319,13 @@ def measure(
 
 @dataclass(frozen=True)
 class CompilationRecord:
-    """A compilation of one shape on this machine: seconds per micro-batch without and with it, and its cost."""
+    """A compilation of one shape on this machine.
+
+    Attributes:
+        eager: Seconds per micro-batch without compilation.
+        compiled: Seconds per micro-batch with it.
+        took: Seconds that compiling took.
+    """
 
     eager: float
     compiled: float

@@ -1,11 +1,11 @@
-"""torch.compile where it pays: the blocks, as one graph that every layer shares, or a small model's whole
-stack of them.
+"""torch.compile where it pays: a block as one graph that every layer uses, or all blocks of a small model.
 
-By block, warm-up does not grow with depth. A shallow, narrow model spends much of its step on calling things,
-and there the stack as one graph is a fifth faster still (4 layers of 128: 37 thousand tokens/s against 30),
-at a bounded depth. The head with its loss stays outside: over a large vocabulary it is the chunked loss,
-which is as fast without a compiler (losses.py), over a small one it is a hundredth of the step. Validation
-runs uncompiled, so a run compiles one graph and shapes of validation batches cannot add others.
+By block, the time to compile does not grow with depth. A shallow, narrow model spends much of its step on
+Python calls, and for it one graph of all blocks is a fifth faster still (4 layers of width 128: 37 thousand
+tokens per second against 30). The head and its loss are not compiled. Over a large vocabulary the loss is the
+chunked one, which is as fast without a compiler (`objectives/cross_entropy.py`); over a small one it is a
+hundredth of the step. Validation runs uncompiled. So a run compiles one graph, and the shapes of validation
+batches cannot add others.
 
 Functions are replaced, not modules, so that weights keep their names (`_orig_mod.` in checkpoints is
 nanoGPT#325).
@@ -30,19 +30,29 @@ _STACK_FEATURES = 1 << 19  # tokens × width of a micro-batch
 
 
 def has_compiler() -> bool:
-    """Whether the compiler that torch.compile calls is installed."""
+    """Whether the C++ compiler that torch.compile calls is installed."""
     return shutil.which("clang++" if sys.platform == "darwin" else "g++") is not None
 
 
 def best_mode(model: Transformer, tokens: int) -> CompileMode:
-    """How to compile this model for micro-batches of so many tokens."""
+    """The compile mode for a model.
+
+    Args:
+        model: The model.
+        tokens: Tokens in a micro-batch.
+    """
     config = model.config
     is_small = config.num_hidden_layers <= _STACK_LAYERS and tokens * config.hidden_size <= _STACK_FEATURES
     return "stack" if is_small and not config.gradient_checkpointing else "blocks"
 
 
 def compile_model(model: Transformer, mode: CompileMode) -> None:
-    """Replace the functions that `mode` compiles; compilation itself happens at the first call."""
+    """Replace the functions that a mode compiles. Compilation itself happens at the first call.
+
+    Args:
+        model: The model.
+        mode: `blocks`, `stack` (all blocks as one graph) or `off`.
+    """
     if mode == "stack":
         model.hidden_states = torch.compile(model.hidden_states, dynamic=False)  # type: ignore[method-assign]
     elif mode == "blocks":
@@ -51,7 +61,11 @@ def compile_model(model: Transformer, mode: CompileMode) -> None:
 
 
 def undo_compile(model: Transformer) -> None:
-    """Put the functions back."""
+    """Restore the functions that `compile_model` replaced.
+
+    Args:
+        model: The model.
+    """
     model.__dict__.pop("hidden_states", None)
     for block in model.blocks:
         block.__dict__.pop("forward", None)
@@ -59,7 +73,11 @@ def undo_compile(model: Transformer) -> None:
 
 @contextmanager
 def uncompiled(mode: CompileMode) -> Iterator[None]:
-    """Within, compiled functions run as if they were not."""
+    """A context in which compiled functions run uncompiled.
+
+    Args:
+        mode: How the model is compiled.
+    """
     if mode == "off":
         yield
         return

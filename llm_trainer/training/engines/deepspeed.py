@@ -1,16 +1,16 @@
-"""Training through DeepSpeed's ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054): another way to run a step
-behind the same Engine.
+"""Training through DeepSpeed's ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054), behind the interface of
+Engine.
 
-What a run is stays ours: the order of data, the loss divided by the tokens of all ranks, the schedule, the
-folder of a checkpoint. DeepSpeed gets a configuration generated from the settings (a second file beside them
-would contradict them sooner or later) and does what it is known for: reduces gradients, keeps optimizer state
-(stage 1), gradients (2) and weights (3) in parts, clips, updates. It averages gradients over ranks, so each
-rank's loss is multiplied by their number: exact where that is a power of two.
+The run itself stays ours: the order of data, the loss divided by the tokens of all ranks, the schedule, the
+checkpoint folder. DeepSpeed gets a configuration that is generated from the settings, because a second file
+would contradict them sooner or later. It reduces gradients, shards optimizer state (stage 1), gradients (2)
+and weights (3), clips, and updates. It averages gradients over ranks, so each rank's loss is multiplied by
+their number, which is exact where that is a power of two.
 
-Arithmetic is as everywhere here: fp32 weights and autocast, not DeepSpeed's narrow copies with fp32 masters,
-so a checkpoint holds the same tensors under the same names, with the moments of AdamW, and goes on without
-DeepSpeed, and the other way round. What AdamW counts, its steps, DeepSpeed keeps once for a whole group of
-parameters; a checkpoint says the same of each.
+The arithmetic is the same as everywhere: fp32 weights and autocast, not DeepSpeed's low-precision weights
+with fp32 masters. So a checkpoint contains the same tensors under the same names, with AdamW's moments, and
+can be resumed without DeepSpeed, and the other way round. DeepSpeed counts AdamW's steps once per group of
+parameters; a checkpoint stores the same count for each parameter.
 """
 
 from __future__ import annotations
@@ -52,10 +52,20 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class DeepSpeedEngine(Engine):
-    """Until `start` a plain replica on each rank, into which weights are read; from then on cut as the stage
-    says.
+    """Trains through DeepSpeed. Until `start` each rank holds a full replica, into which weights are loaded;
+    from then on the model is sharded as the ZeRO stage says.
 
-    Raises UsageError for what DeepSpeed does not do here, before anything is built.
+    Args:
+        model: The model.
+        training: The settings.
+        objective: What is minimised (default: next-token cross-entropy).
+        process_group: The ranks.
+        device: Where this rank computes.
+        batches: Micro-batch size and accumulation per rank.
+        file: The user's DeepSpeed file.
+
+    Raises:
+        UsageError: For settings that are not supported with DeepSpeed.
     """
 
     def __init__(
@@ -69,12 +79,12 @@ class DeepSpeedEngine(Engine):
         batches: BatchPlan,
         file: DeepSpeedConfig | None = None,
     ) -> None:
-        _refuse(training, device)
+        _check_supported(training, device)
         self._batches, self._file = batches, file
         super().__init__(model, training, objective, process_group, device)
         self._zero: Zero | None = None
-        self._whole: tuple[Transformer, list[torch.optim.Optimizer]] | None = None
-        self._whole_is_of = -1
+        self._full_copy: tuple[Transformer, list[torch.optim.Optimizer]] | None = None
+        self._full_copy_update = -1  # the number of updates at which it was made
         self._updates = 0
 
     def tune(
@@ -86,7 +96,9 @@ class DeepSpeedEngine(Engine):
         compiled: str | None = None,
         cache_dir: Path | None = None,
     ) -> TuneResult:
-        """As for Engine; nothing is compiled, since DeepSpeed replaces the modules that compiled code refers to."""
+        """As `Engine.tune`, but nothing is compiled: DeepSpeed replaces the modules that compiled code refers
+        to.
+        """
         return super().tune(batch, work, precision=precision, compiled="off", cache_dir=cache_dir)
 
     def start(
@@ -95,7 +107,7 @@ class DeepSpeedEngine(Engine):
         compile_mode: CompileMode,
         scaler: dict[str, float | int] | None = None,
     ) -> None:
-        """Hand model and optimizer, as read so far, over to DeepSpeed."""
+        """As `Engine.start`: passes the model and its optimizer, as loaded so far, to DeepSpeed."""
         if precision == "fp16":
             raise UsageError(_NO_FP16)
         self._is_started, self.compile_mode = True, compile_mode
@@ -104,7 +116,7 @@ class DeepSpeedEngine(Engine):
             id(parameter): dict(self.optimizers[0].state.pop(parameter, {})) for parameter in self._parameters
         }
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        with _quiet():
+        with _silence_deepspeed():
             settings = generated_config(
                 self.training, self._batches, self.process_group.world_size, precision, self._file
             )
@@ -112,14 +124,14 @@ class DeepSpeedEngine(Engine):
         self._step_module = cast(nn.Module, self._zero)
         self._set_moments({names[key]: state for key, state in before.items()})
 
-    def step(self, batches: Sequence[Batch], tokens: int, *, rate_factor: float, index: int) -> StepResult:
-        """As for Engine; clipping and update are DeepSpeed's, and a step whose gradient is not finite it
-        leaves out on all ranks.
+    def step(self, batches: Sequence[Batch], tokens: int, *, lr_factor: float, index: int) -> StepResult:
+        """As `Engine.step`. DeepSpeed clips and updates, and skips a step with a non-finite gradient on all
+        ranks.
         """
         assert self._zero is not None, "start comes before the first step"
-        set_lrs(self.optimizers, self._peaks, rate_factor)
+        set_lrs(self.optimizers, self._peaks, lr_factor)
         is_empty = torch.full((), float(tokens == 0), device=self.device)
-        self.optimizers[0].found_inf = is_empty  # type: ignore[attr-defined]  # 1: torch's fused AdamW leaves all as it is
+        self.optimizers[0].found_inf = is_empty  # type: ignore[attr-defined]  # with 1, torch's fused AdamW changes nothing
         mean = torch.zeros((), device=self.device)
         for number, batch in enumerate(batches):
             if self.dropout_seed is not None:
@@ -140,67 +152,75 @@ class DeepSpeedEngine(Engine):
         )
 
     def check_change(self, shape: ModelConfig) -> NoReturn:
-        """Not while DeepSpeed trains it: raises UsageError."""
+        """Operations cannot change a model that DeepSpeed trains.
+
+        Raises:
+            UsageError: Always.
+        """
         raise UsageError(
-            "use_deepspeed cannot train a model that is changed while it trains; leave it out (fsdp shares too)"
+            "use_deepspeed cannot train a model that operations change; remove use_deepspeed (fsdp shards "
+            "too)"
         )
 
     def rebuild(self, state: ModelState) -> None:
-        """As for Engine, until `start`. Raises UsageError after it."""
+        """As `Engine.rebuild`, until `start`.
+
+        Raises:
+            UsageError: After `start`.
+        """
         if self._zero is not None:
             self.check_change(state.config)
         super().rebuild(state)
 
     def saved_objects(self) -> tuple[Transformer, Sequence[torch.optim.Optimizer]]:
-        """Whole copies on the main rank's CPU, gathered one tensor at a time; others get a shell. A
-        collective call.
+        """Full copies on the main rank's CPU, gathered one tensor at a time; a model without contents on
+        other ranks. A collective call.
         """
         if self._zero is None:
             return super().saved_objects()
-        if self._whole is None:
+        if self._full_copy is None:
             copy = empty_model(self.model.config, device="cpu" if self.process_group.is_main else "meta")
-            _freeze_alike(copy, self.model)
-            self._whole = copy, build_optimizers(copy, self.training) if self.process_group.is_main else []
-        copy, optimizers = self._whole
-        if self._whole_is_of != self._updates:  # best, final and periodic saves of one step take one copy
+            _copy_frozen(copy, self.model)
+            optimizers = build_optimizers(copy, self.training) if self.process_group.is_main else []
+            self._full_copy = copy, optimizers
+        copy, optimizers = self._full_copy
+        if self._full_copy_update != self._updates:  # best, final and periodic saves of a step use one copy
             self._gather(copy, optimizers)
-            self._whole_is_of = self._updates
+            self._full_copy_update = self._updates
         return copy, optimizers
 
     def load(self, load: Callable[[Transformer, Sequence[torch.optim.Optimizer]], Result]) -> Result:
-        """Run `load` on a model and its optimizers, and train on with what it gave them. A collective call."""
+        """As `Engine.load`: loads into a model of its own, and copies weights and moments to DeepSpeed."""
         if self._zero is None:
             return super().load(load)
         from deepspeed.utils import safe_set_full_fp32_param
 
-        read = empty_model(self.model.config)
-        _freeze_alike(read, self.model)
-        optimizers = build_optimizers(read, self.training)
-        result = load(read, optimizers)
-        states = {
-            name: dict(optimizers[0].state.get(parameter, {})) for name, parameter in read.named_parameters()
-        }
-        values = dict(read.named_parameters())
+        loaded = empty_model(self.model.config)
+        _copy_frozen(loaded, self.model)
+        optimizers = build_optimizers(loaded, self.training)
+        result = load(loaded, optimizers)
+        values = dict(loaded.named_parameters())
+        states = {name: dict(optimizers[0].state.get(parameter, {})) for name, parameter in values.items()}
         for name, parameter in self.model.named_parameters():
             value = values[name].detach().to(self.device)
-            with _gathered(parameter, 0), torch.no_grad():
+            with _gather_parameter(parameter, 0), torch.no_grad():
                 parameter.copy_(value)
             if parameter.requires_grad:
                 safe_set_full_fp32_param(parameter, value)
         self._set_moments(states)
-        self._whole_is_of = -1
+        self._full_copy_update = -1
         return result
 
     def _gather(self, copy: Transformer, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        """Fill the main rank's copies with the weights and moments as they are now."""
+        """Fill the main rank's copies with the present weights and moments."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         targets = dict(copy.named_parameters())
         counted = max(
-            (float(self._state_of(flat).get("step", 0.0)) for flat in self._flat_parts()), default=0.0
+            (float(self._state_of(flat).get("step", 0.0)) for flat in self._flat_shards()), default=0.0
         )
         for name, parameter in self.model.named_parameters():
-            with _gathered(parameter, None), torch.no_grad():
+            with _gather_parameter(parameter, None), torch.no_grad():
                 if self.process_group.is_main:
                     targets[name].copy_(parameter)
             if not parameter.requires_grad or counted == 0:
@@ -212,18 +232,18 @@ class DeepSpeedEngine(Engine):
                 state |= {key: value.cpu() for key, value in moments.items()}
 
     def _set_moments(self, states: dict[str, dict[str, Any]]) -> None:
-        """Give DeepSpeed's parts the moments of whole parameters, by name; all zero where there are none."""
+        """Give DeepSpeed's shards the moments of full parameters, by name. Missing moments are zero."""
         from deepspeed.utils import safe_set_full_optimizer_state
 
         assert self._zero is not None
         counted = max((float(state["step"]) for state in states.values() if "step" in state), default=0.0)
-        for flat in self._flat_parts():
+        for flat in self._flat_shards():
             state = {key: torch.zeros_like(flat) for key in _MOMENTS}
             self.optimizers[0].state[flat] = {"step": torch.full((), counted, device=flat.device), **state}
         link = getattr(self._zero.optimizer, "_lazy_init_hp_params_optimizer_state", None)
-        if (
-            link is not None
-        ):  # stages 1 and 2 find a parameter's moments by views, which they make too early: after the first group's step
+        if link is not None:
+            # Stages 1 and 2 find a parameter's moments by views, which they make too early: after the step of
+            # the first group.
             self._zero.optimizer._hp_optimizer_states_linked = False
             link()
         for name, parameter in self.model.named_parameters():
@@ -231,7 +251,7 @@ class DeepSpeedEngine(Engine):
                 if (value := states.get(name, {}).get(key)) is not None:
                     safe_set_full_optimizer_state(parameter, value.to(self.device), key)
 
-    def _flat_parts(self) -> list[Tensor]:
+    def _flat_shards(self) -> list[Tensor]:
         """The fp32 vectors that this rank updates."""
         assert self._zero is not None
         zero = self._zero.optimizer
@@ -246,28 +266,30 @@ class DeepSpeedEngine(Engine):
 
 
 _NO_FP16 = (
-    "precision fp16 through DeepSpeed is not offered: it has none on CPUs, and its own loss scaling on GPUs is not what a checkpoint here "
-    "keeps; take precision bf16 or fp32, or leave use_deepspeed out"
+    "precision fp16 is not supported with use_deepspeed: DeepSpeed has no fp16 on CPUs, and checkpoints do "
+    "not store its loss scaling on GPUs; choose precision bf16 or fp32, or remove use_deepspeed"
 )
 
 
-def _refuse(training: TrainingConfig, device: torch.device) -> None:
+def _check_supported(training: TrainingConfig, device: torch.device) -> None:
     require_extra("deepspeed", "deepspeed", "use_deepspeed")
     if training.precision == "fp16":
         raise UsageError(_NO_FP16)
     if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"use_deepspeed runs on cpu and cuda here, not on {device.type}")
+        raise UsageError(f"use_deepspeed is not supported on {device.type}; choose device cpu or cuda")
     if training.optimizer != "adamw":
         raise UsageError(
-            f"use_deepspeed cuts matrices into flat parts, which optimizer {training.optimizer} cannot update; take optimizer adamw"
+            f"optimizer {training.optimizer} is not supported with use_deepspeed, which flattens the "
+            "matrices; choose optimizer adamw"
         )
     for name in ("fsdp", "tensor_parallel", "pipeline_parallel", "context_parallel"):
         if (size := getattr(training, name)) > 1:
             raise UsageError(
-                f"{name} {size} and use_deepspeed are two ways to share one model; keep one (zero_stage 3 shares as fsdp does)"
+                f"{name} {size} cannot be combined with use_deepspeed; keep one of them (zero_stage 3 shards "
+                "weights as fsdp does)"
             )
     if training.compile == "on":
-        raise UsageError("compile on and use_deepspeed do not go together here; leave compile out")
+        raise UsageError("compile on is not supported with use_deepspeed; remove compile")
 
 
 def _initialize(
@@ -277,14 +299,14 @@ def _initialize(
 ) -> Zero:
     import torch.distributed as dist
 
-    if not dist.is_initialized():  # one process that nobody launched
+    if not dist.is_initialized():  # a single process, not started by a launcher
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
-    # Only inference uses this one (an all-reduce in shared memory); it would be compiled for half a minute.
+    # Only inference uses this extension (an all-reduce in shared memory). It takes half a minute to compile.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # DeepSpeed's calls of torch, at every collective.
+    # DeepSpeed's own calls of torch cause this warning at every collective.
     warnings.filterwarnings(
         "ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning
     )
@@ -321,9 +343,9 @@ def generated_config(
         "gradient_accumulation_steps": batches.gradient_accumulation_steps,
         "gradient_clipping": training.max_grad_norm,
         "zero_optimization": zero_settings(training, file),
-        "zero_allow_untested_optimizer": True,  # ours is torch's fused AdamW, which can leave a step out
+        "zero_allow_untested_optimizer": True,  # torch's fused AdamW, which can skip a step
         "zero_force_ds_cpu_optimizer": False,
-        # Autocast, but gradients are sent in fp32: modules named here would send theirs narrow.
+        # Autocast, but gradients are sent in fp32: modules listed here would send theirs in bf16.
         "torch_autocast": {
             "enabled": precision == "bf16",
             "dtype": "bfloat16",
@@ -334,9 +356,9 @@ def generated_config(
 
 
 @contextmanager
-def _gathered(parameter: Tensor, writer: int | None) -> Iterator[None]:
-    """Within, the parameter is whole on every rank, also where stage 3 keeps parts; what rank `writer`
-    changes is kept.
+def _gather_parameter(parameter: Tensor, writer: int | None) -> Iterator[None]:
+    """A context in which the parameter is full on every rank, also with stage 3. Changes by rank `writer` are
+    kept.
     """
     import deepspeed
 
@@ -346,15 +368,15 @@ def _gathered(parameter: Tensor, writer: int | None) -> Iterator[None]:
         yield
 
 
-def _freeze_alike(copy: Transformer, model: Transformer) -> None:
+def _copy_frozen(copy: Transformer, model: Transformer) -> None:
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for name, parameter in copy.named_parameters():
         parameter.requires_grad_(name in trained)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """DeepSpeed tells at length what it is made of; warnings of ours and errors pass."""
+def _silence_deepspeed() -> Iterator[None]:
+    """A context without DeepSpeed's messages below the level of errors."""
     logging.disable(logging.WARNING)
     try:
         yield

@@ -107,8 +107,8 @@ class Engine:
     def _set_model(
         self, model: Transformer, objective: Objective, frozen_with_state: Iterable[str] = ()
     ) -> None:
-        """Make `model` the one in training: sharded, with optimizers, which also hold the state of the parameters
-        `frozen_with_state`.
+        """Make `model` the one in training: sharded, with optimizers, which also hold the state of the
+        parameters `frozen_with_state`.
         """
         self.model = model.to(self.device)
         self._full_step = ModelWithObjective(self.model, objective)
@@ -210,7 +210,7 @@ class Engine:
             self._step_module = apply_ddp(self._full_step, self.process_group)
 
     def saved_objects(self) -> tuple[Transformer, Sequence[torch.optim.Optimizer]]:
-        """The model and its optimizers, full or sharded, that a checkpoint is made from. A collective call."""
+        """The model and its optimizers, full or sharded, of which a checkpoint is made. A collective call."""
         return self.model, self.optimizers
 
     def load(self, load: Callable[[Transformer, Sequence[torch.optim.Optimizer]], Result]) -> Result:
@@ -310,7 +310,7 @@ class Engine:
 
     # Steps and validation.
 
-    def step(self, batches: Sequence[Batch], tokens: int, *, rate_factor: float, index: int) -> StepResult:
+    def step(self, batches: Sequence[Batch], tokens: int, *, lr_factor: float, index: int) -> StepResult:
         """One update. Nothing here waits for the device. A collective call.
 
         Args:
@@ -325,7 +325,7 @@ class Engine:
         Raises:
             OutOfMemory: If a rank ran out of memory. Nothing has changed then.
         """
-        set_lrs(self.optimizers, self._peaks, rate_factor)
+        set_lrs(self.optimizers, self._peaks, lr_factor)
         loss = self._forward_backward(batches, tokens, index)
         all_reduce_partial_gradients(self._shared)
         with self.timings.measure("optimizer"):
@@ -342,8 +342,8 @@ class Engine:
         return StepResult(loss, norm, skipped)
 
     def expect_other_memory(self) -> None:
-        """The next steps need more or less memory than those before: make sure that ranks can agree if they run
-        out of it.
+        """The next steps need more or less memory than those before: make sure that ranks can agree if they
+        run out of it.
         """
         self._unproven_steps = _UNPROVEN_STEPS
 
@@ -368,10 +368,10 @@ class Engine:
     def _forward_backward(self, batches: Sequence[Batch], tokens: int, index: int) -> Tensor:
         """Gradients and mean loss of a step. Raises OutOfMemory, on all ranks alike where that is possible.
 
-        Whole replicas communicate only in the last micro-batch's backward pass. A rank that runs out of memory
-        before that takes part in it with a pass of one token, and then all ranks learn of it. In the first
-        steps, which need what later ones need, nothing is sent before every rank is through, so the ranks can
-        agree wherever it happened. Shards communicate all the time: there the run ends.
+        Whole replicas communicate only in the last micro-batch's backward pass. A rank that runs out of
+        memory before that takes part in it with a pass of one token, and then all ranks learn of it. In the
+        first steps, which need what later ones need, nothing is sent before every rank is through, so the
+        ranks can agree wherever it happened. Shards communicate all the time: there the run ends.
         """
         group = self.process_group
         has_replicas = 1 < group.world_size == group.plan.data_parallel and not is_sharded(self.model)

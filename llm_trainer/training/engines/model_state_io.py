@@ -1,6 +1,4 @@
-"""A model in training taken apart into a form (`model/surgery`), and a form's optimizer state given to
-optimizers.
-"""
+"""Conversion between a model in training with its optimizers and a `ModelState` (`model/surgery`)."""
 
 from __future__ import annotations
 
@@ -17,43 +15,51 @@ from llm_trainer.model.surgery.model_state import ModelState, TensorState
 
 
 def extract_state(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> ModelState:
-    """Weights and optimizer state by name, gathered where they are cut over ranks (a collective call, alike
-    on all).
+    """Weights and optimizer state by name, as full tensors. A collective call.
+
+    Args:
+        model: The model, full or sharded.
+        optimizers: Its optimizers.
     """
-    state = {
+    optimizer_state = {
         name: {
             key: full_tensor(value.detach()) if isinstance(value, Tensor) else torch.tensor(value)
-            for key, value in kept.items()
+            for key, value in values.items()
         }
-        for name, parameter, optimizer, _ in _held(model, optimizers)
-        if (kept := optimizer.state.get(parameter))
+        for name, parameter, optimizer, _ in _optimized(model, optimizers)
+        if (values := optimizer.state.get(parameter))
     }
-    form = ModelState.from_model(model, state)
-    return replace(form, weights={name: full_tensor(weight) for name, weight in form.weights.items()})
+    state = ModelState.from_model(model, optimizer_state)
+    return replace(state, weights={name: full_tensor(weight) for name, weight in state.weights.items()})
 
 
 def load_state(
     model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], state: Mapping[str, TensorState]
 ) -> None:
-    """Give the optimizers the state of the parameters that they hold; what is said of others is left out."""
-    for name, parameter, optimizer, group in _held(model, optimizers):
+    """Load optimizer state into optimizers, sharded as their parameters are.
+
+    Args:
+        model: The model, full or sharded.
+        optimizers: Its optimizers.
+        state: Full tensors by parameter. Parameters that no optimizer holds are ignored.
+    """
+    for name, parameter, optimizer, group in _optimized(model, optimizers):
         for key, value in state.get(name, {}).items():
-            is_beside = (
-                value.ndim or group.get("fused") or group.get("capturable")
-            )  # where torch keeps a counter
-            held = value.to(parameter.device if is_beside else "cpu")
-            optimizer.state[parameter][key] = distribute_like(held, parameter) if value.ndim else held
+            # torch keeps a counter of steps on the CPU, except for fused and capturable optimizers.
+            on_parameter_device = value.ndim or group.get("fused") or group.get("capturable")
+            value = value.to(parameter.device if on_parameter_device else "cpu")
+            optimizer.state[parameter][key] = distribute_like(value, parameter) if value.ndim else value
 
 
-def _held(
+def _optimized(
     model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
 ) -> Iterator[tuple[str, nn.Parameter, torch.optim.Optimizer, dict[str, Any]]]:
-    """Name, parameter, optimizer and group of everything that is held, in the model's order."""
+    """Name, parameter, optimizer and parameter group of all that optimizers hold, in the model's order."""
     holders = {
-        id(one): (optimizer, group)
+        id(parameter): (optimizer, group)
         for optimizer in optimizers
         for group in optimizer.param_groups
-        for one in group["params"]
+        for parameter in group["params"]
     }
     for name, parameter in model.named_parameters():
         if id(parameter) in holders:

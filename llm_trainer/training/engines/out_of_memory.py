@@ -1,4 +1,4 @@
-"""Running out of memory: how it is recognised, and the error that says so."""
+"""Running out of memory: how it is recognised, and the error that reports it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from llm_trainer.config import LLMTrainerError
 
 
 class OutOfMemory(LLMTrainerError):
-    """There was not enough memory for a micro-batch. Where `is_agreed`, every rank raises this, and all can
-    go on together.
+    """There was not enough memory for a micro-batch.
+
+    Args:
+        message: What did not fit, and where.
+        is_agreed: Whether every rank raises this error, so that all can continue together.
     """
 
     def __init__(self, message: str, *, is_agreed: bool = True) -> None:
@@ -18,10 +21,14 @@ class OutOfMemory(LLMTrainerError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory could not be had, on a GPU or on the host."""
+    """Whether an error means that memory could not be allocated, on a GPU or on the host.
+
+    Args:
+        error: What a forward or backward pass raised.
+    """
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    said = str(error)
+    message = str(error)
     return isinstance(error, RuntimeError) and any(
-        words in said for words in ("can't allocate memory", "out of memory")
+        words in message for words in ("can't allocate memory", "out of memory")
     )

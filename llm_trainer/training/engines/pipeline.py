@@ -1,4 +1,4 @@
-"""The engine of a pipeline: the plan's stages around the same optimizers, clipping and checkpoints."""
+"""The engine of a pipeline: stages on different ranks, with the same optimizers, clipping and checkpoints."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ from llm_trainer.training.optim.optimizers import build_optimizers, peak_lrs, se
 
 
 class PipelineEngine(Engine):
-    """Trains `model` by stages, each of which may be cut by tensor groups, shards and replicas. The rest of
-    the model is elsewhere.
+    """Trains a model in stages. Each stage may be sharded, replicated and split over tensor groups.
+
+    The parameters of stages on other ranks are not in memory here.
     """
 
     def _set_model(
@@ -51,7 +52,7 @@ class PipelineEngine(Engine):
         if uses_fsdp(plan):
             for stage in self._pipeline.stages:
                 apply_fsdp(stage.submodel.blocks, stage, mesh["replicate", "shard"])  # type: ignore[union-attr,arg-type]
-        self._shared = self._shared_parameters()
+        self._shared = self._partial_gradients()
         own = [
             parameter
             for parameter in model.parameters()
@@ -69,15 +70,14 @@ class PipelineEngine(Engine):
         self.optimizers = build_optimizers(model, self.training)
         for parameter in others:
             parameter.requires_grad_(True)
-        is_twin = (
+        self._parameters = own
+        # A tied embedding is on the first and the last stage; only the first adds it to the norm.
+        has_copy = (
             plan.pipeline_parallel > 1
             and self._pipeline.pipeline_rank == plan.pipeline_parallel - 1
             and self._is_tied
         )
-        self._parameters = own
-        self._counted = [
-            one for one in own if not (is_twin and one is model.wte.weight)
-        ]  # the first stage counts the embedding
+        self._in_norm = [one for one in own if not (has_copy and one is model.wte.weight)]
         self._peaks = peak_lrs(self.optimizers)
         self.dropout_seed = self.training.seed if has_dropout(model) else None
 
@@ -85,7 +85,8 @@ class PipelineEngine(Engine):
     def _is_tied(self) -> bool:
         return self.model.config.tie_word_embeddings
 
-    def _shared_parameters(self) -> list[PartialGradient]:
+    def _partial_gradients(self) -> list[PartialGradient]:
+        """Parameters that several ranks hold and of which each has only a part of the gradient."""
         import torch.distributed as dist
 
         plan, rank = self.process_group.plan, self.process_group.rank
@@ -98,10 +99,10 @@ class PipelineEngine(Engine):
                 if not is_on_other_stage(one)
             ]
         if self._is_tied:
-            of_stage = plan.ranks // plan.pipeline_parallel
-            for first in range(of_stage):
-                ends = [first, first + plan.ranks - of_stage]
-                group = dist.new_group(ends)  # every rank makes every group
+            stage_ranks = plan.ranks // plan.pipeline_parallel
+            for first in range(stage_ranks):
+                ends = [first, first + plan.ranks - stage_ranks]
+                group = dist.new_group(ends)  # every rank has to create every group
                 if rank in ends:
                     shared.append(PartialGradient(cast(nn.Parameter, self.model.wte.weight), group))
         return shared
@@ -116,23 +117,41 @@ class PipelineEngine(Engine):
         self._pipeline.objective = _next_token(objective)
 
     def check_change(self, shape: ModelConfig) -> NoReturn:
-        """Not of a pipeline: raises UsageError."""
+        """Operations cannot change the model of a pipeline.
+
+        Raises:
+            UsageError: Always.
+        """
         raise UsageError(
-            "operations that change the model do not go with a pipeline; use fsdp or tensor_parallel with a schedule"
+            "operations that change the model are not supported with pipeline_parallel; use fsdp or "
+            "tensor_parallel instead, or remove those operations from the schedule"
         )
 
     def check_search(self) -> NoReturn:
-        """Not of a pipeline: raises UsageError."""
+        """A micro-batch size cannot be searched for, because a stage cannot run alone.
+
+        Raises:
+            UsageError: Always.
+        """
         raise UsageError(
-            "micro_batch_size auto does not go with pipeline_parallel, whose stages cannot be tried alone; give a number"
+            "micro_batch_size auto is not supported with pipeline_parallel, because a stage cannot be tried "
+            "alone; set micro_batch_size to a number"
         )
 
     def model_state(self) -> ModelState:
-        """Not of a pipeline: raises UsageError."""
+        """Not supported for a pipeline.
+
+        Raises:
+            UsageError: Always.
+        """
         self.check_change(self.model.config)
 
     def rebuild(self, state: ModelState) -> None:
-        """Not of a pipeline: raises UsageError."""
+        """Not supported for a pipeline.
+
+        Raises:
+            UsageError: Always.
+        """
         self.check_change(state.config)
 
     def tune(
@@ -144,7 +163,7 @@ class PipelineEngine(Engine):
         compiled: str | None = None,
         cache_dir: Path | None = None,
     ) -> TuneResult:
-        """As for Engine; nothing is tried, since a stage cannot run alone."""
+        """As `Engine.tune`, but nothing is tried, because a stage cannot run alone."""
         return self._tune_untried(work, precision, compiled)
 
     def _wrap(self) -> None:
@@ -154,9 +173,9 @@ class PipelineEngine(Engine):
         self._pipeline.precision = self.precision
         return self._pipeline
 
-    def step(self, batches: Sequence[Batch], tokens: int, *, rate_factor: float, index: int) -> StepResult:
+    def step(self, batches: Sequence[Batch], tokens: int, *, lr_factor: float, index: int) -> StepResult:
         """As `Engine.step`."""
-        set_lrs(self.optimizers, self._peaks, rate_factor)
+        set_lrs(self.optimizers, self._peaks, lr_factor)
         process_group, seeds = self.process_group, None
         if self.dropout_seed is not None:
             seeds = DropoutSeeds(
@@ -177,11 +196,11 @@ class PipelineEngine(Engine):
         self.timings.step_done()
         return StepResult(loss, norm, skipped)
 
-    def _norm(self, own: Callable[[Sequence[Tensor]], Tensor]) -> Tensor:
-        """The gradient's norm over all stages."""
+    def _norm(self, norm_of: Callable[[Sequence[Tensor]], Tensor]) -> Tensor:
+        """The norm of the gradients of all stages."""
         import torch.distributed as dist
 
-        squared = own(self._counted).square()
+        squared = norm_of(self._in_norm).square()
         dist.all_reduce(squared, group=self._pipeline.group)
         return squared.sqrt()
 
@@ -189,6 +208,7 @@ class PipelineEngine(Engine):
 def _next_token(objective: Objective) -> NextToken:
     if not isinstance(objective, NextToken):
         raise UsageError(
-            f"a pipeline trains on next tokens only, not on {type(objective).__name__}; leave pipeline_parallel out"
+            f"pipeline_parallel supports next-token training only, not {type(objective).__name__}; remove "
+            "pipeline_parallel"
         )
     return objective

@@ -1,10 +1,10 @@
-"""One optimizer step: micro-batches forward and backward, one division, clipping, update.
+"""One optimizer step: forward and backward passes of its micro-batches, one division, clipping, update.
 
-The tokens of the whole step are counted before the first backward pass, which the batches' labels allow, so
-each micro-batch's sum is divided by the same number and the gradient is that of one large batch. Nothing here
-waits for the device: a gradient that is not finite is found there and makes the optimizers leave everything
-as it is (`found_inf`, torch's own mechanism for fused optimizers), and the loop learns of it when it reads
-the outcome.
+The tokens of the whole step are counted before the first backward pass, which the batches' labels allow. So
+each micro-batch's sum is divided by the same number, and the gradient is that of one large batch. Nothing
+here waits for the device. A gradient that is not finite is detected there and makes the optimizers change
+nothing (`found_inf`, torch's own mechanism for fused optimizers). The loop learns of it when it reads the
+outcome.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ NormOf = Callable[[Callable[[Sequence[Tensor]], Tensor]], Tensor]
 
 
 class TrainingDivergedError(LLMTrainerError):
-    """Losses or gradients are not finite for too many steps in a row."""
+    """Losses or gradients were not finite for too many steps in a row."""
 
 
 @dataclass(frozen=True)
 class SampleRange:
-    """Which samples a step consumed: `first` to `first + count - 1`, numbered through the run."""
+    """The samples that a step consumed: `first` to `first + count - 1`, numbered through the run."""
 
     first: int
     count: int
@@ -46,14 +46,22 @@ class SampleRange:
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What a step came to; tensors stay on the device until they are read. `loss` is the mean over `tokens`
-    in nats.
+    """The outcome of a step. Tensors stay on the device until they are read.
+
+    Attributes:
+        step: Number of the step, from 1.
+        samples: The samples that it consumed.
+        tokens: Its supervised tokens, over all ranks.
+        lr_factor: Factor on the peak learning rates.
+        loss: Mean loss over `tokens`, in nats.
+        gradient_norm: Norm of the gradient before clipping.
+        skipped: 1 where nothing was changed, else 0.
     """
 
     step: int
     samples: SampleRange
     tokens: int
-    rate_factor: float
+    lr_factor: float
     loss: Tensor
     gradient_norm: Tensor
     skipped: Tensor
@@ -61,8 +69,11 @@ class StepOutcome:
 
 @dataclass
 class GradientSync:
-    """What a rank sends to others in a step: where it `is_delayed`, gradients stay its own until `sync_gradients`;
-    `has_begun` is set when the pass starts in which they are sent.
+    """When a rank sends gradients to others in a step.
+
+    Attributes:
+        is_delayed: Gradients stay on the rank until `sync_gradients`.
+        has_begun: Set when the pass starts in which they are sent.
     """
 
     is_delayed: bool = False
@@ -70,8 +81,14 @@ class GradientSync:
 
 
 class Outcomes:
-    """Outcomes of steps, left on the device until somebody looks: `last` is the last one read that was not
-    skipped.
+    """Outcomes of steps, which stay on the device until `flush`.
+
+    Args:
+        training: The settings `max_skipped_steps` and those of the loss-spike rule.
+        log: Called with a line for each step that was skipped.
+
+    Attributes:
+        last: The latest outcome read of a step that was not skipped.
     """
 
     def __init__(self, training: TrainingConfig, log: Callable[[str], None]) -> None:
@@ -80,12 +97,17 @@ class Outcomes:
         self.last: StepOutcome | None = None
 
     def add(self, outcome: StepOutcome) -> None:
-        """One step more, not looked at yet."""
+        """Add the outcome of a step, without reading it."""
         self._unread.append(outcome)
 
     def flush(self, state: TrainingState) -> None:
-        """Look at the steps since the last look: name what was skipped. Raises TrainingDivergedError for a run
-        that only skips.
+        """Read the outcomes since the last call, and log the steps that were skipped.
+
+        Args:
+            state: The run's state, which counts skipped steps and losses.
+
+        Raises:
+            TrainingDivergedError: If `max_skipped_steps` steps in a row were skipped.
         """
         for outcome in self._unread:
             if not bool(outcome.skipped):
@@ -102,8 +124,9 @@ class Outcomes:
             state.skipped_in_a_row += 1
             if state.skipped_in_a_row >= self._training.max_skipped_steps:
                 raise TrainingDivergedError(
-                    f"{state.skipped_in_a_row} steps in a row without a finite loss and gradient, the last on {outcome.samples}; "
-                    "lower learning_rate, raise warmup_steps, or look at those samples (limit: max_skipped_steps)"
+                    f"{state.skipped_in_a_row} steps in a row without a finite loss and gradient, the last "
+                    f"on {outcome.samples}; lower learning_rate, raise warmup_steps, or look at those "
+                    "samples (limit: max_skipped_steps)"
                 )
         self._unread.clear()
 
@@ -120,18 +143,28 @@ def forward_backward(
     timings: StepTimers | None = None,
     sync: GradientSync | None = None,
 ) -> Tensor:
-    """Add the gradient of Σ loss / `tokens` over the micro-batches of all ranks to the parameters; returns
-    that mean loss (detached).
+    """Add the gradient of Σ loss / `tokens`, over the micro-batches of all ranks, to the parameters.
 
-    `tokens` are the supervised tokens of the whole step, on all ranks. `seed` (None: leave the generator alone) and the step's `index`
-    fix dropout. With `sending` the returned loss is this rank's part; what was sent is noted there.
+    Args:
+        step: The model with its objective, wrapped for its ranks.
+        batches: This rank's micro-batches.
+        tokens: Supervised tokens of the whole step, over all ranks.
+        precision: Precision of the passes.
+        seed: Determines dropout, together with `index`; None leaves the generator as it is.
+        index: Updates before this one.
+        process_group: The ranks (default: this process alone).
+        timings: Measures the passes.
+        sync: Delays the gradients, or records when they are sent. With it, the loss is not summed over ranks.
+
+    Returns:
+        The mean loss, without a graph.
     """
     device, process_group, timings = (
         precision.device,
         process_group or ProcessGroup(),
         timings or StepTimers(precision.device),
     )
-    alone, sync = sync is None, sync or GradientSync()
+    sums_loss, sync = sync is None, sync or GradientSync()
     mean = torch.zeros((), device=device)
     for number, batch in enumerate(batches):
         if seed is not None:
@@ -144,46 +177,64 @@ def forward_backward(
             sync.has_begun = sends
             with timings.measure("backward"):
                 (total if precision.scaler is None else precision.scaler.scale(total)).backward()
-    return process_group.all_reduce_tensor(mean) if alone else mean
+    return process_group.all_reduce_tensor(mean) if sums_loss else mean
 
 
 def sync_gradients(step: nn.Module, batch: Batch, precision: Precision) -> None:
-    """Sum gradients that were kept apart over the ranks, in the very order of an ordinary step: by a pass
-    whose own gradient is zero, of one token of `batch`.
+    """Sum gradients that were kept on each rank, in the exact order of an ordinary step: by a pass of one
+    token whose own gradient is zero.
+
+    Args:
+        step: The model with its objective, wrapped for its ranks.
+        batch: Any batch.
+        precision: Precision of the pass.
     """
     with precision.autocast():
-        nothing = step(batch.first(1, 1).to(precision.device)).total * 0.0
-    nothing.backward()
+        zero = step(batch.first(1, 1).to(precision.device)).total * 0.0
+    zero.backward()
 
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float, norm_of: NormOf | None = None) -> Tensor:
-    """Scale gradients down to a joint 2-norm of `max_norm` (0: leave them); returns the norm before.
-    `norm_of`: see `update`.
+    """Scale gradients down to a joint 2-norm.
+
+    Args:
+        parameters: The parameters.
+        max_norm: The largest norm; 0 leaves the gradients as they are.
+        norm_of: As for `update`.
+
+    Returns:
+        The norm before clipping.
     """
-    held = [parameter for parameter in parameters if parameter.grad is not None]
-    norm = gradient_norm(held) if norm_of is None else norm_of(gradient_norm)
+    with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
+    norm = gradient_norm(with_gradient) if norm_of is None else norm_of(gradient_norm)
     if max_norm > 0:
-        for alike in _by_mesh(held):
-            torch.nn.utils.clip_grads_with_norm_(alike, max_norm, norm)
+        for group in _by_mesh(with_gradient):
+            torch.nn.utils.clip_grads_with_norm_(group, max_norm, norm)
     return norm
 
 
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """The joint 2-norm of the gradients of parameters, whole or cut over ranks in one way or several."""
+    """The joint 2-norm of the gradients of parameters, which may be full, or sharded in several ways.
+
+    Args:
+        parameters: The parameters. Those without a gradient are ignored.
+    """
     norms = [
-        full_tensor(torch.nn.utils.get_total_norm([_gradient(one) for one in alike]))
-        for alike in _by_mesh(parameters)
+        full_tensor(torch.nn.utils.get_total_norm([_gradient(parameter) for parameter in group]))
+        for group in _by_mesh(parameters)
     ]
     return norms[0] if len(norms) == 1 else torch.nn.utils.get_total_norm(norms)
 
 
 def _by_mesh(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Those with a gradient, in groups that torch can take together: on the same ranks, or whole."""
-    alike: dict[object, list[Tensor]] = {}
+    """Parameters with a gradient, in groups that torch can combine: those sharded over the same ranks, and
+    the full ones.
+    """
+    groups: dict[object, list[Tensor]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
-            alike.setdefault(device_mesh_of(parameter), []).append(parameter)
-    return list(alike.values())
+            groups.setdefault(device_mesh_of(parameter), []).append(parameter)
+    return list(groups.values())
 
 
 def _gradient(parameter: Tensor) -> Tensor:
@@ -202,12 +253,23 @@ def update(
     offload: bool = False,
     norm_of: NormOf | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Clip and let the optimizers step, unless loss or gradient is not finite or no token was supervised;
-    clears the gradients.
+    """Clip gradients and let the optimizers step, then clear the gradients. Nothing is changed if the loss or
+    a gradient is not finite, or if no token was supervised.
 
-    With `offload` the optimizers' state is in host memory after it. `norm_of` makes the norm of all
-    gradients, where other ranks hold other parameters, from the function that makes it of some. Returns the
-    gradient's norm before clipping and whether the step was skipped (1) or taken (0).
+    Args:
+        optimizers: The optimizers.
+        parameters: The parameters whose gradients are clipped.
+        loss: Mean loss of the step.
+        tokens: Supervised tokens of the step, over all ranks.
+        precision: Holds the gradient scaler.
+        max_grad_norm: As for `clip_gradients`.
+        offload: Whether the optimizers' state is in host memory between steps.
+        norm_of: Computes the norm of all gradients, where other ranks hold other parameters, from the
+            function
+            that computes it of some.
+
+    Returns:
+        The gradient's norm before clipping, and 1 if the step was skipped, else 0.
     """
     if precision.scaler is not None:
         for optimizer in optimizers:

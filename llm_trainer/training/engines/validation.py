@@ -1,9 +1,9 @@
-"""Loss over a held-out split: every token once, in rows packed as training packs them, one sum over one
-count.
+"""Loss over a held-out split: every token once, in rows packed as in training, one sum divided by one count.
 
-The result does not depend on the batch size: sums are added and divided once, and rows that fill the last
-batch up (so that a compiled model sees one shape) carry no labels. Frameworks that average batches, or repeat
-samples, differ by batch size (transformers#39241). Only scalars are kept, so the split may be of any length.
+The result does not depend on the batch size. Sums are added and divided once, and rows that fill up the last
+batch (so that every batch has one shape) carry no labels. Frameworks that average batches, or repeat samples,
+give results that depend on the batch size (transformers#39241). Only scalars are kept, so the split may be of
+any length.
 """
 
 from __future__ import annotations
@@ -29,8 +29,13 @@ from llm_trainer.training.objectives.objective import ModelWithObjective, NextTo
 
 @dataclass(frozen=True)
 class ValidationResult:
-    """`loss` in nats a token over `tokens` predicted tokens; `bits_per_byte` where the split knows how long
-    its text was.
+    """The result of a validation.
+
+    Attributes:
+        loss: Mean loss in nats per token.
+        tokens: Predicted tokens.
+        perplexity: exp(loss).
+        bits_per_byte: Loss in bits per byte of text, where the split knows the length of its text.
     """
 
     loss: float
@@ -39,20 +44,24 @@ class ValidationResult:
     bits_per_byte: float | None = None
 
     @classmethod
-    def of_loss(cls, loss: float) -> ValidationResult:
-        """One of which only the loss is remembered."""
+    def from_loss(cls, loss: float) -> ValidationResult:
+        """The result of an earlier validation of which only the loss was stored.
+
+        Args:
+            loss: Mean loss in nats per token.
+        """
         return cls(loss, 0, math.exp(loss) if loss < 700 else math.inf)
 
     @property
     def metrics(self) -> dict[str, float]:
-        """As reported."""
+        """The metrics to report, by name."""
         named = {"val_loss": self.loss, "perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte}
         return {name: value for name, value in named.items() if value is not None}
 
 
 def validate(
     model: Transformer,
-    tokens: TokenDataset,
+    dataset: TokenDataset,
     context: int,
     batch_size: int,
     *,
@@ -65,12 +74,27 @@ def validate(
     step: nn.Module | None = None,
     process_group: ProcessGroup | None = None,
 ) -> ValidationResult:
-    """Mean loss of `model` over the rows of `tokens`, packed so (default: greedy), in evaluation mode and
-    without gradients.
+    """Mean loss over a split, in evaluation mode and without gradients. A collective call.
 
-    `limit`: only so many batches, spread over the split; `on_batch` is told after each batch how many there have been. `ranks` share the
-    batches and get the same result; `step` is the module that training runs, which gathers a model that is cut over them. Raises
-    DataError when there is nothing to predict.
+    Args:
+        model: The model.
+        dataset: The split.
+        context: Tokens in a row.
+        batch_size: Rows per batch.
+        objective: What is computed (default: next-token cross-entropy).
+        device: Where to compute (default: where the model is).
+        autocast: Makes the context of each forward pass.
+        limit: Batches to evaluate, spread over the split (default: all).
+        packing: How rows are packed (default: greedily).
+        on_batch: Called after each batch with the number of batches so far.
+        step: The module that training runs, which gathers a sharded model.
+        process_group: The ranks, which divide the batches and get the same result.
+
+    Returns:
+        Loss, perplexity and bits per byte.
+
+    Raises:
+        DataError: If there is nothing to predict.
     """
     step, process_group = (
         step or ModelWithObjective(model, objective or NextToken()),
@@ -81,7 +105,7 @@ def validate(
     model.eval()
     total, count = 0.0, 0
     batches = validation_batches(
-        tokens,
+        dataset,
         context,
         batch_size,
         limit=limit,
@@ -105,18 +129,26 @@ def validate(
     count = int(supervised)
     if count == 0:
         raise DataError(
-            f"the validation split has {tokens.num_tokens} tokens, nothing to predict; give it more text"
+            f"the validation split has {dataset.num_tokens} tokens and nothing to predict; give it more text"
         )
     mean = total / count
     return ValidationResult(
-        mean, count, math.exp(mean) if mean < 700 else math.inf, bits_per_byte(mean, tokens)
+        mean, count, math.exp(mean) if mean < 700 else math.inf, bits_per_byte(mean, dataset)
     )
 
 
-def bits_per_byte(loss: float, tokens: TokenDataset) -> float | None:
-    """Nats a token → bits a byte of the text: loss / ln 2 × tokens / bytes. Comparable across tokenizers, as
-    a loss a token is not.
+def bits_per_byte(loss: float, dataset: TokenDataset) -> float | None:
+    """Convert a loss in nats per token to bits per byte: loss / ln 2 × tokens / bytes.
+
+    Unlike a loss per token it can be compared across tokenizers.
+
+    Args:
+        loss: Mean loss in nats per token.
+        dataset: The split, which knows the bytes of its text.
+
+    Returns:
+        Bits per byte; None where the length of the text is unknown.
     """
-    if not tokens.num_bytes:
+    if not dataset.num_bytes:
         return None
-    return loss / math.log(2) * tokens.num_tokens / tokens.num_bytes
+    return loss / math.log(2) * dataset.num_tokens / dataset.num_bytes

@@ -1,8 +1,8 @@
 """The largest micro-batch that fits: found by trying, or estimated.
 
 A step is the same however it is divided: its samples follow from the position of the run, and each
-micro-batch's loss is divided by the tokens of the whole step. So the division may change between two steps, or
-between two attempts at one.
+micro-batch's loss is divided by the tokens of the whole step. So the division may change between two steps,
+or between two attempts at one.
 
 On a GPU the largest micro-batch is found by real forward and backward passes of the run's own batches. Where
 trying is not possible (on a CPU the system would kill the process instead of refusing memory; shards need all
@@ -88,8 +88,8 @@ class BatchSizeFinder:
         return choices[chosen]
 
     def _measure(self, samples: int) -> Callable[[BatchPlan], float]:
-        """Bytes at the peak of a real pass, plus the optimizer's state where that does not exist yet; infinite
-        where memory runs out.
+        """Bytes at the peak of a real pass, plus the optimizer's state where that does not exist yet;
+        infinite where memory runs out.
         """
         missing = self._missing_optimizer_bytes()
 
@@ -118,7 +118,8 @@ class BatchSizeFinder:
                 sequences=plan.micro_batch_size,
                 micro_batches=plan.gradient_accumulation_steps,
             )
-            return used + step.kept + self._missing_optimizer_bytes(step.optimizer // shards) + step.peak()
+            missing = self._missing_optimizer_bytes(step.optimizer // shards)
+            return used + step.loss_buffers + missing + step.peak()
 
         return needed
 
@@ -145,8 +146,8 @@ def smaller_micro_batch(batches: BatchPlan, error: OutOfMemory) -> BatchPlan:
     """
     if batches.micro_batch_size == 1:
         raise OutOfMemory(
-            f"{error}, and there is no smaller micro-batch; use gradient_checkpointing, fsdp, a shorter context "
-            "or a smaller model"
+            f"{error}, and there is no smaller micro-batch; use gradient_checkpointing, fsdp, a shorter "
+            "context or a smaller model"
         )
     return divisions(batches, MicroBatchBounds(1, batches.micro_batch_size // 2))[0]
 
@@ -202,7 +203,11 @@ def take_memory_note(
 
 
 def empty_cache(device: torch.device) -> None:
-    """Return what the GPU's allocator caches, and reset its peak statistics. Does nothing on other devices."""
+    """Release what the GPU's allocator caches, and reset its peak statistics. Does nothing on other devices.
+
+    Args:
+        device: The device.
+    """
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

@@ -1,13 +1,14 @@
-"""What a training step holds in memory, found by running the step itself on tensors without contents.
+"""Estimates the memory of a training step by running the step on tensors without contents.
 
 The run's own model, loss and optimizers go through two steps in torch's FakeTensorMode, where a tensor has a
-shape, a type and a life, but no memory, and a ledger notes what is alive after each operation. So the
-estimate follows the code (a chunked loss, recomputation, what autocast keeps) without a second description of
-it that could drift. A closed form was the alternative: faster still, and wrong after the next change of a
-kernel. What a kernel uses inside itself is not seen.
+shape, a dtype and a lifetime, but no memory. A tracker records what is alive after each operation. So the
+estimate follows the code (a chunked loss, activation checkpointing, what autocast keeps) without a second
+description of it that could drift. A closed formula was the alternative: faster still, and wrong after the
+next change of a kernel. The memory that a kernel uses internally is not seen.
 
-A deep stack is not run whole: blocks are alike, so two shallow stacks are, and the difference is carried on
-to the full depth. What a stage of a pipeline holds is found in the same way in `stage_footprint.py`.
+A deep model is not run at full depth. Blocks are alike, so two shallow models are run, and their difference
+is extrapolated to the full depth. The memory of a pipeline's stage is estimated in the same way in
+`pipeline_memory.py`.
 """
 
 from __future__ import annotations
@@ -33,37 +34,46 @@ from llm_trainer.training.objectives.objective import ModelWithObjective, NextTo
 from llm_trainer.training.optim.optimizers import build_optimizers
 from llm_trainer.training.optim.param_groups import freeze_parameters
 
-_SHALLOW = 2  # layers that the step between two stacks has at least
+_SHALLOW = 2  # the least difference in layers of the two shallow models
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes of one step on one rank that holds the whole shape.
+    """Memory of one step on one rank that holds the full model, in bytes.
 
-    `weights`, `optimizer` and `kept` (the loss's buffers) are there between steps; `moments` are the highest points inside a step: bytes of
-    gradients held, and of everything else beside them (activations, temporaries). `in_bits` is how much more the weights were as floats.
+    Attributes:
+        weights: Weights.
+        optimizer: Optimizer state.
+        loss_buffers: Buffers that the loss keeps between steps.
+        moments: The peaks inside a step: bytes of gradients held, and of everything else in addition to
+            `between_steps` (activations, temporaries).
+        saved_by_quantization: How much more the weights would need as floats.
     """
 
     weights: int
     optimizer: int
-    kept: int
+    loss_buffers: int
     moments: tuple[tuple[int, int], ...]
-    in_bits: int = 0
+    saved_by_quantization: int = 0
 
     @property
     def between_steps(self) -> int:
-        """What is held all the time."""
-        return self.weights + self.optimizer + self.kept
+        """Bytes that are held all the time."""
+        return self.weights + self.optimizer + self.loss_buffers
 
-    def peak(self, gradient_share: float = 1.0) -> int:
-        """The step's highest point above `between_steps`, where a rank keeps this share of the gradients."""
+    def peak(self, gradient_fraction: float = 1.0) -> int:
+        """The peak of a step above `between_steps`, in bytes.
+
+        Args:
+            gradient_fraction: The fraction of the gradients that the rank holds.
+        """
         return max(
-            (int(gradients * gradient_share) + others for gradients, others in self.moments), default=0
+            (int(gradients * gradient_fraction) + others for gradients, others in self.moments), default=0
         )
 
     @property
     def activations(self) -> int:
-        """The most that is held beside gradients."""
+        """The most that is held in addition to gradients, in bytes."""
         return max((others for _, others in self.moments), default=0)
 
 
@@ -75,61 +85,98 @@ def step_memory(
     micro_batches: int = 1,
     precision: PrecisionName | None = None,
 ) -> StepMemory:
-    """What a step of `micro_batches` × `sequences` at the full context needs, uncompiled, with kernels as on
-    a CPU; where ranks share sequences, what the rank needs that gathers most.
+    """Estimate the memory of a step at full context, uncompiled, with kernels as on a CPU.
 
-    `precision` stands in for `auto` (default: bf16). From the third micro-batch on nothing is added, so two are run at most. Raises
-    UsageError for a base that cannot be quantised where the settings ask for that.
+    Where ranks divide sequences, the estimate is for the rank that gathers most.
+
+    Args:
+        shape: The model's shape.
+        training: The settings.
+        sequences: Sequences per micro-batch.
+        micro_batches: Micro-batches per step. More than two need no more memory than two.
+        precision: The precision that stands in for `auto` (default: bf16).
+
+    Raises:
+        UsageError: For a base model that cannot be quantized, where the settings ask for it.
     """
-    run = (alike_in_rate(training), sequences, min(micro_batches, 2), counted_precision(training, precision))
+    name = assumed_precision(training, precision)
+    run = (without_lr_multipliers(training), sequences, min(micro_batches, 2), name)
     unit = depth_unit(shape)
     if shape.num_hidden_layers <= 3 * unit or training.freeze_layers:  # frozen blocks are not like the others
-        return _run_twice(shape, *run)
+        return _run_two_steps(shape, *run)
     low, high = (
-        _run_twice(shape.model_copy(update={"num_hidden_layers": times * unit}), *run) for times in (2, 3)
+        _run_two_steps(shape.model_copy(update={"num_hidden_layers": times * unit}), *run) for times in (2, 3)
     )
-    return _carried_on(low, high, (shape.num_hidden_layers - 3 * unit) / unit)
+    return _extrapolate(low, high, (shape.num_hidden_layers - 3 * unit) / unit)
 
 
-def counted_precision(training: TrainingConfig, precision: PrecisionName | None) -> PrecisionName:
-    """What is counted with: `precision` where it is said, bf16 for `auto`."""
+def assumed_precision(training: TrainingConfig, precision: PrecisionName | None) -> PrecisionName:
+    """The precision to estimate with: `precision` if it is given, bf16 for `auto`.
+
+    Args:
+        training: The setting `precision`.
+        precision: Overrides it.
+    """
     return precision or ("bf16" if training.precision == "auto" else training.precision)
 
 
-def alike_in_rate(training: TrainingConfig) -> TrainingConfig:
-    """Settings without rates by part: they need no memory, and name parts that a shallow stack does not have."""
+def without_lr_multipliers(training: TrainingConfig) -> TrainingConfig:
+    """The settings without learning-rate multipliers per part: they need no memory, and name parts that a
+    shallow model does not have.
+
+    Args:
+        training: The settings. They are not changed.
+    """
     return training.model_copy(update={"lr_multipliers": {}, "layerwise_lr_decay": 1.0})
 
 
 def depth_unit(shape: ModelConfig) -> int:
-    """Layers by which one shallow stack is deeper than another: whole turns of recomputation."""
+    """The layers by which one shallow model is deeper than the other: full periods of activation
+    checkpointing.
+
+    Args:
+        shape: The model's shape.
+    """
     every = max(1, shape.activation_checkpoint_every) if shape.gradient_checkpointing else 1
     return every * -(-_SHALLOW // every)
 
 
-def _carried_on(low: StepMemory, high: StepMemory, times: float) -> StepMemory:
-    """`high` and `times` the difference of the two, for each share of the gradients the highest moment."""
+def _extrapolate(low: StepMemory, high: StepMemory, times: float) -> StepMemory:
+    """`high` plus `times` the difference of the two. Of the moments only the peaks are kept: with all
+    gradients, and with none.
+    """
 
-    def on(first: int, second: int) -> int:
+    def extrapolate(first: int, second: int) -> int:
         return second + round((second - first) * times)
 
     moments = []
-    for share in (1.0, 0.0):
+    for fraction in (1.0, 0.0):
         first, second = (
-            max(one.moments, key=lambda moment: share * moment[0] + moment[1]) for one in (low, high)
+            max(one.moments, key=lambda moment: fraction * moment[0] + moment[1]) for one in (low, high)
         )
-        moments.append((on(first[0], second[0]), on(first[1], second[1])))
-    held = (on(low.weights, high.weights), on(low.optimizer, high.optimizer), on(low.kept, high.kept))
-    return StepMemory(*held, tuple(moments), on(low.in_bits, high.in_bits))
+        moments.append((extrapolate(first[0], second[0]), extrapolate(first[1], second[1])))
+    return StepMemory(
+        extrapolate(low.weights, high.weights),
+        extrapolate(low.optimizer, high.optimizer),
+        extrapolate(low.loss_buffers, high.loss_buffers),
+        tuple(moments),
+        extrapolate(low.saved_by_quantization, high.saved_by_quantization),
+    )
 
 
-class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of the tensors alive, gradients apart, and the highest moments."""
+class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of live tensors, gradients separately, and the peaks.
+
+    Attributes:
+        gradients: Bytes of gradients now.
+        others: Bytes of other tensors now.
+        moments: The most bytes of other tensors, by bytes of gradients.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.gradients, self.others = 0, 0
-        self.moments: dict[int, int] = {}  # bytes of gradients → the most of others beside them
+        self.moments: dict[int, int] = {}
         self._known: weakref.WeakKeyDictionary[torch.UntypedStorage, list[str]] = weakref.WeakKeyDictionary()
 
     def __torch_dispatch__(
@@ -140,15 +187,15 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if func is item_op():
-            return 1  # whoever looks at a number here asks whether all is well
+            return 1  # the code reads numbers only to check that values are valid
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self._note(leaf)
+                self._record(leaf)
         return result
 
-    def _note(self, tensor: Tensor) -> None:
-        if tensor.device.type == "meta":  # what another stage of a pipeline holds
+    def _record(self, tensor: Tensor) -> None:
+        if tensor.device.type == "meta":  # another stage of a pipeline holds it
             return
         storage = tensor.untyped_storage()
         if storage in self._known:
@@ -165,8 +212,12 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         else:
             self.others -= size
 
-    def is_gradient(self, parameter: Tensor) -> None:
-        """A parameter's gradient has come: count it as one."""
+    def mark_gradient(self, parameter: Tensor) -> None:
+        """Count a parameter's gradient, which has just been computed, as one.
+
+        Args:
+            parameter: The parameter.
+        """
         if parameter.grad is None:
             return
         storage = parameter.grad.untyped_storage()
@@ -178,11 +229,11 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.moments[self.gradients] = max(self.moments.get(self.gradients, 0), self.others)
 
 
-def _run_twice(
+def _run_two_steps(
     shape: ModelConfig, training: TrainingConfig, sequences: int, micro_batches: int, name: PrecisionName
 ) -> StepMemory:
-    """The first step makes what the optimizers and the loss keep; the second is the one that is noted."""
-    with fake_tensor_mode(), Ledger() as ledger:
+    """Run a step that allocates what the optimizers and the loss keep, and a second one that is recorded."""
+    with fake_tensor_mode(), MemoryTracker() as tracker:
         model = Transformer(shape).train()
         freeze_parameters(model, training)
         if training.quantize_base != "off":
@@ -190,33 +241,40 @@ def _run_twice(
         optimizers = build_optimizers(model, training)
         step = ModelWithObjective(model, NextToken(training.loss))
         for parameter in filter(lambda one: one.requires_grad, model.parameters()):
-            parameter.register_post_accumulate_grad_hook(ledger.is_gradient)  # type: ignore[no-untyped-call]
-        precision = precision_of(name)
+            parameter.register_post_accumulate_grad_hook(tracker.mark_gradient)  # type: ignore[no-untyped-call]
+        precision = cpu_precision(name)
         parts = training.context_parallel
         if parts > 1:  # the first rank gathers most
             model.set_sequence_shard(ContextParallelShard(0, parts, lambda own: torch.cat([own] * parts)))
         tokens = torch.zeros((sequences, shape.max_position_embeddings // parts), dtype=torch.int64)
         batch = Batch(tokens, tokens, None, tokens.numel())
         _step(step, batch, micro_batches, precision, optimizers, training.max_grad_norm)
-        base = ledger.others
-        ledger.moments.clear()
+        base = tracker.others
+        tracker.moments.clear()
         _step(step, batch, micro_batches, precision, optimizers, training.max_grad_norm)
         weights = sum(parameter.nbytes for parameter in model.parameters())
-        held = state_bytes(optimizers)
-        moments = tuple((gradients, others - base) for gradients, others in ledger.moments.items())
-        in_bits = (
-            bytes_saved(model) if training.quantize_base != "off" else 0
-        )  # a base in four bits is counted, not run
-        return StepMemory(weights - in_bits, held, max(0, base - weights - held), moments, in_bits)
+        optimizer = state_bytes(optimizers)
+        moments = tuple((gradients, others - base) for gradients, others in tracker.moments.items())
+        # A quantized base model is computed, not run.
+        saved = bytes_saved(model) if training.quantize_base != "off" else 0
+        return StepMemory(weights - saved, optimizer, max(0, base - weights - optimizer), moments, saved)
 
 
-def precision_of(name: PrecisionName) -> Precision:
-    """Arithmetic with the sizes of this one: fp16 has those of bf16."""
+def cpu_precision(name: PrecisionName) -> Precision:
+    """A precision on the CPU whose tensors have the same sizes. bf16 stands in for fp16.
+
+    Args:
+        name: The precision.
+    """
     return Precision("fp32" if name == "fp32" else "bf16", torch.device("cpu"))
 
 
 def state_bytes(optimizers: Iterable[torch.optim.Optimizer]) -> int:
-    """Bytes of the tensors that optimizers keep."""
+    """Bytes of the tensors that optimizers keep.
+
+    Args:
+        optimizers: The optimizers.
+    """
     state = (
         tensor
         for optimizer in optimizers

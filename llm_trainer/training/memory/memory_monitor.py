@@ -1,4 +1,5 @@
-"""Memory and load of a run: metrics, a warning when memory runs short, an emergency checkpoint before it is gone.
+"""Memory and load of a run: metrics, a warning when memory runs short, an emergency checkpoint before it is
+gone.
 
 The monitor looks between steps: when the run reports, and otherwise every `memory_poll_seconds`. So no thread
 competes with training for the interpreter, and what it finds is found where all ranks can act on it together.
@@ -39,7 +40,9 @@ class MemoryMonitor:
         return self._poll().metrics()
 
     def take_emergency(self) -> bool:
-        """Whether usage has risen above `memory_emergency_fraction` since this was last called. Polls when due."""
+        """Whether usage has risen above `memory_emergency_fraction` since this was last called. Polls when
+        due.
+        """
         seconds = self._training.memory_poll_seconds
         if seconds and time.monotonic() - self._last_poll >= seconds:
             self._poll()

@@ -12,6 +12,7 @@ from llm_trainer.config.param_count import params_per_module
 from llm_trainer.config.schema.model import ModelConfig
 from llm_trainer.model.adapters.lora import freeze_inactive_adapters, train_adapters_only
 from llm_trainer.model.adapters.nf4 import quantize_base
+from llm_trainer.model.base import TransformerBase
 from llm_trainer.model.module_names import (
     matching_parts,
     part_names,
@@ -60,7 +61,7 @@ def trainable_sizes(config: ModelConfig, training: TrainingConfig) -> dict[str, 
     return {module: count.trainable for module, count in trainable_counts(model).items()}
 
 
-def module_lr_multipliers(model: Transformer, training: TrainingConfig) -> dict[str, float]:
+def module_lr_multipliers(model: TransformerBase, training: TrainingConfig) -> dict[str, float]:
     """Return what the learning rate of each module is multiplied by.
 
     This is its entry in `lr_multipliers`, times `layerwise_lr_decay` for each level above the module. Levels
@@ -85,7 +86,7 @@ def lr_multiplier_of(parameter_name: str, multipliers: Mapping[str, float]) -> f
     return multipliers.get(part_of_parameter(parameter_name), 1.0)
 
 
-def _levels(model: Transformer) -> dict[str, int]:
+def _levels(model: TransformerBase) -> dict[str, int]:
     """Module → its level: 0 for embeddings, 1 + the number of its block, and the last for norm and head."""
     last = model.config.num_hidden_layers + 1
 
