@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch.distributed as dist
+    from torch.distributed import GradBucket  # type: ignore[attr-defined]  # public, and not in the stubs
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
@@ -127,7 +128,7 @@ def apply_ddp(root: nn.Module, process_group: ProcessGroup) -> nn.Module:
     return wrapped
 
 
-def _sum_bucket(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _sum_bucket(bucket: GradBucket) -> torch.futures.Future[Tensor]:
     """DDP's communication of a bucket of gradients, without its division by the number of ranks."""
     import torch.distributed as dist
 

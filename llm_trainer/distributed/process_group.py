@@ -25,6 +25,7 @@ from llm_trainer.distributed.heartbeat import Heartbeat
 
 if TYPE_CHECKING:
     import torch.distributed as dist
+    from torch.distributed import Store  # type: ignore[attr-defined]  # public, and not in the stubs
     from torch.distributed.device_mesh import DeviceMesh
 
 Result = TypeVar("Result")
@@ -292,7 +293,7 @@ def exit_process(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _rendezvous(launch: LaunchEnvironment, training: TrainingConfig) -> dist.Store:
+def _rendezvous(launch: LaunchEnvironment, training: TrainingConfig) -> Store:
     """Set up torch.distributed and return a connection to the launcher's store for the heartbeat."""
     import torch.distributed as dist
 
@@ -316,7 +317,7 @@ def _rendezvous(launch: LaunchEnvironment, training: TrainingConfig) -> dist.Sto
     store = dist.PrefixStore(f"attempt-{launch.attempt}", store)  # type: ignore[attr-defined]
     own = dist.PrefixStore("training", store)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=own, rank=rank, world_size=count)
-    cloned: dist.Store = store.clone()  # its own connection, on which nothing else waits
+    cloned: Store = store.clone()  # type: ignore[attr-defined]  # its own connection, on which nothing else waits
     return cloned
 
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from llm_trainer.config import UsageError
-from llm_trainer.model.transformer import Linear, Transformer
+from llm_trainer.model.layers import Linear
+from llm_trainer.model.transformer import Transformer
 
 if TYPE_CHECKING:
     import torch.distributed as dist

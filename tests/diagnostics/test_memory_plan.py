@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from llm_trainer.cli.main import main
-from llm_trainer.cli.setup.build_model import pretrained_model
+from llm_trainer.cli.setup.build_model import load_pretrained_model
 from llm_trainer.config import ModelConfig, RunConfig, TrainingConfig, UsageError
 from llm_trainer.config.param_count import parameter_count
 from llm_trainer.config.resolve.batch_size import BatchPlan
@@ -271,7 +271,7 @@ def test_adapters_of_an_existing_model_are_counted_with_its_sizes_and_without_it
         == 0
     )
     output = capsys.readouterr().out
-    trained = pretrained_model(str(tmp_path), ModelConfig.model_validate(settings))
+    trained = load_pretrained_model(str(tmp_path), ModelConfig.model_validate(settings))
     prepare_trainable(trained, TrainingConfig())
     assert f"{sum(one.numel() for one in trained.parameters()):,} parameters" in output
     averages = 8 * sum(one.numel() for one in trained.parameters() if one.requires_grad)

@@ -169,7 +169,7 @@ def test_stages_are_recommended_where_nothing_else_fits_and_keep_the_step() -> N
 
 
 def test_unequal_rounds_of_an_interleaved_schedule_are_refused() -> None:
-    with pytest.raises(UsageError, match="take 4 or 6"):
+    with pytest.raises(UsageError, match="use 4 or 6"):
         rank_memories(config_of(), settings("interleaved"), TWO_STAGES, BatchPlan(1, 5))
 
 

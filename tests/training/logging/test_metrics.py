@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from paths import SUPPORT
 from rich.console import Console
-from tiny_run import tiny_run, tiny_trainer
+from tiny_run import tiny_config, tiny_model, tiny_run, tokens
 
 from llm_trainer.config import CheckpointError, UsageError
 from llm_trainer.diagnostics.verify_resume import StopAtStep
@@ -198,8 +198,8 @@ def test_a_subclass_can_log_its_own_metrics(tmp_path: Path) -> None:
             super()._log_metrics(loss)
             self.metrics_tracker.update({"squared": loss**2}, self.current_step)
 
-    plain = tiny_trainer(tmp_path)
-    Custom(plain.model, plain.config, plain.train_tokens, console=Console(quiet=True)).train()
+    config = tiny_config(tmp_path)
+    Custom(tiny_model(config.model), config, tokens(), console=Console(quiet=True)).train()
     lines = read_metrics(tmp_path)
     losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
     assert {line["step"]: line["squared"] for line in lines if "squared" in line} == pytest.approx(

@@ -87,7 +87,7 @@ def test_a_frozen_input_gets_no_gradient_and_the_other_its_own(frozen: int) -> N
 def test_a_second_backward_pass_raises_an_error() -> None:
     total = linear_cross_entropy_sum(*_inputs(), mode="chunked")
     total.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="differentiated once"):
+    with pytest.raises(RuntimeError, match="differentiated only once"):
         total.backward()
 
 
@@ -119,6 +119,6 @@ def test_the_logits_are_never_all_in_memory() -> None:
 
 def test_auto_is_dense_for_few_logits_and_chunked_for_many(monkeypatch: pytest.MonkeyPatch) -> None:
     for limit, chunked in ((53 * 97, False), (53 * 97 - 1, True)):
-        monkeypatch.setattr(losses, "_DENSE_UP_TO", limit)
+        monkeypatch.setattr(losses, "_MAX_DENSE_LOGITS", limit)
         total = linear_cross_entropy_sum(*_inputs(), mode="auto")
         assert ("ChunkedLoss" in type(total.grad_fn).__name__) == chunked

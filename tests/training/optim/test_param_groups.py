@@ -85,7 +85,7 @@ def test_a_resumed_adapter_run_equals_the_uninterrupted_one_bit_exactly(tmp_path
     uninterrupted = trained(tmp_path / "uninterrupted", LORA)
     trained(tmp_path / "interrupted", LORA, max_steps=6, lr_decay_steps=10)
     resumed = trained(tmp_path / "interrupted", LORA, resume_from="auto", max_steps=10, lr_decay_steps=10)
-    assert resumed.state.step == 10
+    assert resumed.current_step == 10
     for name, value in weights(trained(tmp_path / "again", LORA, lr_decay_steps=10).model).items():
         assert torch.equal(value, weights(resumed.model)[name]), name
         assert torch.equal(value, weights(uninterrupted.model)[name]), name
