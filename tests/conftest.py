@@ -17,11 +17,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from paths import SHARED
 
 from llm_trainer.config import DataConfig
+from llm_trainer.config.environment import compile_cache_dir
 from llm_trainer.data.pipeline.pipeline import prepare_dataset
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
 
 hypothesis.settings.register_profile("no times", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("no times")
+compile_cache_dir()  # compiled code is kept from one session to the next
 
 
 @pytest.fixture(scope="module", autouse=True)

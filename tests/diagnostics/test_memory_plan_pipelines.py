@@ -64,6 +64,7 @@ def test_a_pipeline_of_one_rank_needs_as_much_as_the_full_model() -> None:
     assert highest(alone) == pytest.approx(full.peak(), rel=0.02)
 
 
+@pytest.mark.slow
 def test_gpipe_keeps_all_micro_batches_and_1f1b_as_many_as_stages_follow() -> None:
     few, many = ([highest(step) for step in rank_steps("gpipe", count)] for count in (4, 8))
     assert many[0] > 1.7 * few[0]
@@ -98,6 +99,7 @@ def test_every_micro_batch_passes_a_stage_once_forward_and_once_backward(schedul
         assert all(order[:end].count("forward") >= order[:end].count("backward") for end in range(11))
 
 
+@pytest.mark.slow
 def test_a_deep_stage_is_extrapolated_from_shallow_ones_as_if_it_were_run() -> None:
     from llm_trainer.training.memory.pipeline_memory import _like, _run_stage, _stage_memory
 
@@ -112,6 +114,7 @@ def test_a_deep_stage_is_extrapolated_from_shallow_ones_as_if_it_were_run() -> N
         assert max(map(sum, carried.later)) == pytest.approx(max(map(sum, run.later)), rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved"])
 def test_frozen_parameters_are_counted_on_their_stage(schedule: str) -> None:
     config, frozen = config_of(num_hidden_layers=8), ["attn.1", "mlp.6"]
@@ -157,6 +160,7 @@ def test_stages_send_the_residual_stream_across_their_boundaries() -> None:
     assert interleaved.total == 2 * 2 * 3 * stream
 
 
+@pytest.mark.slow
 def test_stages_are_recommended_where_nothing_else_fits_and_keep_the_step() -> None:
     odd = config_of(num_attention_heads=1, num_key_value_heads=1, head_dim=64)  # no tensor ranks
     training, batches = settings(offload_optimizer=True), BatchPlan(1, 1)  # no shards

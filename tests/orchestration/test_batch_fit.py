@@ -77,6 +77,7 @@ def test_with_memory_to_spare_all_goes_at_once_up_to_the_bound(
     assert losses(tmp_path / "adjusted")[0] == losses(tmp_path / "plain")[0]
 
 
+@pytest.mark.slow
 def test_the_micro_batch_is_the_one_that_the_finder_finds(tmp_path: Path) -> None:
     trainer = adjusted(tmp_path / "adjusted", 1.0, spare=0.08, micro=8)
     trainer.train()
@@ -84,7 +85,7 @@ def test_the_micro_batch_is_the_one_that_the_finder_finds(tmp_path: Path) -> Non
     assert trainer.run.batches == trainer.run.largest_micro_batch(fraction=1.0)
     unchanged = adjusted(tmp_path / "at_once", 1.0, micro=8)
     unchanged.train()
-    assert unchanged.batches == BatchPlan(8, 1)
+    assert unchanged.run.batches == BatchPlan(8, 1)
     assert losses(tmp_path / "adjusted") == pytest.approx(losses(tmp_path / "at_once"), rel=1e-5)
 
 
@@ -98,9 +99,9 @@ def test_where_not_even_one_sequence_fits_the_run_goes_on_with_one_and_says_so(t
 def test_bounds_that_divide_nothing_do_not_end_the_run(tmp_path: Path) -> None:
     plain = adjusted(tmp_path, {"max_batch_size": 7}, file_logging=True)
     bounds = {"use_adaptive_batch_size": True, "min_batch_size": 5, "max_batch_size": 8}
-    training = plain.training.model_dump() | {"use_computational_efficiency": True, "micro_batch_size": 8}
+    training = plain.run.training.model_dump() | {"use_computational_efficiency": True, "micro_batch_size": 8}
     config = RunConfig(
-        model=plain.config.model.model_dump(), training=training, computational_efficiency=bounds
+        model=plain.run.config.model.model_dump(), training=training, computational_efficiency=bounds
     )
     trainer = Trainer(
         tiny_model(config.model),
@@ -116,6 +117,7 @@ def test_bounds_that_divide_nothing_do_not_end_the_run(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_what_was_found(tmp_path: Path) -> None:
     first = adjusted(tmp_path / "run", {"max_batch_size": 4}, max_steps=4, save_interval=1)
     first.callbacks.append(StopAtStep(2))
@@ -130,7 +132,7 @@ def test_a_resumed_run_keeps_what_was_found(tmp_path: Path) -> None:
     second.train()
     whole = adjusted(tmp_path / "whole", {"max_batch_size": 4}, max_steps=4)
     whole.train()
-    assert second.batches == whole.batches == BatchPlan(4, 2)
+    assert second.run.batches == whole.run.batches == BatchPlan(4, 2)
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 

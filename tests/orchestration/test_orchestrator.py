@@ -181,6 +181,7 @@ GROWTH = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_interrupted_anywhere_the_run_ends_where_the_uninterrupted_one_ends(
     tmp_path: Path, optimizer: str
@@ -304,7 +305,7 @@ def test_each_merge_begins_adapters_anew_with_other_directions_and_no_averages(t
             self.state: list[set[str]] = []
 
         def between_steps(self, run: TrainingRun, step: int, validation: object) -> None:
-            form = run.engine.form()
+            form = run.engine.model_state()
             self.a.append(form.weights["blocks.0.attn.q_proj.lora.default.a"].clone())
             self.state.append(set(form.optimizer_state))
 

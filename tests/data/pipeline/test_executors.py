@@ -162,6 +162,7 @@ class Fatal:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_the_error_for_a_killed_worker_names_its_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executors, "_MIN_BYTES_FOR_PROCESSES", 0)
     workers = ProcessExecutor(2)

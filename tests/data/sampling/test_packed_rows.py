@@ -188,6 +188,7 @@ def test_a_large_table_is_memory_mapped_and_reused_and_gives_the_same_rows(
     assert list((folder / INDEX_FOLDER).iterdir()) == [made]
 
 
+@pytest.mark.slow
 def test_computing_a_large_table_takes_no_more_memory_for_more_documents(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

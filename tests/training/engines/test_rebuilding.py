@@ -24,7 +24,7 @@ class RebuildAsItWas(Callback):
 
     def on_step_end(self, run: TrainingRun, step: int) -> None:
         if step == 3:
-            run.engine.rebuild(run.engine.form())
+            run.engine.rebuild(run.engine.model_state())
 
 
 @pytest.mark.parametrize(
@@ -55,14 +55,14 @@ class Grow(Callback):
         held += [value for kept in engine.optimizers[0].state.values() for value in kept.values()]
         self.old = [weakref.ref(one) for one in held]
         del held
-        engine.rebuild(stack_layers(engine.form(), [0, 0, 1, 1]))
+        engine.rebuild(stack_layers(engine.model_state(), [0, 0, 1, 1]))
         gc.collect()
 
     def left(self) -> int:
         return sum(one() is not None for one in self.old)
 
 
-@pytest.mark.parametrize("compile_mode", ["off", "on"])
+@pytest.mark.parametrize("compile_mode", ["off", pytest.param("on", marks=pytest.mark.slow)])
 def test_nothing_of_the_old_model_remains(tmp_path: Path, compile_mode: str) -> None:
     grow = Grow()
     trainer = tiny_trainer(tmp_path, max_steps=4, compile=compile_mode, callbacks=[grow])
@@ -77,10 +77,10 @@ def test_a_frozen_part_does_not_move_and_its_state_rests(tmp_path: Path) -> None
     trainer = tiny_trainer(tmp_path, max_steps=2)
     trainer.train()
     engine = trainer.run.engine
-    form = engine.form()
+    form = engine.model_state()
     name = "blocks.0.mlp.up_proj.weight"
     engine.rebuild(replace(form, frozen=frozenset({name})))
-    rested = engine.form()
+    rested = engine.model_state()
     assert rested.frozen == {name}
     assert torch.equal(rested.optimizer_state[name]["exp_avg"], form.optimizer_state[name]["exp_avg"])
     with pytest.raises(UsageError, match="every parameter is frozen"):
