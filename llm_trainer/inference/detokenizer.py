@@ -18,8 +18,10 @@ class Detokenizer:
     """Collects the bytes of one completion and returns its text in final pieces."""
 
     def __init__(self, stops: Sequence[str] = ()) -> None:
-        """Args:
-        stops: Stop strings; the text ends before the first of them. Empty ones are ignored.
+        """Start a text.
+
+        Args:
+            stops: Stop strings; the text ends before the first of them. Empty ones are ignored.
         """
         self.stops = tuple(stop for stop in stops if stop)
         self.stopped = False

@@ -43,7 +43,7 @@ class SamplingState:
 
 
 class Sampler:
-    """Draws the next token of every row at once; built anew only when the rows of the batch change."""
+    """Draws the next token of every row at once; built again only when the rows of the batch change."""
 
     def __init__(
         self, rows: Sequence[SamplingState], vocab_size: int, device: torch.device | str = "cpu"

@@ -143,6 +143,6 @@ def has_exact_int8_products() -> bool:
 
     Without VNNI, sums of two int8 products saturate at 16 bits.
     """
-    capabilities = torch.cpu.get_capabilities()  # type: ignore[no-untyped-call]
+    capabilities = torch.cpu.get_capabilities()
     has_vnni = bool(capabilities.get("avx512_vnni") or capabilities.get("avx_vnni"))
-    return torch.backends.mkldnn.is_available() and has_vnni
+    return bool(torch.backends.mkldnn.is_available()) and has_vnni  # type: ignore[no-untyped-call]

@@ -63,8 +63,9 @@ class LMHead:
         if not self._is_fast:
             return TokenScores(self.model.logits(hidden)[:, : self.vocab_size])
         weight = self.model.lm_head.weight[: self.vocab_size]
-        is_searched = num_candidates is not None and len(hidden) == 1
-        ids = self._search(weight, hidden[0], num_candidates) if is_searched else None
+        ids = None
+        if num_candidates is not None and len(hidden) == 1:
+            ids = self._search(weight, hidden[0], num_candidates)
         logits = select_linear(weight, len(hidden))(hidden, weight if ids is None else weight[ids], None)
         cap = self.model.config.logit_soft_cap
         return TokenScores(logits if cap is None else cap * torch.tanh(logits / cap), ids)

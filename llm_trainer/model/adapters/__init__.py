@@ -1,0 +1,1 @@
+"""LoRA, bottleneck adapters, and weights in four bits."""

@@ -67,7 +67,7 @@ class BottleneckAdapter(nn.Module):
 
     @torch.no_grad()
     def reset(self, name: str, deviation: float) -> None:
-        """Draw `down` anew and set `up` to zero.
+        """Draw `down` again and set `up` to zero.
 
         Args:
             name: The module's name in the model; it is the seed, so that all ranks draw the same numbers.

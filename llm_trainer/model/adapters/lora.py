@@ -315,8 +315,9 @@ def _resize(model: TransformerBase, target: LoraTarget, name: str, table: LoraCo
     own_name = "wte" if _is_tied_head(model, target) else target.name
     rank = table.rank_of(own_name)
     module = target.module
-    is_there = isinstance(module, (LoraLinear, LoraEmbedding)) and name in module.lora
-    old = lora_factors(module, name) if is_there else None
+    old = None
+    if isinstance(module, (LoraLinear, LoraEmbedding)) and name in module.lora:
+        old = lora_factors(module, name)
     if old is None and rank == 0:
         return
     if old is not None and rank == 0:

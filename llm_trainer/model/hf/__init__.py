@@ -1,0 +1,1 @@
+"""Hugging Face's format of configurations and weights."""

@@ -443,7 +443,7 @@ def _some(names: list[str]) -> str:
 
 @contextmanager
 def _reading(folder: Path) -> Iterator[None]:
-    """Turn a damaged safetensors file into an error that tells the user what to do."""
+    """Turn a damaged safetensors file into an error that says what to do."""
     try:
         yield
     except SafetensorError as error:

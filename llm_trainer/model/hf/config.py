@@ -224,7 +224,7 @@ def config_from_huggingface(content: Mapping[str, Any]) -> ModelConfig:
     try:
         if family == OWN_SECTION:
             known = ModelConfig.model_fields.keys()
-            settings = with_current_names("model", content)
+            settings: dict[str, Any] = with_current_names("model", content)
             return ModelConfig(
                 **{name: value for name, value in settings.items() if name in known and name != "model_type"}
             )
