@@ -180,6 +180,8 @@ def test_without_a_network_the_error_explains_how_to_supply_the_file(
 
     monkeypatch.setattr(urllib.request, "urlopen", offline)
     monkeypatch.setattr(downloads, "_FIRST_PAUSE_SECONDS", 0)
-    with pytest.raises(DataError, match=r"tinyshakespeare/input\.txt could not be fetched.*--input"):
+    with pytest.raises(
+        DataError, match=r"tinyshakespeare/input\.txt could not be downloaded.*Download it elsewhere"
+    ):
         classic.download_shakespeare(tmp_path)
     assert not list(tmp_path.iterdir())

@@ -26,8 +26,9 @@ def test_a_folder_of_text_is_prepared_and_loaded_with_two_calls(tmp_path: Path, 
     train, validation = load_dataset(tmp_path / "out"), load_dataset(tmp_path / "out", split="validation")
     assert summary.folder == tmp_path / "out"
     assert train.num_tokens == summary.metadata.splits["train"].tokens
-    assert train.tokenizer is validation.tokenizer
     assert train.tokenizer is not None
+    assert validation.tokenizer is not None
+    assert train.tokenizer.hash == validation.tokenizer.hash == train.tokenizer_hash
     assert train.tokenizer.vocab_size == train.vocab_size == 300
     assert train.tokenizer.decode(train.read(0, 10))
 

@@ -74,6 +74,7 @@ class ProcessExecutor:
     def __init__(self, workers: int) -> None:
         self._workers = workers
         self._pool: ProcessPoolExecutor | None = None
+        self._other_children = {*multiprocessing.active_children()}
 
     def run(self, jobs: Sequence[Job], advance: Callable[[int], None]) -> None:
         """Run all jobs; a single job or a small amount of work runs in this process.
@@ -100,6 +101,11 @@ class ProcessExecutor:
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     future.result()
                     advance(running.pop(future).size)
+        except KeyboardInterrupt:
+            # `close` waits for the current jobs, which may take long, and the workers ignore Ctrl-C.
+            for worker in set(multiprocessing.active_children()) - self._other_children:
+                worker.kill()
+            raise
         except BrokenProcessPool:
             names = ", ".join(job.name for job in running.values())
             raise DataError(

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import JsonValue
@@ -98,7 +99,7 @@ def prepare_dataset(
     source: Source | None = None,
     with_texts: bool = False,
     console: Console | None = None,
-    **settings: object,
+    **settings: Any,
 ) -> PreparationSummary:
     """Prepare text for training: clean, deduplicate, split, tokenize and pack it into token shards.
 
@@ -437,7 +438,7 @@ def open_source(config: DataConfig, output_dir: Path) -> Source:
     )
 
 
-def _data_config(data: DataConfig | str | Path | None, settings: dict[str, object]) -> DataConfig:
+def _data_config(data: DataConfig | str | Path | None, settings: dict[str, Any]) -> DataConfig:
     """The settings of `prepare_dataset` as a `DataConfig`."""
     if isinstance(data, DataConfig):
         if settings:

@@ -291,7 +291,7 @@ def test_the_error_for_what_cannot_be_prepared_has_the_reason(tmp_path: Path, ti
         (
             DataError,
             {"input": text, "vocab_size": 300, "max_length": 100_000},
-            "fewer than one window of 100000.*max_length of at most",
+            "fewer than one window of 100000.*set max_length to at most",
         ),
         (DataError, {"input": text, "vocab_size": 300, "min_length": 10**6, "val_ratio": 0}, "min_length"),
         (DataError, {"input": text, "tokenizer_path": str(tmp_path / "nothing.json")}, "tokenizer"),

@@ -185,7 +185,7 @@ def test_leaks_between_splits_of_the_source_are_counted(tmp_path: Path) -> None:
     source = GivenSource((Given("a", "train", train), Given("b", "validation", (*train[:3], sentence(99)))))
     summary = prepare_dataset(DataConfig(vocab_size=300), tmp_path / "out", source=source)
     assert summary.metadata.leaks == 3
-    assert summary.metadata.split_method == "as the source says"
+    assert summary.metadata.split_method == "from the source"
     assert set(summary.metadata.splits) == {"train", "validation"}
     assert texts_of(tmp_path / "out", "validation") == {*train[:3], sentence(99)}
     assert (

@@ -128,5 +128,5 @@ def test_changes_that_a_character_tokenizer_cannot_encode_are_skipped() -> None:
 
 
 def test_augmentation_without_a_tokenizer_is_refused(stream: TokenDataset) -> None:
-    with pytest.raises(UsageError, match="no tokenizer"):
+    with pytest.raises(UsageError, match="needs a tokenizer"):
         with_augmentation(build_sampler(stream, CONTEXT, 0), Augmentation(case=0.1), None, 0)

@@ -204,13 +204,13 @@ def test_corpora_with_and_without_document_ids_form_one_batch(tmp_path: Path) ->
     ("stages", "complaint"),
     [
         ([], "needs weights"),
-        ([MixtureStage(weights={"c0": 1, "c1": 1})], "do not name c2; give 0"),
+        ([MixtureStage(weights={"c0": 1, "c1": 1})], "do not name c2; give a corpus 0"),
         (
             [MixtureStage(weights={"c0": 1, "c1": 1, "c2": 1, "x": 1})],
             "name x, but the mixture has c0, c1, c2",
         ),
-        ([weights(1, 1, 1), weights(1, 1, 1)], r"every stage but the last says `until`.*stage 1"),
-        ([weights(1, 1, 1, until="5 steps")], "the last one does not"),
+        ([weights(1, 1, 1), weights(1, 1, 1)], r"every stage except the last needs `until`.*stage 1"),
+        ([weights(1, 1, 1, until="5 steps")], "the last one must not have it"),
     ],
 )
 def test_stages_that_do_not_fit_are_refused(stages: list[MixtureStage], complaint: str) -> None:

@@ -118,7 +118,8 @@ class BulkEncoder:
             return self._ids_of_word(raw.decode("ascii"))
         if raw[0] == SEPARATOR:
             return []
-        return np.frombuffer(self._raw_ids(raw.decode("utf-8")), np.uint32).tolist()
+        ids: list[int] = np.frombuffer(self._raw_ids(raw.decode("utf-8")), np.uint32).tolist()
+        return ids
 
     def _raw_ids(self, text: str) -> bytes:
         known = self._known_words.__getitem__
