@@ -1,6 +1,6 @@
-"""Small records with the fields of each data set that a domain loader reads.
+"""Small records with the fields of each dataset that a domain loader reads.
 
-The fields are those that the data sets' cards and the code that loads them show.
+The fields are those that the datasets' cards and the code that loads them show.
 """
 
 from __future__ import annotations

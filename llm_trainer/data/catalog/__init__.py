@@ -1,1 +1,1 @@
-"""Public data sets by name: downloaded, unpacked, and saved in one format."""
+"""Public datasets by name: downloaded, unpacked, and saved in one format."""

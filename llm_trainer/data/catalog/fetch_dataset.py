@@ -1,4 +1,4 @@
-"""Fetches a data set of the catalog: downloads it or takes a local copy, unpacks it, and saves it.
+"""Fetches a dataset of the catalog: downloads it or takes a local copy, unpacks it, and saves it.
 
 `<output>/<name>/` appears only when it is complete. A hidden `.source.json` in it records where its files
 come from and how many documents were kept and rejected, so that a second call finds the set already there.
@@ -32,7 +32,7 @@ _DOWNLOADS = ".downloads"
 
 @dataclass(frozen=True)
 class FetchedDataset:
-    """A data set that is on the disk.
+    """A dataset that is on the disk.
 
     Attributes:
         folder: Its folder.
@@ -57,9 +57,9 @@ def fetch_dataset(
     """Create `<output>/<name>/`, unless it is already there in this format.
 
     Args:
-        name: The data set's name in the catalog.
+        name: The dataset's name in the catalog.
         entry: Its entry in the catalog.
-        output: The folder of all data sets.
+        output: The folder of all datasets.
         save_format: The format of the files that are written.
         local_copy: A file or folder with the original files, which are then not downloaded.
         console: Where progress is shown.
@@ -80,7 +80,7 @@ def fetch_dataset(
         )
     except DataError as error:  # re-raised as the same type, which shows whether other sets can be downloaded
         raise type(error)(
-            f"the data set {name!r} could not be downloaded: {error}. {manual_download_hint(name, entry)}"
+            f"the dataset {name!r} could not be downloaded: {error}. {manual_download_hint(name, entry)}"
         ) from None
     output.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=output))
@@ -143,7 +143,7 @@ def _download_originals(entry: DatasetEntry, folder: Path, console: Console | No
 def _unpack(originals: Path, entry: DatasetEntry, folder: Path) -> Path:
     """The folder (or file) to read: archives are unpacked, and only their text files are kept."""
     if not originals.exists():
-        raise DataError(f"the input {originals} does not exist; give the folder with the data set's files")
+        raise DataError(f"the input {originals} does not exist; give the folder with the dataset's files")
     files = (
         [originals]
         if originals.is_file()

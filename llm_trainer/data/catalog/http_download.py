@@ -249,6 +249,4 @@ def _check_free_space(remote: RemoteFile, part: _PartialFile, target: Path) -> N
 
 
 def _hint(status: int) -> str:
-    return (
-        "; accept the data set's terms on its page and log in with HF_TOKEN" if status in (401, 403) else ""
-    )
+    return "; accept the dataset's terms on its page and log in with HF_TOKEN" if status in (401, 403) else ""

@@ -1,4 +1,4 @@
-"""nanoGPT's data sets, as `data/<name>/prepare.py` prepares them.
+"""nanoGPT's datasets, as `data/<name>/prepare.py` prepares them.
 
 They are Tiny Shakespeare by character or with GPT-2's BPE, and OpenWebText. Each is downloaded, or read from
 `--input`. GPT-2's vocabulary is downloaded through tiktoken, or read from `--ranks`. The validation fractions
@@ -28,7 +28,7 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 
 @dataclass(frozen=True)
 class NanogptDataset:
-    """One of the data sets.
+    """One of the datasets.
 
     Attributes:
         summary: What it is, for help texts.

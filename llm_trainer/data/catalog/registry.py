@@ -1,8 +1,8 @@
-"""The data sets that `scripts/download_datasets.py` knows: public corpora of plain text.
+"""The datasets that `scripts/download_datasets.py` knows: public corpora of plain text.
 
-An entry gives the address and the licence of a data set's files. It names files on the Hugging Face hub by
+An entry gives the address and the licence of a dataset's files. It names files on the Hugging Face hub by
 pattern (their sizes and sha256 are then queried from the hub), or by url. Entries with `is_small` are
-downloaded when the user names none. Data sets for single domains are listed in
+downloaded when the user names none. Datasets for single domains are listed in
 `config/schema/domain_loaders.yaml`.
 """
 
@@ -20,7 +20,7 @@ from llm_trainer.errors import DataError, UsageError
 
 @dataclass(frozen=True)
 class DatasetEntry:
-    """One data set.
+    """One dataset.
 
     Attributes:
         about: What it is, in a line.
@@ -210,7 +210,7 @@ def select_datasets(names: Sequence[str]) -> dict[str, DatasetEntry]:
     """Return the entries of these names.
 
     Args:
-        names: Names of data sets; `["all"]` selects every one, and an empty list the small ones.
+        names: Names of datasets; `["all"]` selects every one, and an empty list the small ones.
 
     Raises:
         UsageError: A name is unknown.
@@ -223,7 +223,7 @@ def select_datasets(names: Sequence[str]) -> dict[str, DatasetEntry]:
 
         close = difflib.get_close_matches(unknown[0], DATASETS, n=2, cutoff=0.4)
         hint = f"did you mean {' or '.join(close)}? " if close else ""
-        raise UsageError(f"the catalog has no data set {unknown[0]!r}; {hint}--list prints all of them")
+        raise UsageError(f"the catalog has no dataset {unknown[0]!r}; {hint}--list prints all of them")
     return (
         {name: DATASETS[name] for name in names}
         if names
@@ -232,10 +232,10 @@ def select_datasets(names: Sequence[str]) -> dict[str, DatasetEntry]:
 
 
 def list_remote_files(entry: DatasetEntry) -> tuple[list[RemoteFile], str]:
-    """List the files of a data set.
+    """List the files of a dataset.
 
     Args:
-        entry: The data set.
+        entry: The dataset.
 
     Returns:
         The files, and what identifies their version: a commit on the hub, or the first url.
@@ -280,7 +280,7 @@ def list_remote_files(entry: DatasetEntry) -> tuple[list[RemoteFile], str]:
 
 
 def manual_download_hint(name: str, entry: DatasetEntry) -> str:
-    """Return how to bring a data set here from a machine with a network, for error messages."""
+    """Return how to bring a dataset here from a machine with a network, for error messages."""
     if entry.hub is None:
         step = f"download {' and '.join(file.url for file in entry.urls)} into a folder"
     else:

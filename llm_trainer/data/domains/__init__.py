@@ -1,1 +1,1 @@
-"""Data sets by domain: texts grouped by subject, and generated exercises that need no network."""
+"""Datasets by domain: texts grouped by subject, and generated exercises that need no network."""

@@ -2,7 +2,7 @@
 
 The domain coding is the standard library's sources, and general is the language reference as `help()` shows
 it. The other domains have no text on a machine without a network, so theirs is generated: worked exercises,
-correct but of a few kinds. They are a substitute for trying things out, and do not replace the data sets.
+correct but of a few kinds. They are a substitute for trying things out, and do not replace the datasets.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Reads the data sets that domain loaders define: from local files with the same fields, or from the hub."""
+"""Reads the datasets that domain loaders define: from local files with the same fields, or from the hub."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class LoaderStats:
 
     Attributes:
         loader: The loader's name.
-        origin: The path or data set that it read.
+        origin: The path or dataset that it read.
         records: Records read.
         texts: Records that became texts.
         left_out: Records left out, by reason.
@@ -82,7 +82,7 @@ def read_loader(
         max_texts: Reading stops after so many texts, or after `max_samples`.
 
     Raises:
-        DataError: The data set is neither a local file nor available on the hub.
+        DataError: The dataset is neither a local file nor available on the hub.
     """
     formatter = RecordFormatter(loader, options)
     limits = [limit for limit in (max_texts, options.max_samples) if limit is not None]
@@ -133,7 +133,7 @@ def read_records(
         local_dir: The folder that may have a local copy.
 
     Raises:
-        DataError: The data set cannot be found or read, or `split` is set for a local copy.
+        DataError: The dataset cannot be found or read, or `split` is set for a local copy.
     """
     path = find_local_path(stats.loader, loader, options, local_dir)
     if path is not None:

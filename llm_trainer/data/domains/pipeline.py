@@ -1,14 +1,14 @@
 """Prepares domains: texts grouped by subject, split, tokenized with one tokenizer, and mixed by weight.
 
     output_dir/
-      mixture.json                     written last: training takes the folder as one data set with these
+      mixture.json                     written last: training takes the folder as one dataset with these
       weights domains.json                     what was read, kept and left out, and under which licences
       math/texts/train.jsonl, val.jsonl, test.jsonl    {"text": …, "domain": "math", "source": "load_math"}
       math/vocabulary.json             the domain's terms with their scores, with extract_vocab math/dataset/,
-      tokenizer.json, metadata.json     the prepared data set
+      tokenizer.json, metadata.json     the prepared dataset
 
 Texts are streamed to disk as they are read, so memory grows only by about a hundred bytes per text. The same
-text from two data sets counts once, in the domain of the first. Which texts a cap keeps, and which are held
+text from two datasets counts once, in the domain of the first. Which texts a cap keeps, and which are held
 out, is decided by hashes of the text and the seed, so it does not depend on any order.
 """
 
@@ -95,7 +95,7 @@ class DomainsReport:
     notes: list[str]
 
     def lines(self) -> list[str]:
-        """Return lines for the console: each data set, then each domain."""
+        """Return lines for the console: each dataset, then each domain."""
         lines = []
         for loader in self.loaders:
             lines.append(loader.line())
@@ -119,7 +119,7 @@ def prepare_domains(bridge: DomainBridge, console: Console | None = None) -> Dom
         console: Where progress is shown.
 
     Raises:
-        DataError: Data sets are neither local nor on the hub (all of them are named in one message, unless
+        DataError: Datasets are neither local nor on the hub (all of them are named in one message, unless
             `skip_unavailable` is set), or no text is left.
     """
     if not bridge.loaders:
@@ -209,7 +209,7 @@ def _data_config(bridge: DomainBridge) -> DataConfig:
 def _read_all(
     bridge: DomainBridge, store: TextStore, loaders: list[LoaderStats], console: Console | None
 ) -> list[str]:
-    """Read every loader; returns notes. Raises DataError that names each data set that is not available."""
+    """Read every loader; returns notes. Raises DataError that names each dataset that is not available."""
     definitions, local_dir = bridge.all_loaders(), Path(bridge.local_dir)
     missing = []
     for name in bridge.loaders:
@@ -229,7 +229,7 @@ def _read_all(
         loaders.append(stats)
     if missing and (not bridge.skip_unavailable or not loaders):
         raise DataError(
-            f"{len(missing)} of {len(bridge.loaders)} data sets are not available:\n"
+            f"{len(missing)} of {len(bridge.loaders)} datasets are not available:\n"
             + "\n".join(missing)
             + "\n"
             "Without a network, put each as a file or a folder with the same fields into "

@@ -101,7 +101,7 @@ class RecordFormatter:
 
         Args:
             fields: The record's values by field name.
-            part: The file that it is from, or the data set on the hub.
+            part: The file that it is from, or the dataset on the hub.
         """
         of_record = self._loader.domain_map.get(str(fields.get(self._loader.domain_field or "")))
         of_part = next((domain for name, domain in self._domains.items() if name in part), None)

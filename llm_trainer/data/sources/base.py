@@ -55,11 +55,11 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One record of a data set, with all its fields.
+    """One record of a dataset, with all its fields.
 
     Attributes:
         fields: The values by field name.
-        part: The file, or the name and configuration of the data set on the hub.
+        part: The file, or the name and configuration of the dataset on the hub.
         where: The position of the record, for messages.
     """
 

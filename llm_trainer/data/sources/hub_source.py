@@ -1,10 +1,10 @@
-"""Documents from a data set on the Hugging Face hub, or from a folder in the hub's layout.
+"""Documents from a dataset on the Hugging Face hub, or from a folder in the hub's layout.
 
 They are read through the `datasets` library, which the extra `hub` installs.
 
-The data set is either downloaded, and its partitions are runs of rows, or streamed. When it is streamed, a
+The dataset is either downloaded, and its partitions are runs of rows, or streamed. When it is streamed, a
 partition is one of the files that it is stored in, which is read over the network each time it is needed and
-never cached. A streamed data set is identified by its commit, because hashing the texts would take the full
+never cached. A streamed dataset is identified by its commit, because hashing the texts would take the full
 download.
 """
 
@@ -37,7 +37,7 @@ _ADVICE = "; without a network, download it elsewhere and give its files with --
 
 @dataclass(frozen=True)
 class HubSplit:
-    """One split of a data set, and the column that is read.
+    """One split of a dataset, and the column that is read.
 
     Attributes:
         dataset: The name on the hub, or a local folder.
@@ -136,7 +136,7 @@ class HubFilePartition:
     def _columns(self) -> Iterator[tuple[int, pyarrow.Array | None]]:
         """(first row, texts, None if the column is missing) of a few rows at a time."""
         row = 0
-        with hub_errors(f"the data set {self.rows.dataset!r}", _ADVICE):
+        with hub_errors(f"the dataset {self.rows.dataset!r}", _ADVICE):
             shard = _load(self.rows, streaming=True).shard(self.count, self.index).with_format("arrow")
             for table in shard.iter(_MAX_ROWS):
                 chunks = (
@@ -151,7 +151,7 @@ class HubFilePartition:
 
 @dataclass(frozen=True)
 class HubSource:
-    """One text column of a data set on the hub.
+    """One text column of a dataset on the hub.
 
     Attributes:
         dataset: The name on the hub, or a local folder in the hub's layout.
@@ -181,7 +181,7 @@ class HubSource:
         """Return runs of rows, or files.
 
         Raises:
-            DataError: The data set or the column cannot be found or loaded.
+            DataError: The dataset or the column cannot be found or loaded.
         """
         training = self._partitions_of(self.train_split)
         if self.validation_split is None:
@@ -240,7 +240,7 @@ def hub_errors(what: str, advice: str = "") -> Iterator[ModuleType]:
     try:
         import datasets
     except ImportError:
-        raise DataError(missing_extra("reading data sets from the hub", "hub")) from None
+        raise DataError(missing_extra("reading datasets from the hub", "hub")) from None
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of its HTTP client, which differs by version
 
     try:
@@ -254,9 +254,9 @@ def _short_name(dataset: str) -> str:
     return Path(dataset).resolve().name if Path(dataset).is_dir() else dataset
 
 
-@lru_cache(maxsize=4)  # so that a worker opens a data set once, not once per partition
+@lru_cache(maxsize=4)  # so that a worker opens a dataset once, not once per partition
 def _load(rows: HubSplit, streaming: bool = False) -> Dataset | IterableDataset:
-    with hub_errors(f"the data set {rows.dataset!r}", _ADVICE) as datasets:
+    with hub_errors(f"the dataset {rows.dataset!r}", _ADVICE) as datasets:
         loaded = datasets.load_dataset(
             rows.dataset, rows.configuration, split=rows.split, revision=rows.revision, streaming=streaming
         )
@@ -274,5 +274,5 @@ def _commit(dataset: str, revision: str | None) -> str | None:
         return None
     from huggingface_hub import HfApi
 
-    with hub_errors(f"the data set {dataset!r}", _ADVICE):
+    with hub_errors(f"the dataset {dataset!r}", _ADVICE):
         return HfApi().dataset_info(dataset, revision=revision).sha

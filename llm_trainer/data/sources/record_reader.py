@@ -1,7 +1,7 @@
 """Records with all their fields from local files, which domain loaders read instead of the hub.
 
 `file_source.py` reads one column as documents. Here a text is made of several fields, some of which are
-lists, so complete records are yielded. The formats are those that data sets are downloaded in: JSON lines,
+lists, so complete records are yielded. The formats are those that datasets are downloaded in: JSON lines,
 JSON, CSV, parquet and arrow, of which the first three may be compressed. Each format is read by the module
 that also reads its columns.
 """

@@ -1,4 +1,4 @@
-"""Data sets of the catalog are fetched from a test hub and server, from local folders and from archives."""
+"""Datasets of the catalog are fetched from a test hub and server, from local folders and from archives."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def parquet_of(texts: list[str | None], column: str = "text") -> bytes:
 
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bytes]]:
-    """Path → contents of the files of a server, which also gives the hub's two answers about a data set."""
+    """Path → contents of the files of a server, which also gives the hub's two answers about a dataset."""
     files: dict[str, bytes] = {}
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(http_download, "_FIRST_PAUSE_SECONDS", 0.001)
@@ -105,7 +105,7 @@ def read(folder: Path) -> list[str]:
     return [item.text for item in FileSource(folder).read_chunks() if isinstance(item, TextChunk)]
 
 
-def test_a_hub_data_set_is_downloaded_read_and_saved(tmp_path: Path, served: dict[str, bytes]) -> None:
+def test_a_hub_dataset_is_downloaded_read_and_saved(tmp_path: Path, served: dict[str, bytes]) -> None:
     served["data/train-00000.parquet"] = parquet_of([*TEXTS[:2], None])
     served["data/train-00001.parquet"] = parquet_of(TEXTS[2:])
     served["data/test-00000.parquet"] = parquet_of(["not this"])
@@ -285,10 +285,10 @@ def test_entries_of_the_catalog_are_complete() -> None:
     assert sum(entry.gigabytes for entry in select_datasets([]).values()) < 2, "the default download is small"
 
 
-def test_data_sets_are_selected_by_name() -> None:
+def test_datasets_are_selected_by_name() -> None:
     assert list(select_datasets(["tinystories", "tiny_shakespeare"])) == ["tinystories", "tiny_shakespeare"]
     assert select_datasets(["all"]) == DATASETS
-    with pytest.raises(UsageError, match=r"no data set 'tinystory'; did you mean tinystories.*--list"):
+    with pytest.raises(UsageError, match=r"no dataset 'tinystory'; did you mean tinystories.*--list"):
         select_datasets(["tinystory"])
 
 

@@ -39,7 +39,7 @@ GENERAL = (
 
 
 def records(name: str, count: int) -> list[dict[str, object]]:
-    """`count` different records with a data set's fields."""
+    """`count` different records with a dataset's fields."""
     found = []
     for number in range(count):
         record = dict(RECORDS[name][number % len(RECORDS[name])])
@@ -138,7 +138,7 @@ def test_every_record_becomes_a_text_or_is_left_out(local: Path) -> None:
     )
 
 
-def test_the_same_text_of_two_data_sets_counts_once(local: Path) -> None:
+def test_the_same_text_of_two_datasets_counts_once(local: Path) -> None:
     (local / "load_numinamath.jsonl").write_text(
         (local / "load_math.jsonl").read_text(encoding="utf-8"), encoding="utf-8"
     )
@@ -292,7 +292,7 @@ def test_terms_become_tokens_with_a_space_before_them_best_first() -> None:
     assert tokens_of_terms([[one, other]], [" lemma"]) == [" axon"]
 
 
-def test_all_unavailable_data_sets_are_named_in_one_error(
+def test_all_unavailable_datasets_are_named_in_one_error(
     local: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)

@@ -1,4 +1,4 @@
-"""Domain loaders: the records of their data sets become texts, or are left out with a reason."""
+"""Domain loaders: the records of their datasets become texts, or are left out with a reason."""
 
 from __future__ import annotations
 
@@ -238,7 +238,7 @@ def test_include_cot_adds_the_chain_of_thought(tmp_path: Path) -> None:
     ]
 
 
-def test_the_parts_of_a_data_set_have_domains_of_their_own(tmp_path: Path) -> None:
+def test_the_parts_of_a_dataset_have_domains_of_their_own(tmp_path: Path) -> None:
     for part, domain in (
         ("agieval-sat-math", "math"),
         ("agieval-logiqa-en", "logic"),
@@ -276,7 +276,7 @@ def test_files_of_a_hub_repository_have_addresses() -> None:
     assert hub_file_url(part, part.files[0]) == address
 
 
-def test_without_a_network_the_error_names_the_data_set(
+def test_without_a_network_the_error_names_the_dataset(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)

@@ -218,7 +218,7 @@ def hub_folder(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_hub_data_set_has_partitions_downloaded_or_streamed(
+def test_a_hub_dataset_has_partitions_downloaded_or_streamed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool
 ) -> None:
     monkeypatch.setattr("llm_trainer.data.sources.hub_source._PARTITION_BYTES", 300)
