@@ -349,6 +349,7 @@ class _Stages:
         options: dict[str, JsonValue],
         key: str,
     ) -> Metadata:
+        notes = self._check_splits(opened)
         cut, dropped = sum_stats(encoded, "cut"), sum_stats(encoded, "dropped")
         kept = int((plan.states == KEPT).sum())
         rejected = self.rejected + Counter({too_short_reason(self.config.min_length): dropped})
@@ -375,7 +376,7 @@ class _Stages:
             documents_cut=cut,
             supervised_end_share=(documents - cut) / documents if tokenizer.eos_id is not None else 0.0,
             options=options,
-            notes=self._check_splits(opened),
+            notes=notes,
             leaks=leaks,
             leak_check="exact" if self.hasher is None else "near",
         )
