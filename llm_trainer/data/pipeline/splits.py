@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from llm_trainer.config.schema.data import DataConfig
+from llm_trainer.data.deduplication.clusters import EXCLUDED
 from llm_trainer.data.hashing import hash_fractions
 from llm_trainer.data.pipeline.document_index import NO_SPLIT, SPLITS
 from llm_trainer.data.sources.base import TextChunk
 from llm_trainer.errors import UsageError
 
-EXCLUDED = 255  # in a plan: a document that is rejected or repeats another one
 BY_HASH = "by the hash of each document"
 CONTIGUOUS = "contiguous: too few documents for a split by hash, so the last part is held out"
 FROM_SOURCE = "from the source"
@@ -95,7 +95,7 @@ class PartitionPlan:
     """The splits of the documents of one partition.
 
     Attributes:
-        codes: One byte per row: an index into `SPLITS`, or `EXCLUDED`.
+        codes: One byte per row: an index into `SPLITS`, or `EXCLUDED` if the document is in no split.
         cuts: Row of each document that lies in several splits → (offset in bytes at which a split ends, index
             of that split), ascending.
     """

@@ -18,11 +18,12 @@ from typing import IO
 
 import numpy as np
 
+from llm_trainer.data.deduplication.clusters import EXCLUDED
 from llm_trainer.data.hashing import hash_fractions
 from llm_trainer.data.pipeline.deduplicate import REASONS, REJECTED
 from llm_trainer.data.pipeline.document_index import SPLITS, open_rejected, write_rejected
 from llm_trainer.data.pipeline.split_plan import PlannedPartition
-from llm_trainer.data.pipeline.splits import EXCLUDED, SplitChunk
+from llm_trainer.data.pipeline.splits import SplitChunk
 from llm_trainer.data.pipeline.stage_cache import Advance, stage_key, write_stats
 from llm_trainer.data.sources import base as documents
 from llm_trainer.data.sources.base import Rejected
