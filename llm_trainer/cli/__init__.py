@@ -1,1 +1,1 @@
-"""The doors: one module a command. Here, and only here, the parts of the house are wired together."""
+"""The command line. Parts are wired together here, and only here."""

@@ -92,7 +92,7 @@ def test_a_vocabulary_larger_than_the_embedding_names_both(place: Path, fails: F
         (["--num_layers"], "num_layers"),
         (["--fp16=true", "--dtype=bfloat16"], "precision"),
         (["--config=missing.yaml"], "missing.yaml"),
-        (["--use_deepspeed", "--fp16"], "fp16 through DeepSpeed"),
+        (["--use_deepspeed", "--fp16"], "precision fp16 is not supported with use_deepspeed"),
         (["--use_deepspeed", "--optimizer=muon"], "optimizer muon"),
         (["--use_deepspeed", "--deepspeed_config=missing.json"], "missing.json"),
         (["--zero_stage=3"], "use_deepspeed"),
@@ -176,9 +176,9 @@ def test_changing_the_shape_on_a_resume_is_refused(place: Path, fails: Fails) ->
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--min_learning_rate=0.001"], "training.learning_rate (of the run) is 0.0003"),
-        (["--hidden_size=42"], "hidden_size 42 does not divide into 4 heads"),
-        (["--warmup_steps=7"], "it ends after 6 steps"),
+        (["--min_learning_rate=0.001"], "training.learning_rate (of the resumed run) is 0.0003"),
+        (["--hidden_size=42"], "hidden_size 42 is not divisible by num_attention_heads 4"),
+        (["--warmup_steps=7"], "which ends after 6 steps"),
     ],
 )
 def test_a_contradiction_with_the_run_that_goes_on_is_named(
@@ -218,7 +218,7 @@ def test_what_is_said_on_a_resume_is_judged_with_the_runs_own_settings(place: Pa
         "--report_to=none",
     ]
     assert main(["train", *arguments, *rest]) == 0
-    onward = ["--min_learning_rate=0.001", "--hidden_size=32", "--max_steps=3", "--horizon=extend"]
+    onward = ["--min_learning_rate=0.001", "--hidden_size=32", "--max_steps=3", "--lr_on_resume=extend"]
     assert main(["train", "--resume=fast", *onward]) == 0
 
 
@@ -300,7 +300,9 @@ def test_a_setting_of_data_that_would_have_no_effect_is_refused(
     assert named in fails("train", *arguments, status=2)
 
 
-def test_data_of_another_tokenizer_than_the_pretrained_models_is_refused(place: Path, fails: Fails) -> None:
+def test_data_of_another_tokenizer_than_the_load_pretrained_models_is_refused(
+    place: Path, fails: Fails
+) -> None:
     assert main(["prepare", "--input=text.txt", "--output_dir=other", "--tokenizer_type=char"]) == 0
     said = fails(
         "train",

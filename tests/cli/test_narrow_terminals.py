@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from llm_trainer.cli.main import main, script
+from llm_trainer.cli.main import main
+from llm_trainer.cli.scripts import script
 
 TRAIN = [
     "--data_dir=data/prepared/text",
@@ -27,8 +28,8 @@ def narrow(errors: str) -> io.TextIOWrapper:
 @pytest.mark.parametrize(
     ("errors", "arguments", "shown"),
     [
-        ("strict", ["train", "--help"], "--setting VALUE ?"),
-        ("surrogateescape", ["train", "--help"], "--setting VALUE ?"),
+        ("strict", ["presets"], "M       ?"),
+        ("surrogateescape", ["presets"], "M       ?"),
         ("strict", ["generate", "--model=checkpoints", "--prompt=caf\u00e9", "--max_new_tokens=2"], "caf?"),
         (
             "strict",

@@ -1,0 +1,1 @@
+"""From a command's settings to its parts: data, model, run, summary."""

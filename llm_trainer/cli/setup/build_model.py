@@ -225,9 +225,7 @@ def _with_changes(source: str, shape: ModelConfig, settings: ModelConfig) -> Mod
 def _with_adapters(
     model: Transformer, settings: ModelConfig, corpora: Sequence[str], adapter: str | None
 ) -> Transformer:
-    """The model with all adapters that it shall have: those that were settings, and those in a folder of
-    PEFT's.
-    """
+    """The model with all its adapters: those that are set, and those of a PEFT folder."""
     model = _with_bottleneck_adapters(model, settings, corpora)
     if adapter is not None:
         from llm_trainer.model.interop.peft_format import load_adapter
@@ -301,7 +299,7 @@ def _with_lora_adapters(model: Transformer, settings: ModelConfig) -> Transforme
 def _check_same_lora(model: Transformer, settings: ModelConfig) -> None:
     """Raises UsageError if a LoRA adapter of the model differs from what is set."""
     for name, present in model.config.lora.items():
-        way_out = ", or give a new adapter another name (model.lora)"
+        instead = ", or give a new adapter another name (model.lora)"
         found = _lora_values(model, present)
         if name in settings.lora:
             wanted = _lora_values(
@@ -315,7 +313,7 @@ def _check_same_lora(model: Transformer, settings: ModelConfig) -> None:
                     f"model.lora.{name}",
                     settings.lora[name].ranks,
                     f"the adapter {name!r} of the weights is different",
-                    way_out,
+                    instead,
                 )
         elif name == DEFAULT_ADAPTER:  # described by the single settings
             shared = settings.embedding_lora_rank or settings.head_lora_rank
@@ -329,7 +327,7 @@ def _check_same_lora(model: Transformer, settings: ModelConfig) -> None:
                 if settings.is_set(setting) and value is not None and set(values) != {value}:
                     there = ", ".join(f"{one:g}" for one in dict.fromkeys(values))
                     raise _other_adapter(
-                        setting, value, f"the adapter {name!r} of the weights has {there or 'none'}", way_out
+                        setting, value, f"the adapter {name!r} of the weights has {there or 'none'}", instead
                     )
 
 
@@ -358,8 +356,8 @@ def _lora_values(model: Transformer, table: LoraConfig) -> dict[str, list[float]
     }
 
 
-def _other_adapter(name: str, value: object, there: str, way_out: str) -> UsageError:
-    return UsageError(f"{name}={value!r} is set to {there}; leave it out{way_out}")
+def _other_adapter(name: str, value: object, there: str, instead: str) -> UsageError:
+    return UsageError(f"{name} is set to {value!r}, but {there}; leave it out{instead}")
 
 
 def _reshaped(model: Transformer, shape: ModelConfig) -> Transformer:

@@ -112,7 +112,15 @@ def format_validation(metrics: Mapping[str, float]) -> str:
 def record_metadata(
     run: TrainingRun, data: RunData, result: TrainingResult, command: str, samples: list[Sample] | None = None
 ) -> None:
-    """Leave in the run folder what its report shows beside the metrics."""
+    """Save what the run's report shows in addition to the metrics.
+
+    Args:
+        run: The run.
+        data: Its data.
+        result: How it ended.
+        command: The command as it was typed.
+        samples: Samples of the trained model.
+    """
     from llm_trainer.model.module_names import parameter_counts
 
     metadata = data.prepared.metadata

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from llm_trainer.cli.main import script
+from llm_trainer.cli.scripts import script
 from llm_trainer.data.catalog import http_download as downloads
-from llm_trainer.data.catalog.registry import CATALOGUE
+from llm_trainer.data.catalog.registry import DATASETS
 
 SCRIPT = "scripts/download_datasets.py"
 
@@ -16,7 +16,7 @@ SCRIPT = "scripts/download_datasets.py"
 def test_the_list_names_every_set_with_its_size_and_licence(capsys: pytest.CaptureFixture[str]) -> None:
     assert script(SCRIPT, ["--list"]) == 0
     told = capsys.readouterr().out
-    for name, row in CATALOGUE.items():
+    for name, row in DATASETS.items():
         assert f"{name} (" in told
         assert row.licence in told
     assert script(SCRIPT, ["--list", "--datasets", "imdb_reviews"]) == 0
@@ -45,7 +45,7 @@ def test_sets_are_taken_from_a_folder_in_place_of_the_network(
     )
     assert "tinystories: 1 documents in = 1 kept + 0 rejected" in capsys.readouterr().out
     assert script(SCRIPT, chosen) == 0, "they are there, so no network is needed"
-    assert capsys.readouterr().out.count("is there already") == 2
+    assert capsys.readouterr().out.count("exists already") == 2
 
 
 def test_without_a_network_the_first_set_is_named_and_how_to_bring_it(
@@ -54,12 +54,12 @@ def test_without_a_network_the_first_set_is_named_and_how_to_bring_it(
     def unreachable(*_: object, **__: object) -> None:
         raise downloads.NoConnectionError("https://example.org could not be fetched (no network)")
 
-    monkeypatch.setattr("llm_trainer.data.catalog.fetch_dataset.fetch", unreachable)
+    monkeypatch.setattr("llm_trainer.data.catalog.fetch_dataset.download", unreachable)
     assert script(SCRIPT, ["--save-format", "parquet", "--output-dir", str(tmp_path / "raw")]) == 1
     told = capsys.readouterr().err
-    assert told.startswith("error: the data set 'tiny_shakespeare' could not be fetched")
+    assert told.startswith("error: the dataset 'tiny_shakespeare' could not be downloaded")
     assert "--datasets tiny_shakespeare --input FOLDER" in told
-    assert told.count("could not be fetched:") == 1, "without a network the others are not tried"
+    assert told.count("could not be downloaded:") == 1, "without a network the others are not tried"
     assert not (tmp_path / "raw" / "tiny_shakespeare").exists()
 
 

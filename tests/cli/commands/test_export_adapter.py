@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llm_trainer.cli.main import main
 from llm_trainer.inference.load_model import load_model
-from llm_trainer.model.adapters.lora import adapters_in_use
+from llm_trainer.model.adapters.lora import active_adapters
 from llm_trainer.model.hf.checkpoint import load_pretrained
 from llm_trainer.model.interop.peft_format import load_adapter
 
@@ -62,8 +62,8 @@ def test_peft_opens_what_the_command_writes_with_the_logits_of_the_run(
 ) -> None:
     from peft import AutoPeftModelForCausalLM
 
-    assert main(["adapter", "tuned", "mine"]) == 0
-    assert "over checkpoints/final_model" in capsys.readouterr().out
+    assert main(["export-adapter", "tuned", "mine"]) == 0
+    assert "for checkpoints/final_model" in capsys.readouterr().out
     theirs = AutoPeftModelForCausalLM.from_pretrained("mine")
     ours = load_pretrained(there / "tuned" / "final_model")
     assert (logits(ours) - logits(load_pretrained(there / "checkpoints" / "final_model"))).abs().max() > 1e-3
@@ -71,7 +71,7 @@ def test_peft_opens_what_the_command_writes_with_the_logits_of_the_run(
 
 
 def test_generate_and_evaluate_read_it_again(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["adapter", "tuned", "mine"])
+    main(["export-adapter", "tuned", "mine"])
     said = {}
     for name, model in {
         "run": ["tuned"],
@@ -86,20 +86,20 @@ def test_generate_and_evaluate_read_it_again(there: Path, capsys: pytest.Capture
 
 
 def test_a_run_goes_on_training_it(there: Path) -> None:
-    main(["adapter", "tuned", "mine"])
+    main(["export-adapter", "tuned", "mine"])
     still = [one if not one.startswith("--learning_rate") else "--learning_rate=0" for one in OVER_BASE]
     assert main([*still, "--adapter_from=mine", "--output_dir=again", "--save_interval=2"]) == 0
     again = load_pretrained(there / "again" / "final_model")
-    assert adapters_in_use(again) == ["default"]
+    assert active_adapters(again) == ["default"]
     assert torch.equal(logits(again), logits(load_pretrained(there / "tuned" / "final_model")))
     assert main([*still, "--adapter_from=mine", "--output_dir=again", "--resume=again/checkpoint-2"]) == 0
     assert main(["verify-resume", "again", "--steps=4"]) == 0
 
 
 def test_merged_it_is_a_plain_model_with_its_tokenizer(there: Path) -> None:
-    main(["adapter", "tuned", "mine"])
-    assert main(["adapter", "tuned", "--merged_output=merged"]) == 0
-    assert main(["adapter", "checkpoints", "--adapter=mine", "--merged_output=merged-folder"]) == 0
+    main(["export-adapter", "tuned", "mine"])
+    assert main(["export-adapter", "tuned", "--merged_output=merged"]) == 0
+    assert main(["export-adapter", "checkpoints", "--adapter=mine", "--merged_output=merged-folder"]) == 0
     assert not (there / "adapter").exists()
     wanted = logits(load_pretrained(there / "tuned" / "final_model"))
     for folder in ("merged", "merged-folder"):
@@ -112,9 +112,9 @@ def test_where_the_base_was_trained_too_it_is_written_beside_or_nothing_is(
     there: Path, fails: Callable[..., str]
 ) -> None:
     assert main([*OVER_BASE, "--attn_lora_rank=2", "--lora_train_base=true", "--output_dir=both"]) == 0
-    assert "is not that of checkpoints/final_model" in fails("adapter", "both", "mine", status=2)
+    assert "differs from checkpoints/final_model" in fails("export-adapter", "both", "mine", status=2)
     assert not (there / "mine").exists()
-    assert main(["adapter", "both", "mine", "--base_output=base"]) == 0
+    assert main(["export-adapter", "both", "mine", "--base_output=base"]) == 0
     model = load_pretrained(there / "base")
     assert not model.config.lora
     load_adapter(model, there / "mine")
@@ -132,11 +132,9 @@ def test_over_a_base_of_four_bits_it_is_written_merged_and_resumed(
 ) -> None:
     run = [*OVER_BASE, "--attn_lora_rank=2", "--quantize_base=nf4", "--output_dir=four", "--save_interval=2"]
     assert main(run) == 0
-    assert "under the adapter is not that of checkpoints/final_model" in fails(
-        "adapter", "four", "mine", status=2
-    )
-    assert main(["adapter", "four", "mine", "--base_output=base"]) == 0
-    assert main(["adapter", "four", "--merged_output=merged"]) == 0
+    assert "differs from checkpoints/final_model" in fails("export-adapter", "four", "mine", status=2)
+    assert main(["export-adapter", "four", "mine", "--base_output=base"]) == 0
+    assert main(["export-adapter", "four", "--merged_output=merged"]) == 0
     wanted = logits(load_pretrained(there / "four" / "final_model"))
     model = load_pretrained(there / "base")
     load_adapter(model, there / "mine")
@@ -146,11 +144,11 @@ def test_over_a_base_of_four_bits_it_is_written_merged_and_resumed(
 
 
 def test_what_cannot_be_is_refused_before_anything_is_written(there: Path, fails: Callable[..., str]) -> None:
-    assert "it has none" in fails("adapter", "checkpoints", "mine", status=2)
-    assert "no adapter 'other'; those that it has: default" in fails(
-        "adapter", "tuned", "mine", "--adapter=other", status=2
+    assert "it has none" in fails("export-adapter", "checkpoints", "mine", status=2)
+    assert "no adapter 'other'; it has default" in fails(
+        "export-adapter", "tuned", "mine", "--adapter=other", status=2
     )
-    assert "data holds files already" in fails("adapter", "tuned", "data", status=2)
+    assert "data is not empty" in fails("export-adapter", "tuned", "data", status=2)
     assert "name them with --init_from" in fails(*TRAIN, "--adapter_from=mine", "--output_dir=new", status=2)
     assert not (there / "mine").exists()
     assert not (there / "new").exists()

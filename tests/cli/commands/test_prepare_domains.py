@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from llm_trainer.cli.main import main, script
+from llm_trainer.cli.main import main
+from llm_trainer.cli.scripts import script
 from llm_trainer.config.schema.domain_loaders import shipped_loaders
-from llm_trainer.data.prepared_dataset import open_prepared
-from llm_trainer.data.sampling.mixture import TokenMixture
+from llm_trainer.data.prepared_dataset import open_prepared_dataset
+from llm_trainer.data.sampling.mixture import MixtureDataset
 
 RUN = ["--hidden_size=32", "--num_layers=2", "--num_heads=4", "--max_seq_len=32", "--vocab_size=300"]
 RUN += ["--max_steps=2", "--batch_size=2", "--compile=off"]
@@ -56,7 +57,7 @@ def test_every_loader_is_listed_with_its_name_on_the_hub_and_its_licence(
     for name, row in shipped_loaders().items():
         assert f"{name}  {row.hub[0].name}" in said
         assert row.licence in " ".join(said.split())
-    assert main(["domains", "--list-loaders"]) == 0
+    assert main(["prepare-domains", "--list-loaders"]) == 0
     assert capsys.readouterr().out == said
 
 
@@ -78,7 +79,7 @@ def test_domains_are_prepared_and_trained_on_in_their_shares(
     assert "75.0% of the mixture" in said
     assert json.loads(Path("domains/domains.json").read_text(encoding="utf-8"))["seed"] == 7
     assert Path("domains/math/vocabulary.json").is_file()
-    assert isinstance(open_prepared("domains").train, TokenMixture)
+    assert isinstance(open_prepared_dataset("domains").train, MixtureDataset)
     command = ["--use_domain_specific_data", "--domain_data_dir=domains", "--output_dir=run", *RUN]
     assert script("train_aio.py", command) == 0
     said = capsys.readouterr().out
@@ -86,12 +87,12 @@ def test_domains_are_prepared_and_trained_on_in_their_shares(
     assert "built-in" not in said
     assert Path("run/final_model/model.safetensors").is_file()
     assert main(["train", *command[:2], "--output_dir=other", *RUN]) == 0
-    assert main(["train", "--resume=other", "--max_steps=3", "--horizon=extend"]) == 0
+    assert main(["train", "--resume=other", "--max_steps=3", "--lr_on_resume=extend"]) == 0
     assert "math 75.0%" in capsys.readouterr().out
     assert (
         script(
             "train_aio.py",
-            ["--resume=run", "--use_domain_specific_data", "--max_steps=3", "--horizon=extend"],
+            ["--resume=run", "--use_domain_specific_data", "--max_steps=3", "--lr_on_resume=extend"],
         )
         == 0
     )
@@ -102,7 +103,7 @@ def test_a_mixture_goes_through_process_data_whole(bridge: Path) -> None:
     assert (
         script("scripts/process_data.py", ["--input_dir=domains", "--output_dir=ready", "--mode=train"]) == 0
     )
-    before, after = open_prepared("domains"), open_prepared("ready")
+    before, after = open_prepared_dataset("domains"), open_prepared_dataset("ready")
     assert after.train.fingerprint == before.train.fingerprint
     assert json.loads(Path("ready/mixture.json").read_text(encoding="utf-8"))["weights"] == {
         "math": 3,
@@ -116,7 +117,7 @@ def test_a_mixture_goes_through_process_data_whole(bridge: Path) -> None:
         == 0
     )
     assert not Path("ready/mixture.json").exists()
-    assert open_prepared("ready").metadata.documents_kept == 90
+    assert open_prepared_dataset("ready").metadata.documents_kept == 90
 
 
 def test_splits_in_tables_are_processed_as_texts_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +135,7 @@ def test_splits_in_tables_are_processed_as_texts_are(tmp_path: Path, monkeypatch
         script("scripts/process_data.py", ["--input_dir=splits", "--output_dir=ready", "--vocab_size=300"])
         == 0
     )
-    splits = open_prepared("ready").metadata.splits
+    splits = open_prepared_dataset("ready").metadata.splits
     assert {name: facts.documents for name, facts in splits.items()} == {"train": 60, "validation": 5}
 
 
@@ -175,7 +176,7 @@ def test_without_domains_and_without_a_network_the_built_in_ones_are_used_and_sa
 def test_what_cannot_be_done_is_said_in_one_message(
     arguments: list[str], message: str, bridge: Path, fails: Callable[..., str]
 ) -> None:
-    assert message in fails("domains", *arguments, status=2)
+    assert message in fails("prepare-domains", *arguments, status=2)
 
 
 def test_training_on_domains_that_are_not_there_says_how_to_make_them(
@@ -186,7 +187,7 @@ def test_training_on_domains_that_are_not_there_says_how_to_make_them(
     assert "no domains are prepared in data/domain_specific" in said
     assert "--builtin" in said
     said = fails("train", "--use_domain_specific_data", "--data_dir=somewhere", status=2)
-    assert "each name the data to train on" in said
+    assert "both name the data to train on" in said
 
 
 def test_values_are_explained_without_preparing(bridge: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from llm_trainer.cli.commands import prepare as prepare_command
 from llm_trainer.cli.main import main
-from llm_trainer.data.prepared_dataset import open_prepared
+from llm_trainer.data.prepared_dataset import open_prepared_dataset
 from llm_trainer.data.tokenization.fast.pretokenizer import LLAMA3_PATTERN
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
 from llm_trainer.errors import DataError
@@ -51,7 +51,7 @@ def tool(*more: str) -> int:
 @pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
 def test_a_trained_kind_is_prepared_and_opens_elsewhere(kind: str) -> None:
     assert tool("--tokenizer_type", kind, "--vocab_size", "300", "--special_tokens", "<|user|>,<|bot|>") == 0
-    prepared = open_prepared(Path("out"))
+    prepared = open_prepared_dataset(Path("out"))
     tokenizer = prepared.tokenizer
     assert tokenizer is not None
     assert (tokenizer.kind, tokenizer.vocab_size, prepared.metadata.tokenizer.kind) == (kind, 300, kind)
@@ -64,7 +64,7 @@ def test_a_local_file_of_ranks_is_prepared_with_tiktokens_ids(tiny_tokenizer: To
     lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
     Path("own.tiktoken").write_text("".join(lines), encoding="utf-8")
     assert tool("--tokenizer_type", "tiktoken", "--tokenizer_path", "own.tiktoken") == 0
-    prepared = open_prepared(Path("out"))
+    prepared = open_prepared_dataset(Path("out"))
     assert prepared.tokenizer is not None
     theirs = tiktoken.Encoding("own", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={})
     assert prepared.tokenizer.encode(TEXT) == theirs.encode_ordinary(TEXT)
@@ -106,5 +106,5 @@ def test_tiktoken_by_name_without_a_network_says_what_to_do(
 def test_the_estimate_comes_before_the_training(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prepare", "--input", "raw", "--output_dir", "out", "--vocab_size", "300"]) == 0
     said = capsys.readouterr().out
-    assert "learning 300 ids from 0.0 MB of training text, about 2 s and" in said
+    assert "training a tokenizer of 300 ids on 0.0 MB of training text, about 2 s and" in said
     assert said.index("MB of memory") < said.index("tokenizer: bpe")

@@ -49,7 +49,7 @@ def test_a_run_with_a_schedule_is_exact_from_a_checkpoint_and_from_its_beginning
     assert main(["train", *RUN, *settings]) == 0
     said = verified(capsys, steps)
     assert f"steps {max(0, 8 - steps) if saves != 5 else 5} to 8: exact" in said
-    assert "against final_model of the run: equal to the bit" in said
+    assert "against final_model of the run: bit-exactly equal" in said
 
 
 def test_a_run_with_transferred_weights_is_exact_from_its_beginning(

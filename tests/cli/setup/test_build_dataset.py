@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from llm_trainer.cli.main import main
+from llm_trainer.config.saved_run import read_run_config
 from llm_trainer.data.metadata import Metadata
-from llm_trainer.run_dir import read_run_config, resolve_resume_folder
+from llm_trainer.run_dir import resolve_resume_folder
 from llm_trainer.training.logging.metrics import read_metrics
 
 SMALL = [
@@ -102,7 +103,7 @@ def test_a_packed_run_is_resumed_and_verified_with_its_own_packing(
     prepare("foxes", "--packing_strategy=first_fit")
     assert main(["train", "--data_dir=data/foxes", *SMALL]) == 0
     assert main(["verify-resume", "checkpoints", "--steps=4"]) == 0
-    assert main(["train", "--resume=checkpoints", "--max_steps=8", "--horizon=extend"]) == 0
+    assert main(["train", "--resume=checkpoints", "--max_steps=8", "--lr_on_resume=extend"]) == 0
 
 
 def test_a_mixture_trains_resumes_and_tells_its_shares(
@@ -132,7 +133,7 @@ def test_weights_for_what_is_no_mixture_and_contradictions_are_refused(
     folder: Path, fails: Callable[..., str]
 ) -> None:
     prepare("foxes")
-    assert "one corpus" in fails(
+    assert "is a single corpus" in fails(
         "train", "--data_dir=data/foxes", *SMALL, '--mixture_weights={"foxes": 1}', status=2
     )
     packed = fails(
@@ -147,7 +148,7 @@ def test_weights_for_what_is_no_mixture_and_contradictions_are_refused(
     assert "must overlap by fewer" in fails(
         "prepare", "--input=foxes.jsonl", "--max_length=64", "--stride=64", status=2
     )
-    assert "stride=64 must be below" in fails(
+    assert "stride=64 must be smaller than" in fails(
         "train", "--data_dir=data/foxes", *SMALL, "--stride=64", status=2
     )
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llm_trainer.cli.main import main
-from llm_trainer.cli.setup.build_model import pretrained_model, pretrained_shape
+from llm_trainer.cli.setup.build_model import load_pretrained_model, pretrained_model_config
 from llm_trainer.config import ModelConfig, UsageError
 from llm_trainer.model.adapters.lora import is_adapter_parameter
 from llm_trainer.model.hf.checkpoint import save_pretrained
@@ -66,25 +66,28 @@ def test_the_low_rank_adapters_that_are_there_are_gone_on_with(
     said: dict[str, object], tmp_path: Path
 ) -> None:
     model = saved(tmp_path, **LORA)
-    read = pretrained_model(str(tmp_path), ModelConfig(**said))
+    read = load_pretrained_model(str(tmp_path), ModelConfig(**said))
     assert torch.equal(logits(read), logits(model))
     assert read.config.lora["default"] == model.config.lora["default"]
-    assert pretrained_shape(str(tmp_path), ModelConfig(**said)).lora == read.config.lora
+    assert pretrained_model_config(str(tmp_path), ModelConfig(**said)).lora == read.config.lora
 
 
 @pytest.mark.parametrize(
     ("said", "why"),
     [
-        ({"attn_lora_rank": 16}, "attn_lora_rank=16 was said, but the adapter 'default' that is there has 4"),
-        ({"mlp_lora_rank": 8}, "mlp_lora_rank=8 was said, but the adapter 'default' that is there has 0"),
-        ({"attn_lora_rank": 0}, "attn_lora_rank=0"),
-        ({"head_lora_rank": 3}, "head_lora_rank=3 .* has 2"),
-        ({"lora_alpha": 64.0}, "lora_alpha=64.0 .* has 4, 8"),
-        ({"lora_dropout": 0.5}, "lora_dropout=0.5 .* has 0.1"),
-        ({"use_rslora": True}, "use_rslora=True"),
+        (
+            {"attn_lora_rank": 16},
+            "attn_lora_rank is set to 16, but the adapter 'default' of the weights has 4",
+        ),
+        ({"mlp_lora_rank": 8}, "mlp_lora_rank is set to 8, but the adapter 'default' of the weights has 0"),
+        ({"attn_lora_rank": 0}, "attn_lora_rank is set to 0,"),
+        ({"head_lora_rank": 3}, "head_lora_rank is set to 3, .* has 2"),
+        ({"lora_alpha": 64.0}, "lora_alpha is set to 64.0, .* has 4, 8"),
+        ({"lora_dropout": 0.5}, "lora_dropout is set to 0.5, .* has 0.1"),
+        ({"use_rslora": True}, "use_rslora is set to True,"),
         (
             {"lora": {"default": {"ranks": {"attn.0": 4}}}},
-            "model.lora.default=.* is another; .* give a new set another name",
+            "model.lora.default is set to .* is different; .* give a new adapter another name",
         ),
     ],
 )
@@ -99,12 +102,12 @@ def test_low_rank_adapters_other_than_those_that_are_there_are_refused(
         (tmp_path / "with", None) if place == "checkpoint" else (tmp_path / "base", str(tmp_path / "adapter"))
     )
     with pytest.raises(UsageError, match=why):
-        pretrained_model(str(source), ModelConfig(**said), adapter=adapter)
+        load_pretrained_model(str(source), ModelConfig(**said), adapter=adapter)
 
 
 def test_bottleneck_adapters_are_added_beside_others_and_other_ones_refused(tmp_path: Path) -> None:
     model = saved(tmp_path, use_adapter_modules=True, adapter_size=8)
-    beside = pretrained_model(str(tmp_path), ModelConfig(use_domain_adaptation=True), ["math", "law"])
+    beside = load_pretrained_model(str(tmp_path), ModelConfig(use_domain_adaptation=True), ["math", "law"])
     assert (beside.config.domain_names, beside.config.use_adapter_modules, beside.config.adapter_size) == (
         ["math", "law"],
         True,
@@ -112,17 +115,17 @@ def test_bottleneck_adapters_are_added_beside_others_and_other_ones_refused(tmp_
     )
     assert torch.equal(logits(beside), logits(model))
     save_pretrained(beside, tmp_path / "both")
-    assert pretrained_model(
+    assert load_pretrained_model(
         str(tmp_path / "both"), ModelConfig(use_adapter_modules=True, adapter_size=8)
     ).config.adapter_domains
     refused = [
         (
             tmp_path,
             {"adapter_size": 4},
-            "adapter_size=4 was said, but the bottleneck adapters of the weights have 8",
+            "adapter_size is set to 4, but the bottleneck adapters of the weights have 8",
         ),
-        (tmp_path, {"use_domain_adaptation": True, "adapter_size": 4}, "adapter_size=4"),
-        (tmp_path, {"use_adapter_modules": False}, "use_adapter_modules=False"),
+        (tmp_path, {"use_domain_adaptation": True, "adapter_size": 4}, "adapter_size is set to 4,"),
+        (tmp_path, {"use_adapter_modules": False}, "use_adapter_modules is set to False"),
         (
             tmp_path / "both",
             {"use_domain_adaptation": True, "adapter_domains": ["code"]},
@@ -131,7 +134,7 @@ def test_bottleneck_adapters_are_added_beside_others_and_other_ones_refused(tmp_
     ]
     for folder, said, why in refused:
         with pytest.raises(UsageError, match=why):
-            pretrained_model(str(folder), ModelConfig(**said))
+            load_pretrained_model(str(folder), ModelConfig(**said))
 
 
 def test_adapters_of_several_domains_want_data_that_tells_them_apart(
@@ -139,7 +142,7 @@ def test_adapters_of_several_domains_want_data_that_tells_them_apart(
 ) -> None:
     for start in (SHAPE, ["--init_from=checkpoints/final_model"]):
         said = fails(*TRAIN, *start, *DOMAINS, "--output_dir=new", status=2)
-        assert "the model has adapters for math, law, but the data is no mixture" in said
+        assert "the model has adapters for math, law, but the data has no domain labels" in said
     assert not (place / "new").exists()
     assert main([*TRAIN, *SHAPE, *DOMAINS, "--freeze_layers=domain_adapter.*", "--output_dir=frozen"]) == 0
     assert main([*TRAIN, *SHAPE, "--use_domain_adaptation=true", "--output_dir=general"]) == 0

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from llm_trainer.cli.commands.export_splits import documents, publish_shards
-from llm_trainer.cli.main import main, script
-from llm_trainer.data.prepared_dataset import open_prepared
+from llm_trainer.cli.main import main
+from llm_trainer.cli.scripts import script
+from llm_trainer.cli.setup.export_splits import documents, publish_shards
+from llm_trainer.data.prepared_dataset import open_prepared_dataset
 
 
 def test_a_sample_a_line_is_split_without_loss(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
@@ -84,7 +85,7 @@ def test_shards_made_from_split_texts_keep_each_document_in_its_split(tmp_path: 
         )
         == 0
     )
-    prepared = open_prepared("ready")
+    prepared = open_prepared_dataset("ready")
     assert prepared.tokenizer is not None
     assert prepared.validation is not None
     assert prepared.test is not None
@@ -95,7 +96,10 @@ def test_shards_made_from_split_texts_keep_each_document_in_its_split(tmp_path: 
 
 def test_published_shards_are_the_same_data(place: Path) -> None:
     publish_shards(Path("data/prepared/text"), Path("ready"))
-    assert open_prepared("ready").train.fingerprint == open_prepared("data/prepared/text").train.fingerprint
+    assert (
+        open_prepared_dataset("ready").train.fingerprint
+        == open_prepared_dataset("data/prepared/text").train.fingerprint
+    )
 
 
 def test_outputs_and_a_report_of_a_model_on_held_out_text(place: Path) -> None:
