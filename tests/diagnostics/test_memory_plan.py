@@ -71,9 +71,9 @@ def test_weights_and_optimizer_state_are_counted_exactly(optimizer: str) -> None
 def test_a_deep_model_is_extrapolated_from_shallow_ones_as_if_it_were_run() -> None:
     training = TrainingConfig(precision="fp32")
     shallow = step_memory(_config(num_hidden_layers=12), training, sequences=2)  # extrapolated
-    from llm_trainer.training.memory.memory_estimator import _run_twice
+    from llm_trainer.training.memory.memory_estimator import _run_two_steps
 
-    full = _run_twice(_config(num_hidden_layers=12), training, 2, 1, "fp32")
+    full = _run_two_steps(_config(num_hidden_layers=12), training, 2, 1, "fp32")
     assert (shallow.weights, shallow.optimizer) == (full.weights, full.optimizer)
     assert shallow.peak() == pytest.approx(full.peak(), rel=0.02)
 
@@ -102,7 +102,7 @@ def test_a_plan_shards_weights_and_optimizer_state() -> None:
     assert sharded.checkpoint == alone.checkpoint
     split = tensor_parallel_config(_config(num_key_value_heads=2), 2)
     assert (split.num_attention_heads, split.kv_heads, split.mlp_width, split.head_width) == (2, 1, 128, 16)
-    with pytest.raises(UsageError, match="num_attention_heads 4 is not divisible by tensor_parallel 3"):
+    with pytest.raises(UsageError, match="tensor_parallel 3 does not divide num_attention_heads 4"):
         tensor_parallel_config(_config(), 3)
 
 
@@ -181,7 +181,7 @@ def test_a_recommended_plan_fits_and_keeps_the_step_and_is_none_if_nothing_fits(
 
 def test_a_quantized_base_that_is_trained_is_refused_as_in_training() -> None:
     training = TrainingConfig.model_validate({"precision": "fp32", "quantize_base": "nf4"})
-    with pytest.raises(UsageError, match="quantize_base needs weights that are not trained"):
+    with pytest.raises(UsageError, match="quantize_base needs frozen weights"):
         rank_memory(_config(attn_lora_rank=2), training, ParallelPlan(), BatchPlan(1, 1))
 
 
@@ -280,7 +280,7 @@ def test_adapters_of_an_existing_model_are_counted_with_its_sizes_and_without_it
     counted = float(re.search(r"optimizer +([\d.]+) MB", output)[1])  # type: ignore[index]
     assert counted == pytest.approx(averages / 1e6, abs=0.06)
     assert main(["preflight", f"--init_from={tmp_path}", "--vocab_size=32"]) == 2
-    assert "vocab_size=32 was said, but" in capsys.readouterr().err
+    assert "vocab_size is set to 32, but" in capsys.readouterr().err
 
 
 def test_activation_checkpointing_settings_are_accepted_in_the_section_of_the_manuals() -> None:
