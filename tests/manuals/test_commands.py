@@ -1,6 +1,6 @@
 """Every command that the five manuals tell a user to type, scaled down, in a clone of its own.
 
-What is not built yet is a strict expected failure, and only for the refusal that says so: a crash in its
+What is not implemented is a strict expected failure, and only for the refusal that says so: a crash in its
 place fails the test, and so does a command that has begun to work, until its case is changed from owed.
 """
 
@@ -14,7 +14,7 @@ from manuals.extract import Command, commands
 from manuals.stages import Stages, run
 
 COMMANDS = commands()
-REFUSAL = "not built yet"
+REFUSAL = "not implemented"
 
 pytestmark = pytest.mark.skipif(not COMMANDS, reason="the manuals are not beside the repository")
 

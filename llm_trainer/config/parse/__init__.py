@@ -1,0 +1,1 @@
+"""From a command line and files to validated settings."""

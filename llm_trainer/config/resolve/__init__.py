@@ -1,0 +1,1 @@
+"""What follows from the settings: batch sizes, parallel plan, precision, DeepSpeed's file."""
