@@ -30,7 +30,7 @@ def multiplies_bf16(environment: Mapping[str, str] | None = None) -> bool:
     features = _features()
     has_amx = bool(features.get("amx_bf16")) and _allows("AVX512_CORE_AMX", environment)
     has_avx512 = bool(features.get("avx512_bf16")) and _allows("AVX512_CORE_BF16", environment)
-    return torch.backends.mkldnn.is_available() and (has_amx or has_avx512)
+    return _has_onednn() and (has_amx or has_avx512)
 
 
 def multiplies_int8(environment: Mapping[str, str] | None = None) -> bool:
@@ -44,12 +44,16 @@ def multiplies_int8(environment: Mapping[str, str] | None = None) -> bool:
     features = _features()
     has_avx512 = bool(features.get("avx512_vnni")) and _allows("AVX512_CORE_VNNI", environment)
     has_avx2 = bool(features.get("avx_vnni")) and _allows("AVX2_VNNI", environment)
-    return torch.backends.mkldnn.is_available() and (has_avx512 or has_avx2)
+    return _has_onednn() and (has_avx512 or has_avx2)
 
 
 def _features() -> Mapping[str, object]:
-    found: Mapping[str, object] = torch.cpu.get_capabilities()  # type: ignore[no-untyped-call]
+    found: Mapping[str, object] = torch.cpu.get_capabilities()
     return found
+
+
+def _has_onednn() -> bool:
+    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 
 
 def _allows(needed: str, environment: Mapping[str, str] | None) -> bool:

@@ -1,7 +1,7 @@
 """What users read is in the field's words: docstrings, comments, messages, help and documentation.
 
-Each pattern is a word of this project's earlier, private language, or a phrase that a reader has to decipher. The
-message of a failure says what to write instead.
+Each pattern is a word of this project's earlier, private language, or a phrase that a reader has to decipher.
+The message of a failure says what to write instead.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ def python_prose(path: Path) -> Iterator[tuple[int, str]]:
     """Line and text of every docstring, comment and string with a space in a Python file."""
     source = path.read_text(encoding="utf-8")
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
-            if path.parent.name != "synthetic":  # its strings are exercises, which people talk in
-                yield node.lineno, node.value
+        is_prose = isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value
+        if is_prose and path.parent.name != "synthetic":  # whose strings are exercises, in which people talk
+            yield node.lineno, node.value
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             yield token.start[0], token.string

@@ -133,7 +133,7 @@ def sequence_mask(
 
     Args:
         count: T, the length of the sequences.
-        window: How many tokens a token sees, itself included, as Mistral counts (arXiv:2310.06825). None:
+        window: Tokens that a query sees, itself included, as Mistral counts (arXiv:2310.06825). None:
             all.
         document_ids: (B, T); a token sees its own document only. None: each row is one document.
         device: Where the mask is made.
@@ -171,7 +171,7 @@ def cache_mask(
         start: Slot of the first query.
         stop: Slot after the last query; the mask covers slots 0:stop.
         positions: Slot of each query, (B, T), instead of `start` and `stop`.
-        window: How many tokens a token sees, itself included. None: all.
+        window: Tokens that a query sees, itself included. None: all.
         device: Where the mask is made.
         dtype: Its type.
 

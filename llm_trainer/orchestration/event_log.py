@@ -61,7 +61,9 @@ class EventLog:
         self.path = run_dir / OPERATIONS_FILE
 
     def add(self, event: Event) -> None:
-        """Append an event, and drop the lines of an interrupted or rolled-back run for this entry and later ones."""
+        """Append an event, and drop the lines of an interrupted or rolled-back run for this entry and later
+        ones.
+        """
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         kept = [line for line in lines if _entry_of(line) < event.entry]
         record = {"time": round(time.time(), 3), **asdict(event)}

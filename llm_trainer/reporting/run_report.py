@@ -1,4 +1,4 @@
-"""`report.html`: one file that presents a run to somebody who has not followed it.
+"""`report.html`: one file that presents a run to a reader who has not followed it.
 
 It has curves of loss, learning rate, throughput and gradient norm, samples, every setting (in bold if set for
 the run) and the machine. It needs no network and loads nothing, so it can be mailed, archived or opened from

@@ -15,8 +15,8 @@ from paths import ROOT
 
 RUN = [
     "--n_layer=2", "--n_head=2", "--n_embd=128", "--block_size=64", "--batch_size=4", "--max_iters=12",
-    "--gradient_accumulation_steps=2", "--eval_interval=6", "--eval_iters=2", "--dropout=0.1", "--warmup_iters=2",
-    "--save_interval=6",
+    "--gradient_accumulation_steps=2", "--eval_interval=6", "--eval_iters=2", "--dropout=0.1",
+    "--warmup_iters=2", "--save_interval=6",
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""A start resolves everything once: batch sizes, DeepSpeed's file, remote copies, the checkpoint to resume."""
+"""A start resolves everything once: batch sizes, DeepSpeed's file, remote copies, the checkpoint."""
 
 from __future__ import annotations
 

@@ -45,7 +45,8 @@ def test_help_and_import_load_nothing_heavy() -> None:
 
 def test_help_of_a_command_loads_no_torch() -> None:
     code = (
-        "import sys\nfrom llm_trainer.cli.main import main\ntry:\n    main(['train', '--help'])\nexcept SystemExit as end:\n"
+        "import sys\nfrom llm_trainer.cli.main import main\ntry:\n    main(['train', '--help'])\nexcept "
+        "SystemExit as end:\n"
         "    print(end.code, [m for m in ('torch', 'numpy', 'tokenizers') if m in sys.modules])"
     )
     assert _python(code).stdout.splitlines()[-1] == "0 []"
@@ -140,7 +141,8 @@ def test_the_roots_scripts_do_not_shadow_packages(tmp_path: Path) -> None:
     """`evaluate` must be the package that lm-eval imports, also while the root's evaluate.py runs."""
     (tmp_path / "evaluate.py").write_text("MARK = 'the package'", encoding="utf-8")
     code = (
-        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom llm_trainer.cli.scripts import _move_scripts_last_on_path\n_move_scripts_last_on_path()\n"
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom llm_trainer.cli.scripts import "
+        "_move_scripts_last_on_path\n_move_scripts_last_on_path()\n"
         "import evaluate\nprint(evaluate.MARK)"
     )
     done = subprocess.run(
@@ -161,7 +163,8 @@ def test_missing_packages_are_named_in_one_line_with_the_command(tmp_path: Path)
         "import importlib.machinery as machinery\n"
         "found = machinery.PathFinder.find_spec\n"
         "def find_spec(name, path=None, target=None):\n"
-        "    return None if name.partition('.')[0] in ('pydantic', 'safetensors') else found(name, path, target)\n"
+        "    return None if name.partition('.')[0] in ('pydantic', 'safetensors') else found(name, path, "
+        "target)\n"
         "machinery.PathFinder.find_spec = find_spec\n",
         encoding="utf-8",
     )

@@ -137,7 +137,7 @@ def _print_result(name: str, collected: FetchedDataset, console: Console) -> Non
     for example in saved.examples:
         console.print(f"  rejected: {example}", markup=False)
     if saved.broken_lines:
-        lost = f"{saved.broken_lines} documents had line breaks, which became spaces"
-        console.print(f"  {lost}; parquet and jsonl keep them", markup=False)
+        note = f"{saved.broken_lines} documents had line breaks, which became spaces"
+        console.print(f"  {note}; parquet and jsonl keep them", markup=False)
     files = f"{len(saved.files)} files" if len(saved.files) > 1 else saved.files[0]
     console.print(f"  wrote {collected.folder}: {files}, from {collected.source}", markup=False)

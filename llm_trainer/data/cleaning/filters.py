@@ -30,7 +30,7 @@ _MIN_NGRAMS = 20
 
 @dataclass(frozen=True)
 class LengthFilter:
-    """Rejects documents of too few or too many characters; whitespace at the ends does not count."""
+    """Rejects documents of too few or too many characters; whitespace at the ends is not counted."""
 
     min_characters: int
     max_characters: int

@@ -96,7 +96,7 @@ class PartitionPlan:
 
     Attributes:
         codes: One byte per row: an index into `SPLITS`, or `EXCLUDED` if the document is in no split.
-        cuts: Row of each document that lies in several splits → (offset in bytes at which a split ends, index
+        cuts: Row of each document that is in several splits → (offset in bytes at which a split ends, index
             of that split), ascending.
     """
 

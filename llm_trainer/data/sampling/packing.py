@@ -114,7 +114,7 @@ class PackingStats:
         supervised: Positions with a label.
         repeated: Positions that repeat tokens of the chunk before (overlaps).
         documents: Number of documents.
-        cut: Documents that lie in more than one row.
+        cut: Documents that are in more than one row.
     """
 
     rows: int

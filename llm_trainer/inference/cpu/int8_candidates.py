@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llm_trainer.cpu_features import multiplies_int8
 from llm_trainer.torch_compat import int8_linear, pack_int8_weight
 
 Vector = np.ndarray[tuple[int], np.dtype[np.float32]]
@@ -139,10 +140,5 @@ def is_worthwhile(weight: Tensor) -> bool:
 
 
 def has_exact_int8_products() -> bool:
-    """Whether oneDNN is available and the processor has VNNI.
-
-    Without VNNI, sums of two int8 products saturate at 16 bits.
-    """
-    capabilities = torch.cpu.get_capabilities()
-    has_vnni = bool(capabilities.get("avx512_vnni") or capabilities.get("avx_vnni"))
-    return bool(torch.backends.mkldnn.is_available()) and has_vnni  # type: ignore[no-untyped-call]
+    """Whether oneDNN uses VNNI here. Without it, sums of two int8 products saturate at 16 bits."""
+    return multiplies_int8()

@@ -149,7 +149,7 @@ def set_lora_rank(
         parts: Names, ranges or globs of `attn.N`, `mlp.N`, `wte` and `lm_head`.
         rank: The new rank.
         name: The set of adapters.
-        seed: Seed of what is drawn anew.
+        seed: Seed of what is drawn.
 
     Returns:
         The parts that were changed, including a part that is tied to one of them.
@@ -190,8 +190,8 @@ def merge_lora(
     Args:
         model: A transformer, wrapped or not.
         names: The sets to merge. None: those that are active.
-        restart: Draw the adapters anew, at zero, after merging; otherwise remove them.
-        seed: Seed of what is drawn anew.
+        restart: Draw new adapters, at zero, after merging; otherwise remove them.
+        seed: Seed of what is drawn.
 
     Returns:
         The sets that were merged.

@@ -74,7 +74,7 @@ def save_adapter(
         model: A transformer, wrapped or not.
         folder: Where to write; it is created if it does not exist.
         name: The set.
-        base: The base model that peft shall load, as a path or a name on the hub.
+        base: The base model that peft should load, as a path or a name on the hub.
 
     Raises:
         UsageError: The model has no such set, or transformers has no class for its shape.

@@ -74,7 +74,7 @@ class AxisMap(NamedTuple):
     """How one axis changes.
 
     `source` is the old entry of each new one, `weight` and `gradient` are the factors of weights and
-    gradients, and `is_reader` tells whether the axis reads from its space.
+    gradients, and `is_reader` says whether the axis reads from its space.
     """
 
     source: Tensor

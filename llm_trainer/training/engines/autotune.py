@@ -403,14 +403,14 @@ def _compile(probe: Probe, name: PrecisionName, mode: CompileMode) -> str | None
     compile_model(probe.model, mode)
     try:
         probe.run_once(name, probe.rows)
-    except (*compiler_exceptions(), OSError) as error:
-        undo_compile(probe.model)
+    except Exception as error:
         probe.model.zero_grad(set_to_none=True)
-        return f"compiling failed ({str(error).strip().splitlines()[0][:200]})"
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        if is_out_of_memory(error):
+            return None  # the first step meets it again, and knows what to do
+        if not isinstance(error, (*compiler_exceptions(), OSError)):
             raise
-        probe.model.zero_grad(set_to_none=True)  # the first step meets it again, and knows what to do
+        undo_compile(probe.model)
+        return f"compiling failed ({str(error).strip().splitlines()[0][:200]})"
     return None
 
 

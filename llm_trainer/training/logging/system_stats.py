@@ -41,7 +41,7 @@ class ResourceUsage:
     gpu_percent: float | None = None
 
     def metrics(self) -> dict[str, float]:
-        """Return the usage as metrics; values that are None are left out."""
+        """Return the usage as metrics; missing values are left out."""
         values = {
             "system/rss_gb": self.resident / GIGABYTE,
             "system/memory_share": self.memory_fraction,

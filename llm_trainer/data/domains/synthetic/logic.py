@@ -293,10 +293,8 @@ def ordering(rng: Random) -> QuestionStepsAnswer:
     for number in range(1, len(clues) + 1):
         remaining = left(clues[:number])
         steps.append(
-            (
-                f"After clue {number}, {len(remaining)} of {len(orders)} orders "
-                f"{'are' if len(remaining) > 1 else 'is'} left."
-            )
+            f"After clue {number}, {len(remaining)} of {len(orders)} orders "
+            f"{'are' if len(remaining) > 1 else 'is'} left."
         )
     answer = ", ".join(true_order)
     return question, [*steps, f"It is {answer}."], answer
