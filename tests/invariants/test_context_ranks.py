@@ -89,7 +89,7 @@ def test_adapters_tied_embeddings_and_one_pass_have_the_losses_of_one_rank(folde
 
 
 def test_four_ranks_that_share_sequences_have_the_losses_of_one(folder: Path) -> None:
-    """Four to a sequence, and two in replicas, shards and tensor groups; and what they save goes on on one."""
+    """Four ranks per sequence, and two with replicas, shards or tensor parallelism; one rank resumes."""
     mixed = {
         "four": {"context_parallel": 4},
         "context-replicas": CONTEXT,

@@ -56,7 +56,8 @@ SCHEDULE = [
 # What two ranks of a tensor group can cut at every point: heads and units in pairs, adapters outside the
 # blocks alone.
 EVEN_SCHEDULE = [
-    {**one, "value": ["attn.1", 0.5]} if one["name"] == "prune_heads" else {**one, "value": ["wte", one["value"][1]]}
+    {**one, "value": ["attn.1", 0.5]} if one["name"] == "prune_heads"
+    else {**one, "value": ["wte", one["value"][1]]}
     if one["name"] == "set_layer_lora_rank" else one
     for one in SCHEDULE
 ]  # fmt: skip

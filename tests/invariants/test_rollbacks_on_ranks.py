@@ -81,6 +81,6 @@ def test_going_back_reads_each_file_once_on_all_ranks_together(folder: Path) -> 
 def test_what_one_rank_finds_damaged_is_damaged_for_all(folder: Path) -> None:
     first, second = outcomes(folder, "damaged")
     assert first["error"] == second["error"] == "CheckpointError"
-    assert "config.json has other contents than when it was saved" in first["message"]
+    assert "config.json has changed since it was saved" in first["message"]
     assert first["message"] == second["message"]
     assert "is complete" in first["message"]

@@ -25,9 +25,13 @@ SCRIPT = SUPPORT.joinpath("two_nodes.sh")
 NAMESPACES = ["unshare", "-rnump", "--fork", "--mount-proc", "--kill-child"]
 BIN = Path(sys.executable).parent
 # Framework's manual, with another number of nodes and smaller sizes; each node says its own rank.
-TORCHRUN = f'{BIN}/torchrun --nproc_per_node=1 --nnodes=2 --node_rank=$NODE_RANK --master_addr="192.168.1.1" --master_port=29500'
-SIZES = """--hidden_size 32 --num_layers 2 --num_heads 4 --batch_size 8 --micro_batch_size 2 --max_steps 12 --learning_rate 3e-3
-    --mixed_precision --warmup_steps 2 --eval_interval 6 --save_interval 6 --logging_steps 1 --compile off --report_to []"""
+TORCHRUN = (
+    f"{BIN}/torchrun --nproc_per_node=1 --nnodes=2 --node_rank=$NODE_RANK "
+    '--master_addr="192.168.1.1" --master_port=29500'
+)
+SIZES = """--hidden_size 32 --num_layers 2 --num_heads 4 --batch_size 8 --micro_batch_size 2
+    --max_steps 12 --learning_rate 3e-3 --mixed_precision --warmup_steps 2 --eval_interval 6
+    --save_interval 6 --logging_steps 1 --compile off --report_to []"""
 
 pytestmark = pytest.mark.slow
 

@@ -29,7 +29,8 @@ def train(folder: Path, run: dict[str, Any], process_group: ProcessGroup) -> Non
     plan = resolve_plan(config.training, process_group.world_size)
     quiet = Console(quiet=True)
     trainer = Trainer(
-        tiny_model(config.model), config, tokens(), tokens(65, seed=1), console=quiet, process_group=replace(process_group, plan=plan),
+        tiny_model(config.model), config, tokens(), tokens(65, seed=1), console=quiet,
+        process_group=replace(process_group, plan=plan),
         callbacks=[Orchestrator(schedule)],
     )  # fmt: skip
     trainer.train()

@@ -1,10 +1,11 @@
-"""What one rank of a test does: one tiny run after another, in a process started once, since imports are most
-of its time.
+"""Trains one tiny run after another in each rank of a launch.
 
-Usage: torchrun … ranked_run.py FOLDER, where FOLDER/runs.json is a list of {name, settings, model}; each run goes to FOLDER/<name>.
-`document_every`: the data are documents of so many tokens.
-`poisoned_step`: the last rank's loss is not a number there, or `poison` times what it was, once; `dies_at`: the last rank kills itself
-there, at the launcher's first attempt.
+Usage: torchrun … ranked_run.py FOLDER, where FOLDER/runs.json is a list of {name, settings, model}. Each run
+goes to FOLDER/<name>. Further keys of a run:
+
+- `document_every`: The data are documents of so many tokens.
+- `poisoned_step`: The last rank's loss at this step is not a number, or `poison` times what it was, once.
+- `dies_at`: The last rank kills itself after this step, at the launcher's first attempt.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ REFUSED = 3
 
 
 class OneAfterAnother:
-    """Does at once what is submitted: strace counts calls by thread, and each call here should have its turn."""
+    """Runs at once what is submitted: strace counts calls per thread, and each call should have its turn."""
 
     def __init__(self, _: int) -> None: ...
 

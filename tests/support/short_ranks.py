@@ -27,7 +27,7 @@ from llm_trainer.training.trainer import Trainer
 
 
 class Short(NextToken):
-    """From a step on there is memory for so many sequences only, in the forward pass or in the backward pass."""
+    """From a step on, memory is enough for so many sequences only, in the forward or in the backward pass."""
 
     def __init__(self, trainer: Trainer, sequences: int, from_step: int, place: str) -> None:
         super().__init__()

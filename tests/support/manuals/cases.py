@@ -78,7 +78,8 @@ ENHANCED = {
     "--use_computational_efficiency --use_adaptive_reasoning": owed(
         "distillation and adaptive reasoning", "l1 data", add=TINY_RUN
     ),
-    "python scripts/process_data.py --input_dir data/processed --output_dir data/inference --mode inference --student_model_path "
+    "python scripts/process_data.py --input_dir data/processed --output_dir data/inference --mode inference "
+    "--student_model_path "
     "models/final/model.safetensors": Case(
         "all in one", makes=("data/inference/outputs.jsonl", "data/inference/validation_report.json")
     ),
@@ -117,12 +118,14 @@ ENHANCED = {
         "--max_steps 4 --batch_size 4 --gradient_accumulation_steps 1 --compile off",
         makes=("models/my_model/final_model/model.safetensors", "models/my_model/best_model/tokenizer.json"),
     ),
-    "python scripts/process_data.py --input_dir data/processed --output_dir data/student_ready --mode student --student_model_path "
+    "python scripts/process_data.py --input_dir data/processed --output_dir data/student_ready --mode "
+    "student --student_model_path "
     ""
     "models/my_model/final_model/model.safetensors": owed(
         "the teacher's log-probabilities beside the shards", "l1 run", replace=MODEL
     ),
-    "python scripts/process_data.py --input_dir data/student_ready --output_dir data/inference --mode inference --student_model_path "
+    "python scripts/process_data.py --input_dir data/student_ready --output_dir data/inference --mode "
+    "inference --student_model_path "
     "models/my_model/final_model/model.safetensors": Case(
         "l1 run",
         {**MODEL, "data/student_ready": "data/ready"},
@@ -169,35 +172,42 @@ ENHANCED = {
 
 FRAMEWORK_OUTPUT = ("checkpoints/final_model/model.safetensors", "checkpoints/metrics.jsonl")
 FRAMEWORK = {
-    "python data_prep_tool.py --input_dir ./raw_text_data --output_dir ./processed_data --tokenizer_type bpe --vocab_size 32000 "
+    "python data_prep_tool.py --input_dir ./raw_text_data --output_dir ./processed_data --tokenizer_type bpe "
+    "--vocab_size 32000 "
     "--max_length 2048 --num_workers 8": Case(
         makes=("processed_data/tokenizer.json", "processed_data/dataset", "processed_data/metadata.json")
     ),
-    "python train.py --data_dir ./processed_data --save_dir ./checkpoints --hidden_size 768 --num_layers 12 --num_heads 12 --batch_size 32 "
+    "python train.py --data_dir ./processed_data --save_dir ./checkpoints --hidden_size 768 --num_layers 12 "
+    "--num_heads 12 --batch_size 32 "
     "--max_steps 100000 --learning_rate 3e-4 --mixed_precision": Case(
         "framework data", makes=FRAMEWORK_OUTPUT
     ),
-    "torchrun --nproc_per_node=4 train.py --data_dir ./processed_data --save_dir ./checkpoints --hidden_size 768 --num_layers 12 "
-    "--num_heads 12 --batch_size 128 --micro_batch_size 32 --max_steps 100000 --learning_rate 3e-4 --mixed_precision": Case(
-        "framework data", makes=FRAMEWORK_OUTPUT, says=("2 ranks",)
-    ),
-    'torchrun --nproc_per_node=8 --nnodes=4 --node_rank=0 --master_addr="192.168.1.1" --master_port=29500 train.py '
+    "torchrun --nproc_per_node=4 train.py --data_dir ./processed_data --save_dir ./checkpoints --hidden_size "
+    "768 --num_layers 12 "
+    "--num_heads 12 --batch_size 128 --micro_batch_size 32 --max_steps 100000 --learning_rate 3e-4 "
+    "--mixed_precision": Case("framework data", makes=FRAMEWORK_OUTPUT, says=("2 ranks",)),
+    'torchrun --nproc_per_node=8 --nnodes=4 --node_rank=0 --master_addr="192.168.1.1" --master_port=29500 '
+    "train.py "
     "--data_dir ./processed_data --save_dir ./checkpoints --hidden_size 1024 --num_layers 24 --num_heads 16 "
     "--batch_size 512 --micro_batch_size 16 --max_steps 500000 --learning_rate 3e-4 --mixed_precision": Case(
         "framework data", ONE_NODE, makes=FRAMEWORK_OUTPUT, says=("2 ranks",)
     ),
-    'torchrun --nproc_per_node=8 --nnodes=4 --node_rank=1 --master_addr="192.168.1.1" --master_port=29500 train.py [same args...]': Case(
+    'torchrun --nproc_per_node=8 --nnodes=4 --node_rank=1 --master_addr="192.168.1.1" --master_port=29500 '
+    "train.py [same args...]": Case(
         "framework data",
         {
             **ONE_NODE,
-            "[same args...]": "--hidden_size 32 --num_heads 4 --num_layers 2 --max_steps 4 --batch_size 4 --micro_batch_size 2",
+            "[same args...]": "--hidden_size 32 --num_heads 4 --num_layers 2 --max_steps 4 --batch_size 4 "
+            "--micro_batch_size 2",
         },
         makes=FRAMEWORK_OUTPUT,
         says=("2 ranks",),
     ),
-    "python train.py --data_dir ./processed_data --save_dir ./checkpoints --hidden_size 256 --num_layers 6 --num_heads 8 --batch_size 8 "
+    "python train.py --data_dir ./processed_data --save_dir ./checkpoints --hidden_size 256 --num_layers 6 "
+    "--num_heads 8 --batch_size 8 "
     "--max_steps 10000 --learning_rate 3e-4": Case("framework data", makes=FRAMEWORK_OUTPUT),
-    "python train.py --data_dir ./processed_data --checkpoint ./checkpoints/checkpoint_step_50000.pt [other args...]": Case(
+    "python train.py --data_dir ./processed_data --checkpoint ./checkpoints/checkpoint_step_50000.pt [other "
+    "args...]": Case(
         "framework run",
         {
             "checkpoint_step_50000": "checkpoint_step_2",
@@ -229,7 +239,8 @@ TRAINER = {
 
 BASE = {"configs/base_config.yaml": "tiny/base_config.yaml"}
 L1 = {
-    "python scripts/prepare_data.py --input data/raw/your_text.txt --output data/processed/ --vocab-size 50257 --train-ratio 0.8 "
+    "python scripts/prepare_data.py --input data/raw/your_text.txt --output data/processed/ --vocab-size "
+    "50257 --train-ratio 0.8 "
     "--val-ratio 0.1 --seed 42": Case(
         makes=(
             "data/processed/train.txt",
@@ -258,9 +269,8 @@ L1 = {
     "python scripts/evaluate.py --model checkpoints/best_model.pt --data data/processed/test.txt": Case(
         "l1 run", says=("perplexity", "bits per byte")
     ),
-    'python scripts/generate.py --model checkpoints/best_model.pt --prompt "The future of AI is" --max-tokens 100': Case(
-        "l1 run", says=("The future of AI is",)
-    ),
+    'python scripts/generate.py --model checkpoints/best_model.pt --prompt "The future of AI is" '
+    "--max-tokens 100": Case("l1 run", says=("The future of AI is",)),
 }
 
 NANOGPT_OUTPUT = ("out-shakespeare-char/best_model/model.safetensors", "out-shakespeare-char/logs/train.log")
@@ -279,7 +289,8 @@ ORCHESTRATOR = {
     "python train_refactored.py config/train_shakespeare_char.py": Case(
         "character data", add=TINY_NANOGPT, makes=NANOGPT_OUTPUT
     ),
-    "python train_refactored.py config/train_shakespeare_char.py --scaling_schedule_file=configs/basic_scaling.yaml": Case(
+    "python train_refactored.py config/train_shakespeare_char.py "
+    "--scaling_schedule_file=configs/basic_scaling.yaml": Case(
         "character data",
         {"configs/basic_scaling.yaml": "tiny/basic_scaling.yaml"},
         TINY_NANOGPT,
@@ -289,7 +300,8 @@ ORCHESTRATOR = {
     "torchrun --standalone --nproc_per_node=4 train_refactored.py config/train_gpt2.py": Case(
         "character data", add=NANOGPT_ON_TWO, makes=NANOGPT_ON_TWO_OUTPUT, says=("2 ranks",)
     ),
-    "torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=MASTER_IP --master_port=1234 train_refactored.py": Case(
+    "torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=MASTER_IP --master_port=1234 "
+    "train_refactored.py": Case(
         "character data", ONE_NODE, NANOGPT_ON_TWO, makes=NANOGPT_ON_TWO_OUTPUT, says=("2 ranks",)
     ),
     "python train_refactored.py --init_from=resume --out_dir=path/to/checkpoints": Case(
@@ -312,16 +324,19 @@ ORCHESTRATOR = {
         add="--input data/raw/your_text.txt --ranks ranks.tiktoken",
         makes=("data/shakespeare/dataset/train-00000.tokens",),
     ),
-    "python train_refactored.py config/finetune_shakespeare.py --scaling_schedule_file=configs/finetune_schedule.yaml": Case(
+    "python train_refactored.py config/finetune_shakespeare.py "
+    "--scaling_schedule_file=configs/finetune_schedule.yaml": Case(
         "character run",
         {
-            "config/finetune_shakespeare.py": "config/finetune_shakespeare.py --init_from=out-shakespeare-char --dataset=shakespeare_char"
+            "config/finetune_shakespeare.py": "config/finetune_shakespeare.py "
+            "--init_from=out-shakespeare-char --dataset=shakespeare_char"
         },
         "--max_iters=12 --gradient_accumulation_steps=1 --batch_size=4 --compile=False",
         makes=("out-shakespeare/best_model/model.safetensors", "out-shakespeare/operations.jsonl"),
         says=('freeze_layer "wte"', 'unfreeze_layer "wte"'),
     ),
-    "python train_refactored.py --init_from=gpt2-medium --batch_size=32 --learning_rate=3e-4 --max_iters=50000 "
+    "python train_refactored.py --init_from=gpt2-medium --batch_size=32 --learning_rate=3e-4 "
+    "--max_iters=50000 "
     "--scaling_schedule_file=configs/progressive_scaling.yaml --wandb_log=True --wandb_project=my_experiment": Case(
         "character run",
         {
@@ -329,11 +344,13 @@ ORCHESTRATOR = {
             "configs/progressive_scaling.yaml": "tiny/progressive_scaling.yaml",
             "--wandb_log=True": "",
         },
-        "--gradient_accumulation_steps=1 --warmup_iters=1 --eval_iters=1 --dataset=shakespeare_char --out_dir=out --compile=False",
+        "--gradient_accumulation_steps=1 --warmup_iters=1 --eval_iters=1 --dataset=shakespeare_char "
+        "--out_dir=out --compile=False",
         makes=("out/best_model/model.safetensors", "out/operations.jsonl"),
         says=("stack_layers [0, 0, 1, 1]", "at its end: 4 layers × 32"),
     ),
-    'python sample.py --init_from=gpt2-xl --start="What is the answer to life, the universe, and everything?" --num_samples=5 '
+    'python sample.py --init_from=gpt2-xl --start="What is the answer to life, the universe, and '
+    'everything?" --num_samples=5 '
     "--max_new_tokens=100": Case(
         "l1 run",
         {

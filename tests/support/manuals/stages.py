@@ -5,6 +5,7 @@ made once a session.
 from __future__ import annotations
 
 import base64
+import compileall
 import json
 import os
 import re
@@ -41,7 +42,8 @@ STEPS: dict[str, tuple[str, str]] = {
     "framework data": ("clone", "python data_prep_tool.py --vocab_size 300 --max_length 32"),
     "framework run": (
         "framework data",
-        "python train.py --hidden_size 32 --num_layers 2 --num_heads 4 --batch_size 4 --max_steps 4 --save_interval 2 --compile off",
+        "python train.py --hidden_size 32 --num_layers 2 --num_heads 4 --batch_size 4 --max_steps 4 "
+        "--save_interval 2 --compile off",
     ),
     "l1 data": ("clone", _of_manual(L1, 0)),
     "ready data": (
@@ -97,6 +99,7 @@ def make_clone(place: Path) -> None:
         shutil.copy(script, place)
     for folder in ("llm_trainer", "scripts", "configs"):
         shutil.copytree(ROOT / folder, place / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    compileall.compile_dir(place / "llm_trainer", quiet=2)  # once, instead of in each command
     for script in ROOT.glob("data/*/prepare.py"):
         (place / script.relative_to(ROOT)).parent.mkdir(parents=True)
         shutil.copy(script, place / script.relative_to(ROOT))
@@ -120,18 +123,27 @@ def _write_domain_records(folder: Path) -> None:
     for number, line in enumerate(LINES[:60]):
         turns = [{"role": role, "content": line * 4} for role in ("user", "assistant")]
         records: dict[str, dict[str, object]] = {
-            "load_math": {"problem": f"{line} How many?", "solution": f"{number}.", "level": "Level 1", "type": "Algebra"},
-            "load_numinamath": {"problem": f"{line} How fast?", "solution": f"{number} km/h.", "source": "olympiads"},
+            "load_math": {
+                "problem": f"{line} How many?", "solution": f"{number}.",
+                "level": "Level 1", "type": "Algebra",
+            },
+            "load_numinamath": {
+                "problem": f"{line} How fast?", "solution": f"{number} km/h.", "source": "olympiads",
+            },
             "load_scieval": {"question": f"{line} Why?\n\nA. Wind\nB. Rain\n\nAnswer:", "answer": ["B"]},
             "load_olympiad_bench": {
-                "question": f"{line} Prove it.", "solution": ["Clear."], "context": None, "subject": "Physics", "difficulty": "Competition",
+                "question": f"{line} Prove it.", "solution": ["Clear."], "context": None,
+                "subject": "Physics", "difficulty": "Competition",
             },
             "load_livecodebench": {
                 "question_title": f"{number}", "question_content": f"Print: {line}", "starter_code": "",
                 "difficulty": ("medium", "hard")[number % 2],
             },
             "load_quant": {"Question": f"{line} Who?", "Answer": "Nobody."},
-            "load_curated_thoughts": {"problem": f"{line} Then?", "solution": "So.", "generations": [f"<think>{number}</think> So."]},
+            "load_curated_thoughts": {
+                "problem": f"{line} Then?", "solution": "So.",
+                "generations": [f"<think>{number}</think> So."],
+            },
             "load_wildchat": {"conversation": turns, "toxic": False},
         }  # fmt: skip
         for name, record in records.items():
