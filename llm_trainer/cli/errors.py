@@ -40,11 +40,12 @@ CORE_PACKAGES = {
 EXTRAS = {"datasets": "hub", "pyarrow": "formats", "wandb": "wandb", "torchao": "quantize"}
 
 
-def run_with_error_handling(run: Callable[[], int | None]) -> int:
+def run_with_error_handling(run: Callable[[], int | None], invocation: str | None = None) -> int:
     """Run a command, and print errors that a user can fix on stderr.
 
     Args:
         run: The command; None means exit code 0.
+        invocation: The command as it is typed, whose `--help` a usage error points to.
 
     Returns:
         The exit code.
@@ -63,7 +64,9 @@ def run_with_error_handling(run: Callable[[], int | None]) -> int:
     except (OSError, MemoryError) as error:
         return _print_error(system_message(error), 1)
     except package_errors() as error:
-        return _print_error(str(error), error.exit_code)
+        is_usage = type(error).__name__ == "UsageError" and invocation is not None
+        hint = f"\nTry '{invocation} --help'." if is_usage else ""
+        return _print_error(f"{error}{hint}", error.exit_code)
     except RuntimeError as error:
         if "OutOfMemory" not in type(error).__name__ and "can't allocate memory" not in str(error):
             raise

@@ -56,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = arguments[0].replace("_", "-")
     if command not in COMMANDS:
         return _unknown_command(arguments[0])
-    return run_command(COMMANDS[command][0], "run", arguments[1:], ends_process=argv is None)
+    return run_command(
+        COMMANDS[command][0], "run", arguments[1:], f"llm-trainer {command}", ends_process=argv is None
+    )
 
 
 def overview() -> str:

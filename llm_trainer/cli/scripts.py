@@ -64,7 +64,7 @@ def script(name: str, argv: Sequence[str] | None = None) -> int:
         )
         return 2
     module, function = SCRIPTS[name]
-    return run_command(module, function, arguments, ends_process=argv is None)
+    return run_command(module, function, arguments, f"python {name}", ends_process=argv is None)
 
 
 def _move_scripts_last_on_path() -> None:

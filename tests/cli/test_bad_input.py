@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from llm_trainer.cli.main import main
+from llm_trainer.cli.scripts import script
 
 Fails = Callable[..., str]
 
@@ -326,3 +327,29 @@ def test_a_shape_that_contradicts_pretrained_weights_is_refused(place: Path, fai
         status=2,
     )
     assert "num_hidden_layers" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["train", "--dropout=2"], "Try 'llm-trainer train --help'."),
+        (["train", "--data_dir=nowhere", "--input=text.txt"], "Try 'llm-trainer train --help'."),
+        (["train", "--resume=checkpoints", "--hidden_size=42"], "Try 'llm-trainer train --help'."),
+        (["generate"], "Try 'llm-trainer generate --help'."),
+        (["prepare-domains", "--min_lenght=3"], "Try 'llm-trainer prepare-domains --help'."),
+    ],
+)
+def test_usage_errors_end_with_the_command_that_helps(
+    place: Path, fails: Callable[..., str], arguments: list[str], hint: str
+) -> None:
+    """Wherever they are found: on the command line, in the data, after merging with a resumed run."""
+    assert fails(*arguments, status=2).splitlines()[-1] == hint
+
+
+def test_a_scripts_usage_error_names_the_script(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert script("train.py", ["--dropout=2"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "error: invalid value for --dropout: 2 is not in [0, 1)",
+        "Try 'python train.py --help'.",
+    ]

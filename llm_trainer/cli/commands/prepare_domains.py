@@ -10,7 +10,6 @@ from llm_trainer.cli.setup.build_dataset import DOMAINS_DIR
 from llm_trainer.config.environment import apply_dotenv
 from llm_trainer.config.parse.cli_args import ParsedArgs, parse_args
 from llm_trainer.config.parse.command import CommandSpec
-from llm_trainer.config.parse.loader import suggest_help
 from llm_trainer.config.parse.merge import normalize
 from llm_trainer.config.schema.base import setting
 from llm_trainer.config.schema.domain_loaders import DomainLoader
@@ -46,8 +45,7 @@ DOMAINS = CommandSpec(
 
 def run(argv: list[str]) -> int:
     """Prepare the domains of the bridge file and the flags; returns the exit code."""
-    with suggest_help(DOMAINS):
-        line = parse_args(argv, DOMAINS.names())
+    line = parse_args(argv, DOMAINS.names())
     if line.help or line.help_all:
         from llm_trainer.config.describe import help_text
 

@@ -6,9 +6,8 @@ Later sources win: the schema's default, the command's default, a preset, files 
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llm_trainer.config.describe import help_text
@@ -50,21 +49,11 @@ def load_run(spec: CommandSpec, argv: Sequence[str]) -> LoadedRun:
     Raises:
         UsageError: A setting is unknown, contradictory, out of bounds or not read by this command.
     """
-    with suggest_help(spec):
-        loaded = _load(spec, argv)
+    loaded = _load(spec, argv)
     if launch_environment().rank == 0:
         for note in loaded.notes:
             print(note, file=sys.stderr)
     return loaded
-
-
-@contextlib.contextmanager
-def suggest_help(spec: CommandSpec) -> Iterator[None]:
-    """End the messages of usage errors with the command that prints the help."""
-    try:
-        yield
-    except UsageError as error:
-        raise UsageError(f"{error}\nTry '{spec.invocation} --help'.") from None
 
 
 def _load(spec: CommandSpec, argv: Sequence[str]) -> LoadedRun:

@@ -93,9 +93,8 @@ def setting(
         heading=heading,
     )
     keyword = "default_factory" if callable(default) else "default"
-    return Field(
-        description=description, json_schema_extra={"setting": declared}, **{keyword: default}, **bounds
-    )  # type: ignore[dict-item]
+    extra: dict[str, Any] = {"setting": declared}
+    return Field(description=description, json_schema_extra=extra, **{keyword: default}, **bounds)
 
 
 class Section(BaseModel):

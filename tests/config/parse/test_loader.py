@@ -450,19 +450,6 @@ def test_help_of_a_small_command_shows_all_its_options(capsys: pytest.CaptureFix
     assert "--help-all" not in text
 
 
-@pytest.mark.parametrize(
-    ("name", "hint"),
-    [
-        ("train.py", "Try 'python train.py --help'."),
-        ("llm-trainer train", "Try 'llm-trainer train --help'."),
-    ],
-)
-def test_usage_errors_end_with_the_help_command(name: str, hint: str) -> None:
-    with pytest.raises(UsageError) as caught:
-        load_run(CommandSpec(name, "Train.", SECTIONS), ["--dropout=2"])
-    assert str(caught.value) == f"invalid value for --dropout: 2 is not in [0, 1)\n{hint}"
-
-
 def test_every_alias_works_as_a_flat_name() -> None:
     names = SettingNames(SECTIONS)
     for name, (section, alias) in names.table().items():
