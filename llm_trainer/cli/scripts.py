@@ -27,10 +27,10 @@ SCRIPTS: dict[str, tuple[str, str]] = {
     "scripts/train.py": ("train", "trainer"),
     "scripts/generate.py": ("generate", "l1"),
     "scripts/evaluate.py": ("evaluate", "l1"),
-    "scripts/download_datasets.py": ("download", "run"),
+    "scripts/download_datasets.py": ("download", "script"),
     "scripts/prepare_data.py": ("prepare", "splits"),
     "scripts/process_data.py": ("process_data", "run"),
-    "scripts/prepare_domain_datasets.py": ("prepare_domains", "run"),
+    "scripts/prepare_domain_datasets.py": ("prepare_domains", "script"),
 }
 
 # A manual's script that is not implemented yet → what it will do.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -40,16 +42,40 @@ class DownloadOptions(Section):
 
 
 DOWNLOAD = CommandSpec(
-    "scripts/download_datasets.py",
+    "llm-trainer download",
     "Download datasets of the catalog as parquet, jsonl or txt. An interrupted download is resumed.",
     (),
     options=DownloadOptions,
 )
 
 
+DOWNLOAD_SCRIPT = replace(DOWNLOAD, name="scripts/download_datasets.py")
+
+
 def run(argv: list[str]) -> int:
-    """Download the datasets; those that failed are listed at the end, with exit code 1."""
-    loaded = parse_command(DOWNLOAD, argv)
+    """`llm-trainer download`."""
+    return download(DOWNLOAD, argv)
+
+
+def script(argv: list[str]) -> int:
+    """`scripts/download_datasets.py`."""
+    return download(DOWNLOAD_SCRIPT, argv)
+
+
+def download(spec: CommandSpec, argv: Sequence[str]) -> int:
+    """Download datasets, or list them. Those that fail are reported at the end.
+
+    Args:
+        spec: The command or script.
+        argv: Its arguments.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        DataError: If a dataset cannot be downloaded.
+    """
+    loaded = parse_command(spec, argv)
     if loaded is None:
         return 0
     options = loaded.options

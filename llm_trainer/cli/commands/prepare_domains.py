@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,7 +37,7 @@ class DomainOptions(DomainBridge):
 
 
 DOMAINS = CommandSpec(
-    "scripts/prepare_domain_datasets.py",
+    "llm-trainer prepare-domains",
     f"Turn datasets by domain into splits, vocabulary lists, one tokenizer and a mixture to train on. "
     f"{BRIDGE_FILE} is an example.",
     (),
@@ -43,17 +45,38 @@ DOMAINS = CommandSpec(
 )
 
 
+DOMAINS_SCRIPT = replace(DOMAINS, name="scripts/prepare_domain_datasets.py")
+
+
 def run(argv: list[str]) -> int:
-    """Prepare the domains of the bridge file and the flags; returns the exit code."""
-    line = parse_args(argv, DOMAINS.names())
+    """`llm-trainer prepare-domains`."""
+    return prepare_from_bridge(DOMAINS, argv)
+
+
+def script(argv: list[str]) -> int:
+    """`scripts/prepare_domain_datasets.py`."""
+    return prepare_from_bridge(DOMAINS_SCRIPT, argv)
+
+
+def prepare_from_bridge(spec: CommandSpec, argv: Sequence[str]) -> int:
+    """Prepare the domains of a bridge file and the flags, or list the loaders.
+
+    Args:
+        spec: The command or script.
+        argv: Its arguments.
+
+    Returns:
+        The exit code.
+    """
+    line = parse_args(argv, spec.names())
     if line.help or line.help_all:
         from llm_trainer.config.describe import help_text
 
-        print(help_text(DOMAINS, show_all=line.help_all))
+        print(help_text(spec, show_all=line.help_all))
         return 0
-    flags = {name: value.value for (_, name), value in normalize(line.values, DOMAINS.names()).items()}
+    flags = {name: value.value for (_, name), value in normalize(line.values, spec.names()).items()}
     own = {name: bool(flags.pop(name, False)) for name in ("list_loaders", "builtin")}
-    bridge = _bridge(line, flags)
+    bridge = _bridge(spec, line, flags)
     if own["list_loaders"]:
         print("\n\n".join(format_loader(name, row) for name, row in bridge.all_loaders().items()))
         return 0
@@ -63,10 +86,10 @@ def run(argv: list[str]) -> int:
     return _prepare(bridge, own["builtin"])
 
 
-def _bridge(line: ParsedArgs, flags: dict[str, object]) -> DomainBridge:
+def _bridge(spec: CommandSpec, line: ParsedArgs, flags: dict[str, object]) -> DomainBridge:
     if line.positional:
         raise UsageError(
-            f"unexpected argument {line.positional[0]!r} of {DOMAINS.name}; a bridge file is given as "
+            f"unexpected argument {line.positional[0]!r} of {spec.name}; a bridge file is given as "
             "--config FILE"
         )
     values: dict[str, object] = {}
