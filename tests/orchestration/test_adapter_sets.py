@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_run import tiny_trainer
 
-from llm_trainer.cli.commands.export_adapter import chosen_adapter
+from llm_trainer.cli.commands.export_adapter import select_adapter
 from llm_trainer.cli.setup.build_model import load_pretrained_model
 from llm_trainer.config import ModelConfig, UsageError
 from llm_trainer.config.schema.scaling_schedule import Operation
@@ -66,7 +66,7 @@ def test_an_operation_on_a_set_that_does_not_count_is_refused_before_training() 
     )
     with pytest.raises(
         UsageError,
-        match=r"entry 1.*'default', whose ranks operations set, does not count; those that do: mine",
+        match=r"entry 1.*set the ranks of the adapter 'default', which is not active; active are: mine",
     ):
         dry_run(SCHEDULE, shape, RunSettings(1e-3, 8, 2, 10, None, 100))
 
@@ -86,9 +86,7 @@ def test_a_set_beside_that_of_a_checkpoint_still_counts_in_the_next_one(tmp_path
     assert active_adapters(read) == ["default", "second"]
     ids = torch.arange(8)[None]
     assert torch.equal(read(ids), model(ids))
-    with pytest.raises(
-        UsageError, match="several adapters, of which --adapter names one; those that it has: default, second"
-    ):
-        chosen_adapter(read, None)
+    with pytest.raises(UsageError, match="several adapters \(default, second\); choose one with --adapter"):
+        select_adapter(read, None)
     set_adapters(read, ["second"])
-    assert chosen_adapter(read, None) == "second"
+    assert select_adapter(read, None) == "second"

@@ -160,7 +160,7 @@ def test_the_line_in_console_journal_and_tensorboard_says_what_and_why(tmp_path:
     assert line["loss_after"] == pytest.approx(line["loss_before"], abs=1e-5)
     console.file.close()
     text = (tmp_path / "console.txt").read_text(encoding="utf-8")
-    assert f"widen_mlp 96: loss {line['loss_before']:.4f} below" in text
+    assert f"widen_mlp 96 (loss {line['loss_before']:.4f} below 1e+09" in text
     assert "(wider)" in text
     events = b"".join(path.read_bytes() for path in (tmp_path / "run/logs").glob("events*"))
     assert b"widen_mlp 96" in events

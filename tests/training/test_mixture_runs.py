@@ -96,10 +96,10 @@ def test_other_weights_or_a_moved_stage_cannot_be_resumed_silently(tmp_path: Pat
     run(tmp_path, mixture(), callbacks=[StopAtStep(3)])
     other = [MixtureStage(weights={"a": 1, "b": 1})]
     with pytest.raises(
-        CheckpointError, match=r"order 'mixture of .*from sample 40.*mixture, or stages in steps"
+        CheckpointError, match=r"order 'mixture of .*from sample 40.*depends on packing, the mixture"
     ):
         run(tmp_path, mixture(other), resume_from=str(tmp_path))
-    with pytest.raises(CheckpointError, match="another batch size"):
+    with pytest.raises(CheckpointError, match="the batch size where stages are given in steps"):
         run(tmp_path, mixture(), resume_from=str(tmp_path), batch_size=2)
 
 
@@ -116,7 +116,7 @@ def test_each_packing_trains_validates_and_resumes_to_the_bit(
     run(tmp_path / "cut", train, data, callbacks=[StopAtStep(4)])
     run(tmp_path / "cut", train, data, resume_from=str(tmp_path / "cut"))
     assert compare_checkpoints(tmp_path / "straight" / "final_model", tmp_path / "cut" / "final_model") == []
-    with pytest.raises(CheckpointError, match="not 'greedy'; packing"):
+    with pytest.raises(CheckpointError, match="not 'greedy'; the order depends on packing"):
         run(tmp_path / "cut", train, {}, resume_from=str(tmp_path / "cut"))
 
 
@@ -128,7 +128,7 @@ def test_validation_covers_the_same_tokens_whatever_the_packing(tmp_path: Path) 
         "none": {"pack_sequences": False},
     }.items():
         one = trainer(tmp_path / name, train, data)
-        one.validation_tokens = train
+        one.run.eval_dataset = train
         found[name] = one.evaluate()
     assert found["first_fit"].tokens == found["none"].tokens == len(train)
     assert found["first_fit"].loss == pytest.approx(found["none"].loss, rel=1e-5)
@@ -139,7 +139,7 @@ def test_noise_is_on_the_training_text_alone_and_resumes_to_the_bit(tmp_path: Pa
     data: dict[str, object] = {"augment_span_drop": 0.2, "augment_case": 0.2}
     noisy = trainer(tmp_path / "a", tokens(), data, tokenizer=tokenizer)
     plain = trainer(tmp_path / "b", tokens(), tokenizer=tokenizer)
-    assert noisy.sampler.batch(0, 8).num_supervised < plain.sampler.batch(0, 8).num_supervised
+    assert noisy.run.sampler.batch(0, 8).num_supervised < plain.run.sampler.batch(0, 8).num_supervised
     assert noisy.evaluate() == plain.evaluate()
     run(tmp_path / "straight", tokens(), data, tokenizer=tokenizer)
     run(tmp_path / "cut", tokens(), data, tokenizer=tokenizer, callbacks=[StopAtStep(4)])

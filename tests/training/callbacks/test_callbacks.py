@@ -45,13 +45,16 @@ class Recorder(Callback):
 def stopped_after(losses: list[float], **settings: float) -> int | None:
     """How many validations it took until the trainer was asked to stop."""
 
-    class Standing:
-        stop_training = False
+    class Run:
+        stop_requested = False
 
-    stopping, trainer = EarlyStopping(**settings), Standing()  # type: ignore[arg-type]
+        def stop(self) -> None:
+            self.stop_requested = True
+
+    stopping, run = EarlyStopping(**settings), Run()  # type: ignore[arg-type]
     for number, loss in enumerate(losses, 1):
-        stopping.on_validation(trainer, ValidationResult(loss, 1, 1.0))  # type: ignore[arg-type]
-        if trainer.run.stop_training:
+        stopping.on_validation(run, ValidationResult(loss, 1, 1.0))  # type: ignore[arg-type]
+        if run.stop_requested:
             return number
     return None
 
@@ -122,8 +125,8 @@ def test_a_run_that_early_stopping_ended_goes_on_with_a_larger_patience_only(
 
 def test_a_loss_that_is_not_a_number_is_never_the_best_model(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, eval_interval=1, max_steps=3)
-    real, losses = trainer.evaluate, iter([2.0, math.nan, 3.0])
-    trainer.evaluate = lambda: ValidationResult(next(losses), real().tokens, 1.0)  # type: ignore[method-assign]
+    real, losses = trainer.run.evaluate, iter([2.0, math.nan, 3.0])
+    trainer.run.evaluate = lambda: ValidationResult(next(losses), real().tokens, 1.0)  # type: ignore[method-assign]
     trainer.train()
     assert read_state(tmp_path / "best_model")["step"] == 1
 

@@ -170,7 +170,7 @@ def test_when_the_rollbacks_are_used_up_the_run_ends_by_name_and_its_checkpoints
         match=r"loss spike at step \d+.*all 2 rollbacks \(max_rollbacks\) are used up.*learning_rate",
     ):
         trainer.train()
-    assert sum("back at step" in line for line in said) == 2
+    assert sum("rolled back to step" in line for line in said) == 2
     assert any(not verify(one.path) for one in list_checkpoints(tmp_path))
 
 

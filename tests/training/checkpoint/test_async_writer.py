@@ -21,12 +21,12 @@ from llm_trainer.config import CheckpointError
 from llm_trainer.diagnostics.verify_resume import StopAtStep, compare_checkpoints
 from llm_trainer.run_dir import JSON, list_checkpoints, resolve_resume_folder, verify
 from llm_trainer.training.callbacks.callback import Callback
-from llm_trainer.training.checkpoint import snapshot as capture
-from llm_trainer.training.checkpoint.store import CheckpointStore, Progress, Snapshot
+from llm_trainer.training.checkpoint import snapshot as snapshot_module
+from llm_trainer.training.checkpoint.store import CheckpointData, CheckpointStore, Progress
 from llm_trainer.training.run import TrainingRun
 
 
-def change(taken: Snapshot) -> None:
+def change(taken: CheckpointData) -> None:
     """What the next steps do to weights and optimizer state."""
     with torch.no_grad():
         for tensor in [
@@ -38,13 +38,13 @@ def change(taken: Snapshot) -> None:
 
 def held_back(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Weights are written only once this is set."""
-    go, write = threading.Event(), capture.write_weights
+    go, write = threading.Event(), snapshot_module.write_weights
 
     def write_then(*given: object) -> None:
         assert go.wait(20)
         write(*given)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(capture, "write_weights", write_then)
+    monkeypatch.setattr(snapshot_module, "write_weights", write_then)
     return go
 
 
@@ -122,7 +122,7 @@ def test_a_failure_in_the_background_is_raised_once_and_leaves_no_litter(
     store.save(taken, 1)
     store.wait()
     with monkeypatch.context() as patch:
-        patch.setattr(capture, "write_weights", disk_is_full)
+        patch.setattr(snapshot_module, "write_weights", disk_is_full)
         store.save(taken, 2)
         with pytest.raises(CheckpointError, match="checkpoint-2 could not be saved: the disk is full"):
             store.wait()
@@ -136,7 +136,7 @@ def test_what_is_no_error_of_the_disk_is_told_too(tmp_path: Path, monkeypatch: p
         raise ZeroDivisionError("a mistake")
 
     store = CheckpointStore(tmp_path / "run", asynchronous="on")
-    monkeypatch.setattr(capture, "write_weights", broken)
+    monkeypatch.setattr(snapshot_module, "write_weights", broken)
     store.save(snapshot(tmp_path), 1)
     with pytest.raises(CheckpointError, match="a mistake"):
         store.save_final(snapshot(tmp_path))
@@ -147,9 +147,9 @@ def test_an_emergency_save_is_made_though_one_in_the_background_failed_and_the_f
 ) -> None:
     store = CheckpointStore(tmp_path / "run", asynchronous="on")
     with monkeypatch.context() as patch:
-        patch.setattr(capture, "write_weights", disk_is_full)
+        patch.setattr(snapshot_module, "write_weights", disk_is_full)
         store.save(snapshot(tmp_path), 1)
-        store._background.wait()
+        store._writer.wait()
     with pytest.raises(CheckpointError, match="checkpoint-1 could not be saved"):
         store.save_emergency(snapshot(tmp_path), 2)
     assert verify(tmp_path / "run/emergency-2") == []
@@ -161,7 +161,7 @@ def test_a_run_ends_at_the_step_after_a_save_in_the_background_failed(
     class FullAfter(Callback):
         def on_step_end(self, run: TrainingRun, step: int) -> None:
             if step == 6:
-                monkeypatch.setattr(capture, "write_weights", disk_is_full)
+                monkeypatch.setattr(snapshot_module, "write_weights", disk_is_full)
 
     trainer = tiny_trainer(
         tmp_path, callbacks=[FullAfter()], asynchronous_saves="on", eval_interval=100, max_steps=300
@@ -235,8 +235,10 @@ def test_by_default_a_save_is_in_the_background_where_it_is_large_and_there_are_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def is_at_once(large_from: int, memory_left: int, cores: int) -> bool:
-        monkeypatch.setattr("llm_trainer.training.checkpoint.store.BACKGROUND_FROM_BYTES", large_from)
-        monkeypatch.setattr("llm_trainer.training.checkpoint.store.host_memory_left", lambda: memory_left)
+        monkeypatch.setattr("llm_trainer.training.checkpoint.store.ASYNC_MIN_BYTES", large_from)
+        monkeypatch.setattr(
+            "llm_trainer.training.checkpoint.store.available_host_memory", lambda: memory_left
+        )
         monkeypatch.setattr(os, "cpu_count", lambda: cores)
         store = CheckpointStore(tmp_path / f"{large_from}-{memory_left}-{cores}", asynchronous="auto")
         place = store.save(snapshot(tmp_path), 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import shutil
@@ -14,7 +15,8 @@ import fork_server
 import pytest
 import torch
 from paths import SUPPORT
-from tiny_run import tiny_run, tiny_trainer
+from rich.console import Console
+from tiny_run import tiny_run
 
 from llm_trainer.config import CheckpointError
 from llm_trainer.diagnostics.verify_resume import StopAtStep, compare_checkpoints
@@ -96,10 +98,14 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before_to
     shutil.rmtree(tmp_path / "cut" / "final_model")
     weights = tmp_path / "cut" / "checkpoint-6" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    trainer = tiny_trainer(tmp_path / "cut", resume_from=str(tmp_path / "cut"), save_interval=100)
-    lines: list[str] = []
-    trainer.run.log = lines.append  # type: ignore[method-assign]
-    trainer.train()
+    output = io.StringIO()
+    tiny_run(
+        tmp_path / "cut",
+        resume_from=str(tmp_path / "cut"),
+        save_interval=100,
+        console=Console(file=output, width=1000),
+    )
+    lines = output.getvalue().splitlines()
     assert any("skipping" in line and "checkpoint-6" in line and "bytes instead of" in line for line in lines)
     straight, resumed = tmp_path / "straight" / "final_model", tmp_path / "cut" / "final_model"
     assert [

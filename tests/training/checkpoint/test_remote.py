@@ -134,14 +134,14 @@ def test_storage_that_cannot_be_reached_is_told_and_tried_again(
         patch.setattr(type(remote._files), "put_file", gone)
         store.save(snapshot(tmp_path), 1)
         store.save(snapshot(tmp_path), 2)
-        remote._background.wait()
-        assert ["no route" in line and "tried again" in line for line in remote.news()] == [True]
+        remote._writer.wait()
+        assert ["no route" in line and "tried again" in line for line in remote.take_messages()] == [True]
         with pytest.raises(CheckpointError, match="no route"):
             store.finish_uploads()
     store.save(snapshot(tmp_path), 3)
     store.finish_uploads()
     assert names_at(address) == {"checkpoint-1", "checkpoint-2", "checkpoint-3"}
-    assert remote.news() == []
+    assert remote.take_messages() == []
 
 
 def test_a_run_whose_copy_is_not_whole_at_its_end_ends_with_an_error(
@@ -149,7 +149,7 @@ def test_a_run_whose_copy_is_not_whole_at_its_end_ends_with_an_error(
 ) -> None:
     trainer = tiny_trainer(tmp_path / "run", remote_dir=address)
     lines: list[str] = []
-    monkeypatch.setattr(trainer, "say", lines.append)
+    monkeypatch.setattr(trainer.run, "log", lines.append)
     assert trainer.run.store.remote is not None
 
     def gone(*_: object, **__: object) -> None:
@@ -167,7 +167,7 @@ def test_a_new_run_sets_what_lies_at_its_address_aside(address: str, tmp_path: P
     tiny_run(tmp_path / "first", remote_dir=address)
     tiny_run(tmp_path / "second", remote_dir=address, max_steps=4, save_interval=2)
     told = (tmp_path / "second/logs/train.log").read_text(encoding="utf-8")
-    assert any("does not go on from" in line and "checkpoint-9" in line for line in told.splitlines())
+    assert any("set aside" in line and "checkpoint-9" in line for line in told.splitlines())
     remote = RemoteRun(address, tmp_path / "third")
     assert {name for name, _ in remote._names()} == {"checkpoint-2", "best_model", "final_model"}
     files, root = fsspec.core.url_to_fs(address)

@@ -75,7 +75,7 @@ def test_auto_with_only_damaged_checkpoints_is_an_error_and_not_a_fresh_start(tm
     tiny_run(tmp_path)
     for one in list_checkpoints(tmp_path):
         (one.path / "manifest.json").unlink()
-    with pytest.raises(CheckpointError, match="none of its"):
+    with pytest.raises(CheckpointError, match="all of its"):
         tiny_run(tmp_path, resume_from="auto")
 
 
@@ -199,10 +199,10 @@ def test_a_length_in_epochs_ends_at_the_same_sample_whatever_the_batch_size(tmp_
     length = RunLength(steps=40, set_by="num_epochs 4", steps_per_epoch=10, tokens_per_step=32)
     plan = plan_resume(
         checkpoint=tmp_path,
-        stored=stored,
+        state=stored,
         changes=[],
         training=config.training,
-        resolved=LRSchedule("cosine", 2, 40, 0.1),
+        new_schedule=LRSchedule("cosine", 2, 40, 0.1),
         length=length,
         sequences_per_step=4,
     )
@@ -273,7 +273,7 @@ def test_verify_resume_names_what_differs(tmp_path: Path) -> None:
 def test_verify_resume_needs_a_whole_checkpoint_and_two_steps(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="2 or more"):
         verify_resume(tmp_path, 1, _builder())
-    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
         verify_resume(tmp_path, 4, _builder())
 
 
@@ -307,7 +307,7 @@ def test_a_resume_into_another_folder_without_the_best_model_finds_its_own(tmp_p
 def _best_at(folder: Path, *steps: int) -> None:
     """A run whose best validations are at these steps, with losses that no other reaches."""
     trainer = tiny_trainer(folder)
-    real = trainer.evaluate
+    real = trainer.run.evaluate
 
     def evaluate() -> ValidationResult:
         result = real()
@@ -316,5 +316,5 @@ def _best_at(folder: Path, *steps: int) -> None:
             ValidationResult(0.5 - 0.1 * steps.index(step), result.tokens, 1.0) if step in steps else result
         )
 
-    trainer.evaluate = evaluate  # type: ignore[method-assign]
+    trainer.run.evaluate = evaluate  # type: ignore[method-assign]
     trainer.train()

@@ -25,7 +25,7 @@ from llm_trainer.training.checkpoint.optimizer_state import (
     optimizer_state,
     write_tensors,
 )
-from llm_trainer.training.checkpoint.store import CheckpointStore, Snapshot, read_state, restore
+from llm_trainer.training.checkpoint.store import CheckpointData, CheckpointStore, read_state, restore
 from llm_trainer.training.optim.optimizers import build_optimizers
 
 
@@ -33,7 +33,7 @@ def test_a_checkpoint_is_the_folder_that_is_documented(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_characters(["abc"])
     taken = snapshot(tmp_path)
     folder = CheckpointStore(tmp_path).save(
-        Snapshot(taken.model, taken.optimizers, taken.state, taken.config, tokenizer), 2
+        CheckpointData(taken.model, taken.optimizers, taken.state, taken.config, tokenizer), 2
     )
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     documented = {
@@ -101,7 +101,7 @@ def test_a_checkpoint_before_the_first_step_has_no_optimizer_state(tmp_path: Pat
     config = tiny_config(tmp_path)
     model = tiny_model(config.model)
     optimizers = build_optimizers(model, config.training)
-    folder = CheckpointStore(tmp_path).save(Snapshot(model, optimizers, {"step": 0}, config, None), 0)
+    folder = CheckpointStore(tmp_path).save(CheckpointData(model, optimizers, {"step": 0}, config, None), 0)
     restore(folder, model, optimizers)
     assert optimizer_state(model, optimizers) == ({}, {})
 

@@ -49,7 +49,7 @@ def test_an_entry_after_which_the_stages_cannot_share_a_step_is_refused_before_t
     trainer: Trainer, operations: list[Operation]
 ) -> None:
     with pytest.raises(
-        UsageError, match=rf"entry {len(operations)} .*5 micro-batches do not make; take 4 or 6"
+        UsageError, match=rf"entry {len(operations)} .*5 micro-batches are not divisible by 2; use 4 or 6"
     ):
         dry_run_schedule(operations, trainer.run)
     assert (
@@ -66,18 +66,18 @@ def test_an_entry_after_which_the_stages_cannot_share_a_step_is_refused_before_t
 def test_batches_that_a_checkpoint_or_an_operation_brings_are_judged_when_they_are_taken(
     trainer: Trainer,
 ) -> None:
-    with pytest.raises(UsageError, match="5 micro-batches do not make; take 4 or 6"):
+    with pytest.raises(UsageError, match="5 micro-batches are not divisible by 2; use 4 or 6"):
         trainer.run.set_batches(BatchPlan(1, 5))
 
 
 def test_a_micro_batch_is_not_sought_where_a_stage_alone_would_answer(trainer: Trainer) -> None:
-    with pytest.raises(UsageError, match="auto does not go with pipeline_parallel"):
+    with pytest.raises(UsageError, match="not supported with pipeline_parallel"):
         trainer.run.largest_micro_batch()
     assert fit_batch_size(trainer.run, None) == BatchPlan(4, 2)
 
 
 def test_fp16_that_a_checkpoint_brings_is_refused_before_the_first_step(trainer: Trainer) -> None:
-    with pytest.raises(UsageError, match="precision fp16 does not go with pipeline_parallel 2"):
+    with pytest.raises(UsageError, match="precision fp16 is not supported with pipeline_parallel 2"):
         trainer.run.engine.start("fp16", "off")
 
 
@@ -95,5 +95,5 @@ def test_micro_batches_that_are_to_be_found_do_not_go_with_stages(said: dict[str
     config = RunConfig.model_validate(said)
     check_complete(resolve_settings(config, ParallelPlan()), {}, {"training"})
     config.training.pipeline_parallel = 2
-    with pytest.raises(UsageError, match="do not go with pipeline_parallel"):
+    with pytest.raises(UsageError, match="are not supported with pipeline_parallel"):
         check_complete(resolve_settings(config, ParallelPlan(pipeline_parallel=2)), {}, {"training"})

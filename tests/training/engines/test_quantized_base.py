@@ -12,16 +12,17 @@ from rich.console import Console
 from tiny_run import tiny_config, tiny_model, tokens
 
 from llm_trainer.config import UsageError
-from llm_trainer.config.resolve.parallelism import check_plan
+from llm_trainer.config.resolve.batch_size import BatchPlan
+from llm_trainer.config.resolve.parallelism import ParallelPlan, check_plan
 from llm_trainer.config.schema.scaling_schedule import Operation
 from llm_trainer.diagnostics.verify_resume import compare_checkpoints
 from llm_trainer.model.adapters.lora import is_adapter_parameter, merge_lora
 from llm_trainer.model.adapters.nf4 import dequantize, is_quantized
 from llm_trainer.model.hf.checkpoint import load_pretrained
 from llm_trainer.orchestration.orchestrator import dry_run_schedule
-from llm_trainer.training.checkpoint.snapshot import HostCopies, Snapshot, capture
+from llm_trainer.training.checkpoint.snapshot import CheckpointData, HostBuffers, take_snapshot
 from llm_trainer.training.logging.metrics import read_metrics
-from llm_trainer.training.memory.memory_estimator import Ledger
+from llm_trainer.training.memory.memory_estimator import MemoryTracker
 from llm_trainer.training.trainer import Trainer
 
 LORA = {"attn_lora_rank": 4, "mlp_lora_rank": 4, "lora_train_base": False}
@@ -82,12 +83,12 @@ def test_its_checkpoint_is_a_plain_model_with_its_logits_and_merges(tmp_path: Pa
         torch.testing.assert_close(plain(ids), wanted, rtol=0, atol=1e-5)
 
 
-class FloatsAlive(Ledger):
+class FloatsAlive(MemoryTracker):
     """Bytes of plain tensors made within: those in bits have a storage in name only."""
 
-    def _note(self, tensor: torch.Tensor) -> None:
+    def _record(self, tensor: torch.Tensor) -> None:
         if not is_quantized(tensor):
-            super()._note(tensor)
+            super()._record(tensor)
 
 
 @pytest.mark.parametrize("in_background", [False, True])
@@ -95,16 +96,16 @@ def test_a_save_makes_one_matrix_of_the_base_whole_at_a_time(tmp_path: Path, in_
     pytest.importorskip("torchao")
     config = tiny_config(tmp_path, LORA | {"hidden_size": 64, "num_layers": 12}, quantize_base="nf4")
     trainer = Trainer(tiny_model(config.model), config, tokens(), console=Console(quiet=True))
-    model, copies = trainer.model, HostCopies() if in_background else None
-    snapshot = Snapshot(model, [], {"step": 1}, config, None)
+    model, copies = trainer.model, HostBuffers() if in_background else None
+    snapshot = CheckpointData(model, [], {"step": 1}, config, None)
     with FloatsAlive() as alive:
-        taken = capture(snapshot, 1, copies)
+        taken = take_snapshot(snapshot, 1, copies)
     floats = sum(parameter.nbytes for parameter in model.parameters())
     in_copies = floats if in_background else 0
     assert max(alive.moments.values(), default=0) < in_copies + floats / 3
     (tmp_path / "written").mkdir()
     taken.write(tmp_path / "written")
-    (tmp_path / "written/config.json").write_text(taken.texts["config.json"], encoding="utf-8")
+    (tmp_path / "written/config.json").write_text(taken.text_files["config.json"], encoding="utf-8")
     written = dict(load_pretrained(tmp_path / "written").named_parameters())
     assert all(
         torch.equal(written[name], dequantize(parameter)) for name, parameter in model.named_parameters()
@@ -121,18 +122,18 @@ def test_it_trains_compiled(tmp_path: Path) -> None:
     compiled = a_trainer(tmp_path / "compiled", 0.0, compile="on")
     compiled.train()
     a_trainer(tmp_path / "eager", 0.0).train()  # compiled dropout draws other numbers
-    assert compiled.state.compile != "off"
+    assert compiled.run.state.compile != "off"
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=1e-4)
 
 
 def test_what_does_not_go_with_it_is_refused_before_training(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, LORA, quantize_base="nf4")
-    with pytest.raises(UsageError, match="quantize_base nf4 does not go with 2 ranks"):
-        check_plan(config.training, config.model, 2)
+    with pytest.raises(UsageError, match="quantize_base nf4 is not supported with 2 ranks"):
+        check_plan(ParallelPlan(data_parallel=2), BatchPlan(4, 1), config.training, config.model)
     trained = tiny_config(tmp_path, LORA | {"lora_train_base": True}, quantize_base="nf4")
     with pytest.raises(UsageError, match="quantize_base needs weights that are not trained"):
         Trainer(tiny_model(trained.model), trained, tokens(), console=Console(quiet=True))
     trainer = a_trainer(tmp_path)
-    with pytest.raises(UsageError, match=r"entry 1 .*do not go with quantize_base"):
+    with pytest.raises(UsageError, match=r"entry 1 .*quantize_base cannot be combined"):
         dry_run_schedule([Operation(name="widen_mlp", value=96, max_wait_iters=1)], trainer.run)
     assert len(dry_run_schedule([Operation(name="change_lr", value=0.5, max_wait_iters=1)], trainer.run)) == 2
