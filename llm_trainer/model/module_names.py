@@ -133,15 +133,6 @@ def set_trainable(model: nn.Module, patterns: str | Sequence[str], is_trainable:
     ]
 
 
-def frozen_parts(model: nn.Module) -> list[str]:
-    """The parts of which no parameter is trained."""
-    return [
-        name
-        for name, part in named_parts(model).items()
-        if not any(parameter.requires_grad for parameter in part.parameters())
-    ]
-
-
 @dataclass(frozen=True)
 class ParameterCount:
     """How many parameters are trained, and how many there are."""

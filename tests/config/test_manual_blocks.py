@@ -14,7 +14,7 @@ from llm_trainer.config.parse.command import CommandSpec, LoadedRun
 from llm_trainer.config.parse.loader import load_run
 from llm_trainer.config.parse.validation import not_implemented_settings
 from llm_trainer.config.resolve.deepspeed import read_deepspeed
-from llm_trainer.config.schema.domains import read_domain_bridge
+from llm_trainer.config.schema.domains import parse_domain_bridge, read_bridge_file
 from llm_trainer.config.schema.scaling_schedule import read_schedule
 
 MANUALS = SHARED / "manuals"
@@ -66,7 +66,7 @@ def test_json_block_loads(block: str, tmp_path: Path) -> None:
     path = tmp_path / "block.json"
     path.write_text(block, encoding="utf-8")
     if '"loaders"' in block:
-        bridge = read_domain_bridge(path)
+        bridge = parse_domain_bridge(read_bridge_file(path), str(path))
         assert bridge.domain_weights["math"] == 1.5
         assert bridge.loaders["load_wildchat"] == {"min_length": 200}
     elif '"zero_optimization"' in block:

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import pytest
 from model_shapes import small_config
+from torch import nn
 
 from llm_trainer.config import UsageError
-from llm_trainer.model.module_names import frozen_parts, matching_parts, trainable_counts
+from llm_trainer.model.module_names import matching_parts, named_parts, trainable_counts
 from llm_trainer.model.transformer import Transformer
+
+
+def frozen_parts(model: nn.Module) -> list[str]:
+    """The parts of which no parameter is trained."""
+    parts = named_parts(model).items()
+    return [name for name, part in parts if not any(one.requires_grad for one in part.parameters())]
 
 
 def model_of(**changes: object) -> Transformer:

@@ -168,11 +168,6 @@ def _check_options(loader: str, options: Mapping[str, Any], definitions: Mapping
         raise UsageError(f"{loader}.{error}") from None
 
 
-def read_domain_bridge(path: Path) -> DomainBridge:
-    """Read a domain bridge file; raises UsageError for unknown names and invalid values."""
-    return parse_domain_bridge(read_bridge_file(path), str(path))
-
-
 def parse_domain_bridge(values: Mapping[str, Any], source: str) -> DomainBridge:
     """Validate the content of a domain bridge file.
 

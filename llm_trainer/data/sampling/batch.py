@@ -34,10 +34,6 @@ class BatchSources:
     names: tuple[str, ...]
     numbers: Tensor
 
-    def row_names(self) -> list[str]:
-        """The corpus of each row; only for batches whose rows come from one corpus each."""
-        return [self.names[number] for number in self.numbers.tolist()]
-
 
 @dataclass(frozen=True)
 class Batch:

@@ -135,23 +135,6 @@ class PackingStats:
         return 1 - self.supervised / self.positions if self.positions else 0.0
 
 
-def packing_waste(
-    document_lengths: Sequence[int] | np.ndarray, context: int, strategy: Strategy, stride: int = 0
-) -> float:
-    """Fraction of the positions that contribute no loss (padding and overlaps), 0 … 1.
-
-    Args:
-        document_lengths: In tokens, end-of-text tokens included.
-        context: Tokens per row.
-        strategy: How documents become rows.
-        stride: Overlap of neighbouring chunks, in tokens.
-
-    Raises:
-        UsageError: The stride is not smaller than a row.
-    """
-    return measure_packing(document_lengths, context, Packing(strategy, stride)).waste
-
-
 def measure_packing(
     document_lengths: Sequence[int] | np.ndarray, context: int, packing: Packing
 ) -> PackingStats:

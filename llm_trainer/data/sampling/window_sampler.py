@@ -75,15 +75,19 @@ class WindowSampler:
 
     def batch(self, first_sample: int, count: int) -> Batch:
         """Samples `first_sample … first_sample + count - 1` as one batch of `count` rows."""
-        windows, starts = self._locate(np.arange(first_sample, first_sample + count))
+        windows, starts = self.locate(np.arange(first_sample, first_sample + count))
         return self._rows.load(starts, is_first=windows == 0)
 
-    def window_starts(self, samples: np.ndarray) -> np.ndarray:
-        """The offset in the stream at which each of these samples begins, int64 of the same shape."""
-        return self._locate(samples)[1]
+    def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where samples are in the stream.
 
-    def _locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The number of each sample's window in the grid of its epoch, and where it begins in the stream."""
+        Args:
+            samples: Numbers of samples, int64.
+
+        Returns:
+            The number of each sample's window in the grid of its epoch, and the offset in the stream at which it
+            begins, int64 of the same shape.
+        """
         epochs, numbers = np.divmod(np.asarray(samples, dtype=np.int64), self.samples_per_epoch)
         windows, starts = np.empty_like(numbers), np.empty_like(numbers)
         for epoch in np.unique(epochs).tolist():

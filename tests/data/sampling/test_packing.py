@@ -19,7 +19,6 @@ from llm_trainer.data.sampling.packing import (
     format_packing_stats,
     measure_packing,
     pack_segments,
-    packing_waste,
     split_documents,
 )
 
@@ -103,7 +102,7 @@ def test_first_fit_uses_the_first_row_with_room_and_cuts_only_documents_longer_t
         [5, 4],
         [5],
     ]  # 25 is cut into 10 + 10 + 5; full rows come at once
-    assert packing_waste([6, 5, 3, 4, 25, 10], 10, "first_fit") == pytest.approx(7 / 60)
+    assert measure_packing([6, 5, 3, 4, 25, 10], 10, Packing("first_fit")).waste == pytest.approx(7 / 60)
 
 
 def test_the_number_of_open_rows_is_bounded_and_the_fullest_is_closed_first() -> None:
@@ -162,7 +161,7 @@ def test_without_a_row_length_the_waste_is_printed_for_the_default_one() -> None
 
 def test_a_stride_as_long_as_a_row_is_refused() -> None:
     with pytest.raises(UsageError, match="stride=8 must be smaller than the length of a row, 8 tokens"):
-        packing_waste([3, 4], 8, "none", stride=8)
+        measure_packing([3, 4], 8, Packing("none", stride=8))
 
 
 def test_the_settings_of_the_manuals_select_the_strategies() -> None:

@@ -35,15 +35,14 @@ def test_samples_are_distinct_and_inside_and_their_ids_match_their_offsets(token
     sampler = WindowSampler(tokens, CONTEXT, seed=1)
     assert sampler.samples_per_epoch > 2 * 10**9  # more than 31 bits number
     numbers = np.concatenate([np.arange(5000), sampler.samples_per_epoch - 1 - np.arange(5000)])
-    starts = sampler.window_starts(numbers)
+    starts = sampler.locate(numbers)[1]
     assert starts.min() >= 0
     assert starts.max() + CONTEXT < tokens.num_tokens
     assert np.diff(np.sort(starts)).min() >= CONTEXT  # none twice, none overlapping
     assert starts.max() > 0.99 * tokens.num_tokens  # spread over all of it
     batch = sampler.batch(sampler.samples_per_epoch - 4, 4)
     expected = (
-        sampler.window_starts(np.arange(sampler.samples_per_epoch - 4, sampler.samples_per_epoch))
-        // SHARD_TOKENS
+        sampler.locate(np.arange(sampler.samples_per_epoch - 4, sampler.samples_per_epoch)) // SHARD_TOKENS
     )
     assert batch.input_ids[:, 0].tolist() == expected.tolist()
 
