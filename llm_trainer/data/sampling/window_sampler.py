@@ -85,8 +85,8 @@ class WindowSampler:
             samples: Numbers of samples, int64.
 
         Returns:
-            The number of each sample's window in the grid of its epoch, and the offset in the stream at which it
-            begins, int64 of the same shape.
+            The number of each sample's window in the grid of its epoch, and the offset at which it begins in
+            the stream, int64 of the same shape.
         """
         epochs, numbers = np.divmod(np.asarray(samples, dtype=np.int64), self.samples_per_epoch)
         windows, starts = np.empty_like(numbers), np.empty_like(numbers)
