@@ -34,6 +34,7 @@ from llm_trainer.config import ModelConfig, RunConfig
 from llm_trainer.data.token_shards import TokenDataset
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.callbacks.callback import Callback
+from llm_trainer.training.run import TrainingRun
 from llm_trainer.training.trainer import Trainer
 
 NONE, WAITED, BACKGROUND, PICKLED = (
@@ -89,27 +90,27 @@ class Stretches(Callback):
         """The total number of steps. The additional last one ends the last stretch."""
         return self.steps * len(self.kinds) + 1
 
-    def on_step_end(self, trainer: Trainer, step: int) -> None:
+    def on_step_end(self, run: TrainingRun, step: int) -> None:
         """Save if this step starts a stretch, and record the time."""
         number, place = divmod(step - 1, self.steps)
         if place == 0:
-            trainer.saving.tell()  # at most one save is in progress, in its own stretch
+            run.report_saves()  # at most one save is in progress, in its own stretch
         self.edges.append(time.perf_counter())
         if place or number >= len(self.kinds):
             return
         begun = time.perf_counter()
-        self._save(trainer, self.kinds[number])
+        self._save(run, self.kinds[number])
         self.returned[number] = time.perf_counter() - begun
 
     def _save(self, trainer: Trainer, kind: str) -> None:
         if kind in (WAITED, BACKGROUND):
-            trainer.store.asynchronous = "on" if kind == BACKGROUND else "off"
-            trainer.saving.save()
+            trainer.run.store.asynchronous = "on" if kind == BACKGROUND else "off"
+            trainer.run.save()
         elif kind == PICKLED:
             torch.save(
                 {
                     "model": trainer.model.state_dict(),
-                    "optimizer": [one.state_dict() for one in trainer.engine.optimizers],
+                    "optimizer": [one.state_dict() for one in trainer.run.engine.optimizers],
                 },
                 self.pickled,
             )

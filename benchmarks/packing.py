@@ -86,7 +86,7 @@ def measure(contestant: str, documents: int) -> dict[str, float]:
             "vocab_size": 10,
             "tokenizer_hash": "0" * 64,
             "fingerprint": "lengths",
-            "end_id": 0,
+            "eos_id": 0,
             "largest_id": 5,
         }
         tokens = TokenDataset(ids, [starts], source=str(Path(folder)), **facts)  # type: ignore[arg-type]

@@ -3,22 +3,25 @@
     python docs/generate_reference.py [--check]
 
 `make docs` runs this before it builds the site. The pages are committed, so that they can also be read in the
-repository; a test compares them with what this program writes. With `--check` nothing is written, and the exit
+repository; a test compares them with what this program writes. With `--check` nothing is written, and the
+exit
 code is 1 if a page is out of date.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import inspect
+import io
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import llm_trainer
 import llm_trainer.config
+from llm_trainer.cli.main import main as run_llm_trainer
 from llm_trainer.config.describe import reference
 
 PAGES = Path(__file__).resolve().parent / "reference"
@@ -28,8 +31,9 @@ COMMANDS_OPENING = """\
 
 <!-- Written by `python docs/generate_reference.py`; edit the commands, not this page. -->
 
-`llm-trainer COMMAND --help` prints the text below, `--help-all` describes every setting that a command reads, and `--explain` prints the value and origin of each.
-[Configuration](configuration.md) explains how to set them, and [settings](settings.md) lists them all. The scripts of the manuals call the same commands with
+`llm-trainer COMMAND --help` prints the text below, `--help-all` describes every setting that a command reads,
+and `--explain` prints the value and origin of each. [Configuration](configuration.md) explains how to set them,
+and [settings](settings.md) lists them all. The scripts of the manuals call the same commands with
 [other defaults](scripts.md). [Exit codes](run-folder.md#exit-codes) are the same for all commands.
 """
 
@@ -102,15 +106,12 @@ def _entry(value: object) -> str:
 
 
 def _help(*command: str) -> str:
-    environment = {**os.environ, "COLUMNS": "110", "NO_COLOR": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "llm_trainer", *command, "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=environment,
-    )
-    return done.stdout
+    """Return what `llm-trainer COMMAND --help` prints."""
+    os.environ["COLUMNS"] = "100"
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        run_llm_trainer([*command, "--help"])
+    return printed.getvalue()
 
 
 def _sentence(text: str) -> str:

@@ -19,6 +19,7 @@ import pytest
 from paths import ROOT
 
 from llm_trainer.cli.main import COMMANDS, main
+from llm_trainer.cli.scripts import SCRIPTS, script
 
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
@@ -90,11 +91,16 @@ def _anchors(page: Path) -> set[str]:
 
 
 def _commands(page: Path) -> Iterator[list[str]]:
-    """The words of each `llm-trainer` command in a page's shell blocks, without a trailing comment."""
+    """The words of each command in a page's shell blocks that llm-trainer or one of its scripts runs."""
     for block in _blocks(page, "bash", "sh"):
         for line in block.replace("\\\n", " ").splitlines():
+            words = [word for word in shlex.split(line, comments=True) if word != "…"]
             if line.startswith("llm-trainer "):
-                yield [word for word in shlex.split(line, comments=True)[1:] if word != "…"]
+                yield words[1:]
+            elif line.startswith(("python ", "torchrun ")):
+                scripts = [index for index, word in enumerate(words) if word in SCRIPTS]
+                if scripts:
+                    yield words[scripts[0] :]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -104,20 +110,29 @@ def test_commands_are_understood(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "config").symlink_to(ROOT / "configs")
+    monkeypatch.setattr(sys, "path", [*sys.path])  # a script moves folders on it
     for words in _commands(page):
-        assert words[0] in COMMANDS, words
-        status = main([*words, "--help"])
-        assert status == 0, (words, capsys.readouterr().err)
-        known = set(re.findall(r"--([a-z][\w-]*)", _help(words[0], capsys)))
-        given = {word[2:].split("=")[0].replace("-", "_") for word in words if word.startswith("--")}
-        unknown = {name for name in given if name not in {other.replace("-", "_") for other in known}}
-        assert not unknown, (words, unknown)
+        assert words[0] in COMMANDS or words[0] in SCRIPTS, words
+        options = _options(words[0], capsys)
+        given = {word[2:].split("=")[0].replace("-", "_") for word in words[1:] if word.startswith("--")}
+        assert given <= options, (words, given - options)
+        if "explain" in options and not given & {"config", "resume", "init_from", "adapter_from", "list"}:
+            assert _exit_code([*words, "--explain"]) == 0, (words, capsys.readouterr().err)
 
 
-def _help(command: str, capsys: pytest.CaptureFixture[str]) -> str:
+def _options(command: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
+    """Every option of a command, with its other names."""
     capsys.readouterr()
-    main([command, "--help-all"])
-    return capsys.readouterr().out + "--config --preset --explain --help"
+    assert _exit_code([command, "--help-all"]) == 0
+    listed = re.findall(r"--([a-z][\w-]*)", capsys.readouterr().out)
+    return {name.replace("-", "_") for name in listed} | {"help"}
+
+
+def _exit_code(words: list[str]) -> int:
+    try:
+        return script(words[0], words[1:]) if words[0] in SCRIPTS else main(words)
+    except SystemExit as end:
+        return int(end.code or 0)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -130,6 +145,19 @@ def test_code_blocks_import_what_exists(page: Path) -> None:
                 module = importlib.import_module(str(node.module))
                 for name in node.names:
                     assert hasattr(module, name.name), f"{node.module} has no {name.name}"
+
+
+def test_messages_that_troubleshooting_lists_are_in_the_code() -> None:
+    """Capitals and … stand for values; what is between them has to be in one of the messages."""
+    code = "\n".join(_text(path) for path in (ROOT / "llm_trainer").rglob("*.py"))
+    code += _text(ROOT / "Makefile")
+    code = re.sub(r'"\s*f?"', "", code)  # literals that are continued on the next line
+    page = _text(DOCS / "how-to" / "troubleshooting.md")
+    unknown = []
+    for message in re.findall(r"^\| `([^`]+)`", page, re.MULTILINE):
+        parts = [part.strip() for part in re.split(r"…|'?\b[A-Z]+\b'?", message)]
+        unknown += [part for part in parts if len(part) > 12 and part not in code]
+    assert unknown == []
 
 
 @pytest.mark.slow
