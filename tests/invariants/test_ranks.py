@@ -289,4 +289,4 @@ def test_four_ranks_have_the_loss_of_one(folder: Path) -> None:
 def test_adapters_are_refused_where_a_model_is_cut_through(plan: str, tmp_path: Path) -> None:
     done = train_on_ranks(2, "ranked_run", tmp_path, [a_run("refused", LORA, **PLANS[plan])])
     assert done.returncode != 0
-    assert "use fsdp with" in done.stderr
+    assert "use fsdp instead" in done.stderr
