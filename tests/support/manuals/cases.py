@@ -110,7 +110,7 @@ ENHANCED = {
             "data/domain_specific/math/vocabulary.json",
             "data/domain_specific/mixture.json",
         ),
-        says=("load_livecodebench", "of the mixture", "tokenizer: 300 ids"),
+        says=("load_livecodebench", "of the mixture", "tokenizer: 300 tokens"),
     ),
     "python train_aio.py --config config/training_config.json --output_dir models/my_model": Case(
         "ready data",
@@ -347,7 +347,7 @@ ORCHESTRATOR = {
         "--gradient_accumulation_steps=1 --warmup_iters=1 --eval_iters=1 --dataset=shakespeare_char "
         "--out_dir=out --compile=False",
         makes=("out/best_model/model.safetensors", "out/operations.jsonl"),
-        says=("stack_layers [0, 0, 1, 1]", "at its end: 4 layers × 32"),
+        says=("stack_layers [0, 0, 1, 1]", "after the last one: 4 layers × 32"),
     ),
     'python sample.py --init_from=gpt2-xl --start="What is the answer to life, the universe, and '
     'everything?" --num_samples=5 '
