@@ -210,7 +210,7 @@ class Trainer:
         while run.current_step < run.length.steps and not run.stop_requested:
             if not self._has_spiked:  # a resumed run may be where it has to roll back
                 if not self._train_step():
-                    continue  # out of memory: once more, with smaller micro-batches
+                    continue  # out of memory: repeat the step with smaller micro-batches
                 self._end_of_step()
             minutes = run.training.max_minutes
             is_over = minutes is not None and run.seconds_since_start >= 60 * minutes

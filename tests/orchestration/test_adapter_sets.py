@@ -1,6 +1,4 @@
-"""Several sets of low-rank adapters in one run: those that count go on counting through an operation, a
-resume and a checkpoint.
-"""
+"""Several adapters in one run: active ones stay active through an operation, a resume and a checkpoint."""
 
 from __future__ import annotations
 
@@ -36,7 +34,7 @@ def trained(folder: Path, *callbacks: StopAtStep, **settings: object) -> None:
     ).train()
 
 
-def test_an_operation_that_brings_a_set_lets_the_others_count_on_and_a_resume_finds_them(
+def test_an_operation_that_adds_an_adapter_leaves_the_others_active_and_a_resume_restores_them(
     tmp_path: Path,
 ) -> None:
     trained(tmp_path / "whole")
@@ -59,7 +57,7 @@ def test_an_operation_that_brings_a_set_lets_the_others_count_on_and_a_resume_fi
     assert {name.split(".lora.")[1].split(".")[0] for name in learned} == {"mine", "default"}
 
 
-def test_an_operation_on_a_set_that_does_not_count_is_refused_before_training() -> None:
+def test_an_operation_on_an_inactive_adapter_is_refused_before_training() -> None:
     sets = {name: {"ranks": {"attn.0": 2}} for name in ("default", "mine")}
     shape = ModelConfig(
         vocab_size=100, hidden_size=16, num_layers=2, num_heads=2, lora=sets, active_adapters=["mine"]
@@ -71,7 +69,9 @@ def test_an_operation_on_a_set_that_does_not_count_is_refused_before_training() 
         dry_run(SCHEDULE, shape, RunSettings(1e-3, 8, 2, 10, None, 100))
 
 
-def test_a_set_beside_that_of_a_checkpoint_still_counts_in_the_next_one(tmp_path: Path) -> None:
+def test_an_adapter_added_to_a_checkpoints_adapter_is_still_active_in_the_next_checkpoint(
+    tmp_path: Path,
+) -> None:
     trainer = tiny_trainer(tmp_path / "first", model={"attn_lora_rank": 2})
     save_pretrained(trainer.model, tmp_path / "first")
     model = load_pretrained_model(

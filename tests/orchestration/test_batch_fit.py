@@ -24,21 +24,21 @@ WIDE = {
     "num_layers": 1,
     "dropout": 0.0,
 }
-"""A sequence's logits are 5 MB, kept a few times, and nothing else counts."""
+# The logits of a sequence are 5 MB, kept a few times; nothing else needs much memory.
 
 
 def adjusted(
     folder: Path, value: object, *, spare: float = 1000.0, micro: int = 2, **settings: Any
 ) -> Trainer:
     """A run whose operation fires after its first step with so many GB of memory to spare."""
-    said = {
+    base = {
         "micro_batch_size": micro,
         "batch_size": 8,
         "gradient_accumulation_steps": None,
         "loss": "dense",
         "max_steps": 2,
     }
-    config = tiny_config(folder, WIDE, **said | {"warmup_steps": 0} | settings)
+    config = tiny_config(folder, WIDE, **base | {"warmup_steps": 0} | settings)
     schedule = [Operation(name="adjust_batch_size", value=value, max_wait_iters=1)]
     trainer = Trainer(
         tiny_model(config.model),
@@ -66,7 +66,7 @@ def losses(folder: Path) -> list[float]:
         ({"target_vram_percent": 80}, BatchPlan(8, 1)),
     ],
 )
-def test_with_memory_to_spare_all_goes_at_once_up_to_the_bound(
+def test_with_memory_to_spare_the_micro_batch_grows_up_to_the_bound(
     tmp_path: Path, value: object, plan: BatchPlan
 ) -> None:
     trainer = adjusted(tmp_path / "adjusted", value)
@@ -89,7 +89,7 @@ def test_the_micro_batch_is_the_one_that_the_finder_finds(tmp_path: Path) -> Non
     assert losses(tmp_path / "adjusted") == pytest.approx(losses(tmp_path / "at_once"), rel=1e-5)
 
 
-def test_where_not_even_one_sequence_fits_the_run_goes_on_with_one_and_says_so(tmp_path: Path) -> None:
+def test_where_not_even_one_sequence_fits_the_run_continues_with_one_and_logs_it(tmp_path: Path) -> None:
     trainer = adjusted(tmp_path, None, spare=-1.0, file_logging=True)
     trainer.train()
     assert (trainer.run.batches, trainer.run.state.step) == (BatchPlan(1, 8), 2)
@@ -118,7 +118,7 @@ def test_bounds_that_divide_nothing_do_not_end_the_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_resumed_run_keeps_what_was_found(tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_the_size_that_was_found(tmp_path: Path) -> None:
     first = adjusted(tmp_path / "run", {"max_batch_size": 4}, max_steps=4, save_interval=1)
     first.callbacks.append(StopAtStep(2))
     first.train()
@@ -149,7 +149,7 @@ def test_a_resumed_run_keeps_what_was_found(tmp_path: Path) -> None:
         "{target_vram_percent: 120}",
     ],
 )
-def test_a_value_that_says_nothing_is_refused_before_training(tmp_path: Path, value: str) -> None:
+def test_a_meaningless_value_is_refused_before_training(tmp_path: Path, value: str) -> None:
     path = tmp_path / "schedule.yaml"
     path.write_text(f"- {{name: adjust_batch_size, value: {value}, max_wait_iters: 1}}\n", encoding="utf-8")
     with pytest.raises(UsageError, match="adjust_batch_size"):

@@ -1,6 +1,4 @@
-"""A schedule is run through before training: what cannot be is said with its entry, and with the one that
-made it impossible.
-"""
+"""A schedule is simulated before training: an impossible entry is reported with the entry that made it so."""
 
 from __future__ import annotations
 
@@ -28,7 +26,7 @@ def entry(name: str, value: object = None, **more: Any) -> Operation:
     return Operation(name=name, value=value, max_wait_iters=1, **more)
 
 
-def test_the_last_stage_is_what_the_run_will_be_like() -> None:
+def test_the_last_stage_describes_the_final_model_and_settings() -> None:
     schedule = [
         entry("stack_layers", [0, 0, 1, 1]),
         entry("widen_mlp", 96),
@@ -44,7 +42,7 @@ def test_the_last_stage_is_what_the_run_will_be_like() -> None:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "said"),
+    ("schedule", "message"),
     [
         (
             [entry("stack_layers", [0]), entry("freeze_layer", "attn.1")],
@@ -71,8 +69,10 @@ def test_the_last_stage_is_what_the_run_will_be_like() -> None:
         ([entry("stack_layers", [1, 0], mode="identity")], "entry 1.*reorders"),
     ],
 )
-def test_what_cannot_be_names_its_entry_and_the_one_before(schedule: list[Operation], said: str) -> None:
-    with pytest.raises(UsageError, match=said):
+def test_an_impossible_entry_is_named_with_the_entry_that_made_it_impossible(
+    schedule: list[Operation], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
         dry_run(schedule, SHAPE, SETTINGS, data_vocab_size=90)
 
 
@@ -83,7 +83,7 @@ def test_what_cannot_be_names_its_entry_and_the_one_before(schedule: list[Operat
         [entry("set_layer_lora_rank", ["attn.0", 0]), entry("set_layer_lora_rank", ["attn.1", 0])],
     ],
 )
-def test_the_last_adapters_over_a_frozen_base_stay(schedule: list[Operation]) -> None:
+def test_the_last_adapters_over_a_frozen_base_cannot_be_removed(schedule: list[Operation]) -> None:
     shape = SHAPE.model_copy(update={"attn_lora_rank": 2, "lora_train_base": False})
     frozen = frozenset(ModelState.from_model(empty_model(SHAPE, "meta")).weights)
     with pytest.raises(UsageError, match=f"entry {len(schedule)}.*every part is frozen.*unfreeze_layer"):
@@ -92,7 +92,7 @@ def test_the_last_adapters_over_a_frozen_base_stay(schedule: list[Operation]) ->
 
 
 @pytest.mark.parametrize(
-    ("schedule", "said"),
+    ("schedule", "message"),
     [
         (
             [entry("widen_mlp", 96), entry("prune_heads", ["attn.1", 0.5])],
@@ -106,13 +106,13 @@ def test_the_last_adapters_over_a_frozen_base_stay(schedule: list[Operation]) ->
         ([entry("set_attn_lora_rank", 4)], "entry 1.*LoRA in blocks \\(attn.0\\)"),
     ],
 )
-def test_a_shape_that_a_tensor_group_cannot_cut_is_refused_before_training(
-    schedule: list[Operation], said: str
+def test_a_shape_that_tensor_parallel_cannot_shard_is_refused_before_training(
+    schedule: list[Operation], message: str
 ) -> None:
     even = [entry("widen_mlp", 96), entry("set_embedding_lora_rank", 4), entry("prune_mlp", ["mlp.0", 0.5])]
     check = partial(check_shape, ParallelPlan(tensor_parallel=2))
     assert len(dry_run(even, SHAPE, SETTINGS, check_shape=check)) == 4
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         dry_run(schedule, SHAPE, SETTINGS, check_shape=check)
 
 

@@ -1,5 +1,5 @@
-"""What fires, when, what it does to the run, what is told of it, and that a run that was interrupted ends
-where the other ends.
+"""Which operations fire, when, what they change and log, and that an interrupted run ends as the
+uninterrupted one.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def test_an_entry_fires_below_its_loss_or_after_its_wait(
     assert (trigger_of(Operation(name="change_lr", value=0.5, **entry), loss, waited) is not None) == fires
 
 
-def test_only_the_first_pending_entry_fires_and_waiting_begins_anew(tmp_path: Path) -> None:
+def test_only_the_first_pending_entry_fires_and_the_wait_restarts(tmp_path: Path) -> None:
     schedule = [after(3, "change_lr", 0.5), after(2, "change_lr", 0.5), after(0, "change_lr", 0.5)]
     trained(tmp_path, schedule)
     assert [(line["entry"], line["step"]) for line in journal(tmp_path)] == [(1, 3), (2, 5), (3, 5)]
@@ -82,7 +82,7 @@ def test_the_first_loss_is_that_of_step_0(tmp_path: Path) -> None:
     assert trainer.run.state.operations.factor == pytest.approx(0.5 / 1e-2)
 
 
-def test_after_one_has_fired_the_next_is_judged_at_once_by_the_same_loss_or_the_new_one(
+def test_after_an_entry_has_fired_the_next_is_checked_at_once_with_the_same_loss_or_the_new_one(
     tmp_path: Path,
 ) -> None:
     loss = Operation(name="stack_layers", value=[0, 0, 1, 1], trigger_loss=NO_LOSS_YET, reevaluate=True)
@@ -149,7 +149,7 @@ def test_the_end_that_is_shown_follows_the_batches(tmp_path: Path) -> None:
     assert [line.split()[3] for line in lines if " tok/s" in line] == ["1/5", "2/5", "3/4", "4/4"]
 
 
-def test_the_line_in_console_journal_and_tensorboard_says_what_and_why(tmp_path: Path) -> None:
+def test_the_event_in_console_log_and_tensorboard_says_what_fired_and_why(tmp_path: Path) -> None:
     console = Console(width=400, file=(tmp_path / "console.txt").open("w", encoding="utf-8"))
     schedule = [
         Operation(name="widen_mlp", value=96, trigger_loss=NO_LOSS_YET, reevaluate=True, desc="wider")
@@ -207,7 +207,7 @@ def test_interrupted_anywhere_the_run_ends_where_the_uninterrupted_one_ends(
     ],
     ids=lambda operation: operation.name,
 )
-def test_what_was_frozen_at_first_and_is_frozen_again_keeps_its_resting_state_over_a_resume(
+def test_a_part_that_is_frozen_again_keeps_its_optimizer_state_over_a_resume(
     tmp_path: Path, thaw: Operation, freeze: Operation
 ) -> None:
     schedule = [thaw, freeze, after(3, "unfreeze_layer", "wte")]
@@ -219,14 +219,14 @@ def test_what_was_frozen_at_first_and_is_frozen_again_keeps_its_resting_state_ov
         assert compare_checkpoints(tmp_path / "straight/final_model", resumed / "final_model") == [], step
 
 
-def test_a_run_stopped_and_resumed_in_its_own_folder_tells_each_operation_once(tmp_path: Path) -> None:
+def test_a_run_resumed_in_its_own_folder_logs_each_operation_once(tmp_path: Path) -> None:
     trained(tmp_path, GROWTH, StopAtStep(5))
     trained(tmp_path, GROWTH, resume_from=str(tmp_path))
     assert [line["entry"] for line in journal(tmp_path)] == list(range(1, len(GROWTH) + 1))
 
 
 @pytest.mark.parametrize(
-    ("entry", "said"),
+    ("entry", "message"),
     [
         ({"max_wait_iters": 1, "reevaluate": True}, "entry 2.*reevaluate.*no validation split"),
         ({"trigger_loss": 2.0}, "entry 2.*trigger_loss 2.*no validation split"),
@@ -237,18 +237,20 @@ def test_a_run_stopped_and_resumed_in_its_own_folder_tells_each_operation_once(t
     ],
 )
 def test_an_entry_that_needs_a_loss_is_refused_without_a_validation_split(
-    tmp_path: Path, entry: dict[str, Any], said: str | None
+    tmp_path: Path, entry: dict[str, Any], message: str | None
 ) -> None:
     trainer = tiny_trainer(tmp_path)
     schedule = [after(1, "change_lr", 0.5), Operation(name="change_lr", value=0.5, **entry)]
     assert len(dry_run_schedule(schedule, trainer.run)) == 3
     trainer.run.eval_dataset = None
-    with pytest.raises(UsageError, match=said) if said else contextlib.nullcontext():
+    with pytest.raises(UsageError, match=message) if message else contextlib.nullcontext():
         dry_run_schedule(schedule, trainer.run)
 
 
 @pytest.mark.parametrize("comes", ["set_attn_lora_rank", "set_embedding_lora_rank"])
-def test_the_base_rests_when_adapters_come_that_are_to_be_trained_alone(tmp_path: Path, comes: str) -> None:
+def test_the_base_is_frozen_when_an_operation_adds_adapters_to_be_trained_alone(
+    tmp_path: Path, comes: str
+) -> None:
     schedule = [
         after(2, comes, 2),
         after(2, "unfreeze_layer", "mlp.1"),
@@ -269,7 +271,7 @@ def test_the_base_rests_when_adapters_come_that_are_to_be_trained_alone(tmp_path
     assert compare_checkpoints(tmp_path / "straight/final_model", tmp_path / "resumed/final_model") == []
 
 
-def test_what_has_fired_may_not_change_in_the_schedule_and_what_comes_may(tmp_path: Path) -> None:
+def test_fired_entries_of_the_schedule_may_not_change_and_later_ones_may(tmp_path: Path) -> None:
     trained(tmp_path, GROWTH, StopAtStep(3))
     other = [after(3, "stack_layers", [0, 1, 1, 1]), *GROWTH[1:]]
     with pytest.raises(UsageError, match="entry 1 of the schedule is stack_layers"):
@@ -298,7 +300,7 @@ def test_a_frozen_part_stays_as_it_is_while_the_rest_moves(tmp_path: Path) -> No
     assert not torch.equal(watch.seen[7][0], watch.seen[8][0])
 
 
-def test_each_merge_begins_adapters_anew_with_other_directions_and_no_averages(tmp_path: Path) -> None:
+def test_each_merge_restarts_adapters_in_other_directions_without_optimizer_state(tmp_path: Path) -> None:
     class Watch(Callback):
         def __init__(self) -> None:
             self.a: list[torch.Tensor] = []

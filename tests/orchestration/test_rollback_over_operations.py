@@ -1,5 +1,5 @@
-"""A loss spike after an operation takes the run back to before the operation: the old shape, the old place in
-the schedule.
+"""A loss spike after an operation rolls the run back to before it: the old shape, the old position in the
+schedule.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ def growing(folder: Path, *callbacks: Callback, **settings: object) -> tuple[Tra
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_the_model_shrinks_to_what_it_was_and_the_operations_fire_again(
+def test_a_rollback_restores_the_old_shape_and_the_operations_fire_again(
     tmp_path: Path, optimizer: str
 ) -> None:
     depths = Depths()
-    trainer, said = growing(tmp_path, depths, optimizer=optimizer)
+    trainer, lines = growing(tmp_path, depths, optimizer=optimizer)
     assert trainer.train().step == 24
-    assert any("loss spike at step 19" in line and "rolled back to step 3 " in line for line in said), said
+    assert any("loss spike at step 19" in line and "rolled back to step 3 " in line for line in lines), lines
     first, second = depths.seen[:20], depths.seen[20:]
     assert first == [(step, 2 if step <= 5 else 4) for step in range(1, 21)]
     assert second == [(step, 2 if step <= 5 else 4) for step in range(4, 25)]
@@ -61,18 +61,22 @@ def test_the_model_shrinks_to_what_it_was_and_the_operations_fire_again(
 
 
 @pytest.mark.parametrize("stop", [19, *(pytest.param(stop, marks=pytest.mark.slow) for stop in (12, 20, 22))])
-def test_interrupted_around_it_the_run_ends_as_the_uninterrupted_one(tmp_path: Path, stop: int) -> None:
+def test_interrupted_around_the_rollback_the_run_ends_as_the_uninterrupted_one(
+    tmp_path: Path, stop: int
+) -> None:
     growing(tmp_path / "straight")[0].train()
     growing(tmp_path / "cut", StopAtStep(stop))[0].train()
     growing(tmp_path / "cut", resume_from="auto")[0].train()
     assert compare_checkpoints(tmp_path / "straight/final_model", tmp_path / "cut/final_model") == []
 
 
-def test_a_warm_up_that_an_operation_had_doubled_is_doubled_once(tmp_path: Path) -> None:
+def test_a_warm_up_doubled_by_an_operation_is_doubled_once_after_a_rollback(tmp_path: Path) -> None:
     longer = Operation(name="change_warmup_iters", value=2, max_wait_iters=5)
-    trainer, said = spiking(tmp_path, 13, 14, Orchestrator([longer]), spike_rollback_steps=10, warmup_steps=4)
+    trainer, lines = spiking(
+        tmp_path, 13, 14, Orchestrator([longer]), spike_rollback_steps=10, warmup_steps=4
+    )
     trainer.train()
-    assert any("rolled back to step 3 " in line for line in said), said
+    assert any("rolled back to step 3 " in line for line in lines), lines
     assert trainer.run.state.schedule is not None
     assert trainer.run.state.schedule.warmup_steps == 8
 
@@ -80,7 +84,7 @@ def test_a_warm_up_that_an_operation_had_doubled_is_doubled_once(tmp_path: Path)
 def extended(
     folder: Path, fired: Operation, *callbacks: Callback, **settings: object
 ) -> tuple[Trainer, list[str]]:
-    """A run of 12 steps that goes on to 24, is changed at step 13, and goes back at a spike (step 19) to
+    """A run of 12 steps that is extended to 24, changed at step 13, and rolled back at a spike (step 19) to
     where it was resumed.
     """
     ends = {"max_steps": 24} if "num_epochs" not in settings else {}
@@ -96,31 +100,33 @@ def test_a_rollback_to_before_the_end_was_moved_keeps_the_new_end_and_its_rates(
 ) -> None:
     rates = Rates()
     operation = Operation(name=name, value=[0, 0, 1, 1] if name == "stack_layers" else 50, max_wait_iters=13)
-    trainer, said = extended(tmp_path, operation, rates)
+    trainer, lines = extended(tmp_path, operation, rates)
     assert trainer.train().step == 24
-    assert any("loss spike at step 19" in line and "rolled back to step 12 " in line for line in said), said
+    assert any("loss spike at step 19" in line and "rolled back to step 12 " in line for line in lines), lines
     first, second = dict(rates.seen[:8]), dict(rates.seen[8:])
     assert list(first) == list(range(13, 21))
     assert list(second) == list(range(13, 25))
     assert all(second[step] == rate for step, rate in first.items())
 
 
-def test_a_rollback_to_before_other_batches_keeps_an_end_in_epochs_that_was_moved(tmp_path: Path) -> None:
+def test_a_rollback_to_before_other_batches_keeps_a_moved_end_in_epochs(tmp_path: Path) -> None:
     """4.8 epochs are 192 samples: 24 steps of 8."""
     halved = Operation(name="set_grad_accum", value=1, max_wait_iters=13)
-    trainer, said = extended(tmp_path, halved, max_steps=None, num_epochs=4.8, spike_rollback_steps=12)
+    trainer, lines = extended(tmp_path, halved, max_steps=None, num_epochs=4.8, spike_rollback_steps=12)
     assert trainer.train().step == 13 + 2 * 11
-    assert any("loss spike at step" in line and "rolled back to step 12 " in line for line in said), said
+    assert any("loss spike at step" in line and "rolled back to step 12 " in line for line in lines), lines
 
 
-def test_what_was_still_to_come_at_the_best_model_comes_when_the_run_goes_back_there(tmp_path: Path) -> None:
-    """The best model is saved in the validation at step 8, before the entry that its loss triggers is judged."""
+def test_a_rollback_to_the_best_model_runs_the_operations_that_were_pending_there(tmp_path: Path) -> None:
+    """The best model is saved in the validation at step 8, before the entry that its loss triggers is
+    judged.
+    """
     depths = Depths()
     operation = Operation(name="stack_layers", value=[0, 0, 1, 1], trigger_loss=1e9, max_wait_iters=None)
     waits = Operation(name="set_eval_interval", value=8, max_wait_iters=1)
     settings = {"save_interval": 100, "eval_interval": 8, "spike_rollback_steps": 4, "max_steps": 16}
-    trainer, said = spiking(tmp_path, 14, 15, depths, Orchestrator([waits, operation]), **settings)
+    trainer, lines = spiking(tmp_path, 14, 15, depths, Orchestrator([waits, operation]), **settings)
     trainer.train()
-    assert any("rolled back to step 8 " in line and "best_model" in line for line in said), said
+    assert any("rolled back to step 8 " in line and "best_model" in line for line in lines), lines
     assert [layers for step, layers in depths.seen if step == 9] == [4, 4]
     assert not trainer.run.state.between_steps_pending

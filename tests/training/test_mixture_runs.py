@@ -1,5 +1,5 @@
-"""Training on mixtures and on other packings: through the one loop, exact over a resume, with the achieved
-shares told.
+"""Training on mixtures and with other packings: bit-exact over a resume, with the achieved fractions in the
+metrics.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def run(
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_run_on_a_staged_mixture_resumes_to_the_bit_with_its_counts(
+def test_a_run_on_a_staged_mixture_resumes_bit_exactly_with_its_counts(
     tmp_path: Path, num_workers: int
 ) -> None:
     run(tmp_path / "straight", mixture(), num_workers=num_workers)
@@ -77,7 +77,7 @@ def test_a_run_on_a_staged_mixture_resumes_to_the_bit_with_its_counts(
         assert totals[0] == totals[1] != {}
 
 
-def test_the_achieved_shares_are_told_as_they_are(tmp_path: Path) -> None:
+def test_the_achieved_fractions_are_in_the_metrics(tmp_path: Path) -> None:
     run(tmp_path, mixture())
     lines = [line for line in read_metrics(tmp_path) if "loss" in line]
     first, second = lines[:5], lines[5:]
@@ -87,7 +87,7 @@ def test_the_achieved_shares_are_told_as_they_are(tmp_path: Path) -> None:
     assert "share/a" not in (read_metrics(tmp_path)[0] if "loss" not in read_metrics(tmp_path)[0] else {})
 
 
-def test_a_run_on_one_corpus_tells_no_shares(tmp_path: Path) -> None:
+def test_a_run_on_one_corpus_has_no_fractions_in_its_metrics(tmp_path: Path) -> None:
     run(tmp_path, tokens())
     assert not any(name.startswith("share/") for line in read_metrics(tmp_path) for name in line)
 
@@ -106,7 +106,7 @@ def test_other_weights_or_a_moved_stage_cannot_be_resumed_silently(tmp_path: Pat
 @pytest.mark.parametrize(
     "data", [{"packing_strategy": "first_fit"}, {"pack_sequences": False}, {"stride": 3}]
 )
-def test_each_packing_trains_validates_and_resumes_to_the_bit(
+def test_each_packing_trains_validates_and_resumes_bit_exactly(
     tmp_path: Path, data: dict[str, object]
 ) -> None:
     train = documents(tmp_path / "data")
@@ -134,7 +134,7 @@ def test_validation_covers_the_same_tokens_whatever_the_packing(tmp_path: Path) 
     assert found["first_fit"].loss == pytest.approx(found["none"].loss, rel=1e-5)
 
 
-def test_noise_is_on_the_training_text_alone_and_resumes_to_the_bit(tmp_path: Path) -> None:
+def test_noise_is_in_the_training_text_alone_and_resumes_bit_exactly(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_alphabet([chr(65 + index) for index in range(VOCABULARY)])
     data: dict[str, object] = {"augment_span_drop": 0.2, "augment_case": 0.2}
     noisy = trainer(tmp_path / "a", tokens(), data, tokenizer=tokenizer)

@@ -1,5 +1,5 @@
-"""Signals: the step is finished, a checkpoint is saved, the exit status says so, and the resumed run is the
-uninterrupted one.
+"""After a signal the step is finished, a checkpoint is saved, the exit code tells why, and the resumed run
+equals the uninterrupted one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from llm_trainer.diagnostics.verify_resume import compare_checkpoints
 from llm_trainer.run_dir import resolve_resume_folder
 from llm_trainer.training.preemption import EXIT_INTERRUPTED, EXIT_PREEMPTED, StopSignals
 
-# Tells where the run is and waits there for a line on stdin, so that the signal comes exactly then.
+# Prints when the run is at a point and waits there for a line on stdin, so that the signal comes then.
 SCRIPT = textwrap.dedent("""
     import sys
     from pathlib import Path
@@ -51,7 +51,7 @@ SCRIPT = textwrap.dedent("""
 
 
 def start(folder: Path, place: str) -> ForkedProcess:
-    """The run, standing at `place`."""
+    """The run, waiting at `place`."""
     command = ["-c", SCRIPT, folder, place]
     process = fork_server.start(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=SUPPORT)
     assert process.stdout is not None
@@ -68,7 +68,7 @@ def start(folder: Path, place: str) -> ForkedProcess:
         ("step", signal.SIGINT, EXIT_INTERRUPTED),
     ],
 )
-def test_a_signal_saves_at_the_steps_edge_and_the_resumed_run_is_the_uninterrupted_one(
+def test_a_signal_saves_after_the_step_and_the_resumed_run_equals_the_uninterrupted_one(
     tmp_path: Path, place: str, number: signal.Signals, status: int
 ) -> None:
     process = start(tmp_path / "cut", place)
@@ -91,11 +91,11 @@ def test_a_second_signal_exits_at_once(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("emergency-*"))
 
 
-def test_the_status_for_preemption_is_neither_success_nor_an_error() -> None:
+def test_the_exit_code_for_preemption_is_neither_success_nor_an_error() -> None:
     assert EXIT_PREEMPTED not in (0, 1, 2)
 
 
-def test_handlers_are_put_back() -> None:
+def test_signal_handlers_are_restored() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with StopSignals() as signals:
         os.kill(os.getpid(), signal.SIGUSR1)
@@ -104,7 +104,7 @@ def test_handlers_are_put_back() -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_without_a_signal_nothing_is_asked_for() -> None:
+def test_without_a_signal_no_stop_is_requested() -> None:
     with StopSignals() as signals:
         assert not signals.stop_requested
         assert signals.exit_code == 0

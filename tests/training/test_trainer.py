@@ -1,4 +1,6 @@
-"""The loop as a whole: it learns, it may be subclassed as the manual shows, its parts agree with each other."""
+"""The training loop: it learns, it may be subclassed as the manual shows, and its parts agree with each
+other.
+"""
 
 from __future__ import annotations
 
@@ -30,15 +32,15 @@ def test_the_loss_falls_to_the_noise_of_the_data(tmp_path: Path, optimizer: str,
         eval_interval=120,
     )
     assert result.validation is not None
-    # Each id is one of two, and the one before tells which pairs are left: at most ln 4 = 1.39 nats; ln 32 =
-    # 3.47 at the start.
+    # Each id is one of two, and the one before determines which pairs are left: at most ln 4 = 1.39 nats; at
+    # the start ln 32 = 3.47.
     assert result.validation.loss < 1.4
     assert result.loss is not None
     assert result.loss < 1.4
     assert (result.ended_by, result.step, result.tokens) == ("finished", 120, 120 * 64)
 
 
-def test_the_manuals_custom_metrics_work_as_shown(tmp_path: Path) -> None:
+def test_the_custom_metrics_of_the_manual_work_as_shown(tmp_path: Path) -> None:
     class CustomTrainer(Trainer):
         def _log_metrics(self, loss: float) -> None:
             super()._log_metrics(loss)
@@ -118,7 +120,7 @@ def test_checkpoints_by_minutes_and_at_every_validation(tmp_path: Path) -> None:
     ]
 
 
-def test_a_limit_in_minutes_saves_and_leaves(tmp_path: Path) -> None:
+def test_a_limit_in_minutes_saves_and_ends_the_run(tmp_path: Path) -> None:
     result = tiny_run(tmp_path, max_minutes=1e-9)
     assert (result.ended_by, result.step, result.exit_code) == ("time", 1, 0)
     assert (tmp_path / "emergency-1").is_dir()
@@ -141,7 +143,7 @@ def test_a_trainer_evaluates_without_training(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_accumulated_training_is_whole_training(tmp_path: Path) -> None:
+def test_accumulated_training_equals_training_on_full_batches(tmp_path: Path) -> None:
     weights = []
     for micro, accumulation in ((8, 1), (4, 2), (2, 4)):
         trainer = tiny_trainer(
@@ -167,7 +169,7 @@ def test_bf16_follows_fp32_closely(tmp_path: Path) -> None:
     assert losses["bf16"] == pytest.approx(losses["fp32"], abs=0.02)
 
 
-def test_without_a_validation_split_evaluating_says_how_to_get_one(tmp_path: Path) -> None:
+def test_without_a_validation_split_the_error_tells_how_to_get_one(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     trainer = Trainer(tiny_model(config.model), config, tokens(), console=Console(quiet=True))
     with pytest.raises(UsageError, match="val_ratio"):

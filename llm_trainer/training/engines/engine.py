@@ -316,7 +316,7 @@ class Engine:
         Args:
             batches: This rank's micro-batches.
             tokens: Supervised tokens of the step, over all ranks.
-            rate_factor: Factor on the peak learning rates.
+            lr_factor: Factor on the peak learning rates.
             index: Updates before this one, which dropout depends on.
 
         Returns:

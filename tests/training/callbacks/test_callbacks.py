@@ -1,4 +1,4 @@
-"""Hooks run where their docstrings say, and what callbacks know survives a resume."""
+"""Hooks run where their docstrings say, and a callback's state survives a resume."""
 
 from __future__ import annotations
 
@@ -59,11 +59,12 @@ def stopped_after(losses: list[float], **settings: float) -> int | None:
     return None
 
 
-def test_hooks_run_in_the_order_that_they_say(tmp_path: Path) -> None:
+def test_hooks_run_in_the_documented_order(tmp_path: Path) -> None:
     recorder = Recorder()
     tiny_run(tmp_path, callbacks=[recorder], max_steps=4, eval_interval=2, save_interval=2)
     assert recorder.calls == [
-        "start 0", "step 1", "step 2", "validation 2", "checkpoint-2", "step 3", "step 4", "validation 4", "end 4",
+        "start 0", "step 1", "step 2", "validation 2", "checkpoint-2",
+        "step 3", "step 4", "validation 4", "end 4",
     ]  # fmt: skip
 
 
@@ -91,7 +92,9 @@ def test_early_stopping_counts_validations_without_a_better_loss(
 
 
 def test_the_configuration_switches_early_stopping_on(tmp_path: Path) -> None:
-    """A rate of zero cannot improve anything: the first validation is the best, the next two are no better."""
+    """A rate of zero cannot improve anything: the first validation is the best, the next two are no
+    better.
+    """
     result = tiny_run(tmp_path, early_stopping_patience=2, learning_rate=0.0, eval_interval=1)
     assert (result.ended_by, result.step) == ("stopped", 3)
 
@@ -110,7 +113,7 @@ def test_early_stopping_remembers_its_best_across_a_resume(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("patience", "step"), [(2, 3), (4, 5), (None, 10)])
-def test_a_run_that_early_stopping_ended_goes_on_with_a_larger_patience_only(
+def test_a_run_that_early_stopping_ended_continues_only_with_a_larger_patience(
     tmp_path: Path, patience: int | None, step: int
 ) -> None:
     """The step that stops the run writes its checkpoint too."""
@@ -123,7 +126,7 @@ def test_a_run_that_early_stopping_ended_goes_on_with_a_larger_patience_only(
         assert compare_checkpoints(tmp_path / "final_model", tmp_path / "moved_away") == []
 
 
-def test_a_loss_that_is_not_a_number_is_never_the_best_model(tmp_path: Path) -> None:
+def test_a_nan_loss_is_never_the_best(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, eval_interval=1, max_steps=3)
     real, losses = trainer.run.evaluate, iter([2.0, math.nan, 3.0])
     trainer.run.evaluate = lambda: ValidationResult(next(losses), real().tokens, 1.0)  # type: ignore[method-assign]
@@ -131,6 +134,6 @@ def test_a_loss_that_is_not_a_number_is_never_the_best_model(tmp_path: Path) -> 
     assert read_state(tmp_path / "best_model")["step"] == 1
 
 
-def test_a_garbled_state_of_early_stopping_is_refused() -> None:
+def test_a_damaged_state_of_early_stopping_is_refused() -> None:
     with pytest.raises(CheckpointError, match="early stopping"):
         EarlyStopping(2).load_state_dict({"best_loss": "low", "validations_without_gain": 1})

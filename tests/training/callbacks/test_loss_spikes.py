@@ -1,5 +1,5 @@
-"""A loss spike takes the run back to before it, past the data that led there; as often as is allowed, told,
-and the same after a resume.
+"""A loss spike rolls the run back and skips the data that led there: within max_rollbacks, with a message,
+and in the same way after a resume.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ def test_outliers_are_judged_by_the_window_before_them_and_do_not_enter_it() -> 
     assert seen.first_outlier == 7
 
 
-def test_nothing_is_kept_where_rollbacks_are_off() -> None:
+def test_no_losses_are_kept_where_rollbacks_are_off() -> None:
     seen = SpikeState()
     for step in range(20):
         seen.update(step, float(step**3), tiny_config(Path("unused")).training)
     assert seen == SpikeState()
 
 
-def test_a_spike_takes_the_run_back_past_its_data_to_the_full_number_of_steps(tmp_path: Path) -> None:
-    trainer, said = spiking(tmp_path)
+def test_a_spike_rolls_the_run_back_skips_its_data_and_keeps_the_number_of_steps(tmp_path: Path) -> None:
+    trainer, lines = spiking(tmp_path)
     result = trainer.train()
     assert result.ended_by == "finished"
     assert result.step == 24
-    [line] = [line for line in said if "loss spike" in line]
+    [line] = [line for line in lines if "loss spike" in line]
     assert "loss spike at step 13: 2 steps in a row above" in line
     assert "rolled back to step 9 " in line  # the newest that is three steps before it
     assert "skipping samples up to 111" in line
@@ -64,7 +64,7 @@ def test_a_spike_takes_the_run_back_past_its_data_to_the_full_number_of_steps(tm
     assert {one.step for one in list_checkpoints(tmp_path / "earlier-1")} == {12}
 
 
-def test_the_way_back_is_in_the_metrics_which_go_on_from_the_checkpoint(tmp_path: Path) -> None:
+def test_the_rollback_is_in_the_metrics_which_continue_from_the_checkpoint(tmp_path: Path) -> None:
     trainer, _ = spiking(tmp_path)
     trainer.train()
     lines = read_metrics(tmp_path)
@@ -77,8 +77,10 @@ def test_the_way_back_is_in_the_metrics_which_go_on_from_the_checkpoint(tmp_path
     assert left.count('"step": 14') == 1
 
 
-def test_what_follows_is_training_from_that_checkpoint_on_the_data_after_the_spike(tmp_path: Path) -> None:
-    """The same weights as of a run that was resumed at the checkpoint and told to leave those samples out."""
+def test_after_a_rollback_the_run_trains_from_that_checkpoint_on_the_data_after_the_spike(
+    tmp_path: Path,
+) -> None:
+    """The weights equal those of a run that was resumed at the checkpoint and skips those samples."""
     trainer, _ = spiking(tmp_path / "spiked")
     trainer.train()
     start, _ = spiking(tmp_path / "by-hand", 1000, 1000, StopAtStep(9))
@@ -95,15 +97,15 @@ def test_what_follows_is_training_from_that_checkpoint_on_the_data_after_the_spi
     assert [line for line in differences if not line.startswith("state ")] == []
 
 
-def test_saves_in_the_background_are_written_before_the_run_goes_back(tmp_path: Path) -> None:
+def test_asynchronous_saves_are_written_before_the_run_rolls_back(tmp_path: Path) -> None:
     for how in ("off", "on"):
-        trainer, said = spiking(tmp_path / how, 10, 11, asynchronous_saves=how, spike_rollback_steps=1)
+        trainer, lines = spiking(tmp_path / how, 10, 11, asynchronous_saves=how, spike_rollback_steps=1)
         trainer.train()
-        assert any("rolled back to step 6 " in line for line in said)
+        assert any("rolled back to step 6 " in line for line in lines)
     assert compare_checkpoints(tmp_path / "off/final_model", tmp_path / "on/final_model") == []
 
 
-def test_random_numbers_of_ones_own_go_back_too(tmp_path: Path) -> None:
+def test_user_random_numbers_are_rolled_back_too(tmp_path: Path) -> None:
     class Draws(Callback):
         def __init__(self) -> None:
             self.drawn: list[tuple[int, float]] = []
@@ -117,7 +119,7 @@ def test_random_numbers_of_ones_own_go_back_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stop", [13, *(pytest.param(stop, marks=pytest.mark.slow) for stop in (11, 14, 16))])
-def test_interrupted_before_in_and_after_the_spike_the_run_ends_as_the_uninterrupted_one(
+def test_interrupted_before_during_and_after_the_spike_the_run_ends_as_the_uninterrupted_one(
     tmp_path: Path, stop: int
 ) -> None:
     straight, _ = spiking(tmp_path / "straight")
@@ -130,29 +132,29 @@ def test_interrupted_before_in_and_after_the_spike_the_run_ends_as_the_uninterru
 
     cut, _ = spiking(tmp_path / "cut", 13, 14, StopsOnce())
     assert cut.train().ended_by == "stopped"
-    resumed, said = spiking(tmp_path / "cut", resume_from=str(tmp_path / "cut"))
+    resumed, lines = spiking(tmp_path / "cut", resume_from=str(tmp_path / "cut"))
     resumed.train()
-    assert sum("loss spike" in line for line in said) == (0 if stop == 16 else 1)
+    assert sum("loss spike" in line for line in lines) == (0 if stop == 16 else 1)
     assert compare_checkpoints(tmp_path / "straight/final_model", tmp_path / "cut/final_model") == []
 
 
 @pytest.mark.parametrize("stop", [15, *(pytest.param(stop, marks=pytest.mark.slow) for stop in (14, 16))])
-def test_where_losses_are_looked_at_now_and_then_a_save_between_two_looks_changes_nothing(
+def test_where_losses_are_read_every_few_steps_a_save_between_two_reads_changes_nothing(
     tmp_path: Path, stop: int
 ) -> None:
     """As on a GPU, where a look makes the host wait; saving looks too."""
     for name, callbacks in (("straight", []), ("cut", [StopAtStep(stop)]), ("cut", [])):
         resume = {"resume_from": "auto"} if name == "cut" else {}
-        trainer, said = spiking(
+        trainer, lines = spiking(
             tmp_path / name, 13, 14, *callbacks, logging_steps=100, save_interval=4, **resume
         )
         trainer._read_every = 4
         trainer.train()
-    assert any("loss spike" in line and "rolled back to step 8 " in line for line in said)
+    assert any("loss spike" in line and "rolled back to step 8 " in line for line in lines)
     assert compare_checkpoints(tmp_path / "straight/final_model", tmp_path / "cut/final_model") == []
 
 
-def test_the_rate_is_cut_at_each_rollback_where_that_is_asked_for(tmp_path: Path) -> None:
+def test_spike_lr_factor_lowers_the_learning_rate_at_each_rollback(tmp_path: Path) -> None:
     rates = Rates()
     trainer, _ = spiking(tmp_path, 13, 14, rates, spike_lr_factor=0.5, lr_scheduler="constant")
     trainer.train()
@@ -163,47 +165,51 @@ def test_the_rate_is_cut_at_each_rollback_where_that_is_asked_for(tmp_path: Path
     assert read_state(tmp_path / "final_model")["spikes"]["rollbacks"] == 1  # type: ignore[index, call-overload]
 
 
-def test_when_the_rollbacks_are_used_up_the_run_ends_by_name_and_its_checkpoints_stay(tmp_path: Path) -> None:
-    trainer, said = spiking(tmp_path, 13, 1000)
+def test_when_the_rollbacks_are_used_up_the_run_ends_with_an_error_and_its_checkpoints_stay(
+    tmp_path: Path,
+) -> None:
+    trainer, lines = spiking(tmp_path, 13, 1000)
     with pytest.raises(
         TrainingDivergedError,
         match=r"loss spike at step \d+.*all 2 rollbacks \(max_rollbacks\) are used up.*learning_rate",
     ):
         trainer.train()
-    assert sum("rolled back to step" in line for line in said) == 2
+    assert sum("rolled back to step" in line for line in lines) == 2
     assert any(not verify(one.path) for one in list_checkpoints(tmp_path))
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_without_one_the_run_goes_on_aloud(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_skipped_and_without_one_the_run_continues_with_a_message(
+    tmp_path: Path,
+) -> None:
     class Damages(Callback):
         def on_checkpoint(self, run: TrainingRun, path: Path) -> None:
             if path.name in damaged and path.parent.name == "run":
                 (path / "state.json").write_text("{}", encoding="utf-8")
 
     damaged = {"checkpoint-9"}
-    trainer, said = spiking(tmp_path / "a/run", 13, 14, Damages())
+    trainer, lines = spiking(tmp_path / "a/run", 13, 14, Damages())
     trainer.train()
-    assert any("skipping" in line and "checkpoint-9" in line for line in said)
-    assert any("rolled back to step 6 " in line for line in said)
+    assert any("skipping" in line and "checkpoint-9" in line for line in lines)
+    assert any("rolled back to step 6 " in line for line in lines)
     damaged = {f"checkpoint-{step}" for step in (3, 6, 9, 12)}
-    trainer, said = spiking(tmp_path / "b/run", 13, 14, Damages())
+    trainer, lines = spiking(tmp_path / "b/run", 13, 14, Damages())
     assert trainer.train().step == 24
-    assert any("no checkpoint from before it" in line for line in said)
+    assert any("no checkpoint from before it" in line for line in lines)
     assert trainer.run.state.samples == 24 * SAMPLES_A_STEP
 
 
-def test_one_bad_batch_is_no_spike(tmp_path: Path) -> None:
-    trainer, said = spiking(tmp_path, 13, 13)
+def test_one_bad_batch_is_not_a_spike(tmp_path: Path) -> None:
+    trainer, lines = spiking(tmp_path, 13, 13)
     trainer.train()
-    assert not any("loss spike" in line for line in said)
+    assert not any("loss spike" in line for line in lines)
 
 
-def test_a_garbled_state_of_the_rule_is_refused() -> None:
+def test_a_damaged_state_of_the_rule_is_refused() -> None:
     with pytest.raises(CheckpointError, match="does not fit"):
         TrainingState.from_json({"spikes": {"surprise": 1}})
 
 
-def test_an_end_in_epochs_is_where_it_was_after_a_rollback_whether_interrupted_or_not(tmp_path: Path) -> None:
+def test_a_rollback_keeps_an_end_in_epochs_whether_interrupted_or_not(tmp_path: Path) -> None:
     length = {"max_steps": None, "num_epochs": 5}
     assert spiking(tmp_path / "straight", **length)[0].train().step == 25
     spiking(tmp_path / "cut", 13, 14, StopAtStep(12), **length)[0].train()

@@ -1,5 +1,5 @@
-"""Saves in the background: what is written is what was there at the step's edge, one after another, and a
-failure is always told.
+"""Asynchronous saves write the state at the time of the save, one after another, and every failure is
+raised.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from llm_trainer.training.checkpoint.store import CheckpointData, CheckpointStor
 from llm_trainer.training.run import TrainingRun
 
 
-def change(taken: CheckpointData) -> None:
+def change(data: CheckpointData) -> None:
     """What the next steps do to weights and optimizer state."""
     with torch.no_grad():
         for tensor in [
-            *taken.model.parameters(),
-            *(value for one in taken.optimizers for state in one.state.values() for value in state.values()),
+            *data.model.parameters(),
+            *(value for one in data.optimizers for state in one.state.values() for value in state.values()),
         ]:
             tensor.add_(1)
 
@@ -52,86 +52,86 @@ def disk_is_full(*_: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_what_is_written_is_what_was_there_when_it_was_saved(
+def test_what_is_written_is_the_state_at_the_time_of_the_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for optimizer in ("adamw", "muon"):
-        taken = snapshot(tmp_path, optimizer=optimizer)
-        now = CheckpointStore(tmp_path / optimizer / "now").save(taken, 2)
+        data = snapshot(tmp_path, optimizer=optimizer)
+        now = CheckpointStore(tmp_path / optimizer / "now").save(data, 2)
         with monkeypatch.context() as patch:
             go = held_back(patch)
             store = CheckpointStore(tmp_path / optimizer / "later", asynchronous="on")
-            place = store.save(taken, 2)
-            assert not place.exists()
+            path = store.save(data, 2)
+            assert not path.exists()
             assert store.progress == Progress.BUSY
-            change(taken)
+            change(data)
             go.set()
-            assert store.wait() == [place]
-        assert compare_checkpoints(now, place) == []
-        assert verify(place) == []
+            assert store.wait() == [path]
+        assert compare_checkpoints(now, path) == []
+        assert verify(path) == []
 
 
 def test_best_model_and_checkpoint_of_one_step_are_written_from_the_same_copies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    taken, go = snapshot(tmp_path), held_back(monkeypatch)
+    data, go = snapshot(tmp_path), held_back(monkeypatch)
     store = CheckpointStore(tmp_path / "run", asynchronous="on")
-    best = store.save_best(taken)
-    place = store.save(taken, 2)  # would wait for ever if it needed copies of its own
+    best = store.save_best(data)
+    path = store.save(data, 2)  # would wait for ever if it needed copies of its own
     go.set()
-    assert store.wait() == [best, place]
-    assert compare_checkpoints(best, place) == []
+    assert store.wait() == [best, path]
+    assert compare_checkpoints(best, path) == []
 
 
 def test_changed_weights_of_the_same_step_are_copied_again(tmp_path: Path) -> None:
-    taken = snapshot(tmp_path)
+    data = snapshot(tmp_path)
     store = CheckpointStore(tmp_path / "run", asynchronous="on")
-    best = store.save_best(taken)
-    change(taken)
-    place = store.save(taken, 2)
+    best = store.save_best(data)
+    change(data)
+    path = store.save(data, 2)
     store.wait()
-    assert compare_checkpoints(best, place) != []
-    assert compare_checkpoints(place, CheckpointStore(tmp_path / "now").save(taken, 2)) == []
+    assert compare_checkpoints(best, path) != []
+    assert compare_checkpoints(path, CheckpointStore(tmp_path / "now").save(data, 2)) == []
 
 
-def test_a_step_of_a_fused_optimizer_is_seen_while_an_earlier_save_goes_on(
+def test_a_step_of_a_fused_optimizer_is_noticed_during_an_earlier_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Such a step leaves torch's counts of writes to the weights as they were."""
-    taken = snapshot(tmp_path)
+    """Such a step does not change torch's counts of writes to the weights."""
+    data = snapshot(tmp_path)
     with monkeypatch.context() as patch:
         go = held_back(patch)
         store = CheckpointStore(tmp_path / "run", asynchronous="on")
-        store.save(taken, 2)
-        for parameter in taken.model.parameters():
+        store.save(data, 2)
+        for parameter in data.model.parameters():
             parameter.grad = torch.ones_like(parameter)
-        for optimizer in taken.optimizers:
+        for optimizer in data.optimizers:
             optimizer.step()
         threading.Timer(0.3, go.set).start()
-        now = replace(taken, state={"step": 3})
-        place = store.save(now, 3)
+        now = replace(data, state={"step": 3})
+        path = store.save(now, 3)
         store.wait()
-    assert compare_checkpoints(place, CheckpointStore(tmp_path / "now").save(now, 3)) == []
+    assert compare_checkpoints(path, CheckpointStore(tmp_path / "now").save(now, 3)) == []
 
 
-def test_a_failure_in_the_background_is_raised_once_and_leaves_no_litter(
+def test_a_failure_in_the_background_is_raised_once_and_leaves_no_leftovers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    taken = snapshot(tmp_path)
+    data = snapshot(tmp_path)
     store = CheckpointStore(tmp_path / "run", asynchronous="on")
-    store.save(taken, 1)
+    store.save(data, 1)
     store.wait()
     with monkeypatch.context() as patch:
         patch.setattr(snapshot_module, "write_weights", disk_is_full)
-        store.save(taken, 2)
+        store.save(data, 2)
         with pytest.raises(CheckpointError, match="checkpoint-2 could not be saved: the disk is full"):
             store.wait()
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-1"]
-    store.save(taken, 3)
+    store.save(data, 3)
     assert [path.name for path in store.wait()] == ["checkpoint-3"]
 
 
-def test_what_is_no_error_of_the_disk_is_told_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_other_than_the_disks_are_raised_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise ZeroDivisionError("a mistake")
 
@@ -142,7 +142,7 @@ def test_what_is_no_error_of_the_disk_is_told_too(tmp_path: Path, monkeypatch: p
         store.save_final(snapshot(tmp_path))
 
 
-def test_an_emergency_save_is_made_though_one_in_the_background_failed_and_the_failure_is_told(
+def test_an_emergency_save_is_written_after_a_failed_one_in_the_background_and_the_failure_is_raised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = CheckpointStore(tmp_path / "run", asynchronous="on")
@@ -180,7 +180,7 @@ def test_resumed_from_a_save_in_the_background_the_run_ends_as_the_uninterrupted
     assert compare_checkpoints(tmp_path / "straight/final_model", tmp_path / "cut/final_model") == []
 
 
-def test_callbacks_hear_of_each_checkpoint_when_it_is_whole(tmp_path: Path) -> None:
+def test_callbacks_are_called_for_each_checkpoint_once_it_is_complete(tmp_path: Path) -> None:
     class Listener(Callback):
         def __init__(self) -> None:
             self.heard: list[tuple[str, bool]] = []
@@ -194,7 +194,7 @@ def test_callbacks_hear_of_each_checkpoint_when_it_is_whole(tmp_path: Path) -> N
         assert listener.heard == [(f"checkpoint-{step}", True) for step in (3, 6, 9)]
 
 
-def test_recent_saves_replace_each_other_beside_the_lasting_ones_and_can_be_resumed(tmp_path: Path) -> None:
+def test_ephemeral_saves_replace_each_other_and_can_be_resumed(tmp_path: Path) -> None:
     settings = {
         "save_interval": 4,
         "ephemeral_save_interval": 1,
@@ -221,7 +221,7 @@ class Draws(Callback):
 
 
 @pytest.mark.parametrize("how", ["on", "off"])
-def test_random_numbers_of_ones_own_go_on_after_a_resume(tmp_path: Path, how: str) -> None:
+def test_user_random_numbers_continue_after_a_resume(tmp_path: Path, how: str) -> None:
     straight, resumed = Draws(), Draws()
     tiny_run(tmp_path, callbacks=[straight], asynchronous_saves=how, model={"dropout": 0.0})
     random.seed(0)
@@ -231,7 +231,7 @@ def test_random_numbers_of_ones_own_go_on_after_a_resume(tmp_path: Path, how: st
     assert resumed.drawn == {step: straight.drawn[step] for step in range(7, 11)}
 
 
-def test_by_default_a_save_is_in_the_background_where_it_is_large_and_there_are_memory_and_a_core_for_it(
+def test_by_default_a_large_save_is_asynchronous_where_there_is_memory_and_a_core_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def is_at_once(large_from: int, memory_left: int, cores: int) -> bool:
@@ -241,8 +241,8 @@ def test_by_default_a_save_is_in_the_background_where_it_is_large_and_there_are_
         )
         monkeypatch.setattr(os, "cpu_count", lambda: cores)
         store = CheckpointStore(tmp_path / f"{large_from}-{memory_left}-{cores}", asynchronous="auto")
-        place = store.save(snapshot(tmp_path), 1)
-        written = place.exists()
+        path = store.save(snapshot(tmp_path), 1)
+        written = path.exists()
         store.wait()
         return written
 
@@ -254,14 +254,14 @@ def test_by_default_a_save_is_in_the_background_where_it_is_large_and_there_are_
     assert is_at_once(large_from=1000, memory_left=10**9, cores=busy)
 
 
-def test_the_state_that_is_written_is_not_the_one_that_goes_on(
+def test_the_state_that_is_written_does_not_change_with_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state: dict[str, JSON] = {"step": 2, "counts": {"a": 1}}
     go = held_back(monkeypatch)
     store = CheckpointStore(tmp_path / "run", asynchronous="on")
-    place = store.save(snapshot(tmp_path, state=state), 2)
+    path = store.save(snapshot(tmp_path, state=state), 2)
     state["counts"] = {"a": 2}
     go.set()
     store.wait()
-    assert '"a": 1' in (place / "state.json").read_text(encoding="utf-8")
+    assert '"a": 1' in (path / "state.json").read_text(encoding="utf-8")

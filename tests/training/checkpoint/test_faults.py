@@ -50,34 +50,34 @@ in_the_background = pytest.mark.parametrize("how", ["off", "on"], ids=["at once"
 @pytest.mark.slow
 @needs_strace
 @in_the_background
-def test_killed_at_any_system_call_of_a_save_whole_checkpoints_are_left(tmp_path: Path, how: str) -> None:
+def test_killed_at_any_system_call_of_a_save_complete_checkpoints_are_left(tmp_path: Path, how: str) -> None:
     trials = trials_of("save_under_strace.py", tmp_path / "run", "kill", how)
     assert len(trials) > 100
     assert {trial["status"] for trial in trials} == {KILLED}
     assert values(trials, "damaged") == {"[]"}  # nothing half-written ever bears a checkpoint's name
     assert (
         len(values(trials, "resumable")) == len(values(trials, "best")) == 2
-    )  # the earlier one or the new one, both to the bit
+    )  # the earlier one or the new one, each bit-exact
     assert values(trials, "after_next_save") == {"['best_model', 'checkpoint-3']"}
 
 
 @pytest.mark.slow
 @needs_strace
 @in_the_background
-def test_killed_at_any_system_call_of_its_saves_a_run_goes_on_to_the_weights_it_would_have_had(
+def test_killed_at_any_system_call_of_its_saves_a_run_resumes_to_the_weights_it_would_have_had(
     tmp_path: Path, how: str
 ) -> None:
     trials = trials_of("killed_runs.py", tmp_path / "runs", how)
     assert len(trials) > 100
     assert {trial["status"] for trial in trials} == {KILLED}
-    assert len(values(trials, "left")) > 5  # it was killed at different places
+    assert len(values(trials, "left")) > 5  # it was killed at different points
     assert values(trials, "differences") == {"[]"}
 
 
 @pytest.mark.slow
 @needs_strace
 @in_the_background
-def test_a_disk_that_is_full_at_any_system_call_leaves_the_earlier_ones_and_no_litter(
+def test_a_full_disk_at_any_system_call_leaves_earlier_checkpoints_and_no_leftovers(
     tmp_path: Path, how: str
 ) -> None:
     trials = trials_of("save_under_strace.py", tmp_path / "run", "full", how)
@@ -90,7 +90,7 @@ def test_a_disk_that_is_full_at_any_system_call_leaves_the_earlier_ones_and_no_l
     assert "damaged" not in values(trials, "best")
 
 
-def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before_to_the_same_end(
+def test_a_run_whose_newest_checkpoint_is_damaged_resumes_from_the_one_before(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny_run(tmp_path / "straight")
@@ -126,7 +126,7 @@ class Hostile:
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer/model-00001-of-00001.safetensors"])
-def test_nothing_in_a_checkpoint_is_unpickled_though_its_manifest_agrees(tmp_path: Path, name: str) -> None:
+def test_nothing_in_a_checkpoint_is_unpickled_even_if_its_manifest_agrees(tmp_path: Path, name: str) -> None:
     tiny_run(tmp_path / "run", callbacks=[StopAtStep(4)])
     folder, canary = tmp_path / "run/final_model", tmp_path / "canary"
     (folder / name).write_bytes(pickle.dumps(Hostile(canary)))
@@ -152,14 +152,17 @@ def test_a_nanogpt_file_that_holds_code_is_refused_unexecuted(tmp_path: Path) ->
     assert not canary.exists()
 
 
-def test_a_disk_that_fills_up_ends_the_run_with_a_message_and_the_earlier_checkpoint_whole(
+def test_a_disk_that_fills_up_ends_the_run_with_a_message_and_leaves_no_partial_checkpoint(
     tmp_path: Path,
 ) -> None:
-    """A real full disk: a tmpfs of 4 MB in a user namespace, where the check of free space is what refuses."""
+    """A real full disk: a tmpfs of 4 MB in a user namespace, where the check of free space is what
+    refuses.
+    """
     script = (
-        f"mount -t tmpfs -o size=9m none {tmp_path} && dd if=/dev/zero of={tmp_path}/ballast bs=1k count=600 status=none && "
-        f"cd {SUPPORT} && {sys.executable} -c "
-        f"\"from pathlib import Path; from tiny_run import tiny_run; tiny_run(Path('{tmp_path}'), eval_interval=100)\"; "
+        f"mount -t tmpfs -o size=9m none {tmp_path} && dd if=/dev/zero of={tmp_path}/ballast bs=1k "
+        f"count=600 status=none && cd {SUPPORT} && {sys.executable} -c "
+        f'"from pathlib import Path; from tiny_run import tiny_run; '
+        f"tiny_run(Path('{tmp_path}'), eval_interval=100)\"; "
         f"echo status $?; ls -A {tmp_path}"
     )
     done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, check=False)

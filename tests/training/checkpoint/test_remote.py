@@ -1,4 +1,4 @@
-"""A run's copy at an address: whole there after the run, trusted by its manifest only, fetched on a resume."""
+"""A run's remote copy is complete after the run, trusted by its manifest only, and fetched on a resume."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def address(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
 
 
 def names_at(address: str) -> set[str]:
-    """What lies at the address."""
+    """The names at the address."""
     files, root = fsspec.core.url_to_fs(address)
     return {path.rstrip("/").rpartition("/")[2] for path in files.ls(root, detail=False)}
 
 
 def downloaded(address: str, name: str, folder: Path) -> Path:
-    """A checkpoint as somebody else's client would fetch it."""
+    """A checkpoint, downloaded by another client."""
     files, root = fsspec.core.url_to_fs(f"{address}/{name}")
     for path in files.find(root):
         place = folder / name / path.removeprefix(f"{root}/")
@@ -44,7 +44,7 @@ def downloaded(address: str, name: str, folder: Path) -> Path:
     return folder / name
 
 
-def test_a_run_saved_at_an_address_is_whole_there_and_another_machine_goes_on_from_it(
+def test_a_run_saved_at_an_address_is_complete_there_and_another_machine_resumes_it(
     address: str, tmp_path: Path
 ) -> None:
     tiny_run(tmp_path / "straight")
@@ -73,7 +73,7 @@ def test_a_named_checkpoint_at_an_address_is_resumed_into_a_local_run(address: s
     assert compare_checkpoints(tmp_path / "straight/final_model", tmp_path / "again/final_model") == []
 
 
-def test_an_upload_that_was_cut_is_passed_over_for_the_one_before(address: str, tmp_path: Path) -> None:
+def test_an_interrupted_upload_is_skipped_for_the_one_before(address: str, tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path / "run", remote=RemoteRun(address, tmp_path / "run"))
     for step in (1, 2, 3):
         store.save(snapshot(tmp_path), step)
@@ -89,7 +89,7 @@ def test_an_upload_that_was_cut_is_passed_over_for_the_one_before(address: str, 
     assert not any(path.name.startswith(".") for path in (tmp_path / "elsewhere").iterdir())
 
 
-def test_the_manifest_is_uploaded_last_and_goes_first(
+def test_the_manifest_is_uploaded_last_and_deleted_first(
     address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     remote = RemoteRun(address, tmp_path / "run")
@@ -121,7 +121,7 @@ def test_the_manifest_is_uploaded_last_and_goes_first(
     assert uploaded[uploaded.index("manifest.json") + 1 :] == []
 
 
-def test_storage_that_cannot_be_reached_is_told_and_tried_again(
+def test_unreachable_storage_is_reported_and_tried_again(
     address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     remote = RemoteRun(address, tmp_path / "run")
@@ -144,7 +144,7 @@ def test_storage_that_cannot_be_reached_is_told_and_tried_again(
     assert remote.take_messages() == []
 
 
-def test_a_run_whose_copy_is_not_whole_at_its_end_ends_with_an_error(
+def test_a_run_whose_copy_is_incomplete_at_its_end_ends_with_an_error(
     address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = tiny_trainer(tmp_path / "run", remote_dir=address)
@@ -163,18 +163,18 @@ def test_a_run_whose_copy_is_not_whole_at_its_end_ends_with_an_error(
     assert verify(tmp_path / "run/final_model") == []
 
 
-def test_a_new_run_sets_what_lies_at_its_address_aside(address: str, tmp_path: Path) -> None:
+def test_a_new_run_sets_aside_what_is_at_its_address(address: str, tmp_path: Path) -> None:
     tiny_run(tmp_path / "first", remote_dir=address)
     tiny_run(tmp_path / "second", remote_dir=address, max_steps=4, save_interval=2)
-    told = (tmp_path / "second/logs/train.log").read_text(encoding="utf-8")
-    assert any("set aside" in line and "checkpoint-9" in line for line in told.splitlines())
+    log = (tmp_path / "second/logs/train.log").read_text(encoding="utf-8")
+    assert any("set aside" in line and "checkpoint-9" in line for line in log.splitlines())
     remote = RemoteRun(address, tmp_path / "third")
     assert {name for name, _ in remote._names()} == {"checkpoint-2", "best_model", "final_model"}
     files, root = fsspec.core.url_to_fs(address)
     assert files.exists(f"{root}/checkpoint-9/manifest-set-aside.json")
 
 
-def test_two_addresses_and_addresses_of_no_kind_are_refused_in_words(tmp_path: Path) -> None:
+def test_two_addresses_and_unknown_addresses_are_refused(tmp_path: Path) -> None:
     two = tiny_config("memory://a", remote_dir="memory://b")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=r"memory://a and remote_dir memory://b"):
         with_local_folders(two.training)
@@ -182,7 +182,7 @@ def test_two_addresses_and_addresses_of_no_kind_are_refused_in_words(tmp_path: P
         RemoteRun("nowhere://a", tmp_path)
 
 
-def test_a_run_that_branches_off_into_another_folder_leaves_the_first_ones_copy_alone(
+def test_a_run_resumed_into_another_folder_leaves_the_first_runs_copy_alone(
     address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from llm_trainer.cli.main import main

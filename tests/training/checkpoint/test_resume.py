@@ -1,6 +1,4 @@
-"""A run that was interrupted ends where the uninterrupted one ends, to the bit; what may change on the way is
-said.
-"""
+"""An interrupted run ends bit-exactly as the uninterrupted one; changed settings are printed."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ from llm_trainer.training.trainer import Trainer
 
 
 class Spy(Callback):
-    """Remembers lines that a trainer says."""
+    """Records learning rates."""
 
     def __init__(self) -> None:
         self.rates: dict[int, float] = {}
@@ -36,7 +34,7 @@ class Spy(Callback):
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_interrupted_and_resumed_is_straight_through_to_the_bit(
+def test_an_interrupted_and_resumed_run_equals_the_uninterrupted_one_bit_exactly(
     tmp_path: Path, precision: str, optimizer: str, num_workers: int
 ) -> None:
     """Stopped in the second epoch's middle (an epoch is 5 steps), with dropout on, resumed in another
@@ -63,7 +61,7 @@ def test_every_checkpoint_of_a_run_leads_to_the_same_end(tmp_path: Path) -> None
         )
 
 
-def test_auto_starts_anew_in_an_empty_folder_and_goes_on_in_one_with_checkpoints(tmp_path: Path) -> None:
+def test_auto_starts_in_an_empty_folder_and_resumes_in_one_with_checkpoints(tmp_path: Path) -> None:
     first = tiny_run(tmp_path, resume_from="auto", callbacks=[StopAtStep(4)])
     second = tiny_trainer(tmp_path, resume_from="auto")
     assert first.step == 4
@@ -98,15 +96,15 @@ def test_resuming_an_earlier_step_moves_later_checkpoints_aside(tmp_path: Path) 
     assert max(one.step for one in list_checkpoints(tmp_path)) == 5
 
 
-def test_rates_intervals_and_paths_may_change_and_are_told(tmp_path: Path) -> None:
+def test_rates_intervals_and_paths_may_change_and_are_printed(tmp_path: Path) -> None:
     old, new = (
         tiny_config(tmp_path),
         tiny_config(tmp_path / "other", learning_rate=0.5, save_interval=7, batch_size=2),
     )
-    said = [str(change) for change in compare_settings(old, new, tmp_path)]
-    assert "training.learning_rate: 0.01 → 0.5" in said
-    assert "training.save_interval: 3 → 7" in said
-    assert "training.batch_size: 4 → 2" in said
+    lines = [str(change) for change in compare_settings(old, new, tmp_path)]
+    assert "training.learning_rate: 0.01 → 0.5" in lines
+    assert "training.save_interval: 3 → 7" in lines
+    assert "training.batch_size: 4 → 2" in lines
 
 
 @pytest.mark.parametrize(
@@ -117,7 +115,7 @@ def test_rates_intervals_and_paths_may_change_and_are_told(tmp_path: Path) -> No
         ({"seed": 5}, "training.seed: 1337 → 5"),
     ],
 )
-def test_what_the_state_is_about_may_not_change(
+def test_what_the_saved_state_depends_on_may_not_change(
     tmp_path: Path, changes: dict[str, object], named: str
 ) -> None:
     tiny_run(tmp_path, callbacks=[StopAtStep(4)])
@@ -125,7 +123,7 @@ def test_what_the_state_is_about_may_not_change(
         tiny_run(tmp_path, resume_from=str(tmp_path), **changes)
 
 
-def test_a_changed_batch_size_goes_on_with_the_next_sample(tmp_path: Path) -> None:
+def test_a_changed_batch_size_continues_with_the_next_sample(tmp_path: Path) -> None:
     tiny_run(tmp_path, callbacks=[StopAtStep(4)])
     trainer = tiny_trainer(tmp_path, resume_from=str(tmp_path), batch_size=2, callbacks=[StopAtStep(6)])
     trainer.train()
@@ -140,45 +138,45 @@ def test_other_data_and_another_tokenizer_are_refused_with_the_way_out(tmp_path:
         tiny_run(tmp_path, resume_from=str(tmp_path), data=tokens(tokenizer_hash="1" * 64))
 
 
-def test_a_moved_end_needs_a_horizon(tmp_path: Path) -> None:
+def test_a_moved_end_needs_lr_on_resume(tmp_path: Path) -> None:
     tiny_run(tmp_path, callbacks=[StopAtStep(4)])
     with pytest.raises(UsageError, match=r"from step 10 to 20.*--lr_on_resume"):
         tiny_run(tmp_path, resume_from=str(tmp_path), max_steps=20)
 
 
 @pytest.mark.parametrize("settings", [{"lr_decay_steps": 10}, {"lr_scheduler": "constant"}])
-def test_a_decay_that_does_not_aim_at_the_end_needs_no_horizon(
+def test_a_decay_that_does_not_aim_at_the_end_needs_no_lr_on_resume(
     tmp_path: Path, settings: dict[str, object]
 ) -> None:
     tiny_run(tmp_path, callbacks=[StopAtStep(4)], **settings)
     assert tiny_run(tmp_path, resume_from=str(tmp_path), max_steps=12, **settings).step == 12
 
 
-def test_horizons_stretch_warm_up_again_or_keep(tmp_path: Path) -> None:
+def test_lr_on_resume_stretches_warms_up_again_or_keeps(tmp_path: Path) -> None:
     """At the old end's last step the rate is on its way (extend), at its peak again (rewarm), or where it was
     (keep).
     """
     tiny_run(tmp_path / "run", callbacks=[StopAtStep(6)], eval_interval=100)
     rates = {}
-    for horizon in ("extend", "rewarm", "keep"):
+    for choice in ("extend", "rewarm", "keep"):
         spy = Spy()
         start = str(tmp_path / "run" / "final_model")
         tiny_run(
-            tmp_path / horizon,
+            tmp_path / choice,
             resume_from=start,
             max_steps=20,
-            lr_on_resume=horizon,
+            lr_on_resume=choice,
             callbacks=[spy],
             eval_interval=100,
         )
-        rates[horizon] = spy.rates
+        rates[choice] = spy.rates
     assert rates["extend"][10] > 2 * rates["keep"][10]
     assert rates["extend"][20] == pytest.approx(1e-3, rel=0.1)
     assert rates["rewarm"][7] < rates["rewarm"][9] == pytest.approx(1e-2)
     assert rates["keep"][11] == rates["keep"][20] == pytest.approx(1e-3)
 
 
-def test_a_horizon_once_said_holds_for_later_resumes(tmp_path: Path) -> None:
+def test_lr_on_resume_stays_in_effect_for_later_resumes(tmp_path: Path) -> None:
     tiny_run(tmp_path, callbacks=[StopAtStep(6)], eval_interval=100)
     tiny_run(
         tmp_path,
@@ -229,7 +227,7 @@ def test_verify_resume_compares_with_the_runs_own_later_checkpoint(tmp_path: Pat
     assert not list(tmp_path.glob(".tmp-*"))
 
 
-def test_verify_resume_of_a_run_that_kept_only_its_end_replays_from_the_beginning(tmp_path: Path) -> None:
+def test_verify_resume_of_a_run_that_kept_only_its_end_replays_from_the_start(tmp_path: Path) -> None:
     tiny_run(tmp_path, save_interval=None, eval_interval=100)
     report = verify_resume(tmp_path, 4, _builder(save_interval=None, eval_interval=100))
     assert report.exact, str(report)
@@ -240,9 +238,7 @@ def test_verify_resume_of_a_run_that_kept_only_its_end_replays_from_the_beginnin
 def test_verify_resume_starts_at_the_best_model_and_compares_with_none(
     tmp_path: Path, eval_interval: int, first: int, last: int
 ) -> None:
-    """The best model is saved in a validation's middle; here that of step 10, and that of step 8 beside the
-    end.
-    """
+    """The best model is saved during a validation: here at step 10, or at step 8 next to the end."""
     settings = {"save_interval": None, "eval_interval": eval_interval}
     tiny_run(tmp_path, callbacks=[StopAtStep(9)] if first else [], **settings)
     shutil.rmtree(tmp_path / "final_model")
@@ -270,17 +266,15 @@ def test_verify_resume_names_what_differs(tmp_path: Path) -> None:
     assert "state.wte.weight.exp_avg differs in" in str(report)
 
 
-def test_verify_resume_needs_a_whole_checkpoint_and_two_steps(tmp_path: Path) -> None:
+def test_verify_resume_needs_a_complete_checkpoint_and_two_steps(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="2 or more"):
         verify_resume(tmp_path, 1, _builder())
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         verify_resume(tmp_path, 4, _builder())
 
 
-def test_a_resume_into_another_folder_brings_the_best_model_along(tmp_path: Path) -> None:
-    """The loss that nothing beats was reached before the resumed step: it is told at the end, and its model
-    is there.
-    """
+def test_a_resume_into_another_folder_copies_the_best_model(tmp_path: Path) -> None:
+    """The lowest loss was reached before the resumed step: the result reports it, and its model is there."""
     _best_at(tmp_path / "old", 4)
     resumed = tiny_run(
         tmp_path / "new", resume_from=str(tmp_path / "old" / "checkpoint-6"), learning_rate=0.0

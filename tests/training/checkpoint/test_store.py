@@ -1,4 +1,4 @@
-"""What a checkpoint holds, that it comes back to the bit, and that saving never costs an earlier one."""
+"""A checkpoint is restored bit-exactly, and saving never damages an earlier one."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from llm_trainer.training.optim.optimizers import build_optimizers
 
 def test_a_checkpoint_is_the_folder_that_is_documented(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_characters(["abc"])
-    taken = snapshot(tmp_path)
+    data = snapshot(tmp_path)
     folder = CheckpointStore(tmp_path).save(
-        CheckpointData(taken.model, taken.optimizers, taken.state, taken.config, tokenizer), 2
+        CheckpointData(data.model, data.optimizers, data.state, data.config, tokenizer), 2
     )
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     documented = {
@@ -47,7 +47,7 @@ def test_a_checkpoint_is_the_folder_that_is_documented(tmp_path: Path) -> None:
     }
     assert documented <= names
     assert verify(folder) == []
-    assert read_run_config(folder) == taken.config
+    assert read_run_config(folder) == data.config
     assert (
         json.loads((folder / "run.json").read_text(encoding="utf-8"))["versions"]["torch"]
         == torch.__version__
@@ -55,17 +55,17 @@ def test_a_checkpoint_is_the_folder_that_is_documented(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_weights_and_optimizer_come_back_to_the_bit_with_types_and_devices(
+def test_weights_and_optimizer_are_restored_bit_exactly_with_dtypes_and_devices(
     tmp_path: Path, optimizer: str
 ) -> None:
-    taken = snapshot(tmp_path, optimizer=optimizer)
-    folder = CheckpointStore(tmp_path).save(taken, 2)
-    other = tiny_model(taken.config.model, seed=8)
-    optimizers = build_optimizers(other, taken.config.training)
+    data = snapshot(tmp_path, optimizer=optimizer)
+    folder = CheckpointStore(tmp_path).save(data, 2)
+    other = tiny_model(data.config.model, seed=8)
+    optimizers = build_optimizers(other, data.config.training)
     restore(folder, other, optimizers)
-    for name, tensor in taken.model.state_dict().items():
+    for name, tensor in data.model.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name]), name
-    before, after = optimizer_state(taken.model, taken.optimizers)[0], optimizer_state(other, optimizers)[0]
+    before, after = optimizer_state(data.model, data.optimizers)[0], optimizer_state(other, optimizers)[0]
     assert before.keys() == after.keys()
     assert any(name.endswith("wte.weight.step") for name in before)
     for name, tensor in before.items():
@@ -81,18 +81,18 @@ def test_restoring_gives_tensors_that_outlive_the_files(tmp_path: Path) -> None:
     """safetensors maps files; a checkpoint that rotation deletes or a disk truncates must not pull weights
     from under a run.
     """
-    taken = snapshot(tmp_path)
-    folder = CheckpointStore(tmp_path).save(taken, 2)
-    restore(folder, taken.model, taken.optimizers)
+    data = snapshot(tmp_path)
+    folder = CheckpointStore(tmp_path).save(data, 2)
+    restore(folder, data.model, data.optimizers)
     expected = {
-        name: tensor.clone() for name, tensor in optimizer_state(taken.model, taken.optimizers)[0].items()
+        name: tensor.clone() for name, tensor in optimizer_state(data.model, data.optimizers)[0].items()
     }
     for path in folder.rglob("*.safetensors"):
         with path.open("r+b") as file:
             file.truncate(0)
     assert all(
         torch.equal(tensor, expected[name])
-        for name, tensor in optimizer_state(taken.model, taken.optimizers)[0].items()
+        for name, tensor in optimizer_state(data.model, data.optimizers)[0].items()
     )
 
 
@@ -131,8 +131,8 @@ def test_torchs_own_reader_and_writer_agree_with_ours(tmp_path: Path) -> None:
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-    taken = snapshot(tmp_path, optimizer="muon")
-    tensors, scalars = optimizer_state(taken.model, taken.optimizers)
+    data = snapshot(tmp_path, optimizer="muon")
+    tensors, scalars = optimizer_state(data.model, data.optimizers)
     (tmp_path / "ours").mkdir()
     write_tensors(tmp_path / "ours" / TENSORS_FILE, tensors)
     read = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
@@ -140,9 +140,9 @@ def test_torchs_own_reader_and_writer_agree_with_ours(tmp_path: Path) -> None:
     assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
     (tmp_path / "theirs").mkdir()
     dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(tmp_path / "theirs")), no_dist=True)
-    load_optimizer_state(tmp_path / "theirs", scalars, taken.model, taken.optimizers)
+    load_optimizer_state(tmp_path / "theirs", scalars, data.model, data.optimizers)
     assert all(
-        torch.equal(optimizer_state(taken.model, taken.optimizers)[0][name], tensor)
+        torch.equal(optimizer_state(data.model, data.optimizers)[0][name], tensor)
         for name, tensor in tensors.items()
     )
 
@@ -150,22 +150,22 @@ def test_torchs_own_reader_and_writer_agree_with_ours(tmp_path: Path) -> None:
 def test_names_are_those_of_torchs_flattened_optimizer_state(tmp_path: Path) -> None:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
-    taken = snapshot(tmp_path)
+    data = snapshot(tmp_path)
     flat = get_optimizer_state_dict(
-        taken.model, taken.optimizers, options=StateDictOptions(flatten_optimizer_state_dict=True)
+        data.model, data.optimizers, options=StateDictOptions(flatten_optimizer_state_dict=True)
     )
     assert {name for name in flat if name.startswith("state.")} == set(
-        optimizer_state(taken.model, taken.optimizers)[0]
+        optimizer_state(data.model, data.optimizers)[0]
     )
 
 
 def test_the_newest_are_kept_and_the_best_is_never_removed(tmp_path: Path) -> None:
-    store, taken = CheckpointStore(tmp_path, save_total_limit=2), snapshot(tmp_path, state={"step": 1})
-    store.save_best(taken)
+    store, data = CheckpointStore(tmp_path, save_total_limit=2), snapshot(tmp_path, state={"step": 1})
+    store.save_best(data)
     for step in (1, 2, 3, 10):
-        store.save(taken, step)
-    store.save_emergency(taken, 11)
-    store.save_final(taken)
+        store.save(data, step)
+    store.save_emergency(data, 11)
+    store.save_final(data)
     assert {path.name for path in tmp_path.iterdir()} == {
         "best_model",
         "final_model",
@@ -174,13 +174,13 @@ def test_the_newest_are_kept_and_the_best_is_never_removed(tmp_path: Path) -> No
     }
 
 
-def test_nothing_is_rotated_away_for_a_checkpoint_that_is_not_whole(
+def test_no_checkpoint_is_removed_for_one_that_is_incomplete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, taken = CheckpointStore(tmp_path, save_total_limit=1), snapshot(tmp_path)
-    store.save(taken, 1)
+    store, data = CheckpointStore(tmp_path, save_total_limit=1), snapshot(tmp_path)
+    store.save(data, 1)
     monkeypatch.setattr("llm_trainer.training.checkpoint.store.verify", lambda *_, **__: ["planted"])
-    store.save(taken, 2)
+    store.save(data, 2)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", "checkpoint-2"}
 
 
@@ -195,12 +195,12 @@ def test_a_step_saved_again_replaces_the_first(tmp_path: Path) -> None:
 
 
 def test_what_crashed_saves_left_is_removed_at_the_next_save(tmp_path: Path) -> None:
-    store, taken = CheckpointStore(tmp_path), snapshot(tmp_path)
+    store, data = CheckpointStore(tmp_path), snapshot(tmp_path)
     (tmp_path / ".tmp-checkpoint-1").mkdir()
     (tmp_path / ".tmp-checkpoint-1" / "model.safetensors").write_bytes(b"half")
-    store.save(taken, 2)
+    store.save(data, 2)
     (tmp_path / "checkpoint-2").rename(tmp_path / ".old-checkpoint-2")  # killed between two renames
-    store.save(taken, 3)
+    store.save(data, 3)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-3"}
     assert verify(tmp_path / "checkpoint-2") == []
 
@@ -208,15 +208,16 @@ def test_what_crashed_saves_left_is_removed_at_the_next_save(tmp_path: Path) -> 
 def test_too_little_space_is_found_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, taken = CheckpointStore(tmp_path), snapshot(tmp_path)
-    store.save(taken, 1)
+    store, data = CheckpointStore(tmp_path), snapshot(tmp_path)
+    store.save(data, 1)
     usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(
         CheckpointError,
-        match=r"needs about 8\.\d MB, 1\.0 MB are free, 7\.\d MB are missing; .*Earlier checkpoints are untouched",
+        match=r"needs about 8\.\d MB, 1\.0 MB are free, 7\.\d MB are missing; "
+        ".*Earlier checkpoints are untouched",
     ):
-        store.save(taken, 2)
+        store.save(data, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
     assert verify(tmp_path / "checkpoint-1") == []
 
@@ -229,31 +230,31 @@ def test_a_checkpoint_of_another_shape_is_refused_by_name(tmp_path: Path) -> Non
 
 
 def test_optimizer_state_of_a_parameter_that_is_not_trained_is_refused_by_name(tmp_path: Path) -> None:
-    taken = snapshot(tmp_path)
-    folder = CheckpointStore(tmp_path).save(taken, 2)
-    taken.model.get_parameter("wte.weight").requires_grad_(False)
+    data = snapshot(tmp_path)
+    folder = CheckpointStore(tmp_path).save(data, 2)
+    data.model.get_parameter("wte.weight").requires_grad_(False)
     with pytest.raises(CheckpointError, match=r"'wte.weight', which is not being trained"):
-        restore(folder, taken.model, build_optimizers(taken.model, taken.config.training))
+        restore(folder, data.model, build_optimizers(data.model, data.config.training))
 
 
 def test_a_damaged_folder_is_not_restored(tmp_path: Path) -> None:
-    taken = snapshot(tmp_path)
-    folder = CheckpointStore(tmp_path).save(taken, 2)
+    data = snapshot(tmp_path)
+    folder = CheckpointStore(tmp_path).save(data, 2)
     (folder / "state.json").write_text("{}", encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"state\.json has 2 bytes"):
-        restore(folder, taken.model, taken.optimizers)
+        restore(folder, data.model, data.optimizers)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", f"optimizer/{TENSORS_FILE}"])
 def test_an_oversized_safetensors_header_is_refused_even_with_a_manifest_that_agrees(
     tmp_path: Path, name: str
 ) -> None:
-    taken = snapshot(tmp_path)
-    folder = CheckpointStore(tmp_path).save(taken, 2)
+    data = snapshot(tmp_path)
+    folder = CheckpointStore(tmp_path).save(data, 2)
     (folder / name).write_bytes((2**62).to_bytes(8, "little") + b"{}")
     write_manifest(folder)
     with pytest.raises(CheckpointError):
-        restore(folder, taken.model, taken.optimizers)
+        restore(folder, data.model, data.optimizers)
 
 
 def test_training_saving_and_resuming_never_touch_a_pickle(
@@ -286,8 +287,8 @@ def test_final_and_best_model_can_be_resumed_as_any_checkpoint(tmp_path: Path) -
 
 def test_the_saved_folder_opens_with_transformers_as_it_is(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    taken = snapshot(tmp_path)
-    folder = CheckpointStore(tmp_path).save(taken, 2)
+    data = snapshot(tmp_path)
+    folder = CheckpointStore(tmp_path).save(data, 2)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     ids = torch.arange(8)[None]
-    assert torch.allclose(theirs(ids).logits, taken.model.eval()(ids), atol=1e-5)
+    assert torch.allclose(theirs(ids).logits, data.model.eval()(ids), atol=1e-5)

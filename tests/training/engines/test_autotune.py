@@ -1,4 +1,6 @@
-"""Precision and compilation: chosen by rules that give the same answer every time, or measured if asked to."""
+"""Precision and compilation: chosen by rules that give the same answer every time, or measured if
+asked to.
+"""
 
 from __future__ import annotations
 
@@ -123,7 +125,7 @@ def test_nothing_is_timed_unless_autotune_is_on(tmp_path: Path, monkeypatch: pyt
 
 
 class _Compilations:
-    """Stands for the compiler: counts compilations, and says what a clock would."""
+    """Replaces the compiler: counts compilations, and returns what a clock would."""
 
     def __init__(self) -> None:
         self.seconds = {"fp32": 1.0, "bf16": 0.5, "compiled": 0.4}
@@ -241,13 +243,13 @@ def test_probing_leaves_weights_and_gradients_as_they_are() -> None:
     assert all(parameter.grad is None for parameter in probe.model.parameters())
 
 
-def test_a_run_that_chose_is_the_run_that_was_told(tmp_path: Path) -> None:
+def test_a_chosen_precision_gives_the_same_run_as_a_set_one(tmp_path: Path) -> None:
     chosen = tiny_trainer(tmp_path / "chosen", precision="auto")
     chosen.train()
     assert chosen.run.state.precision in ("fp32", "bf16")
-    told = tiny_trainer(tmp_path / "told", precision=chosen.run.state.precision)
-    told.train()
-    for one, other in zip(chosen.model.parameters(), told.model.parameters(), strict=True):
+    explicit = tiny_trainer(tmp_path / "set", precision=chosen.run.state.precision)
+    explicit.train()
+    for one, other in zip(chosen.model.parameters(), explicit.model.parameters(), strict=True):
         assert torch.equal(one, other)
 
 

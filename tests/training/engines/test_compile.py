@@ -24,7 +24,7 @@ from llm_trainer.training.logging.metrics import read_metrics
 needs_compiler = pytest.mark.skipif(not has_compiler(), reason="there is no C++ compiler")
 
 
-def test_small_models_are_compiled_whole_and_deep_ones_by_block() -> None:
+def test_small_models_are_compiled_as_one_graph_and_deep_ones_by_block() -> None:
     shape = {"vocab_size": 8, "num_heads": 1, "max_seq_len": 8}
     assert best_mode(tiny_model(ModelConfig(**shape, hidden_size=16, num_layers=4)), 64) == "stack"
     assert best_mode(tiny_model(ModelConfig(**shape, hidden_size=16, num_layers=12)), 64) == "blocks"
@@ -57,7 +57,7 @@ def test_one_graph_serves_all_layers_and_ragged_validation_adds_none(
     monkeypatch.setattr(compilation, "has_compiler", lambda: True)
     monkeypatch.setattr("llm_trainer.training.engines.autotune.best_mode", lambda model, tokens: mode)
     monkeypatch.setattr("llm_trainer.training.engines.autotune.has_compiler", lambda: True)
-    # 8 validation windows in batches of 3: two whole ones and a ragged one.
+    # 8 validation windows in batches of 3: two full ones and a ragged one.
     result = tiny_run(
         tmp_path, compile="on", model={"num_layers": 5, "dropout": 0.0}, eval_batch_size=3, eval_interval=2
     )
@@ -88,7 +88,7 @@ def test_compiled_losses_are_the_eager_ones(
 
 @needs_compiler
 @pytest.mark.slow
-def test_a_compiled_run_resumes_to_the_bit(tmp_path: Path) -> None:
+def test_a_compiled_run_resumes_bit_exactly(tmp_path: Path) -> None:
     torch._dynamo.reset()
     straight = tiny_trainer(tmp_path / "straight", compile="on", save_interval=5)
     straight.train()

@@ -1,5 +1,5 @@
-"""Adapters of domains in training: the loss does not depend on how documents share rows, and validation takes
-each document's own.
+"""Domain adapters in training: the loss does not depend on how documents are packed, and validation uses each
+document's own adapter.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PACKINGS = {"greedy": Packing("greedy"), "first_fit": Packing("first_fit"), "non
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TokenDataset]:
-    """Documents shorter than a row, of three domains; an id's class tells the domain."""
+    """Documents shorter than a row, of three domains; the residue of an id determines the domain."""
     parts = {}
     for number, name in enumerate(NAMES):
         folder, generator = tmp_path_factory.mktemp(name), np.random.default_rng(number)
@@ -66,7 +66,7 @@ def trained_adapters() -> Transformer:
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
-def test_every_place_of_joined_corpora_says_which_it_is_from(
+def test_every_position_of_concatenated_corpora_knows_its_corpus(
     corpora: dict[str, TokenDataset], packing: str
 ) -> None:
     for batch in validation_batches(concat_datasets(corpora, "all"), CONTEXT, 4, packing=PACKINGS[packing]):
@@ -91,7 +91,7 @@ def test_validation_over_all_corpora_is_that_of_each_with_its_own_adapter(
     wanted = sum(one.loss * one.tokens for one in alone.values()) / sum(one.tokens for one in alone.values())
     if (
         packing == "greedy"
-    ):  # cut at a row's end, documents lose what came before, and the stream its first token
+    ):  # split at a row's end, documents lose what came before, and the stream its first token
         assert found.loss == pytest.approx(wanted, rel=0.05)
         return
     assert found.tokens == sum(one.tokens for one in alone.values())
@@ -103,7 +103,7 @@ def test_validation_over_all_corpora_is_that_of_each_with_its_own_adapter(
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
-def test_ranks_that_share_sequences_know_the_corpus_of_each_of_their_places(
+def test_context_parallel_ranks_know_the_corpus_of_each_of_their_positions(
     corpora: dict[str, TokenDataset], packing: str
 ) -> None:
     for rank in (0, 1):
@@ -117,8 +117,10 @@ def test_ranks_that_share_sequences_know_the_corpus_of_each_of_their_places(
             assert torch.equal(part.sources.numbers[is_text], (part.labels[is_text] - 1) % 3)
 
 
-def test_a_passs_gradients_are_those_of_documents_alone(corpora: dict[str, TokenDataset]) -> None:
-    """A whole pass over each corpus: the same documents, packed or each in a row of its own."""
+def test_gradients_of_packed_documents_equal_those_of_documents_alone(
+    corpora: dict[str, TokenDataset],
+) -> None:
+    """A full pass over each corpus: the same documents, packed or each in a row of its own."""
     gradients = []
     for packing in ("first_fit", "none"):
         model = trained_adapters()

@@ -1,5 +1,5 @@
-"""What a pipeline's schedule cannot run is refused by name: in the settings, in a schedule of operations, and
-where a run changes.
+"""What a pipeline's schedule cannot run is refused: in the settings, in a scaling schedule, and when a run
+changes.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def entry(name: str, value: float) -> Operation:
     "operations",
     [[entry("set_grad_accum", 5)], [entry("set_batch_size", 3), entry("change_grad_accum", 2.5)]],
 )
-def test_an_entry_after_which_the_stages_cannot_share_a_step_is_refused_before_training(
+def test_an_entry_whose_micro_batches_the_stages_cannot_schedule_is_refused_before_training(
     trainer: Trainer, operations: list[Operation]
 ) -> None:
     with pytest.raises(
@@ -63,26 +63,26 @@ def test_an_entry_after_which_the_stages_cannot_share_a_step_is_refused_before_t
     )
 
 
-def test_batches_that_a_checkpoint_or_an_operation_brings_are_judged_when_they_are_taken(
+def test_batches_set_by_a_checkpoint_or_an_operation_are_checked(
     trainer: Trainer,
 ) -> None:
     with pytest.raises(UsageError, match="5 micro-batches are not divisible by 2; use 4 or 6"):
         trainer.run.set_batches(BatchPlan(1, 5))
 
 
-def test_a_micro_batch_is_not_sought_where_a_stage_alone_would_answer(trainer: Trainer) -> None:
+def test_no_micro_batch_size_is_searched_for_in_a_pipeline(trainer: Trainer) -> None:
     with pytest.raises(UsageError, match="not supported with pipeline_parallel"):
         trainer.run.largest_micro_batch()
     assert fit_batch_size(trainer.run, None) == BatchPlan(4, 2)
 
 
-def test_fp16_that_a_checkpoint_brings_is_refused_before_the_first_step(trainer: Trainer) -> None:
+def test_fp16_from_a_checkpoint_is_refused_before_the_first_step(trainer: Trainer) -> None:
     with pytest.raises(UsageError, match="precision fp16 is not supported with pipeline_parallel 2"):
         trainer.run.engine.start("fp16", "off")
 
 
 @pytest.mark.parametrize(
-    "said",
+    "settings",
     [
         {"training": {"micro_batch_size": "auto"}},
         {
@@ -91,8 +91,8 @@ def test_fp16_that_a_checkpoint_brings_is_refused_before_the_first_step(trainer:
         },
     ],
 )
-def test_micro_batches_that_are_to_be_found_do_not_go_with_stages(said: dict[str, dict[str, object]]) -> None:
-    config = RunConfig.model_validate(said)
+def test_micro_batch_size_auto_is_not_supported_with_stages(settings: dict[str, dict[str, object]]) -> None:
+    config = RunConfig.model_validate(settings)
     check_complete(resolve_settings(config, ParallelPlan()), {}, {"training"})
     config.training.pipeline_parallel = 2
     with pytest.raises(UsageError, match="are not supported with pipeline_parallel"):

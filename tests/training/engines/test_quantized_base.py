@@ -1,5 +1,5 @@
-"""QLoRA runs: the base in four bits stays what it was, the run resumes to the bit, and its checkpoint is a
-plain model.
+"""QLoRA: the quantized base never changes, the run resumes bit-exactly, and its checkpoint is a plain
+model.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in read_metrics(folder) if "loss" in line]
 
 
-def test_adapters_learn_over_a_base_that_stays_to_the_bit(tmp_path: Path) -> None:
+def test_adapters_learn_over_a_base_that_stays_bit_exact(tmp_path: Path) -> None:
     trainer = a_trainer(tmp_path / "nf4")
     assert sum(map(is_quantized, trainer.model.parameters())) == 2 * 6
     before = base_of(trainer.model)
@@ -64,7 +64,7 @@ def test_adapters_learn_over_a_base_that_stays_to_the_bit(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("step", [3, 6])
-def test_a_run_goes_on_to_the_bit(tmp_path: Path, step: int) -> None:
+def test_a_quantized_run_resumes_bit_exactly(tmp_path: Path, step: int) -> None:
     a_trainer(tmp_path / "straight", save_total_limit=None).train()
     a_trainer(tmp_path / "resumed", resume_from=str(tmp_path / "straight" / f"checkpoint-{step}")).train()
     assert compare_checkpoints(tmp_path / "straight/final_model", tmp_path / "resumed/final_model") == []
@@ -84,7 +84,7 @@ def test_its_checkpoint_is_a_plain_model_with_its_logits_and_merges(tmp_path: Pa
 
 
 class FloatsAlive(MemoryTracker):
-    """Bytes of plain tensors made within: those in bits have a storage in name only."""
+    """Counts bytes of plain tensors: quantized ones only seem to have storage."""
 
     def _record(self, tensor: torch.Tensor) -> None:
         if not is_quantized(tensor):
@@ -92,20 +92,20 @@ class FloatsAlive(MemoryTracker):
 
 
 @pytest.mark.parametrize("in_background", [False, True])
-def test_a_save_makes_one_matrix_of_the_base_whole_at_a_time(tmp_path: Path, in_background: bool) -> None:
+def test_a_save_dequantizes_one_matrix_of_the_base_at_a_time(tmp_path: Path, in_background: bool) -> None:
     pytest.importorskip("torchao")
     config = tiny_config(tmp_path, LORA | {"hidden_size": 64, "num_layers": 12}, quantize_base="nf4")
     trainer = Trainer(tiny_model(config.model), config, tokens(), console=Console(quiet=True))
-    model, copies = trainer.model, HostBuffers() if in_background else None
-    snapshot = CheckpointData(model, [], {"step": 1}, config, None)
+    model, buffers = trainer.model, HostBuffers() if in_background else None
+    data = CheckpointData(model, [], {"step": 1}, config, None)
     with FloatsAlive() as alive:
-        taken = take_snapshot(snapshot, 1, copies)
+        snapshot = take_snapshot(data, 1, buffers)
     floats = sum(parameter.nbytes for parameter in model.parameters())
     in_copies = floats if in_background else 0
     assert max(alive.moments.values(), default=0) < in_copies + floats / 3
     (tmp_path / "written").mkdir()
-    taken.write(tmp_path / "written")
-    (tmp_path / "written/config.json").write_text(taken.text_files["config.json"], encoding="utf-8")
+    snapshot.write(tmp_path / "written")
+    (tmp_path / "written/config.json").write_text(snapshot.text_files["config.json"], encoding="utf-8")
     written = dict(load_pretrained(tmp_path / "written").named_parameters())
     assert all(
         torch.equal(written[name], dequantize(parameter)) for name, parameter in model.named_parameters()
@@ -126,12 +126,12 @@ def test_it_trains_compiled(tmp_path: Path) -> None:
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=1e-4)
 
 
-def test_what_does_not_go_with_it_is_refused_before_training(tmp_path: Path) -> None:
+def test_unsupported_combinations_are_refused_before_training(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, LORA, quantize_base="nf4")
     with pytest.raises(UsageError, match="quantize_base nf4 is not supported with 2 ranks"):
         check_plan(ParallelPlan(data_parallel=2), BatchPlan(4, 1), config.training, config.model)
     trained = tiny_config(tmp_path, LORA | {"lora_train_base": True}, quantize_base="nf4")
-    with pytest.raises(UsageError, match="quantize_base needs weights that are not trained"):
+    with pytest.raises(UsageError, match="quantize_base needs frozen weights"):
         Trainer(tiny_model(trained.model), trained, tokens(), console=Console(quiet=True))
     trainer = a_trainer(tmp_path)
     with pytest.raises(UsageError, match=r"entry 1 .*quantize_base cannot be combined"):

@@ -1,4 +1,4 @@
-"""The engine goes on with another model in place of the one that it trained, and lets go of the old one."""
+"""The engine can replace the model that it trains, and releases the old one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llm_trainer.training.run import TrainingRun
 
 
 class RebuildAsItWas(Callback):
-    """Takes the model apart and builds it again, after one step."""
+    """Extracts the model's state and rebuilds the same model, after one step."""
 
     def on_step_end(self, run: TrainingRun, step: int) -> None:
         if step == 3:
@@ -32,7 +32,7 @@ class RebuildAsItWas(Callback):
     [{}, {"optimizer": "muon"}, pytest.param({"compile": "on"}, marks=pytest.mark.slow)],
     ids=["adamw", "muon", "compiled"],
 )
-def test_taken_apart_and_rebuilt_the_run_is_the_same_to_the_bit(
+def test_a_run_whose_engine_is_rebuilt_is_the_same_bit_exactly(
     tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     tiny_trainer(tmp_path / "straight", max_steps=5, **settings).train()
@@ -41,7 +41,7 @@ def test_taken_apart_and_rebuilt_the_run_is_the_same_to_the_bit(
 
 
 class Grow(Callback):
-    """Doubles the depth after one step, and keeps an eye on the old model."""
+    """Doubles the depth after one step, and watches the old model."""
 
     def __init__(self) -> None:
         self.old: list[weakref.ref[object]] = []
@@ -73,7 +73,7 @@ def test_nothing_of_the_old_model_remains(tmp_path: Path, compile_mode: str) -> 
     assert trainer.model.config.num_hidden_layers == 4
 
 
-def test_a_frozen_part_does_not_move_and_its_state_rests(tmp_path: Path) -> None:
+def test_a_frozen_part_does_not_move_and_its_state_is_kept(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, max_steps=2)
     trainer.train()
     engine = trainer.run.engine

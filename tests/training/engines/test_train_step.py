@@ -1,5 +1,5 @@
-"""One step: accumulation changes nothing, what is not finite changes nothing, dropout follows from the place
-in the run.
+"""One step: accumulation changes nothing, non-finite values change nothing, dropout is a function of the
+position.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _gradients(
 
 @pytest.mark.parametrize("loss", ["dense", "chunked"])
 @pytest.mark.parametrize("count", [2, 4])
-def test_accumulation_over_ragged_labels_gives_the_whole_batchs_gradient(count: int, loss: LossMode) -> None:
+def test_accumulation_over_ragged_labels_gives_the_full_batchs_gradient(count: int, loss: LossMode) -> None:
     batch = _batch()
     assert (
         len({part.num_supervised for part in _parts(batch, count)}) == count
@@ -108,10 +108,14 @@ class _PoisonedObjective(NextToken):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_batch_that_is_not_finite_changes_nothing_and_is_named(tmp_path: Path, optimizer: str) -> None:
-    told = StringIO()
+def test_a_non_finite_batch_changes_nothing_and_is_named(tmp_path: Path, optimizer: str) -> None:
+    output = StringIO()
     trainer = tiny_trainer(
-        tmp_path, console=Console(file=told, width=200), max_steps=3, optimizer=optimizer, save_interval=None
+        tmp_path,
+        console=Console(file=output, width=200),
+        max_steps=3,
+        optimizer=optimizer,
+        save_interval=None,
     )
     trainer.run.engine.objective = _PoisonedObjective({3})  # the second micro-batch of the second step
     trainer._prepare()
@@ -119,8 +123,8 @@ def test_a_batch_that_is_not_finite_changes_nothing_and_is_named(tmp_path: Path,
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     trainer._train_step()
     assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.model.state_dict().items())
-    assert "step 2 skipped: loss nan" in told.getvalue()
-    assert "samples 8 to 15" in told.getvalue()
+    assert "step 2 skipped: loss nan" in output.getvalue()
+    assert "samples 8 to 15" in output.getvalue()
     trainer._train_step()
     assert not all(torch.equal(tensor, before[name]) for name, tensor in trainer.model.state_dict().items())
     assert (trainer.current_step, trainer.run.state.samples, trainer.run.state.skipped_in_a_row) == (3, 24, 0)
@@ -130,7 +134,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run_with_the_way_out(tmp_path: Path
     trainer = tiny_trainer(tmp_path, max_skipped_steps=3, gradient_accumulation_steps=1)
     trainer.run.engine.objective = _PoisonedObjective(
         {0, 1, 3, 4, 5}
-    )  # two are borne, the third in a row is not
+    )  # two are tolerated, the third in a row is not
     with pytest.raises(
         TrainingDivergedError, match=r"3 steps in a row .* samples 20 to 23; lower learning_rate"
     ):
@@ -139,15 +143,15 @@ def test_too_many_bad_steps_in_a_row_end_the_run_with_the_way_out(tmp_path: Path
 
 
 def test_a_step_without_supervised_tokens_is_skipped_and_divides_by_nothing(tmp_path: Path) -> None:
-    told = StringIO()
-    trainer = tiny_trainer(tmp_path, console=Console(file=told, width=200), gradient_accumulation_steps=1)
+    output = StringIO()
+    trainer = tiny_trainer(tmp_path, console=Console(file=output, width=200), gradient_accumulation_steps=1)
     trainer._prepare()
     empty = replace(_batch(4), labels=torch.full((4, CONTEXT), -100), num_supervised=0)
     trainer.run._micro_batches = iter([empty])  # type: ignore[assignment]
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     trainer._train_step()
     assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.model.state_dict().items())
-    assert "no supervised token" in told.getvalue()
+    assert "no supervised token" in output.getvalue()
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Validation sees every window once and says the same at every batch size."""
+"""Validation covers every window once and gives the same result at every batch size."""
 
 from __future__ import annotations
 

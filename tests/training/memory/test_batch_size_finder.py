@@ -1,5 +1,5 @@
-"""Running out of memory costs a run nothing but a try: smaller micro-batches, the same steps. And a run finds
-by itself what fits.
+"""A run that runs out of memory retries the step with smaller micro-batches, and `auto` finds the size that
+fits.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ AUTO = {"micro_batch_size": "auto", "batch_size": 8, "gradient_accumulation_step
 
 
 class ShortOfMemory(NextToken):
-    """From a step on there is memory for so many sequences only; it runs out in the forward pass, or in the
-    backward pass.
+    """From a step on there is memory for a number of sequences only. It runs out in the forward pass, or in
+    the backward pass.
     """
 
     def __init__(
@@ -57,7 +57,8 @@ class ShortOfMemory(NextToken):
         def refuse(_: torch.Tensor) -> None:
             hook.remove()
             raise RuntimeError(
-                "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 B"
+                "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried "
+                "to allocate 8 B"
             )
 
         hook = next(model.blocks[0].parameters()).register_hook(refuse)
@@ -69,9 +70,9 @@ def short(
 ) -> tuple[Trainer, list[str]]:
     trainer = tiny_trainer(folder, callbacks=callbacks, **AT_ONCE | settings)  # type: ignore[arg-type]
     trainer.run.engine.objective = ShortOfMemory(trainer, sequences, from_step)
-    said: list[str] = []
-    trainer.run.log = said.append  # type: ignore[method-assign]
-    return trainer, said
+    lines: list[str] = []
+    trainer.run.log = lines.append  # type: ignore[method-assign]
+    return trainer, lines
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -83,21 +84,21 @@ def are_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> b
 
 
 def test_a_run_that_has_too_little_memory_ends_as_one_with_smaller_micro_batches(tmp_path: Path) -> None:
-    trainer, said = short(tmp_path / "short", 2)
+    trainer, lines = short(tmp_path / "short", 2)
     trainer.train()
     tiny_trainer(
         tmp_path / "small", batch_size=8, micro_batch_size=2, gradient_accumulation_steps=None
     ).train()
     assert are_equal(weights(tmp_path / "short"), weights(tmp_path / "small"))
     assert trainer.run.batches == BatchPlan(2, 4)
-    assert any("retrying with micro_batch_size 4 × 2" in line for line in said)
-    assert any("retrying with micro_batch_size 2 × 4" in line for line in said)
+    assert any("retrying with micro_batch_size 4 × 2" in line for line in lines)
+    assert any("retrying with micro_batch_size 2 × 4" in line for line in lines)
     assert [
         line["micro_batch_size"] for line in read_metrics(tmp_path / "short") if "micro_batch_size" in line
     ] == [4, 2]
 
 
-def test_out_of_memory_in_the_middle_saves_and_goes_on_as_a_run_resumed_there_with_smaller_ones(
+def test_out_of_memory_midway_saves_and_continues_as_a_run_resumed_there_with_smaller_micro_batches(
     tmp_path: Path,
 ) -> None:
     trainer, _ = short(tmp_path / "short", 4, from_step=5)
@@ -116,16 +117,16 @@ def test_out_of_memory_in_the_middle_saves_and_goes_on_as_a_run_resumed_there_wi
     assert are_equal(weights(tmp_path / "short"), weights(tmp_path / "again"))
 
 
-def test_memory_that_runs_out_in_the_backward_pass_is_no_different(tmp_path: Path) -> None:
+def test_running_out_of_memory_in_the_backward_pass_is_handled_alike(tmp_path: Path) -> None:
     for name, backward in (("forward", False), ("backward", True)):
-        trainer, said = short(tmp_path / name, 4)
+        trainer, lines = short(tmp_path / name, 4)
         trainer.run.engine.objective = ShortOfMemory(trainer, 4, from_step=3, backward=backward)
         trainer.train()
-        assert sum("retrying with" in line for line in said) == 1
+        assert sum("retrying with" in line for line in lines) == 1
     assert are_equal(weights(tmp_path / "forward"), weights(tmp_path / "backward"))
 
 
-def test_a_run_without_memory_for_a_single_sequence_says_what_would_help(tmp_path: Path) -> None:
+def test_without_memory_for_a_single_sequence_the_error_says_what_would_help(tmp_path: Path) -> None:
     trainer, _ = short(tmp_path, 0)
     with pytest.raises(
         OutOfMemory,
@@ -143,7 +144,7 @@ def test_a_resumed_run_keeps_the_smaller_micro_batch(tmp_path: Path) -> None:
 
 
 class EndsTheRun(NextToken):
-    """From a step on memory runs out in a place where ranks cannot agree to try again."""
+    """From a step on, memory runs out at a point where ranks cannot agree to try again."""
 
     def __init__(self, trainer: Trainer, from_step: int) -> None:
         super().__init__()
@@ -165,33 +166,33 @@ def ended_by_memory(folder: Path, from_step: int = 4) -> Path:
 
 
 @pytest.mark.parametrize("from_step", [0, 4], ids=["before a checkpoint", "after one"])
-def test_the_next_attempt_takes_what_is_noted_says_so_and_keeps_it_in_its_checkpoints_only(
+def test_the_next_attempt_uses_the_noted_size_logs_it_and_keeps_it_in_its_checkpoints_only(
     tmp_path: Path, from_step: int
 ) -> None:
     ended_by_memory(tmp_path, from_step)
-    resumed, said = short(tmp_path, 8, 0, StopAtStep(6), resume_from="auto")
+    resumed, lines = short(tmp_path, 8, 0, StopAtStep(6), resume_from="auto")
     resumed.train()
     assert resumed.run.batches == BatchPlan(4, 2)
-    assert any("micro_batch_size 4" in line and "ran out of memory" in line for line in said), said
+    assert any("micro_batch_size 4" in line and "ran out of memory" in line for line in lines), lines
     assert not (tmp_path / "memory.json").exists()
-    again, said = short(tmp_path, 8, 0, StopAtStep(8), resume_from="auto")
+    again, lines = short(tmp_path, 8, 0, StopAtStep(8), resume_from="auto")
     again.train()
     assert again.run.batches == BatchPlan(4, 2)
-    assert not any("ran out of memory" in line for line in said)
+    assert not any("ran out of memory" in line for line in lines)
 
 
-def test_batches_that_are_said_anew_count_more_than_the_note(tmp_path: Path) -> None:
+def test_changed_batch_settings_override_the_note(tmp_path: Path) -> None:
     ended_by_memory(tmp_path)
-    resumed, said = short(tmp_path, 16, resume_from="auto", micro_batch_size=8)
+    resumed, lines = short(tmp_path, 16, resume_from="auto", micro_batch_size=8)
     resumed.train()
     assert resumed.run.batches == BatchPlan(8, 1)
     assert any(
-        "ignoring micro_batch_size 4" in line and "batch settings have changed" in line for line in said
-    ), said
+        "ignoring micro_batch_size 4" in line and "batch settings have changed" in line for line in lines
+    ), lines
     assert not (tmp_path / "memory.json").exists()
 
 
-def test_a_run_that_does_not_go_on_from_there_leaves_the_note_aside(tmp_path: Path) -> None:
+def test_a_run_that_does_not_continue_the_attempt_ignores_the_note(tmp_path: Path) -> None:
     ended_by_memory(tmp_path / "a")
     ended_by_memory(tmp_path / "b")
     new, _ = short(tmp_path / "a", 8)
@@ -219,7 +220,7 @@ def chosen(folder: Path, gigabytes: float, **settings: object) -> BatchPlan:
 
 
 @pytest.mark.slow
-def test_auto_takes_all_at_once_where_there_is_memory_and_says_so_where_there_is_none(tmp_path: Path) -> None:
+def test_auto_uses_the_full_batch_with_enough_memory_and_is_an_error_without(tmp_path: Path) -> None:
     assert chosen(tmp_path / "much", 1000.0) == BatchPlan(8, 1)
     with pytest.raises(
         OutOfMemory, match=r"not even micro_batch_size 1 fits into 0\.00 GB, 90% of the memory"
@@ -228,7 +229,7 @@ def test_auto_takes_all_at_once_where_there_is_memory_and_says_so_where_there_is
 
 
 @pytest.mark.slow
-def test_auto_takes_the_largest_that_the_memory_holds(tmp_path: Path) -> None:
+def test_auto_uses_the_largest_micro_batch_that_fits(tmp_path: Path) -> None:
     """A wide vocabulary makes a step's memory a matter of its logits: 8 × 256 × 20000 of 4 bytes are 160 MB,
     kept twice.
     """
@@ -249,7 +250,7 @@ def test_auto_takes_the_largest_that_the_memory_holds(tmp_path: Path) -> None:
     assert found[0.03] < found[0.12] < found[0.5] <= found[2.0] == 8
 
 
-def test_a_bound_gives_a_smaller_micro_batch_and_changes_nothing_by_itself(tmp_path: Path) -> None:
+def test_a_bound_gives_a_smaller_micro_batch_and_the_search_changes_nothing(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, **AT_ONCE)
     assert trainer.run.largest_micro_batch(most=3) == BatchPlan(2, 4)
     assert trainer.run.batches == BatchPlan(8, 1)
@@ -275,7 +276,9 @@ def test_the_adaptive_batch_size_keeps_its_bounds(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of address space are Linux's")
-def test_a_process_that_really_has_no_more_memory_goes_on_with_less(tmp_path: Path) -> None:
+def test_a_process_that_really_runs_out_of_memory_continues_with_smaller_micro_batches(
+    tmp_path: Path,
+) -> None:
     script = f"""
 import resource, sys, psutil
 sys.path.insert(0, {str(SUPPORT)!r})
@@ -283,7 +286,8 @@ from pathlib import Path
 from tiny_run import tiny_config, tiny_model, tokens
 from llm_trainer.training.trainer import Trainer
 shape = {{"vocab_size": 20_000, "max_position_embeddings": 256}}
-config = tiny_config(Path({str(tmp_path)!r}), shape, loss="dense", max_steps=2, batch_size=64, gradient_accumulation_steps=None)
+batches = {{"batch_size": 64, "gradient_accumulation_steps": None}}
+config = tiny_config(Path({str(tmp_path)!r}), shape, loss="dense", max_steps=2, **batches)
 trainer = Trainer(tiny_model(config.model), config, tokens(64 * 256 + 1))
 limit = psutil.Process().memory_info().vms + 1_500_000_000
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -1,6 +1,4 @@
-"""What the machine is doing is in the metrics; memory that grows short is told and answered with a
-checkpoint.
-"""
+"""Memory and load are in the metrics; memory that runs short is logged and answered with a checkpoint."""
 
 from __future__ import annotations
 
@@ -40,7 +38,7 @@ def test_a_run_records_memory_load_and_where_its_time_goes(tmp_path: Path) -> No
     assert any("time/saving" in line for line in lines)
 
 
-def test_a_process_over_its_limit_is_told_once_and_saves_once(tmp_path: Path) -> None:
+def test_a_process_over_its_limit_logs_once_and_saves_once(tmp_path: Path) -> None:
     shown = io.StringIO()
     tiny_run(tmp_path, memory_limit_gb=0.01, save_interval=None, console=Console(file=shown, width=1000))
     text = shown.getvalue()
@@ -49,12 +47,12 @@ def test_a_process_over_its_limit_is_told_once_and_saves_once(tmp_path: Path) ->
     assert emergencies(tmp_path) == ["emergency-1"]
 
 
-def test_a_run_with_room_saves_nothing_for_an_emergency(tmp_path: Path) -> None:
+def test_a_run_with_free_memory_saves_no_emergency_checkpoint(tmp_path: Path) -> None:
     tiny_run(tmp_path, memory_limit_gb=1000, save_interval=None)
     assert not emergencies(tmp_path)
 
 
-def test_between_reports_memory_is_looked_at_when_it_is_time(tmp_path: Path) -> None:
+def test_between_reports_memory_is_polled_when_due(tmp_path: Path) -> None:
     training = tiny_config(tmp_path, memory_limit_gb=0.01, memory_poll_seconds=0.01).training
     monitor = MemoryMonitor(training, CPU, lambda line: None)
     assert not monitor.take_emergency()
@@ -77,13 +75,13 @@ print((machine.sample().resident - before) / held.nbytes)
 
 def test_resident_memory_follows_what_is_held() -> None:
     """In a process of its own: one that ran other tests may hold the room already, and then nothing grows."""
-    told = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", GROWS], capture_output=True, text=True, check=True, timeout=120
     )
-    assert float(told.stdout) == pytest.approx(1, rel=0.1)
+    assert float(done.stdout) == pytest.approx(1, rel=0.1)
 
 
-def test_seconds_are_told_by_the_step_and_as_shares_of_the_whole() -> None:
+def test_seconds_are_reported_per_step_and_as_fractions_of_the_total() -> None:
     timings = StepTimers(CPU)
     for _ in range(2):
         with timings.measure("forward"):

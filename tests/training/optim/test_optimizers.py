@@ -91,7 +91,7 @@ def test_batched_muon_equals_torchs_muon(adjust: str | None, nesterov: bool) -> 
         reference,
     )
     for one, other in zip(mine, reference, strict=True):
-        # Equal to the bit on the machines tried; bf16 products may sum in another order elsewhere: 2⁻⁸ of 4
+        # Bit-equal on the machines tried; bf16 products may sum in another order elsewhere: 2⁻⁸ of 4
         # updates of about 0.02 each.
         torch.testing.assert_close(one, other, rtol=0, atol=2**-8 * 4 * 0.02 * 5)
 
