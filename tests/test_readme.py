@@ -223,3 +223,73 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "site" / "index.html").is_file()
+
+
+# A page that is followed from top to bottom, and what makes its commands small enough for a test.
+_FOLLOWED = {
+    README: {"--preset framework-tiny": "--preset framework-tiny --max_steps 4 --context_length 64"},
+    DOCS / "tutorials" / "your-own-text.md": {"--max_steps 2000": "--max_steps 4 --context_length 64"},
+}
+_SMALL = {
+    "--max_steps 4000": "--max_steps 8",
+    "verify-resume runs/mine": "verify-resume runs/mine --steps 2",  # steps after the run was extended
+    "--batch_size 8": "--batch_size 2",
+    "llm-trainer train": "llm-trainer train --batch_size 2 --compile off --save_interval 1",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", _FOLLOWED, ids=lambda page: page.name)
+def test_the_commands_of_a_page_run_in_order(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _make_texts(tmp_path / "my_texts")
+    monkeypatch.chdir(tmp_path)
+    for line in _shell_lines(page):
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["llm-trainer"]:
+            for large, small in {**_FOLLOWED[page], **_SMALL}.items():
+                line = line.replace(large, small)
+            assert _exit_code(shlex.split(line, comments=True)[1:]) == 0, (line, capsys.readouterr().err)
+
+
+@pytest.mark.slow
+def test_the_command_that_started_a_run_resumes_it_with_its_preset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The vocabulary and the context of a preset are suggestions; its other settings are compared with the
+    run's, as every setting is.
+    """
+    _make_texts(tmp_path / "my_texts")
+    monkeypatch.chdir(tmp_path)
+    start = (
+        "train --input my_texts --data.vocab_size 300 --data.max_length 32 --preset l1-tiny --batch_size 2"
+    )
+    assert _exit_code([*start.split(), "--compile=off", "--max_steps=2"]) == 0
+    again = [
+        "train",
+        "--data_dir=data/prepared/my_texts",
+        "--max_steps=3",
+        "--lr_on_resume=extend",
+        "--resume",
+    ]
+    assert _exit_code([*again, "--preset=l1-base"]) == 2
+    assert "model.hidden_size: 128 → 768 cannot change on a resume" in capsys.readouterr().err
+    assert _exit_code([*again, "--preset=l1-tiny", "--vocab_size=50257"]) == 2
+    assert "model.vocab_size: 300 → 50257 cannot change" in capsys.readouterr().err
+    assert _exit_code([*again, "--preset=l1-tiny"]) == 0
+
+
+def _make_texts(folder: Path) -> None:
+    folder.mkdir()
+    for number in range(30):
+        lines = (
+            f"Line {row} of text {number}: {row * number} foxes and {row + number} dogs." for row in range(60)
+        )
+        (folder / f"text-{number}.txt").write_text("\n".join(lines), encoding="utf-8")
+    (folder / "chapter.txt").write_text("Once upon a time there was a fox.\n" * 40, encoding="utf-8")
+
+
+def _shell_lines(page: Path) -> Iterator[str]:
+    for block in _blocks(page, "bash", "sh"):
+        yield from block.replace("\\\n", " ").splitlines()

@@ -85,6 +85,22 @@ PRESETS: Mapping[str, Preset] = {
 }
 
 
+# What a preset only suggests: the vocabulary and context of a new run come from its data, those of a resumed
+# run from its checkpoint.
+_SUGGESTED = ("model.vocab_size", "model.max_position_embeddings", "data.vocab_size")
+
+
+def is_suggested(dotted: str, origins: Mapping[str, str]) -> bool:
+    """Whether the value of a setting is only a preset's suggestion, which data and checkpoints override.
+
+    Args:
+        dotted: The setting, such as `model.vocab_size`.
+        origins: Dotted name → where its value came from.
+    """
+    origin = origins.get(dotted, "")
+    return dotted in _SUGGESTED and origin.startswith(("preset ", "as model.vocab_size (preset "))
+
+
 def get_preset(name: str) -> Preset:
     """Look up a preset by name; raises UsageError with the closest names for an unknown one."""
     key = name.lower().replace("_", "-")

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from llm_trainer.config import DataError, ModelConfig, TrainingConfig, UsageError
+from llm_trainer.config.presets import is_suggested
 from llm_trainer.config.schema.lora import DEFAULT_ADAPTER, LoraConfig
 
 if TYPE_CHECKING:
@@ -374,4 +375,4 @@ def _reshaped(model: Transformer, shape: ModelConfig) -> Transformer:
 
 def _is_chosen(model: ModelConfig, name: str, origins: Mapping[str, str]) -> bool:
     """Whether the user set it; a preset's vocabulary and context are suggestions."""
-    return model.is_set(name) and not origins.get(f"model.{name}", "").startswith("preset")
+    return model.is_set(name) and not is_suggested(f"model.{name}", origins)

@@ -24,13 +24,6 @@ def merge_saved_config(loaded: LoadedRun, checkpoint: Path) -> RunConfig:
     saved = read_run_config(checkpoint)
     merged = loaded.merged_over(saved)
     given = loaded.config
-    # A preset suggests vocabulary and context; the run has settled them.
-    from_preset = [
-        name
-        for name in ("vocab_size", "max_position_embeddings")
-        if loaded.origins.get(f"model.{name}", "").startswith("preset")
-    ]
-    model = merged.model.model_copy(update={name: getattr(saved.model, name) for name in from_preset})
     data = merged.data
     if not given.data.is_set("data_dir") and any(given.data.is_set(name) for name in _NAMES_OF_DATA):
         data = data.model_copy(update={"data_dir": None})
@@ -39,6 +32,4 @@ def merge_saved_config(loaded: LoadedRun, checkpoint: Path) -> RunConfig:
         training["remote_dir"] = None  # this is another run; the remote copy belongs to the first one
     if not given.training.is_set("output_dir"):
         training["output_dir"] = str(checkpoint.parent)
-    return merged.model_copy(
-        update={"model": model, "data": data, "training": merged.training.model_copy(update=training)}
-    )
+    return merged.model_copy(update={"data": data, "training": merged.training.model_copy(update=training)})

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from llm_trainer.config.parse.merge import SettingNames
 from llm_trainer.config.parse.validation import check_complete
+from llm_trainer.config.presets import is_suggested
 from llm_trainer.config.resolve.parallelism import resolve_plan
 from llm_trainer.config.resolve.settings import ResolvedSettings, resolve_settings
 from llm_trainer.config.schema.base import Section
@@ -103,7 +104,7 @@ class LoadedRun:
         """
         config, origins = self.config, self.origins
         if resumed is not None:
-            given = self.set_values()
+            given = self._values_for_resume()
             config = resumed
             origins = {name: origin for name, origin in self.origins.items() if name in given}
         config.model.check_shape()
@@ -125,7 +126,13 @@ class LoadedRun:
     def merged_over(self, saved: RunConfig) -> RunConfig:
         """The saved configuration of a run that is resumed, with the settings that were given here."""
         sections = {name: dict(getattr(saved, name)) for name in section_types()}
-        for dotted, value in self.set_values().items():
+        for dotted, value in self._values_for_resume().items():
             section, _, name = dotted.partition(".")
             sections[section][name] = value
         return RunConfig.model_validate(sections)
+
+    def _values_for_resume(self) -> dict[str, object]:
+        """What was set, without a preset's suggestions, which the resumed run has settled."""
+        return {
+            name: value for name, value in self.set_values().items() if not is_suggested(name, self.origins)
+        }
