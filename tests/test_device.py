@@ -20,5 +20,5 @@ def test_an_unsupported_device_is_refused_with_the_supported_ones(name: str) -> 
 
 
 def test_a_device_that_this_machine_lacks_is_refused() -> None:
-    with pytest.raises(UsageError, match="device 'cuda:99' is not available: PyTorch finds . CUDA devices"):
+    with pytest.raises(UsageError, match=r"device 'cuda:99' is not available: PyTorch finds . CUDA devices"):
         resolve_device("cuda:99")

@@ -154,7 +154,8 @@ def test_without_domains_and_without_a_network_the_built_in_ones_are_used_and_sa
     said = capsys.readouterr().out
     assert "no domains are prepared in data/domain_specific: the built-in ones are used" in said
     assert "prepare_domain_datasets.py --config" in said
-    assert set(json.loads(Path("data/domain_builtin/mixture.json").read_text(encoding="utf-8"))["members"]) == {
+    mixture = json.loads(Path("data/domain_builtin/mixture.json").read_text(encoding="utf-8"))
+    assert set(mixture["members"]) == {
         "math", "science", "coding", "logic", "reasoning", "general",
     }  # fmt: skip
     assert Path("models/final/model.safetensors").is_file()

@@ -118,7 +118,8 @@ def test_a_mixture_trains_resumes_and_tells_its_shares(
     lines = [line for line in read_metrics(Path("checkpoints")) if "loss" in line]
     assert sum(line["share/numbers"] for line in lines) / len(lines) == pytest.approx(0.75, abs=0.1)
     assert main(["verify-resume", "checkpoints", "--steps=4"]) == 0
-    stages = '[{"until": "3 steps", "weights": {"foxes": 1, "numbers": 0}}, {"weights": {"foxes": 0, "numbers": 1}}]'
+    first, second = {"foxes": 1, "numbers": 0}, {"foxes": 0, "numbers": 1}
+    stages = json.dumps([{"until": "3 steps", "weights": first}, {"weights": second}])
     assert "trained on the samples in the order" in fails(
         "train", "--resume=checkpoints", f"--mixture_stages={stages}", status=1
     )
