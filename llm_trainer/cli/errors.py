@@ -8,6 +8,7 @@ traceback appears, since a bug report needs it.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib.util
 import os
@@ -48,14 +49,23 @@ def run_with_error_handling(run: Callable[[], int | None], invocation: str | Non
         invocation: The command as it is typed, whose `--help` a usage error points to.
 
     Returns:
-        The exit code.
+        The exit code; 1 if the reader of the output has gone, as `| head` does.
     """
     try:
-        return run() or 0
+        return _run(run, invocation)
+    finally:
+        _discard_unread_output()
+
+
+def _run(run: Callable[[], int | None], invocation: str | None) -> int:
+    try:
+        code = run() or 0
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a failure becomes a message, and not when Python ends
+        return code
     except KeyboardInterrupt:
         return _print_error("interrupted", INTERRUPTED)
-    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
         return 1
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "llm_trainer":
@@ -126,8 +136,26 @@ def missing_packages(name: str | None) -> str:
 
 
 def _print_error(message: str, code: int) -> int:
-    sys.stdout.flush()
-    print(f"error: {message}" if code != INTERRUPTED else message, file=sys.stderr)
-    if os.environ.get("LLM_TRAINER_DEBUG", "") not in ("", "0"):
-        traceback.print_exc()
+    with contextlib.suppress(OSError):  # stdout is closed or full: the message still counts
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    with contextlib.suppress(OSError):  # nobody reads stderr: the code still counts
+        print(f"error: {message}" if code != INTERRUPTED else message, file=sys.stderr)
+        if os.environ.get("LLM_TRAINER_DEBUG", "") not in ("", "0"):
+            traceback.print_exc()
     return code
+
+
+def _discard_unread_output() -> None:
+    """Let a stream that cannot be written lead nowhere: when Python ends it flushes what is left, and would
+    print a traceback.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError):  # no reader, a full disk; closed
+            with contextlib.suppress(OSError, ValueError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream.fileno())
+                os.close(nowhere)

@@ -8,10 +8,12 @@ command is called.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 
 from llm_trainer.cli.dispatch import run_command
+from llm_trainer.cli.errors import run_with_error_handling
 from llm_trainer.cli.runtime_env import replace_unencodable_output
 
 # Command → its module in cli/commands and what it does. Each module has `run(argv) -> int | None`.
@@ -46,16 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     replace_unencodable_output()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "--help-all", "help"):
-        print(overview())
-        return 0
+        return run_with_error_handling(lambda: print(overview()))
     if arguments[0] in ("-V", "--version"):
         from llm_trainer import __version__
 
-        print(f"llm-trainer {__version__}")
-        return 0
+        return run_with_error_handling(lambda: print(f"llm-trainer {__version__}"))
     command = arguments[0].replace("_", "-")
     if command not in COMMANDS:
-        return _unknown_command(arguments[0])
+        return run_with_error_handling(lambda: _unknown_command(arguments[0]))
     return run_command(
         COMMANDS[command][0], "run", arguments[1:], f"llm-trainer {command}", ends_process=argv is None
     )
@@ -67,7 +67,7 @@ def overview() -> str:
     lines = [
         "usage: llm-trainer COMMAND [settings]",
         "",
-        "Train language models: from a folder of text to a model that answers. Start with `llm-trainer "
+        "Train language models: from a folder of text to a model that generates text. Start with `llm-trainer "
         "quickstart`.",
         "",
         *(f"  {name:<{width}}  {meaning}" for name, (_, meaning) in COMMANDS.items()),
@@ -87,8 +87,9 @@ def _unknown_command(name: str) -> int:
 
     close = difflib.get_close_matches(name, COMMANDS, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
-    print(
-        f"error: unknown command {name!r}{hint}\nTry 'llm-trainer --help' for the list of commands.",
-        file=sys.stderr,
-    )
+    with contextlib.suppress(OSError):  # nobody reads stderr
+        print(
+            f"error: unknown command {name!r}{hint}\nTry 'llm-trainer --help' for the list of commands.",
+            file=sys.stderr,
+        )
     return 2
