@@ -113,7 +113,7 @@ def test_where_one_rank_has_no_numbers_all_stop_after_as_many_steps_and_name_the
             "3 steps in a row without a finite loss and gradient, the last on samples 48 to 55"
         )
     said = outcomes(folder, f"{kind}-nan")[0]["said"]
-    named = [re.search(r"samples \d+ to \d+", line) for line in said if "left everything as it was" in line]
+    named = [re.search(r"samples \d+ to \d+", line) for line in said if "skipped" in line]
     assert [match[0] for match in named if match] == [
         "samples 32 to 39",
         "samples 40 to 47",
@@ -127,7 +127,7 @@ def test_a_spike_takes_all_ranks_back_to_one_checkpoint(folder: Path, kind: str)
     for outcome in outcomes(folder, f"{kind}-spike"):
         assert (outcome["ended_by"], outcome["step"]) == ("finished", 12)
     [line] = [line for line in outcomes(folder, f"{kind}-spike")[0]["said"] if "loss spike" in line]
-    assert "back at step 6 " in line
+    assert "rolled back to step 6 (" in line
     assert losses(folder / f"{kind}-spike")[:6] == losses(folder / f"{kind}-whole")[:6]
     assert max(losses(folder / f"{kind}-spike")) < 10
     [back] = [line for line in read_metrics(folder / f"{kind}-spike") if "rollback" in line]

@@ -46,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_spike_takes_all_ranks_back_under_every_plan_alike(folder: Path, plan: str) -> None:
     assert [outcome["ended_by"] for outcome in outcomes(folder, plan)] == ["finished", "finished"]
     [line] = [line for line in outcomes(folder, plan)[0]["said"] if "loss spike" in line]
-    assert "back at step 6" in line
+    assert "rolled back to step 6 (" in line
     pairs = zip(losses(folder / "replicas"), losses(folder / plan), strict=True)
     assert max(abs(one - other) / one for one, other in pairs) <= 1e-5
 

@@ -104,7 +104,7 @@ def test_where_ranks_cannot_agree_the_run_ends_and_goes_on_smaller(
 ) -> None:
     done = launch(tmp_path, [a_run("run", {"sequences": 4, "from_step": 4, "place": place}, **plan)])
     assert done.returncode != 0
-    assert "go on with --resume auto, which takes micro_batch_size 4 then" in done.stderr + done.stdout
+    assert "continue with --resume auto, which will use micro_batch_size 4" in done.stderr + done.stdout
     again = launch(
         tmp_path, [a_run("run", {"sequences": 4, "from_step": 0, "place": place}, resume_from="auto", **plan)]
     )

@@ -72,14 +72,12 @@ class At(Callback):
         if place == "save":
             trainer.run.store.save = self._first(trainer.run.store.save)  # type: ignore[method-assign]
         if place == "file of a save":  # which may be written while the run is further on
-            os.fsync = self._first(os.fsync, or_later=True)
+            os.fsync = self._in_checkpoint(os.fsync)
         if place == "all-reduce":
             dist.all_reduce = self._after_beginning(dist.all_reduce)
 
-    def _is_now(self, updates_done: int, or_later: bool = False) -> bool:
-        return self.trainer.current_step == updates_done or (
-            or_later and self.trainer.current_step > updates_done
-        )
+    def _is_now(self, updates_done: int) -> bool:
+        return self.trainer.current_step == updates_done
 
     def _before(self, objective: Callable[[Transformer, Batch], LossSum]) -> None:
         def call(model: Transformer, batch: Batch) -> LossSum:
@@ -89,11 +87,19 @@ class At(Callback):
 
         self.trainer.run.engine.objective = call  # type: ignore[assignment]
 
-    def _first(self, original: Callable[..., Any], or_later: bool = False) -> Callable[..., Any]:
+    def _first(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **named: Any) -> Any:
-            if self._is_now(self.step, or_later):
+            if self._is_now(self.step):
                 self.do()
             return original(*arguments, **named)
+
+        return call
+
+    def _in_checkpoint(self, original: Callable[[int], None]) -> Callable[[int], None]:
+        def call(descriptor: int) -> None:
+            if f"checkpoint-{self.step}" in str(Path(f"/proc/self/fd/{descriptor}").readlink()):
+                self.do()
+            original(descriptor)
 
         return call
 
@@ -184,14 +190,6 @@ def train(folder: Path, run: dict[str, Any], process_group: ProcessGroup) -> Non
     process_group = replace(process_group, plan=resolve_plan(config.training, process_group.world_size))
     heard = io.StringIO()
     console = Console(file=heard, width=1000)
-    trainer = Trainer(
-        tiny_model(config.model),
-        config,
-        tokens(),
-        tokens(65, seed=1),
-        console=console,
-        process_group=process_group,
-    )
     outcome: dict[str, object] = {}
     read: list[str] = []
     if "garble" in run and process_group.is_main:
@@ -199,8 +197,16 @@ def train(folder: Path, run: dict[str, Any], process_group: ProcessGroup) -> Non
     process_group.barrier()
     unharmed, hashed = (os.fsync, dist.all_reduce), run_folder._sha256
     run_folder._sha256 = noted(read)
-    plant(run, trainer, process_group)
     try:
+        trainer = Trainer(
+            tiny_model(config.model),
+            config,
+            tokens(),
+            tokens(65, seed=1),
+            console=console,
+            process_group=process_group,
+        )
+        plant(run, trainer, process_group)
         result = trainer.train()
         outcome |= {"ended_by": result.ended_by, "step": result.step, "status": result.exit_code}
     except LLMTrainerError as error:
