@@ -48,7 +48,13 @@ class Duration:
         value = float(match[1].replace("_", "")) * _SCALES[match[2]]
         if not math.isfinite(value):
             raise ValueError(f"{given!r} is not a finite length; give one that a run can reach")
-        return cls(value, _UNITS[match[3]])
+        unit = _UNITS[match[3]]
+        if unit == "steps" and 0 < value < 1:  # transformers reads it as a fraction of the run
+            raise ValueError(
+                f"{given!r} is less than a step, and a fraction of the run cannot be given; write steps, "
+                "'0.5 epochs' or '10M tokens'"
+            )
+        return cls(value, unit)
 
     def steps(self, *, steps_per_epoch: float, tokens_per_step: float) -> int:
         """The length in whole steps, rounded up.

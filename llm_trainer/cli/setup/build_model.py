@@ -29,6 +29,9 @@ CHANGEABLE = (
 )
 
 # Low-rank adapters: the settings of the default adapter, and with them those of all.
+FAR_LARGER = 1.5  # rows per id; padding to a multiple of 64 or 128 stays below
+TRAINING_BYTES = 16  # per parameter: weight, gradient and AdamW's two moments
+
 SINGLE_LORA = (
     "attn_lora_rank",
     "mlp_lora_rank",
@@ -74,6 +77,24 @@ def resolve_model_config(
 
 
 def is_pretrained(init_from: str) -> bool:
+def unused_vocabulary(shape: ModelConfig, ids: int) -> str | None:
+    """What an embedding far larger than the tokenizer costs, as a line to print; None for others.
+
+    Args:
+        shape: The shape of a new model.
+        ids: Number of the tokenizer's ids.
+    """
+    rows = shape.vocab_size - ids
+    if shape.vocab_size < FAR_LARGER * ids:
+        return None
+    parameters = rows * shape.hidden_size * (1 if shape.tie_word_embeddings else 2)
+    return (
+        f"vocab_size is {shape.vocab_size:,}, but the tokenizer has {ids:,} ids: {parameters:,} parameters are "
+        f"never used, which cost {parameters * TRAINING_BYTES / 1e9:.2g} GB in training and a larger output "
+        f"layer; leave vocab_size out, or set it to {ids}"
+    )
+
+
     """Whether a run starts from pretrained weights."""
     return init_from not in ("scratch", "resume")
 

@@ -30,6 +30,7 @@ from llm_trainer.cli.setup.build_model import (
     resolve_model_config,
 )
 from llm_trainer.cli.setup.parse_command import print_line
+    unused_vocabulary,
 from llm_trainer.cli.setup.resume_config import merge_saved_config
 
 if TYPE_CHECKING:
@@ -162,3 +163,5 @@ def _open_parts(
     check_domain_adapters(model.config, training, corpora)
     check_vocabulary(data.prepared.train, model.config.vocab_size)
     return config.model_copy(update={"model": model.config, "data": data.config}), model, data
+        if (line := unused_vocabulary(shape, data.prepared.vocab_size)) is not None:
+            print_line(console, line)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 from llm_trainer.config.parse.merge import RawValue, SettingNames
 from llm_trainer.config.resolve.precision import PRECISIONS
+from llm_trainer.config.resolve.trainer_names import EVAL_STRATEGIES, SAVE_STRATEGIES
 from llm_trainer.config.schema.base import Section, accepted_types
 from llm_trainer.config.schema.run_config import section_types
 from llm_trainer.errors import UsageError
@@ -154,7 +155,7 @@ def _switch_words(kind: type[Section], alias: str) -> frozenset[str] | None:
     `--mixed_precision`), else None.
     """
     name = kind.names().get(alias.partition(".")[0], alias)
-    if "." in alias:
+    if "." in alias or alias in (*EVAL_STRATEGIES, *SAVE_STRATEGIES):
         return None
     accepted = accepted_types(kind, name)
     if alias in kind.setting_of(name).shorthands:

@@ -23,6 +23,7 @@ from typing import Annotated, Any, ClassVar, Literal, Union
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from llm_trainer.config.training_arguments import INSTEAD
 from llm_trainer.errors import UsageError
 
 MAX_SEED = 2**63 - 1  # the largest seed that PyTorch's generators accept
@@ -357,6 +358,8 @@ def _reason(detail: ErrorDetails) -> str:
 
 def unknown_name(given: str, where: str, known: Mapping[str, Any], kind: str = "setting") -> str:
     """The message for a name that does not exist, with the closest ones that do. `kind` is what it names."""
+    if kind == "setting" and given in INSTEAD:
+        return f"{where} has no setting named {given!r}, as TrainingArguments has; {INSTEAD[given]}"
     close = difflib.get_close_matches(given, list(known), n=3, cutoff=0.6)
     hint = f"; did you mean {' or '.join(close)}?" if close else ""
     return f"{where} has no {kind} named {given!r}{hint}"

@@ -221,6 +221,7 @@ class ModelConfig(Section):
         "Recompute activations in the backward pass: less memory, more time.",
         dotted_aliases=(
             "training.gradient_checkpointing",
+            "training.activation_checkpointing",
             "computational_efficiency.use_activation_checkpointing",
         ),
         aliases=("use_activation_checkpointing", "activation_checkpointing"),

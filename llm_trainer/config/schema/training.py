@@ -9,9 +9,16 @@ from pydantic import Field
 
 from llm_trainer.config.duration import Duration, DurationField, IntervalField
 from llm_trainer.config.resolve.precision import PRECISION_SWITCHES, translate_precision
+from llm_trainer.config.resolve.trainer_names import (
+    CPU_SWITCHES,
+    EVAL_STRATEGIES,
+    SAVE_STRATEGIES,
+    translate_training_arguments,
+)
 from llm_trainer.config.schema.base import MAX_SEED, Section, as_boolean, on_or_off, setting, split_list
 from llm_trainer.errors import UsageError
 
+_RESUME_NAMES = ("resume_from", "resume", "resume_from_checkpoint", "checkpoint")
 SCHEDULER_NAMES = ("lr_scheduler", "lr_schedule", "scheduler", "lr_scheduler_type")
 
 
@@ -25,8 +32,7 @@ class TrainingConfig(Section):
     batch_size: int | None = setting(
         None,
         "Micro-batch size per rank, in sequences. If micro_batch_size is set too: batch size of the whole "
-        "step, "
-        "over all ranks.",
+        "step, over all ranks.",
         unit="sequences",
         common=True,
         gt=0,
@@ -34,9 +40,9 @@ class TrainingConfig(Section):
     micro_batch_size: Annotated[int, Field(gt=0)] | Literal["auto"] | None = setting(
         None,
         "Micro-batch size per rank, in sequences; batch_size is then that of the whole step. auto: the "
-        "largest "
-        "that fits in memory, with the same step.",
+        "largest that fits in memory, with the same step.",
         unit="sequences",
+        aliases=("per_device_train_batch_size",),
     )
     gradient_accumulation_steps: int | None = setting(
         None,
@@ -54,6 +60,7 @@ class TrainingConfig(Section):
         None,
         "Batch size per rank in validation. Unset: the micro-batch size.",
         unit="sequences",
+        aliases=("per_device_eval_batch_size",),
         heading="Evaluation",
         gt=0,
     )
@@ -154,6 +161,7 @@ class TrainingConfig(Section):
     optimizer: Literal["adamw", "muon"] = setting(
         "adamw",
         "Optimizer: adamw, or muon for the matrices of blocks with adamw for all other parameters.",
+        aliases=("optim",),
         heading="Optimizer",
         common=True,
     )
@@ -241,7 +249,9 @@ class TrainingConfig(Section):
         "Compute the cross-entropy from all logits at once (dense), or in chunks that need less memory.",
         aliases=("cross_entropy",),
     )
-    device: str = setting("auto", "Device: auto, cpu, cuda, cuda:N or mps.", common=True)
+    device: str = setting(
+        "auto", "Device: auto, cpu, cuda, cuda:N or mps.", shorthands=CPU_SWITCHES, common=True
+    )
 
     # See `llm_trainer.training.memory.batch_size_finder` and `memory_monitor`.
     memory_limit_gb: float | None = setting(
@@ -277,6 +287,7 @@ class TrainingConfig(Section):
         "Interval between validations.",
         unit="steps, epochs or tokens",
         aliases=("eval_steps",),
+        shorthands=EVAL_STRATEGIES,
         common=True,
         heading="Evaluation",
     )
@@ -288,7 +299,7 @@ class TrainingConfig(Section):
         gt=0,
     )
     eval_only: bool = setting(False, "Validate once and exit.")
-    eval_at_start: bool = setting(False, "Validate before the first step.")
+    eval_at_start: bool = setting(False, "Validate before the first step.", aliases=("eval_on_start",))
     early_stopping_patience: int | None = setting(
         None,
         "Stop after this many validations without a better loss. Unset: no early stopping.",
@@ -304,6 +315,7 @@ class TrainingConfig(Section):
         "Interval between checkpoints. none: save only at the end.",
         unit="steps, epochs or tokens",
         aliases=("save_steps",),
+        shorthands=SAVE_STRATEGIES,
         common=True,
         heading="Checkpoints",
     )
@@ -393,7 +405,7 @@ class TrainingConfig(Section):
     resume_from: str | None = setting(
         None,
         "Checkpoint or run folder to resume. auto: the newest checkpoint in output_dir, if there is one.",
-        aliases=("resume", "resume_from_checkpoint", "checkpoint"),
+        aliases=_RESUME_NAMES[1:],
         bare_value="auto",
         common=True,
         heading="Checkpoints",
@@ -461,7 +473,7 @@ class TrainingConfig(Section):
         8.0, "Abort the run when a rank has sent no heartbeat for this long.", unit="seconds", ge=2
     )
     distributed_backend: Literal["auto", "nccl", "gloo"] = setting(
-        "auto", "Communication library between ranks.", aliases=("backend",)
+        "auto", "Communication library between ranks.", aliases=("backend", "ddp_backend")
     )
     use_deepspeed: bool = setting(False, "Train with DeepSpeed (extra 'deepspeed').")
     zero_stage: Literal[1, 2, 3] = setting(
@@ -504,13 +516,17 @@ class TrainingConfig(Section):
 
     @classmethod
     def translate(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Translate `fp16`, `use_amp` and the like to `precision`, booleans of `compile`, `decay_lr` and
-        `wandb_log`.
+        """Translate `fp16`, `use_amp` and the like to `precision`, booleans of `compile` and `resume_from`,
+        names and values of transformers' `TrainingArguments`, `decay_lr` and `wandb_log`.
         """
         translated = dict(values)
         translate_precision(translated)
         for name in ("compile", "compile_model", "torch_compile"):
             translated |= {name: on_or_off(translated[name])} if name in translated else {}
+        for name in _RESUME_NAMES:
+            if isinstance(value := translated.get(name), bool):
+                translated[name] = "auto" if value else None
+        translate_training_arguments(translated, SCHEDULER_NAMES)
         _translate_decay(translated)
         _translate_wandb(translated)
         return translated

@@ -129,7 +129,7 @@ def test_bottleneck_adapters_are_added_beside_others_and_other_ones_refused(tmp_
         (
             tmp_path / "both",
             {"use_domain_adaptation": True, "adapter_domains": ["code"]},
-            r"adapter_domains=\['code'\] .* \['math', 'law'\]",
+            r"adapter_domains is set to \['code'\], .* \['math', 'law'\]",
         ),
     ]
     for folder, said, why in refused:
@@ -151,3 +151,15 @@ def test_adapters_of_several_domains_want_data_that_tells_them_apart(
     mixed = [one if not one.startswith("--data_dir") else "--data_dir=data" for one in TRAIN]
     assert main([*mixed, *DOMAINS, "--init_from=checkpoints/final_model", "--output_dir=mixed"]) == 0
     assert main(["verify-resume", "mixed", "--steps=2"]) == 0
+
+
+@pytest.mark.parametrize(("rows", "reported"), [(300, False), (384, False), (3000, True)])
+def test_a_vocabulary_far_larger_than_the_tokenizer_is_reported_with_its_cost(
+    place: Path, capsys: pytest.CaptureFixture[str], rows: int, reported: bool
+) -> None:
+    arguments = [*TRAIN, *SHAPE, "--max_length=32", f"--vocab_size={rows}"]
+    assert main([*arguments, "--tie_word_embeddings=true", "--output_dir=large"]) == 0
+    printed = capsys.readouterr().out
+    line = "vocab_size is 3,000, but the tokenizer has 300 ids: 86,400 parameters are never used, which cost 0.0014 GB"
+    assert (line in printed) == reported
+    assert ("never used" in printed) == reported
