@@ -43,6 +43,7 @@ LOGS_FOLDER = "logs"
 TENSORBOARD_LINK = "tensorboard"
 TEXT_LOG = "train.log"
 WANDB_ID_FILE = "wandb_run_id"
+LOCK_FILE = "run.lock"
 
 MANIFEST_FORMAT = 1
 

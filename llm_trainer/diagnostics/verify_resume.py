@@ -7,9 +7,12 @@ part, the replay is compared with it too, which shows that not only resuming but
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,8 +23,9 @@ from torch import Tensor
 from llm_trainer.config import CheckpointError, UsageError
 from llm_trainer.run_dir import (
     FINAL_MODEL,
+    JSON,
     OPTIMIZER_FOLDER,
-    TEMPORARY_PREFIX,
+    REPLACED_PREFIX,
     FoundCheckpoint,
     list_checkpoints,
     verify,
@@ -41,6 +45,7 @@ BuildTrainer = Callable[[Path | None, Path, Sequence[Callback]], "Trainer"]
 
 # Entries of the state that differ between two equal runs.
 _TIME_DEPENDENT = {"seconds"}
+_COPY_ATTEMPTS = 5
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,8 @@ class StopAtStep(Callback):
 def verify_resume(run: Path, steps: int, build: BuildTrainer) -> VerificationReport:
     """Replay steps of a run from one of its checkpoints, or from its start, and compare the results.
 
-    The replay is written to a temporary folder in the run folder, which is removed afterwards.
+    All is written to a temporary folder outside the run folder (`TMPDIR` says where), which is removed
+    afterwards. The run may go on training meanwhile: what is compared is copied first.
 
     Args:
         run: The run folder.
@@ -108,32 +114,40 @@ def verify_resume(run: Path, steps: int, build: BuildTrainer) -> VerificationRep
         raise UsageError(
             f"invalid number of steps: {steps} cannot be interrupted in the middle; replay 2 or more"
         )
-    start, own = _select_steps(run, steps)
+    with tempfile.TemporaryDirectory(prefix="verify-resume-", ignore_cleanup_errors=True) as folder:
+        scratch = Path(folder)
+        start, own = _copy_selected(run, steps, scratch / "original")
+        return _replay(start, own, steps, scratch, build)
+
+
+def _replay(
+    start: FoundCheckpoint | None,
+    own: FoundCheckpoint | None,
+    steps: int,
+    scratch: Path,
+    build: BuildTrainer,
+) -> VerificationReport:
+    """Train the steps with and without an interruption, and compare."""
     first = start.step if start is not None else 0
     last = own.step if own is not None else first + steps
     middle = (first + last) // 2
-    scratch = run / f"{TEMPORARY_PREFIX}verify-resume"
-    shutil.rmtree(scratch, ignore_errors=True)
-    try:
-        uninterrupted = _train(build, start.path if start else None, scratch / "uninterrupted", last)
-        halfway = _train(build, start.path if start else None, scratch / "halfway", middle)
-        resumed = _train(build, halfway, scratch / "resumed", last)
-        comparisons = [
-            Comparison(
-                f"uninterrupted against resumed at step {middle}",
-                compare_checkpoints(uninterrupted, resumed),
-            )
-        ]
-        if own is not None:
-            # If the best model of the run is a later one, the replay starts without one, and its lowest loss
-            # is that of the replayed steps.
-            ignore = (
-                {"best_validation_loss"} if start is not None and best_model_of(start.path) is None else set()
-            )
-            differences = compare_checkpoints(own.path, uninterrupted, ignore=ignore)
-            comparisons.append(Comparison(f"replayed against {own.path.name} of the run", differences))
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    uninterrupted = _train(build, start.path if start else None, scratch / "uninterrupted", last)
+    halfway = _train(build, start.path if start else None, scratch / "halfway", middle)
+    resumed = _train(build, halfway, scratch / "resumed", last)
+    comparisons = [
+        Comparison(
+            f"uninterrupted against resumed at step {middle}",
+            compare_checkpoints(uninterrupted, resumed),
+        )
+    ]
+    if own is not None:
+        # If the best model of the run is a later one, the replay starts without one, and its lowest loss
+        # is that of the replayed steps.
+        ignore = (
+            {"best_validation_loss"} if start is not None and best_model_of(start.path) is None else set()
+        )
+        differences = compare_checkpoints(own.path, uninterrupted, ignore=ignore)
+        comparisons.append(Comparison(f"replayed against {own.path.name} of the run", differences))
     return VerificationReport(first, last, comparisons)
 
 
@@ -169,21 +183,74 @@ def _select_steps(run: Path, steps: int) -> tuple[FoundCheckpoint | None, FoundC
     such a pair the replay starts from the newest checkpoint with enough steps before the end of the run, or
     from the start of the run.
     """
-    complete = [one for one in list_checkpoints(run) if not verify(one.path)]
-    if not complete:
+    states = dict(_complete_checkpoints(run))
+    if not states:
         raise CheckpointError(
             f"{run} has no complete checkpoint to replay from; give the folder of a run that has saved one"
         )
-    starts: list[FoundCheckpoint | None] = [*complete, None]
-    for own in [one for one in complete if not read_state(one.path).get("between_steps_pending")]:
+    starts: list[FoundCheckpoint | None] = [*states, None]
+    for own in [one for one, state in states.items() if not state.get("between_steps_pending")]:
         for start in starts:
             if 2 <= own.step - (start.step if start else 0) <= steps:
                 return start, own
-    return next((one for one in complete if one.step + steps <= _total_steps(one)), None), None
+    return next(
+        (one for one, state in states.items() if one.step + steps <= _total_steps(one, state)), None
+    ), None
 
 
-def _total_steps(one: FoundCheckpoint) -> int:
-    total = read_state(one.path).get("total_steps")
+def _complete_checkpoints(run: Path) -> Iterator[tuple[FoundCheckpoint, Mapping[str, JSON]]]:
+    """The complete checkpoints of a run with their states, by decreasing step."""
+    for one in list_checkpoints(run):
+        if not verify(one.path):
+            with contextlib.suppress(CheckpointError):  # a run that trains meanwhile has removed it
+                yield one, read_state(one.path)
+
+
+def _copy_selected(
+    run: Path, steps: int, folder: Path
+) -> tuple[FoundCheckpoint | None, FoundCheckpoint | None]:
+    """What `_select_steps` finds, copied with the best model that counts for it: a run that trains meanwhile
+    may remove its own. Where it has just done so, the search is repeated.
+    """
+    for attempt in range(_COPY_ATTEMPTS):
+        start, own = _select_steps(run, steps)
+        best = None if start is None else best_model_of(start.path, contents=False)
+        copies: dict[Path, Path] = {}
+        try:
+            for path in {one.path for one in (start, own) if one is not None} | ({best} if best else set()):
+                copies[path] = folder / f"{attempt}" / path.name.removeprefix(REPLACED_PREFIX)
+                shutil.copytree(path, copies[path], copy_function=_link_or_copy)
+            if not any(verify(copy) for copy in copies.values()):
+                return _at(start, copies), _at(own, copies)
+        except OSError as error:  # shutil.Error is one
+            if not any(verify(path, contents=False) for path in copies):
+                raise CheckpointError(
+                    f"the checkpoints of {run} could not be copied to {folder}: {error}; set TMPDIR to a "
+                    "folder with enough space"
+                ) from error
+    raise CheckpointError(
+        f"the checkpoints of {run} were replaced {_COPY_ATTEMPTS} times while they were copied: the run "
+        "saves faster than they can be read; try again when it has ended"
+    )
+
+
+def _at(one: FoundCheckpoint | None, copies: Mapping[Path, Path]) -> FoundCheckpoint | None:
+    return None if one is None else FoundCheckpoint(copies[one.path], one.step)
+
+
+def _link_or_copy(source: str, target: str) -> str:
+    """A second name for a file, which no save ever changes in place; a copy on another file system."""
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copy2(source, target)
+    return target
+
+
+def _total_steps(one: FoundCheckpoint, state: Mapping[str, JSON]) -> int:
+    total = state.get("total_steps")
     return total if isinstance(total, int) else one.step
 
 

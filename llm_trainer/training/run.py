@@ -68,6 +68,7 @@ from llm_trainer.training.memory.memory_monitor import MemoryMonitor
 from llm_trainer.training.objectives.objective import Objective
 from llm_trainer.training.optim.lr_schedule import LRScheduleState
 from llm_trainer.training.resolve_run import ResolvedRun
+from llm_trainer.training.run_lock import RunLock
 from llm_trainer.training.state import TrainingState
 
 # What operations may change of a shape.
@@ -169,6 +170,7 @@ class TrainingRun:
         self._micro_batches: Prefetcher[Batch] | None = None
         self._mixture_stats = MixtureStats(self.state.source_tokens)
         self._progress: ProgressReporter | None = None
+        self._lock: RunLock | None = None
         self._stop_requested = False
         self._started: float | None = None
         self._seconds_before = 0.0
@@ -236,6 +238,19 @@ class TrainingRun:
 
     # Opening and closing.
 
+    def lock_run_dir(self) -> None:
+        """Lock the run folder until `close`, so that no other process writes to it.
+
+        Raises:
+            CheckpointError: If another process trains there.
+        """
+        self._lock = self.process_group.run_on_main(lambda: RunLock(self.run_dir))
+        if self._lock is not None and self._lock.problem is not None:
+            self.log(
+                f"{self.run_dir} cannot be locked ({self._lock.problem}): make sure that no other process "
+                "trains there"
+            )
+
     def open_run_dir(self) -> None:
         """Move aside what another run left in the run folder, write run.json, start the progress display."""
         self.process_group.barrier()  # all ranks have read what they resume from
@@ -289,16 +304,21 @@ class TrainingRun:
         )
 
     def close(self) -> None:
-        """Stop threads and close files, at the run's end or after an error."""
-        if problem := self.store.close(self.process_group):
-            self.log(problem)
-        if self._micro_batches is not None:
-            self._micro_batches.close()
-        if hasattr(self, "metrics_tracker"):
-            self.metrics_tracker.close()
-        if self._progress is not None:
-            self._progress.close()
-            self._progress = None
+        """Stop threads, close files and unlock the run folder, at the run's end or after an error."""
+        try:
+            if problem := self.store.close(self.process_group):
+                self.log(problem)
+            if self._micro_batches is not None:
+                self._micro_batches.close()
+            if hasattr(self, "metrics_tracker"):
+                self.metrics_tracker.close()
+            if self._progress is not None:
+                self._progress.close()
+                self._progress = None
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+                self._lock = None
 
     # Resuming.
 
@@ -503,8 +523,7 @@ class TrainingRun:
         if self.state.step:
             self.save(emergency=True)
         self.log(
-            f"step {self.state.step + 1}: {error}; retrying with micro_batch_size {smaller.micro_batch_size} "
-            "× "
+            f"step {self.state.step + 1}: {error}; retrying with micro_batch_size {smaller.micro_batch_size} × "
             f"{smaller.gradient_accumulation_steps} micro-batches, which is the same step"
         )
         self._divide(smaller.micro_batch_size)
@@ -549,8 +568,7 @@ class TrainingRun:
             self._divide(noted)
             self.log(
                 f"Using micro_batch_size {noted}: the last run ran out of memory at {was}. Set "
-                "micro_batch_size to "
-                "override."
+                "micro_batch_size to override."
             )
         elif bounds is not None and self.state.overrides.micro_batch_size is None:
             chosen = self._find_batches(bounds, self.training.memory_target_fraction)
@@ -715,7 +733,15 @@ class TrainingRun:
             "data": data_identity(self.train_dataset, self.sampler),
         }
         model, optimizers = self.engine.saved_objects()
-        return CheckpointData(model, optimizers, state, self.config, self.tokenizer, self.process_group)
+        return CheckpointData(
+            model,
+            optimizers,
+            state,
+            self.config,
+            self.tokenizer,
+            self.process_group,
+            self.resolved.generation,
+        )
 
     def save(self, *, emergency: bool = False, ephemeral: bool = False) -> None:
         """Save a checkpoint now.
@@ -756,6 +782,7 @@ class TrainingRun:
         """
         for path in self.store.wait():
             if path.name not in (BEST_MODEL, FINAL_MODEL):
+                self.log(f"saved {path}")
                 for callback in self.callbacks:
                     callback.on_checkpoint(self, path)
         for line in self.store.remote.take_messages() if self.store.remote is not None else []:

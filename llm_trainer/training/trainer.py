@@ -73,8 +73,7 @@ class Trainer:
 
     Args:
         model: The model, or the shape of a new one. The weights of a new one are seeded by `training.seed`,
-            and
-            its vocabulary is the dataset's unless it is set.
+            and its vocabulary is the dataset's unless it is set.
         config: What to do: a TrainingConfig, all sections (RunConfig), or a run that is resolved already.
         train_dataset: The training split.
         eval_dataset: The validation split; without one the run does not validate.
@@ -138,6 +137,7 @@ class Trainer:
             store=store,
             console=console,
         )
+        self._first_step = 1
         self._read_every = 1 if self.run.device.type == "cpu" else _READ_EVERY
 
     @property
@@ -160,18 +160,21 @@ class Trainer:
 
         Returns:
             How the run ended. `final_model/` is saved unless it was interrupted.
+
+        Raises:
+            CheckpointError: If another process trains in the run folder, or a save failed.
         """
         run = self.run
-        self._prepare()
-        with StopSignals() as signals:
-            try:
+        try:
+            self._prepare()
+            with StopSignals() as signals:
                 for callback in self.callbacks:
                     callback.on_train_start(run)
                 self._before_first_step()
                 ended_by = "evaluated" if run.training.eval_only else self._loop(signals)
                 return self._finish(ended_by, signals)
-            finally:
-                run.close()
+        finally:
+            run.close()
 
     def evaluate(self) -> ValidationResult:
         """The loss over the validation split as the model is now.
@@ -185,6 +188,7 @@ class Trainer:
 
     def _prepare(self) -> None:
         run = self.run
+        run.lock_run_dir()
         if run.resolved.checkpoint is not None:
             run.resume(run.resolved.checkpoint)
         run.open_run_dir()
@@ -207,6 +211,7 @@ class Trainer:
 
     def _loop(self, signals: StopSignals) -> str:
         run = self.run
+        self._first_step = run.current_step + 1
         while run.current_step < run.length.steps and not run.stop_requested:
             if not self._has_spiked:  # a resumed run may be where it has to roll back
                 if not self._train_step():
@@ -290,6 +295,9 @@ class Trainer:
             run.outcomes.flush(run.state)
             if run.outcomes.last is not None:
                 self._log_metrics(float(run.outcomes.last.loss))
+        elif step == self._first_step:  # a sign of life where steps are slow; the records have no line for it
+            run.outcomes.flush(run.state)
+            run.show_metrics(self._step_metrics())
         is_validation_due = step % run.eval_interval == 0 or is_last
         validation = run.validate() if is_validation_due and run.eval_dataset is not None else None
         if not is_last:
@@ -300,12 +308,10 @@ class Trainer:
         """Log the metrics of a step. A subclass may add its own:
         `self.metrics_tracker.update({...}, self.current_step)`.
         """
-        run, last = self.run, self.run.outcomes.last
-        assert last is not None
+        run = self.run
         metrics = {
+            **self._step_metrics(),
             "loss": loss,
-            "learning_rate": run.training.learning_rate * last.lr_factor,
-            "gradient_norm": float(last.gradient_norm),
             "tokens": float(run.state.tokens),
             **run.meter.read(),
             **run.mixture_metrics(),
@@ -314,6 +320,17 @@ class Trainer:
         }
         run.metrics_tracker.update(metrics, run.current_step)
         run.show_metrics(metrics)
+
+    def _step_metrics(self) -> dict[str, float]:
+        """Loss, learning rate and gradient norm of the last step; empty before it has been read."""
+        last = self.run.outcomes.last
+        if last is None:
+            return {}
+        return {
+            "loss": float(last.loss),
+            "learning_rate": self.run.training.learning_rate * last.lr_factor,
+            "gradient_norm": float(last.gradient_norm),
+        }
 
     # End.
 

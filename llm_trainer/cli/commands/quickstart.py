@@ -180,6 +180,7 @@ def train_and_report(
     """
     from llm_trainer.cli.setup.run_summary import format_validation, print_start, record_metadata
     from llm_trainer.reporting.run_report import write_report
+    from llm_trainer.training.run_lock import RunLock
     from llm_trainer.training.trainer import Trainer
 
     prepared = data.prepared
@@ -200,8 +201,9 @@ def train_and_report(
         console.print(f"held-out text: {format_validation(result.validation.metrics)}", markup=False)
     console.print("\n[bold]3  samples[/bold]")
     samples = draw_samples(data, own, console)
-    record_metadata(trainer.run, data, result, command, samples)
-    write_report(trainer.run.run_dir)
+    with RunLock(trainer.run.run_dir):
+        record_metadata(trainer.run, data, result, command, samples)
+        write_report(trainer.run.run_dir)
     return 0
 
 

@@ -107,6 +107,7 @@ def run_training(setup: TrainingSetup, console: Console, command: str) -> int:
     """
     from llm_trainer.cli.setup.run_summary import print_end, print_start, record_metadata
     from llm_trainer.cli.setup.scaling_schedule import build_orchestrator, print_schedule
+    from llm_trainer.training.run_lock import RunLock
     from llm_trainer.training.trainer import Trainer
 
     keep_freed_memory()
@@ -128,6 +129,7 @@ def run_training(setup: TrainingSetup, console: Console, command: str) -> int:
     result = trainer.train()
     if trainer.run.process_group.is_main:
         if result.ended_by != "evaluated":
-            record_metadata(trainer.run, setup.data, result, command)
+            with RunLock(trainer.run.run_dir):
+                record_metadata(trainer.run, setup.data, result, command)
         print_end(trainer.run, result, console)
     return result.exit_code

@@ -16,6 +16,7 @@ from llm_trainer.cli.setup.build_dataset import (
     RunData,
     check_data_flags,
     find_data,
+    with_chat_template,
     with_domain_data,
     with_model_tokenizer,
 )
@@ -27,10 +28,11 @@ from llm_trainer.cli.setup.build_model import (
     is_pretrained,
     load_matching_weights,
     load_pretrained_model,
+    read_generation_defaults,
     resolve_model_config,
+    unused_vocabulary,
 )
 from llm_trainer.cli.setup.parse_command import print_line
-    unused_vocabulary,
 from llm_trainer.cli.setup.resume_config import merge_saved_config
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from llm_trainer.config.parse.command import LoadedRun
     from llm_trainer.config.resolve.settings import ResolvedSettings
     from llm_trainer.distributed.process_group import ProcessGroup
+    from llm_trainer.model.hf.generation_config import GenerationDefaults
     from llm_trainer.model.transformer import Transformer
     from llm_trainer.training.resolve_run import ResolvedRun
 
@@ -86,16 +89,19 @@ def build_training(
         CheckpointError: For a checkpoint that does not exist or is damaged.
     """
     from llm_trainer.training.resolve_run import resolve_run
+    from llm_trainer.training.run_lock import check_not_locked
 
     check_data_flags(loaded)
     check_adapter_has_base(loaded.config.training)
     settings, checkpoint = _resolve_settings(loaded, process_group, console)
+    run_dir = Path(settings.config.training.output_dir)
+    process_group.run_on_main(lambda: check_not_locked(run_dir))
     process_group = replace(process_group, plan=settings.plan)
 
-    def open_parts() -> tuple[RunConfig, Transformer, RunData]:
+    def open_parts() -> tuple[RunConfig, Transformer, RunData, GenerationDefaults]:
         return _open_parts(loaded, settings, checkpoint, console, fallbacks, prepare)
 
-    config, model, data = process_group.main_process_first(open_parts)
+    config, model, data, generation = process_group.main_process_first(open_parts)
     run = resolve_run(
         replace(settings, config=config),
         data.prepared.train,
@@ -104,6 +110,7 @@ def build_training(
         checkpoint=checkpoint,
         process_group=process_group,
         console=console,
+        generation=generation,
     )
     return TrainingSetup(run, model, data)
 
@@ -133,10 +140,13 @@ def _open_parts(
     console: Console,
     fallbacks: Sequence[str],
     prepare: Callable[[RunConfig], RunConfig] | None,
-) -> tuple[RunConfig, Transformer, RunData]:
-    """The data, the model, and the settings with what these two have settled."""
+) -> tuple[RunConfig, Transformer, RunData, GenerationDefaults]:
+    """The settings with what the data and the model have settled, these two, and what the base model says
+    about generation.
+    """
     from llm_trainer.data.prepared_dataset import check_vocabulary
     from llm_trainer.model.build import build_model
+    from llm_trainer.model.hf.generation_config import GenerationDefaults
 
     config, is_new = settings.config, checkpoint is None
     if prepare is not None and is_new:
@@ -149,19 +159,23 @@ def _open_parts(
     data_config = with_domain_data(data_config, training)
     data = find_data(data_config, console, fallbacks)
     corpora = corpus_names(data.prepared)
+    generation = GenerationDefaults()
     if not is_new:
         model = build_model(config.model, training.seed)  # the checkpoint's weights replace these
     elif starts_from_weights:
         model = load_pretrained_model(training.init_from, config.model, corpora, training.adapter_from)
         check_same_tokenizer(training.init_from, data.prepared.tokenizer)
+        generation = read_generation_defaults(training.init_from)
     else:
         shape = resolve_model_config(config.model, data.prepared, loaded.origins)
+        if (line := unused_vocabulary(shape, data.prepared.vocab_size)) is not None:
+            print_line(console, line)
         model = build_model(shape, training.seed)
     if training.transfer_from is not None and is_new:
         for line in load_matching_weights(model, training.transfer_from, training.transfer_modules):
             print_line(console, line)
     check_domain_adapters(model.config, training, corpora)
     check_vocabulary(data.prepared.train, model.config.vocab_size)
-    return config.model_copy(update={"model": model.config, "data": data.config}), model, data
-        if (line := unused_vocabulary(shape, data.prepared.vocab_size)) is not None:
-            print_line(console, line)
+    if starts_from_weights or checkpoint is not None:
+        data = with_chat_template(data, training.init_from if checkpoint is None else str(checkpoint))
+    return config.model_copy(update={"model": model.config, "data": data.config}), model, data, generation
