@@ -6,6 +6,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -126,3 +129,21 @@ def test_zero_goes_back_from_a_spike_as_plain_replicas_do(folder: Path) -> None:
     plain, zero = series(folder / "ddp-spike"), series(folder / "zero-spike")
     assert max(differences(plain, zero)) <= TOLERANCE
     assert max(differences(series(folder / "ddp"), plain)) > 1e-4  # it did go back
+
+
+def test_one_process_needs_no_launcher(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("a small text to train on, again and again.\n" * 200, encoding="utf-8")
+    shape = ["--hidden_size=16", "--num_layers=1", "--num_heads=2", "--max_seq_len=16", "--vocab_size=300"]
+    length = ["--batch_size=2", "--max_steps=2", "--eval_iters=1", "--precision=fp32", "--compile=off"]
+    command = ["train", "--input=text.txt", "--output_dir=run", "--device=cpu", "--use_deepspeed=true"]
+    launcher = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    done = subprocess.run(
+        [sys.executable, "-m", "llm_trainer", *command, *shape, *length],
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if name not in launcher},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run/final_model/model.safetensors").is_file()

@@ -16,6 +16,7 @@ parameters; a checkpoint stores the same count for each parameter.
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -300,6 +301,7 @@ def _initialize(
     import torch.distributed as dist
 
     if not dist.is_initialized():  # a single process, not started by a launcher
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed refuses to start without it
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     import deepspeed
 
