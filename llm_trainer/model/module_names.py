@@ -67,7 +67,7 @@ def resolve_part(model: nn.Module, name: str) -> nn.Module:
         return parts[name]
     close = difflib.get_close_matches(name, parts, n=2)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
-    raise UsageError(f"the model has no part {name!r}; {hint}its parts are {_summary(list(parts))}")
+    raise UsageError(f"the model has no module {name!r}; {hint}its modules are {_summary(list(parts))}")
 
 
 def matching_parts(model: nn.Module, patterns: str | Sequence[str]) -> list[str]:

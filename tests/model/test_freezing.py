@@ -36,7 +36,7 @@ def test_names_ranges_and_globs_match_parts(wanted: str | list[str], found: list
 
 @pytest.mark.parametrize("wanted", ["attn.2-4", "attn.3-1", "mlp*x", "atn.0", "attn.0-99999999999"])
 def test_a_pattern_without_a_match_is_an_error_that_lists_the_parts(wanted: str) -> None:
-    with pytest.raises(UsageError, match=r"its parts are .*attn\.0 … attn\.3"):
+    with pytest.raises(UsageError, match=r"its modules are .*attn\.0 … attn\.3"):
         matching_parts(model_of(), wanted)
 
 

@@ -182,7 +182,7 @@ def _save(
             or "no documents at all"
         )
         examples = f" — {'; '.join(saved.examples)}" if saved.examples else ""
-        raise DataError(f"nothing usable in the files of {name}: {counts}{examples}")
+        raise DataError(f"no usable documents in the files of {name}: {counts}{examples}")
     return saved
 
 

@@ -229,8 +229,17 @@ class _Stages:
                 or "it has no documents"
             )
             where = f" ({'; '.join(self.examples)})" if self.examples else ""
-            raise DataError(f"nothing usable in {self.source_name}: {counts}{where}; give UTF-8 text")
+            raise DataError(f"no usable documents in {self.source_name}: {counts}{where}; {self._advice()}")
         return indexes
+
+    def _advice(self) -> str:
+        """What to do where no document can be used, by the most frequent reason."""
+        reason = max(self.rejected, key=lambda each: self.rejected[each], default="")
+        if "column" in reason:
+            return "name the column that holds the text with --text_column"
+        if reason.startswith("language"):
+            return "change --languages"
+        return "give text in UTF-8, or relax the filters"
 
     def deduplicate(self, indexes: Sequence[DocumentIndex]) -> np.ndarray:
         """Stage 2: the state of each document (see `deduplicate.py`), uint8 `(documents,)`."""

@@ -54,10 +54,8 @@ class PreparationSummary:
             f"split: {metadata.split_method}",
         ]
         if metadata.leaks is not None:
-            nearly = "nearly " if metadata.leak_check == "near" else ""
-            lines.append(
-                f"leakage check: {metadata.leaks:,} held-out documents also occur {nearly}in another split"
-            )
+            found = "have a near-duplicate" if metadata.leak_check == "near" else "also occur"
+            lines.append(f"leakage check: {metadata.leaks:,} held-out documents {found} in another split")
         rows = [("split", "documents", "tokens", "MB", "bytes per token")]
         for name, split in metadata.splits.items():
             sizes = (

@@ -74,8 +74,11 @@ def load_partially(model: nn.Module, source: Path, parts: str | Sequence[str] = 
             parameter.copy_(available[name])
             loaded.append(name)
     if not loaded:
+        reasons = [f"{name} ({why})" for name, why in skipped.items() if why != "not selected"]
+        more = ", …" if len(reasons) > 3 else ""
         raise CheckpointError(
-            f"no tensor of {source} fits this model; {'; '.join(dict.fromkeys(skipped.values()))}"
+            f"no tensor of {source} fits this model: {', '.join(reasons[:3]) or 'none is selected'}{more}; "
+            "change the model's shape or transfer_modules"
         )
     unused = tuple(name for name in available if name not in loaded)
     return TransferReport(source, tuple(loaded), skipped, unused)

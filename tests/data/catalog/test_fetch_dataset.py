@@ -241,7 +241,9 @@ def test_without_a_network_the_error_names_the_set_and_how_to_supply_it(
 
 def test_a_set_with_nothing_usable_is_an_error_and_leaves_no_files(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"body": "x"}\n', encoding="utf-8")
-    with pytest.raises(DataError, match="nothing usable in the files of corpus: 1 no text in the column"):
+    with pytest.raises(
+        DataError, match="no usable documents in the files of corpus: 1 no text in the column"
+    ):
         fetch_dataset("corpus", on_hub(), tmp_path / "raw", "parquet", local_copy=tmp_path / "a.jsonl")
     assert list((tmp_path / "raw").iterdir()) == []
     with pytest.raises(DataError, match="nowhere does not exist"):

@@ -314,6 +314,21 @@ def test_characters_that_an_existing_tokenizer_lacks_are_named(tmp_path: Path) -
         )
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "advice"),
+    [
+        ("a.jsonl", b'{"body": "a text"}\n', "--text_column"),
+        ("a.txt", b"caf\xe9", "UTF-8"),
+    ],
+)
+def test_an_input_without_usable_documents_is_an_error_with_advice(
+    tmp_path: Path, name: str, content: bytes, advice: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=rf"no usable documents in {name}: 1 .*{advice}"):
+        prepare_dataset(DataConfig(input=str(tmp_path / name)), tmp_path / "out")
+
+
 def test_a_full_disk_leaves_the_old_result_complete(
     texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
