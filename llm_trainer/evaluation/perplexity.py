@@ -101,7 +101,11 @@ def evaluate_text(
         )
     tokenizer = model.tokenizer
     start = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
-    ids = ([] if start is None else [start]) + tokenizer.encode(text)
+    if tokenizer.prefix_ids:
+        text = tokenizer.without_prefix(text)
+        ids = tokenizer.encode(text, begins=True)
+    else:
+        ids = ([] if start is None else [start]) + tokenizer.encode(text)
     if len(ids) < 2:
         raise DataError("the text has no token to predict; use a longer text")
     stream = TokenDataset.from_ids(ids, vocab_size=tokenizer.vocab_size, tokenizer_hash=tokenizer.hash)
@@ -110,7 +114,7 @@ def evaluate_text(
     )
     # Without a beginning-of-sequence token the first token is not predicted, so its bytes do not count.
     scored_bytes = len(text.encode("utf-8")) - (
-        0 if start is not None else len(tokenizer.token_bytes(ids[0]))
+        0 if tokenizer.prefix_ids or start is not None else len(tokenizer.token_bytes(ids[0]))
     )
     return _result(total, count, scored_bytes)
 

@@ -148,11 +148,11 @@ class LanguageModel:
         return [sequence.completion for sequence in sequences]
 
     def encode_prompt(self, prompt: str) -> list[int]:
-        """Ids of a prompt, with nothing added.
+        """Ids of a prompt, with the tokens that its tokenizer begins every text with.
 
         Args:
-            prompt: The text. An empty one becomes the token that begins a text: bos, else eos, else a
-                newline.
+            prompt: The text. An empty one becomes these tokens; where there are none, the token that begins a
+                text: bos, else eos, else a newline.
 
         Returns:
             Its ids.
@@ -163,7 +163,9 @@ class LanguageModel:
         """
         tokenizer = self._require_tokenizer()
         if prompt:
-            return tokenizer.encode(prompt)
+            return tokenizer.encode(prompt, begins=True)
+        if tokenizer.prefix_ids:
+            return list(tokenizer.prefix_ids)
         start = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
         # Character tokenizers have no such token; nanoGPT starts their texts at a newline too.
         return tokenizer.encode("\n") if start is None else [start]

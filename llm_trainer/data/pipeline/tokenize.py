@@ -258,9 +258,18 @@ class _SplitFiles:
 
 
 def _encoded(chunks: Iterable[SplitChunk], tokenizer: Tokenizer) -> Iterator[tuple[SplitChunk, np.ndarray]]:
-    """The ids of each chunk, in order."""
+    """The ids of each chunk, in order.
+
+    Every document begins with the tokenizer's prefix, and so does each part of a document that a split cuts.
+    """
+    is_begin = True
     for batch in _batches(chunks):
-        yield from zip(batch, tokenizer.encode_to_arrays([chunk.text for chunk in batch]), strict=True)
+        begins = []
+        for chunk in batch:
+            begins.append(is_begin)
+            is_begin = chunk.ends
+        texts = [chunk.text for chunk in batch]
+        yield from zip(batch, tokenizer.encode_to_arrays(texts, begins), strict=True)
 
 
 def _batches(chunks: Iterable[SplitChunk]) -> Iterator[list[SplitChunk]]:

@@ -157,6 +157,8 @@ class AugmentedSampler:
         is_fixed = np.arange(len(ids)) == 0
         if self._tokenizer.eos_id is not None:
             is_fixed |= ids == self._tokenizer.eos_id
+        if self._tokenizer.prefix_ids:
+            is_fixed |= np.isin(ids, self._tokenizer.prefix_ids)
         kept = self._kept(len(ids), generator) | is_fixed
         is_label = is_label & np.append(True, kept[:-1])
         cases = self._draws(len(ids), self._augmentation.case, len(_CASES), generator)

@@ -7,6 +7,11 @@ Training, evaluation and serving use the same `encode`.
 The names of special tokens in a text are ordinary text: a corpus or a prompt that contains "<|endoftext|>"
 gets no end-of-text token from it, and is decoded to what it was. `allow_special=True` parses them.
 
+Some tokenizers begin every text with a token (Llama 2 and 3, Gemma): the post-processor of their
+tokenizer.json adds it, and their models expect it. Prompts, documents and evaluated texts get these
+`prefix_ids` once, through `begins`. Tokens that a post-processor adds at the end are left out: documents are
+ended by the end-of-text token anyway, and a prompt is to be continued.
+
 Two shortcuts make bulk encoding fast, and tests compare both with the library. Character tokenizers look ids
 up in a numpy table. Byte-level BPE and WordPiece, which split text into words first, look up words that have
 been encoded before (`fast/`); the environment variable LLM_TRAINER_FAST_TOKENIZER=0 switches this off.
@@ -16,7 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -25,7 +30,13 @@ import numpy as np
 import tokenizers
 
 from llm_trainer.config.environment import use_fast_tokenizer
-from llm_trainer.data.tokenization import tiktoken_import, tokenizer_json, vocab_training
+from llm_trainer.data.tokenization import (
+    chat_templates,
+    slow_files,
+    tiktoken_import,
+    tokenizer_json,
+    vocab_training,
+)
 from llm_trainer.data.tokenization.fast.bulk_encoder import BulkEncoder, build_bulk_encoder
 from llm_trainer.errors import DataError, UsageError
 
@@ -40,7 +51,14 @@ _ROLES = ("eos_token", "bos_token", "pad_token", "unk_token")
 _COMMON_EOS_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[EOS]")
 _EOS_ROLES = {"eos_token": tokenizer_json.END_OF_TEXT, "bos_token": tokenizer_json.END_OF_TEXT}
 _RANKS_SUFFIXES = (".tiktoken", ".bpe", ".model")
-_HUB_FILES = [TOKENIZER_FILE, CONFIG_FILE, "special_tokens_map.json", "config.json"]
+_HUB_FILES = [
+    TOKENIZER_FILE,
+    CONFIG_FILE,
+    "special_tokens_map.json",
+    "config.json",
+    *slow_files.FILES,
+    *chat_templates.PATTERNS,
+]
 
 
 class Tokenizer:
@@ -51,6 +69,9 @@ class Tokenizer:
         eos_id: Id of the end-of-text token, or None.
         bos_id: Id of the beginning-of-text token, or None.
         pad_id: Id of the padding token, or None.
+        prefix_ids: Ids that begin every text, such as that of the beginning-of-text token; empty for most
+            tokenizers.
+        chat_templates: File name → text of its chat templates. They are saved again and never executed.
         is_byte_level: The vocabulary is made of bytes, so every text can be encoded.
         is_character_level: Each id is one character.
     """
@@ -60,6 +81,7 @@ class Tokenizer:
         backend: tokenizers.Tokenizer,
         roles: dict[str, str],
         saved_config: dict[str, Json] | None = None,
+        chat_templates: Mapping[str, str] | None = None,
     ) -> None:
         """Wrap a tokenizer of the library; `load`, `train` and `tiktoken` are the usual ways.
 
@@ -67,6 +89,7 @@ class Tokenizer:
             backend: The tokenizer.
             roles: Role (eos_token, bos_token, …) → special token.
             saved_config: The contents of its tokenizer_config.json, which `save` writes again.
+            chat_templates: File name → text of its chat templates, which `save` writes again.
 
         Raises:
             DataError: The vocabulary is empty.
@@ -77,6 +100,7 @@ class Tokenizer:
         self._backend = backend
         self._roles = {role: token for role, token in roles.items() if backend.token_to_id(token) is not None}
         self._saved_config = saved_config or {}
+        self.chat_templates = dict(chat_templates or {})
         vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
         if not vocabulary:
             raise DataError("the tokenizer has an empty vocabulary; train it on some text")
@@ -85,6 +109,7 @@ class Tokenizer:
         self.eos_id = self._id_of("eos_token")
         self.bos_id = self._id_of("bos_token")
         self.pad_id = self._id_of("pad_token")
+        self.prefix_ids = tokenizer_json.prefix_ids(backend)
         self.is_byte_level = '"ByteLevel"' in json.dumps(
             [self._parts["pre_tokenizer"], self._parts["decoder"]]
         )
@@ -119,17 +144,18 @@ class Tokenizer:
 
     @classmethod
     def _from_files(cls, file: Path, folder: Path) -> Tokenizer:
-        if not file.is_file():
-            raise DataError(
-                f"{folder} has no {TOKENIZER_FILE}; prepare the data again,"
-                " or give the folder of the tokenizer"
-            )
-        backend = tokenizer_json.read_tokenizer_json(file)
         config = _read_object(folder / CONFIG_FILE)
+        names = {**_read_object(folder / "special_tokens_map.json"), **config}
+        if file.is_file():
+            backend = tokenizer_json.read_tokenizer_json(file)
+        else:
+            backend, defaults = slow_files.build_tokenizer(folder, names)
+            names = {**defaults, **names}
         return cls(
             backend,
-            _roles_from({**_read_object(folder / "special_tokens_map.json"), **config}, backend),
+            _roles_from(names, backend),
             config,
+            chat_templates.read_chat_templates(folder),
         )
 
     @classmethod
@@ -225,24 +251,36 @@ class Tokenizer:
             [tokenizers.AddedToken(token, special=special, normalized=False) for token in missing]
         )
         roles = self._roles or {role: tokenizer_json.END_OF_TEXT for role in _EOS_ROLES}
-        return Tokenizer(backend, roles, self._saved_config)
+        return Tokenizer(backend, roles, self._saved_config, self.chat_templates)
 
-    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-        """Encode a text, without adding any special tokens.
+    def with_chat_templates(self, templates: Mapping[str, str]) -> Tokenizer:
+        """The same tokenizer with these chat templates, file name → text."""
+        backend = tokenizers.Tokenizer.from_str(self.to_json())
+        return Tokenizer(backend, self._roles, self._saved_config, templates)
+
+    def encode(self, text: str, *, allow_special: bool = False, begins: bool = False) -> list[int]:
+        """Encode a text, without adding any special tokens except those of `begins`.
 
         Args:
             text: The text.
             allow_special: Names of special tokens in the text become these tokens.
+            begins: Begin with `prefix_ids`, once: where the text itself begins with their names, these are
+                replaced by the tokens.
 
         Raises:
             DataError: A character tokenizer lacks a character, or the text has a lone surrogate.
         """
         if allow_special:
             _check_text(text)
-            ids: list[int] = self._parsing_backend.encode(text, add_special_tokens=False).ids
-            return ids
-        plain: list[int] = self.encode_to_array(text).tolist()
+            rest = self.without_prefix(text) if begins else text
+            ids: list[int] = self._parsing_backend.encode(rest, add_special_tokens=False).ids
+            return [*self.prefix_ids, *ids] if begins else ids
+        plain: list[int] = self.encode_to_arrays([text], [begins])[0].tolist()
         return plain
+
+    def without_prefix(self, text: str) -> str:
+        """The text without the names of `prefix_ids` that it begins with."""
+        return text.removeprefix(self._prefix_text) if self.prefix_ids else text
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode several texts; the ids equal those of `encode`, which also documents the errors."""
@@ -252,8 +290,28 @@ class Tokenizer:
         """Encode a text to int64 `(tokens,)`; raises as `encode`."""
         return self.encode_to_arrays([text])[0]
 
-    def encode_to_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Encode several texts to int64 `(tokens,)` each, the fastest way for bulk; raises as `encode`."""
+    def encode_to_arrays(
+        self, texts: Sequence[str], begins: Sequence[bool] | None = None
+    ) -> list[np.ndarray]:
+        """Encode several texts to int64 `(tokens,)` each, the fastest way for bulk; raises as `encode`.
+
+        Args:
+            texts: The texts.
+            begins: For each text, whether it begins with `prefix_ids`; none does by default.
+        """
+        if begins is None or not self.prefix_ids:
+            return self._encode_plain(texts)
+        rests = [
+            self.without_prefix(text) if is_begin else text
+            for text, is_begin in zip(texts, begins, strict=True)
+        ]
+        prefix = np.array(self.prefix_ids, dtype=np.int64)
+        return [
+            np.concatenate([prefix, ids]) if is_begin else ids
+            for ids, is_begin in zip(self._encode_plain(rests), begins, strict=True)
+        ]
+
+    def _encode_plain(self, texts: Sequence[str]) -> list[np.ndarray]:
         if self.is_character_level:
             return [self._encode_characters(text) for text in texts]
         for text in texts:
@@ -307,19 +365,23 @@ class Tokenizer:
     def hash(self) -> str:
         """sha256 in hex over everything that decides ids and text.
 
-        It covers the parts of tokenizer.json in a canonical format, and the id that ends a text.
+        It covers the parts of tokenizer.json in a canonical format, the id that ends a text, and the ids that
+        begin it where there are any.
         """
         parts: dict[str, Json] = {
             name: self._parts.get(name)
             for name in ("model", "normalizer", "pre_tokenizer", "decoder", "added_tokens")
         }
         canonical = json.dumps(
-            [_without_nulls(parts), self.eos_id], sort_keys=True, ensure_ascii=True, separators=(",", ":")
+            [_without_nulls(parts), self.eos_id, *([list(self.prefix_ids)] if self.prefix_ids else [])],
+            sort_keys=True,
+            ensure_ascii=True,
+            separators=(",", ":"),
         )
         return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
     def save(self, folder: str | Path) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json` into a folder.
+        """Write `tokenizer.json`, `tokenizer_config.json` and the chat templates into a folder.
 
         `transformers.AutoTokenizer.from_pretrained(folder)` then gives the same ids.
         """
@@ -336,6 +398,12 @@ class Tokenizer:
         (path / CONFIG_FILE).write_text(
             json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
+        chat_templates.write_chat_templates(path, self.chat_templates)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether it brings a chat template, in a file of its own or in its tokenizer_config.json."""
+        return bool(self.chat_templates or self._saved_config.get("chat_template"))
 
     def to_json(self) -> str:
         """The text of its tokenizer.json."""
@@ -357,6 +425,11 @@ class Tokenizer:
                 " text that contains them (or with --tokenizer_type bpe, which can encode any text)"
             )
         return ids
+
+    @cached_property
+    def _prefix_text(self) -> str:
+        """The names of `prefix_ids` in a row."""
+        return "".join(str(self._backend.id_to_token(token)) for token in self.prefix_ids)
 
     @cached_property
     def _id_by_character(self) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -76,6 +77,25 @@ def token_bytes_converter(is_byte_level: bool, decoder: str) -> Callable[[str], 
         return (token.replace("\u2581", " ") if has_word_marks else token).encode("utf-8")
 
     return to_bytes
+
+
+def prefix_ids(backend: Backend) -> tuple[int, ...]:
+    """The ids that the post-processor of a tokenizer.json puts in front of every text.
+
+    `add_bos_token` of tokenizer_config.json has no effect next to a tokenizer.json, as in transformers 5:
+    the post-processor is the record of it.
+
+    Args:
+        backend: The tokenizer.
+    """
+    if backend.post_processor is None or not backend.num_special_tokens_to_add(is_pair=False):
+        return ()
+    encoding = backend.encode("a", add_special_tokens=True)
+    leading = itertools.takewhile(
+        lambda item: item[1], zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+    )
+    found = tuple(token for token, _ in leading)
+    return found if len(found) < len(encoding.ids) else ()
 
 
 def read_tokenizer_json(file: Path) -> Backend:
