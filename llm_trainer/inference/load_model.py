@@ -8,7 +8,6 @@ But it rounds, and so it has to be asked for.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from llm_trainer.config.schema.model import ModelConfig
 from llm_trainer.data.nanogpt_format import META_FILE, read_vocabulary
 from llm_trainer.data.tokenization.tokenizer import TOKENIZER_FILE, Tokenizer
 from llm_trainer.device import resolve_device
-from llm_trainer.errors import CheckpointError, DataError, UsageError
+from llm_trainer.errors import DataError, UsageError
 from llm_trainer.inference.engine import LanguageModel
 from llm_trainer.model.adapters.lora import active_adapters, merge_lora, remove_adapters
 from llm_trainer.model.hf.checkpoint import (
@@ -29,6 +28,7 @@ from llm_trainer.model.hf.checkpoint import (
     load_pretrained,
     read_config,
 )
+from llm_trainer.model.hf.generation_config import GenerationDefaults
 from llm_trainer.model.interop.nanogpt_import import dataset_of, load_nanogpt
 from llm_trainer.model.interop.peft_format import is_adapter_folder, load_adapter
 from llm_trainer.model.transformer import Transformer
@@ -193,16 +193,28 @@ def load_tokenizer(source: Path) -> Tokenizer:
     """
     if source.is_dir():
         return Tokenizer.load(source)
-    folders = [source.parent]
-    if dataset := dataset_of(source):
-        folders.append(DATA_DIR / dataset)
-    with_vocabulary = [
-        folder for folder in folders if any((folder / name).is_file() for name in (META_FILE, TOKENIZER_FILE))
-    ]
-    tokenizer, _, notes = read_vocabulary(with_vocabulary[0] if with_vocabulary else source.parent)
+    tokenizer, _, notes = read_vocabulary(find_nanogpt_vocabulary(source) or source.parent)
     if tokenizer is None:
         raise DataError(f"{source}: {'; '.join(notes)}; put tokenizer.json or meta.pkl into its folder")
     return tokenizer
+
+
+def find_nanogpt_vocabulary(file: Path) -> Path | None:
+    """The folder of the `meta.pkl` or tokenizer.json that belongs to nanoGPT's file.
+
+    Args:
+        file: nanoGPT's file.
+
+    Returns:
+        Its own folder, or `data/<the dataset that it names>`; None where neither has one.
+    """
+    folders = [file.parent]
+    if dataset := dataset_of(file):
+        folders.append(DATA_DIR / dataset)
+    has_vocabulary = (
+        folder for folder in folders if any((folder / name).is_file() for name in (META_FILE, TOKENIZER_FILE))
+    )
+    return next(has_vocabulary, None)
 
 
 def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -232,13 +244,4 @@ def _end_ids(source: Path, tokenizer: Tokenizer) -> Iterable[int] | None:
     several).
     """
     ids = set() if tokenizer.eos_id is None else {tokenizer.eos_id}
-    for name in ("generation_config.json", "config.json"):
-        file = source / name
-        if not source.is_dir() or not file.is_file():
-            continue
-        try:
-            named = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
-            raise CheckpointError(f"{file} is not a JSON object: {error}") from error
-        ids.update(one for one in (named if isinstance(named, list) else [named]) if isinstance(one, int))
-    return ids
+    return ids | GenerationDefaults.read(source).end_ids if source.is_dir() else ids

@@ -14,7 +14,7 @@ trains is in `TrainingState.overrides`, on top of them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -30,6 +30,7 @@ from llm_trainer.data.token_shards import TokenDataset
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
 from llm_trainer.device import resolve_device
 from llm_trainer.distributed.process_group import ProcessGroup
+from llm_trainer.model.hf.generation_config import GenerationDefaults
 from llm_trainer.training.checkpoint.resume import find_checkpoint
 from llm_trainer.training.optim.lr_schedule import (
     LRSchedule,
@@ -56,6 +57,7 @@ class ResolvedRun:
         sampler: The order of samples: sample i is a function of data, seed and i.
         length: The length in steps.
         schedule: The learning rate of a new run at every step.
+        generation: What the base model says about generation, which every checkpoint carries on.
     """
 
     config: RunConfig
@@ -69,6 +71,7 @@ class ResolvedRun:
     sampler: Sampler
     length: RunLength
     schedule: LRSchedule
+    generation: GenerationDefaults = field(default_factory=GenerationDefaults)
 
     @property
     def training(self) -> TrainingConfig:
@@ -122,6 +125,7 @@ def resolve_run(
     checkpoint: Path | None = None,
     process_group: ProcessGroup | None = None,
     console: Console | None = None,
+    generation: GenerationDefaults | None = None,
 ) -> ResolvedRun:
     """Resolve what depends on the data and on this machine.
 
@@ -133,6 +137,8 @@ def resolve_run(
         checkpoint: The verified checkpoint folder to resume from.
         process_group: The ranks that train together (default: this process alone).
         console: Shows progress of what takes longer than two seconds.
+        generation: What the pretrained weights' folder says about generation. A resumed run takes it from the
+            checkpoint.
 
     Returns:
         The resolved run.
@@ -158,6 +164,8 @@ def resolve_run(
         training, samples_per_epoch=sampler.samples_per_epoch, sequences_per_step=sequences, context=context
     )
     training = with_fitting_warmup(training, length)
+    if checkpoint is not None:
+        generation = GenerationDefaults.read(checkpoint)
     return ResolvedRun(
         config=settings.config.model_copy(update={"training": training}),
         process_group=process_group,
@@ -170,4 +178,5 @@ def resolve_run(
         sampler=sampler,
         length=length,
         schedule=resolve_lr_schedule(training, length),
+        generation=generation or GenerationDefaults(),
     )

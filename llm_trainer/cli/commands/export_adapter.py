@@ -101,14 +101,24 @@ def _write_adapter(model: Transformer, name: str, source: Path, own: AdapterOpti
 
 def _write_plain(model: Transformer, source: Path, folder: Path) -> None:
     """Write the model without adapters, with its tokenizer if it has one."""
+    from llm_trainer.data.tokenization.slow_files import has_tokenizer_files
     from llm_trainer.data.tokenization.tokenizer import TOKENIZER_FILE, Tokenizer
     from llm_trainer.model.adapters.lora import remove_adapters
     from llm_trainer.model.hf.checkpoint import save_pretrained
+    from llm_trainer.model.hf.generation_config import GenerationDefaults
 
     for name in list(model.config.lora):
         remove_adapters(model, name)
-    tokenizer = Tokenizer.load(source) if source.is_dir() and (source / TOKENIZER_FILE).is_file() else None
-    save_pretrained(model, folder, eos_id=tokenizer.eos_id if tokenizer else None)
+    has_tokenizer = (source / TOKENIZER_FILE).is_file() or has_tokenizer_files(source)
+    tokenizer = Tokenizer.load(source) if source.is_dir() and has_tokenizer else None
+    save_pretrained(
+        model,
+        folder,
+        bos_id=tokenizer.bos_id if tokenizer else None,
+        eos_id=tokenizer.eos_id if tokenizer else None,
+        pad_id=tokenizer.pad_id if tokenizer else None,
+        generation=GenerationDefaults.read(source) if source.is_dir() else None,
+    )
     if tokenizer is not None:
         tokenizer.save(folder)
 

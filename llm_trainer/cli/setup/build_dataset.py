@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_trainer.cli.specs import OF_BOTH, OF_TRAINING
-from llm_trainer.config import DataConfig, TrainingConfig, UsageError
+from llm_trainer.config import DataConfig, DataError, TrainingConfig, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from llm_trainer.config.parse.command import LoadedRun
     from llm_trainer.data.prepared_splits import PreparedDataset
+    from llm_trainer.data.tokenization.tokenizer import Tokenizer
 
 DOMAINS_DIR = "data/domain_specific"
 HOW_TO_NAME_DATA = (
@@ -147,22 +148,86 @@ def with_domain_data(data: DataConfig, training: TrainingConfig) -> DataConfig:
 
 
 def with_model_tokenizer(data: DataConfig, model: str) -> DataConfig:
-    """Settings by which text for a pretrained model is prepared with the model's tokenizer, unless another is
-    set.
+    """Settings by which text for a pretrained model is prepared with the model's tokenizer, unless another
+    existing one is set.
+
+    A new vocabulary is never trained under pretrained weights: its ids would mean nothing to them.
 
     Args:
         data: The settings. They are not changed.
         model: A folder, a checkpoint or a hub name.
+
+    Raises:
+        UsageError: The settings ask for a new vocabulary.
+        DataError: The model's folder has no tokenizer; the message says what is missing.
     """
     is_prepared_now = data.input is not None or data.dataset_name is not None
-    if data.tokenizer_path is not None or data.tokenizer_type != "auto" or not is_prepared_now:
+    if data.tokenizer_path is not None or data.tokenizer_type == "tiktoken" or not is_prepared_now:
         return data
+    if data.tokenizer_type != "auto":
+        raise UsageError(
+            f"tokenizer_type {data.tokenizer_type} would train a new vocabulary, whose ids mean nothing to "
+            f"the weights of {model}; leave it out to use the model's tokenizer, or train with "
+            "--init_from scratch"
+        )
+    from llm_trainer.inference.load_model import PICKLES, resolve_model
+
+    source = resolve_model(model)
+    if source.suffix not in PICKLES:
+        _load_model_tokenizer(source, model)
+        return data.model_copy(update={"tokenizer_path": str(source)})
+    return data.model_copy(update=_nanogpt_tokenizer(source))
+
+
+def with_chat_template(data: RunData, model: str) -> RunData:
+    """The data with the chat templates of a model's folder, where its own tokenizer has none.
+
+    Args:
+        data: The opened data.
+        model: A folder, a checkpoint or a hub name.
+    """
+    from llm_trainer.data.tokenization.chat_templates import find_chat_templates
     from llm_trainer.inference.load_model import resolve_model
 
-    folder = resolve_model(model)
-    if not (folder / "tokenizer.json").is_file():
+    tokenizer, source = data.prepared.tokenizer, resolve_model(model)
+    if tokenizer is None or tokenizer.has_chat_template or not source.is_dir():
         return data
-    return data.model_copy(update={"tokenizer_path": str(folder)})
+    templates = find_chat_templates(source)
+    if not templates:
+        return data
+    return replace(data, prepared=replace(data.prepared, tokenizer=tokenizer.with_chat_templates(templates)))
+
+
+def _load_model_tokenizer(source: Path, model: str) -> Tokenizer:
+    """The tokenizer of a model's folder.
+
+    Raises DataError with what is missing.
+    """
+    from llm_trainer.data.tokenization.tokenizer import Tokenizer
+
+    try:
+        return Tokenizer.load(source)
+    except DataError as error:
+        raise DataError(
+            f"the tokenizer of {model} is needed, because its weights know no other ids, and cannot be used: "
+            f"{error}"
+        ) from None
+
+
+def _nanogpt_tokenizer(file: Path) -> dict[str, object]:
+    """The settings of the data that name the tokenizer of nanoGPT's file."""
+    from llm_trainer.data.nanogpt_format import META_FILE
+    from llm_trainer.inference.load_model import find_nanogpt_vocabulary
+
+    folder = find_nanogpt_vocabulary(file)
+    if folder is None:
+        return {"tokenizer_type": "tiktoken"}  # nanoGPT's own rule: GPT-2's
+    if (folder / META_FILE).is_file():
+        raise DataError(
+            f"the vocabulary of {file} is {folder / META_FILE}, and text cannot be prepared with it; name "
+            "the data that nanoGPT's prepare.py made with --data_dir"
+        )
+    return {"tokenizer_path": str(folder)}
 
 
 def prepared_dir(data: DataConfig) -> Path:

@@ -16,6 +16,7 @@ from llm_trainer.config.schema.lora import DEFAULT_ADAPTER, LoraConfig
 if TYPE_CHECKING:
     from llm_trainer.data.prepared_splits import PreparedDataset
     from llm_trainer.data.tokenization.tokenizer import Tokenizer
+    from llm_trainer.model.hf.generation_config import GenerationDefaults
     from llm_trainer.model.transformer import Transformer
 
 # Settings that may differ from those of pretrained weights; everything else is the weights' own shape.
@@ -28,10 +29,10 @@ CHANGEABLE = (
     "activation_checkpoint_policy",
 )
 
-# Low-rank adapters: the settings of the default adapter, and with them those of all.
 FAR_LARGER = 1.5  # rows per id; padding to a multiple of 64 or 128 stays below
 TRAINING_BYTES = 16  # per parameter: weight, gradient and AdamW's two moments
 
+# Low-rank adapters: the settings of the default adapter, and with them those of all.
 SINGLE_LORA = (
     "attn_lora_rank",
     "mlp_lora_rank",
@@ -76,7 +77,6 @@ def resolve_model_config(
     return model.model_copy(update=updates)
 
 
-def is_pretrained(init_from: str) -> bool:
 def unused_vocabulary(shape: ModelConfig, ids: int) -> str | None:
     """What an embedding far larger than the tokenizer costs, as a line to print; None for others.
 
@@ -95,6 +95,7 @@ def unused_vocabulary(shape: ModelConfig, ids: int) -> str | None:
     )
 
 
+def is_pretrained(init_from: str) -> bool:
     """Whether a run starts from pretrained weights."""
     return init_from not in ("scratch", "resume")
 
@@ -198,23 +199,50 @@ def check_same_tokenizer(source: str, tokenizer: Tokenizer | None) -> None:
         tokenizer: The data's tokenizer.
 
     Raises:
-        DataError: If an id stands for different bytes.
+        DataError: An id stands for different bytes, or the model's folder has no tokenizer to compare with.
     """
-    from llm_trainer.data.tokenization.tokenizer import Tokenizer
-    from llm_trainer.inference.load_model import resolve_model
+    from llm_trainer.inference.load_model import load_tokenizer, resolve_model
 
-    folder = resolve_model(source)
-    if tokenizer is None or not (folder / "tokenizer.json").is_file():
+    if tokenizer is None:
         return
-    learned = Tokenizer.load(folder)
+    try:
+        learned = load_tokenizer(resolve_model(source))
+    except DataError as error:
+        raise DataError(
+            f"the data's token ids cannot be compared with those that {source} was trained on: {error}. If "
+            "the data was prepared with that model's tokenizer, copy the data's tokenizer.json into the model's "
+            "folder"
+        ) from None
+    if learned.hash == tokenizer.hash:
+        return
     for token in range(min(tokenizer.vocab_size, learned.vocab_size)):
         here, there = tokenizer.token_bytes(token), learned.token_bytes(token)
         if here != there:
             raise DataError(
                 f"the data was prepared with another tokenizer than that of {source}: id {token} is {here!r} "
-                "in "
-                f"the data and {there!r} there; prepare it with --tokenizer_path {source}"
+                f"in the data and {there!r} there; prepare it with --tokenizer_path {source}"
             )
+    if tokenizer.prefix_ids != learned.prefix_ids:
+        raise DataError(
+            f"every text of {source} begins with the ids {list(learned.prefix_ids)}, and those of the data "
+            f"with {list(tokenizer.prefix_ids)}; prepare it with --tokenizer_path {source}"
+        )
+
+
+def read_generation_defaults(source: str) -> GenerationDefaults:
+    """What the folder of pretrained weights says about generation.
+
+    Args:
+        source: A folder, a checkpoint or a hub name.
+
+    Raises:
+        CheckpointError: Its files are damaged.
+    """
+    from llm_trainer.inference.load_model import resolve_model
+    from llm_trainer.model.hf.generation_config import GenerationDefaults
+
+    folder = resolve_model(source)
+    return GenerationDefaults.read(folder) if folder.is_dir() else GenerationDefaults()
 
 
 def corpus_names(prepared: PreparedDataset) -> list[str]:

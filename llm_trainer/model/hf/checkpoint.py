@@ -27,6 +27,7 @@ from llm_trainer.errors import CheckpointError
 from llm_trainer.model.adapters.nf4 import dequantize
 from llm_trainer.model.base import TransformerBase
 from llm_trainer.model.hf.config import OWN_SECTION, config_from_huggingface, config_to_huggingface, hf_family
+from llm_trainer.model.hf.generation_config import GENERATION_FILE, GenerationDefaults
 from llm_trainer.model.hf.weight_map import IGNORED_ENDINGS, TensorMapping, tensor_mappings
 from llm_trainer.model.module_names import unwrap_model
 from llm_trainer.model.transformer import Transformer
@@ -43,7 +44,7 @@ __all__ = [
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-MODEL_FILES = ("*.json", "*.safetensors", "merges.txt", "vocab.txt", "tokenizer.model")
+MODEL_FILES = ("*.json", "*.jinja", "*.safetensors", "merges.txt", "vocab.txt", "tokenizer.model")
 MAX_SHARD_BYTES = 5_000_000_000
 SHORT_NAMES = {
     **{name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")},
@@ -64,6 +65,7 @@ def save_pretrained(
     bos_id: int | None = None,
     eos_id: int | None = None,
     pad_id: int | None = None,
+    generation: GenerationDefaults | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write config.json and the weights, in the type that they have, into a folder.
@@ -77,13 +79,15 @@ def save_pretrained(
         bos_id: Id of the token that begins a text.
         eos_id: Id of the token that ends a text.
         pad_id: Id of the padding token.
+        generation: What the base model says about generation, which is written again.
         max_shard_bytes: Largest size of one weight file, in bytes.
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     layout = weight_layout(model, max_shard_bytes=max_shard_bytes)
     parameters = named_weights(model)
-    for name, text in metadata_files(model, layout, bos_id=bos_id, eos_id=eos_id, pad_id=pad_id).items():
+    texts = metadata_files(model, layout, bos_id=bos_id, eos_id=eos_id, pad_id=pad_id, generation=generation)
+    for name, text in texts.items():
         (target / name).write_text(text, encoding="utf-8")
     for name in layout.files:
         write_weights(target / name, layout.files[name], parameters)
@@ -149,9 +153,10 @@ def metadata_files(
     bos_id: int | None = None,
     eos_id: int | None = None,
     pad_id: int | None = None,
+    generation: GenerationDefaults | None = None,
 ) -> dict[str, str]:
-    """The files of a model folder other than its weights: config.json, and an index where there are several
-    shards.
+    """The files of a model folder other than its weights: config.json, generation_config.json where the base
+    model had one, and an index where there are several shards.
 
     Args:
         model: A transformer, wrapped or not.
@@ -159,6 +164,7 @@ def metadata_files(
         bos_id: Id of the token that begins a text.
         eos_id: Id of the token that ends a text.
         pad_id: Id of the padding token.
+        generation: What the base model says about generation.
 
     Returns:
         File name → text.
@@ -166,8 +172,11 @@ def metadata_files(
     plain = unwrap_model(model)
     content = config_to_huggingface(plain.config)
     content |= {"dtype": str(plain.wte.weight.dtype).removeprefix("torch.")}
-    content |= {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": pad_id}
+    carried = generation or GenerationDefaults()
+    content |= carried.merged_ids(bos_id, eos_id, pad_id)
     texts = {"config.json": json.dumps(content, indent=2) + "\n"}
+    if carried.text is not None:
+        texts[GENERATION_FILE] = carried.text
     if len(layout.files) > 1:
         weight_map = {mapping.hf_name: name for name, shard in layout.files.items() for mapping in shard}
         index = {"metadata": {"total_size": layout.total_bytes}, "weight_map": weight_map}

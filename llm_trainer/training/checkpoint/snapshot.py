@@ -44,6 +44,7 @@ from llm_trainer.model.hf.checkpoint import (
     weight_layout,
     write_weights,
 )
+from llm_trainer.model.hf.generation_config import GenerationDefaults
 from llm_trainer.run_dir import JSON, OPTIMIZER_FOLDER, RANDOM_FILE, RUN_FILE, STATE_FILE
 from llm_trainer.training.checkpoint.optimizer_state import (
     TENSORS_FILE,
@@ -90,6 +91,7 @@ class CheckpointData:
         config: The settings, for run.json.
         tokenizer: The tokenizer that is saved with the model.
         process_group: The ranks.
+        generation: What the base model says about generation, which is saved again.
     """
 
     model: nn.Module
@@ -98,6 +100,7 @@ class CheckpointData:
     config: RunConfig
     tokenizer: SavedTokenizer | None
     process_group: ProcessGroup = field(default_factory=ProcessGroup)
+    generation: GenerationDefaults = field(default_factory=GenerationDefaults)
 
     @property
     def step(self) -> int:
@@ -372,7 +375,7 @@ def _text_files(data: CheckpointData, step: int, layout: WeightLayout) -> dict[s
         if tokenizer is None
         else {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
     )
-    return metadata_files(data.model, layout, **ids) | {
+    return metadata_files(data.model, layout, **ids, generation=data.generation) | {
         STATE_FILE: json_text({**data.state, "step": step, OPTIMIZER_SCALARS: scalars}),
         RUN_FILE: run_json(data.config),
         RANDOM_FILE: json_text({"ranks": [json.loads(one) for one in generators]}),
