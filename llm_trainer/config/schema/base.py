@@ -326,6 +326,8 @@ def validation_message(
     lines = []
     for detail in error.errors(include_url=False):
         parts = [str(part) for part in detail["loc"] if not str(part).startswith(_UNION_MEMBERS)]
+        if parts and isinstance(detail["loc"][-1], int):
+            parts.pop()  # the position in a list; the value names the item
         path = ".".join([*([label or name] if name else []), *parts]) or section.__name__
         field = name if name and not parts else parts[0] if not name and len(parts) == 1 else None
         interval = _interval(section, field) if field and detail["type"] in _BOUND_ERRORS else None
@@ -348,7 +350,21 @@ def _interval(section: type[Section], name: str) -> str | None:
     return f"{lower}, {bounds['le']}]" if "le" in bounds else f"{lower}, {bounds['lt']})"
 
 
+# pydantic's types of errors that mean the same to a user.
+_REQUIRED_TYPES = {
+    "int_parsing": "must be an integer",
+    "int_type": "must be an integer",
+    "int_from_float": "must be an integer",
+    "float_parsing": "must be a number",
+    "float_type": "must be a number",
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
+}
+
+
 def _reason(detail: ErrorDetails) -> str:
+    if detail["type"] in _REQUIRED_TYPES:
+        return _REQUIRED_TYPES[detail["type"]]
     message = detail["msg"].removeprefix("Value error, ")
     message = message.replace("Input should be a valid string", "must be text; put it in quotes").replace(
         "Input should be", "must be"
@@ -361,5 +377,6 @@ def unknown_name(given: str, where: str, known: Mapping[str, Any], kind: str = "
     if kind == "setting" and given in INSTEAD:
         return f"{where} has no setting named {given!r}, as TrainingArguments has; {INSTEAD[given]}"
     close = difflib.get_close_matches(given, list(known), n=3, cutoff=0.6)
-    hint = f"; did you mean {' or '.join(close)}?" if close else ""
+    names = " or ".join([", ".join(close[:-1]), *close[-1:]] if len(close) > 1 else close)
+    hint = f"; did you mean {names}?" if close else ""
     return f"{where} has no {kind} named {given!r}{hint}"

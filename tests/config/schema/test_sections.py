@@ -268,3 +268,20 @@ def test_contradictory_switches_are_errors() -> None:
 def test_any_values_are_accepted_or_are_a_usage_error(values: dict[str, object]) -> None:
     with contextlib.suppress(UsageError):
         assert DataConfig(**values).model_fields_set <= set(DataConfig.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_steps": "many"}, "invalid value for max_steps: 'many' (must be an integer)"),
+        ({"max_steps": 1.5}, "invalid value for max_steps: 1.5 (must be an integer)"),
+        ({"learning_rate": "high"}, "invalid value for learning_rate: 'high' (must be a number)"),
+        ({"report_to": ["paper"]}, "invalid value for report_to: 'paper' (must be 'tensorboard' or 'wandb')"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_an_error_in_plain_words(
+    values: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UsageError) as error:
+        TrainingConfig(**values)
+    assert str(error.value).splitlines()[0] == message
