@@ -19,8 +19,11 @@ from llm_trainer.config.parse.config_files import read_mapping_or_list
 from llm_trainer.config.schema.base import Section, setting, unknown_name
 from llm_trainer.errors import UsageError
 
-_MODULE = re.compile(r"(attn|mlp|ln_1|ln_2)\.(\d+)|wte|wpe|ln_f|lm_head")
-_LORA_MODULE = re.compile(r"(attn|mlp)\.(\d+)|wte|lm_head")
+MAX_FACTOR = 10**6
+MAX_COUNT = 2**31 - 1  # of steps, sequences, ids, ranks of matrices
+
+_MODULE = re.compile(r"(attn|mlp|ln_1|ln_2)\.(\d{1,9})|wte|wpe|ln_f|lm_head")
+_LORA_MODULE = re.compile(r"(attn|mlp)\.(\d{1,9})|wte|lm_head")
 
 
 class Operation(Section):
@@ -32,7 +35,11 @@ class Operation(Section):
     value: Any = setting(None, "Argument of the operation.")
     trigger_loss: float | None = setting(None, "Fire when a validation loss is below this.", unit="nats")
     max_wait_iters: int | None = setting(
-        None, "Fire this long after the previous operation, whatever the loss.", unit="steps", ge=0
+        None,
+        "Fire this long after the previous operation, whatever the loss.",
+        unit="steps",
+        ge=0,
+        le=MAX_COUNT,
     )
     reevaluate: bool = setting(False, "Validate again right after the operation.")
     desc: str | None = setting(None, "Text for the log.", aliases=("description",))
@@ -44,24 +51,31 @@ class Operation(Section):
     )
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _number(value: Any, maximum: float = MAX_FACTOR) -> bool:
+    """Whether it is a number that is finite and not absurdly large."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= maximum
 
 
-def _positive(value: Any, layers: int) -> str | None:
-    return None if _number(value) and value > 0 else "a number above 0"
+def _whole(value: Any) -> bool:
+    return _number(value, MAX_COUNT) and value == int(value)
+
+
+def _factor(value: Any, layers: int) -> str | None:
+    if _number(value) and value == 1:
+        return "another number; a factor of 1 has no effect"
+    return None if _number(value) and value > 0 else f"a number above 0, up to {MAX_FACTOR:,}"
 
 
 def _count(value: Any, layers: int) -> str | None:
-    return None if _number(value) and value > 0 and value == int(value) else "an integer above 0"
+    return None if _whole(value) and value > 0 else f"an integer above 0, up to {MAX_COUNT:,}"
 
 
 def _count_or_zero(value: Any, layers: int) -> str | None:
-    return None if _number(value) and value >= 0 and value == int(value) else "an integer, 0 or more"
+    return None if _whole(value) and value >= 0 else f"an integer, 0 or more, up to {MAX_COUNT:,}"
 
 
 def _not_negative(value: Any, layers: int) -> str | None:
-    return None if _number(value) and value >= 0 else "a number, 0 or more"
+    return None if _number(value) and value >= 0 else f"a number, 0 or more, up to {MAX_FACTOR:,}"
 
 
 def _nothing(value: Any, layers: int) -> str | None:
@@ -188,12 +202,12 @@ def _layer(value: Any, layers: int) -> str | None:
 
 
 OPERATIONS: Mapping[str, Callable[[Any, int], str | None]] = {
-    "change_lr": _positive, "set_lr": _not_negative,
-    "change_batch_size": _positive, "set_batch_size": _count,
-    "change_grad_accum": _positive, "set_grad_accum": _count,
-    "change_warmup_iters": _positive, "set_warmup_iters": _count_or_zero,
-    "change_eval_iters": _positive, "set_eval_iters": _count,
-    "change_eval_interval": _positive, "set_eval_interval": _count,
+    "change_lr": _factor, "set_lr": _not_negative,
+    "change_batch_size": _factor, "set_batch_size": _count,
+    "change_grad_accum": _factor, "set_grad_accum": _count,
+    "change_warmup_iters": _factor, "set_warmup_iters": _count_or_zero,
+    "change_eval_iters": _factor, "set_eval_iters": _count,
+    "change_eval_interval": _factor, "set_eval_interval": _count,
     "reset_lr_schedule": _nothing, "adjust_batch_size": _batch_fit,
     "freeze_layer": _modules, "unfreeze_layer": _modules,
     "set_layer_lora_rank": _module_and_rank, "set_attn_lora_rank": _count_or_zero,
@@ -248,9 +262,30 @@ def _operation(entry: object, where: str) -> Operation:
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from None
     if operation.name not in OPERATIONS:
-        raise UsageError(f"{where}: {unknown_name(operation.name, 'a schedule', OPERATIONS, 'operation')}")
+        message = unknown_name(operation.name, "a schedule", OPERATIONS, "operation")
+        everything = "" if "did you mean" in message else f"; there are {', '.join(OPERATIONS)}"
+        raise UsageError(f"{where}: {message}{everything}")
+    _check_has_effect(operation, where)
     if operation.trigger_loss is None and operation.max_wait_iters is None:
         raise UsageError(
             f"{where}: {operation.name} would never fire; give it trigger_loss, max_wait_iters or both"
         )
     return operation
+
+
+def _check_has_effect(operation: Operation, where: str) -> None:
+    """Raises UsageError for a part of an entry that would be ignored."""
+    trigger = operation.trigger_loss
+    if trigger is not None and not trigger > 0:  # NaN too
+        raise UsageError(
+            f"{where}: trigger_loss {trigger:g} of {operation.name}: no loss is ever below it; give a number above "
+            "0 (.inf: at once), or max_wait_iters alone"
+        )
+    for name, is_set, owner in (
+        ("mode", operation.mode is not None, "stack_layers"),
+        ("approximate", operation.approximate, "widen_model"),
+    ):
+        if is_set and operation.name != owner:
+            raise UsageError(
+                f"{where}: {name} has an effect on {owner} only, not on {operation.name}; remove it"
+            )
