@@ -67,8 +67,8 @@ def overview() -> str:
     lines = [
         "usage: llm-trainer COMMAND [settings]",
         "",
-        "Train language models: from a folder of text to a model that generates text. Start with `llm-trainer "
-        "quickstart`.",
+        "Train language models: from a folder of text to a model that generates text. Start with",
+        "`llm-trainer quickstart`.",
         "",
         *(f"  {name:<{width}}  {meaning}" for name, (_, meaning) in COMMANDS.items()),
         "",

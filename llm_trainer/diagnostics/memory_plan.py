@@ -95,14 +95,14 @@ class RankMemory:
         """Return what `total` consists of, by a label for display."""
         labelled = {
             "weights": self.weights,
-            "gradients": self.gradients,
+            "gradients at the peak": self.gradients,
             "optimizer": self.optimizer,
             "activations and temporaries": self.activations,
             "loss buffers (logits)": self.loss_buffers,
             "gathered blocks and buckets": self.gathered,
             "buffers between stages": self.received,
         }
-        return {label: size for label, size in labelled.items() if size or label == "gradients"}
+        return {label: size for label, size in labelled.items() if size or label.startswith("gradients")}
 
 
 def tensor_parallel_config(config: ModelConfig, tensor_parallel: int) -> ModelConfig:

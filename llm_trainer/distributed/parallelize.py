@@ -11,9 +11,10 @@ tokens of all ranks, and a mean over ranks with unequal numbers of tokens would 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -121,8 +122,12 @@ def apply_ddp(root: nn.Module, process_group: ProcessGroup) -> nn.Module:
         return root
     from torch.nn.parallel import DistributedDataParallel
 
-    # The buffers are constants; not broadcasting them keeps the forward pass free of communication.
-    wrapped = DistributedDataParallel(root, broadcast_buffers=False)
+    # The buffers are constants; not broadcasting them keeps the forward pass free of communication. torch
+    # 2.13 has another name for this and warns of the old one.
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {name: False}
+    wrapped = DistributedDataParallel(root, **options)
     # A lambda, because DDP compares the type annotations of a function with its own.
     wrapped.register_comm_hook(None, lambda _, bucket: _sum_bucket(bucket))
     return wrapped

@@ -523,8 +523,8 @@ class TrainingRun:
         if self.state.step:
             self.save(emergency=True)
         self.log(
-            f"step {self.state.step + 1}: {error}; retrying with micro_batch_size {smaller.micro_batch_size} × "
-            f"{smaller.gradient_accumulation_steps} micro-batches, which is the same step"
+            f"step {self.state.step + 1}: {error}; retrying with micro_batch_size {smaller.micro_batch_size} "
+            f"× {smaller.gradient_accumulation_steps} micro-batches, which is the same step"
         )
         self._divide(smaller.micro_batch_size)
         self._open_batches()

@@ -28,8 +28,8 @@ def narrow(errors: str) -> io.TextIOWrapper:
 @pytest.mark.parametrize(
     ("errors", "arguments", "shown"),
     [
-        ("strict", ["presets"], "M       ?"),
-        ("surrogateescape", ["presets"], "M       ?"),
+        ("strict", ["presets"], "M        ?"),
+        ("surrogateescape", ["presets"], "M        ?"),
         ("strict", ["generate", "--model=checkpoints", "--prompt=caf\u00e9", "--max_new_tokens=2"], "caf?"),
         (
             "strict",

@@ -143,6 +143,8 @@ def _describe(plan: ParallelPlan, batches: BatchPlan) -> str:
         sizes += f" × {plan.pipeline_parallel} pipeline ranks"
     if plan.context_parallel > 1:
         sizes += f" × {plan.context_parallel} context ranks"
+    if plan.ranks == 1:
+        sizes = "1 rank"
     return (
         f"{sizes}, {batches.gradient_accumulation_steps} micro-batches of "
         f"{batches.micro_batch_size} sequences"

@@ -1,4 +1,4 @@
-"""`llm-trainer presets`: the named shapes with their parameter counts, and what the manuals call them."""
+"""`llm-trainer presets`: the named shapes, their parameter counts and the manuals' sizes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run(argv: list[str]) -> int:
         "vocabulary",
         "context",
         "parameters",
-        "manual",
+        "nominal",
     )
     rows: list[tuple[str, ...]] = [header]
     for preset in PRESETS.values():

@@ -34,16 +34,17 @@ def print_start(run: TrainingRun, folder: Path, console: Console) -> None:
     held_out = len(run.eval_dataset) if run.eval_dataset else 0
     passes = length.steps / length.steps_per_epoch
     rows = {
-        "model": f"{format_number(_num_parameters(run))} parameters: {config.model_type} shape, "
-        f"{config.num_hidden_layers} layers × {config.hidden_size}, {config.num_attention_heads} heads, "
-        f"vocabulary {config.vocab_size:,}, context {config.max_position_embeddings:,}",
+        "model": f"{format_number(_num_parameters(run))} parameters{_trainable(run)}: {config.model_type} "
+        f"shape, {config.num_hidden_layers} layers × {config.hidden_size}, "
+        f"{config.num_attention_heads} heads, vocabulary {config.vocab_size:,}, "
+        f"context {config.max_position_embeddings:,}",
         "data": f"{len(run.train_dataset):,} training tokens, {held_out:,} for validation, in {folder}",
         **_mixture_and_packing(run),
         "length": f"{length.steps:,} steps ({length.set_by}) of {length.tokens_per_step:,} tokens: "
         f"{passes:.3g} passes over the data",
-        "step": f"{batches.micro_batch_size} sequences × {batches.gradient_accumulation_steps} micro-batches "
-        "× "
-        f"{on_ranks}{run.context} tokens",
+        "step": f"{_count(batches.micro_batch_size, 'sequence')} × "
+        f"{_count(batches.gradient_accumulation_steps, 'micro-batch', 'es')} × "
+        f"{on_ranks}{run.context:,} tokens",
         "device": f"{run.device}, precision {training.precision}, compile {training.compile}",
     }
     if training.use_deepspeed:
@@ -69,11 +70,14 @@ def _mixture_and_packing(run: TrainingRun) -> dict[str, str]:
 
 def print_end(run: TrainingRun, result: TrainingResult, console: Console) -> None:
     """How the run ended, its figures, where the model is, and the next command."""
+    from llm_trainer.training.logging.throughput import peak_memory_bytes
+
     run_dir = run.run_dir
     folder = next((run_dir / name for name in (BEST_MODEL, FINAL_MODEL) if (run_dir / name).is_dir()), None)
+    speed = f", {result.tokens / result.seconds:,.0f} tok/s" if result.tokens and result.seconds else ""
     rows = {
         f"{result.ended_by}": f"step {result.step:,} after {timedelta(seconds=round(result.seconds))}, "
-        f"{result.tokens:,} tokens"
+        f"{result.tokens:,} tokens{speed}"
     }
     if result.validation is not None:
         rows["validation"] = format_validation(result.validation.metrics)
@@ -81,6 +85,7 @@ def print_end(run: TrainingRun, result: TrainingResult, console: Console) -> Non
         rows["best"] = f"validation loss {result.best_validation_loss:.4f}"
     if where := run.engine.timings.describe():
         rows["time"] = where
+    rows["memory"] = f"{peak_memory_bytes(run.device) / 1e9:.2f} GB at the peak"
     if folder is not None:
         rows["model in"] = str(folder)
     page = _write_report(run) if result.ended_by != "evaluated" else None
@@ -160,6 +165,17 @@ def _by_kind(counts: Mapping[str, int]) -> dict[str, int]:
         kind = part.partition(".")[0]
         kinds[kind] = kinds.get(kind, 0) + count
     return kinds
+
+
+def _count(number: int, noun: str, plural: str = "s") -> str:
+    return f"{number:,} {noun}{plural if number != 1 else ''}"
+
+
+def _trainable(run: TrainingRun) -> str:
+    """` (18.4k trainable, 7.1%)` where part of the model is frozen, otherwise nothing."""
+    total = _num_parameters(run)
+    trained = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
+    return "" if trained == total else f" ({format_number(trained)} trainable, {trained / total:.2%})"
 
 
 def _num_parameters(run: TrainingRun) -> int:

@@ -29,7 +29,9 @@ def read_text(path: Path) -> str:
     """Read a text file; raises UsageError where it is missing, a folder or not UTF-8."""
     if not path.exists():
         others = (
-            sorted(item.name for item in path.parent.glob(f"*{path.suffix}"))[:8]
+            sorted(
+                item.name for item in path.parent.glob(f"*{path.suffix}") if not item.name.startswith(".")
+            )[:8]
             if path.parent.is_dir()
             else []
         )

@@ -108,9 +108,9 @@ def resolve_plan(training: TrainingConfig, ranks: int) -> ParallelPlan:
         if ranks % taken:
             many = f" = {taken}" if product.count("×") else ""
             raise UsageError(
-                f"{product}{many} does not fit: {_started(ranks)}, which is not a multiple of {taken}; use a "
-                "divisor of "
-                f"{ranks}, or start a multiple of {taken}"
+                f"{product}{many} does not fit: {_started(ranks)}, which is not a multiple of {taken}; start "
+                f"{taken} or a multiple (torchrun --nproc_per_node={taken})"
+                + (f", or use a divisor of {ranks}" if ranks > 1 else "")
             )
         replicas = ranks // taken
     if replicas * taken != ranks:

@@ -42,6 +42,7 @@ def test_unset_data_parallel_is_what_the_other_dimensions_leave(
     [
         ({"fsdp": 3}, 4, "fsdp 3 does not fit: 4 processes were started"),
         ({"fsdp": 2}, 1, "fsdp 2 does not fit: 1 process was started"),
+        ({"tensor_parallel": 2}, 1, "start 2 or a multiple (torchrun --nproc_per_node=2"),
         ({"data_parallel": 3, "fsdp": 2}, 4, "data_parallel 3 × fsdp 2 = 6, but 4 processes were started"),
         (
             {"tensor_parallel": 2, "pipeline_parallel": 3},
