@@ -39,6 +39,8 @@ from llm_trainer.training.run import TrainingRun
 
 # Steps between two reads of what the device computed, where a read makes the host wait.
 _READ_EVERY = 10
+# A first step that takes this long is shown at once, whatever `logging_steps` is.
+_SLOW_STEP_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -295,9 +297,10 @@ class Trainer:
             run.outcomes.flush(run.state)
             if run.outcomes.last is not None:
                 self._log_metrics(float(run.outcomes.last.loss))
-        elif step == self._first_step:  # a sign of life where steps are slow; the records have no line for it
+        elif step == self._first_step:  # a sign of life where steps are slow; not in metrics.jsonl
             run.outcomes.flush(run.state)
-            run.show_metrics(self._step_metrics())
+            if run.seconds_since_start >= _SLOW_STEP_SECONDS:
+                run.show_metrics(self._step_metrics())
         is_validation_due = step % run.eval_interval == 0 or is_last
         validation = run.validate() if is_validation_due and run.eval_dataset is not None else None
         if not is_last:

@@ -264,3 +264,10 @@ def test_every_operation_of_the_design_is_known() -> None:
         if line.startswith("| `")
     ]
     assert set(re.findall(r"`(\w+)`", " ".join(rows))) == set(OPERATIONS)
+
+
+def test_a_missing_file_is_answered_with_the_files_next_to_it_but_not_hidden_ones(tmp_path: Path) -> None:
+    for name in ("run.yaml", ".pre-commit-config.yaml"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(UsageError, match=r"no file .*rum\.yaml; .* has run\.yaml$"):
+        read_settings(tmp_path / "rum.yaml")
