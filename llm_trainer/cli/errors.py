@@ -2,8 +2,7 @@
 code.
 
 `LLM_TRAINER_DEBUG=1` prints the traceback as well. An error that no user can fix is a defect of this package:
-its
-traceback appears, since a bug report needs it.
+its traceback appears, since a bug report needs it.
 """
 
 from __future__ import annotations
@@ -102,15 +101,13 @@ def system_message(error: OSError | MemoryError) -> str:
     about = f" ({error.filename})" if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return (
-            f"no space left on the disk{about}; free some, or choose another output_dir. Earlier checkpoints "
-            "are "
-            "intact."
+            f"no space left on the disk{about}; free some, or choose another output_dir. Earlier "
+            "checkpoints are intact."
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return (
             f"permission denied for {error.filename or 'a file'}: {error.strerror}; change its permissions "
-            "or "
-            "choose another folder"
+            "or choose another folder"
         )
     if error.errno == errno.ENOENT:
         return f"{error.filename} does not exist"

@@ -124,9 +124,8 @@ PREPARE = CommandSpec(
 
 PREPARE_SPLITS = CommandSpec(
     "scripts/prepare_data.py",
-    "Turn raw files, or one file with a sample per line, into train, validation and test splits, a tokenizer "
-    "and "
-    "token shards.",
+    "Turn raw files, or one file with a sample per line, into train, validation and test splits, a "
+    "tokenizer and token shards.",
     PREPARING,
     defaults={
         "data.input": "data/raw",
@@ -159,9 +158,8 @@ class ProcessOptions(Section):
 
     mode: Literal["train", "student", "inference"] = setting(
         "train",
-        "What to write. train: token shards. student: shards and the teacher's log-probabilities. inference: "
-        "a "
-        "model's outputs on the held-out documents.",
+        "What to write. train: token shards. student: shards and the teacher's log-probabilities. "
+        "inference: a model's outputs on the held-out documents.",
     )
     student_model_path: str | None = setting(
         None,
@@ -274,9 +272,8 @@ class AdapterOptions(Section):
     output: str = setting("adapter", "PEFT folder to write.")
     base: str | None = setting(
         None,
-        "Base model to name in the PEFT folder, unchecked (default: the model that the run started from, if "
-        "its "
-        "weights are unchanged).",
+        "Base model to name in the PEFT folder, unchecked (default: the model that the run started from, "
+        "if its weights are unchanged).",
     )
     base_output: str | None = setting(None, "Folder to write the model without adapters to, as the base.")
     merged_output: str | None = setting(

@@ -69,8 +69,7 @@ def dry_run(
 
     Raises:
         UsageError: For an entry that cannot be carried out. It names the entry, and the earlier entry that
-            has
-            made it impossible, if one has.
+            has made it impossible, if one has.
     """
     state = ModelState(config, ModelState.from_model(empty_model(config, "meta")).weights, frozen=frozen)
     stages, shaped_by = [Stage(state.config, state.num_parameters, settings)], ""

@@ -112,10 +112,8 @@ class Orchestrator(Callback):
             if then != json.dumps(_identity(operation), sort_keys=True):
                 raise UsageError(
                     f"entry {number} of the schedule is {operation.name} {operation.value!r}, but this run "
-                    "has "
-                    f"carried out {then} there; leave the entries that were carried out as they were, and "
-                    "change "
-                    "only later ones"
+                    f"has carried out {then} there; leave the entries that were carried out as they were, "
+                    "and change only later ones"
                 )
         if len(names) > len(self.schedule):
             raise UsageError(
@@ -180,8 +178,8 @@ def _check_needs_no_loss(schedule: Sequence[Operation]) -> None:
             instead = "" if operation.reevaluate else " and set max_wait_iters"
             raise UsageError(
                 f"entry {number} of the schedule, {operation.name} {operation.value!r}, has {needs}, but "
-                "there is "
-                f"no validation split; prepare the data with val_ratio above 0, or remove it{instead}"
+                "there is no validation split; prepare the data with val_ratio above 0, or remove "
+                f"it{instead}"
             )
 
 

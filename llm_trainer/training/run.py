@@ -508,8 +508,7 @@ class TrainingRun:
 
         Raises:
             OutOfMemory: If the micro-batch is a single sequence already, or if the ranks could not agree.
-                Then
-                a run that is resumed, as torchrun's restarts do, takes the smaller one.
+                Then a run that is resumed, as torchrun's restarts do, takes the smaller one.
         """
         smaller = smaller_micro_batch(self.batches, error)
         if not error.is_agreed:

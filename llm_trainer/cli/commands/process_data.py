@@ -34,9 +34,8 @@ def run(argv: list[str]) -> int:
     own, data = loaded.options, loaded.config.data
     if own.mode == "student":
         raise UsageError(
-            "--mode student (shards with the teacher's log-probabilities) is not implemented yet; use --mode "
-            "train for "
-            "the shards alone"
+            "--mode student (shards with the teacher's log-probabilities) is not implemented yet; use "
+            "--mode train for the shards alone"
         )
     output = Path(data.output_dir or DEFAULT_OUTPUT[own.mode])
     console = new_console()

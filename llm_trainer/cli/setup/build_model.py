@@ -67,9 +67,8 @@ def resolve_model_config(
     elif rows < needed:
         raise UsageError(
             f"model.vocab_size ({origins.get('model.vocab_size', 'default')}) is {rows}, but the tokenizer "
-            "has "
-            f"{needed} ids; set vocab_size to {needed} or leave it out, or prepare the data with a smaller "
-            "vocabulary"
+            f"has {needed} ids; set vocab_size to {needed} or leave it out, or prepare the data with a "
+            "smaller vocabulary"
         )
     max_length = prepared.metadata.max_length
     if max_length is not None and not _is_chosen(model, "max_position_embeddings", origins):
@@ -161,8 +160,7 @@ def check_adapter_has_base(training: TrainingConfig) -> None:
     if training.adapter_from is not None and training.init_from == "scratch":
         raise UsageError(
             f"adapter_from={training.adapter_from} needs the weights that it was trained over; name them "
-            "with "
-            "--init_from"
+            "with --init_from"
         )
 
 

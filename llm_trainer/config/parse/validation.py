@@ -168,9 +168,8 @@ def _check_ranks(settings: ResolvedSettings, labels: _Labels) -> None:
     if settings.micro_batch_bounds is not None:
         if training.pipeline_parallel > 1:
             raise UsageError(
-                "micro_batch_size auto and use_adaptive_batch_size are not supported with pipeline_parallel, "
-                "whose "
-                "stages cannot be measured alone; give micro_batch_size a number"
+                "micro_batch_size auto and use_adaptive_batch_size are not supported with "
+                "pipeline_parallel, whose stages cannot be measured alone; give micro_batch_size a number"
             )
         divisions(settings.batches, settings.micro_batch_bounds)
 
@@ -210,8 +209,7 @@ def _check_learning_rate(config: RunConfig, labels: _Labels) -> None:
     if training.init_from == "scratch" and training.resume_from is None and training.lr_on_resume is not None:
         raise UsageError(
             f"{labels['training.lr_on_resume']} is {training.lr_on_resume}, which has an effect only when "
-            "resuming; "
-            "add --resume, or remove it"
+            "resuming; add --resume, or remove it"
         )
 
 
@@ -258,8 +256,7 @@ def _check_data(config: RunConfig, labels: _Labels) -> None:
     if total > 1 + 1e-9:
         raise UsageError(
             f"{labels['data.train_ratio']}, {labels['data.val_ratio']} and {labels['data.test_ratio']} add "
-            "up to "
-            f"{total:g}; they are fractions of 1"
+            f"up to {total:g}; they are fractions of 1"
         )
     if data.max_length is not None and data.stride >= data.max_length:
         raise UsageError(

@@ -73,8 +73,7 @@ def divisions(plan: BatchPlan, bounds: MicroBatchBounds) -> list[BatchPlan]:
     if not found:
         raise UsageError(
             f"no micro-batch size from min_batch_size {bounds.minimum} to max_batch_size {maximum} divides "
-            "the "
-            f"{sequences} sequences of a rank's step; change the bounds or batch_size"
+            f"the {sequences} sequences of a rank's step; change the bounds or batch_size"
         )
     return found
 

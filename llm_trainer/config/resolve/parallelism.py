@@ -134,8 +134,7 @@ def check_shape(plan: ParallelPlan, model: ModelConfig) -> None:
     if stages > 1 and contexts > 1:
         raise UsageError(
             f"context_parallel {contexts} is not supported with pipeline_parallel {stages}, whose stages do "
-            "not pass on "
-            "sharded sequences; keep one of them, with fsdp or tensor_parallel"
+            "not pass on sharded sequences; keep one of them, with fsdp or tensor_parallel"
         )
     if contexts > 1 and model.max_position_embeddings % (2 * contexts):
         raise UsageError(
@@ -199,8 +198,7 @@ def _check_tensor_parallel(tensor: int, model: ModelConfig) -> None:
             if width % tensor:
                 raise UsageError(
                     f"{name} {width} is not divisible by tensor_parallel {tensor}; use a size that divides "
-                    "the heads, "
-                    "the key-value heads and the MLP"
+                    "the heads, the key-value heads and the MLP"
                 )
     adapted = [
         target
@@ -225,8 +223,7 @@ def check_precision(plan: ParallelPlan, precision: str) -> None:
         if precision == "fp16" and getattr(plan, name) > 1:
             raise UsageError(
                 f"precision fp16 is not supported with {name} {getattr(plan, name)}, whose ranks must scale "
-                "gradients "
-                "alike; use bf16 (or fp32), or fsdp with fp16"
+                "gradients alike; use bf16 (or fp32), or fsdp with fp16"
             )
 
 

@@ -120,9 +120,8 @@ class DataConfig(Section):
 
     tokenizer_type: Literal["auto", "bpe", "char", "wordpiece", "tiktoken"] = setting(
         "auto",
-        "Kind of tokenizer to train. auto: that of tokenizer_path, or else bpe. tiktoken is not trained: it "
-        "is the "
-        "encoding that tokenizer_path names, or else gpt2.",
+        "Kind of tokenizer to train. auto: that of tokenizer_path, or else bpe. tiktoken is not trained: "
+        "it is the encoding that tokenizer_path names, or else gpt2.",
         heading="Tokenizer",
         common="preparation",
     )
@@ -159,8 +158,7 @@ class DataConfig(Section):
     stride: int = setting(
         0,
         "Overlap of consecutive chunks of a document. The repeated tokens are context only: their loss is "
-        "counted "
-        "once.",
+        "counted once.",
         unit="tokens",
         ge=0,
     )

@@ -302,8 +302,7 @@ class ModelConfig(Section):
     kv_heads_per_layer: list[int] = setting(
         list,
         "Number of key and value heads of each block where blocks differ; query heads are scaled alike. "
-        "Empty: "
-        "num_key_value_heads everywhere.",
+        "Empty: num_key_value_heads everywhere.",
         unit="heads",
     )
     use_adapter_modules: bool = setting(

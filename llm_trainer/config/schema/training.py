@@ -134,9 +134,8 @@ class TrainingConfig(Section):
     lr_on_resume: Literal["extend", "rewarm", "keep"] | None = setting(
         None,
         "What happens to the learning rate when a resumed run ends at another step: extend stretches the "
-        "decay to "
-        "the new end, rewarm warms up again from here and decays to the new end, keep leaves the decay as it "
-        "was.",
+        "decay to the new end, rewarm warms up again from here and decays to the new end, keep leaves the "
+        "decay as it was.",
         aliases=("horizon",),
     )
     lr_multipliers: dict[str, Annotated[float, Field(ge=0)]] = setting(
@@ -196,8 +195,7 @@ class TrainingConfig(Section):
     max_rollbacks: int = setting(
         0,
         "Number of times that a loss spike may roll the run back to an earlier checkpoint; the data since "
-        "then is "
-        "skipped. 0: no rollbacks.",
+        "then is skipped. 0: no rollbacks.",
         ge=0,
     )
     spike_sigma: float = setting(
@@ -241,8 +239,7 @@ class TrainingConfig(Section):
     autotune: bool = setting(
         False,
         "Measure on this machine what `precision: auto` and `compile: auto` should be, instead of deriving "
-        "it "
-        "from the hardware and the model's shape. Two runs of one command may then choose differently.",
+        "it from the hardware and the model's shape. Two runs of one command may then choose differently.",
     )
     loss: Literal["auto", "dense", "chunked"] = setting(
         "auto",
@@ -341,9 +338,8 @@ class TrainingConfig(Section):
     )
     asynchronous_saves: Literal["auto", "on", "off"] = setting(
         "auto",
-        "Write checkpoints in the background, from copies in host memory. auto: for states of 64 MB or more, "
-        "where "
-        "training leaves a core and the memory free.",
+        "Write checkpoints in the background, from copies in host memory. auto: for states of 64 MB or "
+        "more, where training leaves a core and the memory free.",
         aliases=("async_save", "async_checkpointing"),
     )
     logging_steps: int = setting(
@@ -373,8 +369,7 @@ class TrainingConfig(Section):
     remote_dir: str | None = setting(
         None,
         "Address (s3://bucket/run, …) to which checkpoints are uploaded and from which they are resumed. "
-        "output_dir "
-        "may be such an address too.",
+        "output_dir may be such an address too.",
     )
     init_from: str = setting(
         "scratch",
@@ -396,8 +391,7 @@ class TrainingConfig(Section):
     quantize_base: Literal["off", "nf4"] = setting(
         "off",
         "nf4: keep the frozen matrices of blocks under adapters in four bits (QLoRA, arXiv:2305.14314). "
-        "Needs the "
-        "extra 'quantize' and runs on one rank.",
+        "Needs the extra 'quantize' and runs on one rank.",
     )
     transfer_modules: list[str] = setting(
         lambda: ["*"], "With transfer_from: modules that are loaded (names, ranges, globs)."
