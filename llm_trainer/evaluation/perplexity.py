@@ -108,6 +108,11 @@ def evaluate_text(
         ids = ([] if start is None else [start]) + tokenizer.encode(text)
     if len(ids) < 2:
         raise DataError("the text has no token to predict; use a longer text")
+    if max(ids) >= model.model.config.vocab_size:
+        raise DataError(
+            f"the text has the token {tokenizer.id_to_token(max(ids))!r} (id {max(ids)}), for which the "
+            f"model's embedding of {model.model.config.vocab_size} rows has no row; remove it from the text"
+        )
     stream = TokenDataset.from_ids(ids, vocab_size=tokenizer.vocab_size, tokenizer_hash=tokenizer.hash)
     total, count = sum_token_losses(
         model.model, stream, model.context, batch_size, stride=stride, on_progress=on_progress

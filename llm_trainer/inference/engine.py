@@ -40,19 +40,20 @@ class LanguageModel:
                 `auto` does not compile.
 
         Raises:
-            UsageError: The tokenizer has more tokens than the model's embedding has rows, or `compile` is
-                invalid.
+            UsageError: The tokenizer's vocabulary is larger than the model's embedding, or `compile` is
+                invalid. Added tokens past the embedding are allowed; a prompt that uses one is an error.
         """
-        if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
+        if tokenizer is not None and tokenizer.plain_vocab_size > model.config.vocab_size:
             raise UsageError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens, but the model's embedding has "
+                f"the tokenizer has {tokenizer.plain_vocab_size} tokens, but the model's embedding has "
                 f"{model.config.vocab_size} rows, so they do not belong together; use the tokenizer that the "
                 "model was trained with"
             )
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.context = model.config.max_position_embeddings
-        self.vocab_size = model.config.vocab_size if tokenizer is None else tokenizer.vocab_size
+        rows = model.config.vocab_size
+        self.vocab_size = rows if tokenizer is None else min(rows, tokenizer.vocab_size)
         own_end = [] if tokenizer is None or tokenizer.eos_id is None else [tokenizer.eos_id]
         self.end_ids = frozenset(own_end if end_ids is None else end_ids)
         self._runner = select_runner(self.model, compile)
@@ -176,7 +177,8 @@ class LanguageModel:
         if not 0 <= min(prompt) <= max(prompt) < self.model.config.vocab_size:
             wrong = next(token for token in prompt if not 0 <= token < self.model.config.vocab_size)
             raise UsageError(
-                f"token id {wrong} is outside the model's vocabulary of {self.model.config.vocab_size}"
+                f"token id {wrong}{self._name_of(wrong)} is outside the model's vocabulary of "
+                f"{self.model.config.vocab_size}"
             )
         token_bytes = None if self.tokenizer is None else self.tokenizer.token_bytes
         if settings.stop and token_bytes is None:
@@ -189,6 +191,11 @@ class LanguageModel:
         self, sequences: Sequence[GenerationSequence]
     ) -> Iterator[list[tuple[GenerationSequence, str]]]:
         return decode(self.model, sequences, self._runner, self._head)
+
+    def _name_of(self, token_id: int) -> str:
+        """The name of an added token, for an error."""
+        name = None if self.tokenizer is None else self.tokenizer.id_to_token(token_id)
+        return "" if name is None else f" ({name!r})"
 
     def _require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

@@ -175,7 +175,9 @@ def _open_parts(
         for line in load_matching_weights(model, training.transfer_from, training.transfer_modules):
             print_line(console, line)
     check_domain_adapters(model.config, training, corpora)
-    check_vocabulary(data.prepared.train, model.config.vocab_size)
+    for tokens in (data.prepared.train, data.prepared.validation):
+        if tokens is not None:
+            check_vocabulary(tokens, model.config.vocab_size)
     if starts_from_weights or checkpoint is not None:
         data = with_chat_template(data, training.init_from if checkpoint is None else str(checkpoint))
     return config.model_copy(update={"model": model.config, "data": data.config}), model, data, generation

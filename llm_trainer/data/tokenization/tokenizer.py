@@ -361,6 +361,16 @@ class Tokenizer:
         """The id of a token by its name in the vocabulary, such as "<|endoftext|>"; None if there is none."""
         return self._tokens.get(token)
 
+    def id_to_token(self, token_id: int) -> str | None:
+        """The name of an id in the vocabulary; None if there is none."""
+        name: str | None = self._backend.id_to_token(token_id) if 0 <= token_id < self.vocab_size else None
+        return name
+
+    @property
+    def plain_vocab_size(self) -> int:
+        """The largest id plus one without added tokens, which a model's embedding may lack."""
+        return max((self._tokens[token] for token in self._plain_tokens), default=-1) + 1
+
     @cached_property
     def hash(self) -> str:
         """sha256 in hex over everything that decides ids and text.

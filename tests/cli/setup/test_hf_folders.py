@@ -196,3 +196,27 @@ def test_end_ids_that_are_not_ids_are_refused(
     train = ["train", f"--input={rows}", "--init_from=m", "--output_dir=ft", *QUICK]
     for command in (train, ["generate", "--model=m", "--prompt=a"]):
         assert "must be an id or a list of ids" in fails(*command, status=1)
+
+
+def test_added_tokens_past_the_embedding_are_an_error_only_where_one_is_used(
+    rows: Path, fails: Callable[..., str]
+) -> None:
+    save_chat_model(Path("m"))
+    content = json.loads(Path("m/tokenizer.json").read_text(encoding="utf-8"))
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    content["added_tokens"] += [{"id": 259 + n, "content": f"<tool{n}>", **flags} for n in range(8)]
+    Path("m/tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    train = ["train", "--init_from=m", *QUICK]
+    assert main([*train, f"--input={rows}", "--output_dir=ft"]) == 0
+    assert main(["generate", "ft", "--prompt=a<tool0>", "--max_tokens=2"]) == 0  # the last that has a row
+    said = fails("generate", "ft", "--prompt=a<tool1>", "--max_tokens=2", status=2)
+    assert "token id 260 ('<tool1>') is outside the model's vocabulary of 260" in said
+    Path("plain.txt").write_text("The number 7", encoding="utf-8")
+    Path("used.txt").write_text("The number <tool5>", encoding="utf-8")
+    assert main(["evaluate", "ft", "plain.txt"]) == 0
+    assert "the text has the token '<tool5>' (id 264)" in fails("evaluate", "ft", "used.txt", status=1)
+    used = "".join(json.dumps({"text": f"{text}<tool5>"}) + "\n" for text in TEXTS)
+    Path("used.jsonl").write_text(used, encoding="utf-8")
+    said = fails(*train, "--input=used.jsonl", "--output_dir=other", status=1)
+    assert "has the id 264" in said
+    assert not Path("other").exists()
