@@ -128,8 +128,8 @@ def load_adapter(model: nn.Module, folder: Path | str, name: str = DEFAULT_ADAPT
     """
     plain, source = unwrap_model(model), Path(folder)
     config = _read_config(source)
-    factors = _read_factors(source, config)
     modules = _hf_modules(plain)
+    factors = _read_factors(source, config, _base_embeddings(plain, modules))
     unknown = sorted(factors.keys() - modules.keys())
     if unknown:
         raise CheckpointError(
@@ -311,7 +311,45 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _read_factors(folder: Path, config: Mapping[str, Any]) -> dict[str, _HfFactors]:
+def _base_embeddings(model: TransformerBase, modules: Mapping[str, list[str]]) -> dict[str, Tensor]:
+    """Module of the Hugging Face model → its weight, for embedding and head."""
+    weights = {target.name: target.module.weight for target in lora_targets(model)}
+    return {
+        module: weights[targets[0]].detach()
+        for module, targets in modules.items()
+        if targets[0] in ("wte", "lm_head") and targets[0] in weights
+    }
+
+
+def _check_base_embedding(path: Path, module: str, stored: Tensor, own: Tensor | None) -> None:
+    """Check a base weight that peft saved with an adapter, as it does by default where the embedding is
+    adapted.
+
+    Raises CheckpointError where it is not the base's own, to the precision of the less precise of the two.
+    """
+    instead = (
+        "load the adapter over the base that it was trained over, or take the model that peft merges it into "
+        "(merge_and_unload)"
+    )
+    if own is None or own.shape != stored.shape:
+        here = "none" if own is None else " × ".join(map(str, own.shape))
+        raise CheckpointError(
+            f"{path} contains {module} of the base with {' × '.join(map(str, stored.shape))} values, but "
+            f"this model has {here}: the base was changed before the adapter was trained; {instead}"
+        )
+    if own.is_meta:  # only shapes are asked for
+        return
+    dtype = min(own.dtype, stored.dtype, key=lambda one: one.itemsize)
+    if not torch.equal(own.to("cpu", dtype), stored.to(dtype)):
+        raise CheckpointError(
+            f"{path} contains {module} of the base with other values than this model has: it was trained "
+            f"over another base, or trained the embedding too; {instead}"
+        )
+
+
+def _read_factors(
+    folder: Path, config: Mapping[str, Any], base_embeddings: Mapping[str, Tensor]
+) -> dict[str, _HfFactors]:
     path = folder / WEIGHTS_NAME
     try:
         tensors = load_file(path)
@@ -320,6 +358,12 @@ def _read_factors(folder: Path, config: Mapping[str, Any]) -> dict[str, _HfFacto
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.lora_(embedding_)?([AB])(\.weight)?", key)
+        base = re.fullmatch(
+            rf"{re.escape(_PREFIX)}((?:.+\.)?(?:wte|embed_tokens|lm_head))(\.base_layer)?\.weight", key
+        )
+        if base is not None:
+            _check_base_embedding(path, base[1], tensor, base_embeddings.get(base[1]))
+            continue
         if match is None:
             raise CheckpointError(f"{path} has {key}, which is not a factor of a low-rank adapter")
         if match[2]:  # PEFT's A of an embedding is our B, transposed, and the other way round

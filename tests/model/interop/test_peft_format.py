@@ -167,3 +167,42 @@ def test_an_adapter_of_the_head_alone_is_refused_for_a_tied_model(tmp_path: Path
     save_adapter(adapted(tie_word_embeddings=False, head_lora_rank=2), tmp_path)
     with pytest.raises(CheckpointError, match="shares one matrix"):
         load_adapter(Transformer(small_config()), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("shape", "targets"),
+    [
+        ({"model_type": "llama"}, ["q_proj", "embed_tokens"]),
+        ({"model_type": "llama"}, ["q_proj", "lm_head"]),
+        ({}, ["c_attn", "lm_head"]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_folder_with_the_base_embedding_is_read_where_it_is_the_base(
+    shape: dict[str, object], targets: list[str], tmp_path: Path
+) -> None:
+    """peft saves the base embedding by default where the embedding or the head is adapted."""
+    import peft
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    untied = {"tie_word_embeddings": False, **shape}
+    save_pretrained(Transformer(small_config(**untied), torch.Generator().manual_seed(0)), tmp_path / "base")
+    settings = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
+    theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), settings).eval()
+    theirs.save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = next(name for name in tensors if name.endswith("base_layer.weight"))
+    ours = load_pretrained(tmp_path / "base")
+    load_adapter(ours, tmp_path / "adapter")
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-5)
+    save_file({**tensors, key: tensors[key].to(torch.bfloat16)}, file)
+    load_adapter(load_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    load_adapter(load_pretrained(tmp_path / "base", dtype=torch.bfloat16), tmp_path / "adapter")
+    save_file({**tensors, key: tensors[key] + 0.01}, file)
+    with pytest.raises(CheckpointError, match="with other values than this model has"):
+        load_adapter(load_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    save_file({**tensors, key: torch.zeros(70, 32)}, file)
+    with pytest.raises(CheckpointError, match="of the base with 70 × 32 values, but this model has 61 × 32"):
+        load_adapter(load_pretrained(tmp_path / "base"), tmp_path / "adapter")
