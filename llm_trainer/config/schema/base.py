@@ -196,7 +196,8 @@ def _names(section: type[Section]) -> Mapping[str, str]:
     for name in section.model_fields:
         declared = section.setting_of(name)
         for other in (name, *declared.aliases, *declared.shorthands):
-            assert table.setdefault(other, name) == name, f"{section.__name__}: {other} names two fields"
+            assert table.get(other, name) == name, f"{section.__name__}: {other} names two fields"
+            table[other] = name
     return table
 
 
@@ -365,6 +366,8 @@ _REQUIRED_TYPES = {
 def _reason(detail: ErrorDetails) -> str:
     if detail["type"] in _REQUIRED_TYPES:
         return _REQUIRED_TYPES[detail["type"]]
+    if detail["type"] == "string_type" and isinstance(detail["input"], bool):
+        return "must be text; put it in quotes, since YAML reads yes, no, on and off as true and false"
     message = detail["msg"].removeprefix("Value error, ")
     message = message.replace("Input should be a valid string", "must be text; put it in quotes").replace(
         "Input should be", "must be"

@@ -4,6 +4,7 @@ valid.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -264,6 +265,38 @@ def test_every_operation_of_the_design_is_known() -> None:
         if line.startswith("| `")
     ]
     assert set(re.findall(r"`(\w+)`", " ".join(rows))) == set(OPERATIONS)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 010", "YAML 1.1 reads 010 as the number 8; write 8, or put text in quotes"),
+        ("seed: -0_17", "reads -0_17 as the number -15"),
+        ("max_minutes: 1:30", "reads 1:30 as the number 90"),
+        ("max_minutes: 1:30:10.5", "reads 1:30:10.5 as the number 5410.5"),
+        ("training: {freeze_layers: [attn.0, 010]}", "reads 010"),
+        ("010: 1", "reads 010"),
+        ("wandb_project: no", "put it in quotes, since YAML reads yes, no, on and off as true and false"),
+        ("training: {wandb_run_name: on}", "put it in quotes"),
+        ("freeze_layers: [yes, attn.0]", "put it in quotes"),
+        ("wandb_run_name: 2020-01-01", "put it in quotes"),
+        ("yes: 1", "no setting named 'True'"),
+    ],
+)
+def test_values_that_yaml_reads_otherwise_than_they_look_are_errors(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    path = write(tmp_path, "run.yaml", f"lr: 0.1\n{text}\n")
+    with pytest.raises(UsageError, match=re.escape(message)):
+        load_run(SPEC, [f"--config={path}"])
+
+
+def test_numbers_and_switches_that_look_as_they_are_read_are_accepted(tmp_path: Path) -> None:
+    text = "seed: 1_000\nmax_steps: 0x1F\nuse_deepspeed: no\nlr: 0.010\nwandb_run_name: '010'\nnum_workers: 0\nmax_minutes: 00.5"
+    training = load_run(SPEC, [f"--config={write(tmp_path, 'run.yaml', text)}"]).config.training
+    assert (training.seed, training.max_steps, training.use_deepspeed) == (1000, 31, False)
+    assert (training.learning_rate, training.wandb_run_name, training.num_workers) == (0.01, "010", 0)
+    assert training.max_minutes == 0.5
 
 
 def test_a_missing_file_is_answered_with_the_files_next_to_it_but_not_hidden_ones(tmp_path: Path) -> None:
