@@ -360,7 +360,7 @@ def _named_folder(path: Path) -> Path:
         there = ", ".join(one.path.name for one in list_checkpoints(run_folder))
         raise CheckpointError(
             f"{str(path)!r} is not a checkpoint, a model folder or a run folder"
-            + (f"; {run_folder} holds {there}" if there else "")
+            + (f"; {run_folder} holds {there}" if there else "; check the path")
         )
     return found
 

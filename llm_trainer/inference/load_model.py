@@ -18,7 +18,7 @@ from llm_trainer.config.schema.model import ModelConfig
 from llm_trainer.data.nanogpt_format import META_FILE, read_vocabulary
 from llm_trainer.data.tokenization.tokenizer import TOKENIZER_FILE, Tokenizer
 from llm_trainer.device import resolve_device
-from llm_trainer.errors import DataError, UsageError
+from llm_trainer.errors import CheckpointError, DataError, UsageError
 from llm_trainer.inference.engine import LanguageModel
 from llm_trainer.model.adapters.lora import active_adapters, merge_lora, remove_adapters
 from llm_trainer.model.hf.checkpoint import (
@@ -173,7 +173,13 @@ def resolve_model(spec: str, *, files: Sequence[str] = MODEL_FILES) -> Path:
         return download_from_hub(hub_name, files)
     if not path.exists() and spec in SHORT_NAMES:
         return download_from_hub(hub_name, files)
-    return resolve_model_folder(spec)
+    try:
+        return resolve_model_folder(spec)
+    except CheckpointError as error:
+        if path.exists() or len(path.parts) > 1 or path.suffix:
+            raise
+        names = ", ".join(SHORT_NAMES)
+        raise CheckpointError(f"{error}; models on the hub are named OWNER/NAME, or {names}") from None
 
 
 def load_tokenizer(source: Path) -> Tokenizer:

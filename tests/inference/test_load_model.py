@@ -149,3 +149,12 @@ def test_unknown_devices_and_precisions_are_refused(tmp_path: Path) -> None:
         load_model(saved(tmp_path / "model"), device="xpu")
     with pytest.raises(UsageError, match="int3"):
         load_model(saved(tmp_path / "model"), precision="int3")
+
+
+def test_a_name_that_is_neither_a_folder_nor_of_the_hub_is_an_error_that_says_how_hub_models_are_named() -> (
+    None
+):
+    with pytest.raises(CheckpointError, match=r"'nosuchmodel' is not .*OWNER/NAME, or gpt2"):
+        load_model("nosuchmodel")
+    with pytest.raises(CheckpointError, match="check the path"):
+        load_model("runs/mine/nosuchrun")

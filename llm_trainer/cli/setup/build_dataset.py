@@ -117,10 +117,8 @@ def _open(data: DataConfig, console: Console, fallbacks: Sequence[str]) -> tuple
     for fallback in fallbacks:
         if Path(fallback).is_dir():
             return Path(fallback), open_prepared_dataset(fallback)
-    missing = (
-        f"no data is named and there is no {' or '.join(fallbacks)}" if fallbacks else "no data is named"
-    )
-    raise UsageError(f"{missing}; {HOW_TO_NAME_DATA}")
+    missing = f", and none of {', '.join(fallbacks)} exists" if fallbacks else ""
+    raise UsageError(f"no data is named{missing}; {HOW_TO_NAME_DATA}")
 
 
 def with_domain_data(data: DataConfig, training: TrainingConfig) -> DataConfig:

@@ -23,7 +23,7 @@ RUN += ["--compile=off", "--max_steps=8", "--warmup_steps=1"]
 GROWTH = [
     {"name": "change_lr", "value": 0.5, "max_wait_iters": 3},
     {"name": "stack_layers", "value": [0, 0, 1, 1], "max_wait_iters": 2},
-    {"name": "set_lr", "value": 1e-3, "trigger_loss": 0.0},
+    {"name": "set_lr", "value": 1e-3, "trigger_loss": 1e-3},
 ]
 
 
