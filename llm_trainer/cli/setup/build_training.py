@@ -88,6 +88,7 @@ def build_training(
         DataError: For data that cannot be used.
         CheckpointError: For a checkpoint that does not exist or is damaged.
     """
+    from llm_trainer.training.logging.metrics import check_wandb_login
     from llm_trainer.training.resolve_run import resolve_run
     from llm_trainer.training.run_lock import check_not_locked
 
@@ -96,6 +97,7 @@ def build_training(
     settings, checkpoint = _resolve_settings(loaded, process_group, console)
     run_dir = Path(settings.config.training.output_dir)
     process_group.run_on_main(lambda: check_not_locked(run_dir))
+    process_group.run_on_main(lambda: check_wandb_login(settings.config.training.report_to))
     process_group = replace(process_group, plan=settings.plan)
 
     def open_parts() -> tuple[RunConfig, Transformer, RunData, GenerationDefaults]:

@@ -93,8 +93,8 @@ __all__ = [
     "read_state", "restore", "restore_rng_state", "versions", "write_run_file",
 ]  # fmt: skip
 
-# Space for all but the tensors: JSON files, the tokenizer, the file system's own data.
-OTHER_FILES_BYTES = 8 << 20
+# A tensor's entry in a file's header, a file's entry in the manifest, and the rest of a file's last block.
+_HEADER_BYTES, _ENTRY_BYTES, _BLOCK_BYTES = 160, 160, 4096
 # A smaller save takes about as long as starting one in the background: tens of milliseconds.
 ASYNC_MIN_BYTES = 64 << 20
 SYNC_THREADS = 8
@@ -320,7 +320,7 @@ class CheckpointStore:
     def _write(self, name: str, snapshot: Snapshot, process_group: ProcessGroup) -> Path:
         """Write a checkpoint, each rank its part. A collective call in this process group."""
         target, temporary = self.run_folder / name, self.run_folder / f"{TEMPORARY_PREFIX}{name}"
-        needed = int(process_group.all_reduce_sum([snapshot.nbytes])[0]) + OTHER_FILES_BYTES
+        needed = int(process_group.all_reduce_sum([_bytes_on_disk(snapshot)])[0])
         with remove_on_failure(temporary) if process_group.is_main else contextlib.nullcontext():
 
             def begin() -> list[Path]:
@@ -355,10 +355,12 @@ class CheckpointStore:
         require_space(target, needed)
         temporary.mkdir()
         (temporary / OPTIMIZER_FOLDER).mkdir()
+        texts = _text_bytes(snapshot)
         for name, text in snapshot.text_files.items():
             (temporary / name).write_text(text, encoding="utf-8")
         if snapshot.tokenizer is not None:
-            snapshot.tokenizer.save(temporary)
+            snapshot.tokenizer.save(temporary)  # its size is known only now
+        require_space(target, needed - texts)
         return [path for path in temporary.rglob("*") if path.is_file()]
 
     def _rotate(self, newest: Path) -> None:
@@ -466,6 +468,23 @@ def _decode_floats(value: JSON) -> JSON:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [_decode_floats(item) for item in value]
     return value
+
+
+def _bytes_on_disk(snapshot: Snapshot) -> int:
+    """What this rank's part of a checkpoint takes on the disk, without the tokenizer."""
+    tensors = len(snapshot.weights) + len(snapshot.optimizer)
+    files = len(snapshot.files) + bool(snapshot.optimizer) + 1  # and the manifest
+    return (
+        snapshot.nbytes
+        + tensors * _HEADER_BYTES
+        + files * (_BLOCK_BYTES + _ENTRY_BYTES)
+        + _text_bytes(snapshot)
+    )
+
+
+def _text_bytes(snapshot: Snapshot) -> int:
+    texts = snapshot.text_files.values()
+    return sum(len(text.encode()) + _BLOCK_BYTES + _ENTRY_BYTES for text in texts)
 
 
 def _sync_and_hash(folder: Path, paths: Sequence[Path]) -> dict[str, FileEntry]:

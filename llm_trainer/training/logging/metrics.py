@@ -1,10 +1,10 @@
 """Writes a run's metrics: always to `metrics.jsonl`, and to TensorBoard and Weights & Biases on request.
 
 `metrics.jsonl` is the record: one JSON object per line, `step` and `time` (seconds since 1970) first. Each
-line is appended and flushed at once, so a kill costs at most the line being written. JSON has no NaN; such
-values are the strings "NaN", "Infinity" and "-Infinity", and `read_metrics` converts them back. A resumed run
-first drops the lines past the step it resumes from: every step is recorded once, by the run that the weights
-come from.
+line is appended at once, so a kill costs at most the line being written, and a full disk leaves no torn line.
+JSON has no NaN; such values are the strings "NaN", "Infinity" and "-Infinity", and `read_metrics` converts
+them back. A resumed run first drops the lines past the step it resumes from: every step is recorded once, by
+the run that the weights come from.
 
 TensorBoard events are written with TensorBoard's own record writer and protocol buffers.
 `torch.utils.tensorboard` would do the same through numpy, and through TensorFlow where that is installed,
@@ -21,10 +21,12 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Protocol, TextIO
+from types import ModuleType
+from typing import TYPE_CHECKING, Protocol
 
 from llm_trainer.errors import CheckpointError, UsageError
 from llm_trainer.run_dir import LOGS_FOLDER, METRICS_FILE, TEMPORARY_PREFIX, TENSORBOARD_LINK, WANDB_ID_FILE
+from llm_trainer.training.logging.append_file import AppendFile
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.event_pb2 import Event
@@ -33,6 +35,10 @@ if TYPE_CHECKING:
 
 MetricLine = dict[str, float]
 
+_WANDB_WAYS = (
+    "run `wandb login`, set WANDB_API_KEY, set WANDB_MODE=offline to keep the run on this machine, or remove "
+    "wandb from report_to"
+)
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -133,10 +139,10 @@ class JsonLinesWriter:
     def __init__(self, path: Path, resumed_step: int | None) -> None:
         if path.exists() and resumed_step is not None:
             _keep_until(path, resumed_step)
-        self._file: TextIO = path.open("a", encoding="utf-8")
+        self._file = AppendFile(path)
 
     def write(self, metrics: Mapping[str, float], step: int, seconds: float) -> None:
-        """Append one line and flush it."""
+        """Append one line. On a full disk it is left out completely, and the error names the file."""
         values = {
             name: value if math.isfinite(value) else _non_finite_name(value)
             for name, value in metrics.items()
@@ -144,7 +150,6 @@ class JsonLinesWriter:
         self._file.write(
             json.dumps({"step": step, "time": round(seconds, 3), **values}, allow_nan=False) + "\n"
         )
-        self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
@@ -168,7 +173,7 @@ class TensorBoardWriter:
         seconds = time.time_ns() // 1_000_000_000
         process = f"{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
         name = f"events.out.tfevents.{seconds}.{process}"
-        self._file: BinaryIO = (logs / name).open("wb")
+        self._file = AppendFile(logs / name)
         self._records = RecordWriter(self._file)
         self._event, self._summary = Event, Summary
         self._put(Event(wall_time=time.time(), file_version="brain.Event:2"))
@@ -218,24 +223,21 @@ class WandbWriter:
     """
 
     def __init__(self, run_folder: Path, config: RunConfig | None) -> None:
-        try:
-            wandb = importlib.import_module("wandb")
-        except ImportError as error:
-            raise UsageError(
-                "report_to wandb needs the package wandb; install it with pip install 'llm-trainer[wandb]', "
-                "or remove wandb from report_to"
-            ) from error
+        wandb = _import_wandb()
         id_file = run_folder / WANDB_ID_FILE
         known = id_file.read_text(encoding="utf-8").strip() if id_file.exists() else None
         training = config.training if config is not None else None
-        self._run = wandb.init(
-            project=(training.wandb_project if training else None) or "llm-trainer",
-            name=training.wandb_run_name if training else None,
-            dir=str(run_folder),
-            id=known,
-            resume="allow",
-            config=config.model_dump(mode="json") if config else None,
-        )
+        try:
+            self._run = wandb.init(
+                project=(training.wandb_project if training else None) or "llm-trainer",
+                name=training.wandb_run_name if training else None,
+                dir=str(run_folder),
+                id=known,
+                resume="allow",
+                config=config.model_dump(mode="json") if config else None,
+            )
+        except wandb.errors.Error as error:
+            raise UsageError(f"Weights & Biases refused the run: {error}; {_WANDB_WAYS}") from error
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
         id_file.write_text(f"{self._run.id}\n", encoding="utf-8")
@@ -247,6 +249,40 @@ class WandbWriter:
     def close(self) -> None:
         """Finish the run."""
         self._run.finish()
+
+
+def check_wandb_login(report_to: Sequence[str]) -> None:
+    """Check before a run starts that Weights & Biases can be used, if metrics go there. No network is needed.
+
+    Args:
+        report_to: Destinations of metrics.
+
+    Raises:
+        UsageError: If the package or a login is missing.
+    """
+    if "wandb" not in report_to:
+        return
+    wandb = _import_wandb()
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE", "online") not in ("online", "shared"):
+        return
+    try:
+        is_logged_in = wandb.login(prompt=False, verify=False)
+    except TypeError:  # an older version without `prompt`, which is asked at the start of the run
+        return
+    except wandb.errors.Error:
+        is_logged_in = False
+    if not is_logged_in:
+        raise UsageError(f"report_to wandb needs a login at Weights & Biases; {_WANDB_WAYS}")
+
+
+def _import_wandb() -> ModuleType:
+    try:
+        return importlib.import_module("wandb")
+    except ImportError as error:
+        raise UsageError(
+            "report_to wandb needs the package wandb; install it with pip install 'llm-trainer[wandb]', "
+            "or remove wandb from report_to"
+        ) from error
 
 
 def _non_finite_name(value: float) -> str:

@@ -11,12 +11,12 @@ import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from llm_trainer.run_dir import LOGS_FOLDER, TEXT_LOG
+from llm_trainer.training.logging.append_file import AppendFile
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
@@ -103,7 +103,6 @@ class ProgressReporter:
     def _write(self, text: str) -> None:
         if self._log is not None:
             self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-            self._log.flush()
 
     def _time_left(self, step: int) -> str:
         done = step - self._first
@@ -144,6 +143,6 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def _open_log(run_folder: Path) -> TextIO:
+def _open_log(run_folder: Path) -> AppendFile:
     (run_folder / LOGS_FOLDER).mkdir(parents=True, exist_ok=True)
-    return (run_folder / LOGS_FOLDER / TEXT_LOG).open("a", encoding="utf-8")
+    return AppendFile(run_folder / LOGS_FOLDER / TEXT_LOG)

@@ -160,7 +160,7 @@ def test_a_disk_that_fills_up_ends_the_run_with_a_message_and_leaves_no_partial_
     """
     script = (
         f"mount -t tmpfs -o size=9m none {tmp_path} && dd if=/dev/zero of={tmp_path}/ballast bs=1k "
-        f"count=600 status=none && cd {SUPPORT} && {sys.executable} -c "
+        f"count=9090 status=none && cd {SUPPORT} && {sys.executable} -c "
         f'"from pathlib import Path; from tiny_run import tiny_run; '
         f"tiny_run(Path('{tmp_path}'), eval_interval=100)\"; "
         f"echo status $?; ls -A {tmp_path}"
