@@ -59,6 +59,7 @@ class TrainingState:
         best_validation_loss: Lowest validation loss so far, in nats per token.
         last_validation_loss: The latest one.
         skipped_in_a_row: Steps in a row that were skipped for a non-finite loss or gradient.
+        skipped_steps: All such steps so far.
         precision: Precision in effect.
         compile: Compile mode in effect.
         schedule: The learning-rate schedule, in steps.
@@ -77,6 +78,7 @@ class TrainingState:
     best_validation_loss: float | None = None
     last_validation_loss: float | None = None
     skipped_in_a_row: int = 0
+    skipped_steps: int = 0
     precision: str | None = None
     compile: str | None = None
     schedule: LRSchedule | None = None

@@ -8,6 +8,7 @@ optimizer is `TrainingState`.
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from llm_trainer.training.engines.engine import StepResult
 from llm_trainer.training.engines.out_of_memory import OutOfMemory
 from llm_trainer.training.engines.train_step import SampleRange, StepOutcome
 from llm_trainer.training.engines.validation import ValidationResult
-from llm_trainer.training.logging.metrics import MetricsTracker
+from llm_trainer.training.logging.metrics import MetricsTracker, check_wandb_login
 from llm_trainer.training.logging.mixture_stats import count_corpus_tokens
 from llm_trainer.training.objectives.objective import Objective
 from llm_trainer.training.preemption import StopSignals
@@ -52,7 +53,7 @@ class TrainingResult:
         step: Optimizer updates of the run.
         tokens: Token positions consumed.
         seconds: Training time over all starts of the run.
-        loss: Training loss of the last step, in nats per token.
+        loss: Training loss of the last step, in nats per token; not finite if that step diverged.
         validation: The latest validation of this start.
         best_validation_loss: Lowest validation loss, in nats per token.
         exit_code: Exit code for the process.
@@ -190,6 +191,7 @@ class Trainer:
 
     def _prepare(self) -> None:
         run = self.run
+        run.process_group.run_on_main(lambda: check_wandb_login(run.training.report_to))
         run.lock_run_dir()
         if run.resolved.checkpoint is not None:
             run.resume(run.resolved.checkpoint)
@@ -296,11 +298,11 @@ class Trainer:
         if step % run.training.logging_steps == 0 or is_last:
             run.outcomes.flush(run.state)
             if run.outcomes.last is not None:
-                self._log_metrics(float(run.outcomes.last.loss))
+                self._log_metrics(self._last_loss)
         elif step == self._first_step:  # a sign of life where steps are slow; not in metrics.jsonl
             run.outcomes.flush(run.state)
             if run.seconds_since_start >= _SLOW_STEP_SECONDS:
-                run.show_metrics(self._step_metrics())
+                run.show_metrics({"loss": self._last_loss, **self._step_metrics()})
         is_validation_due = step % run.eval_interval == 0 or is_last
         validation = run.validate() if is_validation_due and run.eval_dataset is not None else None
         if not is_last:
@@ -310,30 +312,38 @@ class Trainer:
     def _log_metrics(self, loss: float) -> None:
         """Log the metrics of a step. A subclass may add its own:
         `self.metrics_tracker.update({...}, self.current_step)`.
+
+        Args:
+            loss: The step's loss. One that is not finite is printed and not recorded.
         """
         run = self.run
         metrics = {
             **self._step_metrics(),
-            "loss": loss,
             "tokens": float(run.state.tokens),
+            "skipped_steps": float(run.state.skipped_steps),
             **run.meter.read(),
             **run.mixture_metrics(),
             **run.engine.timings.read(),
             **run.monitor.metrics(),
         }
-        run.metrics_tracker.update(metrics, run.current_step)
-        run.show_metrics(metrics)
+        recorded = {"loss": loss, **metrics} if math.isfinite(loss) else metrics
+        run.metrics_tracker.update(recorded, run.current_step)
+        run.show_metrics({"loss": loss, **metrics})
 
     def _step_metrics(self) -> dict[str, float]:
-        """Loss, learning rate and gradient norm of the last step; empty before it has been read."""
+        """Learning rate and gradient norm (if finite) of the last step; empty before it has been read."""
         last = self.run.outcomes.last
         if last is None:
             return {}
-        return {
-            "loss": float(last.loss),
-            "learning_rate": self.run.training.learning_rate * last.lr_factor,
-            "gradient_norm": float(last.gradient_norm),
-        }
+        metrics = {"learning_rate": self.run.training.learning_rate * last.lr_factor}
+        norm = float(last.gradient_norm)
+        return {**metrics, "gradient_norm": norm} if last.tokens and math.isfinite(norm) else metrics
+
+    @property
+    def _last_loss(self) -> float:
+        """The loss of the last step; NaN if it had no supervised token, or has not been read."""
+        last = self.run.outcomes.last
+        return float(last.loss) if last is not None and last.tokens else math.nan
 
     # End.
 
@@ -352,7 +362,7 @@ class Trainer:
             step=run.current_step,
             tokens=run.state.tokens,
             seconds=run.seconds,
-            loss=None if run.outcomes.last is None else float(run.outcomes.last.loss),
+            loss=None if run.outcomes.last is None else self._last_loss,
             validation=run.last_validation,
             best_validation_loss=run.state.best_validation_loss,
             exit_code=signals.exit_code if ended_by == "preempted" else 0,

@@ -69,6 +69,7 @@ def test_metrics_have_all_that_a_report_needs(tmp_path: Path) -> None:
         "mfu",
         "memory_gb",
     } <= training.keys()
+    assert training.pop("skipped_steps") == 0
     assert all(math.isfinite(value) and value > 0 for value in training.values())
     validation = next(line for line in lines if "val_loss" in line)
     assert validation["perplexity"] == pytest.approx(math.exp(validation["val_loss"]))

@@ -88,7 +88,7 @@ class Outcomes:
         log: Called with a line for each step that was skipped.
 
     Attributes:
-        last: The latest outcome read of a step that was not skipped.
+        last: The latest outcome read, a skipped step's included.
     """
 
     def __init__(self, training: TrainingConfig, log: Callable[[str], None]) -> None:
@@ -110,9 +110,9 @@ class Outcomes:
             TrainingDivergedError: If `max_skipped_steps` steps in a row were skipped.
         """
         for outcome in self._unread:
+            self.last = outcome
             if not bool(outcome.skipped):
                 state.skipped_in_a_row = 0
-                self.last = outcome
                 state.spikes.update(outcome.step, float(outcome.loss), self._training)
                 continue
             reason = (
@@ -121,6 +121,7 @@ class Outcomes:
                 else "no supervised token"
             )
             self._log(f"step {outcome.step} skipped: {reason} ({outcome.samples})")
+            state.skipped_steps += 1
             state.skipped_in_a_row += 1
             if state.skipped_in_a_row >= self._training.max_skipped_steps:
                 raise TrainingDivergedError(
