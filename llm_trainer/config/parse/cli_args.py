@@ -13,13 +13,13 @@ import contextlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from llm_trainer.config.parse.merge import RawValue, SettingNames
+from llm_trainer.config.parse.merge import FieldKey, RawValue, SettingNames
 from llm_trainer.config.resolve.precision import PRECISIONS
 from llm_trainer.config.resolve.trainer_names import EVAL_STRATEGIES, SAVE_STRATEGIES
 from llm_trainer.config.schema.base import Section, accepted_types
-from llm_trainer.config.schema.run_config import section_types
+from llm_trainer.config.schema.run_config import dotted_aliases, section_types
 from llm_trainer.errors import UsageError
 
 _BOOLEANS = ("true", "false", "yes", "no", "on", "off", "0", "1")
@@ -28,9 +28,12 @@ _NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d+)([eE][-+]?\d+)?")
 
 @dataclass
 class ParsedArgs:
-    """A parsed command line: settings, files, a preset, and positional arguments."""
+    """A parsed command line: settings, files, a preset, and positional arguments. `flags` holds every value
+    of each setting, in order.
+    """
 
     values: list[RawValue] = field(default_factory=list)
+    flags: dict[FieldKey, list[RawValue]] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
     preset: str | None = None
     local_rank: int | None = None
@@ -89,14 +92,25 @@ def _parse_flag(argument: str, arguments: list[str], names: SettingNames, parsed
         kind = names.section_class(section)
         if value is None:
             value = _next_value(flag, kind, alias, arguments)
-        raw = RawValue(name, typed_value(kind, alias, value), flag)
-        before = next((item for item in parsed.values if item.name == name), None)
-        if (
-            before is not None and isinstance(before.value, list) and isinstance(raw.value, list)
-        ):  # --stop a --stop b
-            parsed.values.remove(before)
-            raw = RawValue(name, [*before.value, *raw.value], flag)
-        parsed.values.append(raw)
+        # Names of other sections (training.gradient_checkpointing) may contradict the setting's own.
+        key = (section, name if name in dotted_aliases() else alias)
+        _add(RawValue(name, typed_value(kind, alias, value), flag), key, parsed)
+
+
+def _add(raw: RawValue, key: FieldKey, parsed: ParsedArgs) -> None:
+    """Add the value of a flag. Lists of a repeated flag are joined (`--stop a --stop b`); of other values the
+    last one wins, so that a script may append its own arguments to given ones.
+    """
+    before = parsed.flags.get(key, [])
+    parsed.flags[key] = [*before, raw]
+    if before:
+        parsed.values.remove(before[-1])
+        if isinstance(raw.value, list) and isinstance(before[-1].value, list):
+            raw = replace(raw, value=[*before[-1].value, *raw.value])
+        else:
+            raw = replace(raw, source=f"{raw.source} (the last of {len(before) + 1})")
+        parsed.flags[key][-1] = raw
+    parsed.values.append(raw)
 
 
 def _find(flag: str, name: str, names: SettingNames) -> tuple[str, str]:
@@ -187,7 +201,8 @@ def typed_value(kind: type[Section], alias: str, text: str) -> object:
     accepted = accepted_types(kind, name)
     if list in accepted and alias not in kind.setting_of(name).shorthands:
         return kind.normalize({name: text})[name]
-    if text.lower() in ("none", "null") and type(None) in accepted:
+    is_text = kind.setting_of(name).none_is_text
+    if text.lower() in ("none", "null") and type(None) in accepted and not is_text:
         return None
     if str in accepted:
         return text

@@ -156,9 +156,14 @@ def _reject_duplicate_keys(pairs: list[tuple[str, object]]) -> dict[str, object]
 _MERGE = "tag:yaml.org,2002:merge"  # <<: *base
 
 
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_SURPRISING = re.compile(r"[-+]?0[0-7_]*[1-7][0-7_]*|[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
+
+
 class _Loader(yaml.SafeLoader):
     """YAML as people expect it: 5e-4 is a number (PyYAML follows YAML 1.1, where it is text), and a duplicate
-    key is an error.
+    key is an error. So are numbers that only YAML 1.1 reads otherwise than they look: 010 (octal, 8) and 1:30
+    (base 60, 90).
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
@@ -182,6 +187,10 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=True)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> object:
+        if isinstance(node, yaml.ScalarNode) and node.tag in _NUMBERS and _SURPRISING.fullmatch(node.value):
+            read = super().construct_object(node, deep)
+            problem = f"YAML 1.1 reads {node.value} as the number {read}; write {read}, or put text in quotes"
+            raise ConstructorError(None, None, problem, node.start_mark)
         try:
             return super().construct_object(node, deep)
         except (

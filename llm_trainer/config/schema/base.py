@@ -41,6 +41,7 @@ class Setting:
         not_implemented: A value other than the default asks for a feature that does not exist yet.
         bare_value: Value of the flag when it is given without one (`--resume`).
         split_commas: Whether a text for a list is split at its commas.
+        none_is_text: Whether `none` and `null` on the command line are text like any other, not "unset".
         common: Whether `--help` shows the setting; `"preparation"`: only for commands that do not train.
         heading: Heading in the help of this field and of those after it; None continues the previous one.
     """
@@ -52,6 +53,7 @@ class Setting:
     not_implemented: bool = False
     bare_value: str | None = None
     split_commas: bool = True
+    none_is_text: bool = False
     common: bool | Literal["preparation"] = False
     heading: str | None = None
 
@@ -67,6 +69,7 @@ def setting(
     not_implemented: bool = False,
     bare_value: str | None = None,
     split_commas: bool = True,
+    none_is_text: bool = False,
     common: bool | Literal["preparation"] = False,
     heading: str | None = None,
     **bounds: Any,
@@ -90,6 +93,7 @@ def setting(
         not_implemented=not_implemented,
         bare_value=bare_value,
         split_commas=split_commas,
+        none_is_text=none_is_text,
         common=common,
         heading=heading,
     )

@@ -106,4 +106,5 @@ class InferenceConfig(Section):
         "Text to continue; FILE:path reads it from a file.",
         aliases=("start",),
         common=True,
+        none_is_text=True,
     )

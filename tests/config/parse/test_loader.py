@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from paths import ROOT
 
+from llm_trainer.cli.specs import GENERATE, TRAIN
 from llm_trainer.config import UsageError
 from llm_trainer.config.describe import explain
 from llm_trainer.config.parse.command import CommandSpec, LoadedRun
@@ -156,7 +157,6 @@ def test_a_preset_overrides_the_command_and_is_overridden_by_files(tmp_path: Pat
             ["--n_embd=96", "--hidden_size=48"],
             "--n_embd=96 and --hidden_size=48 set the same option to different values",
         ),
-        (["--lr=1", "--lr=2"], "set the same option to different values"),
         (
             ["--training.gradient_checkpointing=True", "--model.gradient_checkpointing=False"],
             "training.gradient_checkpointing=True and",
@@ -484,3 +484,44 @@ def test_a_default_warm_up_longer_than_a_run_in_epochs_becomes_a_tenth() -> None
 )
 def test_integers_of_flags_keep_all_their_digits(text: str, seed: int) -> None:
     assert train(f"--seed={text}").config.training.seed == seed
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "value", "origin"),
+    [
+        (["--lr=1", "--lr=2"], "training.learning_rate", 2.0, "--lr (the last of 2)"),
+        (["--lr=x", "--lr=1", "--lr=2"], "training.learning_rate", 2.0, "--lr (the last of 3)"),
+        (["--batch-size=1", "--batch_size=2"], "training.batch_size", 2, "--batch_size (the last of 2)"),
+        (
+            ["--hidden_size=8", "--model.hidden_size=16"],
+            "model.hidden_size",
+            16,
+            "--model.hidden_size (the last of 2)",
+        ),
+        (["--compile", "--compile=off"], "training.compile", "off", "--compile (the last of 2)"),
+        (
+            ["--freeze_layers=wte", "--freeze_layers=wpe"],
+            "training.freeze_layers",
+            ["wte", "wpe"],
+            "--freeze_layers",
+        ),
+    ],
+)
+def test_of_a_repeated_flag_the_last_wins_and_explain_shows_it(
+    flags: list[str], name: str, value: object, origin: str
+) -> None:
+    loaded = load_run(TRAIN, [*flags, "--num_heads=2"])
+    section, _, setting = name.partition(".")
+    assert getattr(getattr(loaded.config, section), setting) == value
+    assert re.search(rf"^{re.escape(name)} .* {re.escape(origin)} ", explain(loaded), re.MULTILINE)
+
+
+def test_a_repeated_flag_with_a_wrong_value_is_an_error_that_names_it() -> None:
+    with pytest.raises(UsageError, match=r"--lr \(the last of 2\)"):
+        load_run(TRAIN, ["--lr=1", "--lr=x"])
+
+
+@pytest.mark.parametrize("text", ["null", "none", "None", "NULL"])
+def test_a_prompt_may_be_any_word(text: str) -> None:
+    assert load_run(GENERATE, ["--prompt", text]).config.inference.prompt == text
+    assert load_run(TRAIN, [f"--wandb_project={text}"]).config.training.wandb_project is None
