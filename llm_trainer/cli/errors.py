@@ -136,7 +136,7 @@ def _print_error(message: str, code: int) -> int:
     with contextlib.suppress(OSError):  # stdout is closed or full: the message still counts
         if sys.stdout is not None:
             sys.stdout.flush()
-    with contextlib.suppress(OSError):  # nobody reads stderr: the code still counts
+    with contextlib.suppress(OSError):  # stderr has no reader: the code still counts
         print(f"error: {message}" if code != INTERRUPTED else message, file=sys.stderr)
         if os.environ.get("LLM_TRAINER_DEBUG", "") not in ("", "0"):
             traceback.print_exc()

@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     replace_unencodable_output()
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if len(arguments) > 1 and arguments[0] == "help":  # help train
+        arguments = [arguments[1], "--help"]
     if not arguments or arguments[0] in ("-h", "--help", "--help-all", "help"):
         return run_with_error_handling(lambda: print(overview()))
     if arguments[0] in ("-V", "--version"):
@@ -87,7 +89,7 @@ def _unknown_command(name: str) -> int:
 
     close = difflib.get_close_matches(name, COMMANDS, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
-    with contextlib.suppress(OSError):  # nobody reads stderr
+    with contextlib.suppress(OSError):  # stderr has no reader
         print(
             f"error: unknown command {name!r}{hint}\nTry 'llm-trainer --help' for the list of commands.",
             file=sys.stderr,

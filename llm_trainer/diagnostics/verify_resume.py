@@ -99,7 +99,7 @@ def verify_resume(run: Path, steps: int, build: BuildTrainer) -> VerificationRep
     """Replay steps of a run from one of its checkpoints, or from its start, and compare the results.
 
     All is written to a temporary folder outside the run folder (`TMPDIR` says where), which is removed
-    afterwards. The run may go on training meanwhile: what is compared is copied first.
+    afterwards. The run may train meanwhile: what is compared is copied first.
 
     Args:
         run: The run folder.

@@ -2,8 +2,8 @@
 other's checkpoints away.
 
 The lock is the operating system's (`flock`), on the file `run.lock`. It ends with the process that holds it,
-however that dies, so nothing has to be cleaned up, and a file that was left behind blocks nobody. The file's
-text names the holder for the error message and means nothing else.
+however that dies, so nothing has to be cleaned up, and a file that was left behind does not block the next
+run. The file's text names the holder for the error message and means nothing else.
 
 On a network file system the lock works as far as that supports `flock`: NFS (version 3 with its lock service,
 version 4) and Lustre mounted with `flock` do so between machines; where a file system lacks locks, the run
