@@ -193,9 +193,23 @@ def _select_steps(run: Path, steps: int) -> tuple[FoundCheckpoint | None, FoundC
         for start in starts:
             if 2 <= own.step - (start.step if start else 0) <= steps:
                 return start, own
-    return next(
-        (one for one, state in states.items() if one.step + steps <= _total_steps(one, state)), None
-    ), None
+    newest = next(iter(states))
+    # A run that early stopping or a callback ended has no steps after its final model.
+    end = max(one.step for one in states) if _is_final(newest) else None
+    fits = (
+        one
+        for one, state in states.items()
+        if one.step + steps <= (_total_steps(one, state) if end is None else end)
+    )
+    return next(fits, None), None
+
+
+def _is_final(newest: FoundCheckpoint) -> bool:
+    """Whether the run has ended at its newest checkpoint."""
+    final = newest.path.with_name(FINAL_MODEL)
+    return newest.path.name == FINAL_MODEL or (
+        final.is_dir() and not verify(final) and read_state(final).get("step") == newest.step
+    )
 
 
 def _complete_checkpoints(run: Path) -> Iterator[tuple[FoundCheckpoint, Mapping[str, JSON]]]:
