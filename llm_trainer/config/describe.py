@@ -15,7 +15,7 @@ from llm_trainer.config.duration import Duration
 from llm_trainer.config.parse.command import CommandSpec, LoadedRun
 from llm_trainer.config.parse.implied_defaults import origin_of
 from llm_trainer.config.parse.merge import COMMAND_OPTIONS, FieldKey
-from llm_trainer.config.schema.base import Section, accepted_types
+from llm_trainer.config.schema.base import Section, accepted_types, list_choices
 from llm_trainer.config.schema.run_config import section_types
 
 _INDENT = 28
@@ -82,11 +82,18 @@ def _by_heading(spec: CommandSpec, show_all: bool) -> dict[str, list[FieldKey]]:
 
 def _flag(spec: CommandSpec, key: FieldKey) -> str:
     section, name = key
-    accepted = accepted_types(spec.names().section_class(section), name) - {NoneType}
+    names = spec.names()
+    kind = names.section_class(section)
+    accepted = accepted_types(kind, name) - {NoneType}
     words = [str(value) for value in accepted if not isinstance(value, type)]
-    types = sorted(_METAVARS.get(kind, "JSON") for kind in accepted if isinstance(kind, type))
+    types = sorted(_METAVARS.get(one, "JSON") for one in accepted if isinstance(one, type))
     metavar = f"{{{','.join(sorted(words))}}}" if words and not types else "|".join([*types, *sorted(words)])
-    return f"--{name} {metavar}"
+    choices = [str(choice) for choice in list_choices(kind, name)]
+    if choices:
+        metavar = metavar.replace(_METAVARS[list], f"{{{','.join(choices)}}},...")
+    # A flat name that belongs to several sections sets the first one; the others need their section.
+    flat = names.table().get(name) == key or section == COMMAND_OPTIONS
+    return f"--{name if flat else f'{section}.{name}'} {metavar}"
 
 
 def _describe(spec: CommandSpec, key: FieldKey, with_aliases: bool) -> str:

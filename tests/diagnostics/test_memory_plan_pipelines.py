@@ -191,7 +191,5 @@ def test_preflight_prints_the_peak_of_each_pipeline_rank(capsys: pytest.CaptureF
         == 0
     )
     output = capsys.readouterr().out
-    assert (
-        "2 replicas × 1 shards × 1 tensor ranks × 2 pipeline ranks, 4 micro-batches of 2 sequences" in output
-    )
+    assert "2 replicas × 2 pipeline ranks, 4 micro-batches of 2 sequences" in output
     assert "(1f1b)" in output

@@ -138,17 +138,18 @@ def _print_parts(console: Console, memory: RankMemory) -> None:
 
 
 def _describe(plan: ParallelPlan, batches: BatchPlan) -> str:
-    sizes = f"{plan.data_parallel} replicas × {plan.fsdp} shards × {plan.tensor_parallel} tensor ranks"
-    if plan.pipeline_parallel > 1:
-        sizes += f" × {plan.pipeline_parallel} pipeline ranks"
-    if plan.context_parallel > 1:
-        sizes += f" × {plan.context_parallel} context ranks"
-    if plan.ranks == 1:
-        sizes = "1 rank"
-    return (
-        f"{sizes}, {batches.gradient_accumulation_steps} micro-batches of "
-        f"{batches.micro_batch_size} sequences"
-    )
+    """`2 replicas × 4 shards, 1 micro-batch of 8 sequences`, without the factors that are 1."""
+    factors = {
+        "replicas": plan.data_parallel,
+        "shards": plan.fsdp,
+        "tensor ranks": plan.tensor_parallel,
+        "pipeline ranks": plan.pipeline_parallel,
+        "context ranks": plan.context_parallel,
+    }
+    sizes = " × ".join(f"{number} {name}" for name, number in factors.items() if number > 1)
+    steps, size = batches.gradient_accumulation_steps, batches.micro_batch_size
+    step = f"{steps} micro-batch{'es' if steps != 1 else ''} of {size} sequence{'s' if size != 1 else ''}"
+    return f"{sizes or '1 rank'}, {step}"
 
 
 def _mb(size: float) -> str:

@@ -14,6 +14,10 @@ def run(argv: list[str]) -> int:
         raise UsageError(
             f"llm-trainer presets takes no settings, not {argv[0]!r}; use one with --preset NAME"
         )
+    if argv:
+        print(
+            "usage: llm-trainer presets\n\nList the named model shapes, for --preset NAME of other commands.\n"
+        )
     header = (
         "preset",
         "family",

@@ -7,7 +7,9 @@ few steps are timed first, so a slow machine finishes as soon as a fast one, wit
 
 from __future__ import annotations
 
+import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -232,7 +234,7 @@ def draw_samples(data: RunData, own: QuickstartOptions, console: Console) -> lis
 
 
 def prompts_for(own: QuickstartOptions, data: RunData) -> list[str]:
-    """Prompts: fitting ones for the built-in corpus, else the first tokens of held-out text.
+    """Prompts: fitting ones for the built-in corpus, else the first words in pieces of held-out text.
 
     Args:
         own: The options.
@@ -245,6 +247,32 @@ def prompts_for(own: QuickstartOptions, data: RunData) -> list[str]:
     if held_out is None or prepared.tokenizer is None or len(held_out) < 4 * PROMPT_TOKENS:
         return ["\n"]
     places = (len(held_out) // 4 * quarter for quarter in (0, 1, 2))
-    return [
-        prepared.tokenizer.decode(held_out.read(place, PROMPT_TOKENS).tolist()) or "\n" for place in places
-    ]
+    tokenizer = prepared.tokenizer
+
+    def is_short(text: str) -> bool:
+        return len(tokenizer.encode(text)) <= PROMPT_TOKENS
+
+    prompts = []
+    for place in places:
+        piece = tokenizer.decode(held_out.read(place, min(6 * PROMPT_TOKENS, len(held_out) - place)).tolist())
+        start = tokenizer.decode(held_out.read(place, PROMPT_TOKENS).tolist())
+        prompts.append(first_words(piece, is_short) or start or "\n")  # a text may have no spaces
+    return prompts
+
+
+def first_words(piece: str, is_short: Callable[[str], bool]) -> str:
+    """Whole words from a piece of a text that was cut anywhere: as many as are short enough together.
+
+    Args:
+        piece: The piece; its first and last words may be cut.
+        is_short: Whether a prompt is short enough.
+
+    Returns:
+        The words; empty if the piece has none that is short enough.
+    """
+    words = re.findall(r"(?<=\s)\S+(?=\s)", piece)
+    for first in range(len(words)):
+        for last in range(len(words), first, -1):
+            if is_short(prompt := " ".join(words[first:last])):
+                return prompt
+    return ""

@@ -254,6 +254,19 @@ def accepted_types(section: type[Section], name: str) -> frozenset[object]:
     return frozenset(flat(section.model_fields[name].annotation))
 
 
+@functools.cache
+def list_choices(section: type[Section], name: str) -> tuple[object, ...]:
+    """The values that the items of a list may have (`list[Literal[...]]`); empty for other fields."""
+
+    def of(annotation: object) -> tuple[object, ...]:
+        origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+        if origin is list:
+            return typing.get_args(inner[0]) if typing.get_origin(inner[0]) is Literal else ()
+        return tuple(choice for part in inner for choice in of(part)) if origin is not Literal else ()
+
+    return of(section.model_fields[name].annotation)
+
+
 def _coerce(section: type[Section], name: str, value: object) -> object:
     """Conversions that pydantic does not do: a text for a list is split, and a boolean is not a number."""
     accepted = accepted_types(section, name)

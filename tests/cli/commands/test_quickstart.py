@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from llm_trainer.cli.commands.quickstart import first_words
 from llm_trainer.cli.main import main
 
 
@@ -48,3 +49,17 @@ def test_the_quick_start_on_the_built_in_corpus(
     assert main(["quickstart", "--steps=3"]) == 0
     assert "language reference" in capsys.readouterr().out
     assert _samples(Path("runs/quickstart"))[0]["prompt"].startswith("def ")
+
+
+@pytest.mark.parametrize(
+    ("piece", "prompt"),
+    [
+        ("alf a word and some mo", "a word"),
+        ("ut\nincomprehensible the fox ran on", "the fox"),
+        ("no", ""),
+        ("没有空格的文本", ""),
+        ("cut onlyonelongword cut", ""),
+    ],
+)
+def test_prompts_from_a_text_are_whole_words_of_it(piece: str, prompt: str) -> None:
+    assert first_words(piece, lambda text: len(text) <= 8) == prompt
