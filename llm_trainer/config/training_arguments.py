@@ -1,7 +1,7 @@
-"""The names of Hugging Face's `TrainingArguments` that are not names of settings here, and what to use instead.
+"""Names of Hugging Face's `TrainingArguments` that are not names of settings here, and what to use instead.
 
-Most of its names are aliases of our settings, and some are translated (`resolve/trainer_names.py`). What remains
-is an error that says which setting of ours does this, or that nothing does. The names are those of
+Most of its names are aliases of our settings, and some are translated (`resolve/trainer_names.py`). What
+remains is an error that says which setting of ours does this, or that nothing does. The names are those of
 transformers 5, and those of transformers 4 that older scripts still set.
 """
 
@@ -118,5 +118,5 @@ INSTEAD: Mapping[str, str] = {
     "tpu_num_cores": "use device: cpu, cuda or mps",
     "use_ipex": _KERNELS,
     "use_mps_device": "use device=mps",
-    "warmup_ratio": "use warmup_steps, in steps, epochs or tokens; without it a tenth of the run, at most 2000 steps",
+    "warmup_ratio": "use warmup_steps, in steps, epochs or tokens; unset: a tenth of the run, up to 2000",
 }

@@ -15,9 +15,7 @@ def run(argv: list[str]) -> int:
             f"llm-trainer presets takes no settings, not {argv[0]!r}; use one with --preset NAME"
         )
     if argv:
-        print(
-            "usage: llm-trainer presets\n\nList the named model shapes, for --preset NAME of other commands.\n"
-        )
+        print("usage: llm-trainer presets\n\nList the named model shapes, which --preset NAME sets.\n")
     header = (
         "preset",
         "family",

@@ -88,9 +88,9 @@ def unused_vocabulary(shape: ModelConfig, ids: int) -> str | None:
         return None
     parameters = rows * shape.hidden_size * (1 if shape.tie_word_embeddings else 2)
     return (
-        f"vocab_size is {shape.vocab_size:,}, but the tokenizer has {ids:,} ids: {parameters:,} parameters are "
-        f"never used, which cost {parameters * TRAINING_BYTES / 1e9:.2g} GB in training and a larger output "
-        f"layer; leave vocab_size out, or set it to {ids}"
+        f"vocab_size is {shape.vocab_size:,}, but the tokenizer has {ids:,} ids: {parameters:,} parameters "
+        f"are never used, which cost {parameters * TRAINING_BYTES / 1e9:.2g} GB in training and a larger "
+        f"output layer; leave vocab_size out, or set it to {ids}"
     )
 
 

@@ -47,8 +47,8 @@ def translate_training_arguments(values: dict[str, Any], schedulers: tuple[str, 
     fsdp = values.get("fsdp")
     if isinstance(fsdp, bool) or (isinstance(fsdp, str) and not fsdp.strip().isdigit()):
         raise UsageError(
-            f"invalid value for fsdp: {fsdp!r} is not a number; give the number of ranks over which a replica "
-            "is sharded (1: none)"
+            f"invalid value for fsdp: {fsdp!r} is not a number; give the number of ranks over which a "
+            "replica is sharded (1: none)"
         )
 
 

@@ -278,8 +278,8 @@ def _check_has_effect(operation: Operation, where: str) -> None:
     trigger = operation.trigger_loss
     if trigger is not None and not trigger > 0:  # NaN too
         raise UsageError(
-            f"{where}: trigger_loss {trigger:g} of {operation.name}: no loss is ever below it; give a number above "
-            "0 (.inf: at once), or max_wait_iters alone"
+            f"{where}: trigger_loss {trigger:g} of {operation.name}: no loss is ever below it; give a number "
+            "above 0 (.inf: at once), or max_wait_iters alone"
         )
     for name, is_set, owner in (
         ("mode", operation.mode is not None, "stack_layers"),

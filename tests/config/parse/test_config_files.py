@@ -292,7 +292,10 @@ def test_values_that_yaml_reads_otherwise_than_they_look_are_errors(
 
 
 def test_numbers_and_switches_that_look_as_they_are_read_are_accepted(tmp_path: Path) -> None:
-    text = "seed: 1_000\nmax_steps: 0x1F\nuse_deepspeed: no\nlr: 0.010\nwandb_run_name: '010'\nnum_workers: 0\nmax_minutes: 00.5"
+    text = (
+        "seed: 1_000\nmax_steps: 0x1F\nuse_deepspeed: no\nlr: 0.010\nwandb_run_name: '010'\nnum_workers: 0\n"
+        "max_minutes: 00.5\n"
+    )
     training = load_run(SPEC, [f"--config={write(tmp_path, 'run.yaml', text)}"]).config.training
     assert (training.seed, training.max_steps, training.use_deepspeed) == (1000, 31, False)
     assert (training.learning_rate, training.wandb_run_name, training.num_workers) == (0.01, "010", 0)
