@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 
+import pytest
 from paths import ROOT
 
 SCRIPT = ROOT / "benchmarks" / "gpu_training.py"
 
 
+@pytest.mark.slow
 def test_without_a_gpu_there_is_nothing_to_measure() -> None:
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(

@@ -78,6 +78,7 @@ def test_a_deep_model_is_extrapolated_from_shallow_ones_as_if_it_were_run() -> N
     assert shallow.peak() == pytest.approx(full.peak(), rel=0.02)
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_needs_less_memory_and_selective_checkpointing_is_in_between() -> None:
     training = TrainingConfig(precision="fp32")
 
@@ -144,6 +145,7 @@ def test_replicas_all_reduce_gradients_and_one_rank_sends_nothing() -> None:
     assert communication_volume(_config(), ParallelPlan(fsdp=2), STEP).total == allocated // 2 + allocated
 
 
+@pytest.mark.slow
 def test_context_parallel_ranks_shard_state_and_activations_and_send_keys_and_values() -> None:
     training, batches = TrainingConfig(precision="fp32"), BatchPlan(4, 1)
     alone, shared = (
@@ -301,6 +303,7 @@ def test_an_offloaded_optimizer_is_not_counted_on_the_device() -> None:
     assert offloaded.total == on_device.total - on_device.optimizer
 
 
+@pytest.mark.slow
 def test_preflight_prints_the_micro_batch_size_that_auto_would_choose(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -353,6 +356,7 @@ def test_a_measured_step_trains_only_what_training_would() -> None:
     assert model.blocks[0].attn.q_proj.weight.equal(before)
 
 
+@pytest.mark.slow
 def test_learning_rates_by_module_do_not_change_the_estimate() -> None:
     rates = TrainingConfig.model_validate(
         {"precision": "fp32", "lr_multipliers": {"attn.11": 0.1}, "layerwise_lr_decay": 0.9}
@@ -363,6 +367,7 @@ def test_learning_rates_by_module_do_not_change_the_estimate() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_quantized_base_is_counted_in_its_quantized_size() -> None:
     pytest.importorskip("torchao")
     config = _config(hidden_size=128, attn_lora_rank=4, mlp_lora_rank=4, lora_train_base=False)

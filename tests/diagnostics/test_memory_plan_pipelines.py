@@ -141,6 +141,7 @@ def test_a_stage_without_trainable_parameters_is_refused_and_not_recommended() -
     assert recommend_plan(untied, frozen, 2, limit, BatchPlan(1, 1), precision="fp32") is None
 
 
+@pytest.mark.slow
 def test_the_shards_of_a_stage_are_all_gathered_during_the_step() -> None:
     unsharded, sharded = (
         rank_memories(config_of(), settings(), plan, BatchPlan(2, 4), "fp32")

@@ -87,6 +87,7 @@ def on_a_small_disk(folder: Path, kilobytes: int, code: str) -> subprocess.Compl
     return done
 
 
+@pytest.mark.slow
 def test_a_save_needs_no_more_than_it_writes(tmp_path: Path) -> None:
     """A disk with a fifth more space than the finished run takes is enough."""
     tiny_run(tmp_path / "straight")

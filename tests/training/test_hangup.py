@@ -68,6 +68,7 @@ def test_a_run_whose_terminal_is_closed_saves_and_ends(tmp_path: Path) -> None:
     assert_saved(process, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_whose_tee_got_the_hangup_too_saves_and_ends(tmp_path: Path) -> None:
     reader, writer = os.pipe()
     process = subprocess.Popen(

@@ -103,6 +103,7 @@ def test_a_child_that_outlives_its_parent_does_not_keep_the_lock(tmp_path: Path)
         os.kill(int(done.stdout), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_process_may_lock_a_folder_several_times(tmp_path: Path) -> None:
     def is_free() -> bool:
         with multiprocessing.get_context("spawn").Pool(1) as pool:

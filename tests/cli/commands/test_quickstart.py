@@ -19,6 +19,7 @@ def _samples(run: Path) -> list[dict[str, str]]:
     return samples
 
 
+@pytest.mark.slow
 def test_the_quick_start_on_ones_own_text(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["quickstart", "--text=text.txt", "--steps=3", "--output_dir=quick", "--vocab_size=300"]) == 0
     said = capsys.readouterr().out

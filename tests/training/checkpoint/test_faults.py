@@ -152,6 +152,7 @@ def test_a_nanogpt_file_that_holds_code_is_refused_unexecuted(tmp_path: Path) ->
     assert not canary.exists()
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_ends_the_run_with_a_message_and_leaves_no_partial_checkpoint(
     tmp_path: Path,
 ) -> None:

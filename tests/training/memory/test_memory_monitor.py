@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tiny_run import tiny_config, tiny_run, tiny_trainer
 from llm_trainer.run_dir import list_checkpoints
 from llm_trainer.training.logging.metrics import read_metrics
 from llm_trainer.training.logging.timers import StepTimers
+from llm_trainer.training.memory import memory_monitor
 from llm_trainer.training.memory.memory_monitor import MemoryMonitor
 
 CPU = torch.device("cpu")
@@ -52,13 +54,16 @@ def test_a_run_with_free_memory_saves_no_emergency_checkpoint(tmp_path: Path) ->
     assert not emergencies(tmp_path)
 
 
-def test_between_reports_memory_is_polled_when_due(tmp_path: Path) -> None:
-    training = tiny_config(tmp_path, memory_limit_gb=0.01, memory_poll_seconds=0.01).training
+def test_between_reports_memory_is_polled_when_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(memory_monitor, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    training = tiny_config(tmp_path, memory_limit_gb=0.01, memory_poll_seconds=10).training
     monitor = MemoryMonitor(training, CPU, lambda line: None)
+    now[0] = 9.0
     assert not monitor.take_emergency()
-    time.sleep(0.02)
+    now[0] = 11.0
     assert monitor.take_emergency()
-    time.sleep(0.02)
+    now[0] = 22.0
     assert not monitor.take_emergency(), "it was answered"
 
 
@@ -73,6 +78,7 @@ print((machine.sample().resident - before) / held.nbytes)
 """
 
 
+@pytest.mark.slow
 def test_resident_memory_follows_what_is_held() -> None:
     """In a process of its own: one that ran other tests may hold the room already, and then nothing grows."""
     done = subprocess.run(

@@ -121,6 +121,7 @@ def test_a_step_with_gradients_that_are_not_finite_changes_neither_weights_nor_s
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
 
 
+@pytest.mark.slow
 def test_an_eager_run_does_not_import_the_compiler() -> None:
     program = """
 import sys, torch
