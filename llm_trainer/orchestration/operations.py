@@ -51,7 +51,7 @@ def apply_operation(state: ModelState, operation: Operation, seed: int) -> Model
     changed = MODEL_OPERATIONS[operation.name](state, operation, generator)
     if changed.frozen >= changed.weights.keys():
         raise UsageError(
-            "nothing would be left to train: every part is frozen; unfreeze some first (unfreeze_layer)"
+            "nothing would be left to train: every module is frozen; unfreeze some first (unfreeze_layer)"
         )
     return changed
 

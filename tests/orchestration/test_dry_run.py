@@ -46,7 +46,7 @@ def test_the_last_stage_describes_the_final_model_and_settings() -> None:
     [
         (
             [entry("stack_layers", [0]), entry("freeze_layer", "attn.1")],
-            r"entry 2.*no part 'attn.1'.*entry 1, stack_layers \[0\]",
+            r"entry 2.*no module 'attn.1'.*entry 1, stack_layers \[0\]",
         ),
         (
             [entry("widen_mlp", 96), entry("widen_mlp", 64)],
@@ -60,7 +60,7 @@ def test_the_last_stage_describes_the_final_model_and_settings() -> None:
         ),
         ([entry("enable_exit", 1)], "entry 1.*early exits are not implemented"),
         ([entry("change_eval_iters", 2)], "entry 1.*eval_iters is not set"),
-        ([entry("freeze_layer", ["attn.*", "mlp.*", "ln_*", "w?e"])], "entry 1.*every part is frozen"),
+        ([entry("freeze_layer", ["attn.*", "mlp.*", "ln_*", "w?e"])], "entry 1.*every module is frozen"),
         (
             [entry("prune_heads", ["attn.0", 0.5]), entry("widen_model", [32, 4])],
             "entry 2.*pruned.*entry 1, prune_heads",
@@ -86,7 +86,7 @@ def test_an_impossible_entry_is_named_with_the_entry_that_made_it_impossible(
 def test_the_last_adapters_over_a_frozen_base_cannot_be_removed(schedule: list[Operation]) -> None:
     shape = SHAPE.model_copy(update={"attn_lora_rank": 2, "lora_train_base": False})
     frozen = frozenset(ModelState.from_model(empty_model(SHAPE, "meta")).weights)
-    with pytest.raises(UsageError, match=f"entry {len(schedule)}.*every part is frozen.*unfreeze_layer"):
+    with pytest.raises(UsageError, match=f"entry {len(schedule)}.*every module is frozen.*unfreeze_layer"):
         dry_run(schedule, shape, SETTINGS, frozen=frozen)
     dry_run([entry("unfreeze_layer", "mlp.*"), *schedule], shape, SETTINGS, frozen=frozen)
 

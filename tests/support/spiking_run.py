@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 from tiny_run import tiny_trainer
 
-from llm_trainer.data.sampling.samplers import Batch
+from llm_trainer.data.sampling.batch import Batch
 from llm_trainer.model.transformer import Transformer
-from llm_trainer.training.callbacks import Callback
+from llm_trainer.training.callbacks.callback import Callback
 from llm_trainer.training.objectives.objective import LossSum, NextToken
+from llm_trainer.training.run import TrainingRun
 from llm_trainer.training.trainer import Trainer
 
 SAMPLES_A_STEP = 8
@@ -39,7 +40,7 @@ class SpikesOn(NextToken):
 
     def __call__(self, model: Transformer, batch: Batch) -> LossSum:
         loss = super().__call__(model, batch)
-        is_bad = torch.is_grad_enabled() and self.trainer.state.samples in self.samples
+        is_bad = torch.is_grad_enabled() and self.trainer.run.state.samples in self.samples
         return LossSum(loss.total * 20, loss.tokens) if is_bad else loss
 
 
@@ -49,8 +50,8 @@ class Rates(Callback):
     def __init__(self) -> None:
         self.seen: list[tuple[int, float]] = []
 
-    def on_step_end(self, trainer: Trainer, step: int) -> None:
-        self.seen.append((step, trainer.engine.optimizers[-1].param_groups[0]["lr"]))
+    def on_step_end(self, run: TrainingRun, step: int) -> None:
+        self.seen.append((step, run.engine.optimizers[-1].param_groups[0]["lr"]))
 
 
 def spiking(
@@ -60,9 +61,9 @@ def spiking(
     it says.
     """
     trainer = tiny_trainer(folder, callbacks=callbacks, **RUN | settings)  # type: ignore[arg-type]
-    trainer.engine.objective = SpikesOn(
+    trainer.run.engine.objective = SpikesOn(
         trainer, range((first_step - 1) * SAMPLES_A_STEP, last_step * SAMPLES_A_STEP)
     )
     said: list[str] = []
-    trainer.say = said.append  # type: ignore[method-assign]
+    trainer.run.log = said.append  # type: ignore[method-assign]
     return trainer, said

@@ -12,9 +12,8 @@ from rich.console import Console
 from llm_trainer.config import ModelConfig, RunConfig
 from llm_trainer.data.token_shards import TokenDataset
 from llm_trainer.model.transformer import Transformer
-from llm_trainer.training.callbacks import Callback
-from llm_trainer.training.state import TrainingResult
-from llm_trainer.training.trainer import Trainer
+from llm_trainer.training.callbacks.callback import Callback
+from llm_trainer.training.trainer import Trainer, TrainingResult
 
 VOCABULARY = 32
 CONTEXT = 8

@@ -208,8 +208,8 @@ def check_same_tokenizer(source: str, tokenizer: Tokenizer | None) -> None:
     except DataError as error:
         raise DataError(
             f"the data's token ids cannot be compared with those that {source} was trained on: {error}. If "
-            "the data was prepared with that model's tokenizer, copy the data's tokenizer.json into the model's "
-            "folder"
+            "the data was prepared with that model's tokenizer, copy the data's tokenizer.json into the "
+            "folder of the model"
         ) from None
     if learned.hash == tokenizer.hash:
         return

@@ -82,7 +82,7 @@ def test_a_model_of_unequal_blocks_can_be_stacked_and_widened() -> None:
 def test_parts_that_cannot_be_pruned_are_refused_by_name() -> None:
     with pytest.raises(UsageError, match="no heads"):
         prune_heads(state_of(), "mlp.0", 0.5)
-    with pytest.raises(UsageError, match="no part 'attn"):
+    with pytest.raises(UsageError, match="no module 'attn"):
         prune_heads(state_of(), "attn.7", 0.5)
     with pytest.raises(UsageError, match="leaves nothing"):
         prune_heads(state_of(num_attention_heads=1), "attn.0", 0.5)
