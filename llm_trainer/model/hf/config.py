@@ -12,6 +12,7 @@ an error. The one exception is `auto_map`, which names code to be run from the f
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -274,9 +275,16 @@ def _from_llama(family: str, content: Mapping[str, Any]) -> dict[str, Any]:
 
 def _from_rope_settings(content: Mapping[str, Any]) -> dict[str, Any]:
     """`rope_parameters` of transformers 5, or `rope_scaling` and `rope_theta` of earlier versions."""
-    given = content.get("rope_parameters") or content.get("rope_scaling") or {}
-    kind = given.get("rope_type", given.get("type", "default"))
-    theta = given.get("rope_theta", content.get("rope_theta")) or 10000.0
+    stored = {name: content[name] for name in ("rope_parameters", "rope_scaling") if content.get(name)}
+    found = [_plain_rope_settings(name, value, content) for name, value in stored.items()]
+    if len(found) == 2 and found[0] != found[1]:
+        raise CheckpointError(
+            "config.json has two different settings of rotary positions: rope_parameters "
+            f"{json.dumps(stored['rope_parameters'])} and rope_scaling {json.dumps(stored['rope_scaling'])}; "
+            "programs differ in which they use. Delete the one that the model was not trained with"
+        )
+    given = found[0] if found else _plain_rope_settings("rope_parameters", {}, content)
+    kind = given["rope_type"]
     if kind not in ("default", "linear", "llama3"):
         raise CheckpointError(
             f"rope_type {kind!r} in config.json is not supported; supported are default, linear and llama3"
@@ -286,14 +294,32 @@ def _from_rope_settings(content: Mapping[str, Any]) -> dict[str, Any]:
             "partial_rotary_factor in config.json is not supported: every feature of a head is rotated here"
         )
     if kind == "default":
-        return {"rope_theta": theta}
+        return {"rope_theta": given["rope_theta"]}
+    required = ["factor", *(["low_freq_factor", "high_freq_factor"] if kind == "llama3" else [])]
+    if missing := [name for name in required if name not in given]:
+        raise CheckpointError(
+            f"{next(iter(stored))} in config.json has rope_type {kind} without {missing[0]}"
+        )
     scaling: dict[str, Any] = {"kind": kind, "factor": given["factor"]}
     if kind == "llama3":
         scaling["low_frequency_factor"] = given["low_freq_factor"]
         scaling["high_frequency_factor"] = given["high_freq_factor"]
         original = given.get("original_max_position_embeddings")
         scaling["original_context"] = original or content["max_position_embeddings"]
-    return {"rope_theta": theta, "rope_scaling": scaling}
+    return {"rope_theta": given["rope_theta"], "rope_scaling": scaling}
+
+
+def _plain_rope_settings(name: str, given: object, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary settings under the names of transformers 5, without those that are null."""
+    if not isinstance(given, Mapping) or any(isinstance(value, Mapping) for value in given.values()):
+        raise CheckpointError(
+            f"{name} in config.json must be one set of values for all layers, such as "
+            f'{{"rope_type": "default"}}; it is {json.dumps(given)[:200]}'
+        )
+    plain = {key: value for key, value in given.items() if value is not None and key != "type"}
+    plain.setdefault("rope_type", given.get("type") or "default")
+    plain["rope_theta"] = plain.get("rope_theta", content.get("rope_theta")) or 10000.0
+    return plain
 
 
 def _sliding_window(family: str, content: Mapping[str, Any]) -> int | None:

@@ -177,6 +177,42 @@ def test_a_key_that_changes_the_computation_is_refused_and_never_skipped(folder,
         load_pretrained(folder)
 
 
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"rope_parameters": LINEAR, "rope_scaling": {"type": "linear", "factor": 4.0}},
+            r"rope_parameters \{.*2\.0\} and rope_scaling \{.*4\.0\}; .* Delete the one",
+        ),
+        (
+            {"rope_parameters": LINEAR, "rope_scaling": {"rope_type": "default"}},
+            "two different settings of rotary positions",
+        ),
+        ({"rope_parameters": {"full_attention": LINEAR}}, "one set of values for all layers"),
+        ({"rope_parameters": [2.0]}, r"one set of values for all layers.*\[2\.0\]"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters .*linear without factor"),
+        (
+            {"rope_parameters": None, "rope_scaling": {"type": "llama3", "factor": 8.0}},
+            "without low_freq_factor",
+        ),
+    ],
+)
+def test_rotary_settings_that_readers_may_take_two_ways_are_refused(folder, keys, message):
+    change_config(folder, **keys)
+    with pytest.raises(CheckpointError, match=message):
+        load_pretrained(folder)
+
+
+def test_rotary_settings_given_twice_in_two_spellings_are_one(folder):
+    change_config(folder, rope_parameters=LINEAR, rope_scaling={"type": "linear", "factor": 2.0})
+    scaling = load_pretrained(folder).config.rope_scaling
+    assert scaling is not None
+    assert (scaling.kind, scaling.factor) == ("linear", 2.0)
+
+
 def test_a_config_that_declares_a_huge_model_allocates_nothing(folder):
     change_config(folder, vocab_size=10**12)
     with pytest.raises(CheckpointError, match=r"embed_tokens\.weight .*\(61, 32\).*\(1000000000000, 32\)"):
