@@ -26,6 +26,15 @@ _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["\[\]{},]', re.DOTALL)
 _IN_STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+("|\\\Z|\Z)', re.DOTALL)
 _BLANK = b" \t\r\n"
 _HEAD_BYTES = 2**16
+# What a value is called in messages; anything else is null.
+_KINDS = {
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    dict: "an object",
+}
 
 
 class _Value(NamedTuple):
@@ -76,7 +85,9 @@ def _column_texts(values: Iterator[_Value | Rejected], column: str) -> Iterator[
             continue
         found = item.value.get(column) if isinstance(item.value, dict) else item.value
         if not isinstance(found, str):
-            yield Rejected(f"no text in the column {column!r}", item.where)
+            yield Rejected(
+                f"no text in the column {column!r}", f"{item.where}: {_describe_columns(item.value)}"
+            )
             continue
         try:
             found.encode("utf-8")
@@ -84,6 +95,17 @@ def _column_texts(values: Iterator[_Value | Rejected], column: str) -> Iterator[
             yield Rejected("not utf-8", item.where)
             continue
         yield from text_chunks(found, item.where)
+
+
+def _describe_columns(value: object) -> str:
+    """What a record without usable text has instead, for its message."""
+    if not isinstance(value, dict):
+        return f"it is {_KINDS.get(type(value), 'null')}"
+    columns = [
+        name if isinstance(found, str) else f"{name} ({_KINDS.get(type(found), 'null')})"
+        for name, found in value.items()
+    ]
+    return f"it has {', '.join(columns)[:200] or 'no columns'}"
 
 
 def _records(values: Iterator[_Value | Rejected], part: str) -> Iterator[Record | Rejected]:

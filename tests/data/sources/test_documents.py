@@ -103,6 +103,27 @@ def test_what_cannot_be_used_is_rejected_with_a_reason(
     assert name in rejected[0].where
 
 
+@pytest.mark.parametrize(
+    ("record", "columns"),
+    [
+        (
+            {"messages": [{"role": "user", "content": "Hi"}], "id": 3},
+            "it has messages (a list), id (a number)",
+        ),
+        ({"instruction": "Add", "input": "", "output": "3"}, "it has instruction, input, output"),
+        ({"text": None, "meta": {}}, "it has text (null), meta (an object)"),
+        ({}, "it has no columns"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_a_record_without_the_column_is_rejected_with_the_columns_that_it_has(
+    tmp_path: Path, record: dict[str, object], columns: str, suffix: str
+) -> None:
+    (tmp_path / f"a.{suffix}").write_text(json.dumps(record) + "\n")
+    _, rejected = read(tmp_path / f"a.{suffix}")
+    assert [item.where.partition(": ")[2] for item in rejected] == [columns]
+
+
 @settings(max_examples=100)
 @given(
     lines=st.lists(st.binary(max_size=30).map(lambda raw: raw.replace(b"\n", b"")), min_size=1, max_size=20),

@@ -289,8 +289,8 @@ def test_one_bad_element_of_a_json_list_costs_itself(tmp_path: Path) -> None:
     assert rejected == [
         "not utf-8 @ a.json, record 1, byte 27",
         "not JSON @ a.json, record 2",
-        "no text in the column 'text' @ a.json, record 3",
-        "no text in the column 'text' @ a.json, record 4",
+        "no text in the column 'text' @ a.json, record 3: it is a number",
+        "no text in the column 'text' @ a.json, record 4: it is a list",
         "not JSON @ a.json, record 6",
     ]
 
