@@ -22,3 +22,14 @@ class DataError(LLMTrainerError):
 
 class CheckpointError(LLMTrainerError):
     """A checkpoint is missing, damaged or does not fit."""
+
+
+class NotFiniteError(LLMTrainerError):
+    """The predictions of a model are NaN or infinite, so they mean nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the model's predictions are not finite numbers (NaN or infinity): its weights are damaged, or "
+            "its training diverged. Use an earlier checkpoint, or --precision fp32 if less precise weights "
+            "overflow"
+        )

@@ -26,7 +26,7 @@ from llm_trainer.data.sampling.batch import IGNORE_INDEX, Batch
 from llm_trainer.data.sampling.packing import Packing
 from llm_trainer.data.sampling.samplers import validation_row_count
 from llm_trainer.data.token_shards import TokenDataset
-from llm_trainer.errors import DataError, UsageError
+from llm_trainer.errors import DataError, NotFiniteError, UsageError
 from llm_trainer.inference.engine import LanguageModel
 from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.engines.validation import ValidationResult, validate
@@ -69,6 +69,7 @@ def evaluate_source(
         on_progress: Called with the windows done and their number.
 
     Raises:
+        NotFiniteError: The model's losses are not finite.
         DataError: The source cannot be read or does not fit the model.
         UsageError: The stride is above the context.
     """
@@ -296,6 +297,8 @@ def _split(folder: str | Path, split: str | None) -> tuple[TokenDataset, Packing
 
 
 def _result(total: float, count: int, scored_bytes: float | None) -> ValidationResult:
+    if not math.isfinite(total):
+        raise NotFiniteError
     loss = total / count
     bits = total / math.log(2) / scored_bytes if scored_bytes else None
     return ValidationResult(loss, count, math.exp(loss) if loss < 700 else math.inf, bits)

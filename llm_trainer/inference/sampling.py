@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from llm_trainer.config.schema.generation import GenerationConfig
+from llm_trainer.errors import NotFiniteError
 
 # The top-p set is nearly always among this many likeliest tokens: finding them is several times cheaper than
 # sorting a vocabulary.
@@ -92,6 +93,9 @@ class Sampler:
 
         Returns:
             Token ids, (B,).
+
+        Raises:
+            NotFiniteError: The logits of a row are NaN or infinite.
         """
         drawn = self._draw(logits)
         return drawn if ids is None else ids[drawn]
@@ -101,9 +105,11 @@ class Sampler:
             logits = penalize_repetition(logits.float(), self.seen, self.penalty)
         if self.greedy:
             ids = logits.argmax(dim=-1)
+            check_finite(logits, ids)
         else:
             probabilities = torch.softmax(self.restrict(logits.float() / self.temperature), dim=-1)
             ids = draw(probabilities, [row.random.random() for row in self.rows])
+            check_finite(probabilities, ids)
             if self.any_greedy:
                 ids = torch.where(self.is_greedy, logits.argmax(dim=-1), ids)
         if self.seen is not None:
@@ -146,6 +152,21 @@ class Sampler:
         for row, token in zip(self.rows, ids.tolist(), strict=True):
             if row.seen is not None:
                 row.seen.add(token)
+
+
+def check_finite(scores: Tensor, ids: Tensor) -> None:
+    """Refuse a draw from scores that are not finite. Only the drawn scores are looked at: NaN and infinity
+    win every argmax, and make every probability of their row NaN.
+
+    Args:
+        scores: Logits or probabilities, (B, V).
+        ids: The drawn tokens, (B,).
+
+    Raises:
+        NotFiniteError: A drawn score is NaN or infinite.
+    """
+    if not scores.gather(1, ids[:, None]).isfinite().all():
+        raise NotFiniteError
 
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
@@ -237,7 +258,7 @@ def draw(probabilities: Tensor, uniforms: Sequence[float]) -> Tensor:
         uniforms: A number in [0, 1) per row.
 
     Returns:
-        Token ids, (B,).
+        Token ids, (B,); some token of the vocabulary where probabilities are NaN.
     """
     cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
     numbers = torch.tensor(uniforms, dtype=torch.float64, device=probabilities.device)
@@ -245,4 +266,4 @@ def draw(probabilities: Tensor, uniforms: Sequence[float]) -> Tensor:
     ids = torch.searchsorted(cumulative, target, right=True)[:, 0]
     # The product may round up to the total itself; then it is the last token that has any probability.
     last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())[:, 0]
-    return torch.minimum(ids, last)
+    return torch.minimum(ids, last).clamp_max_(probabilities.shape[1] - 1)

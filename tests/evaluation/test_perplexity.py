@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from llm_trainer.config.schema.model import ModelConfig
 from llm_trainer.data.token_shards import TokenDataset
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
-from llm_trainer.errors import DataError, UsageError
+from llm_trainer.errors import DataError, NotFiniteError, UsageError
 from llm_trainer.evaluation.perplexity import (
     evaluate_source,
     evaluate_text,
@@ -129,3 +129,11 @@ def test_a_stride_above_the_context_is_refused(model: LanguageModel) -> None:
     for stride in (0, CONTEXT + 1):
         with pytest.raises(UsageError, match=f"invalid stride: {stride} "):
             evaluate_text(model, TEXT, stride=stride)
+
+
+def test_a_model_with_damaged_weights_has_no_perplexity(tmp_path: Path) -> None:
+    model = model_for(Tokenizer.train_bpe([TEXT], 280))
+    model.model.wte.weight.data[-1] = torch.nan
+    (tmp_path / "text.txt").write_text(TEXT)
+    with pytest.raises(NotFiniteError):
+        evaluate_source(model, tmp_path / "text.txt")

@@ -6,7 +6,7 @@ import torch
 from llm_trainer.config.schema.generation import GenerationConfig
 from llm_trainer.config.schema.model import ModelConfig
 from llm_trainer.data.tokenization.tokenizer import Tokenizer
-from llm_trainer.errors import DataError, UsageError
+from llm_trainer.errors import DataError, NotFiniteError, UsageError
 from llm_trainer.inference.engine import LanguageModel
 from llm_trainer.model.transformer import Transformer
 
@@ -234,3 +234,12 @@ def test_zero_new_tokens_give_an_empty_text(tokenizer: Tokenizer) -> None:
     model = make("gpt2", tokenizer)
     assert model.generate("The", max_tokens=0) == ""
     assert list(model.stream("The", max_tokens=0)) == []
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("name", ["wte.weight", "lm_head.weight", "ln_f.weight"])
+def test_a_model_with_damaged_weights_generates_nothing(name: str, temperature: float) -> None:
+    model = make("llama", None, tie_word_embeddings=False)
+    model.model.get_parameter(name).data[-1] = torch.nan
+    with pytest.raises(NotFiniteError):
+        model.generate_ids([[299]], GenerationConfig(temperature=temperature, max_new_tokens=3))

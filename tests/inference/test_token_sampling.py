@@ -9,6 +9,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from llm_trainer.config.schema.generation import GenerationConfig
+from llm_trainer.errors import NotFiniteError, UsageError
 from llm_trainer.inference.sampling import Sampler, SamplingState, draw, keep_min_p, keep_top_k, keep_top_p
 
 VOCAB = 97
@@ -59,11 +60,11 @@ def test_repetition_penalty_equals_transformers(penalty: float) -> None:
 
 
 def test_repetition_penalty_remembers_what_was_drawn() -> None:
-    ours = sampler(GenerationConfig(temperature=0, repetition_penalty=1e6), prompts=[[]])
+    ours = sampler(GenerationConfig(temperature=0, repetition_penalty=100), prompts=[[]])
     positive = logits(1).abs() + 1
     drawn = [int(ours(positive)) for _ in range(VOCAB)]
     assert sorted(drawn) == list(range(VOCAB)), (
-        "a huge penalty on positive logits must visit every token once"
+        "the largest penalty on positive logits must visit every token once"
     )
 
 
@@ -161,3 +162,37 @@ def test_draws_follow_the_probabilities() -> None:
     grid = [(index + 0.5) / 4000 for index in range(4000)]
     counts = torch.bincount(draw(probabilities.expand(4000, -1), grid), minlength=8) / 4000
     torch.testing.assert_close(counts, probabilities[0], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    "each",
+    [
+        GenerationConfig(temperature=0),
+        GenerationConfig(temperature=1.0, top_p=0.9, top_k=5, min_p=0.1),
+        GenerationConfig(temperature=1.0, repetition_penalty=1.3),
+    ],
+    ids=["greedy", "restricted", "penalty"],
+)
+def test_logits_that_are_not_finite_are_an_error(bad: float, each: GenerationConfig) -> None:
+    spoiled = logits(2)
+    spoiled[1, 7] = bad
+    with pytest.raises(NotFiniteError, match=r"not finite numbers.*earlier checkpoint"):
+        sampler(each, each)(spoiled)
+
+
+def test_a_draw_never_leaves_the_vocabulary() -> None:
+    assert 0 <= int(draw(torch.full((1, VOCAB), math.nan), [0.5])) < VOCAB
+
+
+@pytest.mark.parametrize("penalty", [1e-300, 0.0, 1e30, math.nan])
+def test_a_repetition_penalty_that_overflows_is_refused(penalty: float) -> None:
+    with pytest.raises(UsageError, match="repetition_penalty"):
+        GenerationConfig(repetition_penalty=penalty)
+
+
+@pytest.mark.parametrize("penalty", [0.01, 100.0])
+def test_the_bounds_of_the_penalty_give_finite_probabilities(penalty: float) -> None:
+    prompt = list(range(VOCAB))
+    each = GenerationConfig(temperature=1.0, repetition_penalty=penalty, seed=1)
+    assert 0 <= int(sampler(each, prompts=[prompt])(logits(1) * 100)) < VOCAB

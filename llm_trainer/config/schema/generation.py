@@ -48,7 +48,8 @@ class GenerationConfig(Section):
         1.0,
         "Penalty on tokens that occurred before (Keskar 2019, arXiv:1909.05858). 1: none.",
         common=True,
-        gt=0,
+        ge=0.01,
+        le=100,
     )
     stop: list[str] = setting(
         list,

@@ -71,7 +71,8 @@ class Int8Candidates:
         self._lost: Vector = lost.numpy()
         self._packed = pack_int8_weight(quantized)
         self._zero_points = torch.zeros(rows, dtype=torch.int32)
-        self._max_count = int(MAX_FRACTION * rows)
+        # Bounds say nothing about rows that are not finite; the full product shows them.
+        self._max_count = int(MAX_FRACTION * rows) if bool(lost.isfinite().all()) else 0
 
     def __call__(self, x: Tensor, count: int) -> Tensor | None:
         """Find the rows that can have the largest products with a vector.

@@ -338,6 +338,10 @@ def load_weights(
                             fill(parameters[name], tensor)
 
 
+# Types of numbers that a weight may be stored as, as safetensors names them.
+_WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
 @dataclass(frozen=True)
 class _StoredTensor:
     """A tensor in a file."""
@@ -394,8 +398,15 @@ def _tensors_in(folder: Path) -> Iterator[_StoredTensor]:
     for file in _weight_files(folder):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a dict
-                if not name.endswith(IGNORED_ENDINGS):
-                    yield _StoredTensor(name, file, tuple(tensors.get_slice(name).get_shape()))
+                if name.endswith(IGNORED_ENDINGS):
+                    continue
+                stored = tensors.get_slice(name)
+                if stored.get_dtype() not in _WEIGHT_DTYPES:
+                    raise CheckpointError(
+                        f"{name} in {file} is stored as {stored.get_dtype()}; weights must be one of "
+                        f"{', '.join(_WEIGHT_DTYPES)}, and quantised models are not supported"
+                    )
+                yield _StoredTensor(name, file, tuple(stored.get_shape()))
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -150,3 +150,11 @@ def test_drawing_from_the_candidates_alone_draws_the_same() -> None:
         full = Sampler([SamplingState(settings)], 500)(*TokenScores(logits))
         part = Sampler([SamplingState(settings)], 500)(*TokenScores(logits[:, ids], ids))
         assert torch.equal(full, part)
+
+
+@needs_exact_int8
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_row_that_is_not_finite_goes_to_the_full_product(bad: float) -> None:
+    weight = heads()["plain"]
+    weight[5, 3] = bad
+    assert Int8Candidates(weight)(torch.ones(WIDTH), 1) is None

@@ -116,6 +116,15 @@ def test_tensors_must_be_exactly_those_of_the_configuration(folder, change, mess
         load_pretrained(folder)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int8, torch.complex64, torch.bool, torch.float8_e4m3fn])
+def test_weights_that_are_not_floating_point_are_refused_by_name(folder, dtype):
+    change_tensors(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(32).to(dtype)}))
+    with pytest.raises(
+        CheckpointError, match=r"model\.norm\.weight in .* is stored as .*F64, F32, F16, BF16"
+    ):
+        load_pretrained(folder)
+
+
 def test_a_saved_head_of_a_tied_model_must_equal_the_embedding(tmp_path):
     save_pretrained(Transformer(small_config()), tmp_path)
     change_tensors(
