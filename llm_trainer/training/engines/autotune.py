@@ -27,7 +27,7 @@ from typing import cast
 
 import torch
 
-from llm_trainer.config import ModelConfig, TrainingConfig
+from llm_trainer.config import ModelConfig, TrainingConfig, UsageError
 from llm_trainer.cpu_features import multiplies_bf16
 from llm_trainer.data.sampling.batch import Batch
 from llm_trainer.model.flops import estimate_flops
@@ -128,6 +128,9 @@ def choose(
 
     Returns:
         The choice, and why.
+
+    Raises:
+        UsageError: `compile` is on, and this machine cannot compile.
     """
     reasons: list[str] = []
     name = cast(PrecisionName, precision or training.precision)
@@ -137,6 +140,10 @@ def choose(
     setting = compiled or training.compile
     mode = cast(CompileMode, setting)
     if setting != "off" and not has_compiler():
+        if training.compile == "on":
+            raise UsageError(
+                f"compile is on, but {_NO_COMPILER}; use --compile auto or off to train without it"
+            )
         mode = "off"
         reasons.append(_NO_COMPILER)
     elif setting == "on":
@@ -170,21 +177,27 @@ def auto_precision(config: ModelConfig, device: torch.device) -> tuple[Precision
     return "bf16", "this processor has instructions for bf16 products"
 
 
-def apply_choice(probe: Probe, choice: TuneResult) -> TuneResult:
+def apply_choice(probe: Probe, choice: TuneResult, setting: str) -> TuneResult:
     """Compile the model as chosen and run one micro-batch, so that a compiler that fails is found out now.
 
     Args:
         probe: Runs the micro-batch; its gradients are thrown away.
         choice: What to compile.
+        setting: The setting `compile`, of which only `auto` may end without compilation.
 
     Returns:
         `choice`, or the same without compilation where compiling failed.
+
+    Raises:
+        UsageError: Compiling failed, and the setting is `on`.
     """
     if choice.compile == "off":
         return choice
     probe.rows = len(probe.batch)  # a compiled graph is for one shape: the run's
     if (failure := _compile(probe, choice.precision, choice.compile)) is None:
         return choice
+    if setting == "on":
+        raise UsageError(f"{failure}, and compile is on; use --compile auto or off to train without it")
     return TuneResult(choice.precision, "off", "; ".join(filter(None, [choice.reason, failure])))
 
 
@@ -297,6 +310,9 @@ def measure(
 
     Returns:
         The choice, and why.
+
+    Raises:
+        UsageError: `compile` is on, and this machine cannot compile.
     """
     reasons: list[str] = []
     name = cast(PrecisionName, precision or training.precision)
@@ -310,11 +326,15 @@ def measure(
         return TuneResult(name, mode, "; ".join([*reasons, why]))
     mode = cast(CompileMode, setting)
     if setting != "off" and not has_compiler():
+        if training.compile == "on":
+            raise UsageError(
+                f"compile is on, but {_NO_COMPILER}; use --compile auto or off to train without it"
+            )
         mode = "off"
         reasons.append(_NO_COMPILER)
     elif setting == "on":
         mode = best_mode(probe.model, probe.batch.input_ids.numel())
-    return apply_choice(probe, TuneResult(name, mode, "; ".join(reasons) or None))
+    return apply_choice(probe, TuneResult(name, mode, "; ".join(reasons) or None), training.compile)
 
 
 @dataclass(frozen=True)
@@ -410,8 +430,15 @@ def _compile(probe: Probe, name: PrecisionName, mode: CompileMode) -> str | None
         if not isinstance(error, (*compiler_exceptions(), OSError)):
             raise
         undo_compile(probe.model)
-        return f"compiling failed ({str(error).strip().splitlines()[0][:200]})"
+        return f"compiling failed ({_first_cause(error)})"
     return None
+
+
+def _first_cause(error: Exception) -> str:
+    """The line of a compiler's error that says what is wrong: the first is often only the backend's name."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if not line.endswith("raised:")]
+    return (telling or lines or [type(error).__name__])[0][:200]
 
 
 def _shape_key(probe: Probe, name: PrecisionName, mode: CompileMode) -> str:

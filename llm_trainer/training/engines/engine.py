@@ -263,7 +263,7 @@ class Engine:
             choice = choose(
                 self.model, self.training, self.device, work, precision=precision, compiled=compiled
             )
-            return choice if choice.compile == "off" else apply_choice(probe(), choice)
+            return choice if choice.compile == "off" else apply_choice(probe(), choice, self.training.compile)
 
         if self.process_group.world_size == 1:
             return decide()

@@ -12,9 +12,10 @@ import torch
 from tiny_run import SHAPE, tiny_model, tiny_trainer, tokens
 
 from llm_trainer import cpu_features
-from llm_trainer.config import ModelConfig, TrainingConfig
+from llm_trainer.config import ModelConfig, TrainingConfig, UsageError
 from llm_trainer.cpu_features import multiplies_bf16, multiplies_int8
 from llm_trainer.data.sampling.window_sampler import WindowSampler
+from llm_trainer.model.transformer import Transformer
 from llm_trainer.training.engines import autotune
 from llm_trainer.training.engines.autotune import (
     CompilationRecord,
@@ -95,16 +96,51 @@ def test_what_a_checkpoint_stores_takes_effect(monkeypatch: pytest.MonkeyPatch) 
     assert choice == TuneResult("bf16", "blocks", None)
 
 
-@pytest.mark.parametrize("setting", ["auto", "on"])
 def test_without_a_compiler_compilation_is_off_and_the_reason_says_so(
-    monkeypatch: pytest.MonkeyPatch, setting: str
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(autotune, "has_compiler", lambda: False)
     work = WorkLeft(micro_batches=10**9, tokens=64, context=8)
-    training = TrainingConfig(compile=setting, precision="fp32")
-    choice = choose(tiny_model(wide_model(16)), training, CPU, work)
+    choice = choose(tiny_model(wide_model(16)), TrainingConfig(compile="auto", precision="fp32"), CPU, work)
     assert choice.compile == "off"
     assert "no C++ compiler (install g++ to compile)" in str(choice)
+
+
+@pytest.mark.parametrize("autotuned", [False, True])
+def test_compile_on_without_a_compiler_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autotuned: bool
+) -> None:
+    monkeypatch.setattr(autotune, "has_compiler", lambda: False)
+    trainer = tiny_trainer(tmp_path, compile="on", precision="fp32", autotune=autotuned)
+    with pytest.raises(
+        UsageError, match=r"compile is on, but there is no C\+\+ compiler.*--compile auto or off"
+    ):
+        trainer.train()
+
+
+@pytest.mark.parametrize("setting", ["auto", "on"])
+def test_a_compilation_that_fails_is_an_error_only_where_compile_is_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str
+) -> None:
+    monkeypatch.setattr(autotune, "has_compiler", lambda: True)
+    monkeypatch.setattr(autotune, "compile_model", _cannot_compile)
+    monkeypatch.setattr(autotune, "_auto_compile", lambda *_: ("blocks", "it pays"))
+    trainer = tiny_trainer(tmp_path, compile=setting, precision="fp32")
+    if setting == "auto":
+        assert trainer.train().step > 0
+    else:
+        with pytest.raises(
+            UsageError, match=r"compiling failed \(no room for a compiler\), and compile is on"
+        ):
+            trainer.train()
+
+
+def _cannot_compile(model: Transformer, mode: str) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("no room for a compiler")
+
+    for block in model.blocks:
+        block.forward = fail
 
 
 def test_nothing_is_timed_unless_autotune_is_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
