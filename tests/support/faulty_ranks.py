@@ -38,7 +38,7 @@ from llm_trainer.training.run import TrainingRun
 from llm_trainer.training.trainer import Trainer
 
 _DYING = threading.Lock()
-SMALL_DISK, LEFT_FREE = 64 << 20, 1 << 20
+SMALL_DISK, LEFT_FREE = 64 << 20, 64 << 10  # a checkpoint is larger than what is left
 
 
 class Factor(NextToken):

@@ -152,7 +152,7 @@ def test_without_domains_and_without_a_network_the_built_in_ones_are_used_and_sa
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert script("train_aio.py", ["--use_domain_specific_data", *RUN]) == 0
     said = capsys.readouterr().out
-    assert "no domains are prepared in data/domain_specific: the built-in ones are used" in said
+    assert "no domains are prepared in data/domain_specific; using the built-in ones" in said
     assert "prepare_domain_datasets.py --config" in said
     mixture = json.loads(Path("data/domain_builtin/mixture.json").read_text(encoding="utf-8"))
     assert set(mixture["members"]) == {
