@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from llm_trainer.cli.setup.parse_command import new_console, parse_command
+from llm_trainer.cli.setup.parse_command import named_model, new_console, parse_command
 from llm_trainer.cli.specs import EVALUATE, EVALUATE_ENHANCED, EVALUATE_L1, EvaluateOptions
 from llm_trainer.config import UsageError
 from llm_trainer.config.parse.command import CommandSpec
@@ -41,11 +41,7 @@ def evaluate(spec: CommandSpec, argv: Sequence[str]) -> int:
         return 0
     assert isinstance(loaded.options, EvaluateOptions)
     inference, own = loaded.config.inference, loaded.options
-    if inference.model is None:
-        raise UsageError(
-            "no model is named; give --model with a run folder, a checkpoint or the name of a model on the "
-            "hub"
-        )
+    source = named_model(inference)
     if own.data is None:
         raise UsageError("no data is named; give --data with a text file or a prepared folder")
     if not Path(own.data).exists():
@@ -58,7 +54,7 @@ def evaluate(spec: CommandSpec, argv: Sequence[str]) -> int:
 
     console = new_console()
     model, _ = load_model(
-        inference.model, device=inference.device, precision=inference.precision, adapter=inference.adapter
+        source, device=inference.device, precision=inference.precision, adapter=inference.adapter
     )
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("windows", total=None)

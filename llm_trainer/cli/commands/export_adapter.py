@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_trainer.cli.setup.parse_command import parse_command
+from llm_trainer.cli.setup.parse_command import named_model, parse_command
 from llm_trainer.cli.specs import EXPORT_ADAPTER, AdapterOptions
 from llm_trainer.errors import CheckpointError, UsageError
 
@@ -25,16 +25,12 @@ def run(argv: list[str]) -> int:
         return 0
     assert isinstance(loaded.options, AdapterOptions)
     own, inference = loaded.options, loaded.config.inference
-    if inference.model is None:
-        raise UsageError(
-            "no model is named; give --model with a run folder, a checkpoint or the name of a model on the "
-            "hub"
-        )
+    named = named_model(inference)
     for folder in (own.merged_output, own.base_output, own.output if own.merged_output is None else None):
         _check_empty(folder)
     from llm_trainer.inference.load_model import load_transformer, resolve_model
 
-    source = resolve_model(inference.model)
+    source = resolve_model(named)
     model = load_transformer(source)
     name = select_adapter(model, inference.adapter)
     if own.merged_output is not None:

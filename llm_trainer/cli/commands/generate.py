@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_trainer.cli.setup.parse_command import parse_command
+from llm_trainer.cli.setup.parse_command import named_model, parse_command
 from llm_trainer.cli.specs import GENERATE, GENERATE_ENHANCED, GENERATE_L1, SAMPLE, SampleOptions
 from llm_trainer.config import GenerationConfig, UsageError
 from llm_trainer.config.parse.command import CommandSpec, LoadedRun
@@ -74,12 +74,7 @@ def model_source(loaded: LoadedRun) -> str:
     own = loaded.options
     if isinstance(own, SampleOptions) and loaded.config.inference.model is None:
         return own.out_dir if own.init_from == "resume" else own.init_from
-    if loaded.config.inference.model is None:
-        raise UsageError(
-            "no model is named; give --model with a run folder, a checkpoint or the name of a model on the "
-            "hub"
-        )
-    return loaded.config.inference.model
+    return named_model(loaded.config.inference)
 
 
 def read_prompt(prompt: str | None) -> str:

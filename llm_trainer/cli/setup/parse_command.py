@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from llm_trainer.config import InferenceConfig, UsageError
 from llm_trainer.config.describe import explain
 from llm_trainer.config.environment import apply_dotenv
 from llm_trainer.config.parse.command import CommandSpec, LoadedRun
@@ -35,6 +36,23 @@ def parse_command(spec: CommandSpec, argv: Sequence[str]) -> LoadedRun | None:
     check_implemented(loaded.config, spec.names(), loaded.options)
     apply_dotenv()
     return loaded
+
+
+def named_model(inference: InferenceConfig) -> str:
+    """The model that the settings name.
+
+    Args:
+        inference: The settings of inference.
+
+    Raises:
+        UsageError: If there is none.
+    """
+    if inference.model is None:
+        raise UsageError(
+            "no model is named; give --model with a run folder, a checkpoint or the name of a model on the "
+            "hub"
+        )
+    return inference.model
 
 
 def new_console(*, is_quiet: bool = False) -> Console:

@@ -138,20 +138,28 @@ def choose(
         name, why = auto_precision(model.config, device)
         reasons.append(why)
     setting = compiled or training.compile
-    mode = cast(CompileMode, setting)
+    if setting == "auto" and has_compiler():
+        mode, why = _auto_compile(model, device, work, name)
+        reasons.append(why)
+    else:
+        mode, no_compiler = _set_compile(setting, training, model, work.tokens)
+        reasons += no_compiler
+    return TuneResult(name, mode, "; ".join(reasons) or None)
+
+
+def _set_compile(
+    setting: str, training: TrainingConfig, model: Transformer, tokens: int
+) -> tuple[CompileMode, list[str]]:
+    """The compile mode where nothing is to be chosen: the setting is not `auto`, or there is no compiler.
+    With it, the reason, if any. Raises UsageError if `compile` is on and there is no compiler.
+    """
     if setting != "off" and not has_compiler():
         if training.compile == "on":
             raise UsageError(
                 f"compile is on, but {_NO_COMPILER}; use --compile auto or off to train without it"
             )
-        mode = "off"
-        reasons.append(_NO_COMPILER)
-    elif setting == "on":
-        mode = best_mode(model, work.tokens)
-    elif setting == "auto":
-        mode, why = _auto_compile(model, device, work, name)
-        reasons.append(why)
-    return TuneResult(name, mode, "; ".join(reasons) or None)
+        return "off", [_NO_COMPILER]
+    return best_mode(model, tokens) if setting == "on" else cast(CompileMode, setting), []
 
 
 def auto_precision(config: ModelConfig, device: torch.device) -> tuple[PrecisionName, str]:
@@ -324,16 +332,8 @@ def measure(
     if setting == "auto":
         mode, why = _measured_compile(probe, name, micro_batch_seconds, cache_dir)
         return TuneResult(name, mode, "; ".join([*reasons, why]))
-    mode = cast(CompileMode, setting)
-    if setting != "off" and not has_compiler():
-        if training.compile == "on":
-            raise UsageError(
-                f"compile is on, but {_NO_COMPILER}; use --compile auto or off to train without it"
-            )
-        mode = "off"
-        reasons.append(_NO_COMPILER)
-    elif setting == "on":
-        mode = best_mode(probe.model, probe.batch.input_ids.numel())
+    mode, no_compiler = _set_compile(setting, training, probe.model, probe.batch.input_ids.numel())
+    reasons += no_compiler
     return apply_choice(probe, TuneResult(name, mode, "; ".join(reasons) or None), training.compile)
 
 

@@ -92,7 +92,7 @@ def remove_broken_libraries(cache: Path) -> list[Path]:
     Returns:
         The files that were deleted.
     """
-    broken = [library for library in cache.rglob("*.so") if not _is_complete_library(library)]
+    broken = [library for library in cache.glob("*/*.so") if not _is_complete_library(library)]
     if broken:
         newest = max((_modified(library) for library in broken), default=0.0)
         time.sleep(max(0.0, min(_LINKING_SECONDS, newest + _LINKING_SECONDS - time.time())))
