@@ -13,26 +13,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from source_texts import read
 
 from llm_trainer.data.sources import base, file_io
 from llm_trainer.data.sources.base import Rejected, TextChunk
 from llm_trainer.data.sources.builtin_corpus import BuiltinSource
 from llm_trainer.data.sources.file_source import FileSource
 from llm_trainer.errors import DataError
-
-
-def read(path: Path, **options: object) -> tuple[list[str], list[Rejected]]:
-    texts, rejected, pending = [], [], ""
-    for item in FileSource(path, **options).read_chunks():  # type: ignore[arg-type]
-        if isinstance(item, Rejected):
-            rejected.append(item)
-        else:
-            pending += item.text
-            if item.is_last:
-                texts.append(pending)
-                pending = ""
-    assert pending == ""
-    return texts, rejected
 
 
 def test_a_folder_is_read_in_path_order_each_format_by_its_reader(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ import pytest
 from backports import zstd
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from source_texts import read
 
 from llm_trainer.data.sources import file_io
 from llm_trainer.data.sources.base import Record, Rejected, TextChunk
@@ -34,20 +35,6 @@ COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
     ".bz2": bz2.compress,
     ".zst": zstd.compress,
 }
-
-
-def read(path: Path, **options: object) -> tuple[list[str], list[Rejected]]:
-    texts, rejected, pending = [], [], ""
-    for item in FileSource(path, **options).read_chunks():  # type: ignore[arg-type]
-        if isinstance(item, Rejected):
-            rejected.append(item)
-        else:
-            pending += item.text
-            if item.is_last:
-                texts.append(pending)
-                pending = ""
-    assert pending == ""
-    return texts, rejected
 
 
 def read_bytes(folder: Path, name: str, raw: bytes, **options: object) -> tuple[list[str], list[str]]:
