@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Literal
 
-from llm_trainer.data.pipeline.jobs import Executor, Job, run_job
+from llm_trainer.data.pipeline.jobs import Executor, Job, follow_parent_process, run_job
 from llm_trainer.data.pipeline.ray_executor import ray_executor
 from llm_trainer.errors import DataError
 
@@ -86,7 +83,7 @@ class ProcessExecutor:
             SerialExecutor().run(jobs, advance)
             return
         self._pool = self._pool or ProcessPoolExecutor(
-            self._workers, mp_context=multiprocessing.get_context("spawn"), initializer=_initialize_worker
+            self._workers, mp_context=multiprocessing.get_context("spawn"), initializer=follow_parent_process
         )
         running: dict[Future[None], Job] = {}
         left = iter(jobs)
@@ -126,16 +123,3 @@ class ProcessExecutor:
 
 def _ignore(count: int) -> None:
     pass
-
-
-def _initialize_worker() -> None:
-    """Leave Ctrl-C to the parent process, and end when the parent ends for whatever reason."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()

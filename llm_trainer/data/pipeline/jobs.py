@@ -6,6 +6,10 @@ the result does not depend on the executor.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -49,3 +53,16 @@ def run_job(job: Job, advance: Callable[[int], None]) -> None:
         if job.name in str(error):
             raise
         raise type(error)(f"{job.name}: {error}") from None
+
+
+def follow_parent_process() -> None:
+    """Leave Ctrl-C to the parent process, and end when the parent ends for whatever reason."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()

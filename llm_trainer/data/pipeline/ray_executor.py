@@ -8,13 +8,17 @@ file system that all machines see.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
+import multiprocessing
 import pickle
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from llm_trainer.data.pipeline.jobs import Executor, Job, run_job
+from llm_trainer.data.pipeline.jobs import Executor, Job, follow_parent_process, run_job
 from llm_trainer.errors import DataError, LLMTrainerError, UsageError
 
 
@@ -23,7 +27,9 @@ def ray_executor(workers: int, address: str | None) -> Iterator[Executor]:
     """Open an executor on a Ray cluster.
 
     The cluster is the one that this process is connected to, else the one at `address`, else one that is
-    started on this machine and ends with the context.
+    started on this machine and ends with the context. A process of its own connects to the last two: Ray's
+    client leaves threads behind when it disconnects, and one of them ends its process, whatever that does by
+    then, if the cluster did not answer it for a minute.
 
     Args:
         workers: Number of jobs that run at once.
@@ -33,34 +39,99 @@ def ray_executor(workers: int, address: str | None) -> Iterator[Executor]:
         DataError: The cluster cannot be reached.
         UsageError: The extra is not installed.
     """
-    try:
-        import ray
-        import ray.data
-    except ImportError:
-        raise UsageError("the executor 'ray' needs the extra 'ray': pip install 'llm-trainer[ray]'") from None
-    # It logs every stage at length; progress is shown by the pipeline.
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    starts_ray = not ray.is_initialized()
-    if starts_ray:
-        try:
-            num_cpus = None if address is not None else workers
-            ray.init(
-                address or "local",
-                num_cpus=num_cpus,
-                include_dashboard=False,
-                log_to_driver=False,
-                configure_logging=False,
-            )
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise DataError(
-                f"no Ray cluster at {address or 'this machine'} ({error});"
-                " start one, or use the executor 'local'"
-            ) from None
-    try:
+    if importlib.util.find_spec("ray") is None:
+        raise UsageError("the executor 'ray' needs the extra 'ray': pip install 'llm-trainer[ray]'")
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         yield _RayExecutor(workers)
+        return
+    context = multiprocessing.get_context("spawn")
+    connection, other_end = context.Pipe()
+    process = context.Process(target=_drive, args=(other_end, workers, address))
+    process.start()
+    other_end.close()
+    try:
+        executor = _RemoteRayExecutor(connection)
+        executor.wait_until_connected()
+        yield executor
+        with contextlib.suppress(BrokenPipeError):
+            connection.send(None)
+    except BaseException:
+        process.terminate()
+        raise
     finally:
-        if starts_ray:
-            ray.shutdown()
+        process.join()
+        connection.close()
+
+
+class _RemoteRayExecutor:
+    """Sends jobs to the process that `_drive` runs in."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def wait_until_connected(self) -> None:
+        """Wait until the other process is connected to the cluster.
+
+        Raises:
+            DataError: The cluster cannot be reached.
+        """
+        self._answers_to(None, lambda count: None)
+
+    def run(self, jobs: Sequence[Job], advance: Callable[[int], None]) -> None:
+        """Run all jobs; an error of the project's own is raised with the name of its job."""
+        if jobs:
+            self._answers_to(list(jobs), advance)
+
+    def _answers_to(self, jobs: list[Job] | None, advance: Callable[[int], None]) -> None:
+        try:
+            if jobs is not None:
+                self._connection.send(jobs)
+            while (answer := self._connection.recv()) is not None:
+                if isinstance(answer, str):
+                    raise DataError(answer)
+                advance(answer)
+        except (EOFError, BrokenPipeError):
+            raise DataError(
+                "the process that runs the Ray jobs died. It ran out of memory or was killed: run the same"
+                " command again to resume. In a script of your own, call prepare_dataset under"
+                " `if __name__ == '__main__':`"
+            ) from None
+
+
+def _drive(connection: Connection, workers: int, address: str | None) -> None:
+    """Run jobs from a connection on Ray until None arrives.
+
+    Answers bytes of work that are done, then None at the end of each list of jobs; or the text of an error.
+    """
+    follow_parent_process()
+    import ray
+
+    try:
+        ray.init(
+            address or "local",
+            num_cpus=None if address is not None else workers,
+            include_dashboard=False,
+            log_to_driver=False,
+            configure_logging=False,
+        )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        connection.send(
+            f"no Ray cluster at {address or 'this machine'} ({error}); start one, or use the executor 'local'"
+        )
+        return
+    connection.send(None)
+    executor = _RayExecutor(workers)
+    try:
+        while (jobs := connection.recv()) is not None:
+            try:
+                executor.run(jobs, connection.send)
+                connection.send(None)
+            except DataError as error:
+                connection.send(str(error))
+            except ray.exceptions.RayError as error:
+                connection.send(f"Ray could not run the jobs: {error}")
+    finally:
+        ray.shutdown()
 
 
 class _RayExecutor:
@@ -75,6 +146,8 @@ class _RayExecutor:
             return
         import ray.data
 
+        # It logs every stage at length.
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         ray.data.DataContext.get_current().enable_progress_bars = False
         current_folder = str(Path.cwd())
         rows = ray.data.from_items(
