@@ -522,3 +522,6 @@ def _print_source(source: Source, console: Console) -> None:
     if isinstance(source, BuiltinSource):
         for part, size in source.sizes().items():
             console.print(f"built-in corpus: {part}, {size / 1e6:.2f} MB", highlight=False)
+    if isinstance(source, FileSource):
+        for note in source.link_notes():
+            console.print(note, highlight=False, markup=False, soft_wrap=True)

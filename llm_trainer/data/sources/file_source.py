@@ -150,7 +150,7 @@ class FilePartition:
 class FileSource:
     """A file, or every file of a known format in a folder, in the order of relative paths.
 
-    Hidden files and folders are skipped.
+    Hidden files and folders are skipped. A link to a file is read; a link to a folder is not.
 
     Attributes:
         path: The file or folder.
@@ -201,6 +201,31 @@ class FileSource:
                 f"no text in the folder {self.path}{seen}; supported formats: {supported_suffixes()}"
             )
         return sorted(found, key=lambda file: file.relative_to(self.path).as_posix())
+
+    def link_notes(self) -> list[str]:
+        """Return sentences about links to files outside the folder, and to folders, which are not read."""
+        if self.path.is_file():
+            return []
+        root = os.path.realpath(self.path)
+        outside = [
+            file
+            for file in self.files()
+            if file.is_symlink() and not Path(os.path.realpath(file)).is_relative_to(root)
+        ]
+        folders = [
+            Path(folder) / name
+            for folder, names, _ in os.walk(self.path)
+            for name in names
+            if (Path(folder) / name).is_symlink()
+        ]
+        notes = []
+        if outside:
+            notes.append(f"read from outside {self.path}, through links: {_named(outside, self.path)}")
+        if folders:
+            notes.append(
+                f"not read in {self.path}, since they are links to folders: {_named(folders, self.path)}"
+            )
+        return notes
 
     def partitions(self) -> Sequence[Partition]:
         """Return the partitions, in the order of paths.
@@ -261,6 +286,20 @@ class FileSource:
 
     def _is_excluded(self, folder: Path) -> bool:
         return self.excluded is not None and folder.resolve() == self.excluded.resolve()
+
+
+def _named(links: list[Path], root: Path) -> str:
+    """The first three links with what they point to, and how many more there are."""
+    shown = ", ".join(
+        f"{_printable(link.relative_to(root))} -> {_printable(os.path.realpath(link))}"
+        for link in sorted(links)[:3]
+    )
+    return shown + (f" and {len(links) - 3:,} more" if len(links) > 3 else "")
+
+
+def _printable(path: str | Path) -> str:
+    """The path as it may be shown: with control characters and bytes that are no text escaped."""
+    return str(path) if str(path).isprintable() else ascii(str(path))
 
 
 def supported_suffixes() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import itertools
 import json
 import shutil
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from llm_trainer.config import DataConfig
 from llm_trainer.data.metadata import Metadata
@@ -406,6 +408,30 @@ def test_two_preparations_at_once_run_one_after_the_other(texts: Path, tmp_path:
             )
         )
     assert sorted(found) == [False, True]
+
+
+def test_links_that_leave_the_input_folder_are_named(tmp_path: Path, texts: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for number in range(5):
+        (other / f"{number}.txt").write_text(f"A text number {number} from another folder. " * 20)
+        (texts / f"link{number}.txt").symlink_to(other / f"{number}.txt")
+    (texts / "inner.txt").symlink_to(texts / "00.txt")
+    (texts / "loop.bin").symlink_to(texts / "loop.bin")
+    (texts / "folder").symlink_to(other)
+    output = io.StringIO()
+    prepare_dataset(
+        DataConfig(input=str(texts), vocab_size=300),
+        tmp_path / "out",
+        console=Console(file=output, width=80),
+    )
+    lines = output.getvalue().splitlines()
+    (outside,) = (line for line in lines if line.startswith("read from outside"))
+    assert f"link0.txt -> {other / '0.txt'}" in outside
+    assert outside.endswith("and 2 more")
+    assert "inner" not in outside
+    (folders,) = (line for line in lines if line.startswith("not read"))
+    assert folders.endswith(f"folder -> {other}")
 
 
 def test_a_folder_that_is_not_writable_is_named(tmp_path: Path, texts: Path) -> None:
