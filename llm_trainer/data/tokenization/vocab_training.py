@@ -287,16 +287,23 @@ def _by_id(vocabulary: dict[str, int]) -> list[str]:
 def _cut_long(words: Iterable[tuple[Word, int]]) -> tuple[list[Word], np.ndarray]:
     """Words of at least two symbols, cut at `MAX_WORD_LENGTH`, and how often each occurred, int64.
 
-    A single symbol has no pair to merge.
+    A single symbol has no pair to merge. Equal parts of long words are one word: a run of one letter, however
+    long, is two.
     """
     parts: list[Word] = []
     counts = array("q")
+    of_long_words: Counter[Word] = Counter()
     for word, count in words:
-        for start in range(0, len(word), MAX_WORD_LENGTH):
-            part = word[start : start + MAX_WORD_LENGTH] if len(word) > MAX_WORD_LENGTH else word
-            if len(part) > 1:
-                parts.append(part)
-                counts.append(count)
+        if len(word) > MAX_WORD_LENGTH:
+            for start in range(0, len(word), MAX_WORD_LENGTH):
+                of_long_words[word[start : start + MAX_WORD_LENGTH]] += count
+        elif len(word) > 1:
+            parts.append(word)
+            counts.append(count)
+    for part, count in of_long_words.items():
+        if len(part) > 1:
+            parts.append(part)
+            counts.append(count)
     return parts, np.frombuffer(counts, dtype=np.int64)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -192,6 +194,24 @@ def test_a_long_word_is_cut_for_training_only() -> None:
         <= vocab_training.MAX_WORD_LENGTH
     )
     assert tokenizer.decode(tokenizer.encode(run)) == run
+
+
+@pytest.mark.parametrize("run", ["a" * 100_003, "ab" * 50_001])
+def test_a_long_run_is_learned_as_the_library_learns_it_from_few_symbols(
+    run: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+
+    def learn(symbols: np.ndarray, *others: Any) -> list[tuple[str, str]]:
+        sizes.append(len(symbols))
+        return bpe_trainer.learn_bpe_merges(symbols, *others)
+
+    monkeypatch.setattr(vocab_training, "learn_bpe_merges", learn)
+    ours = json.loads(Tokenizer.train("bpe", [run], 400).to_json())["model"]
+    assert sizes[0] <= 2 * vocab_training.MAX_WORD_LENGTH
+    monkeypatch.setenv("LLM_TRAINER_FAST_TOKENIZER", "0")
+    plain = json.loads(Tokenizer.train("bpe", [run], 400).to_json())["model"]
+    assert ours["merges"] == plain["merges"]
 
 
 def test_a_vocabulary_that_is_too_small_and_missing_text_are_refused() -> None:

@@ -228,6 +228,11 @@ class _BPETrainer:
 
 
 def _union(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """All positions of both, each once and without -1."""
-    positions: np.ndarray = np.unique(np.concatenate([one, other]))
-    return positions[1:] if len(positions) and positions[0] < 0 else positions
+    """All positions of both, sorted, each once and without -1.
+
+    `np.unique` hashes, and takes quadratic time for positions at equal distances, as in a run of one letter.
+    """
+    positions = np.sort(np.concatenate([one, other]))
+    first_of_equals = np.concatenate([[True], positions[1:] != positions[:-1]])[: len(positions)]
+    union: np.ndarray = positions[first_of_equals & (positions >= 0)]
+    return union
