@@ -44,6 +44,23 @@ RUN = textwrap.dedent("""
 """)
 
 
+def start(folder: Path, output: int, *, is_terminal: bool) -> subprocess.Popen[bytes]:
+    """The run, with this output, which may be the terminal of its own session."""
+
+    def before() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup make test` has it ignored
+        if is_terminal:
+            os.login_tty(output)
+
+    return subprocess.Popen(
+        [sys.executable, "-c", RUN, folder],
+        env=environment(),
+        stdout=output,
+        stderr=output,
+        preexec_fn=before,
+    )
+
+
 def read_until_here(reader: int) -> None:
     text = b""
     while b"here" not in text:
@@ -58,9 +75,7 @@ def assert_saved(process: subprocess.Popen[bytes], folder: Path) -> None:
 
 def test_a_run_whose_terminal_is_closed_saves_and_ends(tmp_path: Path) -> None:
     terminal, slave = os.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-c", RUN, tmp_path], env=environment(), preexec_fn=lambda: os.login_tty(slave)
-    )  # its own session, whose terminal this is
+    process = start(tmp_path, slave, is_terminal=True)
     os.close(slave)
     read_until_here(terminal)
     os.close(terminal)
@@ -71,9 +86,7 @@ def test_a_run_whose_terminal_is_closed_saves_and_ends(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_run_whose_tee_got_the_hangup_too_saves_and_ends(tmp_path: Path) -> None:
     reader, writer = os.pipe()
-    process = subprocess.Popen(
-        [sys.executable, "-c", RUN, tmp_path], env=environment(), stdout=writer, stderr=writer
-    )
+    process = start(tmp_path, writer, is_terminal=False)
     os.close(writer)
     read_until_here(reader)
     process.send_signal(signal.SIGHUP)
