@@ -28,8 +28,8 @@ def ray_executor(workers: int, address: str | None) -> Iterator[Executor]:
 
     The cluster is the one that this process is connected to, else the one at `address`, else one that is
     started on this machine and ends with the context. A process of its own connects to the last two: Ray's
-    client leaves threads behind when it disconnects, and one of them ends its process, whatever that does by
-    then, if the cluster did not answer it for a minute.
+    client leaves threads behind when it disconnects, and they can end the process a minute later, because the
+    cluster no longer answers.
 
     Args:
         workers: Number of jobs that run at once.
@@ -53,7 +53,7 @@ def ray_executor(workers: int, address: str | None) -> Iterator[Executor]:
         executor = _RemoteRayExecutor(connection)
         executor.wait_until_connected()
         yield executor
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(ConnectionError):
             connection.send(None)
     except BaseException:
         process.terminate()
@@ -75,22 +75,22 @@ class _RemoteRayExecutor:
         Raises:
             DataError: The cluster cannot be reached.
         """
-        self._answers_to(None, lambda count: None)
+        self._read_answers(lambda count: None)
 
     def run(self, jobs: Sequence[Job], advance: Callable[[int], None]) -> None:
         """Run all jobs; an error of the project's own is raised with the name of its job."""
         if jobs:
-            self._answers_to(list(jobs), advance)
+            with contextlib.suppress(ConnectionError):  # reading finds out, too, that the process has died
+                self._connection.send(list(jobs))
+            self._read_answers(advance)
 
-    def _answers_to(self, jobs: list[Job] | None, advance: Callable[[int], None]) -> None:
+    def _read_answers(self, advance: Callable[[int], None]) -> None:
         try:
-            if jobs is not None:
-                self._connection.send(jobs)
             while (answer := self._connection.recv()) is not None:
                 if isinstance(answer, str):
                     raise DataError(answer)
                 advance(answer)
-        except (EOFError, BrokenPipeError):
+        except (EOFError, ConnectionError):
             raise DataError(
                 "the process that runs the Ray jobs died. It ran out of memory or was killed: run the same"
                 " command again to resume. In a script of your own, call prepare_dataset under"
@@ -146,7 +146,7 @@ class _RayExecutor:
             return
         import ray.data
 
-        # It logs every stage at length.
+        # Ray Data logs every stage at length; the pipeline shows progress.
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         ray.data.DataContext.get_current().enable_progress_bars = False
         current_folder = str(Path.cwd())

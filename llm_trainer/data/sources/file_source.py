@@ -181,12 +181,25 @@ class FileSource:
             return [self.path]
         if not self.path.is_dir():
             raise DataError(f"the input {self.path} does not exist; give a text file or a folder of them")
-        found, other = [], set()
+        found, _, other = self._walk()
+        if not found:
+            seen = f" (it has {', '.join(sorted(other)[:8])})" if other else ""
+            raise DataError(
+                f"no text in the folder {self.path}{seen}; supported formats: {supported_suffixes()}"
+            )
+        return sorted(found, key=lambda file: file.relative_to(self.path).as_posix())
+
+    def _walk(self) -> tuple[list[Path], list[Path], set[str]]:
+        """The folder's files of known formats, its links to folders, and the suffixes of its other files."""
+        found: list[Path] = []
+        linked_folders: list[Path] = []
+        other: set[str] = set()
         for folder_name, folders, names in os.walk(self.path):
             folder = Path(folder_name)
             folders[:] = sorted(
                 name for name in folders if not name.startswith(".") and not self._is_excluded(folder / name)
             )
+            linked_folders += [folder / name for name in folders if (folder / name).is_symlink()]
             for name in names:
                 if name.startswith("."):
                     continue
@@ -195,28 +208,18 @@ class FileSource:
                     other.add("".join(file.suffixes) or name)
                 else:
                     found.append(file)
-        if not found:
-            seen = f" (it has {', '.join(sorted(other)[:8])})" if other else ""
-            raise DataError(
-                f"no text in the folder {self.path}{seen}; supported formats: {supported_suffixes()}"
-            )
-        return sorted(found, key=lambda file: file.relative_to(self.path).as_posix())
+        return found, linked_folders, other
 
     def link_notes(self) -> list[str]:
         """Return sentences about links to files outside the folder, and to folders, which are not read."""
         if self.path.is_file():
             return []
         root = os.path.realpath(self.path)
+        files, folders, _ = self._walk()
         outside = [
             file
-            for file in self.files()
+            for file in files
             if file.is_symlink() and not Path(os.path.realpath(file)).is_relative_to(root)
-        ]
-        folders = [
-            Path(folder) / name
-            for folder, names, _ in os.walk(self.path)
-            for name in names
-            if (Path(folder) / name).is_symlink()
         ]
         notes = []
         if outside:

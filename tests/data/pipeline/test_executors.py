@@ -125,9 +125,10 @@ def test_processes_give_the_same_bytes(
 
 @pytest.mark.slow
 def test_ray_gives_the_same_bytes(texts: Path, tmp_path: Path, expected: dict[str, bytes]) -> None:
-    pytest.importorskip("ray")
+    ray = pytest.importorskip("ray")
     prepared(texts, tmp_path, executor="ray", num_workers=2)
     assert result_of(tmp_path) == expected
+    assert not ray.is_initialized()
     threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
     assert not [name for name in threads if name.startswith("gcs_client")]  # it may end this process later
     Tokenizer.from_characters(["abc "]).save(tmp_path / "tokenizer")
